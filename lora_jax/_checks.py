@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # How others call the entries of an adapter; used in messages only.
 _OTHER_NAMES = {
@@ -31,7 +32,7 @@ _OTHER_NAMES = {
 
 # The biases that an adapter may have, and the entries that a function which has no place
 # for them refuses, with what to do instead.
-BIASES = ("A_bias", "B_bias")
+BIASES: tuple[str, ...] = ("A_bias", "B_bias")
 LOSES_BIAS = dict.fromkeys(
     BIASES,
     "it shifts the layer's bias, so use merge_lora_layer or unmerge_lora_layer, or "
@@ -134,12 +135,11 @@ def check_number(name: str, value: Any) -> None:
             f"{name} must be a scalar, got an array of shape {np.shape(value)}: for "
             "one value for each leading axis use jax.vmap."
         )
-    if isinstance(value, jax.core.Tracer):
-        dtype = value.dtype
-        if not (is_floating(dtype) or jnp.issubdtype(dtype, jnp.integer)):
-            raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
-    elif np.iscomplexobj(value) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite real number, got {value}.")
+    dtype = jnp.result_type(value)
+    if not is_floating(dtype) and not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
+    if not isinstance(value, Tracer) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ Below, the *summed* axis of the weight is the one that the squares are summed ov
 *kept* axis the other; `left (*batch, rank, summed)` and `right (*batch, rank, kept)` are
 the two factors.
 
-The sum cancels where the update nearly undoes a column. `cancels` says where, and
-`direct` then forms the columns block by block.
+The sum cancels where the update nearly undoes a column; the columns are then formed
+directly, block by block.
 """
 
 import functools
@@ -21,11 +21,11 @@ from lora_jax import _numerics
 
 _HIGHEST = lax.Precision.HIGHEST
 
-# The factored square is trusted above this part of `|W|^2 + |s A B|^2`: there the norm has
-# lost at the most 8 of its 24 bits.
+# The factored square is trusted above this part of the terms that it is the sum of: there
+# it has lost at the most 8 of its 24 bits.
 _TRUSTED = 2.0**-8
 
-# Rows or columns of the weight that `direct` forms at a time.
+# Rows or columns of the weight that `_direct` forms at a time.
 _BLOCK = 128
 
 
@@ -72,9 +72,11 @@ def adapted_norm_squared(
     cross = jnp.sum(_product_with_weight(left, weight, axis) * right, axis=-2)
     own = jnp.sum(jnp.matmul(gram, right, precision=_HIGHEST) * right, axis=-2)
     squared = base + 2 * cross + own
-    return jnp.maximum(
-        squared + _correction(squared, base + own, weight, a, b, scale, axis), 0
-    )
+    # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
+    energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / left.shape[-2]
+    terms = base + own + energy[..., None] * jnp.sum(jnp.square(right), axis=-2)
+    correction = _correction(squared, terms, weight, a, b, scale, axis)
+    return jnp.maximum(squared + correction, 0)
 
 
 def _correction(squared, terms, weight, a, b, scale, axis) -> jax.Array:

@@ -14,13 +14,13 @@ Dtypes are as in `lora_jax.lora`; norms and magnitudes are in at least float32 w
 the weight is. The factor `m / n` of a column of norm zero is 1.
 
 **Accuracy of the norm.** It is formed without an `(in, out)` array, from `|W|^2`, `A^T W`
-and `A^T A`. Its relative error, for 16-bit weights too, is at the most `4 eps k^2` with
-`eps = 1.2e-7` and `k^2 = (|W_j|^2 + |scale A B_j|^2) / n_j^2`: a few rounding units unless
-the update nearly undoes a column. Where `k^2` exceeds 256, when an update cancels about
-94 % of a column, all norms of the weight are formed directly instead, from blocks of 128
-rows of `V`, with an error of `4 eps k`. That branch is compiled in and skipped at run
-time, except under `jax.vmap`, which runs both. Columns with norms from about 1e-18 to
-1e18 are in range.
+and `A^T A`. For 16-bit weights too, its relative error is at the most `4 eps k^2`, with
+`eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2` (`|A|`, `|B_j|` entry by
+entry): a few rounding units unless the update nearly undoes a column. If it leaves less
+than 1/16 of the norm of any column's terms, all norms of the weight are formed directly
+instead, from blocks of 128 rows of `V`, with an error of `4 eps k`. That branch is
+compiled in and skipped at run time, except under `jax.vmap`, which runs both. Columns
+with norms from about 1e-18 to 1e18 are in range.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies

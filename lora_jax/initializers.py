@@ -237,7 +237,8 @@ def init_factors(
     if isinstance(init, str) and init == "orthogonal":
         a, b = orthogonal_pair(key, a_shape, b_shape, wide)
     else:
-        init_a, init_b = init if isinstance(init, tuple) else (init, "zeros")
+        pair = isinstance(init, tuple) and len(init) == 2
+        init_a, init_b = init if pair else (init, "zeros")
         a = _draw(init_a, std, key_a, a_shape, wide)
         b = _draw(init_b, std, key_b, b_shape, wide)
     return a.astype(dtype), b.astype(dtype)

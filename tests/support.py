@@ -44,6 +44,11 @@ class Case:
         return x, *map(reference.f64, (self.weight, self.bias, self.adapter)), c
 
 
+jax.tree_util.register_dataclass(
+    Case, data_fields=["x", "weight", "bias", "adapter", "c"], meta_fields=[]
+)
+
+
 def make_case(
     layout="rows",
     dtype="float32",

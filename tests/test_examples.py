@@ -234,23 +234,23 @@ def test_tokenize_labels_by_sign_and_keeps_the_last_token():
     tokens, labels = reviews.tokenize(Words(), sentences)
     np.testing.assert_array_equal(labels, [0, 1])
     np.testing.assert_array_equal(tokens[0], [101, 0, 1, 102])
-    np.testing.assert_array_equal(tokens[1], [101, *range(62), 102])
+    np.testing.assert_array_equal(tokens[1], [101, *range(54), 102])
 
 
 @pytest.mark.parametrize("seed", [None, 5])
 def test_batches_hold_every_sentence_once(seed):
-    sizes = np.random.default_rng(0).integers(2, 65, 150)
+    sizes = np.random.default_rng(0).integers(2, 57, 150)
     examples = tiny_examples(sizes)
     rng = None if seed is None else np.random.default_rng(seed)
     batches = reviews.make_batches(examples, rng)
-    assert {batch.tokens.shape for batch in batches} == {(32, 24), (32, 64)}
+    assert {batch.tokens.shape for batch in batches} == {(32, 24), (32, 56)}
     seen = collections.Counter()
     for batch in batches:
         assert batch.mask[:, 0].all()  # rows that fill up are sentences too
         for row in np.flatnonzero(batch.weights):
             ids, size = batch.tokens[row], batch.mask[row].sum()
             assert batch.mask[row, :size].all()
-            assert (size > 24) == (len(ids) == 64)
+            assert (size > 24) == (len(ids) == 56)
             assert not ids[size:].any()
             seen[(*ids[:size], batch.labels[row])] += 1
     rows = zip(examples.tokens, examples.labels, strict=True)
@@ -258,7 +258,7 @@ def test_batches_hold_every_sentence_once(seed):
 
 
 def test_batches_are_shuffled_by_the_generator():
-    examples = tiny_examples(np.random.default_rng(0).integers(2, 65, 150))
+    examples = tiny_examples(np.random.default_rng(0).integers(2, 57, 150))
     first, same, other = (
         np.concatenate([b.labels for b in reviews.make_batches(examples, rng)])
         for rng in map(np.random.default_rng, (1, 1, 2))

@@ -134,7 +134,9 @@ def test_merged_and_unmerged_weight(case):
 def test_first_magnitude(case):
     golden = Golden(case)
     key = jax.random.key(0)
-    adapter = lora_jax.init_dora_adapter(key, golden.weight, golden.case["meta"].get("r", 4))
+    adapter = lora_jax.init_dora_adapter(
+        key, golden.weight, golden.case["meta"].get("r", 4)
+    )
     golden.check("m_init", adapter["m"], golden.tensors["m_init"])
     if "y_init" in golden.tensors:
         golden.check("y_init", golden.linear(golden.x, adapter), golden.tensors["y_init"])

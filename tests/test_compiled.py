@@ -1,0 +1,251 @@
+"""What the compiler makes of the functions: exact facts, no timings."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+
+# All different, so that a shape tells which array it is; the weight is by far the largest.
+BATCH, SEQUENCE, N_IN, N_OUT, RANK = 2, 6, 2048, 640, 5
+TOKENS = BATCH * SEQUENCE
+WEIGHT_BYTES = 4 * N_IN * N_OUT
+KEY = jax.random.key(0)
+
+LINEARS = {
+    "lora": (lora_jax.lora_linear, {}),
+    "lora, dropout": (lora_jax.lora_linear, {"dropout_rate": 0.1, "dropout_key": KEY}),
+    "lora, dropout of the output": (
+        lora_jax.lora_linear,
+        {"dropout_rate": 0.1, "dropout_key": KEY, "dropout_position": "post"},
+    ),
+    "dora": (lora_jax.dora_linear, {}),
+    "dora, full gradient": (lora_jax.dora_linear, {"detach_norm": False}),
+    "dora, in": (lora_jax.dora_linear, {"norm_axis": "in"}),
+    "dora, in, full gradient": (
+        lora_jax.dora_linear,
+        {"norm_axis": "in", "detach_norm": False},
+    ),
+    "dora, dropout": (lora_jax.dora_linear, {"dropout_rate": 0.1, "dropout_key": KEY}),
+    "dora, dropout, torchtune": (
+        lora_jax.dora_linear,
+        {"dropout_rate": 0.1, "dropout_key": KEY, "dropout_mode": "torchtune"},
+    ),
+    "dora, dropout, in": (
+        lora_jax.dora_linear,
+        {"dropout_rate": 0.1, "dropout_key": KEY, "norm_axis": "in"},
+    ),
+}
+EVERY_LINEAR = pytest.mark.parametrize("name", LINEARS)
+
+
+def abstract_case(name, dtype="float32"):
+    """Shapes only: x, weight, adapter, c."""
+    n_kept = N_IN if LINEARS[name][1].get("norm_axis") == "in" else N_OUT
+    shape = jax.ShapeDtypeStruct
+    adapter = {
+        "A": shape((N_IN, RANK), "float32"),
+        "B": shape((RANK, N_OUT), "float32"),
+    }
+    if name.startswith("dora"):
+        adapter["m"] = shape((n_kept,), "float32")
+    x = shape((BATCH, SEQUENCE, N_IN), dtype)
+    return x, shape((N_IN, N_OUT), dtype), adapter, shape((BATCH, SEQUENCE, N_OUT), dtype)
+
+
+def step(name):
+    """`(x, weight, adapter, c)` -> the gradients of x and of the adapter."""
+    linear, options = LINEARS[name]
+
+    def gradients(x, weight, adapter, c):
+        forward = lambda x, adapter: linear(x, weight, adapter, 2.0, **options)  # noqa: E731
+        y, pull = jax.vjp(forward, x, adapter)
+        return y, pull(c)
+
+    return gradients
+
+
+def compile_step(name, dtype="float32"):
+    return jax.jit(step(name)).lower(*abstract_case(name, dtype)).compile()
+
+
+def flops(compiled):
+    analysis = compiled.cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+@EVERY_LINEAR
+def test_no_temporary_of_the_size_of_the_weight(name):
+    # The largest that is allowed: the blocks of the direct norm, 128 rows or columns.
+    temporary = compile_step(name).memory_analysis().temp_size_in_bytes
+    assert temporary < WEIGHT_BYTES / 2
+
+
+def test_the_textbook_and_the_merged_layer_have_such_a_temporary():
+    # Guards the test above: it can tell.
+    def merged(x, weight, adapter, c):
+        forward = lambda x, adapter: x @ lora_jax.merge_lora_weight(weight, adapter)  # noqa: E731
+        return jax.vjp(forward, x, adapter)[1](c)
+
+    compiled = jax.jit(merged).lower(*abstract_case("lora")).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes >= WEIGHT_BYTES
+
+
+@pytest.mark.parametrize("name", [n for n in LINEARS if "dropout" not in n])
+def test_no_gradient_of_the_frozen_weight(name):
+    # Forward and input gradient of the frozen layer, six products of rank RANK, and for
+    # DoRA those of the norm: anything with the weight's gradient has half as much again.
+    base = 4 * TOKENS * N_IN * N_OUT
+    adapter = 6 * TOKENS * RANK * (N_IN + N_OUT)
+    norm = 0
+    if name.startswith("dora"):
+        direct = 2 * 128 * N_OUT * RANK * max(N_IN, N_OUT) / 128
+        passes = 4 if "full" in name else 2
+        norm = passes * RANK * N_IN * N_OUT + direct + 16 * N_IN * N_OUT
+    assert flops(compile_step(name)) < 1.1 * (base + adapter) + norm
+
+
+@EVERY_LINEAR
+def test_products_of_the_backward_pass_need_no_transposed_copy(name):
+    # With several token axes XLA on the CPU would transpose x and the cotangent.
+    text = compile_step(name).as_text()
+    large = rf"f32\[(?:{BATCH},{SEQUENCE}|{TOKENS}),(?:{N_IN}|{N_OUT})\]"
+    turned = rf"f32\[(?:{N_IN}|{N_OUT}),(?:{BATCH},{SEQUENCE}|{TOKENS})\]"
+    assert not re.search(rf"= (?:{large}|{turned})\S* (?:transpose|copy)\(", text)
+    assert not re.search(rf"= {turned}", text)
+
+
+def products(jaxpr):
+    """The operands and the result of every matrix product, also inside calls."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield [v.aval for v in (*eqn.invars, *eqn.outvars)]
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def products_with_tokens(name, dtype):
+    """Those of the rows, and so all but those of the norm."""
+    jaxpr = jax.make_jaxpr(step(name))(*abstract_case(name, dtype)).jaxpr
+    found = [avals for avals in products(jaxpr) if any(TOKENS in v.shape for v in avals)]
+    assert len(found) >= 6
+    return found
+
+
+@EVERY_LINEAR
+def test_gradient_of_a_is_formed_with_the_rank_as_rows(name):
+    shapes = [result.shape for *_, result in products_with_tokens(name, "float32")]
+    assert (RANK, N_IN) in shapes
+    assert (N_IN, RANK) not in shapes
+
+
+@EVERY_LINEAR
+def test_products_of_a_bfloat16_layer_are_in_bfloat16(name):
+    for left, right, _ in products_with_tokens(name, "bfloat16"):
+        assert left.dtype == right.dtype == jnp.bfloat16
+
+
+@EVERY_LINEAR
+def test_a_bfloat16_weight_is_not_widened_for_a_product(name):
+    jaxpr = jax.make_jaxpr(step(name))(*abstract_case(name, "bfloat16")).jaxpr
+    for left, right, _ in products(jaxpr):
+        for operand in (left, right):
+            assert operand.shape != (N_IN, N_OUT) or operand.dtype == jnp.bfloat16
+
+
+def residuals(name):
+    """Shapes of what the forward pass keeps for the backward pass."""
+    x, weight, adapter, _ = abstract_case(name)
+    linear, options = LINEARS[name]
+
+    def pull(x, weight, adapter):
+        forward = lambda x, adapter: linear(x, weight, adapter, 2.0, **options)  # noqa: E731
+        return jax.vjp(forward, x, adapter)[1]
+
+    return [
+        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull, x, weight, adapter))
+    ]
+
+
+def sizes_with_tokens(shapes):
+    """Of residuals with the tokens' axes, the sizes over the number of tokens."""
+    sizes = []
+    for shape in shapes:
+        if shape[:1] == (TOKENS,) or shape[:2] == (BATCH, SEQUENCE):
+            size = 1
+            for n in shape:
+                size *= n
+            sizes.append(size // TOKENS)
+    return sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("lora", [RANK, N_IN]),
+        ("lora, dropout", [RANK, N_IN]),
+        ("lora, dropout of the output", [RANK, N_IN]),
+        # z, for the gradient of the magnitude.
+        ("dora", [RANK, N_OUT, N_IN]),
+        ("dora, full gradient", [RANK, N_OUT, N_IN]),
+        ("dora, dropout", [RANK, N_OUT, N_IN]),
+        ("dora, dropout, torchtune", [RANK, N_OUT, N_IN]),
+        ("dora, dropout, in", [RANK, N_IN]),
+    ],
+)
+def test_residuals_are_x_and_rank_wide_arrays(name, want):
+    kept = residuals(name)
+    assert sizes_with_tokens(kept) == sorted(want)
+    # Of the size of the weight, the weight.
+    weights = [shape for shape in kept if N_IN in shape and N_OUT in shape]
+    assert set(weights) <= {(N_IN, N_OUT)}
+
+
+def test_naive_dropout_keeps_more():
+    # Guards the test above: without rematerialization the mask and the masked x are kept.
+    def pull(x, a, key):
+        keep = jax.random.bernoulli(key, 0.9, x.shape)
+        return jax.vjp(lambda x, a: jnp.where(keep, x, 0.0) @ a, x, a)[1]
+
+    x, _, adapter, _ = abstract_case("lora")
+    kept = jax.eval_shape(pull, x, adapter["A"], KEY)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert sizes_with_tokens(shapes).count(N_IN) >= 2
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_rate_zero_is_the_program_without_dropout(name):
+    linear, _ = LINEARS[name]
+    x, weight, adapter, _ = abstract_case(name)
+    plain = jax.make_jaxpr(lambda *args: linear(*args))(x, weight, adapter)
+    at_zero = jax.make_jaxpr(
+        lambda *args: linear(*args, dropout_rate=0.0, dropout_key=KEY)
+    )(x, weight, adapter)
+    assert str(plain) == str(at_zero)
+    assert "random" not in str(plain)
+
+
+def test_a_number_alpha_is_a_constant_of_the_program():
+    x, weight, adapter, _ = abstract_case("lora")
+    jaxpr = jax.make_jaxpr(lambda *args: lora_jax.lora_linear(*args, 10.0))(
+        x, weight, adapter
+    )
+    assert f"mul {10.0 / RANK}" in str(jaxpr) or f" {10.0 / RANK}:f32[]" in str(jaxpr)
+
+
+def test_norm_branch_is_one_and_is_not_differentiated():
+    _, weight, adapter, _ = abstract_case("dora")
+
+    def gradient(weight, adapter):
+        norms = lambda adapter: lora_jax.dora_column_norm(weight, adapter).sum()  # noqa: E731
+        return jax.grad(norms)(adapter)
+
+    text = str(jax.make_jaxpr(gradient)(weight, adapter))
+    assert text.count("cond[") == 1
+    assert text.count("while[") + text.count("scan[") == 1

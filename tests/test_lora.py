@@ -1,0 +1,435 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from tests import reference, support
+
+ALPHA = 3.0
+SCALE = ALPHA / support.RANK
+
+
+def linear(case, alpha=ALPHA, **options):
+    return lora_jax.lora_linear(
+        case.x, case.weight, case.adapter, alpha, bias=case.bias, **options
+    )
+
+
+def gradients(case, alpha=ALPHA, **options):
+    def loss(x, adapter):
+        y = lora_jax.lora_linear(x, case.weight, adapter, alpha, **options)
+        return jnp.sum((y * case.c).astype(jnp.float32))
+
+    grad_x, grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(case.x, case.adapter)
+    return grads | {"x": grad_x}
+
+
+# ---------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_bias"])
+@pytest.mark.parametrize("layout", support.LAYOUTS)
+def test_output_and_gradients_equal_the_formula(layout, method):
+    case = support.make_case(layout, method=method)
+    x, weight, bias, adapter, c = case.reference()
+    y = jax.jit(linear)(case)
+    assert y.shape == case.c.shape
+    support.assert_close(y, reference.lora_linear(x, weight, adapter, SCALE, bias), 8)
+    want = reference.lora_gradients(x, weight, adapter, SCALE, c)
+    for name, value in gradients(case).items():
+        support.assert_close(value, want[name], 16)
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "half"])
+@pytest.mark.parametrize("dtype", support.HALF)
+def test_half_precision_rounds_the_sum_once(dtype, adapter_dtype):
+    adapter_dtype = dtype if adapter_dtype == "half" else adapter_dtype
+    case = support.make_case("tokens", dtype, adapter_dtype)
+    x, weight, bias, adapter, c = case.reference()
+    y = linear(case)
+    assert y.dtype == dtype
+    want = reference.lora_linear(x, weight, adapter, SCALE, bias)
+    # One rounding of the sum, one of x @ A, one of each factor.
+    support.assert_close(y, want, 2)
+    grads = gradients(case)
+    want = reference.lora_gradients(x, weight, adapter, SCALE, c)
+    for name, value in grads.items():
+        assert value.dtype == (case.x if name == "x" else case.adapter[name]).dtype
+        support.assert_close(value, want[name], 4, dtype=dtype)
+
+
+def test_base_and_update_are_added_before_the_rounding():
+    # x @ W is 256 and the update 1: in bfloat16, 256 + 1 is 256, but 256 + 1 + 1 (the
+    # bias) is 258 if nothing was rounded in between.
+    x, weight = jnp.ones((1, 1), "bfloat16"), jnp.full((1, 1), 256, "bfloat16")
+    adapter = {"A": jnp.ones((1, 1)), "B": jnp.ones((1, 1))}
+    y = lora_jax.lora_linear(x, weight, adapter, bias=jnp.ones(1))
+    assert float(y[0, 0]) == 258.0
+
+
+@pytest.mark.parametrize("adapter_dtype", support.DTYPES)
+@pytest.mark.parametrize("weight_dtype", support.DTYPES)
+@pytest.mark.parametrize("x_dtype", support.DTYPES)
+def test_dtype_is_that_of_x_at_weight(x_dtype, weight_dtype, adapter_dtype):
+    case = support.make_case("rows", weight_dtype, adapter_dtype)
+    x = case.x.astype(x_dtype)
+    y = lora_jax.lora_linear(x, case.weight, case.adapter, bias=case.bias.astype("float32"))
+    with jax.numpy_dtype_promotion("standard"):
+        assert y.dtype == (x @ case.weight).dtype
+
+
+def test_float64_stays_float64():
+    with support.x64():
+        case = support.make_case("tokens", "float64", "float64", "lora_bias")
+        x, weight, bias, adapter, c = case.reference()
+        y = linear(case)
+        assert y.dtype == jnp.float64
+        support.assert_close(y, reference.lora_linear(x, weight, adapter, SCALE, bias), 8)
+        want = reference.lora_gradients(x, weight, adapter, SCALE, c)
+        for name, value in gradients(case).items():
+            support.assert_close(value, want[name], 16)
+        mixed = lora_jax.lora_linear(
+            case.x, case.weight, {k: v.astype("float32") for k, v in case.adapter.items()}
+        )
+        assert mixed.dtype == jnp.float64
+
+
+def test_numpy_arrays_are_welcome():
+    case = support.make_case("rows")
+    x, weight, adapter = (
+        jax.tree.map(np.asarray, v) for v in (case.x, case.weight, case.adapter)
+    )
+    got = lora_jax.lora_linear(x, weight, adapter, ALPHA)
+    want = lora_jax.lora_linear(case.x, case.weight, case.adapter, ALPHA)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_no_tokens_and_no_rows():
+    case = support.make_case("rows")
+    y = lora_jax.lora_linear(case.x[:0], case.weight, case.adapter)
+    assert y.shape == (0, support.N_OUT)
+
+
+def test_zero_b_changes_nothing():
+    case = support.make_case("tokens")
+    adapter = case.adapter | {"B": jnp.zeros_like(case.adapter["B"])}
+    y = lora_jax.lora_linear(case.x, case.weight, adapter, ALPHA)
+    x, weight = case.x.reshape(-1, support.N_IN), case.weight
+    np.testing.assert_array_equal(y.reshape(-1, support.N_OUT), x @ weight)
+
+
+def test_vmap_is_a_leading_axis():
+    case = support.make_case("stacked", method="lora_bias")
+    mapped = jax.vmap(lambda case: linear(case))(case)
+    support.assert_close(linear(case), mapped, 4)
+    grads = jax.vmap(gradients)(case)
+    for name, value in gradients(case).items():
+        support.assert_close(value, grads[name], 4)
+
+
+def test_adapters_batched_by_vmap_on_one_weight():
+    case = support.make_case("stacked")
+    weight = case.weight[0]
+    y = jax.vmap(lora_jax.lora_linear, in_axes=(0, None, 0))(case.x, weight, case.adapter)
+    for i in range(3):
+        adapter = jax.tree.map(lambda v, i=i: v[i], case.adapter)
+        one = lora_jax.lora_linear(case.x[i], weight, adapter)
+        support.assert_close(y[i], one, 4)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "hessian", "checkpoint", "scan", "bf16 jvp"])
+def test_transforms(transform):
+    case = support.make_case("rows", "bfloat16" if "bf16" in transform else "float32")
+
+    def loss(adapter):
+        y = lora_jax.lora_linear(case.x, case.weight, adapter, ALPHA)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    grads = jax.grad(loss)(case.adapter)
+    if "jvp" in transform:
+        _, tangent = jax.jvp(loss, (case.adapter,), (case.adapter,))
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(case.adapter), strict=True)
+        want = sum(jnp.vdot(g, a) for g, a in pairs)
+        support.assert_close(tangent, want, 64 if "bf16" not in transform else 2**17)
+    elif transform == "hessian":
+        # The loss is quadratic in B: the Hessian times B is the gradient minus that at 0.
+        only_b = lambda b: loss(case.adapter | {"B": b})  # noqa: E731
+        b = case.adapter["B"]
+        h = jax.hessian(only_b)(b)
+        want = jax.grad(only_b)(b) - jax.grad(only_b)(jnp.zeros_like(b))
+        support.assert_close(jnp.einsum("ijkl,kl->ij", h, b), want, 64)
+    elif transform == "checkpoint":
+        again = jax.grad(jax.checkpoint(loss))(case.adapter)
+        for name, value in again.items():
+            support.assert_close(value, grads[name], 4)
+    else:
+        stacked = support.make_case("stacked")
+        square = stacked.weight[:, :, : support.RANK]
+
+        def body(x, layer):
+            weight, adapter = layer
+            return jnp.tile(lora_jax.lora_linear(x, weight, adapter), (1, 3)), None
+
+        adapters = stacked.adapter | {"B": stacked.adapter["B"][..., : support.RANK]}
+        x, _ = jax.lax.scan(body, stacked.x[0], (square, adapters))
+        want = stacked.x[0]
+        for i in range(3):
+            want, _ = body(want, jax.tree.map(lambda v, i=i: v[i], (square, adapters)))
+        support.assert_close(x, want, 8)
+
+
+def test_one_trace_for_all_values():
+    case = support.make_case("tokens")
+    with support.count_traces(lora_jax.lora_linear) as (linear, traces):
+        for alpha in (1.0, 2.0, 5.0):
+            adapter = jax.tree.map(lambda v, alpha=alpha: v * alpha, case.adapter)
+            linear(case.x, case.weight, adapter, jnp.float32(alpha)).block_until_ready()
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_alpha_may_be_traced(dtype):
+    case = support.make_case("rows")
+    alpha = jnp.asarray(3, dtype)
+    got = jax.jit(linear)(case, alpha)
+    support.assert_close(got, linear(case), 4)
+
+
+def test_alpha_has_a_gradient():
+    case = support.make_case("rows")
+    x, weight, _, adapter, c = case.reference()
+    loss = lambda alpha: jnp.vdot(linear(case, alpha), case.c)  # noqa: E731
+    want = (
+        x @ (reference.lora_weight(weight, adapter, 1 / support.RANK) - weight) * c
+    ).sum()
+    support.assert_close(jax.grad(loss)(ALPHA), want, 32)
+
+
+def test_rank_stabilized_divides_by_the_root_of_the_rank():
+    case = support.make_case("rows")
+    got = linear(case, rank_stabilized=True)
+    x, weight, bias, adapter, _ = case.reference()
+    want = reference.lora_linear(x, weight, adapter, ALPHA / support.RANK**0.5, bias)
+    support.assert_close(got, want, 8)
+
+
+def test_frozen_weight_has_no_gradient():
+    case = support.make_case("rows")
+    loss = lambda weight: lora_jax.lora_linear(case.x, weight, case.adapter).sum()  # noqa: E731
+    assert not jax.grad(loss)(case.weight).any()
+
+
+def test_bias_has_a_gradient():
+    case = support.make_case("rows")
+    loss = lambda bias: jnp.vdot(  # noqa: E731
+        lora_jax.lora_linear(case.x, case.weight, case.adapter, bias=bias), case.c
+    )
+    support.assert_close(jax.grad(loss)(case.bias), reference.f64(case.c).sum(0), 8)
+
+
+# ---------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_bias"])
+@pytest.mark.parametrize("layout", ["rows", "tokens", "stacked"])
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_dropout_multiplies_by_the_mask_of_the_key(position, layout, method):
+    case = support.make_case(layout, method=method)
+    key, rate = jax.random.key(7), 0.25
+    x, weight, _, adapter, c = case.reference()
+    masked = case.x if position == "pre" else case.c
+    mask = reference.f64(jax.random.bernoulli(key, 1 - rate, masked.shape)) / (1 - rate)
+    mask = mask.reshape((x if position == "pre" else c).shape)
+    nothing = np.zeros_like(weight)
+    if position == "pre":
+        want = x @ weight + reference.lora_linear(x * mask, nothing, adapter, SCALE)
+        grads = reference.lora_gradients(x * mask, nothing, adapter, SCALE, c)
+        grads["x"] = grads["x"] * mask + c @ reference.t(weight)
+    else:
+        want = x @ weight + mask * reference.lora_linear(x, nothing, adapter, SCALE)
+        grads = reference.lora_gradients(x, nothing, adapter, SCALE, c * mask)
+        grads["x"] = grads["x"] + c @ reference.t(weight)
+    options = {"dropout_rate": rate, "dropout_key": key, "dropout_position": position}
+    got = lora_jax.lora_linear(case.x, case.weight, case.adapter, ALPHA, **options)
+    support.assert_close(got, want, 8)
+    for name, value in gradients(case, **options).items():
+        support.assert_close(value, grads[name], 16)
+
+
+def test_another_key_drops_other_entries():
+    case = support.make_case("rows")
+    ys = [
+        linear(case, dropout_rate=0.5, dropout_key=jax.random.key(seed)) for seed in (0, 1)
+    ]
+    assert not jnp.array_equal(*ys)
+
+
+def test_a_raw_key_is_welcome():
+    case = support.make_case("rows")
+    linear(case, dropout_rate=0.5, dropout_key=jax.random.PRNGKey(0))
+
+
+# ---------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("layout", support.LAYOUTS)
+def test_merged_layer_equals_adapted_layer(layout):
+    case = support.make_case(layout)
+    merged = jax.jit(lora_jax.merge_lora_weight)(case.weight, case.adapter, ALPHA)
+    _, weight, _, adapter, _ = case.reference()
+    support.assert_close(merged, reference.lora_weight(weight, adapter, SCALE), 4)
+
+
+@pytest.mark.parametrize("dtype", support.HALF)
+def test_merge_rounds_once(dtype):
+    # Entries that are exact in float32, so that the one rounding is all there is.
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(64, 48)), dtype)
+    adapter = {
+        "A": jnp.asarray(rng.integers(-8, 9, (64, 4)) / 64, "float32"),
+        "B": jnp.asarray(rng.integers(-8, 9, (4, 48)) / 64, "float32"),
+    }
+    merged = lora_jax.merge_lora_weight(weight, adapter, 1.0)
+    exact = reference.lora_weight(*map(reference.f64, (weight, adapter)), 1 / 4)
+    np.testing.assert_array_equal(merged, jnp.asarray(exact, "float32").astype(dtype))
+
+
+def test_merge_adds_in_the_dtype_of_a_wider_adapter():
+    with support.x64():
+        weight = jnp.ones((1, 1), "float32")
+        adapter = {"A": jnp.full((1, 1), 2.0**-24), "B": jnp.ones((1, 1))}
+        adapter["B"] = adapter["B"] + 2.0**-20  # just above half a unit of 1 in float32
+        merged = lora_jax.merge_lora_weight(weight, adapter)
+    assert merged[0, 0] == np.float32(1 + 2.0**-23)
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_unmerge_undoes_merge_within_its_bound(dtype):
+    case = support.make_case("stacked", dtype)
+    merged = lora_jax.merge_lora_weight(case.weight, case.adapter, ALPHA)
+    back = lora_jax.unmerge_lora_weight(merged, case.adapter, ALPHA)
+    assert back.dtype == merged.dtype == case.weight.dtype
+    size = np.abs(reference.f64(case.weight)) + np.abs(reference.f64(merged))
+    support.assert_close(back, reference.f64(case.weight), 1, scale=size)
+
+
+def test_merge_is_differentiable_in_the_adapter():
+    case = support.make_case("rows")
+    merge = lambda b: lora_jax.merge_lora_weight(case.weight, case.adapter | {"B": b}).sum()  # noqa: E731
+    want = np.broadcast_to(
+        reference.f64(case.adapter["A"]).sum(0)[:, None] / support.RANK,
+        case.adapter["B"].shape,
+    )
+    support.assert_close(jax.grad(merge)(case.adapter["B"]), want, 16)
+
+
+def test_delta_has_the_dtype_of_the_factors():
+    case = support.make_case("rows")
+    a, b = case.adapter["A"], case.adapter["B"]
+    half = {"A": a.astype("bfloat16"), "B": b.astype("bfloat16")}
+    assert lora_jax.lora_delta(half).dtype == jnp.bfloat16
+    assert lora_jax.lora_delta(half | {"A": a}).dtype == jnp.float32
+    exact = reference.f64(half["A"]) @ reference.f64(half["B"]) / support.RANK
+    rounded_once = jnp.asarray(exact, "float32").astype("bfloat16")
+    np.testing.assert_array_equal(lora_jax.lora_delta(half), rounded_once)
+
+
+# ---------------------------------------------------------------------------- trees
+
+
+def test_tree_delta_replaces_adapters_and_nothing_else():
+    case, other = support.make_case("rows"), support.make_case("stacked", rank=2)
+    step = jnp.arange(3)
+    tree = {"q": case.adapter, "blocks": [other.adapter, None], "step": step, "name": "run"}
+    got = lora_jax.tree_lora_delta(tree, ALPHA)
+    np.testing.assert_array_equal(got["q"], lora_jax.lora_delta(case.adapter, ALPHA))
+    np.testing.assert_array_equal(
+        got["blocks"][0], lora_jax.lora_delta(other.adapter, ALPHA)
+    )
+    assert got["blocks"][1] is None
+    assert got["step"] is step
+    assert got["name"] == "run"
+
+
+def test_tree_delta_leaves_the_users_leaves_alone():
+    adapter = support.make_case("rows").adapter
+    frozen = {"frozen": adapter}
+    tree = {"q": adapter, "head": frozen}
+    got = lora_jax.tree_lora_delta(tree, is_leaf=lambda node: node is frozen)
+    assert got["head"] is frozen
+    assert got["q"].shape == (support.N_IN, support.N_OUT)
+
+
+def test_tree_delta_of_modules_that_are_named_like_factors():
+    adapter = support.make_case("rows").adapter
+    got = lora_jax.tree_lora_delta({"A": adapter, "B": {"A": adapter}})
+    assert got["A"].shape == got["B"]["A"].shape == (support.N_IN, support.N_OUT)
+
+
+def test_tree_delta_names_the_path_of_a_bad_adapter():
+    adapter = support.make_case("rows").adapter
+    tree = {"layers": [{"q": {"A": adapter["A"]}}]}
+    with pytest.raises(KeyError, match=r"at 'layers/0/q': .*missing: B"):
+        lora_jax.tree_lora_delta(tree)
+
+
+# ---------------------------------------------------------------------------- init
+
+
+@pytest.mark.parametrize("layout", ["rows", "stacked", "experts_in_layers"])
+def test_init_makes_a_random_and_b_zero(layout):
+    weight = support.make_case(layout, shape=(200, 9)).weight
+    adapter = lora_jax.init_lora_adapter(jax.random.key(0), weight, 5)
+    *batch, n_in, n_out = weight.shape
+    assert adapter["A"].shape == (*batch, n_in, 5)
+    assert adapter["B"].shape == (*batch, 5, n_out)
+    assert not adapter["B"].any()
+    # 1000 draws: the deviation of the deviation is 2 %.
+    assert 0.009 < float(jnp.std(adapter["A"])) < 0.011
+    assert jnp.unique(adapter["A"]).size > 0.99 * adapter["A"].size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "want"),
+    [
+        ("bfloat16", None, "float32"),
+        ("float16", None, "float32"),
+        ("float32", None, "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float16", "float16"),
+    ],
+)
+def test_init_dtype(dtype, given, want):
+    weight = jax.ShapeDtypeStruct((12, 9), dtype)
+    adapter = lora_jax.init_lora_adapter(jax.random.key(0), weight, 4, dtype=given)
+    assert adapter["A"].dtype == adapter["B"].dtype == want
+
+
+def test_init_in_half_precision_is_the_rounded_float32_init():
+    weight, key = jax.ShapeDtypeStruct((12, 9), "float32"), jax.random.key(0)
+    half = lora_jax.init_lora_adapter(key, weight, 4, dtype="bfloat16")["A"]
+    full = lora_jax.init_lora_adapter(key, weight, 4)["A"]
+    np.testing.assert_array_equal(half, full.astype("bfloat16"))
+
+
+def test_init_inside_jit_with_out_shardings_and_eval_shape():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("model",))
+    spec = jax.sharding.PartitionSpec
+    shardings = {
+        "A": jax.sharding.NamedSharding(mesh, spec("model", None)),
+        "B": jax.sharding.NamedSharding(mesh, spec(None, "model")),
+    }
+    weight = jax.ShapeDtypeStruct((64, 32), "bfloat16")
+
+    def init(key):
+        return lora_jax.init_lora_adapter(key, weight, 4)
+
+    sharded = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    assert sharded["A"].sharding.is_equivalent_to(shardings["A"], 2)
+    assert len(sharded["A"].addressable_shards) == 8
+    assert sharded["A"].addressable_shards[0].data.shape == (8, 4)
+    support.assert_close(sharded["A"], init(jax.random.key(0))["A"], 2)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    assert shapes["A"] == jax.ShapeDtypeStruct((64, 4), "float32")
+    assert shapes["B"] == jax.ShapeDtypeStruct((4, 32), "float32")

@@ -4,8 +4,8 @@ For the columns, `|W + s A B|^2 = |W|^2 + 2 s (A^T W) . B + s^2 B . (A^T A) B`, 
 multiplies entry by entry and sums over the rank: one product with `W` that is `rank` rows
 high. Rows (the norm of each input) are the same with `W^T`, `B^T`, `A^T` for `W`, `A`, `B`.
 Below, the *summed* axis of the weight is the one that the squares are summed over, and the
-*kept* axis the other; `left (*batch, rank, summed)` and `right (*batch, rank, kept)` are
-the two factors.
+*kept* axis the other; `left` is the factor with the summed axis and `right
+(*batch, rank, kept)` the other one.
 
 The sum cancels where the update nearly undoes a column; the columns are then formed
 directly, block by block.
@@ -65,15 +65,14 @@ def adapted_norm_squared(
     """
     dtype = base.dtype
     a, b = a.astype(dtype), b.astype(dtype)
-    transposed_a = jnp.swapaxes(a, -1, -2)  # (*batch, rank, in)
-    left, right = (transposed_a, b) if axis == -2 else (b, transposed_a)
+    left, right = (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
     right = _numerics.multiply(right, scale)
-    gram = _product(left, left, -1)  # (*batch, rank, rank)
+    gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
     cross = jnp.sum(_product_with_weight(left, weight, axis) * right, axis=-2)
     own = jnp.sum(jnp.matmul(gram, right, precision=_HIGHEST) * right, axis=-2)
     squared = base + 2 * cross + own
     # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
-    energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / left.shape[-2]
+    energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / right.shape[-2]
     terms = base + own + energy[..., None] * jnp.sum(jnp.square(right), axis=-2)
     correction = _correction(squared, terms, weight, a, b, scale, axis)
     return jnp.maximum(squared + correction, 0)
@@ -121,28 +120,30 @@ def _direct(weight, a, b, scale, axis) -> jax.Array:
     return lax.fori_loop(0, -(-n // block), add_block, zero)
 
 
-def _product_with_weight(left: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """`(*batch, rank, summed)` times the weight over `axis`: `(*batch, rank, kept)`.
+def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """Contracts `axis` of the factor with that of the weight: `(*batch, rank, kept)`.
 
-    At the precision of `left`, float32 or wider. A bfloat16 weight is not widened: `left`
-    is split into three bfloat16 parts that add up to it, and one product in bfloat16 with
-    float32 sums does them all.
+    At the precision of the factor, float32 or wider. A bfloat16 weight is not widened: the
+    factor is split into three bfloat16 parts that add up to it, and one product in bfloat16
+    with float32 sums does them all.
     """
-    left = lax.optimization_barrier(left)  # see _numerics.project_down
-    if weight.dtype != jnp.bfloat16 or left.dtype != jnp.float32:
-        return _product(left, weight.astype(left.dtype), axis)
-    parts, rest = [], left
+    if weight.dtype != jnp.bfloat16 or factor.dtype != jnp.float32:
+        return _product(factor, weight.astype(factor.dtype), axis, axis)
+    parts, rest = [], factor
     for _ in range(3):
         # A cast there and back may be optimized away; this rounding may not.
         parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
         rest = rest - parts[-1]
-    stacked = jnp.concatenate(parts, axis=-2).astype(jnp.bfloat16)
+    rank_axis = -1 if axis == -2 else -2
+    stacked = jnp.concatenate(parts, axis=rank_axis).astype(jnp.bfloat16)
+    if axis == -2:
+        stacked = jnp.swapaxes(stacked, -1, -2)  # (*batch, 3 * rank, summed)
     product = _numerics.contract(stacked, weight, weight.ndim + axis)
     return functools.reduce(jnp.add, jnp.split(product, 3, axis=-2))
 
 
-def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Contracts the last axis of `x` with `axis` of `y`: `(*batch, n, m)`."""
+def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    """Contracts `x_axis` of `x` with `y_axis` of `y`; the other axes stay in order."""
     batch = tuple(range(x.ndim - 2))
-    dimensions = (((x.ndim - 1,), (y.ndim + axis,)), (batch, batch))
+    dimensions = (((x.ndim + x_axis,), (y.ndim + y_axis,)), (batch, batch))
     return lax.dot_general(x, y, dimensions, precision=_HIGHEST)

@@ -1,13 +1,14 @@
 """The products of a DoRA layer, for both norm axes and every way to drop its input.
 
-`rows` is the input `(*batch, rows, in)` and `factor` is `m / n`, `(*batch, out)` or
-`(*batch, in)`; results are wide `(*batch, rows, out)`, without bias.
+`x` is `(*batch, *tokens, in)` and `factor` is `m / n`, `(*batch, out)` or `(*batch, in)`.
+Products run in `dtype`; results are wide `(*batch, rows, out)`, without bias.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
 import jax
+from jax.typing import DTypeLike
 
 from lora_jax import _numerics
 
@@ -20,13 +21,11 @@ class Dropout:
         rate: a Python number; 0 is no dropout.
         key: a `jax.random` key, or None.
         mode: `"peft"`, `"torchtune"` or `"megatron"`.
-        lead: the axes of the input before its tokens were folded.
     """
 
     rate: float
     key: jax.Array | None
     mode: str
-    lead: tuple[int, ...]
 
     @property
     def keeps_base(self) -> bool:
@@ -35,44 +34,49 @@ class Dropout:
 
 
 def scale_outputs(
-    rows: jax.Array,
+    x: jax.Array,
     weight: jax.Array,
     adapter: Mapping[str, jax.Array],
     scale: float | jax.Array,
     factor: jax.Array,
     dropout: Dropout,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """`k * (x @ (W + D))`, `k` one factor for each output."""
-    base = _numerics.matmul(rows, weight)
+    base = _numerics.frozen_product(x, weight, dtype)
     factor = _numerics.as_row(factor, base.dtype)
     if not dropout.rate:
-        u = _numerics.project_down(rows, adapter["A"])
-        return factor * (base + _up(u, adapter, scale, rows))
+        u = _numerics.project_down(x, adapter["A"], dtype)
+        return factor * (base + _up(u, adapter, scale, dtype))
 
     # Under jax.checkpoint the masks are drawn again in the backward pass and not kept.
     @jax.checkpoint
-    def dropped(rows, weight, a, key):
-        for_adapter, for_base = _drop(rows, dropout, key)
-        u = _numerics.project_down(for_adapter, a)
-        return u, None if dropout.keeps_base else _numerics.matmul(for_base, weight)
+    def dropped(x, weight, a, key):
+        for_adapter, for_base = _drop(x, dropout, key)
+        u = _numerics.project_down(for_adapter, a, dtype)
+        if dropout.keeps_base:
+            return u, None
+        return u, _numerics.frozen_product(for_base, weight, dtype)
 
-    u, dropped_base = dropped(rows, weight, adapter["A"], dropout.key)
-    update = _up(u, adapter, scale / (1.0 - dropout.rate), rows)
+    keep = 1.0 - dropout.rate
+    u, dropped_base = dropped(x, weight, adapter["A"], dropout.key)
+    update = _up(u, adapter, scale / keep, dtype)
     if dropped_base is None:
         return factor * (base + update)
     # base + (k - 1) * dropped_base + k * update, with one array kept for the gradient of
     # k instead of two.
-    dropped_base = _numerics.multiply(dropped_base, 1.0 / (1.0 - dropout.rate))
+    dropped_base = _numerics.multiply(dropped_base, 1.0 / keep)
     return base - dropped_base + factor * (dropped_base + update)
 
 
 def scale_inputs(
-    rows: jax.Array,
+    x: jax.Array,
     weight: jax.Array,
     adapter: Mapping[str, jax.Array],
     scale: float | jax.Array,
     factor: jax.Array,
     dropout: Dropout,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """`(k * x) @ (W + D)`, `k` one factor for each input.
 
@@ -80,23 +84,23 @@ def scale_inputs(
     `x @ W + ((k - 1) * x2) @ W` is `(x + (k - 1) * x2) @ W`.
     """
 
-    def project(rows, weight, a, factor, key):
-        wide = rows.astype(_numerics.accumulation_dtype(rows.dtype))
-        factor = _numerics.as_row(factor, wide.dtype)
-        for_adapter, for_base = _drop(wide, dropout, key)
-        keep = 1.0 / (1.0 - dropout.rate)
-        scaled = _numerics.multiply(for_adapter * factor, keep)
-        u = _numerics.project_down(scaled.astype(rows.dtype), a)
-        if dropout.keeps_base:
-            base_input = wide * factor
-        else:
-            base_input = wide + _numerics.multiply(for_base, keep) * (factor - 1.0)
-        return u, _numerics.matmul(base_input.astype(rows.dtype), weight)
+    def project(x, weight, a, factor, key):
+        batch_ndim = weight.ndim - 2
+        rows = _numerics.fold(x, batch_ndim).astype(_numerics.accumulation_dtype(dtype))
+        factor = _numerics.as_row(factor, rows.dtype)
+        for_adapter, for_base = (
+            _numerics.fold(v, batch_ndim).astype(rows.dtype) for v in _drop(x, dropout, key)
+        )
+        keep = 1.0 - dropout.rate
+        u = _numerics.project_down(for_adapter * factor / keep, a, dtype)
+        base_input = (
+            rows * factor if dropout.keeps_base else rows + for_base * (factor - 1) / keep
+        )
+        return u, _numerics.frozen_product(base_input, weight, dtype)
 
-    if dropout.rate:
-        project = jax.checkpoint(project)
-    u, base = project(rows, weight, adapter["A"], factor, dropout.key)
-    return base + _up(u, adapter, scale, rows)
+    project = jax.checkpoint(project) if dropout.rate else _numerics.keep_arguments(project)
+    u, base = project(x, weight, adapter["A"], factor, dropout.key)
+    return base + _up(u, adapter, scale, dtype)
 
 
 def _drop(
@@ -106,12 +110,12 @@ def _drop(
     if key is None or not dropout.rate:
         return x, x
     if dropout.mode != "megatron":
-        dropped = _numerics.drop(x, dropout.rate, key, dropout.lead)
+        dropped = _numerics.drop(x, dropout.rate, key)
         return dropped, dropped
     key_adapter, key_base = jax.random.split(key)
     return (
-        _numerics.drop(x, dropout.rate, key_adapter, dropout.lead),
-        _numerics.drop(x, dropout.rate, key_base, dropout.lead),
+        _numerics.drop(x, dropout.rate, key_adapter),
+        _numerics.drop(x, dropout.rate, key_base),
     )
 
 
@@ -119,7 +123,7 @@ def _up(
     u: jax.Array,
     adapter: Mapping[str, jax.Array],
     scale: float | jax.Array,
-    rows: jax.Array,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """`scale * u @ B`: wide `(*batch, rows, out)`."""
-    return _numerics.project_up(_numerics.multiply(u, scale), adapter["B"], rows.dtype)
+    return _numerics.project_up(_numerics.multiply(u, scale), adapter["B"], dtype)

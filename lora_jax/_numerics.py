@@ -7,7 +7,8 @@ that the tokens are folded into. A dtype is *wide* if it is at least float32.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,26 +77,52 @@ def fold(x: jax.Array, batch_ndim: int) -> jax.Array:
     return x.reshape(*batch, math.prod(tokens), x.shape[-1])
 
 
+def keep_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the arguments for the backward pass, and nothing that is made of them.
+
+    A folded, cast or transposed copy would otherwise be kept beside the array itself:
+    nothing for one compiled layer, a copy of all frozen weights for a `lax.scan` over
+    layers.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 def as_row(vector: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`(*batch, width)` -> `(*batch, 1, width)` in `dtype`, to go with rows."""
     return jnp.expand_dims(jnp.asarray(vector).astype(dtype), -2)
 
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`(*batch, rows, in), (*batch, in, out)` -> wide `(*batch, rows, out)`."""
-    return contract(x, weight, weight.ndim - 2)
+def frozen_product(x: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`(*batch, *tokens, in), (*batch, in, out)` -> wide `(*batch, rows, out)`.
 
-
-def project_down(x: jax.Array, a: jax.Array) -> jax.Array:
-    """`(*batch, rows, in), (*batch, in, rank)` -> wide `(*batch, rows, rank)`.
-
-    `x @ A`, with a gradient of `A` that is formed as `v.T @ x`, in `(rank, in)`. XLA on
-    the CPU does that 3 to 4 times as fast as the `x.T @ v`, in `(in, rank)`, that
-    `x @ A` leads to; without the barrier it would undo the transpose. Elsewhere the
-    barrier costs a copy of `A` at the most.
+    `x @ W`, multiplied in `dtype`, with a gradient of `x` only.
     """
-    a_transposed = jnp.swapaxes(a.astype(x.dtype), -1, -2)
-    return contract(x, lax.optimization_barrier(a_transposed), a.ndim - 1)
+
+    @keep_arguments
+    def product(x, weight):
+        weight = lax.stop_gradient(weight).astype(dtype)
+        rows = fold(x.astype(dtype), weight.ndim - 2)
+        return contract(rows, weight, weight.ndim - 2)
+
+    return product(x, weight)
+
+
+def project_down(x: jax.Array, a: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`(*batch, *tokens, in), (*batch, in, rank)` -> wide `(*batch, rows, rank)`.
+
+    `x @ A`, multiplied in `dtype`, with a gradient of `A` that is formed as `v.T @ x`, in
+    `(rank, in)`. XLA on the CPU does that 3 to 4 times as fast as the `x.T @ v`, in
+    `(in, rank)`, that `x @ A` leads to; without the barrier it would undo the transpose.
+    Elsewhere the barrier costs a copy of `A` at the most.
+    """
+
+    @keep_arguments
+    def product(x, a):
+        rows = fold(x.astype(dtype), a.ndim - 2)
+        transposed = lax.optimization_barrier(jnp.swapaxes(a.astype(dtype), -1, -2))
+        return contract(rows, transposed, a.ndim - 1)
+
+    return product(x, a)
 
 
 def project_up(u: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -146,12 +173,10 @@ def _wide_product_jvp(axis, dtype, primals, tangents):
     return out, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(out)
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zeroes each entry with probability `rate`; does **not** divide by `1 - rate`.
 
-    The mask is drawn in `(*lead, width)`, where `lead` are the axes of `x` before they
-    were folded. Call it inside `jax.checkpoint`: then the backward pass draws the mask
-    again, and neither it nor the masked `x` is kept.
+    Call it inside `jax.checkpoint`: then the backward pass draws the mask again, and
+    neither it nor the masked `x` is kept.
     """
-    keep = jax.random.bernoulli(key, 1.0 - rate, (*lead, x.shape[-1]))
-    return jnp.where(keep.reshape(x.shape), x, jnp.zeros_like(x))
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x, jnp.zeros_like(x))

@@ -265,25 +265,24 @@ def dora_linear(
             "each input and none for the bias."
         )
 
-    dtype = _numerics.promote(x.dtype, frozen_weight.dtype)
-    weight = lax.stop_gradient(jnp.asarray(frozen_weight))
+    x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
+    adapter = {name: jnp.asarray(value) for name, value in adapter.items()}
+    dtype = _numerics.promote(x.dtype, weight.dtype)
     scale = _numerics.adapter_scale(alpha, adapter["A"].shape[-1], rank_stabilized)
     if column_norm is None:
-        column_norm = _norm(weight, adapter, scale, norm_axis, weight_norm_squared)
+        column_norm = _frozen_norm(weight, adapter, scale, norm_axis, weight_norm_squared)
     if detach_norm:
         column_norm = lax.stop_gradient(column_norm)
     factor = _factor(adapter["m"], column_norm)
-    rows = _numerics.fold(jnp.asarray(x, dtype), weight.ndim - 2)
-    lead = x.shape[:-1]
+    dropout = _dora_products.Dropout(dropout_rate, dropout_key, dropout_mode)
     apply = _dora_products.scale_outputs
     if norm_axis == "in":
         apply = _dora_products.scale_inputs
-    dropout = _dora_products.Dropout(dropout_rate, dropout_key, dropout_mode, lead)
-    y = apply(rows, weight.astype(dtype), adapter, scale, factor, dropout)
+    y = apply(x, weight, adapter, scale, factor, dropout, dtype)
     if bias is not None:
         shift = _numerics.as_row(bias, y.dtype)
         y = y + (shift * _numerics.as_row(factor, y.dtype) if scale_bias else shift)
-    return y.astype(dtype).reshape(*lead, weight.shape[-1])
+    return y.astype(dtype).reshape(*x.shape[:-1], weight.shape[-1])
 
 
 def merge_dora_weight(
@@ -376,6 +375,17 @@ def _axis(norm_axis: NormAxis) -> int:
 def _along(vector: jax.Array, norm_axis: NormAxis, dtype: DTypeLike) -> jax.Array:
     """Puts back the axis that the norm summed over, with size 1."""
     return jnp.expand_dims(vector.astype(dtype), _axis(norm_axis))
+
+
+def _frozen_norm(weight, adapter, scale, norm_axis, weight_norm_squared) -> jax.Array:
+    """The norm with a gradient of the adapter only."""
+
+    @_numerics.keep_arguments
+    def norm(weight, adapter, scale, weight_norm_squared):
+        weight = lax.stop_gradient(weight)
+        return _norm(weight, adapter, scale, norm_axis, weight_norm_squared)
+
+    return norm(weight, adapter, scale, weight_norm_squared)
 
 
 def _norm(

@@ -237,8 +237,8 @@ def init_factors(
     if isinstance(init, str) and init == "orthogonal":
         a, b = orthogonal_pair(key, a_shape, b_shape, wide)
     else:
-        pair = isinstance(init, tuple) and len(init) == 2
-        init_a, init_b = init if pair else (init, "zeros")
+        pair = init if isinstance(init, tuple) and len(init) == 2 else (init, "zeros")
+        init_a, init_b = pair
         a = _draw(init_a, std, key_a, a_shape, wide)
         b = _draw(init_b, std, key_b, b_shape, wide)
     return a.astype(dtype), b.astype(dtype)
@@ -262,7 +262,7 @@ def _check_std_is_used(init: Init, std: float) -> None:
 
 
 def _draw(
-    init: str | Initializer,
+    init: Init,
     std: float,
     key: jax.Array,
     shape: tuple[int, ...],
@@ -278,7 +278,7 @@ def _draw(
     return value
 
 
-def _initializer(init: str | Initializer, std: float) -> Initializer:
+def _initializer(init: Init, std: float) -> Initializer:
     if isinstance(init, str):
         _checks.check_choice("init", init, _NAMES)
         if init == "orthogonal":

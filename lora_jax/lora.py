@@ -29,7 +29,6 @@ from typing import Any, Literal, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax import _checks, _numerics
@@ -199,18 +198,22 @@ def lora_linear(
     if bias is not None:
         _checks.check_bias("bias", bias, frozen_weight.shape)
 
-    dtype = _numerics.promote(x.dtype, frozen_weight.dtype)
-    weight = lax.stop_gradient(jnp.asarray(frozen_weight, dtype))
-    rows = _numerics.fold(jnp.asarray(x, dtype), weight.ndim - 2)
+    x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
+    dtype = _numerics.promote(x.dtype, weight.dtype)
     scale = _numerics.adapter_scale(alpha, adapter["A"].shape[-1], rank_stabilized)
-    lead = x.shape[:-1]
-    update = _update(
-        rows, adapter, scale, dropout_rate, dropout_key, dropout_position, lead
-    )
-    y = _numerics.matmul(rows, weight) + update  # (*batch, rows, out), wide
+    y = _numerics.frozen_product(x, weight, dtype)  # (*batch, rows, out), wide
+    if dropout_rate and dropout_position == "pre":
+        u = _project_dropped(x, adapter["A"], dtype, dropout_rate, dropout_key)
+    else:
+        u = _numerics.project_down(x, jnp.asarray(adapter["A"]), dtype)
+    update = _project_up(u, adapter, scale, dtype)
+    shape = (*x.shape[:-1], weight.shape[-1])
+    if dropout_rate and dropout_position == "post":
+        update = _dropped(update, dropout_rate, dropout_key, shape)
+    y = y + update
     if bias is not None:
         y = y + _numerics.as_row(bias, y.dtype)
-    return y.astype(dtype).reshape(*lead, weight.shape[-1])
+    return y.astype(dtype).reshape(shape)
 
 
 def merge_lora_weight(
@@ -319,47 +322,42 @@ def _looks_like_adapter(node: Any) -> bool:
     )
 
 
-def _update(
-    rows: jax.Array,
+def _project_dropped(
+    x: jax.Array, a: jax.Array, dtype: DTypeLike, rate: float, key: jax.Array | None
+) -> jax.Array:
+    """`drop(x) @ A`: wide `(*batch, rows, rank)`. The mask is not kept."""
+
+    @jax.checkpoint
+    def project(x, a, key):
+        return _numerics.project_down(_numerics.drop(x, rate, key), a, dtype)
+
+    return _numerics.multiply(project(x, a, key), 1.0 / (1.0 - rate))
+
+
+def _project_up(
+    u: jax.Array,
     adapter: Mapping[str, jax.Array],
     scale: float | jax.Array,
-    rate: float,
-    key: jax.Array | None,
-    position: str,
-    lead: tuple[int, ...],
+    dtype: DTypeLike,
 ) -> jax.Array:
-    """`scale * ((x @ A + A_bias) @ B + B_bias)` with dropout: wide `(*batch, rows, out)`.
-
-    `rows` is `(*batch, rows, in)`; `lead` are the axes of `x` that were folded.
-    """
-    if rate and position == "pre":
-        u = _project_dropped(rows, adapter["A"], rate, key, lead)
-    else:
-        u = _numerics.project_down(rows, adapter["A"])  # (*batch, rows, rank), wide
+    """`scale * ((u + A_bias) @ B + B_bias)`: wide `(*batch, rows, out)`."""
     if "A_bias" in adapter:
         u = u + _numerics.as_row(adapter["A_bias"], u.dtype)
-    u = _numerics.multiply(u, scale)
-    update = _numerics.project_up(u, adapter["B"], rows.dtype)
+    update = _numerics.project_up(_numerics.multiply(u, scale), adapter["B"], dtype)
     if "B_bias" in adapter:
         shift = _numerics.as_row(adapter["B_bias"], update.dtype)
         update = update + _numerics.multiply(shift, scale)
-    if rate and position == "post":
-        update = _dropped(update, rate, key, lead)
     return update
 
 
-def _project_dropped(rows, a, rate, key, lead):
-    @jax.checkpoint
-    def project(rows, a, key):
-        return _numerics.project_down(_numerics.drop(rows, rate, key, lead), a)
+def _dropped(
+    update: jax.Array, rate: float, key: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:
+    """`drop(update)`, with a mask drawn in `shape` that is not kept."""
 
-    return _numerics.multiply(project(rows, a, key), 1.0 / (1.0 - rate))
-
-
-def _dropped(update, rate, key, lead):
     @jax.checkpoint
     def dropped(update, key):
-        return _numerics.drop(update, rate, key, lead)
+        return _numerics.drop(update.reshape(shape), rate, key).reshape(update.shape)
 
     return _numerics.multiply(dropped(update, key), 1.0 / (1.0 - rate))
 

@@ -9,7 +9,7 @@ import pytest
 import lora_jax
 
 # All different, so that a shape tells which array it is; the weight is by far the largest.
-BATCH, SEQUENCE, N_IN, N_OUT, RANK = 2, 6, 2048, 640, 5
+BATCH, SEQUENCE, N_IN, N_OUT, RANK = 2, 6, 2048, 896, 5
 TOKENS = BATCH * SEQUENCE
 WEIGHT_BYTES = 4 * N_IN * N_OUT
 KEY = jax.random.key(0)

@@ -1,0 +1,136 @@
+"""Interleaved timing of several functions in one process.
+
+A shared machine changes speed from second to second. So every round calls every function
+once, in an order of its own, and a function is judged by the median over rounds of its
+time over the baseline's in the same round.
+"""
+
+import dataclasses
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """What the rounds took, in seconds, one entry a round.
+
+    Attributes:
+        wall: elapsed time.
+        cpu: time of all threads of this process, `time.process_time`. It leaves out other
+            processes' work, and on an accelerator the work of the device too.
+    """
+
+    wall: list[float]
+    cpu: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratios:
+    """Times over a baseline's.
+
+    Attributes:
+        wall: median over rounds of the ratio of elapsed times.
+        cpu: median over rounds of the ratio of processor times.
+        best: shortest elapsed time over the baseline's shortest.
+    """
+
+    wall: float
+    cpu: float
+    best: float
+
+
+def pin(threads: int) -> None:
+    """Restricts this process to `threads` processors; call it before JAX runs anything.
+
+    The thread pools that XLA makes at its first use have as many threads as the process
+    then has processors.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise OSError("threads cannot be pinned: this system has no os.sched_setaffinity.")
+    available = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(available):
+        raise ValueError(f"expected 1 to {len(available)} threads, got {threads}.")
+    os.sched_setaffinity(0, available[:threads])
+
+
+def environment() -> dict[str, Any]:
+    """What a table of times has to say of the machine."""
+    device = jax.devices()[0]
+    kind = _processor_name() if device.platform == "cpu" else device.device_kind
+    processors = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    return {
+        "device": kind,
+        "platform": device.platform,
+        "threads": processors,
+        "jax": jax.__version__,
+    }
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 2, seed: int = 0
+) -> dict[str, Times]:
+    """Times each of `calls` once a round, in a shuffled order.
+
+    Args:
+        calls: functions of no arguments. Each is timed until its result is ready.
+        rounds: number of timed rounds.
+        warmup: rounds before them that are not timed.
+        seed: of the orders.
+
+    Returns:
+        The times of each, under its name.
+    """
+    times = {name: Times([], []) for name in calls}
+    shuffle = random.Random(seed).shuffle
+    order = list(calls)
+    for i in range(warmup + rounds):
+        shuffle(order)
+        for name in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(calls[name]())
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if i >= warmup:
+                times[name].wall.append(wall)
+                times[name].cpu.append(cpu)
+    return times
+
+
+def ratios(times: Mapping[str, Times], baseline: str) -> dict[str, Ratios]:
+    """Each of `times` over those of `baseline`, which is among them."""
+    base = times[baseline]
+
+    def over_base(own: Times) -> Ratios:
+        return Ratios(
+            wall=_median_ratio(own.wall, base.wall),
+            cpu=_median_ratio(own.cpu, base.cpu),
+            best=min(own.wall) / min(base.wall),
+        )
+
+    return {name: over_base(own) for name, own in times.items()}
+
+
+def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(
+        own / base for own, base in zip(numerators, denominators, strict=True)
+    )
+
+
+def _processor_name() -> str:
+    """What Linux calls the processor; elsewhere what Python knows of it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [
+                line.partition(":")[2] for line in file if line.startswith("model name")
+            ]
+    except FileNotFoundError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""Every example runs: docstrings, README and docs."""
+
+import doctest
+import importlib
+import pathlib
+import pkgutil
+import re
+
+import jax
+import pytest
+
+import lora_jax
+
+ROOT = pathlib.Path(lora_jax.__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [info.name for info in pkgutil.walk_packages(lora_jax.__path__, "lora_jax.")]
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    failed, _ = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert not failed
+
+
+def test_there_are_docstring_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = map(importlib.import_module, MODULES)
+    assert sum(bool(t.examples) for m in modules for t in finder.find(m)) >= 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_blocks(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    namespace = {"__name__": "__docs__"}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{page.name}, block {i}", "exec"), namespace)
+
+
+def test_the_readme_has_blocks():
+    assert (ROOT / "README.md").read_text().count("```python") >= 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target

@@ -1,0 +1,115 @@
+"""Each public name has one address, the design's signature, and a full docstring."""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+import lora_jax
+
+DOCS = pathlib.Path(lora_jax.__file__).parent.parent / "docs"
+MODULES = [
+    importlib.import_module(f"lora_jax.{info.name}")
+    for info in pkgutil.iter_modules(lora_jax.__path__)
+    if not info.name.startswith("_")
+]
+# Modules whose names are used through the module, as those of jax.nn.initializers.
+NAMESPACES = {"lora_jax.initializers"}
+NAMES = [(module, name) for module in MODULES for name in module.__all__]
+FUNCTIONS = [
+    (module, name) for module, name in NAMES if inspect.isfunction(getattr(module, name))
+]
+
+SIGNATURES = """
+init_lora_adapter(key, weight, rank, init_std=0.01, dtype=None, *, init='gaussian')
+lora_delta(adapter, alpha=1.0, *, rank_stabilized=False)
+lora_linear(x, frozen_weight, adapter, alpha=1.0, *, bias=None, rank_stabilized=False,
+    dropout_rate=0.0, dropout_key=None, dropout_position='pre')
+merge_lora_weight(frozen_weight, adapter, alpha=1.0, *, rank_stabilized=False)
+unmerge_lora_weight(merged_weight, adapter, alpha=1.0, *, rank_stabilized=False)
+tree_lora_delta(adapters, alpha=1.0, *, is_leaf=None)
+dora_column_norm(weight, adapter=None, alpha=1.0, *, rank_stabilized=False, norm_axis='out')
+init_dora_adapter(key, weight, rank, init_std=0.01, dtype=None, *, init='gaussian',
+    norm_axis='out')
+init_dora_magnitude(weight, adapter, alpha=1.0, *, rank_stabilized=False, norm_axis='out')
+dora_linear(x, frozen_weight, adapter, alpha=1.0, *, bias=None, rank_stabilized=False,
+    scale_bias=False, detach_norm=True, norm_axis='out', weight_norm_squared=None,
+    column_norm=None, dropout_rate=0.0, dropout_key=None, dropout_mode='peft')
+merge_dora_weight(frozen_weight, adapter, alpha=1.0, *, rank_stabilized=False,
+    norm_axis='out')
+unmerge_dora_weight(merged_weight, adapter, column_norm, alpha=1.0, *,
+    rank_stabilized=False, norm_axis='out')
+"""
+
+
+def test_each_name_is_at_one_address():
+    names = [name for _, name in NAMES]
+    assert len(names) == len(set(names))
+    handed_on = {
+        name
+        for name, value in vars(lora_jax).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    top = {name for module, name in NAMES if module.__name__ not in NAMESPACES}
+    assert handed_on == top
+    for module, name in NAMES:
+        if module.__name__ not in NAMESPACES:
+            assert getattr(lora_jax, name) is getattr(module, name)
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda v: getattr(v, "__name__", v))
+def test_all_names_are_defined_in_their_module(module, name):
+    value = getattr(module, name)
+    if inspect.isfunction(value):
+        assert value.__module__ == module.__name__
+
+
+@pytest.mark.parametrize("line", re.split(r"\n(?=\S)", SIGNATURES.strip()))
+def test_fixed_signatures(line):
+    name, parameters = re.sub(r"\s+", " ", line).split("(", 1)
+    signature = inspect.signature(getattr(lora_jax, name))
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    got = str(signature.replace(parameters=bare, return_annotation=signature.empty))
+    assert got == f"({parameters}"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), FUNCTIONS, ids=lambda v: getattr(v, "__name__", v)
+)
+def test_docstrings_have_their_sections(module, name):
+    function = getattr(module, name)
+    text = inspect.getdoc(function)
+    parameters = inspect.signature(function).parameters
+    sections = re.findall(r"^(Args|Returns|Raises|References|Example):$", text, re.M)
+    order = ["Args", "Returns", "Raises", "References", "Example"]
+    assert sections == [section for section in order if section in sections]
+    assert {"Args", "Returns"} <= set(sections)
+    args = text.split("Args:\n")[1].split("\nReturns:")[0]
+    assert re.findall(r"^    (\w+):", args, re.M) == list(parameters)
+    assert text.splitlines()[0].endswith(".")
+    if name not in ("zeros", "kaiming_uniform", "xavier_uniform", "xavier_normal"):
+        assert "Raises" in sections
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_modules_have_docstrings(module):
+    assert module.__doc__
+
+
+def test_the_api_page_lists_every_name_once():
+    text = (DOCS / "api.md").read_text()
+    listed = re.findall(r"^\| `([\w.]+)`", text, re.M)
+    want = [
+        f"{module.__name__}.{name}" if module.__name__ in NAMESPACES else f"lora_jax.{name}"
+        for module, name in NAMES
+    ]
+    assert sorted(listed) == sorted(want)
+
+
+def test_the_version_is_written_in_one_place():
+    pyproject = (DOCS.parent / "pyproject.toml").read_text()
+    assert lora_jax.__version__ not in pyproject
+    assert 'path = "lora_jax/__init__.py"' in pyproject

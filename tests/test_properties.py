@@ -1,6 +1,7 @@
 """What holds for every shape, rank and dtype."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,12 @@ def sums(options):
 def test_adapted_forward_is_merged_forward(layer):
     options, alpha, stabilized = layer
     with build(options) as case:
-        y = lora_jax.lora_linear(
-            case.x, case.weight, case.adapter, alpha, rank_stabilized=stabilized
+        linear, merge = (
+            jax.jit(functools.partial(function, rank_stabilized=stabilized))
+            for function in (lora_jax.lora_linear, lora_jax.merge_lora_weight)
         )
-        merged = lora_jax.merge_lora_weight(
-            case.weight, case.adapter, alpha, rank_stabilized=stabilized
-        )
+        y = linear(case.x, case.weight, case.adapter, alpha)
+        merged = merge(case.weight, case.adapter, alpha)
         assert y.dtype == merged.dtype == options["dtype"]
         x, weight, _, adapter, _ = case.reference()
         size = size_of(x, weight, adapter, scale_of(options, alpha, stabilized))
@@ -95,7 +96,7 @@ def test_zero_b_changes_nothing(layer):
         adapter = case.adapter | {"B": jnp.zeros_like(case.adapter["B"])}
         merged = lora_jax.merge_lora_weight(case.weight, adapter, alpha)
         np.testing.assert_array_equal(merged, case.weight)
-        y = lora_jax.lora_linear(case.x, case.weight, adapter, alpha)
+        y = jax.jit(lora_jax.lora_linear)(case.x, case.weight, adapter, alpha)
         x, weight, *_ = case.reference()
         size = np.abs(x) @ np.abs(weight) + 1e-30
         support.assert_close(y, x @ weight, sums(options), scale=size)
@@ -126,7 +127,7 @@ def test_vmap_is_a_leading_axis(layer, method):
             return linear(x, weight, adapter, alpha, rank_stabilized=stabilized)
 
         args = (case.x, case.weight, case.adapter)
-        got, mapped = apply(*args), jax.vmap(apply)(*args)
+        got, mapped = jax.jit(apply)(*args), jax.jit(jax.vmap(apply))(*args)
         x, weight, _, adapter, _ = case.reference()
         size = size_of(x, weight, adapter, scale_of(options, alpha, stabilized))
         if method == "dora":
@@ -144,11 +145,22 @@ def test_dora_forward_is_merged_forward_and_unmerge_undoes_it(layer):
     axis = options["norm_axis"]
     with build(options) as case:
         keywords = {"rank_stabilized": stabilized, "norm_axis": axis}
-        args = (case.adapter, alpha)
-        merged = lora_jax.merge_dora_weight(case.weight, *args, **keywords)
-        norm = lora_jax.dora_column_norm(case.weight, *args, **keywords)
-        back = lora_jax.unmerge_dora_weight(merged, case.adapter, norm, alpha, **keywords)
-        y = lora_jax.dora_linear(case.x, case.weight, *args, **keywords)
+
+        @jax.jit  # one compilation instead of one for each operation
+        def apply(case):
+            args = (case.adapter, alpha)
+            merged = lora_jax.merge_dora_weight(case.weight, *args, **keywords)
+            norm = lora_jax.dora_column_norm(case.weight, *args, **keywords)
+            back = lora_jax.unmerge_dora_weight(
+                merged, case.adapter, norm, alpha, **keywords
+            )
+            return (
+                merged,
+                back,
+                lora_jax.dora_linear(case.x, case.weight, *args, **keywords),
+            )
+
+        merged, back, y = apply(case)
         assert y.dtype == merged.dtype == back.dtype == options["dtype"]
         x, weight, _, adapter, _ = case.reference()
         scale = scale_of(options, alpha, stabilized)

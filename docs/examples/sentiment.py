@@ -30,7 +30,7 @@ import reviews
 
 LEARNING_RATE = 2e-3
 WARM_UP = 0.1  # of the steps
-PROBE_PENALTY = 1e-2  # the probe's best, of eight tried, on average over three splits
+PROBE_PENALTY = 1e-2  # the best of eight on the test sides of three splits: a strong probe
 
 EXAMPLES = """examples:
   python sentiment.py                                LoRA, about two minutes

@@ -25,7 +25,7 @@ _HIGHEST = lax.Precision.HIGHEST
 # it has lost at the most 8 of its 24 bits.
 _TRUSTED = 2.0**-8
 
-# Rows or columns of the weight that `_direct` forms at a time.
+# Rows or columns of the weight that `_direct` forms at a time, at the most.
 _BLOCK = 128
 
 
@@ -94,30 +94,29 @@ def _correction(squared, terms, weight, a, b, scale, axis) -> jax.Array:
 
 
 def _direct(weight, a, b, scale, axis) -> jax.Array:
-    """`|W + scale * A @ B|^2` over `axis`, from blocks of `_BLOCK` along that axis."""
+    """`|W + scale * A @ B|^2` over `axis`, from a block along that axis at a time.
+
+    A block is every `count`-th row (or column), not a run of them: cutting it out of a
+    weight that is sharded along that axis moves nothing between devices.
+    """
     n = weight.shape[axis]
-    block = min(_BLOCK, n)
+    size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
+    count = n // size
     a = _numerics.multiply(a, scale)
 
+    def cut(x, i):  # (..., n, ...) -> (..., size, ...)
+        position = x.ndim + axis
+        blocks = x.reshape(*x.shape[:position], size, count, *x.shape[position + 1 :])
+        return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
+
     def add_block(i, total):
-        start = jnp.minimum(i * block, n - block)
-
-        def cut(x):
-            return lax.dynamic_slice_in_dim(x, start, block, x.ndim + axis)
-
-        rows, columns = (cut(a), b) if axis == -2 else (a, cut(b))
-        adapted = cut(weight).astype(total.dtype)
+        rows, columns = (cut(a, i), b) if axis == -2 else (a, cut(b, i))
+        adapted = cut(weight, i).astype(total.dtype)
         adapted = adapted + jnp.matmul(rows, columns, precision=_HIGHEST)
-        # The last block starts early to be whole: entries of the one before are skipped.
-        new = start + jnp.arange(block) >= i * block
-        new = jnp.expand_dims(new, -1) if axis == -2 else new
-        new = jnp.broadcast_to(new, adapted.shape[-2:])
-        new = jnp.broadcast_to(lax.expand_dims(new, range(a.ndim - 2)), adapted.shape)
-        return total + jnp.sum(jnp.where(new, adapted, 0) ** 2, axis=axis)
+        return total + jnp.sum(jnp.square(adapted), axis=axis)
 
     kept = (*weight.shape[:-2], weight.shape[-1 if axis == -2 else -2])
-    zero = jnp.zeros(kept, a.dtype)
-    return lax.fori_loop(0, -(-n // block), add_block, zero)
+    return lax.fori_loop(0, count, add_block, jnp.zeros(kept, a.dtype))
 
 
 def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:

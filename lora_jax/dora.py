@@ -18,7 +18,7 @@ and `A^T A`. For 16-bit weights too, its relative error is at the most `4 eps k^
 `eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2` (`|A|`, `|B_j|` entry by
 entry): a few rounding units unless the update nearly undoes a column. If it leaves less
 than 1/16 of the norm of any column's terms, all norms of the weight are formed directly
-instead, from blocks of 128 rows of `V`, with an error of `4 eps k`. That branch is
+instead, from blocks of at most 128 rows of `V`, with an error of `4 eps k`. That branch is
 compiled in and skipped at run time, except under `jax.vmap`, which runs both. Columns
 with norms from about 1e-18 to 1e18 are in range.
 

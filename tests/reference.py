@@ -83,10 +83,7 @@ def dora_gradients(x, w, adapter, scale, c, norm_axis="out", detach_norm=True):
     v = lora_weight(w, adapter, scale)
     n = norms(v, norm_axis)
     k = along(m / n, norm_axis)
-    if norm_axis == "out":
-        d_k = (c * (x @ v)).sum(-2)
-    else:
-        d_k = ((c @ t(v)) * x).sum(-2)
+    d_k = (c * (x @ v)).sum(-2) if norm_axis == "out" else ((c @ t(v)) * x).sum(-2)
     d_v = k * (t(x) @ c)
     if not detach_norm:
         d_v = d_v - along(d_k * m / n**2, norm_axis) * v / along(n, norm_axis)

@@ -249,3 +249,79 @@ def test_norm_branch_is_one_and_is_not_differentiated():
     text = str(jax.make_jaxpr(gradient)(weight, adapter))
     assert text.count("cond[") == 1
     assert text.count("while[") + text.count("scan[") == 1
+
+
+LAYERS, WIDTH = 4, 256
+
+
+def scanned(layer, batch):
+    """Compiled gradients of adapters and input of layers that `lax.scan` runs through."""
+    shape = jax.ShapeDtypeStruct
+    adapters = {
+        "A": shape((LAYERS, WIDTH, RANK), "float32"),
+        "B": shape((LAYERS, RANK, WIDTH), "float32"),
+        "m": shape((LAYERS, WIDTH), "float32"),
+    }
+
+    def loss(adapters, x, weights):
+        def body(x, one):
+            return jnp.tanh(layer(x, *one)), None
+
+        return jax.lax.scan(body, x, (weights, adapters))[0].sum()
+
+    weights = shape((LAYERS, WIDTH, WIDTH), "float32")
+    x = shape((*batch, WIDTH), "float32")
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(adapters, x, weights).compile()
+
+
+def lora_layer(x, weight, adapter):
+    return lora_jax.lora_linear(x, weight, {"A": adapter["A"], "B": adapter["B"]})
+
+
+def textbook_layer(x, weight, adapter):
+    return x @ weight + (x @ adapter["A"]) @ adapter["B"]
+
+
+@pytest.mark.parametrize("batch", [(32,), (4, 8)], ids=str)
+def test_a_scan_over_layers_keeps_no_copy_of_the_weights_or_of_x(batch):
+    def temporary(layer):
+        return scanned(layer, batch).memory_analysis().temp_size_in_bytes
+
+    allowed = temporary(textbook_layer)
+    small = 4 * 32 * WIDTH  # one activation
+    assert temporary(lora_layer) <= allowed + small
+    z = LAYERS * 4 * 32 * WIDTH  # one a layer, for the gradient of the magnitude
+    blocks = 3 * 4 * 128 * WIDTH  # of the direct norm
+    assert temporary(lora_jax.dora_linear) <= allowed + z + blocks + 4 * small
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_checkpoint_policy_sees_the_products(name, dtype):
+    # jax.checkpoint around the layer with a policy that saves products: nothing of the
+    # size of the frozen product is done again.
+    linear, _ = LINEARS[name]
+    x, weight, adapter, c = abstract_case(name, dtype)
+
+    def count(policy):
+        def gradients(x, weight, adapter, c):
+            def forward(x, adapter):
+                block = jax.checkpoint(
+                    lambda x, adapter: jnp.tanh(linear(jnp.sin(x), weight, adapter)),
+                    policy=policy,
+                )
+                return block(x, adapter)
+
+            y, pull = jax.vjp(forward, x, adapter)
+            return y, pull(c)
+
+        jaxpr = jax.make_jaxpr(gradients)(x, weight, adapter, c).jaxpr
+        frozen = (N_IN, N_OUT)
+        return sum(
+            frozen in (left.shape, right.shape) and TOKENS in (*left.shape, *right.shape)
+            for left, right, _ in products(jaxpr)
+        )
+
+    assert count(jax.checkpoint_policies.everything_saveable) == 2
+    assert count(jax.checkpoint_policies.dots_saveable) == 2
+    assert count(jax.checkpoint_policies.nothing_saveable) == 3

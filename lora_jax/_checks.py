@@ -6,7 +6,6 @@ are looked at only where they are known: of Python numbers and of arrays outside
 
 import contextlib
 import difflib
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 # How others call the entries of an adapter; used in messages only.
 _OTHER_NAMES = {
@@ -32,6 +33,7 @@ _OTHER_NAMES = {
 
 # The biases that an adapter may have, and the entries that a function which has no place
 # for them refuses, with what to do instead.
+TORCH_NAMES = ("lora_A", "lora_a", "lora_B", "lora_b")
 BIASES: tuple[str, ...] = ("A_bias", "B_bias")
 LOSES_BIAS = dict.fromkeys(
     BIASES,
@@ -39,8 +41,9 @@ LOSES_BIAS = dict.fromkeys(
     "lora_bias_delta for the shift alone.",
 )
 LOSES_MAGNITUDE = {
-    "m": "it is the magnitude of a DoRA adapter, so use the function of the same verb for "
-    "DoRA (dora_linear, merge_dora_weight, unmerge_dora_weight)."
+    "m": "it is the magnitude of a DoRA adapter, so use dora_linear, merge_dora_weight or "
+    "unmerge_dora_weight, or leave it out on purpose: "
+    "{name: adapter[name] for name in 'AB'}."
 }
 
 
@@ -71,6 +74,17 @@ def check_abstract_array(name: str, value: Any) -> None:
             f"{name} must be an array, got {type(value).__name__}: pass a jax or numpy "
             "array."
         )
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name} must be an array of numbers, got a jax.random key: are the arguments "
+            "in order? The key comes first."
+        )
+    if is_floating(value.dtype) and jnp.dtype(value.dtype).itemsize < 2:
+        raise TypeError(
+            f"{name} has the dtype {value.dtype}, whose values mean nothing without their "
+            "scales: multiply them out in at least 16 bits, for example "
+            "weight.astype('bfloat16') * scales."
+        )
     if not is_floating(value.dtype):
         raise TypeError(
             f"{name} must be floating point, got dtype {value.dtype} and shape "
@@ -81,10 +95,15 @@ def check_abstract_array(name: str, value: Any) -> None:
 def check_weight(name: str, weight: Any, *, abstract: bool = False) -> None:
     """Raises unless `weight` is a floating-point `(*batch, in, out)` array."""
     (check_abstract_array if abstract else check_array)(name, weight)
-    if len(weight.shape) < 2 or 0 in weight.shape:
+    check_weight_shape(name, weight.shape)
+
+
+def check_weight_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raises unless `shape` is that of a matrix or a stack of them."""
+    if len(shape) < 2 or 0 in shape:
         raise ValueError(
             f"{name} must have a shape (*batch, in, out) without empty axes, got "
-            f"{weight.shape}: only matrices, or stacks of them, have low-rank adapters."
+            f"{shape}: only matrices, or stacks of them, have low-rank adapters."
         )
 
 
@@ -135,11 +154,11 @@ def check_number(name: str, value: Any) -> None:
             f"{name} must be a scalar, got an array of shape {np.shape(value)}: for "
             "one value for each leading axis use jax.vmap."
         )
-    dtype = jnp.result_type(value)
-    if not is_floating(dtype) and not jnp.issubdtype(dtype, jnp.integer):
+    dtype = None if isinstance(value, int | float) else value.dtype
+    if dtype is not None and not (is_floating(dtype) or jnp.issubdtype(dtype, jnp.integer)):
         raise TypeError(f"{name} must be a real number, got dtype {dtype}.")
-    if not isinstance(value, Tracer) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}.")
+    if not isinstance(value, Tracer) and not abs(value) <= _LARGEST:
+        raise ValueError(f"{name} must be finite in float32, got {value}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -154,11 +173,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_dropout(rate: Any, key: Any) -> None:
     """Raises unless `rate` is a static number in [0, 1), with a key where it is not 0."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number):
+    if isinstance(rate, bool) or not isinstance(
+        rate, int | float | np.integer | np.floating
+    ):
         raise TypeError(
             "dropout_rate must be a Python number, because rate 0 is another program "
-            f"than any other, got {type(rate).__name__}: make it a static argument of "
-            "jax.jit."
+            f"than any other, got {rate!r} ({type(rate).__name__})."
+            + (" Make it a static argument of jax.jit." if is_array(rate) else "")
         )
     if not 0.0 <= rate < 1.0:
         raise ValueError(
@@ -174,18 +195,31 @@ def check_dropout(rate: Any, key: Any) -> None:
         check_key("dropout_key", key)
 
 
+def check_flags(**flags: Any) -> None:
+    """Raises unless every value is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_input(x: Any, weight: jax.Array) -> None:
     """Raises unless `x` is a floating-point `(*batch, *tokens, in)` array."""
     check_array("x", x)
     batch, n_in = weight.shape[:-2], weight.shape[-2]
     if x.shape[: len(batch)] + x.shape[-1:] != (*batch, n_in):
         expected = ", ".join([*map(str, batch), "...", str(n_in)])
-        hint = (
-            f" Its last axis is the output width {weight.shape[-1]}: is the weight "
-            "(out, in), as in PyTorch? Then pass weight.T."
-            if not batch and x.shape[-1:] == weight.shape[-1:]
-            else ""
-        )
+        hint = ""
+        if batch:
+            hint = (
+                f" The leading axes {batch} of the weight are a stack of layers or "
+                "experts, each with an x of its own: for one x for all of them map over "
+                "the weight and the adapter with jax.vmap; fold other axes into in or out."
+            )
+        elif x.shape[-1:] == weight.shape[-1:]:
+            hint = (
+                f" Its last axis is the output width {weight.shape[-1]}: is the weight "
+                "(out, in), as in PyTorch? Then pass weight.T."
+            )
         raise ValueError(
             f"x does not fit a weight of shape {weight.shape}: expected x "
             f"({expected}), got {x.shape}.{hint}"

@@ -74,11 +74,20 @@ def adapted_norm_squared(
     # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
     energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / right.shape[-2]
     terms = base + own + energy[..., None] * jnp.sum(jnp.square(right), axis=-2)
-    correction = _correction(squared, terms, weight, a, b, scale, axis)
+    correction = _correction(squared, terms, weight, a, b, scale, axis=axis)
     return jnp.maximum(squared + correction, 0)
 
 
-def _correction(squared, terms, weight, a, b, scale, axis) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
+def _correction(
+    squared: jax.Array,
+    terms: jax.Array,
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float | jax.Array,
+    axis: int,
+) -> jax.Array:
     """What the factored squares lack where they cancel; a constant to differentiation.
 
     The gradient of the factored form cancels less than its value and is kept.
@@ -88,16 +97,24 @@ def _correction(squared, terms, weight, a, b, scale, axis) -> jax.Array:
     )
     return lax.cond(
         jnp.any(squared < _TRUSTED * terms),
-        lambda: _direct(weight, a, b, scale, axis) - squared,
+        lambda: _direct(squared, weight, a, b, scale, axis) - squared,
         lambda: jnp.zeros_like(squared),
     )
 
 
-def _direct(weight, a, b, scale, axis) -> jax.Array:
+def _direct(
+    like: jax.Array,
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float | jax.Array,
+    axis: int,
+) -> jax.Array:
     """`|W + scale * A @ B|^2` over `axis`, from a block along that axis at a time.
 
     A block is every `count`-th row (or column), not a run of them: cutting it out of a
-    weight that is sharded along that axis moves nothing between devices.
+    weight that is sharded along that axis moves nothing between devices. The size of a
+    block divides the axis, so an axis of prime length takes as many steps as it is long.
     """
     n = weight.shape[axis]
     size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
@@ -115,8 +132,8 @@ def _direct(weight, a, b, scale, axis) -> jax.Array:
         adapted = adapted + jnp.matmul(rows, columns, precision=_HIGHEST)
         return total + jnp.sum(jnp.square(adapted), axis=axis)
 
-    kept = (*weight.shape[:-2], weight.shape[-1 if axis == -2 else -2])
-    return lax.fori_loop(0, count, add_block, jnp.zeros(kept, a.dtype))
+    # Not jnp.zeros: on a mesh the sum has to start sharded as the result `like` is.
+    return lax.fori_loop(0, count, add_block, jnp.zeros_like(like))
 
 
 def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """The products of a DoRA layer, for both norm axes and every way to drop its input.
 
 `x` is `(*batch, *tokens, in)` and `factor` is `m / n`, `(*batch, out)` or `(*batch, in)`.
-Products run in `dtype`; results are wide `(*batch, rows, out)`, without bias.
+Products run in `dtype`; results are wide `(*batch, *rows, out)`, without bias.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def scale_outputs(
 ) -> jax.Array:
     """`k * (x @ (W + D))`, `k` one factor for each output."""
     base = _numerics.frozen_product(x, weight, dtype)
-    factor = _numerics.as_row(factor, base.dtype)
+    factor = _numerics.as_row(factor, base)
     if not dropout.rate:
         u = _numerics.project_down(x, adapter["A"], dtype)
         return factor * (base + _up(u, adapter, scale, dtype))
@@ -87,7 +87,7 @@ def scale_inputs(
     def project(x, weight, a, factor, key):
         batch_ndim = weight.ndim - 2
         rows = _numerics.fold(x, batch_ndim).astype(_numerics.accumulation_dtype(dtype))
-        factor = _numerics.as_row(factor, rows.dtype)
+        factor = _numerics.as_row(factor, rows)
         for_adapter, for_base = (
             _numerics.fold(v, batch_ndim).astype(rows.dtype) for v in _drop(x, dropout, key)
         )
@@ -125,5 +125,5 @@ def _up(
     scale: float | jax.Array,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`scale * u @ B`: wide `(*batch, rows, out)`."""
+    """`scale * u @ B`: wide `(*batch, *rows, out)`."""
     return _numerics.project_up(_numerics.multiply(u, scale), adapter["B"], dtype)

@@ -20,7 +20,7 @@ entry): a few rounding units unless the update nearly undoes a column. If it lea
 than 1/16 of the norm of any column's terms, all norms of the weight are formed directly
 instead, from blocks of at most 128 rows of `V`, with an error of `4 eps k`. That branch is
 compiled in and skipped at run time, except under `jax.vmap`, which runs both. Columns
-with norms from about 1e-18 to 1e18 are in range.
+with norms from 1e-15 to 1e18 are in range.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies
@@ -177,7 +177,9 @@ def dora_column_norm(
         )
     _checks.check_adapter(adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS)
     _checks.check_number("alpha", alpha)
-    scale = _numerics.adapter_scale(alpha, adapter["A"].shape[-1], rank_stabilized)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
+    rank = adapter["A"].shape[-1]
+    scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, weight.dtype)
     return _norm(jnp.asarray(weight), adapter, scale, norm_axis, None)
 
 
@@ -255,6 +257,9 @@ def dora_linear(
     _checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     _checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
     _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
+    _checks.check_flags(
+        rank_stabilized=rank_stabilized, scale_bias=scale_bias, detach_norm=detach_norm
+    )
     _checks.check_dropout(dropout_rate, dropout_key)
     _check_norms(frozen_weight.shape, norm_axis, weight_norm_squared, column_norm)
     if bias is not None:
@@ -268,7 +273,8 @@ def dora_linear(
     x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
     adapter = {name: jnp.asarray(value) for name, value in adapter.items()}
     dtype = _numerics.promote(x.dtype, weight.dtype)
-    scale = _numerics.adapter_scale(alpha, adapter["A"].shape[-1], rank_stabilized)
+    rank = adapter["A"].shape[-1]
+    scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
     if column_norm is None:
         column_norm = _frozen_norm(weight, adapter, scale, norm_axis, weight_norm_squared)
     if detach_norm:
@@ -280,8 +286,8 @@ def dora_linear(
         apply = _dora_products.scale_inputs
     y = apply(x, weight, adapter, scale, factor, dropout, dtype)
     if bias is not None:
-        shift = _numerics.as_row(bias, y.dtype)
-        y = y + (shift * _numerics.as_row(factor, y.dtype) if scale_bias else shift)
+        shift = _numerics.as_row(bias, y)
+        y = y + (shift * _numerics.as_row(factor, y) if scale_bias else shift)
     return y.astype(dtype).reshape(*x.shape[:-1], weight.shape[-1])
 
 
@@ -318,11 +324,13 @@ def merge_dora_weight(
     _checks.check_weight("frozen_weight", frozen_weight)
     _checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
     delta = _numerics.wide_delta(adapter, alpha, rank_stabilized, frozen_weight.dtype)
-    adapted = jnp.asarray(frozen_weight, delta.dtype) + delta
+    weight = jnp.asarray(frozen_weight)
+    adapted = weight.astype(delta.dtype) + delta
     squared = jnp.sum(jnp.square(adapted), axis=_axis(norm_axis))
     factor = _factor(adapter["m"], _column_norm.norm(squared))
-    return (adapted * _along(factor, norm_axis, delta.dtype)).astype(frozen_weight.dtype)
+    return (adapted * _along(factor, norm_axis, delta.dtype)).astype(weight.dtype)
 
 
 def unmerge_dora_weight(
@@ -337,8 +345,10 @@ def unmerge_dora_weight(
     """Takes a DoRA adapter out of a merged weight: undoes `merge_dora_weight`.
 
     What the merge rounded away does not come back, and `n / m` multiplies the error: each
-    entry is within `eps * ((n / m) * |merged W| + |W|)` of the weight before the merge,
-    with `eps` the `jnp.finfo(dtype).eps` of the weight's dtype.
+    entry (that is not subnormal) is within `eps * ((n / m) * |merged W| + |W|)` of the
+    weight before the merge, with `eps` the `jnp.finfo(dtype).eps` of a 16-bit weight's
+    dtype. For wider weights, whose sums are formed in their own dtype, it is within
+    `4 eps * ((n / m) * |merged W| + |W| + |scale| |A| |B|)`, entry by entry.
 
     Args:
         merged_weight: `(*batch, in, out)`, floating point.
@@ -360,11 +370,13 @@ def unmerge_dora_weight(
     _checks.check_weight("merged_weight", merged_weight)
     _checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     _check_dora_adapter(adapter, merged_weight.shape, norm_axis, alpha)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
+    _checks.check_array("column_norm", column_norm)
     _check_norms(merged_weight.shape, norm_axis, None, column_norm)
     delta = _numerics.wide_delta(adapter, alpha, rank_stabilized, merged_weight.dtype)
     factor = _along(_factor(adapter["m"], column_norm), norm_axis, delta.dtype)
-    weight = jnp.asarray(merged_weight, delta.dtype) / factor - delta
-    return weight.astype(merged_weight.dtype)
+    merged = jnp.asarray(merged_weight)
+    return (merged.astype(delta.dtype) / factor - delta).astype(merged.dtype)
 
 
 def _axis(norm_axis: NormAxis) -> int:
@@ -377,7 +389,13 @@ def _along(vector: jax.Array, norm_axis: NormAxis, dtype: DTypeLike) -> jax.Arra
     return jnp.expand_dims(vector.astype(dtype), _axis(norm_axis))
 
 
-def _frozen_norm(weight, adapter, scale, norm_axis, weight_norm_squared) -> jax.Array:
+def _frozen_norm(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    scale: float | jax.Array,
+    norm_axis: NormAxis,
+    weight_norm_squared: jax.Array | None,
+) -> jax.Array:
     """The norm with a gradient of the adapter only."""
 
     @_numerics.keep_arguments

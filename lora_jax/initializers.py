@@ -159,30 +159,38 @@ def orthogonal_pair(
         key: a `jax.random` key.
         a_shape: `(*batch, in, rank)`, with an even rank.
         b_shape: `(*batch, rank, out)`.
-        dtype: of the result.
+        dtype: of the result. Values are drawn in at least float32 and rounded to it.
 
     Returns:
         `A` and `B`, in `dtype`. `A @ B` is zero up to the rounding of `dtype`.
 
     Raises:
-        ValueError: if the rank is odd.
+        ValueError: if the rank is odd, or the shapes do not fit each other.
 
     References:
         peft's `init_lora_weights="orthogonal"`, with its factor of 1 / 10.
     """
+    for name, shape in (("a_shape", a_shape), ("b_shape", b_shape)):
+        _checks.check_weight_shape(name, shape)
     *batch, rank, n_out = b_shape
+    if (*batch, rank) != (*a_shape[:-2], a_shape[-1]):
+        raise ValueError(
+            "a_shape and b_shape do not fit: expected (*batch, in, rank) and "
+            f"(*batch, rank, out), got {a_shape} and {b_shape}."
+        )
     n_in, half = a_shape[-2], rank // 2
     if rank % 2:
         raise ValueError(
             f"the orthogonal initializer halves the rank, so it must be even, got {rank}."
         )
     key_q, key_a, key_b = jax.random.split(key, 3)
-    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (*batch, rank, rank), dtype))
-    a_part = jax.random.normal(key_a, (*batch, n_in, half), dtype)
-    b_part = jax.random.normal(key_b, (*batch, half, n_out), dtype)
-    a = a_part @ q[..., 0::2, :]  # (*batch, in, rank)
-    b = jnp.swapaxes(q[..., 1::2, :], -1, -2) @ b_part  # (*batch, rank, out)
-    return a / 10, b / 10
+    wide = _numerics.accumulation_dtype(dtype)
+    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (*batch, rank, rank), wide))
+    a_part = jax.random.normal(key_a, (*batch, n_in, half), wide)
+    b_part = jax.random.normal(key_b, (*batch, half, n_out), wide)
+    a = a_part @ q[..., 0::2, :] / 10  # (*batch, in, rank)
+    b = jnp.swapaxes(q[..., 1::2, :], -1, -2) @ b_part / 10  # (*batch, rank, out)
+    return a.astype(dtype), b.astype(dtype)
 
 
 def init_factors(
@@ -224,11 +232,9 @@ def init_factors(
             or a function returns another shape or an integer dtype.
     """
     _checks.check_key("key", key)
+    _checks.check_weight_shape("the weight", shape)
     _checks.check_rank(rank)
-    if not _checks.is_floating(dtype):
-        raise TypeError(
-            f"dtype must be floating point, got {jnp.dtype(dtype)}: adapters are trained."
-        )
+    _check_dtype(dtype)
     *batch, n_in, n_out = shape
     a_shape, b_shape = (*batch, n_in, rank), (*batch, rank, n_out)
     wide = _numerics.accumulation_dtype(dtype)
@@ -252,6 +258,17 @@ def _variance_scaling(scale, mode, distribution, key, shape, dtype):
     return initializer(key, shape, dtype)
 
 
+def _check_dtype(dtype: DTypeLike) -> None:
+    try:
+        is_floating = _checks.is_floating(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be that of an array, got {dtype!r}.") from None
+    if not is_floating:
+        raise TypeError(
+            f"dtype must be floating point, got {jnp.dtype(dtype)}: adapters are trained."
+        )
+
+
 def _check_std_is_used(init: Init, std: float) -> None:
     names = init if isinstance(init, tuple) else (init,)
     if std != _DEFAULT_STD and "gaussian" not in names:
@@ -269,6 +286,11 @@ def _draw(
     dtype: DTypeLike,
 ) -> jax.Array:
     value = _initializer(init, std)(key, shape, dtype)
+    if callable(value):
+        raise TypeError(
+            f"the initializer {init!r} returned a function: it makes initializers, as "
+            "those of jax.nn.initializers do, so call it first."
+        )
     if not _checks.is_array(value) or value.shape != shape:
         raise ValueError(
             f"the initializer {init!r} must return an array of the shape {shape} that it "
@@ -296,7 +318,7 @@ def _initializer(init: Init, std: float) -> Initializer:
     if not callable(init):
         raise TypeError(
             f"init must be a name ({', '.join(map(repr, _NAMES))}), a function "
-            "(key, shape, dtype), or a pair of those for A and B, got "
-            f"{type(init).__name__}."
+            "(key, shape, dtype), or a tuple of two of those, for A and B, got "
+            f"{init!r} ({type(init).__name__})."
         )
     return init

@@ -13,6 +13,7 @@ Dtypes, in every function of this module:
 - The factors are cast to the dtype of `x @ W` for the products, which accumulate in at
   least float32. Base, update and bias are added in at least float32 and rounded once.
   A merge casts nothing down: it adds in the widest dtype at hand and rounds once.
+- float16 products saturate: `scale * (x @ A)` above 65504 is infinite.
 - Gradients of `A` and `B` have the dtypes of `A` and `B`. The products that form them run
   in the dtype of `x @ W`, so float32 adapters on bfloat16 weights, the usual case, train
   at the speed of bfloat16 products and keep float32 values.
@@ -128,6 +129,7 @@ def lora_delta(
         adapter, None, refused=_checks.LOSES_BIAS | _checks.LOSES_MAGNITUDE
     )
     _checks.check_number("alpha", alpha)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
     dtype = _numerics.promote(adapter["A"].dtype, adapter["B"].dtype)
     return _numerics.wide_delta(adapter, alpha, rank_stabilized).astype(dtype)
 
@@ -193,6 +195,7 @@ def lora_linear(
         refused=_checks.LOSES_MAGNITUDE,
     )
     _checks.check_number("alpha", alpha)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
     _checks.check_dropout(dropout_rate, dropout_key)
     _checks.check_choice("dropout_position", dropout_position, ("pre", "post"))
     if bias is not None:
@@ -200,8 +203,9 @@ def lora_linear(
 
     x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
     dtype = _numerics.promote(x.dtype, weight.dtype)
-    scale = _numerics.adapter_scale(alpha, adapter["A"].shape[-1], rank_stabilized)
-    y = _numerics.frozen_product(x, weight, dtype)  # (*batch, rows, out), wide
+    rank = adapter["A"].shape[-1]
+    scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
+    y = _numerics.frozen_product(x, weight, dtype)  # (*batch, *rows, out), wide
     if dropout_rate and dropout_position == "pre":
         u = _project_dropped(x, adapter["A"], dtype, dropout_rate, dropout_key)
     else:
@@ -212,7 +216,7 @@ def lora_linear(
         update = _dropped(update, dropout_rate, dropout_key, shape)
     y = y + update
     if bias is not None:
-        y = y + _numerics.as_row(bias, y.dtype)
+        y = y + _numerics.as_row(bias, y)
     return y.astype(dtype).reshape(shape)
 
 
@@ -258,8 +262,8 @@ def unmerge_lora_weight(
 ) -> jax.Array:
     """Takes an adapter out of a merged weight: undoes `merge_lora_weight`.
 
-    What the merge rounded away does not come back: each entry is within
-    `eps * (|W| + |merged W|)` of the weight before the merge, with `eps` the
+    What the merge rounded away does not come back: each entry (that is not subnormal) is
+    within `eps * (|W| + |merged W|)` of the weight before the merge, with `eps` the
     `jnp.finfo(dtype).eps` of the weight's dtype. Keep the original where it must be exact.
 
     Args:
@@ -291,7 +295,8 @@ def tree_lora_delta(
 
     Args:
         adapters: any pytree with adapter dicts in it, such as `{path: adapter}`. A dict
-            is an adapter if it has an array under `"A"` or `"B"`.
+            is an adapter if it has an array under `"A"` or `"B"` (or under a PyTorch
+            package's name of them, which is an error).
         alpha: of every adapter; each is divided by its own rank.
         is_leaf: nodes for which it is true are leaves and stay as they are.
 
@@ -303,11 +308,14 @@ def tree_lora_delta(
         KeyError, TypeError, ValueError: as `lora_delta`, with the path of the adapter.
     """
 
+    def is_users_leaf(node: Any) -> bool:
+        return is_leaf is not None and is_leaf(node)
+
     def stop(node: Any) -> bool:
-        return _looks_like_adapter(node) or (is_leaf is not None and is_leaf(node))
+        return is_users_leaf(node) or _looks_like_adapter(node)
 
     def delta(path: tuple[Any, ...], node: Any) -> Any:
-        if not _looks_like_adapter(node) or (is_leaf is not None and is_leaf(node)):
+        if is_users_leaf(node) or not _looks_like_adapter(node):
             return node
         with _checks.at_path(jax.tree_util.keystr(path, simple=True, separator="/")):
             return lora_delta(node, alpha)
@@ -318,14 +326,14 @@ def tree_lora_delta(
 
 def _looks_like_adapter(node: Any) -> bool:
     return isinstance(node, Mapping) and any(
-        _checks.is_array(node.get(name)) for name in ("A", "B")
+        _checks.is_array(node.get(name)) for name in ("A", "B", *_checks.TORCH_NAMES)
     )
 
 
 def _project_dropped(
     x: jax.Array, a: jax.Array, dtype: DTypeLike, rate: float, key: jax.Array | None
 ) -> jax.Array:
-    """`drop(x) @ A`: wide `(*batch, rows, rank)`. The mask is not kept."""
+    """`drop(x) @ A`: wide `(*batch, *rows, rank)`. The mask is not kept."""
 
     @jax.checkpoint
     def project(x, a, key):
@@ -340,12 +348,12 @@ def _project_up(
     scale: float | jax.Array,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`scale * ((u + A_bias) @ B + B_bias)`: wide `(*batch, rows, out)`."""
+    """`scale * ((u + A_bias) @ B + B_bias)`: wide `(*batch, *rows, out)`."""
     if "A_bias" in adapter:
-        u = u + _numerics.as_row(adapter["A_bias"], u.dtype)
+        u = u + _numerics.as_row(adapter["A_bias"], u)
     update = _numerics.project_up(_numerics.multiply(u, scale), adapter["B"], dtype)
     if "B_bias" in adapter:
-        shift = _numerics.as_row(adapter["B_bias"], update.dtype)
+        shift = _numerics.as_row(adapter["B_bias"], update)
         update = update + _numerics.multiply(shift, scale)
     return update
 
@@ -375,4 +383,5 @@ def _checked_wide_delta(
         adapter, weight.shape, refused=_checks.LOSES_BIAS | _checks.LOSES_MAGNITUDE
     )
     _checks.check_number("alpha", alpha)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
     return _numerics.wide_delta(adapter, alpha, rank_stabilized, weight.dtype)

@@ -38,7 +38,7 @@ def lora_bias_delta(
     Raises:
         KeyError, TypeError, ValueError: as `lora_delta`, but biases are welcome.
     """
-    _check_adapter(adapter, alpha)
+    _check_adapter(adapter, alpha, rank_stabilized)
     dtype = _numerics.promote(*(value.dtype for value in adapter.values()))
     return _wide_bias_delta(adapter, alpha, rank_stabilized, dtype).astype(dtype)
 
@@ -69,7 +69,7 @@ def merge_lora_layer(
         KeyError, TypeError, ValueError: as `merge_lora_weight`, but biases are welcome;
             ValueError if `frozen_bias` does not fit.
     """
-    _check_adapter(adapter, alpha)
+    _check_adapter(adapter, alpha, rank_stabilized)
     weight = merge_lora_weight(
         frozen_weight, _factors(adapter), alpha, rank_stabilized=rank_stabilized
     )
@@ -104,7 +104,7 @@ def unmerge_lora_layer(
     Raises:
         KeyError, TypeError, ValueError: as `merge_lora_layer`.
     """
-    _check_adapter(adapter, alpha)
+    _check_adapter(adapter, alpha, rank_stabilized)
     weight = unmerge_lora_weight(
         merged_weight, _factors(adapter), alpha, rank_stabilized=rank_stabilized
     )
@@ -113,11 +113,14 @@ def unmerge_lora_layer(
     return weight, _numerics.add_and_round(merged_bias, -delta)
 
 
-def _check_adapter(adapter: Mapping[str, jax.Array], alpha: float | jax.Array) -> None:
+def _check_adapter(
+    adapter: Mapping[str, jax.Array], alpha: float | jax.Array, rank_stabilized: bool
+) -> None:
     _checks.check_adapter(
         adapter, None, optional=_checks.BIASES, refused=_checks.LOSES_MAGNITUDE
     )
     _checks.check_number("alpha", alpha)
+    _checks.check_flags(rank_stabilized=rank_stabilized)
 
 
 def _factors(adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -136,10 +139,10 @@ def _wide_bias_delta(
     b = jnp.asarray(adapter["B"], wide)  # (*batch, rank, out)
     delta = jnp.zeros((*b.shape[:-2], b.shape[-1]), wide)
     if "A_bias" in adapter:
-        a_bias = _numerics.as_row(adapter["A_bias"], wide)  # (*batch, 1, rank)
+        a_bias = _numerics.as_row(adapter["A_bias"], b)  # (*batch, 1, rank)
         through_b = jnp.matmul(a_bias, b, precision=lax.Precision.HIGHEST)
         delta = delta + jnp.squeeze(through_b, -2)
     if "B_bias" in adapter:
         delta = delta + jnp.asarray(adapter["B_bias"], wide)
-    scale = _numerics.adapter_scale(alpha, b.shape[-2], rank_stabilized)
+    scale = _numerics.adapter_scale(alpha, b.shape[-2], rank_stabilized, wide)
     return _numerics.multiply(delta, scale)

@@ -52,6 +52,8 @@ def test_numpy_integer_ranks_are_welcome():
         (jnp.ones(12), ValueError, r"must have a shape \(\*batch, in, out\).*got \(12,\)"),
         (jnp.ones((0, 9)), ValueError, r"without empty axes, got \(0, 9\)"),
         (jnp.ones((12, 9), "int8"), TypeError, "must be floating point, got dtype int8"),
+        (jnp.ones((12, 9), "float8_e4m3fn"), TypeError, "float8_e4m3fn, whose values mean"),
+        (KEY, TypeError, "got a jax.random key: are the arguments in order"),
         (jnp.ones((12, 9), "complex64"), TypeError, "floating point, got dtype complex64"),
         ([[1.0]], TypeError, "must be an array, got list"),
         (None, TypeError, "must be an array, got NoneType"),
@@ -222,7 +224,8 @@ def test_input(linear, x, error, message):
 
 def test_input_of_a_stacked_weight():
     case = support.make_case("stacked")
-    with pytest.raises(ValueError, match=r"expected x \(3, ..., 12\), got \(5, 12\)"):
+    match = r"expected x \(3, ..., 12\), got \(5, 12\). The leading axes \(3,\) .*jax.vmap"
+    with pytest.raises(ValueError, match=match):
         lora(case.x[0], case.weight, case.adapter)
 
 
@@ -240,9 +243,11 @@ def test_bias(linear):
 @pytest.mark.parametrize(
     ("alpha", "error", "message"),
     [
-        (float("nan"), ValueError, "alpha must be finite, got nan"),
-        (float("inf"), ValueError, "alpha must be finite, got inf"),
-        (jnp.float32(jnp.nan), ValueError, "alpha must be finite, got nan"),
+        (float("nan"), ValueError, "alpha must be finite in float32, got nan"),
+        (float("inf"), ValueError, "alpha must be finite in float32, got inf"),
+        (1e39, ValueError, r"alpha must be finite in float32, got 1e\+39"),
+        (10**400, ValueError, "alpha must be finite in float32, got 1000"),
+        (jnp.float32(jnp.nan), ValueError, "alpha must be finite in float32, got nan"),
         (1j, TypeError, "alpha must be a number or a scalar array, got 1j"),
         (np.complex64(1), TypeError, "alpha must be a real number, got dtype complex64"),
         ("16", TypeError, r"alpha must be a number or a scalar array, got '16' \(str\)"),
@@ -266,7 +271,7 @@ def test_alpha_of_the_other_verbs():
         lambda: lora_jax.dora_column_norm(W, DORA, float("nan")),
         lambda: lora_jax.tree_lora_delta({}, float("nan")),
     ):
-        with pytest.raises(ValueError, match="alpha must be finite, got nan"):
+        with pytest.raises(ValueError, match="alpha must be finite in float32, got nan"):
             call()
 
 
@@ -282,6 +287,8 @@ def test_alpha_of_the_other_verbs():
         ({"dropout_rate": float("nan"), "dropout_key": KEY}, ValueError, "got nan"),
         ({"dropout_rate": jnp.float32(0.1), "dropout_key": KEY}, TypeError,
          "dropout_rate must be a Python number.*static"),
+        ({"dropout_rate": "0.1"}, TypeError, r"must be a Python number.*got '0.1' \(str\)"),
+        ({"rank_stabilized": "no"}, TypeError, "rank_stabilized must be True or False"),
         ({"dropout_rate": 0.1, "dropout_key": 3}, TypeError,
          "dropout_key must be a jax.random key, got int"),
         ({"dropout_rate": 0.1, "dropout_key": jnp.ones(2)}, ValueError,
@@ -332,6 +339,44 @@ def test_magnitude_and_norms_that_do_not_fit():
         dora(adapter=DORA | {"m": jnp.ones(12)}, norm_axis="in", scale_bias=True)
     with pytest.raises(KeyError, match="missing: m"):
         dora(adapter=CASE.adapter)
+
+
+def test_flags_and_norms_of_the_other_verbs():
+    for call in (
+        lambda: lora_jax.lora_delta(CASE.adapter, rank_stabilized=1),
+        lambda: lora_jax.lora_bias_delta(BIASED, rank_stabilized=1),
+        lambda: lora_jax.merge_lora_weight(W, CASE.adapter, rank_stabilized=1),
+        lambda: lora_jax.merge_dora_weight(W, DORA, rank_stabilized=1),
+        lambda: lora_jax.dora_column_norm(W, DORA, rank_stabilized=1),
+    ):
+        with pytest.raises(TypeError, match="rank_stabilized must be True or False, got 1"):
+            call()
+    with pytest.raises(TypeError, match="detach_norm must be True or False, got 'false'"):
+        dora(detach_norm="false")
+    with pytest.raises(TypeError, match="column_norm must be an array, got NoneType"):
+        lora_jax.unmerge_dora_weight(W, DORA, None)
+
+
+def test_torch_names_in_a_tree():
+    tree = {"q": {"lora_A": A, "lora_B": B}}
+    with pytest.raises(KeyError, match=r"at 'q'.*'lora_A' is called 'A' here"):
+        lora_jax.tree_lora_delta(tree)
+
+
+def test_numpy_float64_is_float32_where_jax_has_no_float64():
+    weight, adapter = np.ones((12, 9)), {"A": np.ones((12, 4)), "B": np.ones((4, 9))}
+    magnitude = {"m": np.ones(9)}
+    for value in (
+        lora_jax.init_lora_adapter(KEY, weight, 4)["A"],
+        lora_jax.init_dora_adapter(KEY, weight, 4)["m"],
+        lora_jax.lora_delta(adapter),
+        lora_jax.merge_lora_weight(weight, adapter),
+        lora_jax.merge_dora_weight(weight, adapter | magnitude),
+        lora_jax.lora_linear(np.ones((5, 12)), weight, adapter),
+        lora_jax.dora_linear(np.ones((5, 12)), weight, adapter | magnitude),
+        lora_jax.merge_lora_layer(weight, None, adapter)[1],
+    ):
+        assert value.dtype == jnp.float32
 
 
 def test_checks_hold_under_jit():

@@ -152,6 +152,28 @@ def test_factors_that_cancel_each_other():
     assert_law(got, want, k_squared, direct)
 
 
+@pytest.mark.parametrize("size", [1e-15, 1e18])
+def test_range_of_norms(size):
+    case = support.make_case("rows", shape=(256, 40))
+    weight = case.weight * np.float32(size / 16)
+    adapter = case.adapter | {"B": case.adapter["B"] * np.float32(size / 64)}
+    for got, factors in (
+        (lora_jax.dora_column_norm(weight), {"A": adapter["A"], "B": 0 * adapter["B"]}),
+        (lora_jax.dora_column_norm(weight, adapter, float(support.RANK)), adapter),
+    ):
+        want, k_squared, _ = law(weight, factors, 1.0, "out")
+        assert 0.5 < np.median(want) / size < 2
+        support.assert_close(got, want, 4 * k_squared, scale=want)
+
+
+def test_products_of_the_norm_are_at_the_highest_precision():
+    weight, adapter = cancelling_case(0.5)
+    norm = lambda a: lora_jax.dora_column_norm(weight, a)  # noqa: E731
+    text = str(jax.make_jaxpr(norm)(adapter))
+    assert text.count("dot_general[") == text.count("precision=") > 3
+    assert text.count("HIGHEST") >= text.count("dot_general[")
+
+
 @pytest.mark.parametrize("norm_axis", ["out", "in"])
 def test_norm_of_a_weight_alone(norm_axis):
     weight = support.make_case("stacked").weight

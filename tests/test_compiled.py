@@ -14,7 +14,7 @@ BATCH, SEQUENCE, N_IN, N_OUT, RANK = 2, 6, 2048, 896, 5
 TOKENS = BATCH * SEQUENCE
 WEIGHT_BYTES = 4 * N_IN * N_OUT
 KEY = jax.random.key(0)
-OLD_XLA = tuple(map(int, jax.__version__.split(".")[:3])) < (0, 10, 2)
+OLD_XLA = jax.__version_info__ < (0, 10, 2)
 
 LINEARS = {
     "lora": (lora_jax.lora_linear, {}),
@@ -241,10 +241,10 @@ def test_rate_zero_is_the_program_without_dropout(name):
 
 def test_a_number_alpha_is_a_constant_of_the_program():
     x, weight, adapter, _ = abstract_case("lora")
-    jaxpr = jax.make_jaxpr(lambda *args: lora_jax.lora_linear(*args, 10.0))(
+    jaxpr = jax.make_jaxpr(lambda *args: lora_jax.lora_linear(*args, 2.0 * RANK))(
         x, weight, adapter
     )
-    assert f"mul {10.0 / RANK}" in str(jaxpr) or f" {10.0 / RANK}:f32[]" in str(jaxpr)
+    assert re.search(r"mul \w+ 2\.0\b", str(jaxpr))
 
 
 def test_norm_branch_is_one_and_is_not_differentiated():

@@ -118,9 +118,11 @@ def test_works_inside_jit_and_in_float64():
     [
         ({"init": "gausian"}, ValueError, r"init must be one of 'gaussian', .*got "
          r"'gausian'. Did you mean 'gaussian'\?"),
-        ({"init": 3}, TypeError, r"init must be a name .* or a pair .*got int"),
+        ({"init": 3}, TypeError, r"init must be a name .* a tuple of two .*got 3 \(int\)"),
         ({"init": ("orthogonal", "zeros")}, ValueError, "'orthogonal' makes A and B tog"),
-        ({"init": ("zeros",)}, TypeError, r"init must be .* a pair .* got tuple"),
+        ({"init": ("zeros",)}, TypeError, r"tuple of two of those.*got \('zeros',\) \(t"),
+        ({"init": jax.nn.initializers.he_normal}, TypeError, "so call it first"),
+        ({"dtype": "foo"}, TypeError, "dtype must be that of an array, got 'foo'"),
         ({"init": "orthogonal", "rank": 3}, ValueError, "must be even, got 3"),
         ({"init": "zeros", "std": 0.5}, ValueError, "used by init='gaussian' only"),
         ({"init": "gaussian", "std": -1.0}, ValueError, "std must not be negative, got -1"),
@@ -137,3 +139,18 @@ def test_bad_arguments(options, error, message):
     options = {"key": KEY, "rank": 4} | options
     with pytest.raises(error, match=message):
         init_factors(options.pop("key"), (12, 9), options.pop("rank"), **options)
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"got \(8, 6\) and \(4, 10\)"):
+        initializers.orthogonal_pair(KEY, (8, 6), (4, 10))
+    for shape in ((8,), (0, 8)):
+        with pytest.raises(ValueError, match=r"must have a shape \(\*batch, in, out\)"):
+            init_factors(KEY, shape, 4)
+
+
+def test_orthogonal_pair_in_half_precision_is_rounded():
+    half = initializers.orthogonal_pair(KEY, (8, 4), (4, 6), jnp.bfloat16)
+    full = initializers.orthogonal_pair(KEY, (8, 4), (4, 6))
+    for a, b in zip(half, full, strict=True):
+        np.testing.assert_array_equal(a, b.astype("bfloat16"))

@@ -9,7 +9,8 @@ import lora_jax
 
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 STOREYS = (
-    {"_checks", "_numerics"},
+    {"_checks", "_compat"},
+    {"_numerics"},
     {"initializers", "_column_norm", "_dora_products"},
     {"lora"},
     {"lora_layer", "dora"},

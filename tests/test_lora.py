@@ -267,7 +267,9 @@ def test_another_key_drops_other_entries():
 
 def test_a_raw_key_is_welcome():
     case = support.make_case("rows")
-    linear(case, dropout_rate=0.5, dropout_key=jax.random.PRNGKey(0))
+    old, new = jax.random.PRNGKey(0), jax.random.key(0)
+    ys = [linear(case, dropout_rate=0.5, dropout_key=key) for key in (old, new)]
+    np.testing.assert_array_equal(*ys)
 
 
 # ---------------------------------------------------------------------------- merging
@@ -433,3 +435,30 @@ def test_init_inside_jit_with_out_shardings_and_eval_shape():
     shapes = jax.eval_shape(init, jax.random.key(0))
     assert shapes["A"] == jax.ShapeDtypeStruct((64, 4), "float32")
     assert shapes["B"] == jax.ShapeDtypeStruct((4, 32), "float32")
+
+
+# ------------------------------------------------------------------- other than a CPU
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_bias", "dora", "dora in"])
+@pytest.mark.parametrize("layout", ["tokens", "stacked", "experts_in_layers", "vector"])
+def test_unfolded_tokens_give_the_same(layout, method, monkeypatch):
+    axis = "in" if "in" in method else "out"
+    case = support.make_case(layout, method=method.split()[0], norm_axis=axis)
+    linear = lora_jax.dora_linear if "dora" in method else lora_jax.lora_linear
+    options = {"norm_axis": axis} if "dora" in method else {}
+
+    def step(x, adapter):
+        forward = lambda x, adapter: linear(  # noqa: E731
+            x, case.weight, adapter, ALPHA, bias=case.bias, **options
+        )
+        y, pull = jax.vjp(forward, x, adapter)
+        return y, pull(case.c)
+
+    folded = jax.jit(step)(case.x, case.adapter)
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    unfolded = jax.jit(lambda *args: step(*args))(case.x, case.adapter)
+    jax.clear_caches()
+    for a, b in zip(jax.tree.leaves(folded), jax.tree.leaves(unfolded), strict=True):
+        support.assert_close(a, b, 8)

@@ -24,15 +24,15 @@ def test_promotion_also_where_it_is_strict(dtypes, promoted, wide):
 
 @pytest.mark.parametrize("alpha", [16, 16.0, np.float32(16), np.int64(16)])
 def test_a_number_makes_a_python_number(alpha):
-    scale = _numerics.adapter_scale(alpha, 8, False)
+    scale = _numerics.adapter_scale(alpha, 8, False, "bfloat16")
     assert type(scale) is float
     assert scale == 2.0
-    assert _numerics.adapter_scale(alpha, 16, True) == 4.0
+    assert _numerics.adapter_scale(alpha, 16, True, "bfloat16") == 4.0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_an_array_makes_a_wide_scalar(dtype):
-    scale = _numerics.adapter_scale(jnp.asarray(3, dtype), 8, False)
+    scale = _numerics.adapter_scale(jnp.asarray(3, dtype), 8, False, "float32")
     assert scale.dtype == jnp.float32
     assert float(scale) == 0.375
 
@@ -74,6 +74,7 @@ def test_fold():
     np.testing.assert_array_equal(_numerics.fold(x, 0), x.reshape(24, 5))
     np.testing.assert_array_equal(_numerics.fold(x, 1), x.reshape(2, 12, 5))
     assert _numerics.fold(x, 3).shape == (2, 3, 4, 1, 5)
+    assert _numerics.fold(x, 2) is x
     assert _numerics.fold(x[:, :0], 1).shape == (2, 0, 5)
 
 
@@ -81,3 +82,22 @@ def test_drop_keeps_the_right_share():
     x = jnp.ones((200, 300))
     kept = float(jnp.mean(_numerics.drop(x, 0.25, jax.random.key(0))))
     assert abs(kept - 0.75) < 4 * (0.75 * 0.25 / x.size) ** 0.5
+
+
+def test_float64_counts_as_float32_where_jax_has_none():
+    assert _numerics.promote("float64", "bfloat16") == "float32"
+
+
+def test_an_array_alpha_does_not_narrow_a_wider_layer():
+    with support.x64():
+        for alpha in (jnp.float32(16), jnp.int32(16), jnp.float64(16)):
+            scale = _numerics.adapter_scale(alpha, 3, False, "float64")
+            assert scale.dtype == jnp.float64
+            assert float(scale) == 16 / 3
+
+
+def test_tokens_stay_as_they_are_where_the_fold_is_of_no_use(monkeypatch):
+    x = jnp.ones((2, 3, 4, 5))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _numerics.fold(x, 1) is x
+    assert _numerics.fold(x, 3).shape == (2, 3, 4, 1, 5)  # a vector needs a row

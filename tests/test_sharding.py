@@ -31,7 +31,7 @@ def shard(case, layout, mesh):
 
 def gradients(linear):
     def loss(adapter, x, weight, c):
-        return jnp.vdot(linear(x, weight, adapter, 2.0), c)
+        return jnp.sum(linear(x, weight, adapter, 2.0) * c)  # jnp.vdot would gather both
 
     return jax.grad(loss, argnums=(0, 1))
 
@@ -71,3 +71,86 @@ def test_merge_keeps_the_sharding_of_the_weight(method):
         merged = jax.jit(merge)(sharded.weight, sharded.adapter, 2.0)
         assert merged.sharding.is_equivalent_to(sharded.weight.sharding, 2)
         support.assert_close(merged, merge(case.weight, case.adapter, 2.0), 16)
+
+
+def test_sequence_parallel_inputs_are_not_gathered(monkeypatch):
+    # Where tokens are folded, on a CPU, they would be: the row axis cannot be sharded as
+    # two axes are.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "sequence"))
+    case = support.make_case(shape=(64, 96))
+    x = jnp.ones((4, 16, 64))
+    c = jnp.ones((4, 16, 96))
+    sharding = NamedSharding(mesh, P("data", "sequence", None))
+    args = (
+        case.adapter,
+        jax.device_put(x, sharding),
+        case.weight,
+        jax.device_put(c, sharding),
+    )
+    step = jax.jit(gradients(lora_jax.lora_linear))
+    text = step.lower(*args).compile().as_text()
+    jax.clear_caches()
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", text)
+    assert "all-reduce" in text
+
+
+needs_explicit_axes = pytest.mark.skipif(
+    jax.__version_info__ < (0, 7, 0), reason="JAX has no public meshes with explicit axes"
+)
+LINEARS = {
+    "lora": (lora_jax.lora_linear, {}),
+    "lora, dropout": (
+        lora_jax.lora_linear,
+        {"dropout_rate": 0.1, "dropout_key": jax.random.PRNGKey(0)},
+    ),
+    "dora": (lora_jax.dora_linear, {}),
+}
+
+
+@needs_explicit_axes
+@pytest.mark.parametrize("spec", [("data", None), (None, "data"), (None, None)], ids=str)
+@pytest.mark.parametrize("name", LINEARS)
+def test_column_parallel_on_a_mesh_with_explicit_axes(name, spec):
+    linear, options = LINEARS[name]
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=explicit)
+    case = support.make_case("tokens", method=name.split(",")[0], shape=(64, 128))
+    x, c = (jnp.concatenate([v, v, v, v], axis=1) for v in (case.x, case.c))
+
+    def step(adapter, x, weight, c):
+        forward = lambda a, x: linear(x, weight, a, 2.0, **options)  # noqa: E731
+        y, pull = jax.vjp(forward, adapter, x)
+        return y, pull(c)
+
+    want = step(case.adapter, x, case.weight, c)
+    specs = {"A": P(None, None), "B": P(None, "model"), "m": P("model")}
+    with jax.set_mesh(mesh):
+
+        def put(value, *axes):
+            return jax.device_put(value, NamedSharding(mesh, P(*axes)))
+
+        adapter = {k: put(v, *specs[k]) for k, v in case.adapter.items()}
+        args = put(x, *spec, None), put(case.weight, None, "model"), put(c, *spec, "model")
+        got = jax.jit(step)(adapter, *args)
+        assert jax.typeof(got[0]).sharding.spec == P(*spec, "model")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        support.assert_close(a, b, 64)
+
+
+@needs_explicit_axes
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_inside_shard_map(name):
+    linear, _ = LINEARS[name]
+    mesh = Mesh(np.array(jax.devices()), ("model",))
+    case = support.make_case("tokens", method=name, shape=(64, 128))
+    specs = {"A": P(), "B": P(None, "model"), "m": P("model")}
+    layer = jax.shard_map(
+        lambda x, weight, adapter: linear(x, weight, adapter, 2.0),
+        mesh=mesh,
+        in_specs=(P(), P(None, "model"), {k: specs[k] for k in case.adapter}),
+        out_specs=P(None, None, "model"),
+    )
+    got = jax.jit(layer)(case.x, case.weight, case.adapter)
+    support.assert_close(got, linear(case.x, case.weight, case.adapter, 2.0), 64)

@@ -5,7 +5,7 @@ multiplies entry by entry and sums over the rank: one product with `W` that is `
 high. Rows (the norm of each input) are the same with `W^T`, `B^T`, `A^T` for `W`, `A`, `B`.
 Below, the *summed* axis of the weight is the one that the squares are summed over, and the
 *kept* axis the other; `left` is the factor with the summed axis and `right
-(*batch, rank, kept)` the other one.
+(*batch, rank, kept)` the other one, times the scale.
 
 The sum cancels where the update nearly undoes a column; the columns are then formed
 directly, block by block.
@@ -42,29 +42,33 @@ def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
     return jnp.sum(jnp.square(wide), axis=axis)
 
 
-def adapted_norm_squared(
+def adapted_norm(
     weight: jax.Array,
     a: jax.Array,
     b: jax.Array,
     scale: float | jax.Array,
+    base: jax.Array | None,
     axis: int,
-    base: jax.Array,
 ) -> jax.Array:
-    """`|W + scale * A @ B|^2` over `axis` (-2 or -1) of the weight.
+    """`|W + scale * A @ B|` over `axis` (-2 or -1) of the weight.
 
     Args:
         weight: `(*batch, in, out)`.
         a: `(*batch, in, rank)`.
         b: `(*batch, rank, out)`.
         scale: scalar.
+        base: `|W|^2` over `axis`, `(*batch, kept)`, a constant; or None to form it.
         axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
-        base: `|W|^2` over `axis`, wide: `(*batch, kept)`.
 
     Returns:
-        `(*batch, kept)`, in the dtype of `base`, not negative.
+        `(*batch, kept)`, wide.
     """
-    dtype = base.dtype
-    a, b = a.astype(dtype), b.astype(dtype)
+    dtype = _numerics.accumulation_dtype(weight.dtype)
+    if base is None:
+        base = weight_norm_squared(weight, axis)
+    else:
+        base = lax.stop_gradient(jnp.asarray(base, dtype))
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
     left, right = (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
     right = _numerics.multiply(right, scale)
     gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
@@ -74,8 +78,14 @@ def adapted_norm_squared(
     # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
     energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / right.shape[-2]
     terms = base + own + energy[..., None] * jnp.sum(jnp.square(right), axis=-2)
-    correction = _correction(squared, terms, weight, a, b, scale, axis=axis)
-    return jnp.maximum(squared + correction, 0)
+    correction = _correction(squared, terms, weight, left, right, axis=axis)
+    return norm(jnp.maximum(squared + correction, 0))
+
+
+@functools.partial(_numerics.keep_arguments, static=5)
+def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
+    """`adapted_norm` with a gradient of the factors (and of the scale) only."""
+    return adapted_norm(lax.stop_gradient(weight), a, b, scale, base, axis)
 
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
@@ -83,32 +93,26 @@ def _correction(
     squared: jax.Array,
     terms: jax.Array,
     weight: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: float | jax.Array,
+    left: jax.Array,
+    right: jax.Array,
     axis: int,
 ) -> jax.Array:
     """What the factored squares lack where they cancel; a constant to differentiation.
 
     The gradient of the factored form cancels less than its value and is kept.
     """
-    squared, terms, weight, a, b, scale = lax.stop_gradient(
-        (squared, terms, weight, a, b, scale)
+    squared, terms, weight, left, right = lax.stop_gradient(
+        (squared, terms, weight, left, right)
     )
     return lax.cond(
         jnp.any(squared < _TRUSTED * terms),
-        lambda: _direct(squared, weight, a, b, scale, axis) - squared,
+        lambda: _direct(squared, weight, left, right, axis) - squared,
         lambda: jnp.zeros_like(squared),
     )
 
 
 def _direct(
-    like: jax.Array,
-    weight: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: float | jax.Array,
-    axis: int,
+    like: jax.Array, weight: jax.Array, left: jax.Array, right: jax.Array, axis: int
 ) -> jax.Array:
     """`|W + scale * A @ B|^2` over `axis`, from a block along that axis at a time.
 
@@ -119,7 +123,6 @@ def _direct(
     n = weight.shape[axis]
     size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
     count = n // size
-    a = _numerics.multiply(a, scale)
 
     def cut(x, i):  # (..., n, ...) -> (..., size, ...)
         position = x.ndim + axis
@@ -127,9 +130,11 @@ def _direct(
         return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
 
     def add_block(i, total):
-        rows, columns = (cut(a, i), b) if axis == -2 else (a, cut(b, i))
+        a, b = cut(left, i), right
+        if axis == -1:
+            a, b = jnp.swapaxes(b, -1, -2), a
         adapted = cut(weight, i).astype(total.dtype)
-        adapted = adapted + jnp.matmul(rows, columns, precision=_HIGHEST)
+        adapted = adapted + jnp.matmul(a, b, precision=_HIGHEST)
         return total + jnp.sum(jnp.square(adapted), axis=axis)
 
     # Not jnp.zeros: on a mesh the sum has to start sharded as the result `like` is.

@@ -180,7 +180,9 @@ def dora_column_norm(
     _checks.check_flags(rank_stabilized=rank_stabilized)
     rank = adapter["A"].shape[-1]
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, weight.dtype)
-    return _norm(jnp.asarray(weight), adapter, scale, norm_axis, None)
+    return _column_norm.adapted_norm(
+        jnp.asarray(weight), adapter["A"], adapter["B"], scale, None, _axis(norm_axis)
+    )
 
 
 def dora_linear(
@@ -275,11 +277,14 @@ def dora_linear(
     dtype = _numerics.promote(x.dtype, weight.dtype)
     rank = adapter["A"].shape[-1]
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
-    if column_norm is None:
-        column_norm = _frozen_norm(weight, adapter, scale, norm_axis, weight_norm_squared)
+    norm = column_norm
+    if norm is None:
+        norm = _column_norm.frozen_norm(
+            weight, adapter["A"], adapter["B"], scale, weight_norm_squared, _axis(norm_axis)
+        )
     if detach_norm:
-        column_norm = lax.stop_gradient(column_norm)
-    factor = _factor(adapter["m"], column_norm)
+        norm = lax.stop_gradient(norm)
+    factor = _factor(adapter["m"], norm)
     dropout = _dora_products.Dropout(dropout_rate, dropout_key, dropout_mode)
     apply = _dora_products.scale_outputs
     if norm_axis == "in":
@@ -387,41 +392,6 @@ def _axis(norm_axis: NormAxis) -> int:
 def _along(vector: jax.Array, norm_axis: NormAxis, dtype: DTypeLike) -> jax.Array:
     """Puts back the axis that the norm summed over, with size 1."""
     return jnp.expand_dims(vector.astype(dtype), _axis(norm_axis))
-
-
-def _frozen_norm(
-    weight: jax.Array,
-    adapter: Mapping[str, jax.Array],
-    scale: float | jax.Array,
-    norm_axis: NormAxis,
-    weight_norm_squared: jax.Array | None,
-) -> jax.Array:
-    """The norm with a gradient of the adapter only."""
-
-    @_numerics.keep_arguments
-    def norm(weight, adapter, scale, weight_norm_squared):
-        weight = lax.stop_gradient(weight)
-        return _norm(weight, adapter, scale, norm_axis, weight_norm_squared)
-
-    return norm(weight, adapter, scale, weight_norm_squared)
-
-
-def _norm(
-    weight: jax.Array,
-    adapter: Mapping[str, jax.Array],
-    scale: float | jax.Array,
-    norm_axis: NormAxis,
-    weight_norm_squared: jax.Array | None,
-) -> jax.Array:
-    axis = _axis(norm_axis)
-    a, b = jnp.asarray(adapter["A"]), jnp.asarray(adapter["B"])
-    if weight_norm_squared is None:
-        base = _column_norm.weight_norm_squared(weight, axis)
-    else:
-        dtype = _numerics.accumulation_dtype(weight.dtype)
-        base = lax.stop_gradient(jnp.asarray(weight_norm_squared, dtype))
-    squared = _column_norm.adapted_norm_squared(weight, a, b, scale, axis, base)
-    return _column_norm.norm(squared)
 
 
 def _factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:

@@ -171,21 +171,26 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
-def check_dropout(rate: Any, key: Any) -> None:
-    """Raises unless `rate` is a static number in [0, 1), with a key where it is not 0."""
+def check_rate(name: str, rate: Any) -> None:
+    """Raises unless `rate` is a static number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(
         rate, int | float | np.integer | np.floating
     ):
         raise TypeError(
-            "dropout_rate must be a Python number, because rate 0 is another program "
+            f"{name} must be a Python number, because rate 0 is another program "
             f"than any other, got {rate!r} ({type(rate).__name__})."
             + (" Make it a static argument of jax.jit." if is_array(rate) else "")
         )
     if not 0.0 <= rate < 1.0:
         raise ValueError(
-            f"dropout_rate must be at least 0 and below 1, got {rate}: it is the "
+            f"{name} must be at least 0 and below 1, got {rate}: it is the "
             "probability that an entry is dropped."
         )
+
+
+def check_dropout(rate: Any, key: Any) -> None:
+    """Raises unless `rate` is a static number in [0, 1), with a key where it is not 0."""
+    check_rate("dropout_rate", rate)
     if rate and key is None:
         raise ValueError(
             f"dropout_rate is {rate} but dropout_key is None: pass a jax.random key to "
@@ -200,6 +205,19 @@ def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_fields(what: str, given: Any, allowed: Sequence[str]) -> None:
+    """Raises unless `given` is a dict, as JSON has it, with keys of `allowed` only."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(given).__name__}.")
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)
+            raise ValueError(
+                f"{what} has no field {name!r}; the nearest is {near[0]!r}. Was the text "
+                "written by a newer version of lora_jax?"
+            )
 
 
 def check_input(x: Any, weight: jax.Array) -> None:

@@ -36,6 +36,14 @@ def norm(squared: jax.Array) -> jax.Array:
     return jnp.where(zero, jnp.zeros_like(root), root)
 
 
+def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
+    """`m / n`, DoRA's factor, wide; 1, with a zero gradient, where `n` is zero."""
+    dtype = _numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
+    magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
+    one = jnp.ones_like(norm)
+    return jnp.where(norm == 0, one, magnitude / jnp.where(norm == 0, one, norm))
+
+
 def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
     """`|W|^2` over `axis`, wide. The 16-bit weight is widened as it is read."""
     wide = weight.astype(_numerics.accumulation_dtype(weight.dtype))

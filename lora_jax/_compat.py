@@ -1,12 +1,28 @@
-"""What differs between the versions of JAX that are supported.
+"""What differs between the versions of JAX, and what is not public in all of them.
 
 Each guard compares a version, so that raising the floor in `pyproject.toml` shows which
-of them to delete.
+of them to delete. `jax.extend` is imported here and nowhere else.
 """
 
+import contextlib
+import pathlib
+import sysconfig
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.extend import core, source_info_util
+
+Literal = core.Literal
+Equation = core.JaxprEqn
+
+_LIBRARIES = (
+    str(pathlib.Path(__file__).parent),
+    sysconfig.get_path("stdlib"),
+    sysconfig.get_path("purelib"),
+    "/site-packages/",
+)
 
 
 def explicit_spec(x: jax.Array) -> tuple[Any, ...]:
@@ -14,6 +30,57 @@ def explicit_spec(x: jax.Array) -> tuple[Any, ...]:
 
     None for each axis, unless the mesh has explicit axes and shards that axis with them.
     """
-    if jax.__version_info__ < (0, 7, 0):  # before meshes with explicit axes were public
-        return (None,) * x.ndim
     return tuple(jax.typeof(x).sharding.spec)
+
+
+def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """`x`, sharded as `other` of the same shape, on a mesh with explicit axes."""
+    if x.shape != other.shape or explicit_spec(x) == explicit_spec(other):
+        return x
+    return jax.sharding.reshard(x, jax.typeof(other).sharding)
+
+
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes along which `x` differs inside `jax.shard_map`, as far as is known."""
+    return tuple(sorted(getattr(jax.typeof(x), "vma", ())))
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """A jaxpr, closed or not, as one with its constants."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner, list(getattr(jaxpr, "consts", ()))
+
+
+def bind(equation: Any, values: Sequence[Any]) -> Any:
+    """What the equation's primitive gives for other values."""
+    parameters = equation.primitive.get_bind_params(equation.params)
+    if jax.__version_info__ < (0, 10, 0):  # functions were not among the parameters
+        functions, parameters = parameters
+        values = (*functions, *values)
+    return equation.primitive.bind(*values, **parameters)
+
+
+@contextlib.contextmanager
+def at_equation(equation: Any) -> Iterator[None]:
+    """Traces as the equation was: its scope's name, its source line, its mesh."""
+    source = equation.source_info
+    names = source_info_util.current_name_stack() + source.name_stack
+    at_source = source_info_util.user_context(source.traceback, name_stack=names)
+    with at_source, equation.ctx.manager:
+        yield
+
+
+def source_line(equation: Any) -> str:
+    """Where the user's code asked for the equation, as `file:line (function)`.
+
+    The innermost line that is not in an installed package; for a model that is all in
+    installed packages, the innermost that is not JAX's. Empty where JAX has kept none.
+    """
+    trace = equation.source_info.traceback
+    if trace is None:
+        return ""
+    for frame, line in reversed(list(traceback.walk_tb(trace.as_python_traceback()))):
+        code = frame.f_code
+        if not any(library in code.co_filename for library in _LIBRARIES):
+            return f"{code.co_filename}:{line} ({code.co_name})"
+    return source_info_util.summarize(equation.source_info)

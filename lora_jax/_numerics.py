@@ -8,7 +8,7 @@ one that they are folded into. A dtype is *wide* if it is at least float32.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,16 +157,38 @@ def contract(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     The leading `y.ndim - 2` axes of both are batch axes. The result is wide; the products
     of the backward pass run in the dtype of `x` and `y`.
     """
-    dtype = accumulation_dtype(x.dtype)
-    return _dot(x, y, axis) if x.dtype == dtype else _wide_product(x, y, axis, dtype)
-
-
-def _dot(
-    x: jax.Array, y: jax.Array, axis: int, dtype: DTypeLike | None = None
-) -> jax.Array:
     batch = tuple(range(y.ndim - 2))
-    dimensions = (((x.ndim - 1,), (axis,)), (batch, batch))
-    return lax.dot_general(x, y, dimensions, preferred_element_type=dtype)
+    return dot(x, y, Dot((((x.ndim - 1,), (axis,)), (batch, batch))))
+
+
+class Dot(NamedTuple):
+    """The options of a `lax.dot_general`.
+
+    Attributes:
+        dimensions: its `dimension_numbers`.
+        precision: for both operands.
+        out_sharding: of the result, on meshes with explicit axes.
+    """
+
+    dimensions: lax.DotDimensionNumbers
+    precision: Any = None
+    out_sharding: Any = None
+
+    def __call__(self, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
+        """The product, in `dtype`, or in that of `x` and `y`."""
+        sharding = {} if self.out_sharding is None else {"out_sharding": self.out_sharding}
+        return lax.dot_general(
+            x, y, self.dimensions, self.precision, preferred_element_type=dtype, **sharding
+        )
+
+
+def dot(x: jax.Array, y: jax.Array, options: Dot) -> jax.Array:
+    """The product of two arrays of one dtype, wide.
+
+    The products of the backward pass run in the dtype of `x` and `y`.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    return options(x, y) if x.dtype == dtype else _wide_product(x, y, options, dtype)
 
 
 # Plain differentiation of a 16-bit product with a float32 result multiplies a float32
@@ -174,21 +196,21 @@ def _dot(
 # weight, and a product at float32 speed. This rule keeps the tangents, and so the
 # products of the backward pass, in 16 bits.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _wide_product(x: jax.Array, y: jax.Array, axis: int, dtype: DTypeLike) -> jax.Array:
-    return _dot(x, y, axis, dtype)
+def _wide_product(x: jax.Array, y: jax.Array, options: Dot, dtype: DTypeLike) -> jax.Array:
+    return options(x, y, dtype)
 
 
 @functools.partial(_wide_product.defjvp, symbolic_zeros=True)
-def _wide_product_jvp(axis, dtype, primals, tangents):
+def _wide_product_jvp(options, dtype, primals, tangents):
     x, y = primals
     x_dot, y_dot = tangents
     terms = []
     if not isinstance(x_dot, SymbolicZero):
-        terms.append(_dot(x_dot, y, axis).astype(dtype))
+        terms.append(options(x_dot, y).astype(dtype))
     if not isinstance(y_dot, SymbolicZero):
-        terms.append(_dot(x, y_dot, axis).astype(dtype))
+        terms.append(options(x, y_dot).astype(dtype))
     # Not `_wide_product`: the policies of jax.checkpoint do not see into a custom_jvp.
-    out = _dot(x, y, axis, dtype)
+    out = options(x, y, dtype)
     return out, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(out)
 
 

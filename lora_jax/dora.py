@@ -284,7 +284,7 @@ def dora_linear(
         )
     if detach_norm:
         norm = lax.stop_gradient(norm)
-    factor = _factor(adapter["m"], norm)
+    factor = _column_norm.factor(adapter["m"], norm)
     dropout = _dora_products.Dropout(dropout_rate, dropout_key, dropout_mode)
     apply = _dora_products.scale_outputs
     if norm_axis == "in":
@@ -334,7 +334,7 @@ def merge_dora_weight(
     weight = jnp.asarray(frozen_weight)
     adapted = weight.astype(delta.dtype) + delta
     squared = jnp.sum(jnp.square(adapted), axis=_axis(norm_axis))
-    factor = _factor(adapter["m"], _column_norm.norm(squared))
+    factor = _column_norm.factor(adapter["m"], _column_norm.norm(squared))
     return (adapted * _along(factor, norm_axis, delta.dtype)).astype(weight.dtype)
 
 
@@ -379,7 +379,7 @@ def unmerge_dora_weight(
     _checks.check_array("column_norm", column_norm)
     _check_norms(merged_weight.shape, norm_axis, None, column_norm)
     delta = _numerics.wide_delta(adapter, alpha, rank_stabilized, merged_weight.dtype)
-    factor = _along(_factor(adapter["m"], column_norm), norm_axis, delta.dtype)
+    factor = _along(_column_norm.factor(adapter["m"], column_norm), norm_axis, delta.dtype)
     merged = jnp.asarray(merged_weight)
     return (merged.astype(delta.dtype) / factor - delta).astype(merged.dtype)
 
@@ -392,14 +392,6 @@ def _axis(norm_axis: NormAxis) -> int:
 def _along(vector: jax.Array, norm_axis: NormAxis, dtype: DTypeLike) -> jax.Array:
     """Puts back the axis that the norm summed over, with size 1."""
     return jnp.expand_dims(vector.astype(dtype), _axis(norm_axis))
-
-
-def _factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
-    """`m / n`, wide; 1, with a zero gradient, where `n` is zero."""
-    dtype = _numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
-    magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
-    one = jnp.ones_like(norm)
-    return jnp.where(norm == 0, one, magnitude / jnp.where(norm == 0, one, norm))
 
 
 def _kept(weight_shape: tuple[int, ...], norm_axis: NormAxis) -> tuple[int, ...]:

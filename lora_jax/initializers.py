@@ -250,6 +250,14 @@ def init_factors(
     return a.astype(dtype), b.astype(dtype)
 
 
+def check_init(init: Init) -> None:
+    """Raises, as `init_factors` does, unless `init` is one that it takes."""
+    if isinstance(init, str) and init == "orthogonal":
+        return
+    for one in init if isinstance(init, tuple) and len(init) == 2 else (init,):
+        _initializer(one, _DEFAULT_STD)
+
+
 def _variance_scaling(scale, mode, distribution, key, shape, dtype):
     batch_axes = tuple(range(len(shape) - 2))
     initializer = variance_scaling(

@@ -12,9 +12,9 @@ import lora_jax
 
 DOCS = pathlib.Path(lora_jax.__file__).parent.parent / "docs"
 MODULES = [
-    importlib.import_module(f"lora_jax.{info.name}")
-    for info in pkgutil.iter_modules(lora_jax.__path__)
-    if not info.name.startswith("_")
+    importlib.import_module(info.name)
+    for info in pkgutil.walk_packages(lora_jax.__path__, "lora_jax.")
+    if not info.ispkg and "._" not in info.name
 ]
 # Modules whose names are used through the module, as those of jax.nn.initializers.
 NAMESPACES = {"lora_jax.initializers"}
@@ -42,6 +42,15 @@ merge_dora_weight(frozen_weight, adapter, alpha=1.0, *, rank_stabilized=False,
     norm_axis='out')
 unmerge_dora_weight(merged_weight, adapter, column_norm, alpha=1.0, *,
     rank_stabilized=False, norm_axis='out')
+LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, rank_pattern={},
+    alpha_pattern={}, axes={}, rank_stabilized=False, use_dora=False, dropout=0.0,
+    init='kaiming_uniform', dtype=None)
+plan_adapters(config, params, fn=None, *args, **kwargs)
+init_adapters(key, params, plan)
+adapt(fn, plan, *, on_merge='error', on_unused='error', dropout_key=None)
+merge_adapters(params, adapters, plan, *, donate=False)
+unmerge_adapters(params, adapters, plan, *, column_norms=None)
+count_parameters(params, plan)
 """
 
 

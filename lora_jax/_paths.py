@@ -1,0 +1,143 @@
+"""Paths of the leaves of a tree, and patterns that choose among them.
+
+A path is `jax.tree_util.keystr(path, simple=True, separator="/")`. A pattern is a glob on
+the whole path, in which `*` also stands for `/`; or a regular expression that has to match
+the whole path: an `re.Pattern`, or a string that starts with `re:`. Patterns are kept as
+text, the latter in the form with `re:`.
+
+The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`. A pattern also
+matches such a path if it matches what is in front of that.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+
+Pattern: TypeAlias = str | re.Pattern[str]
+"""A glob, a string `"re:..."`, or a compiled regular expression."""
+
+_REGEX = "re:"
+_BOXES = ("/value", "/raw_value")
+_FLAGS = {
+    re.ASCII: "a",
+    re.IGNORECASE: "i",
+    re.MULTILINE: "m",
+    re.DOTALL: "s",
+    re.VERBOSE: "x",
+}
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """Splits a tree into its leaves by path, in order, and its structure.
+
+    Raises:
+        ValueError: if two leaves have one path.
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, keys = {}, {}
+    for key, leaf in with_paths:
+        path = jax.tree_util.keystr(key, simple=True, separator="/")
+        if path in leaves:
+            both = [jax.tree_util.keystr(k) for k in (keys[path], key)]
+            raise ValueError(
+                f"two leaves have the path {path!r}: {both[0]} and {both[1]}. Rename a key "
+                "with a '/' in it."
+            )
+        leaves[path], keys[path] = leaf, key
+    return leaves, treedef
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, in the order of `jax.tree.leaves`."""
+    return flatten(tree)[0]
+
+
+def as_text(name: str, pattern: Any) -> str:
+    """A pattern in the form it is kept in, checked.
+
+    Args:
+        name: of the argument that the pattern was given in, for the messages.
+        pattern: a glob, `"re:..."`, or an `re.Pattern` of text.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if it is empty, or no regular expression.
+    """
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        return _REGEX + _with_inline_flags(pattern)
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"a pattern in {name} must be a string or an re.Pattern of text, got "
+            f"{pattern!r} ({type(pattern).__name__})."
+        )
+    if pattern in ("", _REGEX):
+        raise ValueError(f"a pattern in {name} is empty: '*' matches every path.")
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern.removeprefix(_REGEX))
+        except re.error as error:
+            raise ValueError(
+                f"the pattern {pattern!r} in {name} is no regular expression: {error}."
+            ) from None
+    return pattern
+
+
+def _with_inline_flags(pattern: re.Pattern[str]) -> str:
+    """The text of a compiled pattern, with the flags it was compiled with in front."""
+    if re.compile(pattern.pattern).flags == pattern.flags:
+        return pattern.pattern
+    letters = [letter for flag, letter in _FLAGS.items() if pattern.flags & flag]
+    return f"(?{''.join(letters)}){pattern.pattern}"
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern, as text, matches a path."""
+    paths = (path, *(path.removesuffix(box) for box in _BOXES if path.endswith(box)))
+    if pattern.startswith(_REGEX):
+        regex = re.compile(pattern.removeprefix(_REGEX))
+        return any(regex.fullmatch(path) for path in paths)
+    return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+
+
+def first_match(patterns: Iterable[str], path: str) -> str | None:
+    """The first of some patterns that matches a path, or None."""
+    return next((pattern for pattern in patterns if matches(pattern, path)), None)
+
+
+def look_up(values: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern in a mapping that matches a path."""
+    pattern = first_match(values, path)
+    return default if pattern is None else values[pattern]
+
+
+def unmatched(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The patterns that match none of some paths."""
+    paths = list(paths)
+    return [p for p in patterns if not any(matches(p, path) for path in paths)]
+
+
+def nearest(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Up to three paths that the writer of a pattern may have had in mind."""
+    paths = list(paths)
+    literal = pattern.replace("*", "")
+    if pattern.startswith(_REGEX):
+        literal = re.sub(r"[\\^$.|?*+()\[\]{}]", "", pattern.removeprefix(_REGEX))
+    segments = [segment for segment in literal.split("/") if segment]
+    close = difflib.get_close_matches(literal, paths, n=3, cutoff=0.5)
+    if segments:
+        last = segments[-1].lower()
+        close += [path for path in paths if last in path.lower()]
+    return list(dict.fromkeys(close))[:3]
+
+
+def nearest_hint(pattern: str, paths: Iterable[str]) -> str:
+    """The end of a message about a pattern or path that is not there."""
+    paths = list(paths)
+    near = nearest(pattern, paths)
+    if near:
+        return f"; the nearest paths are {', '.join(map(repr, near))}"
+    return f"; the first paths are {', '.join(map(repr, paths[:3])) or 'none'}"

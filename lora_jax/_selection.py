@@ -1,0 +1,204 @@
+"""Which leaves of some params a config adapts, and why not the others."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _axes, _checks, _paths
+from lora_jax._frozen import FrozenDict
+from lora_jax.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan import AdapterPlan, Target, Use
+
+_PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
+
+Uses = Mapping[str, tuple[Use, ...]]
+
+
+def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> AdapterPlan:
+    """Makes the plan of a config for some params.
+
+    Args:
+        config: the config.
+        leaves: of the params, by path. Only shapes and dtypes are used.
+        uses: of the leaves in a function, by path; None if there is no function.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: if a pattern matches nothing, a pattern of `targets` matches what
+            cannot have an adapter, or nothing is adapted.
+    """
+    arrays = {path: leaf for path, leaf in leaves.items() if _checks.is_array(leaf)}
+    targets: dict[str, Target] = {}
+    skipped: dict[str, str] = {}
+    refused: dict[str, _axes.UnsuitableError] = {}
+    all_linear = config.targets == ALL_LINEAR
+    if not all_linear:
+        _check_matched("targets", kept_patterns(config.targets), arrays, "array of params")
+    _check_matched("exclude", kept_patterns(config.exclude), arrays, "array of params")
+    for path, leaf in leaves.items():
+        reason = _passed_over(config, path, leaf)
+        if reason is not None:
+            skipped[path] = reason
+            continue
+        try:
+            targets[path] = _target(config, path, leaf, uses)
+        except _axes.UnsuitableError as error:
+            skipped[path] = str(error)
+            refused[path] = error
+    if refused and not all_linear:
+        raise ValueError(_refusal(refused))
+    if not targets:
+        raise ValueError(_nothing(config, skipped))
+    for name in _PER_WEIGHT:
+        _check_matched(name, getattr(config, name), targets, "weight that is adapted")
+    return AdapterPlan(
+        config=config,
+        targets=FrozenDict(targets),
+        skipped=FrozenDict(skipped),
+        uses=FrozenDict(uses or {}),
+        total=count(arrays.values()),
+    )
+
+
+def count(leaves: Iterable[Any]) -> int:
+    """The number of entries of all arrays among some leaves, without random keys."""
+    arrays = filter(_checks.is_array, leaves)
+    return sum(
+        math.prod(array.shape)
+        for array in arrays
+        if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _passed_over(config: LoraConfig, path: str, leaf: Any) -> str | None:
+    """Why the config does not choose a leaf, or None if it does."""
+    if not _checks.is_array(leaf):
+        return f"it is no array: {type(leaf).__name__}"
+    excluded = _paths.first_match(kept_patterns(config.exclude), path)
+    if excluded is not None:
+        return f"the pattern {excluded!r} of exclude matches it"
+    if config.targets == ALL_LINEAR or _paths.first_match(
+        kept_patterns(config.targets), path
+    ):
+        return None
+    return "no pattern of targets matches it"
+
+
+def _target(config: LoraConfig, path: str, leaf: Any, uses: Uses | None) -> Target:
+    shape = tuple(leaf.shape)
+    _check_leaf(shape, leaf.dtype)
+    if uses is None:
+        axes = _axes_without_function(config, path, shape)
+    else:
+        axes = _axes_of_uses(config, path, shape, uses.get(path, ()))
+    return Target(
+        shape=shape,
+        method=config.method,
+        rank=config.rank_of(path),
+        scale=config.scale_of(path),
+        dropout=config.dropout,
+        in_axes=axes.in_axes,
+        out_axes=axes.out_axes,
+        batch_axes=axes.batch_axes,
+    )
+
+
+def _check_leaf(shape: tuple[int, ...], dtype: Any) -> None:
+    if not _checks.is_floating(dtype):
+        raise _axes.UnsuitableError(f"its dtype {dtype} is not floating point")
+    if jnp.dtype(dtype).itemsize < 2:
+        raise _axes.UnsuitableError(
+            f"its dtype {dtype} has less than 16 bits, and no meaning without its scales"
+        )
+    if len(shape) < 2:
+        raise _axes.UnsuitableError(f"it is a {'vector' if shape else 'scalar'}, {shape}")
+    if 0 in shape:
+        raise _axes.UnsuitableError(f"it has no entries: its shape is {shape}")
+
+
+def _axes_without_function(
+    config: LoraConfig, path: str, shape: tuple[int, ...]
+) -> _axes.Resolved:
+    letters = _given_axes(config, path, shape)
+    if letters is None and len(shape) > 2:
+        raise _axes.AmbiguousError(
+            f"it has {len(shape)} axes, {shape}, and without a function only the axes of a "
+            "2-D weight are known: give plan_adapters the function and its arguments"
+        )
+    return _axes.from_letters(letters or "io", shape)
+
+
+def _axes_of_uses(
+    config: LoraConfig, path: str, shape: tuple[int, ...], uses: Sequence[Use]
+) -> _axes.Resolved:
+    if not uses:
+        raise _axes.UnsuitableError("the function never uses it")
+    low_rank = [use for use in uses if not use.merged]
+    if config.targets == ALL_LINEAR and not any(use.linear for use in low_rank):
+        raise _axes.UnsuitableError(
+            f"no matrix product uses it, only {' and '.join(map(str, uses))}"
+        )
+    letters = _given_axes(config, path, shape)
+    if letters is not None:
+        return _axes.from_letters(letters, shape)
+    if not low_rank:
+        raise _axes.UnsuitableError(
+            f"every use of it needs the merged weight: {' and '.join(map(str, uses))}"
+        )
+    return _axes.resolve_axes(shape, low_rank)
+
+
+def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | None:
+    letters = config.axes_of(path)
+    if letters is not None and len(letters) != len(shape):
+        raise ValueError(
+            f"axes gives {path!r} the letters {letters!r}, and its shape is {shape}: "
+            "expected one letter for each axis."
+        )
+    return letters
+
+
+def _check_matched(
+    name: str, patterns: Iterable[str], paths: Iterable[str], what: str
+) -> None:
+    """Raises unless each pattern of a field matches something."""
+    lost = _paths.unmatched(patterns, paths)
+    if lost:
+        hints = [f"{pattern!r}{_paths.nearest_hint(pattern, paths)}" for pattern in lost]
+        raise ValueError(
+            f"a pattern of {name} matches no {what}: {'. '.join(hints)}. A pattern is a "
+            "glob on the whole path, or 're:...' for a regular expression."
+        )
+
+
+def _refusal(refused: Mapping[str, _axes.UnsuitableError]) -> str:
+    ambiguous = [
+        path for path, why in refused.items() if isinstance(why, _axes.AmbiguousError)
+    ]
+    others = [path for path in refused if path not in ambiguous]
+    lines = ["targets matches what cannot have an adapter:"]
+    lines += [f"  {path!r}: {why}" for path, why in refused.items()]
+    if others:
+        lines.append(f"Leave out with exclude={tuple(others)!r}, or narrow the patterns.")
+    if ambiguous:
+        letters = ", ".join(f'{path!r}: "..."' for path in ambiguous)
+        lines.append(
+            f"Give axes={{{letters}}} with one letter for each axis: i (input), o (output) "
+            "or b (batch)."
+        )
+    return "\n".join(lines)
+
+
+def _nothing(config: LoraConfig, skipped: Mapping[str, str]) -> str:
+    lines = [f"nothing is adapted with targets={config.targets!r}:"]
+    lines += [f"  {path!r}: {why}" for path, why in list(skipped.items())[:5]]
+    if len(skipped) > 5:
+        lines.append(f"  and {len(skipped) - 5} more")
+    if not skipped:
+        lines.append("  params has no leaves")
+    return "\n".join(lines)

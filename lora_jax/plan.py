@@ -1,0 +1,299 @@
+"""What a config comes to on some params: which weights, which axes, how many parameters."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax import _checks, _paths
+from lora_jax._frozen import FrozenDict
+from lora_jax.config import ALL_LINEAR, LoraConfig, kept_patterns
+
+__all__ = ["AdapterPlan", "Target", "Use"]
+
+METHODS = ("lora", "dora")
+_HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
+_NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
+
+
+class Use(NamedTuple):
+    """One use of a weight in a function."""
+
+    primitive: str
+    """The name of JAX's primitive, such as `dot_general`."""
+    roles: tuple[str, ...]
+    """What the use does with each axis of the weight: `contracted`, `kept`, `batch`,
+    `indexed`, `stacked` (scanned over), or an empty string where that is not known."""
+    where: str = ""
+    """The line of the source, where it is known."""
+    merged: str = ""
+    """Why this use needs the merged weight; empty where it does not."""
+    linear: bool = False
+    """Whether it is a product of matrices, and no convolution or look-up."""
+
+    def __str__(self) -> str:
+        roles = ", ".join(role or "unknown" for role in self.roles)
+        where = f" at {self.where}" if self.where else ""
+        merged = f"; merged: {self.merged}" if self.merged else ""
+        return f"{self.primitive}{where} ({roles}){merged}"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adapted weight: its method, numbers and axes.
+
+    `A` and `B` see the weight as a matrix, or a stack of them: its batch axes, its input
+    axes folded into one, its output axes folded into one, each in the order given here.
+
+    Args:
+        shape: of the weight.
+        method: `"lora"` or `"dora"`.
+        rank: of the adapter.
+        scale: what multiplies `A @ B`.
+        dropout: the probability that an entry of the adapter's input is dropped.
+        in_axes: the axes of the weight that are contracted with an input.
+        out_axes: the axes of the weight that an output has.
+        batch_axes: the axes along which there is a matrix for each index.
+
+    Raises:
+        TypeError: if a number has the wrong type.
+        ValueError: if the method is unknown, a number is out of its range, or the axes
+            are not those of the shape, each once, with an input and an output.
+    """
+
+    shape: tuple[int, ...]
+    method: str
+    rank: int
+    scale: float
+    dropout: float
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "in_axes", "out_axes", "batch_axes"):
+            object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
+        _checks.check_choice("method", self.method, METHODS)
+        _checks.check_rank(self.rank)
+        _checks.check_number("scale", self.scale)
+        _checks.check_rate("dropout", self.dropout)
+        axes = (*self.batch_axes, *self.in_axes, *self.out_axes)
+        complete = sorted(axes) == list(range(len(self.shape)))
+        if not (complete and self.in_axes and self.out_axes):
+            raise ValueError(
+                f"each axis of the shape {self.shape} must be in one of in_axes, out_axes "
+                f"and batch_axes, and the first two must not be empty, got {self.in_axes}, "
+                f"{self.out_axes} and {self.batch_axes}."
+            )
+
+    @property
+    def axes(self) -> str:
+        """One letter for each axis of the weight: `i`, `o` or `b`."""
+        groups = {"i": self.in_axes, "o": self.out_axes, "b": self.batch_axes}
+        letters = {axis: letter for letter, axes in groups.items() for axis in axes}
+        return "".join(letters[axis] for axis in range(len(self.shape)))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """`(*batch, in, out)`, with the input axes and the output axes folded."""
+        batch, n_in, n_out = (
+            tuple(self.shape[axis] for axis in axes)
+            for axes in (self.batch_axes, self.in_axes, self.out_axes)
+        )
+        return (*batch, math.prod(n_in), math.prod(n_out))
+
+    @property
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each entry of the adapter by its name."""
+        *batch, n_in, n_out = self.matrix_shape
+        shapes = {"A": (*batch, n_in, self.rank), "B": (*batch, self.rank, n_out)}
+        return shapes | ({"m": (*batch, n_out)} if self.method == "dora" else {})
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the adapter."""
+        return sum(map(math.prod, self.adapter_shapes.values()))
+
+    @property
+    def alpha(self) -> float:
+        """What gives `scale` when it is divided by the rank."""
+        return self.scale * self.rank
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class AdapterPlan:
+    """The record of what is adapted and how. `print` shows it as a table.
+
+    Immutable and hashable; to JAX a static value without leaves. Two plans are equal if
+    their configs and targets are.
+
+    Args:
+        config: what the plan was made of.
+        targets: path to `Target`, in the order of the leaves of the params.
+        skipped: path to the reason why that leaf has no adapter.
+        uses: path to what the function does with that leaf; empty if there was none.
+        total: the number of parameters in the params.
+    """
+
+    config: LoraConfig
+    targets: FrozenDict[str, Target]
+    skipped: FrozenDict[str, str] = dataclasses.field(default=FrozenDict(), compare=False)
+    uses: FrozenDict[str, tuple[Use, ...]] = dataclasses.field(
+        default=FrozenDict(), compare=False
+    )
+    total: int = dataclasses.field(default=0, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of all adapters."""
+        return sum(target.parameters for target in self.targets.values())
+
+    def __str__(self) -> str:
+        """A row for each target, and one for their sum."""
+        rows: list[tuple[str, ...]] = [_HEADER]
+        for path, target in self.targets.items():
+            shape, count = str(target.shape), target.parameters
+            numbers = str(target.rank), f"{target.scale:g}", *_counted(count, self.total)
+            rows.append((path, shape, target.axes, target.method, *numbers))
+        total = _counted(self.parameters, self.total)
+        rows.append((f"total of {len(self.targets)}", *[""] * 5, *total))
+        return _table(rows)
+
+    def explain(self, path: str) -> str:
+        """Says why a leaf has an adapter, or why not.
+
+        Args:
+            path: of a leaf of the params.
+
+        Returns:
+            Some lines of text: which pattern chose the leaf, its axes, and each use of it
+            with its line in the source.
+
+        Raises:
+            KeyError: if the params have no such leaf.
+        """
+        if path in self.skipped:
+            lines = [f"{path}: no adapter, because {self.skipped[path]}."]
+        elif path in self.targets:
+            lines = [*_explained(self, path, self.targets[path])]
+        else:
+            hint = _paths.nearest_hint(path, [*self.targets, *self.skipped])
+            raise KeyError(f"the params of this plan have no leaf at {path!r}{hint}.")
+        uses = self.uses.get(path, ())
+        return "\n  ".join([*lines, *(f"use: {use}" for use in uses)])
+
+    def to_json(self) -> str:
+        """Writes the plan as JSON.
+
+        Returns:
+            A JSON object with everything that the plan knows.
+
+        Raises:
+            TypeError: if the config's `init` is a function.
+        """
+        fields = {
+            "config": json.loads(self.config.to_json()),
+            "targets": {p: dataclasses.asdict(t) for p, t in self.targets.items()},
+            "skipped": dict(self.skipped),
+            "uses": {p: [use._asdict() for use in uses] for p, uses in self.uses.items()},
+            "total": self.total,
+        }
+        return json.dumps(fields, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AdapterPlan":
+        """Reads a plan that `to_json` wrote.
+
+        Args:
+            text: a JSON object.
+
+        Returns:
+            The plan, equal to the one that was written, with the same table and the same
+            explanations.
+
+        Raises:
+            TypeError, ValueError: if the text is no JSON, a field is missing or unknown,
+                or a value is none that the plan takes.
+        """
+        given = json.loads(text)
+        fields = _fields(cls, given)
+        uses = {
+            path: tuple(_use(use) for use in uses) for path, uses in fields["uses"].items()
+        }
+        return cls(
+            config=LoraConfig.from_json(json.dumps(fields["config"])),
+            targets=FrozenDict(
+                {p: Target(**_fields(Target, t)) for p, t in fields["targets"].items()}
+            ),
+            skipped=FrozenDict(fields["skipped"]),
+            uses=FrozenDict(uses),
+            total=fields["total"],
+        )
+
+
+def _fields(cls: type, given: Any) -> dict[str, Any]:
+    """The fields of a dataclass as they were read: all of them, and no others."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    what = f"the JSON of a lora_jax {cls.__name__}"
+    _checks.check_fields(what, given, names)
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ValueError(f"{what} lacks the fields {', '.join(missing)}.")
+    return given
+
+
+def _use(given: Mapping[str, Any]) -> Use:
+    _checks.check_fields("the JSON of a lora_jax Use", given, Use._fields)
+    return Use(**{**given, "roles": tuple(given["roles"])})
+
+
+def _counted(count: int, total: int) -> tuple[str, str]:
+    """A number of parameters, and its share of those of the params."""
+    return f"{count:,}", f"{100 * count / total:.3f} %" if total else ""
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in _NUMBERS else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:
+    """The lines about a target, without those about its uses."""
+    yield (
+        f"{path}: {target.method}, rank {target.rank}, scale {target.scale:g}, "
+        f"{target.parameters:,} parameters."
+    )
+    yield f"chosen by targets: {_choice(plan, path)}"
+    *batch, n_in, n_out = target.matrix_shape
+    stack = f"{' x '.join(map(str, batch))} of " if batch else ""
+    pattern = _paths.first_match(plan.config.axes, path)
+    given = "" if pattern is None else f", given by axes[{pattern!r}]"
+    yield f"axes: {target.axes} of {target.shape}{given}: {stack}({n_in}, {n_out})"
+    if target.rank * (n_in + n_out) >= n_in * n_out:
+        yield (
+            f"note: at rank {target.rank} A and B have {target.rank * (n_in + n_out):,} "
+            f"entries for the {n_in * n_out:,} of each matrix: a smaller rank would do"
+        )
+
+
+def _choice(plan: AdapterPlan, path: str) -> str:
+    """Which pattern chose a target."""
+    targets = plan.config.targets
+    if targets != ALL_LINEAR:
+        return repr(_paths.first_match(kept_patterns(targets), path))
+    if plan.uses:
+        return "'all-linear', since a matrix product uses it"
+    return "'all-linear', which without a function is every floating-point matrix"

@@ -1,0 +1,204 @@
+"""What the evaluation of one program carries with it: keys, uses, and merges."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax import _compat
+from lora_jax.transform._factored import Factored, merge
+
+Rule = Callable[..., Any]
+
+
+class Merge(NamedTuple):
+    """A use of an adapted weight that could not stay low-rank.
+
+    Attributes:
+        path: of the weight.
+        shape: of the value that was merged; the weight's, or that of a part of it.
+        primitive: the JAX primitive that it reached.
+        reason: why that has no low-rank form.
+        where: the line of the user's code, `file:line (function)`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    primitive: str
+    reason: str
+    where: str
+
+    def __str__(self) -> str:
+        """One line: what was merged, why, and where."""
+        return (
+            f"{self.path!r} (here of shape {self.shape}) reaches `{self.primitive}`: "
+            f"{self.reason}; at {self.where}"
+        )
+
+
+class Sighting(NamedTuple):
+    """A use of a weight, as a rule saw it.
+
+    Attributes:
+        name: of the weight.
+        shape: of the value.
+        primitive: its name.
+        roles: `{axis of the weight: what the use does with it}`.
+        where: the line of the user's code, where it is of interest.
+        merged: why the weight was merged there; empty if it was not.
+    """
+
+    name: str | int
+    shape: tuple[int, ...]
+    primitive: str
+    roles: Mapping[int, str]
+    where: str
+    merged: str = ""
+
+
+@dataclasses.dataclass
+class Frame:
+    """One jaxpr that is being evaluated: its values and the origin of its broadcasts."""
+
+    values: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def read(self, atom: Any) -> Any:
+        """The value of a variable or a literal."""
+        return atom.val if isinstance(atom, _compat.Literal) else self.values[atom]
+
+
+@dataclasses.dataclass
+class Context:
+    """The state of one evaluation.
+
+    Attributes:
+        rules: what to do with a factored operand, by the primitive's name.
+        on_merge: called with each `Merge` before it is done; may raise.
+        key: for dropout, a value of the trace that is under way; None for none.
+        probing: whether axes are being found: then values are abstract, and nothing but
+            shapes matters.
+        sightings: every use so far.
+        frame: the jaxpr that is being evaluated.
+        callers: the equations whose rules are under way, the outermost first.
+        calls: of jitted functions, by what they are traced for; see `_rules_calls`.
+    """
+
+    rules: Mapping[str, Rule]
+    on_merge: Callable[[Merge], None]
+    key: jax.Array | None = None
+    probing: bool = False
+    sightings: list[Sighting] = dataclasses.field(default_factory=list)
+    frame: Frame = dataclasses.field(default_factory=Frame)
+    callers: list[Any] = dataclasses.field(default_factory=list)
+    calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _names: tuple[Mapping[Any, str | int], ...] = ()
+    _keys_made: int = 0
+
+    def see(
+        self, value: Factored, equation: Any, roles: Sequence[str] = (), merged: str = ""
+    ) -> None:
+        """Records a use; `roles` has a word for each axis of the value, or is empty."""
+        primitive, where = "output", "the end of the function"
+        if equation is not None:
+            primitive = equation.primitive.name
+            interesting = merged or self.probing
+            where = self._where(equation) if interesting else ""
+        found: dict[str | int, dict[int, str]] = {}
+        for term in value.terms:
+            axes = sorted(value.owned(term.a)) if roles else ()
+            own = [roles[axis] for axis in axes if roles[axis]]
+            for weight in term.label.names:
+                known = found.setdefault(weight, {})
+                if own and term.label.axis is not None:
+                    known[term.label.axis] = own[0]
+        for weight, axes in found.items():
+            shape = tuple(value.shape)
+            self.record(Sighting(weight, shape, primitive, axes, where, merged))
+
+    def record(self, sighting: Sighting) -> None:
+        """Keeps a sighting, and reports it if it is of a merge."""
+        self.sightings.append(sighting)
+        if sighting.merged and not self.probing:
+            self.on_merge(
+                Merge(
+                    self._path(sighting.name),
+                    sighting.shape,
+                    sighting.primitive,
+                    sighting.merged,
+                    sighting.where,
+                )
+            )
+
+    def merge(self, value: Factored, equation: Any, reason: str) -> jax.Array:
+        """The dense value, with a report, unless it is rows looked up in a table."""
+        if value.gathered:
+            return merge(value)
+        self.see(value, equation, merged=reason)
+        dropped = [t for t in value.terms if t.label.dropout and self.key is not None]
+        if dropped:
+            raise ValueError(
+                f"the adapter of {self._path(dropped[0].label.names[0])!r} has dropout, "
+                "which a weight that is merged for a use cannot have: plan it with "
+                "dropout=0.0, or leave the weight out with LoraConfig(exclude=...)."
+            )
+        return merge(value)
+
+    def _where(self, equation: Any) -> str:
+        """The user's line, and the one that called the function it is in.
+
+        JAX traces a function of its own once for all its callers, and keeps the line of
+        the first: then only the second of these lines is right.
+        """
+        lines = [_compat.source_line(equation)]
+        if self.callers:
+            lines.append(_compat.source_line(self.callers[0]))
+        return ", called at ".join(dict.fromkeys(line for line in lines if line))
+
+    def _path(self, name: str | int) -> str:
+        """The path of a weight, by what it goes by in here."""
+        for names in reversed(self._names):
+            name = names[name]
+        return str(name)
+
+    def merge_all(self, values: Sequence[Any], equation: Any, reason: str) -> list[Any]:
+        """The values, with every factored one merged."""
+        return [
+            self.merge(v, equation, reason) if isinstance(v, Factored) else v
+            for v in values
+        ]
+
+    def make_key(self, x: jax.Array | None = None) -> jax.Array | None:
+        """A new dropout key in each call, or None where there is no dropout.
+
+        Inside `jax.shard_map` the mask of `x` differs between devices where `x` does.
+        """
+        if self.key is None:
+            return None
+        self._keys_made += 1
+        key = jax.random.fold_in(self.key, self._keys_made)
+        for axis in () if x is None else _compat.varying_axes(x):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return key
+
+    @contextlib.contextmanager
+    def using_key(self, key: jax.Array | None) -> Iterator[None]:
+        """Makes keys from `key`, a value of the trace that starts here."""
+        saved = self.key, self._keys_made
+        self.key, self._keys_made = key, 0
+        try:
+            yield
+        finally:
+            self.key, self._keys_made = saved
+
+    @contextlib.contextmanager
+    def renamed(self, names: Mapping[Any, str | int]) -> Iterator[list[Sighting]]:
+        """Collects what is seen of weights that go by other names in here."""
+        saved = self.sightings, self._names
+        self.sightings, self._names = [], (*self._names, names)
+        try:
+            yield self.sightings
+        finally:
+            self.sightings, self._names = saved

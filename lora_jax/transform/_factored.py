@@ -1,0 +1,199 @@
+"""The factored value: what an adapted weight is while a program is evaluated.
+
+    value = prod(columns) * (base + sum over terms of scale * sum_r a[r] * b[r])
+
+`base` is the dense weight `(*axes)`. Each of `a` and `b` is `(rank, *axes)`, and each entry
+of `columns` (DoRA's `m / norm`) is `(*axes)`, where an axis is either as long as that of
+the weight, and then *owned*, or 1. Ownership says everything: axes that only `a` owns are
+inputs, those that only `b` owns are outputs, those that both own are batch axes (stacked
+layers, experts). So a primitive that moves axes about acts on base, factors and columns
+alike, and one that contracts the weight contracts the factors one after the other.
+
+The scale is static. Factors keep the dtype that they were given in until they are
+multiplied; columns are wide.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _numerics
+
+Map = Callable[[jax.Array], jax.Array]
+
+
+class NotFactorableError(Exception):
+    """What a rule raises if the value cannot stay factored: the weight is merged there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The static part of a term.
+
+    Attributes:
+        names: the paths of the weights (several, where weights were stacked), or their
+            numbers among the arguments of a call that is traced once for many weights.
+        scale: multiplies the product of the factors.
+        dropout: the rate at which entries of the other operand are dropped.
+        axis: when axes are being found, the axis of the weight that the term stands for.
+    """
+
+    names: tuple[str | int, ...]
+    scale: float = 1.0
+    dropout: float = 0.0
+    axis: int | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["label"]
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One low-rank term: `a` and `b` are `(rank, *axes)`."""
+
+    a: jax.Array
+    b: jax.Array
+    label: Label
+
+    def map(self, function: Map) -> "Term":
+        """The term with both factors mapped."""
+        return dataclasses.replace(self, a=function(self.a), b=function(self.b))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "terms", "columns"],
+    meta_fields=["gathered"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """A weight with its low-rank terms.
+
+    Attributes:
+        base: `(*axes)`, the frozen weight.
+        terms: see `Term`.
+        columns: `(*axes)` each; the value is multiplied by all of them.
+        gathered: rows looked up in a table. The frozen program has an array of that size
+            as well, so that merging them costs little and is not worth a report.
+    """
+
+    base: jax.Array
+    terms: tuple[Term, ...]
+    columns: tuple[jax.Array, ...] = ()
+    gathered: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """That of the weight."""
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the weight."""
+        return self.base.dtype
+
+    @property
+    def names(self) -> tuple[str | int, ...]:
+        """The names of the weights in it, each once."""
+        return tuple(dict.fromkeys(n for term in self.terms for n in term.label.names))
+
+    def replace(self, **changes) -> "Factored":
+        """The value with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def map(self, base: jax.Array, function: Map) -> "Factored":
+        """The value with `base`, and `function` applied to every factor and column.
+
+        The function sees arrays of the axes of the weight: the rank axis is mapped over.
+        """
+        return self.replace(
+            base=base,
+            terms=tuple(term.map(jax.vmap(function)) for term in self.terms),
+            columns=tuple(function(column) for column in self.columns),
+        )
+
+    def owned(self, factor: jax.Array) -> frozenset[int]:
+        """The axes of the weight along which a factor or a column varies."""
+        sizes = factor.shape[factor.ndim - self.ndim :]
+        return frozenset(
+            axis for axis, size in enumerate(sizes) if size != 1 and self.shape[axis] != 1
+        )
+
+    def is_thin(self) -> bool:
+        """Whether no term couples two axes: then merging costs no more than a factor."""
+
+        def thin(term: Term) -> bool:
+            a, b = self.owned(term.a), self.owned(term.b)
+            return a <= b or b <= a
+
+        return all(map(thin, self.terms))
+
+
+def is_factored(value: object) -> bool:
+    """Whether a value of the program is a factored weight."""
+    return isinstance(value, Factored)
+
+
+def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
+    """A factor or column, seen without its rank axis, made to own an axis."""
+    if array.shape[axis] == value.shape[axis]:
+        return array
+    shape = (*array.shape[:axis], value.shape[axis], *array.shape[axis + 1 :])
+    return jnp.broadcast_to(array, shape)
+
+
+def merge(value: Factored) -> jax.Array:
+    """The dense weight, formed in at least float32 and rounded once."""
+    if not value.terms and not value.columns:
+        return value.base
+    dtype = _numerics.accumulation_dtype(value.dtype, *(t.a.dtype for t in value.terms))
+    out = value.base.astype(dtype)
+    for term in value.terms:
+        out = out + _numerics.multiply(product(value, term, dtype), term.label.scale)
+    for column in value.columns:
+        out = out * column.astype(dtype)
+    return jnp.broadcast_to(out, value.shape).astype(value.dtype)
+
+
+def product(value: Factored, term: Term, dtype: jnp.dtype) -> jax.Array:
+    """`sum_r a[r] * b[r]`, with 1 for the axes that neither owns, without the scale."""
+    axes = range(value.ndim)
+    a, a_axes = squeeze(value, term.a.astype(dtype))  # (rank, *owned by a)
+    b, b_axes = squeeze(value, term.b.astype(dtype))  # (rank, *owned by b)
+    both = [axis for axis in a_axes if axis in b_axes]
+    batch = [1 + a_axes.index(x) for x in both], [1 + b_axes.index(x) for x in both]
+    out = lax.dot_general(
+        a, b, (((0,), (0,)), batch), precision=lax.Precision.HIGHEST
+    )  # (*both, *rest of a, *rest of b)
+    rest = [axis for axis in (*a_axes, *b_axes) if axis not in both]
+    return place(out, [*both, *rest], axes)
+
+
+def squeeze(value: Factored, factor: jax.Array) -> tuple[jax.Array, list[int]]:
+    """A factor without the axes it does not own, and the axes that are left."""
+    owned = value.owned(factor)
+    gone = [1 + axis for axis in range(value.ndim) if axis not in owned]
+    return lax.squeeze(factor, gone), sorted(owned)
+
+
+def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
+    """Orders the axes, named by `have`, as in `want`, with 1 for those it lacks."""
+    order = [have.index(name) for name in want if name in have]
+    if order != sorted(order):
+        array = lax.transpose(array, order)
+    missing = [i for i, name in enumerate(want) if name not in have]
+    return lax.expand_dims(array, missing) if missing else array
+
+
+def arrays(values: Sequence[object]) -> Iterator[Factored]:
+    """The factored values among the operands of an equation."""
+    return (value for value in values if isinstance(value, Factored))

@@ -1,0 +1,101 @@
+"""Evaluates a jaxpr in which some values are factored."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax import _compat
+from lora_jax.transform._context import Context, Frame
+from lora_jax.transform._factored import Factored, NotFactorableError, is_factored, merge
+
+# Rows of a table stay factored through these, so that a product with them is factored
+# (a softmax over sampled classes); everything else gets them merged.
+_KEEP_GATHERED = frozenset(
+    {
+        "broadcast_in_dim",
+        "closed_call",
+        "convert_element_type",
+        "dot_general",
+        "jit",
+        "reshape",
+        "slice",
+        "squeeze",
+        "transpose",
+    }
+)
+
+
+def evaluate(
+    context: Context, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]
+) -> list[Any]:
+    """The outputs of a jaxpr, any of which may be factored."""
+    frame, outer = Frame(), context.frame
+    frame.values.update(zip(jaxpr.constvars, constants, strict=True))
+    frame.values.update(zip(jaxpr.invars, arguments, strict=True))
+    context.frame = frame
+    try:
+        for equation in jaxpr.eqns:
+            values = [frame.read(atom) for atom in equation.invars]
+            with _compat.at_equation(equation):
+                out = _apply(context, equation, values)
+            outputs = out if equation.primitive.multiple_results else [out]
+            frame.values.update(zip(equation.outvars, outputs, strict=True))
+    finally:
+        context.frame = outer
+    return [frame.read(atom) for atom in jaxpr.outvars]
+
+
+def evaluate_closed(context: Context, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+    """`evaluate` for a jaxpr that has its constants with it."""
+    inner, constants = _compat.open_jaxpr(jaxpr)
+    return evaluate(context, inner, constants, arguments)
+
+
+def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
+    """What the equation gives: by its rule, or with its operands merged."""
+    frame = context.frame
+    if not any(map(is_factored, values)):
+        if equation.primitive.name == "broadcast_in_dim":
+            frame.broadcasts[equation.outvars[0]] = equation
+        return _compat.bind(equation, values)
+    values = _merge_gathered(frame, equation, values)
+    if not any(map(is_factored, values)):
+        return _compat.bind(equation, values)
+    rule = context.rules.get(equation.primitive.name)
+    reason = "there is no low-rank rule for it"
+    if rule is not None:
+        context.callers.append(equation)
+        try:
+            return _merge_thin(context, equation, rule(context, equation, *values))
+        except NotFactorableError as error:
+            reason = str(error)
+        finally:
+            context.callers.pop()
+    return _compat.bind(equation, context.merge_all(values, equation, reason))
+
+
+def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]:
+    """Merges rows of tables, once for all their uses, where they do not stay factored."""
+    name = equation.primitive.name
+    if name in _KEEP_GATHERED and not (
+        name == "dot_general" and all(map(is_factored, values))
+    ):
+        return values
+    for atom, value in zip(equation.invars, values, strict=True):
+        if isinstance(value, Factored) and value.gathered:
+            frame.values[atom] = merge(value)
+    return [frame.read(atom) for atom in equation.invars]
+
+
+def _merge_thin(context: Context, equation: Any, out: Any) -> Any:
+    """Merges outputs that are vectors by now; they cost no more than a factor."""
+    if context.probing:
+        return out
+    if not isinstance(out, list | tuple):
+        return _merge_thin(context, equation, [out])[0]
+    merged = []
+    for value in out:
+        if isinstance(value, Factored) and value.is_thin():
+            context.see(value, equation)
+            value = merge(value)
+        merged.append(value)
+    return merged

@@ -1,0 +1,218 @@
+"""Primitives that keep the form of a sum, entry by entry."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import _compat, _numerics
+from lora_jax.transform._context import Context
+from lora_jax.transform._factored import (
+    Factored,
+    NotFactorableError,
+    Term,
+    place,
+    squeeze,
+)
+from lora_jax.transform._parameters import parameter
+
+
+def on_base(context: Context, equation: Any, f: Factored) -> Factored:
+    """What concerns the frozen weight alone: where it lies, and in how many bits.
+
+    The factors are cast when they are multiplied.
+    """
+    return f.replace(base=_compat.bind(equation, [f.base]))
+
+
+def convert(context: Context, equation: Any, f: Factored) -> Factored:
+    """A cast to another floating-point dtype of at least 16 bits."""
+    dtype = jnp.dtype(parameter(equation, "new_dtype"))
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise NotFactorableError(f"a sum cast to {dtype} is no sum of casts")
+    return on_base(context, equation, f)
+
+
+def on_all(context: Context, equation: Any, f: Factored) -> Any:
+    """What has to hold of the factors as it does of the weight."""
+    several = equation.primitive.multiple_results  # of one, in some versions of JAX
+
+    def bind(p):
+        out = _compat.bind(equation, [p])
+        return out[0] if several else out
+
+    mapped = f.map(bind(f.base), bind)
+    return [mapped] if several else mapped
+
+
+def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Holds factors back as it does the weight."""
+    leaves, tree = jax.tree.flatten(values)
+    return list(jax.tree.unflatten(tree, _compat.bind(equation, leaves)))
+
+
+def device_put(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Moves the frozen weight, not its factors."""
+    dense = [v.base if isinstance(v, Factored) else v for v in values]
+    return [
+        v.replace(base=out) if isinstance(v, Factored) else out
+        for v, out in zip(values, _compat.bind(equation, dense), strict=True)
+    ]
+
+
+def neg(context: Context, equation: Any, f: Factored) -> Factored:
+    """The sign goes to the base and to one factor of each term."""
+    terms = tuple(Term(-term.a, term.b, term.label) for term in f.terms)
+    return f.replace(base=-f.base, terms=terms)
+
+
+def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
+    """Times a scalar, or something that varies along the axes of one factor only."""
+    if isinstance(x, Factored) and isinstance(y, Factored):
+        raise NotFactorableError("it is a product of adapted weights, entry by entry")
+    f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
+    compact = _before_broadcast(context, equation, position, other)
+    dense = [v.base if isinstance(v, Factored) else v for v in (x, y)]
+    return _scaled(context, f, _compat.bind(equation, dense), compact)
+
+
+def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
+    """By a scalar, or something that varies along the axes of one factor only."""
+    if isinstance(y, Factored):
+        raise NotFactorableError("it divides by the weight")
+    compact = _before_broadcast(context, equation, 1, y)
+    return _scaled(context, x, _compat.bind(equation, [x.base, y]), 1 / compact)
+
+
+def _before_broadcast(
+    context: Context, equation: Any, position: int, value: Any
+) -> jax.Array:
+    """An operand with 1 for the axes along which it does not vary."""
+    if np.ndim(value) == 0 or 1 in value.shape:
+        return jnp.asarray(value)
+    frame, atom, steps = context.frame, equation.invars[position], []
+    while not isinstance(atom, _compat.Literal) and atom in frame.broadcasts:
+        steps.append(frame.broadcasts[atom])
+        atom = steps[-1].invars[0]
+    if not steps:
+        raise NotFactorableError("the other operand varies along all axes of the weight")
+    value = jnp.asarray(frame.read(atom))
+    for step in reversed(steps):
+        shape = [1] * len(step.params["shape"])
+        positions = step.params["broadcast_dimensions"]
+        for size, axis in zip(value.shape, positions, strict=True):
+            shape[axis] = size
+        value = lax.broadcast_in_dim(value, shape, positions)
+    return value
+
+
+def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Factored:
+    """The terms times `by`, `()` or `(*axes)`, in a factor that varies where `by` does."""
+    if base.shape != f.shape:
+        raise NotFactorableError("it broadcasts the weight")
+    if context.probing:
+        return f.replace(base=base)
+    along = frozenset(axis for axis, size in enumerate(by.shape) if size != 1)
+
+    def times(p):  # (rank, *axes), in the dtype of the factor
+        wide = _numerics.accumulation_dtype(p.dtype, by.dtype)
+        row = by.astype(wide) if by.ndim == 0 else by.astype(wide)[None]
+        return (p.astype(wide) * row).astype(p.dtype)
+
+    def scaled(term):
+        if along <= f.owned(term.a):
+            return Term(times(term.a), term.b, term.label)
+        if along <= f.owned(term.b):
+            return Term(term.a, times(term.b), term.label)
+        raise NotFactorableError("the other operand varies along inputs and outputs")
+
+    return f.replace(base=base, terms=tuple(map(scaled, f.terms)))
+
+
+def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
+    """Plus or minus a dense array, or another adapted weight: all the terms of both."""
+    values = x, y
+    base = _compat.bind(
+        equation, [v.base if isinstance(v, Factored) else v for v in values]
+    )
+    sign = -1 if equation.primitive.name == "sub" else 1
+    terms = []
+    for value, of in zip(values, (1, sign), strict=True):
+        if not isinstance(value, Factored):
+            if context.probing and np.ndim(value):
+                raise NotFactorableError("it is added to something")
+            continue
+        if value.columns:
+            raise NotFactorableError("DoRA scales the weight, not the sum")
+        if value.shape != base.shape:
+            raise NotFactorableError("it broadcasts the weight")
+        terms += [Term(of * t.a, t.b, t.label) if of < 0 else t for t in value.terms]
+    return Factored(base, tuple(terms))
+
+
+def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
+    """Sums of the weight: dense, and as small as the frozen program's."""
+    if f.columns:
+        raise NotFactorableError("DoRA scales what is summed")
+    axes = parameter(equation, "axes")
+    context.see(f, equation)
+    base = _compat.bind(equation, [f.base])
+    dtype = _numerics.accumulation_dtype(base.dtype)
+    kept = [axis for axis in range(f.ndim) if axis not in axes]
+    out = base.astype(dtype)
+    for term in f.terms:
+        update = _summed(f, term, axes, kept, dtype)
+        out = out + _numerics.multiply(update, term.label.scale)
+    return out.astype(base.dtype)
+
+
+def _summed(f: Factored, term: Term, axes: Any, kept: list[int], dtype: Any) -> jax.Array:
+    """`sum_r a[r] * b[r]` summed over `axes`, with 1 for axes that neither owns."""
+    a, a_axes = squeeze(f, term.a.astype(dtype))  # (rank, *owned by a)
+    b, b_axes = squeeze(f, term.b.astype(dtype))  # (rank, *owned by b)
+
+    def alone(p, own, others):  # sums the axes that only this factor owns
+        gone = [axis for axis in own if axis in axes and axis not in others]
+        left = [axis for axis in own if axis not in gone]
+        return jnp.sum(p, axis=[1 + own.index(axis) for axis in gone]), left
+
+    (a, a_axes), (b, b_axes) = alone(a, a_axes, b_axes), alone(b, b_axes, a_axes)
+    both = [axis for axis in a_axes if axis in b_axes]
+    batch, summed = ([i for i in both if (i in axes) == s] for s in (False, True))
+    contracting = (
+        (0, *(1 + a_axes.index(i) for i in summed)),
+        (0, *(1 + b_axes.index(i) for i in summed)),
+    )
+    batching = [1 + a_axes.index(i) for i in batch], [1 + b_axes.index(i) for i in batch]
+    out = lax.dot_general(a, b, (contracting, batching), precision=lax.Precision.HIGHEST)
+    names = [*batch, *(i for i in (*a_axes, *b_axes) if i not in both)]
+    unowned = f.owned(term.a) | f.owned(term.b)
+    times = math.prod(f.shape[axis] for axis in axes if axis not in unowned)
+    return place(out, names, kept) * times
+
+
+RULES = {
+    "convert_element_type": convert,
+    "copy": on_base,
+    "copy_p": on_base,
+    "name": on_base,
+    "reduce_precision": on_base,
+    "reshard": on_base,
+    "sharding_constraint": on_base,
+    "layout_constraint": on_base,
+    "stop_gradient": on_all,
+    "pvary": on_all,
+    "pcast": on_all,
+    "optimization_barrier": optimization_barrier,
+    "device_put": device_put,
+    "neg": neg,
+    "mul": mul,
+    "div": div,
+    "add": add,
+    "add_any": add,
+    "sub": add,
+    "reduce_sum": reduce_sum,
+}

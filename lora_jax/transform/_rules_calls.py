@@ -1,0 +1,164 @@
+"""Primitives that call a jaxpr once: `jit`, `checkpoint`, custom derivatives."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.transform._context import Context, Sighting
+from lora_jax.transform._factored import Factored, NotFactorableError, Term, is_factored
+from lora_jax.transform._interpreter import evaluate, evaluate_closed
+from lora_jax.transform._parameters import parameter
+
+# A jitted function of fewer equations is evaluated in place.
+_SMALL = 24
+
+
+class _Call:
+    """A jitted function, traced once for all calls with factored values of one structure.
+
+    Inside, weights go by numbers, so that calls for other weights look the same.
+    """
+
+    def __init__(self, context: Context, jaxpr: Any, name: str):
+        self.context = context
+        self.jaxpr = jaxpr  # kept alive, since calls are found by its identity
+        self.weights: Mapping[Any, str | int] = {}
+        self.sightings: list[Sighting] = []
+        self.was_traced = False
+
+        def call(key, values):
+            self.was_traced = True
+            inside = context.renamed(self.weights)
+            with inside as self.sightings, context.using_key(key):
+                return evaluate(context, jaxpr, [], values)
+
+        call.__name__ = call.__qualname__ = name
+        self.function = jax.jit(call)
+
+    def __call__(
+        self, key: jax.Array | None, values: Sequence[Any], weights: Mapping[int, str | int]
+    ) -> list[Any]:
+        """Calls it for `weights`, by number; what it saw before, it sees of these."""
+        self.weights, self.was_traced = weights, False
+        out = self.function(key, values)
+        for sighting in self.sightings:
+            sighting = sighting._replace(name=weights[int(sighting.name)])
+            if self.was_traced:  # reported while it was
+                self.context.sightings.append(sighting)
+            else:
+                self.context.record(sighting)
+        return out
+
+
+def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Evaluated in place if it is small; else it stays a jitted function.
+
+    Its shardings become constraints. Its donations are dropped: the operands belong to
+    the function that is adapted.
+    """
+    jaxpr, constants = _compat.open_jaxpr(parameter(equation, "jaxpr"))
+    operands = _constrained(values, equation.params.get("in_shardings"))
+    name = str(equation.params.get("name") or "call")
+    if context.probing or constants or len(jaxpr.eqns) < _SMALL:
+        with jax.named_scope(name):
+            out = evaluate(context, jaxpr, constants, operands)
+    else:
+        out = _call_once_traced(context, jaxpr, name, operands)
+    return _constrained(out, equation.params.get("out_shardings"))
+
+
+def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:
+    """The values, laid out as a jit was told to; of a factored one, the frozen weight."""
+    if shardings is None:
+        return list(values)
+    out = []
+    for value, sharding in zip(values, shardings, strict=True):
+        if isinstance(sharding, jax.sharding.Sharding):
+            dense = value.base if isinstance(value, Factored) else value
+            dense = lax.with_sharding_constraint(dense, sharding)
+            value = value.replace(base=dense) if isinstance(value, Factored) else dense
+        out.append(value)
+    return out
+
+
+def _call_once_traced(
+    context: Context, jaxpr: Any, name: str, values: Sequence[Any]
+) -> list[Any]:
+    """Calls a jitted function that other calls share: those of the layers of a model."""
+    numbers: dict[str | int, int] = {}
+    for value in filter(is_factored, values):
+        for weight in value.names:
+            numbers.setdefault(weight, len(numbers))
+    weights = {number: weight for weight, number in numbers.items()}
+    values = [_renamed(value, numbers) for value in values]
+    key = context.make_key()
+    known = id(jaxpr), jax.tree.structure((key, values))
+    if known not in context.calls:
+        context.calls[known] = _Call(context, jaxpr, name)
+    out = context.calls[known](key, values, weights)
+    return [_renamed(value, weights) for value in out]
+
+
+def _renamed(value: Any, names: dict[Any, Any]) -> Any:
+    """The value with its weights called otherwise."""
+    if not isinstance(value, Factored):
+        return value
+
+    def rename(term: Term) -> Term:
+        new = tuple(names[name] for name in term.label.names)
+        return Term(term.a, term.b, dataclasses.replace(term.label, names=new))
+
+    return value.replace(terms=tuple(map(rename, value.terms)))
+
+
+def checkpoint(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Stays a checkpoint, with its policy."""
+    jaxpr = parameter(equation, "jaxpr")
+    options = {name: parameter(equation, name) for name in ("policy", "prevent_cse")}
+    return _checkpointed(context, jaxpr, options, values)
+
+
+def call_hi_primitive(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """`jax.checkpoint` where `jax_remat3` is set."""
+    call = parameter(equation, "_prim")
+    if type(call).__name__ != "RematTraced":
+        raise NotFactorableError(f"there is no low-rank rule for {type(call).__name__}")
+    options = {"policy": call.policy, "prevent_cse": call.prevent_cse}
+    return _checkpointed(context, call.jaxpr, options, values)
+
+
+def _checkpointed(
+    context: Context, jaxpr: Any, options: dict[str, Any], values: Sequence[Any]
+) -> list[Any]:
+    def body(key, values):
+        with context.using_key(key):
+            return evaluate_closed(context, jaxpr, values)
+
+    return jax.checkpoint(body, **options)(context.make_key(), list(values))
+
+
+def closed_call(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Evaluated in place."""
+    return evaluate_closed(context, parameter(equation, "call_jaxpr"), values)
+
+
+def custom_derivative(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """The user's rule is one about the dense weight."""
+    raise NotFactorableError("its custom derivative is one of the dense weight")
+
+
+RULES = {
+    "jit": jit,
+    "pjit": jit,
+    "checkpoint": checkpoint,
+    "remat2": checkpoint,
+    "call_hi_primitive": call_hi_primitive,
+    "closed_call": closed_call,
+    "core_call": closed_call,
+    "custom_jvp_call": custom_derivative,
+    "custom_vjp_call": custom_derivative,
+}

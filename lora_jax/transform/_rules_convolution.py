@@ -1,0 +1,104 @@
+"""Convolutions: a kernel with `rank` output features, then one with a single position."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat, _numerics
+from lora_jax.transform._context import Context
+from lora_jax.transform._factored import Factored, NotFactorableError, Term
+from lora_jax.transform._parameters import parameter
+
+
+def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax.Array:
+    """A convolution of any layout, stride and dilation, with feature groups."""
+    if not isinstance(f, Factored) or isinstance(x, Factored):
+        raise NotFactorableError("the weight is not its kernel")
+    if parameter(equation, "batch_group_count") != 1:
+        raise NotFactorableError("it has batch groups")
+    numbers = parameter(equation, "dimension_numbers")
+    out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
+    roles = ["kept" if axis == out_axis else "contracted" for axis in range(f.ndim)]
+    context.see(f, equation, roles)
+    if any(f.owned(column) - {out_axis} for column in f.columns):
+        raise NotFactorableError("DoRA scales other axes than its output features")
+    base = _compat.bind(equation, [x, f.base])
+    if context.probing:
+        return base
+    wide = _numerics.accumulation_dtype(base.dtype)
+    out = base.astype(wide)
+    for term in f.terms:
+        out = out + _update(context, equation, x, f, term).astype(wide)
+    for column in f.columns:
+        shape = [1] * out.ndim
+        shape[feature_axis] = column.size
+        out = out * column.astype(wide).reshape(shape)
+    return out.astype(base.dtype)
+
+
+def _update(
+    context: Context, equation: Any, x: jax.Array, f: Factored, term: Term
+) -> jax.Array:
+    """`scale * (x conv kernel of rank features) * out features`, laid out as the result."""
+    numbers = parameter(equation, "dimension_numbers")
+    groups = parameter(equation, "feature_group_count")
+    out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
+    kernel, mix = _sides(f, term, out_axis)
+    rank = kernel.shape[0]
+    dtype = _numerics.promote(x.dtype, f.dtype)
+    # (rank, *axes with 1 for the features) -> (*axes with rank for the features)
+    kernel = jnp.moveaxis(lax.squeeze(kernel, [1 + out_axis]), 0, out_axis)
+    # Each group sees its own features of x through the same kernel.
+    kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+    mix = mix.reshape(rank, groups, -1)  # (rank, groups, features of a group)
+    rate = term.label.dropout if context.key is not None else 0.0
+    key = context.make_key(x) if rate else None
+
+    @jax.checkpoint  # draws the mask again
+    def project(x, kernel, key):
+        dropped = _numerics.drop(x, rate, key) if rate else x
+        return _convolve(equation, dropped.astype(dtype), kernel.astype(dtype))
+
+    down = _numerics.multiply(project(x, kernel, key), term.label.scale / (1.0 - rate))
+    rows = jnp.moveaxis(down.astype(dtype), feature_axis, -1)  # (..., groups * rank)
+    rows = rows.reshape(*rows.shape[:-1], groups, rank)
+    dimensions = (((rows.ndim - 1,), (0,)), ((rows.ndim - 2,), (1,)))
+    options = _numerics.Dot(dimensions, equation.params.get("precision"))
+    up = _numerics.dot(rows, mix.astype(dtype), options)  # (groups, ..., features)
+    up = jnp.moveaxis(up, 0, -2)
+    up = up.reshape(*up.shape[:-2], -1)
+    return jnp.moveaxis(up, -1, feature_axis)
+
+
+def _sides(f: Factored, term: Term, out_axis: int) -> tuple[jax.Array, jax.Array]:
+    """The factor of positions and input features, made whole, and that of the outputs."""
+    pair = (term.a, term.b) if out_axis in f.owned(term.b) else (term.b, term.a)
+    kernel, mix = pair
+    if out_axis in f.owned(kernel) or f.owned(mix) - {out_axis}:
+        raise NotFactorableError("its factors are not (positions, in) and (out)")
+    shape = [1 if axis == out_axis else size for axis, size in enumerate(f.shape)]
+    whole = jnp.broadcast_to(kernel, (kernel.shape[0], *shape))
+    out_shape = [size if axis == out_axis else 1 for axis, size in enumerate(f.shape)]
+    return whole, jnp.broadcast_to(mix, (mix.shape[0], *out_shape))
+
+
+def _convolve(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution of the equation, with a kernel of other output features."""
+    names = (
+        "window_strides",
+        "padding",
+        "lhs_dilation",
+        "rhs_dilation",
+        "dimension_numbers",
+        "feature_group_count",
+        "precision",
+        "preferred_element_type",
+    )
+    return lax.conv_general_dilated(
+        x, kernel, **{name: parameter(equation, name) for name in names}
+    )
+
+
+RULES = {"conv_general_dilated": conv_general_dilated}

@@ -1,0 +1,85 @@
+"""Gathers: rows of an embedding table, and entries of a batch axis."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.transform._context import Context
+from lora_jax.transform._factored import Factored, NotFactorableError
+from lora_jax.transform._parameters import parameter
+
+
+def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
+    """Slices of the weight, and the same slices of each factor.
+
+    Rows of a table, unlike the matrices of a batch, are an activation by now: they are
+    merged where they are used, unless that is a product.
+    """
+    if not isinstance(f, Factored) or isinstance(indices, Factored):
+        raise NotFactorableError("the weight is an index of it")
+    numbers = parameter(equation, "dimension_numbers")
+    if any(getattr(numbers, "operand_batching_dims", ()) or ()) or getattr(
+        numbers, "operand_batching_dims", ()
+    ):
+        raise NotFactorableError("it has other indices for each entry of a batch axis")
+    indexed = tuple(numbers.start_index_map)
+    context.see(f, equation, ["indexed" if i in indexed else "" for i in range(f.ndim)])
+    base = _compat.bind(equation, [f.base, indices])
+
+    def gathered(p, fill=0.0):
+        return _gather(equation, f, p, indices, base.ndim, fill)
+
+    terms = tuple(term.map(jax.vmap(gathered)) for term in f.terms)
+    columns = tuple(gathered(column, 1.0) for column in f.columns)
+    rows = any(
+        f.owned(term.a) & {*indexed} != f.owned(term.b) & {*indexed} for term in f.terms
+    )
+    return Factored(base, terms, columns, gathered=f.gathered or rows)
+
+
+def _gather(
+    equation: Any, f: Factored, p: jax.Array, indices: jax.Array, ndim: int, fill: float
+) -> jax.Array:
+    """The slices of a factor or column, with 1 for axes that it does not own."""
+    numbers = parameter(equation, "dimension_numbers")
+    sizes, collapsed = parameter(equation, "slice_sizes"), numbers.collapsed_slice_dims
+    offsets = numbers.offset_dims
+    own = [p.shape[axis] == f.shape[axis] for axis in range(f.ndim)]
+    shape = [size if owned else 1 for size, owned in zip(sizes, own, strict=True)]
+    places = [i for i, axis in enumerate(numbers.start_index_map) if own[axis]]
+    if not places:
+        return _place(p, shape, collapsed, offsets, ndim)
+    part = lax.GatherDimensionNumbers(
+        offset_dims=offsets,
+        collapsed_slice_dims=collapsed,
+        start_index_map=tuple(numbers.start_index_map[i] for i in places),
+    )
+    if len(places) != len(numbers.start_index_map):
+        indices = jnp.take(indices, np.array(places), axis=-1)
+    return lax.gather(
+        p, indices, part, shape, mode=parameter(equation, "mode"), fill_value=fill
+    )
+
+
+def _place(
+    p: jax.Array,
+    shape: Sequence[int],
+    collapsed: Sequence[int],
+    offsets: Sequence[int],
+    ndim: int,
+) -> jax.Array:
+    """A factor that owns no indexed axis: the same slice for every index."""
+    p = lax.slice(p, [0] * p.ndim, shape)
+    p = lax.squeeze(p, collapsed)
+    new = [1] * ndim
+    for size, axis in zip(p.shape, offsets, strict=True):
+        new[axis] = size
+    return lax.broadcast_in_dim(p, new, offsets)
+
+
+RULES = {"gather": gather}

@@ -1,0 +1,202 @@
+"""Control flow: `scan`, `while`, `cond`, each written anew with the public function."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat
+from lora_jax.transform._context import Context
+from lora_jax.transform._factored import Factored, NotFactorableError
+from lora_jax.transform._interpreter import evaluate, evaluate_closed
+from lora_jax.transform._parameters import parameter
+
+
+def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """A scan; of a stacked weight the factors are sliced as the weight is.
+
+    A carry that the body hands on unchanged is a constant. Another carry is merged, before
+    the loop and after each step.
+    """
+    body, constants = _compat.open_jaxpr(parameter(equation, "jaxpr"))
+    n_constants, n_carry = _scan_counts(equation, body)
+    length = parameter(equation, "length")
+    fixed, carry = values[:n_constants], values[n_constants : n_constants + n_carry]
+    stacks = [_Stack(context, equation, v) for v in values[n_constants + n_carry :]]
+    kept = _invariant(body, carry, n_constants)
+    start = _carried(
+        context, equation, carry, kept, "it is carried by a loop that changes it"
+    )
+    key = context.make_key()
+    keys = None if key is None else jax.random.split(key, length)
+
+    def step(carry, x):
+        key, slices = x
+        with context.using_key(key):
+            entries = [stack.entry(s) for stack, s in zip(stacks, slices, strict=True)]
+            arguments = [*fixed, *_with_kept(carry, kept), *entries]
+            out = evaluate(context, body, constants, arguments)
+            reason = "the loop makes it its carry"
+            carry = _carried(context, equation, out[:n_carry], kept, reason)
+        return carry, out[n_carry:]
+
+    options = {name: parameter(equation, name) for name in ("reverse", "unroll")}
+    if equation.params.get("_split_transpose"):
+        options["_split_transpose"] = True
+    xs = keys, [stack.sliced for stack in stacks]
+    end, ys = lax.scan(step, start, xs, length=length, **options)
+    return [*_with_kept(end, kept), *(_stacked(context, y) for y in ys)]
+
+
+def _scan_counts(equation: Any, body: Any) -> tuple[int, int]:
+    """How many operands are constants and carries, by their ranks.
+
+    What is scanned over has one axis more than the body's argument, what is stacked one
+    more than its output. The parameters that say so differ between versions of JAX.
+    """
+
+    def rank(atom):
+        return len(atom.aval.shape)
+
+    n_scanned = sum(
+        rank(outer) > rank(inner)
+        for outer, inner in zip(equation.invars, body.invars, strict=True)
+    )
+    n_carry = sum(
+        rank(outer) == rank(inner)
+        for outer, inner in zip(equation.outvars, body.outvars, strict=True)
+    )
+    return len(equation.invars) - n_scanned - n_carry, n_carry
+
+
+class _Stack:
+    """What a scan runs over: an array, or a factored weight with its stacked factors."""
+
+    def __init__(self, context: Context, equation: Any, value: Any):
+        self.sliced, self.shared, self.tree = value, None, None
+        if not isinstance(value, Factored):
+            return
+        if context.probing:
+            roles = ["stacked"] + [""] * (value.ndim - 1)
+            context.see(value, equation, roles)
+        leaves, self.tree = jax.tree.flatten(_stack_first(value))
+        length = value.shape[0]
+        scanned = [leaf.shape[0] == length for leaf in leaves]
+        self.sliced = [leaf if s else None for leaf, s in zip(leaves, scanned, strict=True)]
+        # What all entries share: factors that do not vary along the stack.
+        self.shared = [
+            None if s else lax.squeeze(leaf, [0])
+            for leaf, s in zip(leaves, scanned, strict=True)
+        ]
+
+    def entry(self, sliced: Any) -> Any:
+        """The value that the body sees, of a slice of `sliced`."""
+        if self.tree is None or self.shared is None:
+            return sliced
+        leaves = [
+            own if shared is None else shared
+            for own, shared in zip(sliced, self.shared, strict=True)
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _stack_first(value: Factored) -> Factored:
+    """With `(stack, rank, *axes)` factors, so that a scan can slice them."""
+    terms = tuple(term.map(lambda p: jnp.moveaxis(p, 1, 0)) for term in value.terms)
+    return value.replace(terms=terms)
+
+
+def _stacked(context: Context, value: Any) -> Any:
+    """An output of a scan; of a factored one, `(rank, stack, *axes)` factors again."""
+    if not isinstance(value, Factored):
+        return value
+
+    def back(p):
+        p = jnp.moveaxis(p, 0, 1)
+        # A term that stands for one axis does not stand for the new one.
+        return p[:, :1] if context.probing else p
+
+    return value.replace(terms=tuple(term.map(back) for term in value.terms))
+
+
+def _invariant(body: Any, carry: Sequence[Any], offset: int) -> list[Any]:
+    """Factored carries that the body hands on unchanged; None for all others."""
+    return [
+        value
+        if isinstance(value, Factored) and body.outvars[i] is body.invars[offset + i]
+        else None
+        for i, value in enumerate(carry)
+    ]
+
+
+def _carried(
+    context: Context, equation: Any, carry: Sequence[Any], kept: Sequence[Any], reason: str
+) -> list[Any]:
+    """The carry of the new loop: None for what is kept, other weights merged."""
+    changing = [
+        None if constant is not None else value
+        for value, constant in zip(carry, kept, strict=True)
+    ]
+    return context.merge_all(changing, equation, reason)
+
+
+def _with_kept(carry: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+    return [
+        value if constant is None else constant
+        for value, constant in zip(carry, kept, strict=True)
+    ]
+
+
+def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """A while loop; its carries are treated as those of `scan`."""
+    n_condition = parameter(equation, "cond_nconsts")
+    n_body = parameter(equation, "body_nconsts")
+    condition_jaxpr = parameter(equation, "cond_jaxpr")
+    body, constants = _compat.open_jaxpr(parameter(equation, "body_jaxpr"))
+    for_condition, rest = values[:n_condition], values[n_condition:]
+    for_body, carry = rest[:n_body], rest[n_body:]
+    kept = _invariant(body, carry, n_body)
+    start = _carried(
+        context, equation, carry, kept, "it is carried by a loop that changes it"
+    )
+
+    def condition(state):
+        _, carry = state
+        arguments = [*for_condition, *_with_kept(carry, kept)]
+        return evaluate_closed(context, condition_jaxpr, arguments)[0]
+
+    def step(state):
+        key, carry = state
+        next_key, own_key = (None, None) if key is None else jax.random.split(key)
+        with context.using_key(own_key):
+            arguments = [*for_body, *_with_kept(carry, kept)]
+            out = evaluate(context, body, constants, arguments)
+            reason = "the loop makes it its carry"
+            return next_key, _carried(context, equation, out, kept, reason)
+
+    _, end = lax.while_loop(condition, step, (context.make_key(), start))
+    return _with_kept(end, kept)
+
+
+def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]:
+    """A `cond` or `switch`; a weight that a branch returns is merged there."""
+    if equation.params.get("branches_platforms") is not None:
+        raise NotFactorableError("its branches are those of platforms")
+    if isinstance(index, Factored):
+        raise NotFactorableError("the weight chooses the branch")
+
+    def branch(jaxpr: Any) -> Callable[..., Any]:
+        def run(key, values):
+            with context.using_key(key):
+                out = evaluate_closed(context, jaxpr, values)
+                return context.merge_all(out, equation, "it is chosen by a branch")
+
+        return run
+
+    branches = [branch(jaxpr) for jaxpr in parameter(equation, "branches")]
+    return lax.switch(index, branches, context.make_key(), list(values))
+
+
+RULES = {"scan": scan, "while": while_, "cond": cond}

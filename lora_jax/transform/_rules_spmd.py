@@ -1,0 +1,75 @@
+"""Programs for many devices: `shard_map`, and collectives inside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lora_jax import _compat
+from lora_jax.transform._context import Context
+from lora_jax.transform._factored import Factored, NotFactorableError
+from lora_jax.transform._interpreter import evaluate_closed
+from lora_jax.transform._parameters import parameter
+
+
+def shard_map(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Maps over shards; the shards of the factors are factors of those of the weight."""
+    specs = parameter(equation, "in_specs")
+    in_specs = [_spec(v, tuple(s)) for v, s in zip(values, specs, strict=True)]
+    axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
+    key = context.make_key()
+
+    def body(key, values):
+        with context.using_key(key):
+            out = evaluate_closed(context, parameter(equation, "jaxpr"), values)
+            return tuple(context.merge_all(out, equation, "shard_map returns it"))
+
+    mapped = jax.shard_map(
+        body,
+        mesh=parameter(equation, "mesh"),
+        in_specs=(PartitionSpec(), in_specs),
+        out_specs=tuple(parameter(equation, "out_specs")),
+        check_vma=parameter(equation, "check_vma"),
+        axis_names=axes,
+    )
+    return list(mapped(key, list(values)))
+
+
+def _spec(value: Any, spec: Sequence[Any]) -> Any:
+    """The specs of a factored weight: those of its axes, for axes that are owned."""
+    if not isinstance(value, Factored):
+        return PartitionSpec(*spec)
+    whole = (*spec, *[None] * (value.ndim - len(spec)))
+
+    def of(p: jax.Array, *leading: Any) -> Any:
+        owned = value.owned(p)
+        own = [axes if axis in owned else None for axis, axes in enumerate(whole)]
+        return PartitionSpec(*leading, *own)
+
+    terms = tuple(term.map(lambda p: of(p, None)) for term in value.terms)
+    columns = tuple(of(column) for column in value.columns)
+    return value.replace(base=PartitionSpec(*spec), terms=terms, columns=columns)
+
+
+def all_gather(context: Context, equation: Any, f: Factored) -> Any:
+    """Gathers the weight and the factors that own the axis."""
+    axis = parameter(equation, "all_gather_dimension")
+    if not parameter(equation, "tiled"):
+        raise NotFactorableError("it gathers along a new axis")
+
+    def gather(p):
+        out = _compat.bind(equation, [p])
+        return out[0] if equation.primitive.multiple_results else out
+
+    gathered = f.map(
+        gather(f.base), lambda p: gather(p) if p.shape[axis] == f.shape[axis] else p
+    )
+    return [gathered] if equation.primitive.multiple_results else gathered
+
+
+RULES = {
+    "shard_map": shard_map,
+    "all_gather": all_gather,
+    "all_gather_invariant": all_gather,
+}

@@ -1,0 +1,69 @@
+"""Traces a function to a jaxpr, with everything that is not an array left as it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lora_jax import _paths
+
+Function = Callable[..., Any]
+
+
+class Traced(NamedTuple):
+    """A function, traced for its arguments.
+
+    Attributes:
+        jaxpr: closed.
+        arguments: the arrays among the arguments, in the order of the jaxpr's.
+        paths: the path in the params of each argument; None for those not in there.
+        result: makes what the function returns of the outputs of the jaxpr.
+    """
+
+    jaxpr: Any
+    arguments: list[Any]
+    paths: list[str | None]
+    result: Callable[[Sequence[Any]], Any]
+
+
+def is_array(value: Any) -> bool:
+    """Whether a leaf is traced: arrays are, Python and NumPy numbers are not."""
+    return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def trace(
+    function: Function, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Traced:
+    """Traces `function(params, *args, **kwargs)`.
+
+    Functions, flags, strings and numbers stay static, in arguments and in results. The
+    constants of the jaxpr may be values of an outer trace, so it is not kept.
+    """
+    by_path = _paths.leaf_paths(params)
+    leaves, tree = jax.tree.flatten((params, args, dict(kwargs)))
+    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    paths = [*by_path, *[None] * (len(leaves) - len(by_path))]
+    returned: list[tuple[Any, list[Any]]] = []
+
+    def flat(*arrays):
+        filled = list(leaves)
+        for position, array in zip(positions, arrays, strict=True):
+            filled[position] = array
+        params, args, kwargs = jax.tree.unflatten(tree, filled)
+        outputs, out_tree = jax.tree.flatten(function(params, *args, **kwargs))
+        static = [None if is_array(leaf) else (leaf,) for leaf in outputs]
+        returned.append((out_tree, static))
+        return [leaf for leaf in outputs if is_array(leaf)]
+
+    arguments = [leaves[i] for i in positions]
+    with jax.disable_jit(False):  # else control flow would need values
+        jaxpr = jax.make_jaxpr(flat)(*arguments)
+    ((out_tree, static),) = returned
+
+    def result(outputs):
+        left = iter(outputs)
+        filled = [next(left) if leaf is None else leaf[0] for leaf in static]
+        return jax.tree.unflatten(out_tree, filled)
+
+    return Traced(jaxpr, arguments, [paths[i] for i in positions], result)

@@ -1,0 +1,192 @@
+"""`adapt`: any JAX function, run with low-rank adapters."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _checks, _column_norm, _compat, _layout, _paths, _plan_checks
+from lora_jax.plan import AdapterPlan, Target
+from lora_jax.transform import _interpreter, _tracing
+from lora_jax.transform._context import Context, Merge
+from lora_jax.transform._factored import Factored, Label, Term, place
+from lora_jax.transform._rules import RULES
+
+__all__ = ["Merge", "OnMerge", "adapt"]
+
+OnMerge: TypeAlias = Literal["error", "allow"] | Callable[[Merge], None]
+"""What `adapt` does before it merges a weight for one use: raise, nothing but a line of
+the log, or call a function."""
+
+_LOG = logging.getLogger("lora_jax")
+
+
+def adapt(
+    fn: Callable[..., Any],
+    plan: AdapterPlan,
+    *,
+    on_merge: OnMerge = "error",
+    on_unused: Literal["error", "allow"] = "error",
+    dropout_key: jax.Array | None = None,
+) -> Callable[..., Any]:
+    """Makes a function run with adapters, without a change to its code.
+
+    The function is traced whenever the result is called, and its program is run with
+    every adapted weight as `W + scale * A @ B`, which is never formed: where the weight is
+    contracted, the factors are, one after the other. With `jax.jit` around it all that
+    happens once, and what is compiled is what a model written with `lora_linear` compiles
+    to; without `jax.jit` it happens, slowly, in every call.
+
+    DoRA's norms are formed once a call and held constant in the backward pass, as in
+    section 4.3 of its paper. Dropout is that of the adapter's input; rows of an embedding
+    are not dropped.
+
+    Args:
+        fn: `fn(params, *args, **kwargs)`, of any arguments. It has to take its weights
+            from `params`: those that it closes over have no adapters. What is not an
+            array (flags, strings, numbers, functions, None) reaches it unchanged.
+        plan: made for these params, best with this function, by `plan_adapters`.
+        on_merge: what to do where a weight has to be formed whole, because what the
+            function does with it has no low-rank form (`tanh(W)`): `"error"` raises;
+            `"allow"` forms it for that use, exactly, and logs a line at the level INFO to
+            the logger `"lora_jax"`; a function is called with each `Merge`.
+        on_unused: whether adapters of a weight that the function never uses are an error.
+        dropout_key: a `jax.random` key for a step of training; each use of a weight, each
+            step of a scan and each device gets a mask of its own. None is no dropout.
+
+    Returns:
+        `adapted(params, adapters, *args, **kwargs)`, which returns what
+        `fn(merge_adapters(params, adapters, plan), *args, **kwargs)` does. Pure; works
+        under and around `jit`, `grad`, `vmap`, `checkpoint`, `scan` and `shard_map`.
+
+    Raises:
+        TypeError: if `fn` is not a function, `plan` no plan, or an option has the wrong
+            type. The adapted function: if a weight or factor is not floating point.
+        KeyError: from the adapted function: if params or adapters lack a path of the plan,
+            or adapters have another.
+        ValueError: if an option is unknown. The adapted function: if a shape is not the
+            plan's, a weight would have to be merged, or the function does not use it.
+
+    References:
+        Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685; Liu et al., 2024,
+        equation 5, https://arxiv.org/abs/2402.09353.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["up"]) @ params["down"].T
+        >>> params = {"up": jnp.ones((8, 16)), "down": jnp.ones((8, 16))}
+        >>> x = jnp.ones((4, 8))
+        >>> plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params, model, x)
+        >>> adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+        >>> y = lora_jax.adapt(model, plan)(params, adapters, x)
+        >>> bool((y == model(params, x)).all())
+        True
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"fn must be a function fn(params, *args), got {type(fn).__name__}: the order "
+            "is adapt(fn, plan)."
+        )
+    _plan_checks.check_plan(plan)
+    report = _reporter(on_merge)
+    _checks.check_choice("on_unused", on_unused, ("error", "allow"))
+    if dropout_key is not None:
+        _checks.check_key("dropout_key", dropout_key)
+    has_dropout = any(target.dropout for target in plan.targets.values())
+
+    def adapted(
+        params: chex.ArrayTree,
+        adapters: Mapping[str, Mapping[str, jax.Array]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        _plan_checks.check_params(_paths.leaf_paths(params), plan)
+        _plan_checks.check_adapters(adapters, plan)
+        traced = _tracing.trace(fn, params, args, kwargs)
+        context = Context(RULES, report, key=dropout_key if has_dropout else None)
+        values = [
+            _factored(path, value, adapters[path], plan.targets[path])
+            if path is not None and path in plan.targets
+            else value
+            for path, value in zip(traced.paths, traced.arguments, strict=True)
+        ]
+        jaxpr, constants = _compat.open_jaxpr(traced.jaxpr)
+        out = _interpreter.evaluate(context, jaxpr, constants, values)
+        out = context.merge_all(out, None, "the function returns it")
+        if on_unused == "error":
+            _check_used(context, plan)
+        return traced.result(out)
+
+    adapted.__name__ = adapted.__qualname__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
+    return adapted
+
+
+def _reporter(on_merge: OnMerge) -> Callable[[Merge], None]:
+    if callable(on_merge):
+        return on_merge
+    _checks.check_choice("on_merge", on_merge, ("error", "allow"))
+    return _refuse if on_merge == "error" else _log
+
+
+def _refuse(merge: Merge) -> None:
+    raise ValueError(
+        f"the adapted weight {merge}. There its update would be formed whole. Allow that "
+        "with on_merge='allow', or leave the weight out with LoraConfig(exclude=...)."
+    )
+
+
+def _log(merge: Merge) -> None:
+    _LOG.info("merged for one use: %s", merge)
+
+
+def _check_used(context: Context, plan: AdapterPlan) -> None:
+    used = {sighting.name for sighting in context.sightings}
+    unused = [path for path in plan.targets if path not in used]
+    if unused:
+        raise ValueError(
+            f"the function never uses the adapted weights {', '.join(map(repr, unused))}: "
+            "their adapters would have no effect and no gradient. Is the weight taken from "
+            "params, and not from a closure? Allow it with on_unused='allow'."
+        )
+
+
+def _factored(
+    path: str, weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> Factored:
+    """The value that the weight is evaluated as."""
+    axes, rank = target.shape, target.rank
+
+    def expand(array: jax.Array, names: tuple[int, ...], *leading: int) -> jax.Array:
+        """`(*leading, *names folded)` -> `(*leading, *axes)`, 1 for axes not named."""
+        array = array.reshape(*leading, *(axes[axis] for axis in names))
+        have, want = [*[-1] * len(leading), *names], range(len(axes))
+        return place(array, have, [*[-1] * len(leading), *want])
+
+    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
+    a = jnp.moveaxis(jnp.asarray(adapter["A"]), -1, 0)  # (rank, *batch, in)
+    b = jnp.moveaxis(jnp.asarray(adapter["B"]), -2, 0)  # (rank, *batch, out)
+    label = Label((path,), target.scale, target.dropout)
+    term = Term(expand(a, (*batch, *ins), rank), expand(b, (*batch, *outs), rank), label)
+    weight = jnp.asarray(weight)
+    if target.method == "lora":
+        return Factored(weight, (term,))
+    return Factored(
+        weight, (term,), (expand(_ratio(weight, adapter, target), (*batch, *outs)),)
+    )
+
+
+def _ratio(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> jax.Array:
+    """DoRA's `m / |W + scale * A @ B|`, `(*batch, out)`."""
+    factors = _layout.matrix_adapter(adapter, target)
+    matrix, a, b = jax.lax.stop_gradient(
+        (_layout.to_matrix(weight, target), factors["A"], factors["B"])
+    )
+    axis = -1 if _layout.is_flipped(target) else -2
+    norm = _column_norm.adapted_norm(matrix, a, b, target.scale, None, axis)
+    return _column_norm.factor(adapter["m"], norm)

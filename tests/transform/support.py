@@ -1,0 +1,116 @@
+"""What the tests of `adapt` share: adapters that do something, and the merged reference."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+
+CONFIG = {"rank": 3, "alpha": 6.0}
+
+
+def normal(*shape, seed=0, dtype="float64"):
+    """Values of the standard normal distribution, as a NumPy array."""
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+
+
+def plan_of(fn, params, *args, **config):
+    """The plan for a function, of rank 3 and scale 2 if the test does not say otherwise."""
+    return lora_jax.plan_adapters(
+        lora_jax.LoraConfig(**{**CONFIG, **config}), params, fn, *args
+    )
+
+
+def trained(params, plan, seed=0):
+    """Adapters in which nothing is zero."""
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda v: v + jnp.asarray(rng.normal(size=v.shape), v.dtype), adapters
+    )
+
+
+def merged(params, adapters, plan):
+    """The params with dense weights, formed apart from the library's own merge.
+
+    DoRA's norms are constants to differentiation, as section 4.3 of its paper has it.
+    """
+
+    def merge(path, weight):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in plan.targets:
+            return weight
+        target, adapter = plan.targets[name], adapters[name]
+        order = (*target.batch_axes, *target.in_axes, *target.out_axes)
+        matrix = weight.transpose(order).reshape(target.matrix_shape)
+        matrix = matrix + target.scale * jnp.matmul(adapter["A"], adapter["B"])
+        if "m" in adapter:
+            norm = jnp.sqrt(jnp.sum(matrix**2, axis=-2, keepdims=True))
+            matrix = adapter["m"][..., None, :] * matrix / jax.lax.stop_gradient(norm)
+        shape = [weight.shape[axis] for axis in order]
+        return matrix.reshape(shape).transpose(np.argsort(order))
+
+    return jax.tree_util.tree_map_with_path(merge, params)
+
+
+def loss_of(fn):
+    """A loss with a different cotangent for every entry of every output."""
+
+    def loss(*args):
+        leaves = jax.tree.leaves(fn(*args))
+        return sum(
+            jnp.sum(jnp.sin(leaf) * (1 + i)) for i, leaf in enumerate(leaves)
+        ), leaves
+
+    return loss
+
+
+def both(fn, params, plan, adapters, *args, **options):
+    """Value, outputs and gradients of the adapted function, and of the merged one."""
+    floating = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
+    wrt = (0, *(1 + i for i in floating))
+    model = lora_jax.adapt(fn, plan, **options)
+
+    def adapted(adapters, *args):
+        return model(params, adapters, *args)
+
+    def reference(adapters, *args):
+        return fn(merged(params, adapters, plan), *args)
+
+    def run(f):
+        return jax.jit(jax.value_and_grad(loss_of(f), wrt, has_aux=True))(adapters, *args)
+
+    with quickly_compiled():
+        return run(adapted), run(reference)
+
+
+@contextlib.contextmanager
+def quickly_compiled():
+    """Compiles without optimizations, in half the time: what counts here are values."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def assert_same(got, want, tolerance=1e-10):
+    """Asserts that two trees agree, relative to the largest entry of each array."""
+    for path, value in jax.tree_util.tree_leaves_with_path(want):
+        other = dict(jax.tree_util.tree_leaves_with_path(got))[path]
+        error = np.max(np.abs(other - value), initial=0)
+        scale = np.max(np.abs(value), initial=0)
+        assert error <= tolerance * max(scale, 1e-30), (
+            f"{jax.tree_util.keystr(path)}: off by {error:.3g} of {scale:.3g}"
+        )
+
+
+def check(fn, params, *args, config=None, plan=None, tolerance=1e-10, **options):
+    """Asserts that adapted and merged function agree in float64; returns the plan."""
+    plan = plan or plan_of(fn, params, *args, **(config or {}))
+    adapters = trained(params, plan)
+    got, want = both(fn, params, plan, adapters, *args, **options)
+    assert_same(got, want, tolerance)
+    return plan

@@ -1,0 +1,239 @@
+"""What cannot stay low-rank: the reason that is given, and the exact merge instead."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax
+from tests.support import x64
+from tests.transform.support import check, normal, plan_of, trained
+
+X, W = normal(5, 12), normal(12, 10)
+MASK = np.arange(120).reshape(12, 10) % 3 == 0
+
+
+@jax.custom_vjp
+def custom_matmul(x, w):
+    return x @ w
+
+
+custom_matmul.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, 2 * kept[0].T @ g)
+)
+
+
+def growing(p, x):
+    return lax.fori_loop(
+        0, 2, lambda _, c: (c[0] + x @ c[1], c[1] * 0.5), (x @ p["w"], p["w"])
+    )
+
+
+def by_platform(p, x):
+    return lax.platform_dependent(
+        x, p["w"], cpu=lambda x, w: x @ w, default=lambda x, w: x @ w * 1.0
+    )
+
+
+def callback(p, x):
+    total = jax.ShapeDtypeStruct((), x.dtype)
+    return (
+        x
+        @ jax.pure_callback(np.copy, W, p["w"], vmap_method="sequential")
+        * (jnp.zeros(total.shape, total.dtype) + 2.0)
+    )
+
+
+def conv(x, w, **options):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, w, (1, 1), "VALID", dimension_numbers=dimensions, **options
+    )
+
+
+# A function, its weights, its argument, the primitive, and a part of the reason.
+REFUSED = {
+    "nonlinear": (lambda p, x: x @ jnp.tanh(p["w"]), W, X, "tanh", "no low-rank rule"),
+    "mask": (lambda p, x: x @ (p["w"] * (MASK * 1.0)), W, X, "mul", "varies along all axes"),
+    "gains_both": (
+        lambda p, x: x @ (p["w"][None] * jnp.ones((1, 12, 10)))[0],
+        W,
+        X,
+        "mul",
+        "varies along inputs and outputs",
+    ),
+    "square": (
+        lambda p, x: x @ (p["w"] * p["w"]),
+        W,
+        X,
+        "mul",
+        "product of adapted weights",
+    ),
+    "divides": (lambda p, x: x @ (1.0 / p["w"]), W, X, "div", "divides by the weight"),
+    "joined_axes": (
+        lambda p, x: p["w"].reshape(-1)[:5] + x[:, 0],
+        W,
+        X,
+        "reshape",
+        "joins an input axis to an output axis",
+    ),
+    "to_complex": (
+        lambda p, x: jnp.real(x.astype("complex128") @ p["w"].astype("complex128")),
+        W,
+        X,
+        "convert_element_type",
+        "cast to complex128",
+    ),
+    "padded_between": (
+        lambda p, x: (
+            x @ lax.pad(p["w"], jnp.zeros((), p["w"].dtype), ((0, 0, 0), (0, 0, 1)))
+        ),
+        W,
+        X,
+        "pad",
+        "between entries",
+    ),
+    "chosen": (
+        lambda p, x: x @ jnp.where(MASK, p["w"], jnp.zeros_like(p["w"])),
+        W,
+        X,
+        "select_n",
+        "no low-rank rule",
+    ),
+    "changing_carry": (growing, W, X, "while|scan", "carried by a loop that changes it"),
+    "branch_chooses": (
+        lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda: p["w"], lambda: p["w"] * 2.0),
+        W,
+        X,
+        "cond",
+        "chosen by a branch",
+    ),
+    "custom_rule": (
+        lambda p, x: custom_matmul(x, p["w"]),
+        W,
+        X,
+        "custom_vjp",
+        "custom deriv",
+    ),
+    "platform": (by_platform, W, X, "cond", "platforms"),
+    "callback": (callback, W, X, "pure_callback", "no low-rank rule"),
+    "batched_look_up": (
+        lambda p, x: jax.vmap(lambda w, i: w[i])(p["w"], np.arange(12) % 10),
+        W,
+        X,
+        "gather",
+        "other indices",
+    ),
+    "conv_of_the_weight": (
+        lambda p, x: conv(p["w"][None, :, :, None], x[:1, :1, None, None]),
+        W,
+        X,
+        "conv_general_dilated",
+        "not its kernel",
+    ),
+    "returned": (lambda p, x: (x @ p["w"], p["w"]), W, X, "output", "returns it"),
+}
+
+
+def config_for(weight):
+    axes = "i" * (weight.ndim - 1) + "o"
+    return {"targets": "w", "axes": {"w": axes}}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason_and_the_line(name):
+    fn, weight, x, primitive, reason = REFUSED[name]
+    with x64():
+        plan = plan_of(None, {"w": weight}, **config_for(weight))
+        adapters = trained({"w": weight}, plan)
+        with pytest.raises(
+            ValueError, match=f"'w' .*`({primitive}).*{reason}.*on_merge"
+        ) as error:
+            lora_jax.adapt(fn, plan)({"w": weight}, adapters, x)
+    assert name == "returned" or "test_rules.py:" in str(error.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_merged_for_that_use_if_allowed(name):
+    fn, weight, x, _, reason = REFUSED[name]
+    merges = []
+    with x64():
+        plan = plan_of(None, {"w": weight}, **config_for(weight))
+        if name == "callback":  # which has no derivative
+            adapters = trained({"w": weight}, plan)
+            model = lora_jax.adapt(fn, plan, on_merge=merges.append)
+            want = fn(lora_jax.merge_adapters({"w": weight}, adapters, plan), x)
+            assert jnp.allclose(model({"w": weight}, adapters, x), want, rtol=1e-12)
+        else:
+            check(fn, {"w": weight}, x, plan=plan, on_merge=merges.append)
+    assert any(merge.path == "w" and reason in merge.reason for merge in merges)
+
+
+DORA_REFUSED = {
+    "sum": (lambda p, x: x * jnp.sum(p["w"], 1)[None], "reduce_sum", "scales what is summed"),
+    "pad": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 3))), "pad", "fill value"),
+    "added": (lambda p, x: x @ (p["w"] + 1.0), "add", "not the sum"),
+    "fused_rows": (
+        lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], p["w"]]),
+        "dot_general",
+        "contracted and kept",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DORA_REFUSED)
+def test_refused_for_dora_only(name):
+    fn, primitive, reason = DORA_REFUSED[name]
+    with x64():
+        config = config_for(W)
+        check(fn, {"w": W}, X, plan=plan_of(None, {"w": W}, **config))
+        plan = plan_of(None, {"w": W}, use_dora=True, **config)
+        with pytest.raises(ValueError, match=f"`{primitive}`: .*{reason}"):
+            lora_jax.adapt(fn, plan)({"w": W}, trained({"w": W}, plan), X)
+        check(fn, {"w": W}, X, plan=plan, on_merge="allow")
+
+
+def test_two_adapted_weights_multiplied_merge_the_smaller():
+    params, merges = {"a": normal(4, 12), "b": normal(12, 10)}, []
+    with x64():
+        plan = plan_of(None, params)
+        check(
+            lambda p, x: x @ (p["a"] @ p["b"]),
+            params,
+            X[:, :4],
+            plan=plan,
+            on_merge=merges.append,
+        )
+    assert {merge.path for merge in merges} == {"a"}
+
+
+def test_batch_groups_and_mixed_kernels_are_merged():
+    weight, x = normal(3, 3, 4, 6), normal(2, 8, 8, 4)
+    with x64():
+        for fn, axes, reason in (
+            (lambda p, x: conv(x, p["w"], batch_group_count=2), "iiio", "batch groups"),
+            (lambda p, x: conv(x, p["w"]), "oiii", "not \\(positions, in\\) and \\(out\\)"),
+        ):
+            plan = plan_of(None, {"w": weight}, targets="w", axes={"w": axes})
+            adapters = trained({"w": weight}, plan)
+            with pytest.raises(ValueError, match=reason):
+                lora_jax.adapt(fn, plan)({"w": weight}, adapters, x)
+            check(fn, {"w": weight}, x, plan=plan, on_merge="allow")
+
+
+def test_a_value_added_keeps_the_terms_of_both():
+    params = {"a": W, "b": normal(12, 10, seed=1)}
+    with x64():
+        plan = plan_of(None, params)
+        check(lambda p, x: x @ (p["a"] - p["b"] + 0.5), params, X, plan=plan)
+
+
+def test_an_unknown_parameter_of_a_primitive_is_a_merge():
+    # As in a JAX that calls it otherwise.
+    from lora_jax.transform._factored import NotFactorableError
+    from lora_jax.transform._parameters import parameter
+
+    equation = jax.make_jaxpr(lambda x: x.T)(W).eqns[0]
+    with pytest.raises(NotFactorableError, match="no parameter 'order'"):
+        parameter(equation, "order")

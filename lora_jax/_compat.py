@@ -42,7 +42,10 @@ def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
     """The mesh axes along which `x` differs inside `jax.shard_map`, as far as is known."""
-    return tuple(sorted(getattr(jax.typeof(x), "vma", ())))
+    aval: Any = jax.typeof(x)
+    if jax.__version_info__ < (0, 10, 0):
+        return tuple(sorted(aval.vma))
+    return tuple(sorted(aval.manual_axis_type.varying))
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

@@ -96,9 +96,6 @@ def test_sequence_parallel_inputs_are_not_gathered(monkeypatch):
     assert "all-reduce" in text
 
 
-needs_explicit_axes = pytest.mark.skipif(
-    jax.__version_info__ < (0, 7, 0), reason="JAX has no public meshes with explicit axes"
-)
 LINEARS = {
     "lora": (lora_jax.lora_linear, {}),
     "lora, dropout": (
@@ -109,7 +106,6 @@ LINEARS = {
 }
 
 
-@needs_explicit_axes
 @pytest.mark.parametrize("spec", [("data", None), (None, "data"), (None, None)], ids=str)
 @pytest.mark.parametrize("name", LINEARS)
 def test_column_parallel_on_a_mesh_with_explicit_axes(name, spec):
@@ -139,7 +135,6 @@ def test_column_parallel_on_a_mesh_with_explicit_axes(name, spec):
         support.assert_close(a, b, 64)
 
 
-@needs_explicit_axes
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_inside_shard_map(name):
     linear, _ = LINEARS[name]

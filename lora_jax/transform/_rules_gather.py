@@ -23,11 +23,14 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     if not isinstance(f, Factored) or isinstance(indices, Factored):
         raise NotFactorableError("the weight is an index of it")
     numbers = parameter(equation, "dimension_numbers")
-    if any(getattr(numbers, "operand_batching_dims", ()) or ()) or getattr(
-        numbers, "operand_batching_dims", ()
-    ):
+    if numbers.operand_batching_dims:
         raise NotFactorableError("it has other indices for each entry of a batch axis")
-    indexed = tuple(numbers.start_index_map)
+    sizes = parameter(equation, "slice_sizes")
+    # An axis that is taken whole can only start at 0, whatever its index.
+    indexed = tuple(i for i in numbers.start_index_map if sizes[i] != f.shape[i])
+    fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and len(indexed) != len(numbers.start_index_map):
+        raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
     context.see(f, equation, ["indexed" if i in indexed else "" for i in range(f.ndim)])
     base = _compat.bind(equation, [f.base, indices])
 
@@ -36,9 +39,8 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
 
     terms = tuple(term.map(jax.vmap(gathered)) for term in f.terms)
     columns = tuple(gathered(column, 1.0) for column in f.columns)
-    rows = any(
-        f.owned(term.a) & {*indexed} != f.owned(term.b) & {*indexed} for term in f.terms
-    )
+    taken = frozenset(indexed)
+    rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
     return Factored(base, terms, columns, gathered=f.gathered or rows)
 
 
@@ -51,7 +53,8 @@ def _gather(
     offsets = numbers.offset_dims
     own = [p.shape[axis] == f.shape[axis] for axis in range(f.ndim)]
     shape = [size if owned else 1 for size, owned in zip(sizes, own, strict=True)]
-    places = [i for i, axis in enumerate(numbers.start_index_map) if own[axis]]
+    starts = enumerate(numbers.start_index_map)
+    places = [i for i, axis in starts if own[axis] and sizes[axis] != f.shape[axis]]
     if not places:
         return _place(p, shape, collapsed, offsets, ndim)
     part = lax.GatherDimensionNumbers(

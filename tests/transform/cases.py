@@ -265,6 +265,13 @@ CASES = {
     "embedding": Case(
         lambda p, i: p["w"][i], {"w": (20, 12)}, (IDS,), {"w": "io"}, {"targets": "w"}
     ),
+    "vmapped_embedding": Case(
+        lambda p, i: jax.vmap(lambda i: p["w"][i])(i),
+        {"w": (20, 12)},
+        (IDS[0],),
+        {"w": "io"},
+        {"targets": "w"},
+    ),
     "one_row": Case(
         lambda p, i: p["w"][i],
         {"w": (20, 12)},

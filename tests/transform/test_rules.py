@@ -55,7 +55,13 @@ def conv(x, w, **options):
 # A function, its weights, its argument, the primitive, and a part of the reason.
 REFUSED = {
     "nonlinear": (lambda p, x: x @ jnp.tanh(p["w"]), W, X, "tanh", "no low-rank rule"),
-    "mask": (lambda p, x: x @ (p["w"] * (MASK * 1.0)), W, X, "mul", "varies along all axes"),
+    "mask": (
+        lambda p, x: x @ (p["w"] * (MASK * 1.0)),
+        W,
+        X,
+        "mul",
+        "varies along all axes",
+    ),
     "gains_both": (
         lambda p, x: x @ (p["w"][None] * jnp.ones((1, 12, 10)))[0],
         W,
@@ -125,6 +131,20 @@ REFUSED = {
         "gather",
         "other indices",
     ),
+    "filled_look_up": (
+        lambda p, x: lax.gather(
+            p["w"],
+            np.array([[0, 0], [3, 1]]),
+            lax.GatherDimensionNumbers((1,), (0,), (0, 1)),
+            (1, 10),
+            mode="fill",
+            fill_value=0,
+        ),
+        W,
+        X,
+        "gather",
+        "starts elsewhere",
+    ),
     "conv_of_the_weight": (
         lambda p, x: conv(p["w"][None, :, :, None], x[:1, :1, None, None]),
         W,
@@ -171,7 +191,11 @@ def test_merged_for_that_use_if_allowed(name):
 
 
 DORA_REFUSED = {
-    "sum": (lambda p, x: x * jnp.sum(p["w"], 1)[None], "reduce_sum", "scales what is summed"),
+    "sum": (
+        lambda p, x: x * jnp.sum(p["w"], 1)[None],
+        "reduce_sum",
+        "scales what is summed",
+    ),
     "pad": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 3))), "pad", "fill value"),
     "added": (lambda p, x: x @ (p["w"] + 1.0), "add", "not the sum"),
     "fused_rows": (

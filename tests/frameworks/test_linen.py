@@ -1,0 +1,88 @@
+"""Flax linen: scanned and rematerialized layers, a tied head, convolutions, an LSTM."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.frameworks import checks
+
+nn = pytest.importorskip("flax.linen")
+
+pytestmark = pytest.mark.frameworks
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.MultiHeadDotProductAttention(2, qkv_features=8)(nn.LayerNorm()(x))
+        hidden = nn.gelu(nn.DenseGeneral((3, 4), name="up")(x))
+        return x + nn.DenseGeneral(x.shape[-1], axis=(-2, -1), name="down")(hidden), None
+
+
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(11, 6, name="embed")
+        layers = nn.scan(
+            nn.remat(Block), {"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return embed.attend(layers(name="layers")(embed(tokens), None)[0])
+
+
+class Images(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = nn.relu(nn.Conv(6, (3, 2), name="conv")(images))
+        x = nn.Conv(9, (3, 3), strides=2, feature_group_count=3, name="grouped")(x)
+        return nn.Dense(7, name="head")(x.mean((1, 2)))
+
+
+def made(module, *args):
+    params = checks.drawn(jax.eval_shape(module.init, jax.random.key(0), *args))
+    return checks.Model(module.apply, params, args)
+
+
+ATTENTION = {
+    f"params/layers/MultiHeadDotProductAttention_0/{name}/kernel": axes
+    for name, axes in {
+        "query": "bioo",
+        "key": "bioo",
+        "value": "bioo",
+        "out": "biio",
+    }.items()
+}
+
+
+def test_every_matrix_of_a_decoder():
+    model = made(Decoder(), jnp.arange(8).reshape(2, 4))
+    plan = model.plan()
+    assert checks.axes(plan) == ATTENTION | {
+        "params/embed/embedding": "io",
+        "params/layers/up/kernel": "bioo",
+        "params/layers/down/kernel": "biio",
+    }
+    checks.check_training(model, plan)
+
+
+def test_convolutions():
+    model = made(Images(), checks.normal((2, 6, 7, 3)))
+    assert checks.axes(model.plan()) == {"params/head/kernel": "io"}
+    plan = model.plan("*kernel")
+    assert checks.axes(plan) == {
+        "params/conv/kernel": "iiio",
+        "params/grouped/kernel": "iiio",
+        "params/head/kernel": "io",
+    }
+    checks.check_training(model, plan)
+    checks.check_output(model, model.plan("*kernel", use_dora=True))
+
+
+def test_an_lstm():
+    model = made(
+        nn.RNN(nn.OptimizedLSTMCell(5, param_dtype="float64")), checks.normal((2, 4, 3))
+    )
+    plan = model.plan()
+    names = ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")
+    paths = [f"params/cell/{name}/kernel" for name in names]
+    assert checks.axes(plan) == dict.fromkeys(sorted(paths), "io")
+    checks.check_training(model, plan)

@@ -1,0 +1,444 @@
+"""The contract of `adapt`: what it takes, what it refuses, what it compiles to."""
+
+import functools
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax
+from tests.support import count_traces, x64
+from tests.transform.cases import block
+from tests.transform.support import (
+    assert_same,
+    both,
+    check,
+    merged,
+    normal,
+    plan_of,
+    trained,
+)
+
+X, W = normal(5, 12), normal(12, 10)
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def layers(params, x):
+    return lax.scan(jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), x, params["w"])[0]
+
+
+def single(dtype="float32", **config):
+    """Params, plan and adapters of one weight, and an input."""
+    params, x = {"w": jnp.asarray(W, dtype)}, jnp.asarray(X, dtype)
+    plan = plan_of(model, params, x, **config)
+    return params, plan, trained(params, plan), x
+
+
+def test_new_adapters_change_no_bit():
+    params, plan, _, x = single()
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    got = lora_jax.adapt(model, plan)(params, adapters, x)
+    np.testing.assert_array_equal(got, model(params, x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_lower_precision_is_off_by_roundings_only(dtype):
+    params, plan, adapters, x = single(dtype)
+    got = jax.jit(lora_jax.adapt(model, plan))(params, adapters, x)
+    weight = np.float64(params["w"]) + plan.targets["w"].scale * (
+        np.float64(adapters["w"]["A"]) @ np.float64(adapters["w"]["B"])
+    )
+    assert got.dtype == dtype
+    product = np.abs(np.float64(x)) @ np.abs(weight)
+    error = np.abs(np.float64(got) - np.tanh(np.float64(x) @ weight))
+    assert np.all(error <= 8 * float(jnp.finfo(dtype).eps) * (1 + product))
+
+
+def test_adapters_in_float32_train_a_bfloat16_weight():
+    params, plan, adapters, x = single("bfloat16")
+
+    def loss(adapters):
+        return jnp.sum(lora_jax.adapt(model, plan)(params, adapters, x).astype("float32"))
+
+    gradient = jax.grad(loss)(adapters)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
+
+
+def test_second_derivatives():
+    with x64():
+        params, plan, adapters, x = single("float64")
+        adapted = lora_jax.adapt(model, plan)
+
+        def loss(fn):
+            return jax.jit(jax.hessian(lambda adapters: jnp.sum(jnp.sin(fn(adapters)))))
+
+        got = loss(lambda a: adapted(params, a, x))(adapters)
+        want = loss(lambda a: model(merged(params, a, plan), x))(adapters)
+        assert_same(got, want)
+
+
+def test_forward_derivatives_through_a_while_loop():
+    from tests.transform.cases import while_loop
+
+    with x64():
+        params = {"w": normal(12, 12)}
+        plan = plan_of(while_loop, params, X)
+        adapters = trained(params, plan)
+        adapted = lora_jax.adapt(while_loop, plan)
+        got, want = (
+            jax.jvp(f, (adapters,), (adapters,))
+            for f in (
+                lambda a: adapted(params, a, X),
+                lambda a: while_loop(merged(params, a, plan), X),
+            )
+        )
+        assert_same(got, want)
+
+
+def test_derivatives_of_the_params_are_those_of_the_merged_function():
+    with x64():
+        params, plan, adapters, x = single("float64")
+        adapted = lora_jax.adapt(model, plan)
+        got = jax.grad(lambda p: jnp.sum(adapted(p, adapters, x)))(params)
+        want = jax.grad(lambda p: jnp.sum(model(merged(p, adapters, plan), x)))(params)
+        assert_same(got, want)
+
+
+def test_a_new_value_never_traces_again_and_a_new_plan_does():
+    params, plan, adapters, x = single()
+    other = plan_of(model, params, x, alpha=3.0)
+
+    def run(params, adapters, x, plan):
+        return lora_jax.adapt(model, plan)(params, adapters, x)
+
+    with count_traces(run) as (run, traces):
+        run(params, adapters, x, plan)
+        run(params, jax.tree.map(jnp.zeros_like, adapters), x + 1, plan)
+        run(params, adapters, x, lora_jax.AdapterPlan.from_json(plan.to_json()))
+        assert len(traces) == 1
+        run(params, adapters, x, other)
+        assert len(traces) == 2
+
+
+def test_a_jitted_block_stays_one_function_for_all_layers():
+    params = {f"w{i}": normal(12, 12, seed=i) for i in range(4)}
+
+    def fn(params, x):
+        for weight in params.values():
+            x = block(x, weight)
+        return x
+
+    plan = plan_of(fn, params, X, rank_pattern={"w3": 5})
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapted = lora_jax.adapt(fn, plan)
+    text = jax.jit(adapted).lower(params, adapters, X).as_text()
+    # One for the three weights of rank 3, one for that of rank 5.
+    assert text.count("func.func private @block") == 2
+
+
+def test_merges_in_a_jitted_block_are_reported_for_each_weight():
+    @jax.jit
+    def bad_block(h, w):
+        for _ in range(30):
+            h = jnp.sin(h)
+        return h @ jnp.tanh(w)
+
+    params = {"a": normal(12, 12), "b": normal(12, 12, seed=1)}
+
+    def fn(params, x):
+        return bad_block(bad_block(x, params["a"]), params["b"])
+
+    merges = []
+    with x64():
+        plan = plan_of(None, params)
+        check(fn, params, X, plan=plan, on_merge=merges.append)
+        with pytest.raises(ValueError, match=r"'a' .*`tanh`.*bad_block.*, called at .*fn"):
+            lora_jax.adapt(fn, plan)(params, trained(params, plan), X)
+    assert [merge.path for merge in merges[:2]] == ["a", "b"]
+
+
+def test_params_are_arguments_of_the_program():
+    params, plan, adapters, x = single()
+    jaxpr = jax.make_jaxpr(lora_jax.adapt(model, plan))(params, adapters, x)
+    assert not jaxpr.consts
+
+
+@pytest.mark.parametrize("fn", [model, layers])
+def test_frozen_weights_have_no_gradient_and_no_copy(fn):
+    params = {
+        "w": jnp.asarray(normal(8, 64, 64) if fn is layers else normal(64, 64), "float32")
+    }
+    x = jnp.asarray(normal(5, 64), "float32")
+    plan = plan_of(fn, params, x, rank=2)
+    adapters = trained(params, plan)
+    adapted = lora_jax.adapt(fn, plan)
+    step = jax.jit(jax.grad(lambda a: jnp.sum(adapted(params, a, x))))
+    compiled = (
+        jax.jit(jax.grad(lambda a, p: jnp.sum(adapted(p, a, x))))
+        .lower(adapters, params)
+        .compile()
+    )
+    assert step(adapters)["w"]["A"].shape == adapters["w"]["A"].shape
+    assert compiled.memory_analysis().temp_size_in_bytes < params["w"].nbytes
+
+
+def test_what_is_no_array_stays_as_it_is():
+    def fn(params, x, flag, *, mode, act):
+        assert flag is True
+        assert mode == "fast"
+        assert params["name"] == "net"
+        assert isinstance(params["eps"], float)
+        return act(x @ params["w"] * params["eps"]), mode, 3, None
+
+    params = {"w": W, "name": "net", "eps": 0.5, "none": None, "act": jnp.tanh}
+    config = lora_jax.LoraConfig(rank=3)
+    plan = lora_jax.plan_adapters(config, params, fn, X, True, mode="fast", act=jnp.tanh)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    y, *rest = lora_jax.adapt(fn, plan)(
+        params, adapters, X, True, mode="fast", act=jnp.tanh
+    )
+    assert rest == ["fast", 3, None]
+    assert y.shape == (5, 10)
+
+
+def test_a_function_may_close_over_values_of_an_outer_trace():
+    with x64():
+        params, plan, adapters, x = single("float64")
+
+        def outer(scale):
+            adapted = lora_jax.adapt(lambda p, x: model(p, x) * scale, plan)
+            return jnp.sum(adapted(params, adapters, x))
+
+        got = jax.jit(jax.grad(outer))(2.0)
+        assert_same(got, jnp.sum(model(merged(params, adapters, plan), x)))
+
+
+def test_an_adapted_function_can_be_adapted():
+    with x64():
+        params, plan, adapters, x = single("float64")
+        inner = lora_jax.adapt(model, plan)
+
+        def fn(params, x):
+            return inner(params, adapters, x)
+
+        second = plan_of(fn, params, x, rank=2)
+        check(lambda p, x: fn(p, x), params, x, plan=second)
+        more = trained(params, second, seed=5)
+        got = lora_jax.adapt(fn, second)(params, more, x)
+        want = model(merged(merged(params, adapters, plan), more, second), x)
+        assert_same(got, want)
+
+
+def test_unused_weights_are_an_error_unless_allowed():
+    params = {"w": W, "other": W}
+    plan = plan_of(None, params)
+    adapters = trained(params, plan)
+    with pytest.raises(
+        ValueError, match=r"never uses the adapted weights 'other': .*closure"
+    ):
+        lora_jax.adapt(model, plan)(params, adapters, X)
+    got = lora_jax.adapt(model, plan, on_unused="allow")(params, adapters, X)
+    assert got.shape == (5, 10)
+
+
+def test_an_allowed_merge_is_logged(caplog):
+    params = {"w": W}
+    plan = plan_of(None, params)
+    adapted = lora_jax.adapt(lambda p, x: x @ jnp.tanh(p["w"]), plan, on_merge="allow")
+    with caplog.at_level(logging.INFO, logger="lora_jax"):
+        adapted(params, trained(params, plan), X)
+    assert "'w' (here of shape (12, 10)) reaches `tanh`" in caplog.text
+    assert pathlib.Path(__file__).name in caplog.text
+
+
+class TestErrors:
+    def test_of_arguments(self):
+        params, plan, _, _ = single()
+        with pytest.raises(
+            TypeError, match=r"fn must be a function .* got dict: the order"
+        ):
+            lora_jax.adapt(params, plan)
+        with pytest.raises(TypeError, match="plan must be an AdapterPlan, got dict"):
+            lora_jax.adapt(model, params)
+        with pytest.raises(ValueError, match="on_merge must be one of 'error', 'allow'"):
+            lora_jax.adapt(model, plan, on_merge="eror")
+        with pytest.raises(ValueError, match="on_unused must be one of"):
+            lora_jax.adapt(model, plan, on_unused="ignore")
+        with pytest.raises(TypeError, match=r"dropout_key must be a jax.random key"):
+            lora_jax.adapt(model, plan, dropout_key=3)
+
+    def test_of_a_plan_for_other_params(self):
+        params, plan, adapters, x = single()
+        adapted = lora_jax.adapt(model, plan)
+        with pytest.raises(KeyError, match="params lack weights that the plan adapts: 'w'"):
+            adapted({"weight": params["w"]}, adapters, x)
+        with pytest.raises(ValueError, match=r"at 'w': the plan is for .* \(12, 10\), got"):
+            adapted({"w": params["w"][:, :4]}, adapters, x)
+        with pytest.raises(TypeError, match=r"at 'w': .*floating point, got dtype int32"):
+            adapted({"w": params["w"].astype("int32")}, adapters, x)
+
+    def test_of_adapters(self):
+        params, plan, adapters, x = single()
+        adapted = lora_jax.adapt(model, plan)
+        with pytest.raises(KeyError, match="adapters must have the 1 paths"):
+            adapted(params, {}, x)
+        with pytest.raises(KeyError, match="unknown: 'v'"):
+            adapted(params, {**adapters, "v": adapters["w"]}, x)
+        with pytest.raises(ValueError, match=r"at 'w': .*A \(12, rank\)"):
+            adapted(params, {"w": {**adapters["w"], "A": adapters["w"]["A"].T}}, x)
+        with pytest.raises(ValueError, match=r"at 'w': .*'B_bias' would be lost"):
+            adapted(params, {"w": {**adapters["w"], "B_bias": jnp.ones(10)}}, x)
+        with pytest.raises(ValueError, match="no magnitude"):
+            adapted(params, {"w": {**adapters["w"], "m": jnp.ones(10)}}, x)
+
+
+class TestDropout:
+    RATE = 0.4
+
+    def setup_method(self):
+        self.params, self.plan, self.adapters, self.x = single(dropout=self.RATE)
+
+    def run(self, key, fn=model, params=None, plan=None, adapters=None):
+        adapted = lora_jax.adapt(fn, plan or self.plan, dropout_key=key)
+        return adapted(params or self.params, adapters or self.adapters, self.x)
+
+    def test_without_a_key_there_is_none(self):
+        plan = plan_of(model, self.params, self.x)
+        want = lora_jax.adapt(model, plan)(self.params, self.adapters, self.x)
+        np.testing.assert_array_equal(self.run(None), want)
+
+    def test_is_that_of_the_input_of_the_adapter(self, monkeypatch):
+        keep = np.random.default_rng(3).random((5, 12)) > self.RATE
+        monkeypatch.setattr(
+            jax.random, "bernoulli", lambda key, p, shape: jnp.asarray(keep)
+        )
+        adapter, x = self.adapters["w"], np.float64(self.x)
+        dropped = np.where(keep, x / (1 - self.RATE), 0.0)
+        update = dropped @ np.float64(adapter["A"]) @ np.float64(adapter["B"]) * 2.0
+        got = self.run(jax.random.key(0), lambda p, x: x @ p["w"])
+        jax.clear_caches()
+        np.testing.assert_allclose(
+            got, x @ np.float64(self.params["w"]) + update, rtol=1e-4
+        )
+
+    def test_the_key_decides(self):
+        first, again, other = (self.run(jax.random.key(i)) for i in (1, 1, 2))
+        np.testing.assert_array_equal(first, again)
+        assert not np.allclose(first, other)
+
+    def masks(self, fn, weight, **config):
+        """The masks that a run of `fn` draws."""
+        seen = []
+        draw = jax.random.bernoulli
+
+        def record(key, p, shape):
+            mask = draw(key, p, shape)
+            jax.debug.callback(lambda mask: seen.append(np.array(mask)), mask)
+            return mask
+
+        params = {"w": jnp.asarray(weight, "float32")}
+        plan = plan_of(fn, params, self.x, dropout=self.RATE, **config)
+        adapters = trained(params, plan)
+        jax.clear_caches()  # of programs that draw without a record, and then with one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.random, "bernoulli", record)
+            self.run(jax.random.key(0), fn, params, plan, adapters)
+            jax.effects_barrier()
+        jax.clear_caches()
+        return seen
+
+    def test_each_use_has_a_mask_of_its_own(self):
+        first, second = self.masks(lambda p, x: x @ p["w"] + jnp.sin(x) @ p["w"], W)
+        assert first.shape == (5, 12)
+        assert (first != second).any()
+
+    @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint])
+    def test_each_step_of_a_scan_has_a_mask_of_its_own(self, wrap):
+        def fn(p, x):
+            return lax.scan(wrap(lambda h, w: (jnp.tanh(h @ w), None)), x, p["w"])[0]
+
+        masks = self.masks(fn, normal(3, 12, 12))
+        assert len({mask.tobytes() for mask in masks}) == 3
+
+    def test_each_branch_call_and_loop_draws(self):
+        def fn(p, x):
+            x = lax.cond(x[0, 0] > -100, lambda: jnp.tanh(x @ p["w"]), lambda: x)
+            return lax.fori_loop(0, 2, lambda _, h: jnp.tanh(block(h, p["w"])), x)
+
+        masks = self.masks(fn, normal(12, 12))
+        assert len({mask.tobytes() for mask in masks}) == len(masks) == 3
+
+    def test_the_mask_is_drawn_again_for_the_gradient(self):
+        def loss(adapters):
+            return jnp.sum(jnp.sin(self.run(jax.random.key(5), adapters=adapters)))
+
+        with x64():
+            self.params, self.adapters, self.x = jax.tree.map(
+                lambda v: v.astype("float64"), (self.params, self.adapters, self.x)
+            )
+            gradient, step = jax.grad(loss)(self.adapters), 1e-5
+            up, down = (
+                loss(jax.tree.map(lambda a, by=by: a + by, self.adapters))
+                for by in (step, -step)
+            )
+            slope = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(gradient))
+            np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-6)
+
+    def test_a_merged_use_refuses_it(self):
+        def fn(p, x):
+            return x @ jnp.tanh(p["w"])
+
+        adapted = lora_jax.adapt(
+            fn, self.plan, on_merge="allow", dropout_key=jax.random.key(0)
+        )
+        with pytest.raises(ValueError, match=r"adapter of 'w' has dropout.*dropout=0.0"):
+            adapted(self.params, self.adapters, self.x)
+
+    @pytest.mark.parametrize("name", ["conv", "ragged_dot", "tied_head", "attention"])
+    def test_reaches_every_product(self, name):
+        from tests.transform.cases import CASES
+        from tests.transform.test_cases import inputs
+
+        case = CASES[name]
+        params, args = jax.tree.map(
+            lambda v: jnp.asarray(v, "float32") if v.dtype == "float64" else v, inputs(case)
+        )
+        plan = plan_of(case.fn, params, *args, dropout=self.RATE, **case.config)
+        adapters = trained(params, plan)
+
+        def run(key):
+            adapted = lora_jax.adapt(case.fn, plan, dropout_key=key)
+            return jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(adapted(params, a, *args)))))(
+                adapters
+            )
+
+        first, second = run(jax.random.key(0)), run(jax.random.key(1))
+        for path in plan.targets:
+            assert not np.allclose(first[path]["B"], second[path]["B"])
+            assert np.isfinite(first[path]["A"]).all()
+
+
+def test_dora_with_a_column_of_norm_zero():
+    params = {"w": jnp.asarray(W, "float32").at[:, 3].set(0.0)}
+    x = jnp.asarray(X, "float32")
+    plan = plan_of(model, params, x, use_dora=True)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapted = functools.partial(lora_jax.adapt(model, plan), params)
+    np.testing.assert_allclose(adapted(adapters, x), model(params, x), rtol=1e-6)
+    gradient = jax.grad(lambda a: jnp.sum(adapted(a, x)))(adapters)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_gradients_of_a_dora_magnitude():
+    with x64():
+        params, plan, adapters, x = single("float64", use_dora=True)
+        (_, got), (_, want) = both(model, params, plan, adapters, x)
+        assert_same(got, want)
+        assert np.abs(got[0]["w"]["m"]).min() > 0

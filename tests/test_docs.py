@@ -59,3 +59,12 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), target
+
+
+def test_the_readme_shows_what_its_code_prints(capsys):
+    text = (ROOT / "README.md").read_text()
+    code, shown = (
+        re.search(f"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("python", "text")
+    )
+    exec(code, {})
+    assert capsys.readouterr().out == shown

@@ -69,6 +69,7 @@ def loss_of(fn):
 
 def both(fn, params, plan, adapters, *args, **options):
     """Value, outputs and gradients of the adapted function, and of the merged one."""
+    params = jax.tree.map(jnp.asarray, params)  # what closes over them may index them
     floating = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
     wrt = (0, *(1 + i for i in floating))
     model = lora_jax.adapt(fn, plan, **options)

@@ -40,6 +40,16 @@ def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.typeof(other).sharding)
 
 
+def on_mesh_of(x: jax.Array) -> Any:
+    """A context in which the mesh in the type of `x` is the one of the program."""
+    mesh = jax.typeof(x).sharding.mesh
+    if jax.__version_info__ < (0, 8, 0):  # had no public name
+        from jax._src.mesh import use_abstract_mesh
+
+        return use_abstract_mesh(mesh)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
     """The mesh axes along which `x` differs inside `jax.shard_map`, as far as is known."""
     aval: Any = jax.typeof(x)

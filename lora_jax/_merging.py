@@ -69,7 +69,7 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
             if not any(spec):
                 return function(weight, *rest)
             out: Any = PartitionSpec(*spec) if keeps else PartitionSpec()
-            with jax.sharding.use_abstract_mesh(jax.typeof(weight).sharding.mesh):
+            with _compat.on_mesh_of(weight):
                 inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
                 return inner(weight, *rest)
 

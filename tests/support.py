@@ -115,6 +115,11 @@ def x64():
     return enable_x64()
 
 
+def set_mesh(mesh):
+    """A context in which a mesh is the one of the program, under old and new names."""
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
+
+
 @contextlib.contextmanager
 def count_traces(function):
     """Yields a jitted `function` and a list that gets an entry at each trace."""

@@ -17,6 +17,10 @@ SIZES = [
     *("--tokens=48", "--batch=3", "--in=64", "--out=96", "--rank=8"),
     "--rounds=2",
 ]
+TRANSFORMER_SIZES = [
+    *("--layers=2", "--batch=3", "--length=5", "--width=16", "--heads=2", "--rank=4"),
+    *("--rounds=2", "--traces=1"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +31,42 @@ def bench_linear():
 
 
 @pytest.fixture(scope="module")
-def run(bench_linear, tmp_path_factory):
-    """One run of the script: what it printed and wrote, and what the contestants gave."""
-    file = tmp_path_factory.mktemp("bench_linear") / "result.json"
-    printed, outputs = io.StringIO(), {}
-    interleave = bench_linear._timing.interleave
+def bench_transform():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("bench_transform")
 
-    def recorded(calls, rounds):
-        outputs.update({name: call() for name, call in calls.items()})
-        return interleave(calls, rounds)
+
+def run_script(script, arguments, folder):
+    """One run of a script: what it printed and wrote, and what the contestants gave."""
+    printed, outputs = io.StringIO(), []
+    interleave = script._timing.interleave
+
+    def recorded(calls, rounds, **options):
+        outputs.append({name: call() for name, call in calls.items()})
+        return interleave(calls, rounds, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(bench_linear._timing, "interleave", recorded)
-        bench_linear.main([*SIZES, f"--json={file}"])
-    result = json.loads(file.read_text())
+        patch.setattr(script._timing, "interleave", recorded)
+        script.main([*arguments, f"--json={folder / 'result.json'}"])
+    result = json.loads((folder / "result.json").read_text())
     return types.SimpleNamespace(text=printed.getvalue(), result=result, outputs=outputs)
+
+
+@pytest.fixture(scope="module")
+def run(bench_linear, tmp_path_factory):
+    run = run_script(bench_linear, SIZES, tmp_path_factory.mktemp("bench_linear"))
+    (run.outputs,) = run.outputs
+    return run
+
+
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def transform_run(request, bench_transform, tmp_path_factory):
+    """The loop only: that of the scan takes as long again."""
+    arguments = [*TRANSFORMER_SIZES, "--layers=1", "--layout=loop"]
+    arguments.append(f"--method={request.param}")
+    folder = tmp_path_factory.mktemp(f"bench_transform_{request.param}")
+    return run_script(bench_transform, arguments, folder)
 
 
 def test_bench_linear_prints_every_contestant(bench_linear, run):
@@ -117,3 +142,80 @@ def test_kept_bytes_counts_each_array_once(bench_linear):
     assert kept(lambda x, _: (jnp.exp(x),) * 2) == 4 * 5 * 4
     assert kept(lambda x, _: jnp.exp(x.astype("bfloat16"))) == 4 * 5 * 2
     assert kept(lambda x, _: jax.checkpoint(jnp.exp)(x)) == 0
+
+
+def test_bench_transform_prints_every_contestant(bench_transform, transform_run):
+    step, tracing = transform_run.result["tables"]
+    columns = bench_transform.COLUMNS, bench_transform.TRACING_COLUMNS
+    baselines = bench_transform.BY_HAND, bench_transform.FROZEN
+    assert (step["of"], tracing["of"]) == ("step", "tracing")
+    for table, names, baseline in zip((step, tracing), columns, baselines, strict=True):
+        assert list(table["rows"]) == list(bench_transform.CONTESTANTS)
+        assert set(table["rows"][baseline].values()) == {1}
+        for name, row in table["rows"].items():
+            assert f"\n{name} " in transform_run.text
+            assert set(row) == set(names)
+            assert all(math.isfinite(value) and value > 0 for value in row.values())
+        assert all(f" {column}" in transform_run.text for column in names)
+    for words in ("1 layers of width 16", "[3, 5, 16]", "rank 4", "float32", "jax"):
+        assert words in transform_run.text
+    markdown = bench_transform.format_result(transform_run.result, markdown=True)
+    assert markdown.count("\n|") == 2 * (len(bench_transform.CONTESTANTS) + 2)
+
+
+def test_bench_transform_contestants_agree(bench_transform, transform_run):
+    outputs = transform_run.outputs[0]
+    loss, gradients = outputs[bench_transform.BY_HAND]
+    for name in (bench_transform.ADAPT, bench_transform.MERGED):
+        own_loss, own_gradients = outputs[name]
+        assert own_loss == pytest.approx(float(loss), rel=1e-5)
+        for path, gradient in gradients.items():
+            for factor, want in gradient.items():
+                if name == bench_transform.MERGED and "m" in gradient and factor != "m":
+                    continue  # it has the gradient through the norm as well
+                error = jnp.abs(own_gradients[path][factor] - want).max()
+                assert error <= 512 * jnp.finfo(want.dtype).eps * jnp.abs(want).max()
+    frozen_loss, gradient = outputs[bench_transform.FROZEN]
+    assert gradient.shape == (3, 5, 16)
+    assert abs(frozen_loss - loss) > 1e-6  # the adapters act
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_bench_transform_scan_is_the_loop(bench_transform, method):
+    options = bench_transform.parse(TRANSFORMER_SIZES)
+    loop, scan = (
+        bench_transform.set_up(options, method, layout, options.layers)
+        for layout in bench_transform.LAYOUTS
+    )
+    params, adapters, x, _ = loop.arguments
+    stacked = {
+        path: jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *(adapters[path.replace("/", f"/{i}/")] for i in range(options.layers)),
+        )
+        for path in scan.plan.targets
+    }
+    want = loop.by_hand(params, adapters, x)
+    got = scan.by_hand(scan.arguments[0], stacked, x)
+    assert jnp.abs(got - want).max() <= 64 * jnp.finfo(want.dtype).eps * jnp.abs(want).max()
+
+
+def test_looped_flops_counts_every_iteration(bench_transform):
+    outside, body = 7, 100  # a layer, an iteration
+
+    def counted(layers):
+        return layers * outside + body
+
+    total = bench_transform.looped_flops(counted(5), counted(10), 5)
+    assert total == 5 * (outside + body)
+
+
+def test_bench_transform_keeps_16_bits(bench_transform):
+    options = bench_transform.parse([*TRANSFORMER_SIZES, "--dtype=bfloat16"])
+    for method in bench_transform.LINEARS:
+        for layout in bench_transform.LAYOUTS:
+            setup = bench_transform.set_up(options, method, layout, options.layers)
+            for name in bench_transform.CONTESTANTS:
+                model = bench_transform.make_model(setup, name)
+                out = jax.eval_shape(model, *setup.arguments[:3])
+                assert out.dtype == jnp.bfloat16, (method, layout, name)

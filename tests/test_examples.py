@@ -17,6 +17,8 @@ import numpy as np
 import optax
 import pytest
 
+import lora_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 GOLDEN = ROOT / "tests" / "golden" / "minilm" / "expected.safetensors"
@@ -72,9 +74,16 @@ def tiny_examples(sizes, seed=0):
     return reviews.Examples(tokens, (np.arange(len(sizes)) % 2).astype(np.float32))
 
 
-def trained(params, job):
+def tiny_model(method):
+    """Parameters, a batch, and the plan of adapters of rank 3."""
+    params, job = tiny_params(), classifier.Job(method, rank=3)
+    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
+    return params, batch, classifier.make_plan(params, batch, job)
+
+
+def trained(params, plan):
     """Adapters as after training: no factor is zero."""
-    trainable = classifier.init_trainable(jax.random.key(1), params, job)
+    trainable = classifier.init_trainable(jax.random.key(1), params, plan)
     leaves, structure = jax.tree.flatten(trainable)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     moved = [
@@ -304,37 +313,40 @@ def test_encoder_sees_tokens_and_their_order():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_new_adapters_change_nothing(method):
-    params, job = tiny_params(), classifier.Job(method, rank=3)
-    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
-    frozen = classifier.freeze(params, job)
-    adapters = classifier.init_trainable(jax.random.key(0), params, job)["adapters"]
-    expected = classifier.encode(classifier.Frozen(params, {}), {}, batch, job)
-    actual = classifier.encode(frozen, adapters, batch, job)
+    params, batch, plan = tiny_model(method)
+    adapters = classifier.init_trainable(jax.random.key(0), params, plan)["adapters"]
+    expected = classifier.encode(params, batch)
+    actual = classifier.encode_adapted(params, adapters, plan, batch)
     assert_close(actual, np.asarray(expected), ulps=16)
 
 
-def test_adapters_are_on_query_and_value():
-    adapters = classifier.init_trainable(
-        jax.random.key(0), tiny_params(), classifier.Job(rank=3)
-    )["adapters"]
-    assert set(adapters) == {
-        f"encoder/layer_{layer}/attention/{part}/kernel"
-        for layer in range(LAYERS)
-        for part in ("query", "value")
-    }
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_are_on_query_and_value(method):
+    params, _, plan = tiny_model(method)
+    adapters = classifier.init_trainable(jax.random.key(0), params, plan)["adapters"]
+    assert (
+        set(adapters)
+        == set(plan.targets)
+        == {
+            f"encoder/layer_{layer}/attention/{part}/kernel"
+            for layer in range(LAYERS)
+            for part in ("query", "value")
+        }
+    )
+    assert {target.method for target in plan.targets.values()} == {method}
     shapes = {(a["A"].shape, a["B"].shape) for a in adapters.values()}
     assert shapes == {((WIDTH, 3), (3, WIDTH))}
+    assert all(("m" in adapter) == (method == "dora") for adapter in adapters.values())
     first, *others = (np.asarray(a["A"]) for a in adapters.values())
     assert all((first != other).any() for other in others)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_is_adapted(method):
-    params, job = tiny_params(), classifier.Job(method, rank=3)
-    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
-    adapters = trained(params, job)["adapters"]
+    params, batch, plan = tiny_model(method)
+    adapters = trained(params, plan)["adapters"]
     before = classifier.fingerprint(params)
-    merged = classifier.merge(params, adapters, job)
+    merged = lora_jax.merge_adapters(params, adapters, plan)
     assert classifier.fingerprint(params) == before
     changed = {
         path
@@ -342,9 +354,9 @@ def test_merged_is_adapted(method):
         if (leaf != classifier.by_path(params)[path]).any()
     }
     assert changed == set(adapters)
-    actual = classifier.encode(classifier.Frozen(merged, {}), {}, batch, job)
-    expected = classifier.encode(classifier.freeze(params, job), adapters, batch, job)
-    plain = classifier.encode(classifier.Frozen(params, {}), {}, batch, job)
+    actual = classifier.encode(merged, batch)
+    expected = classifier.encode_adapted(params, adapters, plan, batch)
+    plain = classifier.encode(params, batch)
     assert_close(actual, np.asarray(expected), ulps=64)
     assert np.max(np.abs(expected - plain)) > 1e-2
 
@@ -358,16 +370,14 @@ def test_fingerprint_sees_one_bit():
 
 
 def test_filling_rows_do_not_count():
-    params, job = tiny_params(), classifier.Job(rank=3)
-    (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
+    params, batch, plan = tiny_model("lora")
     labels = np.where(batch.weights > 0, batch.labels, 1 - batch.labels)
-    trainable, frozen = trained(params, job), classifier.freeze(params, job)
-    expected = classifier.loss_and_accuracy(trainable, frozen, batch, job)
+    trainable = trained(params, plan)
+    expected = classifier.loss_and_accuracy(trainable, params, plan, batch)
     other = batch._replace(labels=labels)
-    assert classifier.loss_and_accuracy(trainable, frozen, other, job) == expected
-    rows = [
-        classifier.encode(frozen, trainable["adapters"], batch, job)[i] for i in (0, 1, 2)
-    ]
+    assert classifier.loss_and_accuracy(trainable, params, plan, other) == expected
+    features = classifier.encode_adapted(params, trainable["adapters"], plan, batch)
+    rows = [features[i] for i in (0, 1, 2)]
     logits = [float(classifier.apply_head(trainable["head"], row)) for row in rows]
     losses = [
         np.log1p(np.exp(-z if y else z)) for z, y in zip(logits, (0, 1, 0), strict=True)
@@ -384,36 +394,38 @@ def test_step_learns_and_donates(method, monkeypatch):
         return loss_and_accuracy(*arguments)
 
     monkeypatch.setattr(classifier, "loss_and_accuracy", counted)
-    params, job = tiny_params(), classifier.Job(method, rank=3)
+    params, _, plan = tiny_model(method)
     (batch,) = reviews.make_batches(tiny_examples([5] * 32))
-    frozen = classifier.freeze(params, job)
-    trainable = classifier.init_trainable(jax.random.key(0), params, job)
+    trainable = classifier.init_trainable(jax.random.key(0), params, plan)
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         optimizer = optax.adamw(1e-2)
-        step, state = classifier.make_step(optimizer, job), optimizer.init(trainable)
+        step, state = classifier.make_step(optimizer, plan), optimizer.init(trainable)
         losses = []
         for _ in range(30):
             old, old_state = trainable, state
-            trainable, state, loss, _ = step(trainable, state, frozen, batch)
+            trainable, state, loss, _ = step(trainable, state, params, batch)
             losses.append(float(loss))
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros
     assert losses[-1] < 0.5 * losses[0]
     assert len(traces) == 1
     assert all(x.is_deleted() for x in jax.tree.leaves((old, old_state)) if x.ndim)
-    assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
 
 
 def test_save(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
+    params, _, plan = tiny_model("dora")
+    trainable = trained(params, plan)
     job = classifier.Job("dora", rank=3, alpha=2.0)
-    trainable = trained(tiny_params(), job)
-    classifier.save(tmp_path / "new", trainable, job)
+    classifier.save(tmp_path / "new", trainable, plan, job)
     loaded = numpy.load_file(tmp_path / "new" / "adapter.safetensors")
     expected = classifier.by_path(trainable)
     assert set(loaded) == set(expected)
     assert "adapters/encoder/layer_0/attention/value/kernel/m" in loaded
     for path, array in loaded.items():
         np.testing.assert_array_equal(array, expected[path])
+    text = (tmp_path / "new" / "plan.json").read_text()
+    assert lora_jax.AdapterPlan.from_json(text) == plan
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert (config["method"], config["rank"], config["alpha"]) == ("dora", 3, 2.0)
     assert config["base"]["sha256"] == minilm.MODEL.sha256
@@ -539,4 +551,5 @@ def test_job(method, tmp_path):
     assert split["frozen_unchanged"]
     assert split["merge_max_difference"] <= 3e-5
     assert summary["total_parameters"] == 22_565_376
-    assert (tmp_path / "out" / "split_0" / "adapter.safetensors").exists()
+    saved = {path.name for path in (tmp_path / "out" / "split_0").iterdir()}
+    assert saved == {"adapter.safetensors", "config.json", "plan.json"}

@@ -369,7 +369,7 @@ def test_merged_weights_have_the_sharding_of_the_old_ones(method, kind, monkeypa
     assert all(jnp.isfinite(loss.relative_error) for loss in losses.values())
     merged = merge_adapters(sharded, adapters, plan)
     back = unmerge_adapters(merged, adapters, plan, column_norms=norms)
-    with jax.set_mesh(mesh):
+    with support.set_mesh(mesh):
         inside = jax.jit(merge_adapters)(sharded, adapters, plan)
     for path, weight in weights(merged).items():
         old = weights(sharded)[path]

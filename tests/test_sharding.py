@@ -122,7 +122,7 @@ def test_column_parallel_on_a_mesh_with_explicit_axes(name, spec):
 
     want = step(case.adapter, x, case.weight, c)
     specs = {"A": P(None, None), "B": P(None, "model"), "m": P("model")}
-    with jax.set_mesh(mesh):
+    with support.set_mesh(mesh):
 
         def put(value, *axes):
             return jax.device_put(value, NamedSharding(mesh, P(*axes)))

@@ -3,7 +3,7 @@
 Frozen and trainable arrays are two pytrees. What is trained is
 `{"adapters": {path: adapter}, "head": {"kernel": (width,), "bias": ()}}`.
 
-Shapes: `batch` sentences; `width` features of a sentence; `in` and `out` of a kernel.
+Shapes: `batch` sentences; `width` features of a sentence.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import reviews
 
 import lora_jax
 
-ADAPTED = ("query/kernel", "value/kernel")  # how the paths of adapted kernels end
+METHODS = ("lora", "dora")
 
 Adapters = dict[str, lora_jax.Adapter]
 Head = dict[str, jax.Array]
@@ -32,7 +32,7 @@ Trainable = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The choices that a classifier is made of; hashable, so static under `jit`."""
+    """The choices that a classifier is made of."""
 
     method: str = "lora"
     rank: int = 8
@@ -41,101 +41,46 @@ class Job:
     seed: int = 0
 
 
-class Method(NamedTuple):
-    """The functions of the library for one weight."""
-
-    init: Callable[..., lora_jax.Adapter]
-    linear: Callable[..., jax.Array]
-    merge: Callable[..., jax.Array]
-
-
-METHODS = {
-    "lora": Method(
-        init=lora_jax.init_lora_adapter,
-        linear=lora_jax.lora_linear,
-        merge=lora_jax.merge_lora_weight,
-    ),
-    "dora": Method(
-        init=lora_jax.init_dora_adapter,
-        linear=lora_jax.dora_linear,
-        merge=lora_jax.merge_dora_weight,
-    ),
-}
-
-
-class Frozen(NamedTuple):
-    """What is never trained.
-
-    Attributes:
-        params: the encoder, as `minilm.load` returns it.
-        cache: by path, what `linear` would otherwise form again at every step from the
-            frozen weight alone: nothing for LoRA; for DoRA `weight_norm_squared`,
-            `(out,)`, the squared norm of each column.
-    """
-
-    params: minilm.Params
-    cache: dict[str, dict[str, jax.Array]]
-
-
-def by_path(tree: Any) -> dict[str, jax.Array]:
-    """Returns the leaves of a tree by paths such as `encoder/layer_0/mlp/up/bias`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def targets(params: minilm.Params) -> dict[str, jax.Array]:
-    """Returns the kernels that get an adapter, by path."""
-    return {path: x for path, x in by_path(params).items() if path.endswith(ADAPTED)}
-
-
-def freeze(params: minilm.Params, job: Job) -> Frozen:
-    """Puts beside the parameters what the method can form of them beforehand."""
-    if job.method != "dora":
-        return Frozen(params, {path: {} for path in targets(params)})
-    cache = {
-        path: {"weight_norm_squared": lora_jax.dora_column_norm(kernel) ** 2}
-        for path, kernel in targets(params).items()
-    }
-    return Frozen(params, cache)
-
-
-def init_trainable(key: jax.Array, params: minilm.Params, job: Job) -> Trainable:
-    """Returns adapters that change nothing yet, and a head of zeros."""
-    kernels = targets(params)
-    keys = jax.random.split(key, len(kernels))
-    adapters = {
-        path: METHODS[job.method].init(key, kernel, job.rank, init="kaiming_uniform")
-        for key, (path, kernel) in zip(keys, kernels.items(), strict=True)
-    }
-    width = params["embeddings"]["word"].shape[1]
-    head = {"kernel": jnp.zeros(width), "bias": jnp.zeros(())}
-    return {"adapters": adapters, "head": head}
-
-
-@functools.partial(jax.jit, static_argnames="job")
-def encode(frozen: Frozen, adapters: Adapters, batch: reviews.Batch, job: Job) -> jax.Array:
-    """Returns the features of each sentence: `(batch, width)`, float32.
-
-    Args:
-        frozen: what `freeze` returns.
-        adapters: by path of the kernel; a kernel without one is used as it is.
-        batch: the sentences.
-        job: its method and alpha are used.
-    """
-
-    def dense(x: jax.Array, layer: minilm.Params, path: str) -> jax.Array:
-        path = f"{path}/kernel"
-        if path not in adapters:
-            return minilm.plain_dense(x, layer, path)
-        linear = functools.partial(METHODS[job.method].linear, **frozen.cache[path])
-        return linear(x, layer["kernel"], adapters[path], job.alpha, bias=layer["bias"])
-
-    hidden = minilm.encode(frozen.params, batch.tokens, batch.mask, dense=dense)
+@jax.jit
+def encode(params: minilm.Params, batch: reviews.Batch) -> jax.Array:
+    """Returns the features of each sentence: `(batch, width)`, float32."""
+    hidden = minilm.encode(params, batch.tokens, batch.mask)
     return minilm.mean_pool(hidden, batch.mask)
+
+
+@jax.jit
+def encode_adapted(
+    params: minilm.Params,
+    adapters: Adapters,
+    plan: lora_jax.AdapterPlan,
+    batch: reviews.Batch,
+) -> jax.Array:
+    """Returns what `encode` does, with adapters."""
+    return lora_jax.adapt(encode, plan)(params, adapters, batch)
+
+
+def make_plan(
+    params: minilm.Params, batch: reviews.Batch, job: Job
+) -> lora_jax.AdapterPlan:
+    """Plans adapters of the query and value kernels; of the batch only shapes are used."""
+    config = lora_jax.LoraConfig(
+        rank=job.rank,
+        alpha=job.alpha,
+        targets=("*/query/kernel", "*/value/kernel"),
+        use_dora=job.method == "dora",
+    )
+    return lora_jax.plan_adapters(config, params, encode, batch)
+
+
+def init_trainable(
+    key: jax.Array, params: minilm.Params, plan: lora_jax.AdapterPlan
+) -> Trainable:
+    """Returns adapters that change nothing yet, and a head of zeros."""
+    width = params["embeddings"]["word"].shape[1]
+    return {
+        "adapters": lora_jax.init_adapters(key, params, plan),
+        "head": {"kernel": jnp.zeros(width), "bias": jnp.zeros(())},
+    }
 
 
 def apply_head(head: Head, features: jax.Array) -> jax.Array:
@@ -144,10 +89,13 @@ def apply_head(head: Head, features: jax.Array) -> jax.Array:
 
 
 def loss_and_accuracy(
-    trainable: Trainable, frozen: Frozen, batch: reviews.Batch, job: Job
+    trainable: Trainable,
+    params: minilm.Params,
+    plan: lora_jax.AdapterPlan,
+    batch: reviews.Batch,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mean cross-entropy of a batch, and the share that is right."""
-    features = encode(frozen, trainable["adapters"], batch, job)
+    features = encode_adapted(params, trainable["adapters"], plan, batch)
     logits = apply_head(trainable["head"], features)
     losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)
     right = ((logits > 0) == (batch.labels > 0)).astype(losses.dtype)
@@ -155,11 +103,13 @@ def loss_and_accuracy(
     return jnp.sum(losses * weights), jnp.sum(right * weights)
 
 
-def make_step(optimizer: optax.GradientTransformation, job: Job) -> Callable[..., Any]:
+def make_step(
+    optimizer: optax.GradientTransformation, plan: lora_jax.AdapterPlan
+) -> Callable[..., Any]:
     """Returns a compiled training step.
 
     The trainable and the optimizer state are donated: their memory holds the new ones.
-    The frozen arrays are an argument; closed over, they would become constants of the
+    The frozen params are an argument; closed over, they would become constants of the
     program.
     """
 
@@ -167,42 +117,44 @@ def make_step(optimizer: optax.GradientTransformation, job: Job) -> Callable[...
     def step(
         trainable: Trainable,
         state: optax.OptState,
-        frozen: Frozen,
+        params: minilm.Params,
         batch: reviews.Batch,
     ) -> tuple[optax.Params, optax.OptState, jax.Array, jax.Array]:
         value_and_grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
-        (loss, accuracy), grads = value_and_grad(trainable, frozen, batch, job)
+        (loss, accuracy), grads = value_and_grad(trainable, params, plan, batch)
         updates, state = optimizer.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss, accuracy
 
     return step
 
 
-def merge(params: minilm.Params, adapters: Adapters, job: Job) -> minilm.Params:
-    """Returns new parameters, with the adapters folded into their kernels."""
-
-    def merged(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        adapter = adapters.get(_name(path))
-        if adapter is None:
-            return leaf
-        return METHODS[job.method].merge(leaf, adapter, job.alpha)
-
-    return jax.tree_util.tree_map_with_path(merged, params)
+def by_path(tree: Any) -> dict[str, np.ndarray]:
+    """Returns the leaves of a tree by paths such as `encoder/layer_0/mlp/up/bias`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def fingerprint(params: minilm.Params) -> str:
     """Returns a hash of every path and every bit of the parameters."""
     digest = hashlib.sha256()
     for path, leaf in by_path(params).items():
-        digest.update(path.encode() + np.asarray(leaf).tobytes())
+        digest.update(path.encode() + leaf.tobytes())
     return digest.hexdigest()
 
 
-def save(folder: pathlib.Path, trainable: Trainable, job: Job) -> None:
-    """Writes `adapter.safetensors`, and `config.json` with what it takes to use it."""
+def save(
+    folder: pathlib.Path, trainable: Trainable, plan: lora_jax.AdapterPlan, job: Job
+) -> None:
+    """Writes what was trained, and what it takes to use it.
+
+    `adapter.safetensors` has the arrays by path, `plan.json` is for
+    `AdapterPlan.from_json`, and `config.json` has the job and the base model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {path: np.asarray(leaf) for path, leaf in by_path(trainable).items()}
     safetensors_numpy = minilm.optional_import("safetensors.numpy")
-    safetensors_numpy.save_file(arrays, folder / "adapter.safetensors")
+    safetensors_numpy.save_file(by_path(trainable), folder / "adapter.safetensors")
+    (folder / "plan.json").write_text(plan.to_json() + "\n")
     config = dataclasses.asdict(job) | {"base": minilm.MODEL._asdict()}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import types
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,6 @@ EPSILON = 1e-12
 
 Array = jax.Array | np.ndarray
 Params = dict[str, Any]
-Dense = Callable[[jax.Array, Params, str], jax.Array]
 
 
 class Package(NamedTuple):
@@ -202,43 +201,23 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> list[np.ndarr
     return [i if len(i) <= length else np.append(i[: length - 1], i[-1:]) for i in ids]
 
 
-def plain_dense(x: jax.Array, layer: Params, path: str) -> jax.Array:
-    """Returns `x @ kernel + bias`, `(batch, length, out)`, as pretrained."""
-    del path
-    return x @ layer["kernel"] + layer["bias"][None, None, :]
-
-
-def encode(
-    params: Params,
-    tokens: Array,
-    mask: Array,
-    *,
-    dense: Dense = plain_dense,
-    heads: int = HEADS,
-) -> jax.Array:
+def encode(params: Params, tokens: Array, mask: Array) -> jax.Array:
     """Runs the encoder.
 
     Args:
         params: what `load` returns.
         tokens: `(batch, length)`, int32, token ids.
         mask: `(batch, length)`, bool, false where a token is padding.
-        dense: what applies a dense layer: given its input, its parameters and its
-            path, such as `"encoder/layer_0/attention/query"`.
-        heads: the number of attention heads.
 
     Returns:
         `(batch, length, width)`, float32, the hidden states after the last layer.
     """
     x = _embed(params["embeddings"], tokens)
-    for name, layer in params["encoder"].items():
-        path = f"encoder/{name}"
-        attention = layer["attention"]
-        update = _attend(attention, x, mask, dense, f"{path}/attention", heads)
-        x = _layer_norm(x + update, attention["norm"])
-        hidden = dense(x, layer["mlp"]["up"], f"{path}/mlp/up")
-        hidden = jax.nn.gelu(hidden, approximate=False)
-        update = dense(hidden, layer["mlp"]["down"], f"{path}/mlp/down")
-        x = _layer_norm(x + update, layer["mlp"]["norm"])
+    for layer in params["encoder"].values():
+        attention, mlp = layer["attention"], layer["mlp"]
+        x = _layer_norm(x + _attend(attention, x, mask), attention["norm"])
+        hidden = jax.nn.gelu(_dense(x, mlp["up"]), approximate=False)
+        x = _layer_norm(x + _dense(hidden, mlp["down"]), mlp["norm"])
     return x
 
 
@@ -257,19 +236,22 @@ def _embed(embeddings: Params, tokens: Array) -> jax.Array:
     return _layer_norm(x, embeddings["norm"])
 
 
-def _attend(
-    layer: Params, x: jax.Array, mask: Array, dense: Dense, path: str, heads: int
-) -> jax.Array:
+def _attend(layer: Params, x: jax.Array, mask: Array) -> jax.Array:
     """Returns what attention adds to the residual stream."""
     batch, length, width = x.shape
     query, key, value = (
-        dense(x, layer[name], f"{path}/{name}").reshape(batch, length, heads, -1)
+        _dense(x, layer[name]).reshape(batch, length, HEADS, -1)
         for name in ("query", "key", "value")
     )
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / (width // heads) ** 0.5
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / (width // HEADS) ** 0.5
     scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
-    return dense(mixed.reshape(x.shape), layer["output"], f"{path}/output")
+    return _dense(mixed.reshape(x.shape), layer["output"])
+
+
+def _dense(x: jax.Array, layer: Params) -> jax.Array:
+    """Returns `x @ kernel + bias`, `(batch, length, out)`."""
+    return x @ layer["kernel"] + layer["bias"][None, None, :]
 
 
 def _layer_norm(x: jax.Array, norm: Params) -> jax.Array:

@@ -12,6 +12,7 @@ is compared with the adapted one.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -28,6 +29,8 @@ import optax
 import report
 import reviews
 
+import lora_jax
+
 LEARNING_RATE = 2e-3
 WARM_UP = 0.1  # of the steps
 PROBE_PENALTY = 1e-2  # the best of eight on the test sides of three splits: a strong probe
@@ -41,16 +44,13 @@ EXAMPLES = """examples:
 
 
 def encode_all(
-    frozen: classifier.Frozen,
-    adapters: classifier.Adapters,
-    batches: Sequence[reviews.Batch],
-    job: classifier.Job,
+    encode: Callable[[reviews.Batch], jax.Array], batches: Sequence[reviews.Batch]
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the features `(sentences, width)` and labels `(sentences,)` of batches."""
     features, labels = [], []
     for batch in batches:
         real = batch.weights > 0
-        features.append(classifier.encode(frozen, adapters, batch, job)[real])
+        features.append(encode(batch)[real])
         labels.append(batch.labels[real])
     return jnp.concatenate(features), jnp.concatenate(labels)
 
@@ -91,17 +91,17 @@ def fit_probe(features: jax.Array, labels: jax.Array) -> classifier.Head:
 
 def train(
     trainable: classifier.Trainable,
-    frozen: classifier.Frozen,
+    params: minilm.Params,
+    plan: lora_jax.AdapterPlan,
     epochs: Sequence[Sequence[reviews.Batch]],
-    job: classifier.Job,
 ) -> Iterator[tuple[classifier.Trainable, list[float], list[float]]]:
     """Trains adapters and head with AdamW: a linear warm-up, then a cosine.
 
     Args:
         trainable: where to start; donated.
-        frozen: what `classifier.freeze` returns.
+        params: the frozen encoder.
+        plan: of the adapters.
         epochs: the batches of each epoch.
-        job: its method and alpha are used.
 
     Yields:
         After each epoch what has been trained, which is donated when the next epoch
@@ -113,13 +113,13 @@ def train(
         optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warm_up, steps)
     )
     state = optimizer.init(trainable)
-    step = classifier.make_step(optimizer, job)
+    step = classifier.make_step(optimizer, plan)
     tqdm = minilm.optional_import("tqdm")
-    with tqdm.tqdm(total=steps, desc=job.method, unit="step") as progress:
+    with tqdm.tqdm(total=steps, desc=plan.config.method, unit="step") as progress:
         for batches in epochs:
             losses, accuracies = [], []
             for batch in batches:
-                trainable, state, loss, accuracy = step(trainable, state, frozen, batch)
+                trainable, state, loss, accuracy = step(trainable, state, params, batch)
                 losses.append(float(loss))
                 accuracies.append(float(accuracy))
                 progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
@@ -128,12 +128,14 @@ def train(
 
 
 def run_split(
-    job: classifier.Job,
     key: jax.Array,
     rng: np.random.Generator,
     params: minilm.Params,
+    plan: lora_jax.AdapterPlan,
     training: reviews.Examples,
     test: reviews.Examples,
+    *,
+    epochs: int,
 ) -> tuple[classifier.Trainable, dict[str, Any]]:
     """Trains the probe and the adapters on one split, and checks the merge.
 
@@ -142,26 +144,27 @@ def run_split(
     """
     fingerprint = classifier.fingerprint(params)
     test_batches = reviews.make_batches(test)
-    bare = classifier.Frozen(params, cache={})
-    probe = fit_probe(*encode_all(bare, {}, reviews.make_batches(training), job))
-    features, labels = encode_all(bare, {}, test_batches, job)
+    frozen = functools.partial(classifier.encode, params)
+    probe = fit_probe(*encode_all(frozen, reviews.make_batches(training)))
+    features, labels = encode_all(frozen, test_batches)
     probe_logits = classifier.apply_head(probe, features)
 
-    frozen = classifier.freeze(params, job)
-    trainable = classifier.init_trainable(key, params, job)
-    epochs = [reviews.make_batches(training, rng) for _ in range(job.epochs)]
-    training_run = train(trainable, frozen, epochs, job)
+    trainable = classifier.init_trainable(key, params, plan)
+    batches = [reviews.make_batches(training, rng) for _ in range(epochs)]
+    training_run = train(trainable, params, plan, batches)
     logits, history = [], {"loss": [], "accuracy": [], "test_accuracy": []}
     for trainable, losses, accuracies in training_run:
-        features, _ = encode_all(frozen, trainable["adapters"], test_batches, job)
+        adapters = trainable["adapters"]
+        adapted = functools.partial(classifier.encode_adapted, params, adapters, plan)
+        features, _ = encode_all(adapted, test_batches)
         logits.append(classifier.apply_head(trainable["head"], features))
         history["loss"] += losses
         history["accuracy"] += accuracies
         history["test_accuracy"].append(share_right(logits[-1], labels))
 
-    merged = classifier.merge(params, trainable["adapters"], job)
-    bare = classifier.Frozen(merged, cache={})
-    features, _ = encode_all(bare, {}, test_batches, job)
+    merged_params = lora_jax.merge_adapters(params, trainable["adapters"], plan)
+    merged = functools.partial(classifier.encode, merged_params)
+    features, _ = encode_all(merged, test_batches)
     merged_logits = classifier.apply_head(trainable["head"], features)
     return trainable, {
         "train_sentences": len(training.labels),
@@ -185,8 +188,10 @@ def run(job: classifier.Job, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     params, tokenizer = minilm.load(args.cache)
     sentences = list(filter(reviews.is_opinion, reviews.load(args.cache)))
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{len(sentences):,} sentences, {total:,} frozen parameters")
+    batch, *_ = reviews.make_batches(reviews.tokenize(tokenizer, sentences[:1]))
+    plan = classifier.make_plan(params, batch, job)
+    print(f"{len(sentences):,} sentences, {plan.total:,} frozen parameters; adapters:")
+    print(plan)
     splits = []
     for index in range(args.splits):
         rng = np.random.default_rng([job.seed, index])
@@ -194,13 +199,15 @@ def run(job: classifier.Job, args: argparse.Namespace) -> dict[str, Any]:
         parts = reviews.split_by_review(sentences, rng)
         training, test = (reviews.tokenize(tokenizer, part) for part in parts)
         print(f"split {index}: linear probe, then {job.method}")
-        trainable, split = run_split(job, key, rng, params, training, test)
+        trainable, split = run_split(
+            key, rng, params, plan, training, test, epochs=job.epochs
+        )
         folder = args.out / f"split_{index}"
-        classifier.save(folder, trainable, job)
+        classifier.save(folder, trainable, plan, job)
         report.print_split(split, job.method, folder)
         splits.append(split)
     return dataclasses.asdict(job) | {
-        "total_parameters": total,
+        "total_parameters": plan.total,
         "trainable_parameters": splits[0]["trainable_parameters"],
         "probe_accuracy": report.spread([s["probe_accuracy"] for s in splits]),
         "adapter_accuracy": report.spread([s["adapter_accuracy"] for s in splits]),
@@ -258,7 +265,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     job, default = classifier.Job(), "default: %(default)s"
     count, add = number(int, 1, 1000), parser.add_argument
-    add("--method", choices=[*classifier.METHODS], default=job.method, help=default)
+    add("--method", choices=classifier.METHODS, default=job.method, help=default)
     add("--rank", type=number(int, 1, 384), default=job.rank, help=default)
     add("--alpha", type=number(float, 1e-3, 1e4), default=job.alpha, help=default)
     add("--epochs", type=count, default=job.epochs, help=default)

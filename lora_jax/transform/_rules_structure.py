@@ -50,29 +50,35 @@ def broadcast_in_dim(
 
 
 def reshape(context: Context, equation: Any, f: Factored, *sizes: jax.Array) -> Factored:
-    """Splits axes, and joins those that a factor owns all or none of."""
+    """Splits axes, and joins those that are owned alike, or owned by none."""
     new = parameter(equation, "new_sizes")
     if sizes or parameter(equation, "dimensions") is not None or 0 in f.shape:
         raise NotFactorableError("it is no plain reshape")
     groups = _reshaped_together(f.shape, new)
+    varied = frozenset() if context.probing else _varied(f)
 
     def reshaped(p):
         shape = [1] * len(new)
         for old_axes, new_axes in groups:
             owned = [p.shape[axis] == f.shape[axis] for axis in old_axes]
-            if any(owned) and not all(owned):
-                if not context.probing:
+            if not any(owned):
+                continue
+            for axis in old_axes:
+                if p.shape[axis] != f.shape[axis] and axis in varied:
                     raise NotFactorableError(
                         f"{f.shape} -> {tuple(new)} joins an input axis to an output axis"
                     )
-                for axis in old_axes:
-                    p = full(f, p, axis)
-            if any(owned):
-                for axis in new_axes:
-                    shape[axis] = new[axis]
+                p = full(f, p, axis)
+            for axis in new_axes:
+                shape[axis] = new[axis]
         return lax.reshape(p, shape)
 
     return f.map(_compat.bind(equation, [f.base]), reshaped)
+
+
+def _varied(f: Factored) -> frozenset[int]:
+    """The axes that some factor owns. Any factor may own the others as well."""
+    return frozenset().union(*(f.owned(p) for t in f.terms for p in (t.a, t.b)))
 
 
 def _reshaped_together(

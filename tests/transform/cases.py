@@ -198,7 +198,7 @@ CASES = {
         "io",
         x=(3, 5, 12),
     ),
-    "sliced": _w(lambda p, x: x @ p["w"][:, 2:9:2], "io"),
+    "sliced": _w(lambda p, x: x @ lax.slice(p["w"], (0, 2), (12, 9), (1, 2)), "io"),
     "sliced_inputs": _w(lambda p, x: x @ p["w"][3:], "io", (15, 10)),
     "split": _w(lambda p, x: [x @ w for w in jnp.split(p["w"], [4, 7], 1)], "io"),
     "split_in_three": _w(
@@ -206,6 +206,8 @@ CASES = {
     ),
     "reversed": _w(lambda p, x: x @ p["w"][::-1, ::-1], "io"),
     "padded": _w(lambda p, x: x @ jnp.pad(p["w"], ((0, 2), (3, 0))), "io", (10, 8)),
+    "repeated": _w(lambda p, x: x @ jnp.repeat(p["w"], 3, axis=1), "io"),
+    "repeated_inputs": _w(lambda p, x: x @ jnp.repeat(p["w"], 2, axis=0), "io", (6, 10)),
     "tiled": _w(lambda p, x: x @ jnp.tile(p["w"], (1, 2)), "io"),
     "fused": _two(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1)),
     "fused_rows": _two(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]]), x=(5, 24)),

@@ -187,7 +187,7 @@ def test_many_random_programs_agree_with_the_merged_ones(program):
 
 
 def test_programs_are_not_all_merged():
-    """Most chains stay low-rank: the agreement is not that of the merged weight with itself."""
+    """Most chains stay low-rank: they do not agree for being merged."""
     kept = []
 
     @settings(max_examples=30, database=None)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from tests.support import x64
+from tests.support import set_mesh, x64
 from tests.transform.support import assert_same, merged, normal, plan_of, trained
 
 
@@ -73,7 +73,7 @@ def test_axes_in_the_types(spec, use_dora):
     def fn(params, x):
         return jnp.tanh(jnp.einsum("btd,df->btf", x, params["w"], out_sharding=out))
 
-    with x64(), jax.set_mesh(mesh):
+    with x64(), set_mesh(mesh):
         params = {"w": put(mesh, normal(16, 32), *spec)}
         x = put(mesh, normal(8, 3, 16), "data", None, None)
         plan = plan_of(fn, params, x, use_dora=use_dora)

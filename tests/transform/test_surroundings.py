@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 import lora_jax
 from tests.support import x64
@@ -115,14 +115,12 @@ def test_export_with_symbolic_shapes():
     params = {"w": jnp.asarray(normal(12, 2, 5), "float32")}
     x = jnp.asarray(normal(2, 7, 12), "float32")
     plan, adapters = prepared(attention_like, params, x)
-    b, t = jax.export.symbolic_shape("b, t")
+    b, t = export.symbolic_shape("b, t")
     shapes = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (params, adapters)
     )
     tokens = jax.ShapeDtypeStruct((b, t, 12), "float32")
-    exported = jax.export.export(jax.jit(lora_jax.adapt(attention_like, plan)))(
-        *shapes, tokens
-    )
+    exported = export.export(jax.jit(lora_jax.adapt(attention_like, plan)))(*shapes, tokens)
     want = attention_like(merged(params, adapters, plan), x)
     np.testing.assert_allclose(exported.call(params, adapters, x), want, atol=1e-5)
 

@@ -37,11 +37,9 @@ def temporary(method, layout, contestant):
 
 
 CASES = [(method, layout) for method in bench.LINEARS for layout in bench.LAYOUTS]
-MISSED = {
-    ("lora", "scan"): "copies of the stacked factors in another layout",
-    ("dora", "loop"): "the sum is reshaped between the addition and the scaling",
-    ("dora", "scan"): "both of these",
-}
+# DoRA's factors are formed for all layers in front of the loop, by hand in each step of it:
+# one vector for each weight is kept.
+VECTORS = {("dora", "scan"): 1.02}
 
 
 @pytest.mark.parametrize(("method", "layout"), CASES)
@@ -50,18 +48,10 @@ def test_operations_are_those_by_hand(method, layout):
     assert own <= 1.01 * by_hand
 
 
-@pytest.mark.parametrize(
-    ("method", "layout"),
-    [
-        pytest.param(*case, marks=[pytest.mark.xfail(strict=True, reason=MISSED[case])])
-        if case in MISSED
-        else case
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize(("method", "layout"), CASES)
 def test_no_more_temporary_memory_than_by_hand(method, layout):
     own, by_hand = (temporary(method, layout, c) for c in (bench.ADAPT, bench.BY_HAND))
-    assert own <= by_hand
+    assert own <= by_hand * VECTORS.get((method, layout), 1)
 
 
 @pytest.mark.parametrize("layout", bench.LAYOUTS)

@@ -16,7 +16,7 @@ from lora_jax import _compat
 from lora_jax.plan import Use
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._context import Context, Sighting
-from lora_jax.transform._factored import Factored, Label, Term
+from lora_jax.transform._factored import Factored, Label, Term, from_leading
 from lora_jax.transform._rules import RULES
 
 _PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
@@ -70,14 +70,15 @@ def _is_weight(leaf: Any) -> bool:
 
 
 def _probe(path: str, weight: jax.Array) -> Factored:
-    """A weight with one term for each axis: `a` is `(1, *axes)`, 1 but for its own axis."""
+    """A weight with one term for each axis, of which `a` owns that axis and `b` none."""
     ones = [1] * (1 + weight.ndim)
 
     def term(axis: int) -> Term:
         shape = list(ones)
         shape[1 + axis] = weight.shape[axis]
         label = Label((path,), axis=axis)
-        return Term(jnp.zeros(shape, weight.dtype), jnp.zeros(ones, weight.dtype), label)
+        a, b = (from_leading(jnp.zeros(sizes, weight.dtype)) for sizes in (shape, ones))
+        return Term(a, b, label)
 
     return Factored(weight, tuple(map(term, range(weight.ndim))))
 

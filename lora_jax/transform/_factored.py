@@ -2,12 +2,13 @@
 
     value = prod(columns) * (base + sum over terms of scale * sum_r a[r] * b[r])
 
-`base` is the dense weight `(*axes)`. Each of `a` and `b` is `(rank, *axes)`, and each entry
-of `columns` (DoRA's `m / norm`) is `(*axes)`, where an axis is either as long as that of
-the weight, and then *owned*, or 1. Ownership says everything: axes that only `a` owns are
-inputs, those that only `b` owns are outputs, those that both own are batch axes (stacked
-layers, experts). So a primitive that moves axes about acts on base, factors and columns
-alike, and one that contracts the weight contracts the factors one after the other.
+`base` is the dense weight `(*axes)`. Each of `a` and `b` is `(*axes)` with a rank axis
+among them, and each entry of `columns` (DoRA's `m / norm`) is `(*axes)`, where an axis is either
+as long as that of the weight, and then *owned*, or 1. Ownership says everything: axes that
+only `a` owns are inputs, those that only `b` owns are outputs, those that both own batch
+axes (stacked layers, experts). So a primitive that moves axes about acts on base, factors
+and columns alike, and one that contracts the weight contracts the factors one after the
+other.
 
 The scale is static. Factors keep the dtype that they were given in until they are
 multiplied; columns are wide.
@@ -24,6 +25,9 @@ from jax import lax
 from lora_jax import _numerics
 
 Map = Callable[[jax.Array], jax.Array]
+
+# The name of the rank axis, where the axes of a weight go by their numbers.
+RANK = -1
 
 
 class NotFactorableError(Exception):
@@ -49,17 +53,66 @@ class Label:
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array"],
+    meta_fields=["axes", "ndim"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One factor of a term, with its axes where they are stored.
+
+    They stay there as long as nothing moves them: a copy in another layout would be kept
+    for the backward pass, and under `lax.scan` one for each layer.
+
+    Attributes:
+        array: the rank axis, and axes of the weight; those that are missing have size 1.
+        axes: which axis of the weight each of its axes is, or `RANK`.
+        ndim: of the weight.
+    """
+
+    array: jax.Array
+    axes: tuple[int, ...]
+    ndim: int
+
+    @property
+    def rank(self) -> int:
+        """The size of the rank axis."""
+        return self.array.shape[self.axes.index(RANK)]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the axes of the weight."""
+        known = dict(zip(self.axes, self.array.shape, strict=True))
+        return tuple(known.get(axis, 1) for axis in range(self.ndim))
+
+    def leading(self, dtype: jnp.dtype | None = None) -> jax.Array:
+        """`(rank, *axes)`, in a dtype if one is given."""
+        array = place(self.array, self.axes, (RANK, *range(self.ndim)))
+        return array if dtype is None else array.astype(dtype)
+
+    def map(self, function: Map) -> "Factor":
+        """With `function` applied to it as to an array of the axes of the weight."""
+        return from_leading(jax.vmap(function)(self.leading()))
+
+
+def from_leading(array: jax.Array) -> Factor:
+    """The factor of which `Factor.leading` is `array`, `(rank, *axes)`."""
+    ndim = array.ndim - 1
+    return Factor(array, (RANK, *range(ndim)), ndim)
+
+
+@functools.partial(
     jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["label"]
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank term: `a` and `b` are `(rank, *axes)`."""
+    """One low-rank term: two factors and what is static about them."""
 
-    a: jax.Array
-    b: jax.Array
+    a: Factor
+    b: Factor
     label: Label
 
-    def map(self, function: Map) -> "Term":
+    def map(self, function: Callable[[Factor], Factor]) -> "Term":
         """The term with both factors mapped."""
         return dataclasses.replace(self, a=function(self.a), b=function(self.b))
 
@@ -117,13 +170,13 @@ class Factored:
         """
         return self.replace(
             base=base,
-            terms=tuple(term.map(jax.vmap(function)) for term in self.terms),
+            terms=tuple(term.map(lambda p: p.map(function)) for term in self.terms),
             columns=tuple(function(column) for column in self.columns),
         )
 
-    def owned(self, factor: jax.Array) -> frozenset[int]:
+    def owned(self, factor: Factor | jax.Array) -> frozenset[int]:
         """The axes of the weight along which a factor or a column varies."""
-        sizes = factor.shape[factor.ndim - self.ndim :]
+        sizes = factor.sizes if isinstance(factor, Factor) else factor.shape
         return frozenset(
             axis for axis, size in enumerate(sizes) if size != 1 and self.shape[axis] != 1
         )
@@ -155,7 +208,9 @@ def merge(value: Factored) -> jax.Array:
     """The dense weight, formed in at least float32 and rounded once."""
     if not value.terms and not value.columns:
         return value.base
-    dtype = _numerics.accumulation_dtype(value.dtype, *(t.a.dtype for t in value.terms))
+    dtype = _numerics.accumulation_dtype(
+        value.dtype, *(term.a.array.dtype for term in value.terms)
+    )
     out = value.base.astype(dtype)
     for term in value.terms:
         out = out + _numerics.multiply(product(value, term, dtype), term.label.scale)
@@ -167,8 +222,8 @@ def merge(value: Factored) -> jax.Array:
 def product(value: Factored, term: Term, dtype: jnp.dtype) -> jax.Array:
     """`sum_r a[r] * b[r]`, with 1 for the axes that neither owns, without the scale."""
     axes = range(value.ndim)
-    a, a_axes = squeeze(value, term.a.astype(dtype))  # (rank, *owned by a)
-    b, b_axes = squeeze(value, term.b.astype(dtype))  # (rank, *owned by b)
+    a, a_axes = squeeze(value, term.a, dtype)  # (rank, *owned by a)
+    b, b_axes = squeeze(value, term.b, dtype)  # (rank, *owned by b)
     both = [axis for axis in a_axes if axis in b_axes]
     batch = [1 + a_axes.index(x) for x in both], [1 + b_axes.index(x) for x in both]
     out = lax.dot_general(
@@ -178,11 +233,13 @@ def product(value: Factored, term: Term, dtype: jnp.dtype) -> jax.Array:
     return place(out, [*both, *rest], axes)
 
 
-def squeeze(value: Factored, factor: jax.Array) -> tuple[jax.Array, list[int]]:
-    """A factor without the axes it does not own, and the axes that are left."""
+def squeeze(
+    value: Factored, factor: Factor, dtype: jnp.dtype
+) -> tuple[jax.Array, list[int]]:
+    """A factor as `(rank, *owned)`, and the axes that it owns."""
     owned = value.owned(factor)
     gone = [1 + axis for axis in range(value.ndim) if axis not in owned]
-    return lax.squeeze(factor, gone), sorted(owned)
+    return lax.squeeze(factor.leading(dtype), gone), sorted(owned)
 
 
 def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:

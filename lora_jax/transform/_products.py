@@ -6,8 +6,13 @@ contracted. The `(in, out)`-sized product of the factors never exists.
 
 A run of token axes is folded to one where that is of use (see `_numerics.fold`), so a name
 is a tuple: of one axis, or of those of a run.
+
+The two products keep their arguments for the backward pass, and nothing that is made of
+them (see `_numerics.keep_arguments`): an activation is folded, and a factor squeezed, cast
+and transposed, inside.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Hashable, Sequence
@@ -20,13 +25,32 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import _compat, _numerics
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, Term, place
+from lora_jax.transform._factored import RANK, Factor, Factored, Term, place
 
 Name = tuple[Hashable, ...]
-RANK: Name = ("rank",)
+Names = tuple[Name, ...]
+_RANK: Name = ("rank",)
 
 # What an axis counts as in choosing the order of the products, if its size is symbolic.
 _SYMBOLIC_SIZE = 1024
+
+
+class Product(NamedTuple):
+    """A product of an activation with a factored weight. Static.
+
+    Attributes:
+        x_names: of the axes of the activation.
+        weight_names: of the axes of the weight.
+        out_names: of the axes of the result.
+        column_names: of the axes of each column that scales the result.
+        precision: as `lax.dot_general` takes it, the activation's side first.
+    """
+
+    x_names: Names
+    weight_names: Names
+    out_names: Names
+    column_names: tuple[Names, ...]
+    precision: Any
 
 
 class Named(NamedTuple):
@@ -35,61 +59,77 @@ class Named(NamedTuple):
     Attributes:
         array: with as many entries as `shape`, in their order.
         names: of the axes.
-        shape: of the axes. That of the array, but for an activation that is still to be
-            folded: it is reshaped where nothing made of it is kept.
+        shape: of the axes, which the array has yet to be reshaped to.
     """
 
     array: jax.Array
-    names: tuple[Name, ...]
+    names: Names
     shape: tuple[int, ...]
 
 
-class Product(NamedTuple):
-    """A product of an activation with a factored weight.
-
-    Attributes:
-        x: the activation.
-        weight_names: of the axes of the weight.
-        out_names: of the axes of the result.
-        precision: as `lax.dot_general` takes it, the activation's side first.
-    """
-
-    x: Named
-    weight_names: tuple[Name, ...]
-    out_names: tuple[Name, ...]
-    precision: Any
-
-
 def add_terms(
-    context: Context, f: Factored, product: Product, base: jax.Array
+    context: Context,
+    f: Factored,
+    product: Product,
+    x: jax.Array,
+    base: jax.Array,
+    columns: Sequence[jax.Array],
 ) -> jax.Array:
-    """`base`, the product with the frozen weight, plus those with the terms.
+    """`base`, the product with the frozen weight, plus those with the terms, scaled.
 
     Returns:
-        As `base`. The sum is formed in at least float32 and rounded once.
+        As `base`. Formed in at least float32 and rounded once.
     """
-    dtype = _numerics.promote(product.x.array.dtype, f.dtype)
-    wide = _numerics.accumulation_dtype(base.dtype)
+    dropped = [context.key is not None and term.label.dropout > 0 for term in f.terms]
+    keys = [context.make_key(x) if drop else None for drop in dropped]
+    # The names of the weights are no part of the program.
+    labels = (dataclasses.replace(term.label, names=()) for term in f.terms)
+    terms = tuple(
+        dataclasses.replace(term, label=label)
+        for term, label in zip(f.terms, labels, strict=True)
+    )
+    static = product, f.shape, f.dtype
+    return _add_terms(x, base, terms, keys, list(columns), static)
+
+
+@functools.partial(jax.jit, static_argnums=5, inline=True)  # traced once for all like it
+def _add_terms(
+    x: jax.Array,
+    base: jax.Array,
+    terms: tuple[Term, ...],
+    keys: Sequence[jax.Array | None],
+    columns: Sequence[jax.Array],
+    static: tuple[Product, tuple[int, ...], Any],
+) -> jax.Array:
+    product, shape, dtype = static
+    f = Factored(jax.ShapeDtypeStruct(shape, dtype), terms)  # pyright: ignore
+    sharded = [_compat.explicit_spec(v) for v in (x, *jax.tree.leaves(terms))]
+    rows, out_names = _fold(product, x, not any(map(any, sharded)))
     sizes = dict(zip(product.out_names, base.shape, strict=True))
-    folded = _fold(product)
-    out = base.astype(wide)
-    for term in f.terms:
-        update = _update(context, f, term, folded, dtype)
-        known = {(name,) for run in update.names for name in run}
-        shape = [sizes[name] if name in known else 1 for name in product.out_names]
-        array = place(update.array, update.names, folded.out_names)
-        array = array.reshape(shape).astype(wide)
+    folded = [math.prod(sizes[(name,)] for name in run) for run in out_names]
+    wide = _numerics.accumulation_dtype(base.dtype)
+    out = base.astype(wide).reshape(folded)
+    for term, key in zip(terms, keys, strict=True):
+        update = _update(f, term, key, rows, product._replace(out_names=out_names))
+        array = place(update.array, update.names, out_names).astype(wide)
         out = out + _compat.reshard_like(array, out)
-    return out.astype(base.dtype)
+    for column, names in zip(columns, product.column_names, strict=True):
+        out = out * place(column.astype(wide), names, out_names)
+    return out.astype(base.dtype).reshape(base.shape)
 
 
-def _fold(product: Product) -> Product:
-    """The product with each run of axes that the weight lacks as one axis."""
-    x, weight_names, out_names, _ = product
-    if jax.default_backend() != "cpu" or any(_compat.explicit_spec(x.array)):
-        return product
-    names, shape = [], []
-    for name, size in zip(x.names, x.shape, strict=True):
+def _fold(product: Product, x: jax.Array, unsharded: bool) -> tuple[Named, Names]:
+    """The activation with each run of axes that the weight lacks as one axis.
+
+    Returns:
+        The activation, and the names of the axes of a result that has the same runs.
+    """
+    weight_names = product.weight_names
+    if jax.default_backend() != "cpu" or not unsharded:
+        return Named(x, product.x_names, x.shape), product.out_names
+    names: list[Name] = []
+    shape: list[int] = []
+    for name, size in zip(product.x_names, x.shape, strict=True):
         if names and name not in weight_names and names[-1][-1:] not in weight_names:
             names[-1], shape[-1] = names[-1] + name, shape[-1] * size
         else:
@@ -97,37 +137,69 @@ def _fold(product: Product) -> Product:
             shape.append(size)
     runs = {run[:1]: run for run in names}
     inner = {(name,) for run in names for name in run[1:]}
-    folded_out = tuple(runs.get(name, name) for name in out_names if name not in inner)
-    x = Named(x.array, tuple(names), tuple(shape))
-    return product._replace(x=x, out_names=folded_out)
+    out_names = [runs.get(name, name) for name in product.out_names if name not in inner]
+    return Named(x, tuple(names), tuple(shape)), tuple(out_names)
 
 
 def _update(
-    context: Context, f: Factored, term: Term, product: Product, dtype: Any
+    f: Factored, term: Term, key: jax.Array | None, x: Named, product: Product
 ) -> Named:
     """`scale * (x * first factor) * second factor`, wide."""
+    dtype = _numerics.promote(x.array.dtype, f.dtype)
     a, b = (_owned(f, p, product.weight_names) for p in (term.a, term.b))
-    x = _sum_unowned(product, {*a.names, *b.names})
+    x = _sum_unowned(x, product, {*a.names, *b.names})
     first, second = (a, b) if _a_is_first(x, a, b, product.out_names) else (b, a)
-    keep = {RANK, *product.out_names, *second.names}
-    down = _first_product(context, term, x, first, keep, dtype, product.precision)
-    scaled = _numerics.multiply(down.array, term.label.scale).astype(dtype)
-    up = down._replace(array=scaled)
-    options, names = _options(up, second, {*product.out_names}, product.precision)
-    array = _numerics.dot(scaled, second.array.astype(dtype), options)
+    first = first._replace(names=(_RANK, *(name for name in first.names if name != _RANK)))
+    keep = {_RANK, *product.out_names, *second.names}
+    options, names = _options(x, first, keep, product.precision)
+    static = _Static(x.shape, first.gone, first.rank_axis, dtype, options)
+    scale = term.label.scale
+    if key is None:
+        array = _multiply(x.array, first.array, static)
+    else:
+        array = _multiply_dropped(x.array, first.array, key, term.label.dropout, static)
+        scale = scale / (1.0 - term.label.dropout)
+    array = _numerics.multiply(array, scale).astype(dtype)
+    down = Named(array, names, array.shape)
+    options, names = _options(down, second, {*product.out_names}, product.precision)
+    static = _Static(down.shape, second.gone, None, dtype, options)
+    array = _multiply(array, second.array, static)
     return Named(array, names, array.shape)
 
 
-def _owned(f: Factored, p: jax.Array, names: Sequence[Name]) -> Named:
-    """A factor as `(rank, *owned)`."""
+class _Owned(NamedTuple):
+    """A factor that has yet to lose the axes it does not own.
+
+    Attributes:
+        array: with all axes.
+        names: of those that stay, in their order; of a first factor the rank axis first.
+        sizes: of all axes by their names.
+        gone: those that go.
+        rank_axis: the place of the rank axis among those that stay.
+        spec: the mesh axes in the type of the array, by the names of its axes.
+    """
+
+    array: jax.Array
+    names: Names
+    sizes: dict[Name, int]
+    gone: tuple[int, ...]
+    rank_axis: int
+    spec: dict[Name, Any]
+
+
+def _owned(f: Factored, p: Factor, weight_names: Names) -> _Owned:
     owned = f.owned(p)
-    array = lax.squeeze(p, [1 + axis for axis in range(f.ndim) if axis not in owned])
-    return Named(array, (RANK, *(names[axis] for axis in sorted(owned))), array.shape)
+    names = [_RANK if axis == RANK else weight_names[axis] for axis in p.axes]
+    kept = {_RANK, *(weight_names[axis] for axis in owned)}
+    gone = tuple(axis for axis, name in enumerate(names) if name not in kept)
+    left = tuple(name for name in names if name in kept)
+    sizes = dict(zip(names, p.array.shape, strict=True))
+    spec = dict(zip(names, _compat.explicit_spec(p.array), strict=True))
+    return _Owned(p.array, left, sizes, gone, left.index(_RANK), spec)
 
 
-def _sum_unowned(product: Product, owned: set[Name]) -> Named:
+def _sum_unowned(x: Named, product: Product, owned: set[Name]) -> Named:
     """The activation, summed over contracted axes that no factor varies along."""
-    x = product.x
     gone = [
         axis
         for axis, name in enumerate(x.names)
@@ -140,103 +212,90 @@ def _sum_unowned(product: Product, owned: set[Name]) -> Named:
     return Named(array, names, array.shape)
 
 
-def _a_is_first(x: Named, a: Named, b: Named, out_names: Sequence[Name]) -> bool:
+def _a_is_first(x: Named, a: _Owned, b: _Owned, out_names: Names) -> bool:
     """Whether the activation meets `a` first: the order with fewer multiplications."""
-    sizes = {
-        name: size if isinstance(size, int) else _SYMBOLIC_SIZE
-        for named in (x, a, b)
-        for name, size in zip(named.names, named.shape, strict=True)
-    }
+    sizes = dict(zip(x.names, x.shape, strict=True))
+    for factor in (a, b):
+        sizes |= {name: factor.sizes[name] for name in factor.names}
+    for name, size in sizes.items():
+        sizes[name] = size if isinstance(size, int) else _SYMBOLIC_SIZE
 
-    def cost(first: Named, second: Named) -> int:
+    def cost(first: _Owned, second: _Owned) -> int:
         step_1 = {*x.names, *first.names}
-        step_2 = step_1 & {RANK, *out_names, *second.names} | {*second.names}
+        step_2 = step_1 & {_RANK, *out_names, *second.names} | {*second.names}
         return sum(math.prod(sizes[name] for name in step) for step in (step_1, step_2))
 
     return cost(a, b) <= cost(b, a)
 
 
-class _First(NamedTuple):
-    """The static part of a first product: folded shape, dropout rate, dtype, options."""
+class _Static(NamedTuple):
+    """The static part of one product with a factor.
 
-    shape: tuple[int, ...]
-    rate: float
+    Attributes:
+        x_shape: what the activation is reshaped to.
+        gone: axes of the factor that it does not own.
+        rank_axis: where the rank axis is then, if it is to come first.
+        dtype: that the product runs in.
+        options: of the product.
+    """
+
+    x_shape: tuple[int, ...]
+    gone: tuple[int, ...]
+    rank_axis: int | None
     dtype: Any
     options: _numerics.Dot
 
 
-def _first_product(
-    context: Context,
-    term: Term,
-    x: Named,
-    factor: Named,
-    keep: set[Name],
-    dtype: Any,
-    precision: Any,
-) -> Named:
-    """`drop(x) * factor`, wide."""
-    options, names = _options(x, factor, keep, precision)
-    rate = term.label.dropout if context.key is not None else 0.0
-    static = _First(x.shape, rate, dtype, options)
-    if rate:
-        key = context.make_key(x.array)
-        array = _project_dropped(x.array, factor.array, key, static)
-        array = _numerics.multiply(array, 1.0 / (1.0 - rate))
-    else:
-        array = _project(x.array, factor.array, static)
-    return Named(array, names, array.shape)
-
-
-@functools.partial(jax.jit, static_argnums=2, inline=True)
 @functools.partial(_numerics.keep_arguments, static=2)
-def _project(x: jax.Array, factor: jax.Array, static: _First) -> jax.Array:
-    """The product with `(rank, *axes)`; the barrier is that of `_numerics.project_down`."""
-    rows = x.reshape(static.shape).astype(static.dtype)
-    barred = lax.optimization_barrier(factor.astype(static.dtype))
-    return _numerics.dot(rows, barred, static.options)
+def _multiply(x: jax.Array, factor: jax.Array, static: _Static) -> jax.Array:
+    """One product, wide. The barrier is that of `_numerics.project_down`."""
+    rows = x.reshape(static.x_shape).astype(static.dtype)
+    factor = lax.squeeze(factor, static.gone).astype(static.dtype)
+    if static.rank_axis is not None:
+        factor = lax.optimization_barrier(jnp.moveaxis(factor, static.rank_axis, 0))
+    return _numerics.dot(rows, factor, static.options)
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
-@functools.partial(jax.checkpoint, static_argnums=3)  # draws the mask again
-def _project_dropped(
-    x: jax.Array, factor: jax.Array, key: jax.Array, static: _First
+@functools.partial(jax.checkpoint, static_argnums=(3, 4))  # draws the mask again
+def _multiply_dropped(
+    x: jax.Array, factor: jax.Array, key: jax.Array, rate: float, static: _Static
 ) -> jax.Array:
-    """`_project` of `drop(x)`; the mask is not kept."""
-    return _project(_numerics.drop(x, static.rate, key), factor, static)
+    """`_multiply` of `drop(x)`; the mask is not kept."""
+    return _multiply(_numerics.drop(x, rate, key), factor, static)
 
 
 def _options(
-    x: Named, y: Named, keep: set[Name], precision: Any
-) -> tuple[_numerics.Dot, tuple[Name, ...]]:
+    x: Named, factor: _Owned, keep: set[Name], precision: Any
+) -> tuple[_numerics.Dot, Names]:
     """The options of a product, and the names of the axes of its result.
 
     Names that both have are batch axes if they are in `keep`, else contracted.
     """
-    shared = [name for name in x.names if name in y.names]
+    shared = [name for name in x.names if name in factor.names]
     batch = [name for name in shared if name in keep]
     contracted = [name for name in shared if name not in keep]
 
-    def axes(of: Named, names: Sequence[Name]) -> tuple[int, ...]:
-        return tuple(of.names.index(name) for name in names)
+    def axes(of: Names, names: Sequence[Name]) -> tuple[int, ...]:
+        return tuple(of.index(name) for name in names)
 
     dimensions = (
-        (axes(x, contracted), axes(y, contracted)),
-        (axes(x, batch), axes(y, batch)),
+        (axes(x.names, contracted), axes(factor.names, contracted)),
+        (axes(x.names, batch), axes(factor.names, batch)),
     )
-    rest = [name for name in (*x.names, *y.names) if name not in shared]
+    rest = [name for name in (*x.names, *factor.names) if name not in shared]
     names = (*batch, *rest)
-    return _numerics.Dot(dimensions, precision, _out_sharding(x, y, names)), names
+    sharding = _out_sharding(x, factor, names)
+    return _numerics.Dot(dimensions, precision, sharding), names
 
 
-def _out_sharding(x: Named, y: Named, names: Sequence[Name]) -> PartitionSpec | None:
+def _out_sharding(x: Named, factor: _Owned, names: Names) -> PartitionSpec | None:
     """On a mesh with explicit axes, each axis sharded as in the operand it comes from."""
-    specs = [_compat.explicit_spec(named.array) for named in (x, y)]
-    if not any(map(any, specs)):
-        return None
-    of: dict[Name, Any] = {}
-    for named, spec in zip((x, y), specs, strict=True):
-        for name, axes in zip(named.names, spec, strict=True):
-            of[name] = of.get(name) or axes
+    spec = _compat.explicit_spec(x.array)
+    if not any(spec) and not any(factor.spec.values()):
+        return None  # if it is folded, it is not sharded
+    of = dict(factor.spec)
+    for name, axes in zip(x.names, spec, strict=True):
+        of[name] = axes or of.get(name)
     used: set[Any] = set()
     out = []
     for name in names:

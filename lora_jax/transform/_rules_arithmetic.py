@@ -65,8 +65,11 @@ def device_put(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 def neg(context: Context, equation: Any, f: Factored) -> Factored:
     """The sign goes to the base and to one factor of each term."""
-    terms = tuple(Term(-term.a, term.b, term.label) for term in f.terms)
-    return f.replace(base=-f.base, terms=terms)
+    return f.replace(base=-f.base, terms=tuple(map(_negative, f.terms)))
+
+
+def _negative(term: Term) -> Term:
+    return Term(term.a.map(lax.neg), term.b, term.label)
 
 
 def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
@@ -117,16 +120,15 @@ def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Fa
         return f.replace(base=base)
     along = frozenset(axis for axis, size in enumerate(by.shape) if size != 1)
 
-    def times(p):  # (rank, *axes), in the dtype of the factor
+    def times(p):  # `(*axes)`, in the dtype of the factor
         wide = _numerics.accumulation_dtype(p.dtype, by.dtype)
-        row = by.astype(wide) if by.ndim == 0 else by.astype(wide)[None]
-        return (p.astype(wide) * row).astype(p.dtype)
+        return (p.astype(wide) * by.astype(wide)).astype(p.dtype)
 
     def scaled(term):
         if along <= f.owned(term.a):
-            return Term(times(term.a), term.b, term.label)
+            return Term(term.a.map(times), term.b, term.label)
         if along <= f.owned(term.b):
-            return Term(term.a, times(term.b), term.label)
+            return Term(term.a, term.b.map(times), term.label)
         raise NotFactorableError("the other operand varies along inputs and outputs")
 
     return f.replace(base=base, terms=tuple(map(scaled, f.terms)))
@@ -138,9 +140,9 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     base = _compat.bind(
         equation, [v.base if isinstance(v, Factored) else v for v in values]
     )
-    sign = -1 if equation.primitive.name == "sub" else 1
+    negative = equation.primitive.name == "sub"
     terms = []
-    for value, of in zip(values, (1, sign), strict=True):
+    for value in values:
         if not isinstance(value, Factored):
             if context.probing and np.ndim(value):
                 raise NotFactorableError("it is added to something")
@@ -149,7 +151,7 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
             raise NotFactorableError("DoRA scales the weight, not the sum")
         if value.shape != base.shape:
             raise NotFactorableError("it broadcasts the weight")
-        terms += [Term(of * t.a, t.b, t.label) if of < 0 else t for t in value.terms]
+        terms += map(_negative, value.terms) if negative and value is y else value.terms
     return Factored(base, tuple(terms))
 
 
@@ -171,8 +173,8 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
 
 def _summed(f: Factored, term: Term, axes: Any, kept: list[int], dtype: Any) -> jax.Array:
     """`sum_r a[r] * b[r]` summed over `axes`, with 1 for axes that neither owns."""
-    a, a_axes = squeeze(f, term.a.astype(dtype))  # (rank, *owned by a)
-    b, b_axes = squeeze(f, term.b.astype(dtype))  # (rank, *owned by b)
+    a, a_axes = squeeze(f, term.a, dtype)  # (rank, *owned by a)
+    b, b_axes = squeeze(f, term.b, dtype)  # (rank, *owned by b)
 
     def alone(p, own, others):  # sums the axes that only this factor owns
         gone = [axis for axis in own if axis in axes and axis not in others]

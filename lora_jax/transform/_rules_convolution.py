@@ -75,9 +75,9 @@ def _update(
 def _sides(f: Factored, term: Term, out_axis: int) -> tuple[jax.Array, jax.Array]:
     """The factor of positions and input features, made whole, and that of the outputs."""
     pair = (term.a, term.b) if out_axis in f.owned(term.b) else (term.b, term.a)
-    kernel, mix = pair
-    if out_axis in f.owned(kernel) or f.owned(mix) - {out_axis}:
+    if out_axis in f.owned(pair[0]) or f.owned(pair[1]) - {out_axis}:
         raise NotFactorableError("its factors are not (positions, in) and (out)")
+    kernel, mix = (factor.leading() for factor in pair)
     shape = [1 if axis == out_axis else size for axis, size in enumerate(f.shape)]
     whole = jnp.broadcast_to(kernel, (kernel.shape[0], *shape))
     out_shape = [size if axis == out_axis else 1 for axis, size in enumerate(f.shape)]

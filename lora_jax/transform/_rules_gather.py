@@ -37,7 +37,7 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     def gathered(p, fill=0.0):
         return _gather(equation, f, p, indices, base.ndim, fill)
 
-    terms = tuple(term.map(jax.vmap(gathered)) for term in f.terms)
+    terms = tuple(term.map(lambda p: p.map(gathered)) for term in f.terms)
     columns = tuple(gathered(column, 1.0) for column in f.columns)
     taken = frozenset(indexed)
     rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)

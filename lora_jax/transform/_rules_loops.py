@@ -4,12 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError
+from lora_jax.transform._factored import (
+    RANK,
+    Factor,
+    Factored,
+    NotFactorableError,
+    place,
+)
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import parameter
 
@@ -81,15 +86,21 @@ class _Stack:
         if context.probing:
             roles = ["stacked"] + [""] * (value.ndim - 1)
             context.see(value, equation, roles)
-        leaves, self.tree = jax.tree.flatten(_stack_first(value))
-        length = value.shape[0]
-        scanned = [leaf.shape[0] == length for leaf in leaves]
+        self.length = value.shape[0]
+        leaves, self.tree = jax.tree.flatten(_with_factors(value, self._stack_first))
+        scanned = [leaf.shape[0] == self.length for leaf in leaves]
         self.sliced = [leaf if s else None for leaf, s in zip(leaves, scanned, strict=True)]
         # What all entries share: factors that do not vary along the stack.
         self.shared = [
             None if s else lax.squeeze(leaf, [0])
             for leaf, s in zip(leaves, scanned, strict=True)
         ]
+
+    def _stack_first(self, factor: Factor) -> Factor:
+        """With the stack as the first axis of the array, so that a scan can slice it."""
+        others = tuple(axis for axis in factor.axes if axis != 0)
+        array = place(factor.array, factor.axes, (0, *others))
+        return Factor(array, (0, *others), factor.ndim)
 
     def entry(self, sliced: Any) -> Any:
         """The value that the body sees, of a slice of `sliced`."""
@@ -99,26 +110,31 @@ class _Stack:
             own if shared is None else shared
             for own, shared in zip(sliced, self.shared, strict=True)
         ]
-        return jax.tree.unflatten(self.tree, leaves)
+        return _with_factors(jax.tree.unflatten(self.tree, leaves), _entry)
 
 
-def _stack_first(value: Factored) -> Factored:
-    """With `(stack, rank, *axes)` factors, so that a scan can slice them."""
-    terms = tuple(term.map(lambda p: jnp.moveaxis(p, 1, 0)) for term in value.terms)
-    return value.replace(terms=terms)
+def _with_factors(value: Factored, function: Callable[[Factor], Factor]) -> Factored:
+    return value.replace(terms=tuple(term.map(function) for term in value.terms))
+
+
+def _entry(factor: Factor) -> Factor:
+    """A factor of which the first axis, that of the stack, is gone."""
+    axes = tuple(axis if axis == RANK else axis - 1 for axis in factor.axes[1:])
+    return Factor(factor.array, axes, factor.ndim - 1)
 
 
 def _stacked(context: Context, value: Any) -> Any:
-    """An output of a scan; of a factored one, `(rank, stack, *axes)` factors again."""
+    """An output of a scan, whose factors now have the stack in front."""
     if not isinstance(value, Factored):
         return value
 
-    def back(p):
-        p = jnp.moveaxis(p, 0, 1)
+    def back(factor: Factor) -> Factor:
         # A term that stands for one axis does not stand for the new one.
-        return p[:, :1] if context.probing else p
+        array = factor.array[:1] if context.probing else factor.array
+        axes = tuple(axis if axis == RANK else axis + 1 for axis in factor.axes)
+        return Factor(array, (0, *axes), factor.ndim + 1)
 
-    return value.replace(terms=tuple(term.map(back) for term in value.terms))
+    return _with_factors(value, back)
 
 
 def _invariant(body: Any, carry: Sequence[Any], offset: int) -> list[Any]:

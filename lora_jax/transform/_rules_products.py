@@ -51,15 +51,14 @@ def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
     if context.probing:
         return base
     product = Product(
-        Named(other, tuple(other_wrapped), other.shape),
-        tuple(wrapped),
-        tuple((name,) for name in out),
-        precision,
+        x_names=tuple(other_wrapped),
+        weight_names=tuple(wrapped),
+        out_names=tuple((name,) for name in out),
+        column_names=tuple(column.names for column in after),
+        precision=precision,
     )
-    base = add_terms(context, f, product, base)
-    for column in after:
-        base = _scale(base, column, product.out_names)
-    return base
+    columns = [column.array for column in after]
+    return add_terms(context, f, product, other, base, columns)
 
 
 def _merge_smaller(
@@ -162,8 +161,8 @@ def _ragged_update(
     if 2 in f.owned(first) or 1 in f.owned(second):
         raise NotFactorableError("its factors mix inputs with outputs")
     dtype = _numerics.promote(x.dtype, f.dtype)
-    down = jnp.moveaxis(lax.squeeze(first, [3]), 0, -1)  # (groups or 1, in, rank)
-    up = jnp.moveaxis(lax.squeeze(second, [2]), 0, 1)  # (groups or 1, rank, out)
+    down = jnp.moveaxis(lax.squeeze(first.leading(), [3]), 0, -1)  # (groups or 1, in, rank)
+    up = jnp.moveaxis(lax.squeeze(second.leading(), [2]), 0, 1)  # (groups or 1, rank, out)
     rate = term.label.dropout if context.key is not None else 0.0
     key = context.make_key(x) if rate else None
     options = {

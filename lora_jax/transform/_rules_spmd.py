@@ -1,5 +1,6 @@
 """Programs for many devices: `shard_map`, and collectives inside it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError
+from lora_jax.transform._factored import RANK, Factor, Factored, NotFactorableError
 from lora_jax.transform._interpreter import evaluate_closed
 from lora_jax.transform._parameters import parameter
 
@@ -42,14 +43,18 @@ def _spec(value: Any, spec: Sequence[Any]) -> Any:
         return PartitionSpec(*spec)
     whole = (*spec, *[None] * (value.ndim - len(spec)))
 
-    def of(p: jax.Array, *leading: Any) -> Any:
-        owned = value.owned(p)
-        own = [axes if axis in owned else None for axis, axes in enumerate(whole)]
-        return PartitionSpec(*leading, *own)
+    def of(owned: frozenset[int]) -> list[Any]:
+        return [axes if axis in owned else None for axis, axes in enumerate(whole)]
 
-    terms = tuple(term.map(lambda p: of(p, None)) for term in value.terms)
-    columns = tuple(of(column) for column in value.columns)
-    return value.replace(base=PartitionSpec(*spec), terms=terms, columns=columns)
+    def of_factor(p: Factor) -> Factor:
+        own = of(value.owned(p))
+        array: Any = PartitionSpec(*(None if i == RANK else own[i] for i in p.axes))
+        return dataclasses.replace(p, array=array)
+
+    terms = tuple(term.map(of_factor) for term in value.terms)
+    columns: Any = tuple(PartitionSpec(*of(value.owned(c))) for c in value.columns)
+    base: Any = PartitionSpec(*spec)
+    return value.replace(base=base, terms=terms, columns=columns)
 
 
 def all_gather(context: Context, equation: Any, f: Factored) -> Any:

@@ -15,7 +15,14 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError, Term, full
+from lora_jax.transform._factored import (
+    Factor,
+    Factored,
+    NotFactorableError,
+    Term,
+    from_leading,
+    full,
+)
 from lora_jax.transform._parameters import parameter
 
 
@@ -235,7 +242,7 @@ def _padded(
         return _pad_axis(full(f, p, axis), axis, low, high, 0.0)
 
     a, b = (
-        jax.vmap(pad_factor)(p) if owned else p
+        p.map(pad_factor) if owned else p
         for p, owned in zip((term.a, term.b), pads, strict=True)
     )
     return Term(a, b, term.label)
@@ -305,7 +312,8 @@ def _batched(values: Sequence[Any], axis: int) -> Term | None:
         term = value.terms[0]
         owners = axis in value.owned(term.a), axis in value.owned(term.b)
         others = [
-            (*p.shape[: 1 + axis], *p.shape[2 + axis :], p.dtype) for p in (term.a, term.b)
+            (p.rank, p.array.dtype, *p.sizes[:axis], *p.sizes[axis + 1 :])
+            for p in (term.a, term.b)
         ]
         one_sided = owners[0] != owners[1]
         label = term.label
@@ -315,12 +323,13 @@ def _batched(values: Sequence[Any], axis: int) -> Term | None:
     if first[0] or any(structure(v) != first for v in values[1:]):
         return None
 
-    def join(side):
+    def join(side: str) -> Factor:
+        factors = [getattr(v.terms[0], side) for v in values]
         parts = [
-            jax.vmap(lambda p, v=v: full(v, p, axis))(getattr(v.terms[0], side))
-            for v in values
+            p.map(lambda p, v=v: full(v, p, axis)).leading()
+            for v, p in zip(values, factors, strict=True)
         ]
-        return lax.concatenate(parts, 1 + axis)
+        return from_leading(lax.concatenate(parts, 1 + axis))
 
     names = tuple(dict.fromkeys(name for v in values for name in v.names))
     label = dataclasses.replace(values[0].terms[0].label, names=names)

@@ -1,5 +1,6 @@
 """`adapt`: any JAX function, run with low-rank adapters."""
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -12,7 +13,7 @@ from lora_jax import _checks, _column_norm, _compat, _layout, _paths, _plan_chec
 from lora_jax.plan import AdapterPlan, Target
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._context import Context, Merge
-from lora_jax.transform._factored import Factored, Label, Term, place
+from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place
 from lora_jax.transform._rules import RULES
 
 __all__ = ["Merge", "OnMerge", "adapt"]
@@ -157,31 +158,30 @@ def _check_used(context: Context, plan: AdapterPlan) -> None:
 def _factored(
     path: str, weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> Factored:
-    """The value that the weight is evaluated as."""
-    axes, rank = target.shape, target.rank
-
-    def expand(array: jax.Array, names: tuple[int, ...], *leading: int) -> jax.Array:
-        """`(*leading, *names folded)` -> `(*leading, *axes)`, 1 for axes not named."""
-        array = array.reshape(*leading, *(axes[axis] for axis in names))
-        have, want = [*[-1] * len(leading), *names], range(len(axes))
-        return place(array, have, [*[-1] * len(leading), *want])
-
+    """The value that the weight is evaluated as. Factors stay as they are stored."""
     batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
-    a = jnp.moveaxis(jnp.asarray(adapter["A"]), -1, 0)  # (rank, *batch, in)
-    b = jnp.moveaxis(jnp.asarray(adapter["B"]), -2, 0)  # (rank, *batch, out)
-    label = Label((path,), target.scale, target.dropout)
-    term = Term(expand(a, (*batch, *ins), rank), expand(b, (*batch, *outs), rank), label)
+    sizes = {RANK: target.rank, **dict(enumerate(target.shape))}
+
+    def unfold(name: str, *axes: int) -> jax.Array:
+        return jnp.asarray(adapter[name]).reshape([sizes[axis] for axis in axes])
+
+    ndim = len(target.shape)
+    a, b = (*batch, *ins, RANK), (*batch, RANK, *outs)
+    term = Term(
+        Factor(unfold("A", *a), a, ndim),
+        Factor(unfold("B", *b), b, ndim),
+        Label((path,), target.scale, target.dropout),
+    )
     weight = jnp.asarray(weight)
     if target.method == "lora":
         return Factored(weight, (term,))
-    return Factored(
-        weight, (term,), (expand(_ratio(weight, adapter, target), (*batch, *outs)),)
-    )
+    axes = (*batch, *outs)
+    column = _ratio(weight, dict(adapter), target).reshape([sizes[axis] for axis in axes])
+    return Factored(weight, (term,), (place(column, axes, range(ndim)),))
 
 
-def _ratio(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)  # traced once for all like it
+def _ratio(weight: jax.Array, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """DoRA's `m / |W + scale * A @ B|`, `(*batch, out)`."""
     factors = _layout.matrix_adapter(adapter, target)
     matrix, a, b = jax.lax.stop_gradient(

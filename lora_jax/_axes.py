@@ -87,7 +87,9 @@ def _batch_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Axes:
     for axis in range(len(shape)):
         roles = {use.roles[axis] for use in uses}
         if roles & {"stacked", "batch"}:
-            if roles & {"contracted", "kept"} and shape[axis] > 1:
+            # A stack run through in blocks is kept inside of each.
+            other = "contracted" in roles or ("kept" in roles and "stacked" not in roles)
+            if other and shape[axis] > 1:
                 raise _ambiguous(f"axis {axis} is a batch axis in some only", uses)
             batch.add(axis)
         elif _only_indexed(roles) and any(_both(use, exclude=axis) for use in uses):

@@ -59,12 +59,17 @@ def is_floating(dtype: Any) -> bool:
 
 def check_array(name: str, value: Any) -> None:
     """Raises unless `value` is an array of floating-point values."""
+    check_has_values(name, value)
+    check_abstract_array(name, value)
+
+
+def check_has_values(name: str, value: Any) -> None:
+    """Raises if `value` is a mere shape and dtype."""
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError(
             f"{name} is a jax.ShapeDtypeStruct, which has no values to compute with: "
             "pass an array, or call the function inside jax.eval_shape."
         )
-    check_abstract_array(name, value)
 
 
 def check_abstract_array(name: str, value: Any) -> None:

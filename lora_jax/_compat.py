@@ -95,5 +95,13 @@ def source_line(equation: Any) -> str:
     for frame, line in reversed(list(traceback.walk_tb(trace.as_python_traceback()))):
         code = frame.f_code
         if not any(library in code.co_filename for library in _LIBRARIES):
-            return f"{code.co_filename}:{line} ({code.co_name})"
+            return f"{_short(code.co_filename)}:{line} ({code.co_name})"
     return source_info_util.summarize(equation.source_info)
+
+
+def _short(file: str) -> str:
+    """A file by its path from here, or else by its last two names."""
+    path, here = pathlib.Path(file), pathlib.Path.cwd()
+    if path.is_relative_to(here):
+        return str(path.relative_to(here))
+    return "/".join(path.parts[-2:])

@@ -200,6 +200,7 @@ def fold_all(
     results, finite = {}, {}
     for path, target in plan.targets.items():
         with _checks.at_path(path):
+            _check_not_deleted(leaves[path])
             results[path], finite[path] = _run(
                 fold, leaves[path], adapters[path], norms.get(path), target, donate
             )
@@ -210,6 +211,14 @@ def fold_all(
     if lines:
         raise FloatingPointError("\n".join(["the result is not finite:", *lines]))
     return results
+
+
+def _check_not_deleted(weight: Any) -> None:
+    if isinstance(weight, jax.Array) and not _is_traced(weight) and weight.is_deleted():
+        raise ValueError(
+            "the weight has been donated, to an earlier merge or a jitted function, and "
+            "its values are gone: use what that returned."
+        )
 
 
 def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:

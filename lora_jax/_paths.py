@@ -100,7 +100,8 @@ def matches(pattern: str, path: str) -> bool:
     if pattern.startswith(_REGEX):
         regex = re.compile(pattern.removeprefix(_REGEX))
         return any(regex.fullmatch(path) for path in paths)
-    return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+    # A path may have brackets in it, and names itself all the same.
+    return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for path in paths)
 
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:

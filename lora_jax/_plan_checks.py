@@ -45,7 +45,7 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
         hint = _paths.nearest_hint(missing[0], params_by_path)
         raise KeyError(
             f"params lack weights that the plan adapts: {_listed(missing)}{hint}. Is the "
-            "plan that of these params?"
+            "plan that of these params? They come first, before the adapters."
         )
     for path, target in plan.targets.items():
         weight = params_by_path[path]

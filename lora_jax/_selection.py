@@ -50,7 +50,9 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         except _axes.UnsuitableError as error:
             skipped[path] = str(error)
             refused[path] = error
-    if refused and not all_linear:
+    if all_linear:  # passes over what does not fit, but not over what it cannot tell
+        refused = {path: why for path, why in refused.items() if uses and _unclear(why)}
+    if refused:
         raise ValueError(_refusal(refused))
     if not targets:
         raise ValueError(_nothing(config, skipped))
@@ -63,6 +65,10 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         uses=FrozenDict(uses or {}),
         total=count(arrays.values()),
     )
+
+
+def _unclear(why: _axes.UnsuitableError) -> bool:
+    return isinstance(why, _axes.AmbiguousError)
 
 
 def count(leaves: Iterable[Any]) -> int:
@@ -139,10 +145,8 @@ def _axes_of_uses(
     if not uses:
         raise _axes.UnsuitableError("the function never uses it")
     low_rank = [use for use in uses if not use.merged]
-    if config.targets == ALL_LINEAR and not any(use.linear for use in low_rank):
-        raise _axes.UnsuitableError(
-            f"no matrix product uses it, only {' and '.join(map(str, uses))}"
-        )
+    if config.targets == ALL_LINEAR:
+        _check_linear(uses, low_rank)
     letters = _given_axes(config, path, shape)
     if letters is not None:
         return _axes.from_letters(letters, shape)
@@ -151,6 +155,20 @@ def _axes_of_uses(
             f"every use of it needs the merged weight: {' and '.join(map(str, uses))}"
         )
     return _axes.resolve_axes(shape, low_rank)
+
+
+def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
+    """Raises unless `"all-linear"` takes a weight of these uses."""
+    if not any(use.linear for use in low_rank):
+        raise _axes.UnsuitableError(
+            f"no matrix product uses it, only {' and '.join(map(str, uses))}"
+        )
+    added = [use for use in low_rank if use.primitive in ("add", "sub", "add_any")]
+    if added:
+        raise _axes.UnsuitableError(
+            f"it is added to something, as a bias or positions are: {added[0]}. Name it in "
+            "targets if it is the weight of a product all the same"
+        )
 
 
 def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | None:
@@ -177,9 +195,7 @@ def _check_matched(
 
 
 def _refusal(refused: Mapping[str, _axes.UnsuitableError]) -> str:
-    ambiguous = [
-        path for path, why in refused.items() if isinstance(why, _axes.AmbiguousError)
-    ]
+    ambiguous = [path for path, why in refused.items() if _unclear(why)]
     others = [path for path in refused if path not in ambiguous]
     lines = ["targets matches what cannot have an adapter:"]
     lines += [f"  {path!r}: {why}" for path, why in refused.items()]

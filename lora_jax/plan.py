@@ -154,7 +154,7 @@ class AdapterPlan:
         return sum(target.parameters for target in self.targets.values())
 
     def __str__(self) -> str:
-        """A row for each target, and one for their sum."""
+        """A row for each target, one for their sum, and what `adapt` would refuse."""
         rows: list[tuple[str, ...]] = [_HEADER]
         for path, target in self.targets.items():
             shape, count = str(target.shape), target.parameters
@@ -162,7 +162,13 @@ class AdapterPlan:
             rows.append((path, shape, target.axes, target.method, *numbers))
         total = _counted(self.parameters, self.total)
         rows.append((f"total of {len(self.targets)}", *[""] * 5, *total))
-        return _table(rows)
+        merged = [
+            f"to be merged: {path!r}, {use}"
+            for path in self.targets
+            for use in self.uses.get(path, ())
+            if use.merged
+        ]
+        return "\n".join([_table(rows), *merged])
 
     def explain(self, path: str) -> str:
         """Says why a leaf has an adapter, or why not.

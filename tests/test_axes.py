@@ -64,12 +64,17 @@ def test_groups_ascend():
     assert _axes.from_letters("obio", (2, 3, 4, 5)) == _axes.Resolved((2,), (0, 3), (1,))
 
 
+def test_a_stack_run_through_in_blocks():
+    axes = _axes.resolve_axes((6, 4, 5), [use("sxx"), use("kck")])
+    assert axes == _axes.Resolved((1,), (2,), (0,))
+
+
 @pytest.mark.parametrize(
     ("shape", "roles"),
     [
         ((4, 2, 3), ["ckk", "cck"]),
         ((5, 4, 6), ["bck", "cck"]),
-        ((5, 4, 6), ["sck", "kck"]),
+        ((5, 4, 6), ["sck", "cck"]),
         ((5, 4, 6), ["ckk", "kxk"]),
     ],
 )

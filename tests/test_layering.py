@@ -23,7 +23,7 @@ STOREYS = (
 # The storeys of one of those rooms.
 TRANSFORM = (
     {"__init__", "_factored"},
-    {"_context", "_parameters"},
+    {"_context", "_joining", "_parameters"},
     {"_interpreter", "_products", "_tracing"},
     {
         "_rules_arithmetic",

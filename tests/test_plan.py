@@ -102,6 +102,8 @@ def test_the_table():
         "a/q         (64, 32)      io    lora       4         2         384  3.840 %",
         "stack       (5, 4, 2, 3)  bioo  dora       4  0.333333         230  2.300 %",
         "total of 2                                                     614  6.140 %",
+        "to be merged: 'a/q', sort at model.py:9 (call) (unknown, unknown); merged: no "
+        "rule for sort",
     ]
 
 

@@ -50,8 +50,28 @@ USES = {
 
 
 def plan(targets="all-linear", exclude=(), *, uses=USES, params=PARAMS, **fields):
+    if (
+        targets == "all-linear"
+        and params is PARAMS
+        and "*/twice" not in fields.get("axes", ())
+    ):
+        exclude = (*([exclude] if exclude else []), "layers/twice")  # which is ambiguous
     config = LoraConfig(2, targets=targets, exclude=exclude, **fields)
     return _selection.select(config, _paths.leaf_paths(params), uses)
+
+
+def test_all_linear_does_not_pass_over_what_it_cannot_tell():
+    config = LoraConfig(2)
+    with pytest.raises(ValueError, match=r"(?s)'layers/twice': its uses contradict.*axes="):
+        _selection.select(config, _paths.leaf_paths(PARAMS), USES)
+
+
+def test_all_linear_leaves_out_what_is_added():
+    uses = {"w": (use("ck"), use("xx", "add", "m.py:3"))}
+    params = {"w": shaped(12, 10)}
+    with pytest.raises(ValueError, match=r"'w': it is added to something.*m.py:3"):
+        plan(uses=uses, params=params)
+    assert plan("w", uses=uses, params=params).targets["w"].axes == "io"
 
 
 # ---------------------------------------------------------------------------- all-linear
@@ -74,7 +94,7 @@ def test_each_other_leaf_has_its_reason():
         "layers/norm": "it is a vector, (12,)",
         "layers/conv": "no matrix product uses it, only conv_general_dilated",
         "layers/sorted": "no matrix product uses it, only sort",
-        "layers/twice": "its uses contradict each other",
+        "layers/twice": "the pattern 'layers/twice' of exclude matches it",
         "quantized": "its dtype int8 is not floating point",
         "tiny": "its dtype float8_e4m3fn has less than 16 bits",
         "unused": "the function never uses it",

@@ -58,6 +58,32 @@ class Sighting(NamedTuple):
     merged: str = ""
 
 
+def _roles_by_weight(
+    value: Factored, roles: Sequence[str]
+) -> dict[str | int, dict[int, str]]:
+    """For each weight in a value, the role of each of its axes that is known.
+
+    Terms that stand for axes know where those are now. An axis of size 1 cannot be told
+    from none; it is where it was, if all others are.
+    """
+    found: dict[str | int, dict[int, str]] = {}
+    in_place = len(value.terms) == value.ndim
+    for term in value.terms:
+        axes = sorted(value.owned(term.a)) if roles else ()
+        in_place = in_place and set(axes) <= {term.label.axis}
+        own = [roles[axis] for axis in axes if roles[axis]]
+        for weight in term.label.names:
+            known = found.setdefault(weight, {})
+            if own and term.label.axis is not None:
+                known[term.label.axis] = own[0]
+    if in_place and roles and len(found) == 1:
+        (known,) = found.values()
+        for axis, size in enumerate(value.shape):
+            if size == 1 and roles[axis]:
+                known[axis] = roles[axis]
+    return found
+
+
 @dataclasses.dataclass
 class Frame:
     """One jaxpr that is being evaluated: its values and the origin of its broadcasts."""
@@ -106,14 +132,7 @@ class Context:
             primitive = equation.primitive.name
             interesting = merged or self.probing
             where = self._where(equation) if interesting else ""
-        found: dict[str | int, dict[int, str]] = {}
-        for term in value.terms:
-            axes = sorted(value.owned(term.a)) if roles else ()
-            own = [roles[axis] for axis in axes if roles[axis]]
-            for weight in term.label.names:
-                known = found.setdefault(weight, {})
-                if own and term.label.axis is not None:
-                    known[term.label.axis] = own[0]
+        found = _roles_by_weight(value, roles)
         for weight, axes in found.items():
             shape = tuple(value.shape)
             self.record(Sighting(weight, shape, primitive, axes, where, merged))
@@ -137,14 +156,21 @@ class Context:
         if value.gathered:
             return merge(value)
         self.see(value, equation, merged=reason)
-        dropped = [t for t in value.terms if t.label.dropout and self.key is not None]
-        if dropped:
+        self.check_no_dropout(value)
+        return merge(value)
+
+    def drops(self, value: Factored) -> bool:
+        """Whether products with the value drop entries of the other operand."""
+        return self.key is not None and any(t.label.dropout for t in value.terms)
+
+    def check_no_dropout(self, value: Factored) -> None:
+        """Raises for a use that has no input to drop entries of."""
+        if self.drops(value):
             raise ValueError(
-                f"the adapter of {self._path(dropped[0].label.names[0])!r} has dropout, "
-                "which a weight that is merged for a use cannot have: plan it with "
+                f"the adapter of {self._path(value.names[0])!r} has dropout, which a "
+                "weight that is merged or summed for a use cannot have: plan it with "
                 "dropout=0.0, or leave the weight out with LoraConfig(exclude=...)."
             )
-        return merge(value)
 
     def _where(self, equation: Any) -> str:
         """The user's line, and the one that called the function it is in.

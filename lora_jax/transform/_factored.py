@@ -3,12 +3,12 @@
     value = prod(columns) * (base + sum over terms of scale * sum_r a[r] * b[r])
 
 `base` is the dense weight `(*axes)`. Each of `a` and `b` is `(*axes)` with a rank axis
-among them, and each entry of `columns` (DoRA's `m / norm`) is `(*axes)`, where an axis is either
-as long as that of the weight, and then *owned*, or 1. Ownership says everything: axes that
-only `a` owns are inputs, those that only `b` owns are outputs, those that both own batch
-axes (stacked layers, experts). So a primitive that moves axes about acts on base, factors
-and columns alike, and one that contracts the weight contracts the factors one after the
-other.
+among them, and each entry of `columns` (DoRA's `m / norm`) is `(*axes)`, where an axis is
+either as long as that of the weight, and then *owned*, or 1. Ownership says everything:
+axes that only `a` owns are inputs, those that only `b` owns are outputs, those that both
+own batch axes (stacked layers, experts). So a primitive that moves axes about acts on base,
+factors and columns alike, and one that contracts the weight contracts the factors one after
+the other.
 
 The scale is static. Factors keep the dtype that they were given in until they are
 multiplied; columns are wide.

@@ -87,14 +87,18 @@ def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]
 
 
 def _merge_thin(context: Context, equation: Any, out: Any) -> Any:
-    """Merges outputs that are vectors by now; they cost no more than a factor."""
+    """Merges outputs that are vectors by now; they cost no more than a factor.
+
+    With dropout they stay, for the product that they are used in.
+    """
     if context.probing:
         return out
     if not isinstance(out, list | tuple):
         return _merge_thin(context, equation, [out])[0]
     merged = []
     for value in out:
-        if isinstance(value, Factored) and value.is_thin():
+        thin = isinstance(value, Factored) and value.is_thin()
+        if thin and not context.drops(value):
             context.see(value, equation)
             value = merge(value)
         merged.append(value)

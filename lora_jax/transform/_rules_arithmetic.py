@@ -14,6 +14,7 @@ from lora_jax.transform._factored import (
     Factored,
     NotFactorableError,
     Term,
+    is_factored,
     place,
     squeeze,
 )
@@ -87,7 +88,8 @@ def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     if isinstance(y, Factored):
         raise NotFactorableError("it divides by the weight")
     compact = _before_broadcast(context, equation, 1, y)
-    return _scaled(context, x, _compat.bind(equation, [x.base, y]), 1 / compact)
+    wide = compact.astype(_numerics.accumulation_dtype(compact.dtype))
+    return _scaled(context, x, _compat.bind(equation, [x.base, y]), 1 / wide)
 
 
 def _before_broadcast(
@@ -140,12 +142,12 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     base = _compat.bind(
         equation, [v.base if isinstance(v, Factored) else v for v in values]
     )
+    if context.probing:
+        _see_added(context, equation, x, y)
     negative = equation.primitive.name == "sub"
     terms = []
     for value in values:
         if not isinstance(value, Factored):
-            if context.probing and np.ndim(value):
-                raise NotFactorableError("it is added to something")
             continue
         if value.columns:
             raise NotFactorableError("DoRA scales the weight, not the sum")
@@ -155,10 +157,18 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     return Factored(base, tuple(terms))
 
 
+def _see_added(context: Context, equation: Any, x: Any, y: Any) -> None:
+    """Records that a weight is added to a dense array, as biases and positions are."""
+    for value, other in ((x, y), (y, x)):
+        if isinstance(value, Factored) and np.ndim(other) and not is_factored(other):
+            context.see(value, equation)
+
+
 def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
     """Sums of the weight: dense, and as small as the frozen program's."""
     if f.columns:
         raise NotFactorableError("DoRA scales what is summed")
+    context.check_no_dropout(f)
     axes = parameter(equation, "axes")
     context.see(f, equation)
     base = _compat.bind(equation, [f.base])
@@ -199,7 +209,6 @@ def _summed(f: Factored, term: Term, axes: Any, kept: list[int], dtype: Any) -> 
 RULES = {
     "convert_element_type": convert,
     "copy": on_base,
-    "copy_p": on_base,
     "name": on_base,
     "reduce_precision": on_base,
     "reshard": on_base,

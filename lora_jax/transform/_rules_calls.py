@@ -119,7 +119,12 @@ def checkpoint(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Stays a checkpoint, with its policy."""
     jaxpr = parameter(equation, "jaxpr")
     options = {name: parameter(equation, name) for name in ("policy", "prevent_cse")}
-    return _checkpointed(context, jaxpr, options, values)
+    operands = list(values)
+    if equation.params.get("differentiated") and options["prevent_cse"]:
+        # The backward pass of a checkpoint in the function: without the barrier that JAX
+        # puts there, the compiler would undo the recomputation.
+        operands = lax.optimization_barrier(operands)
+    return _checkpointed(context, jaxpr, options, operands)
 
 
 def call_hi_primitive(context: Context, equation: Any, *values: Any) -> list[Any]:
@@ -153,12 +158,10 @@ def custom_derivative(context: Context, equation: Any, *values: Any) -> list[Any
 
 RULES = {
     "jit": jit,
-    "pjit": jit,
     "checkpoint": checkpoint,
     "remat2": checkpoint,
     "call_hi_primitive": call_hi_primitive,
     "closed_call": closed_call,
-    "core_call": closed_call,
     "custom_jvp_call": custom_derivative,
     "custom_vjp_call": custom_derivative,
 }

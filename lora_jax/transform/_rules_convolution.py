@@ -8,7 +8,7 @@ from jax import lax
 
 from lora_jax import _compat, _numerics
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError, Term
+from lora_jax.transform._factored import Factored, NotFactorableError, Term, merge
 from lora_jax.transform._parameters import parameter
 
 
@@ -24,9 +24,11 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     context.see(f, equation, roles)
     if any(f.owned(column) - {out_axis} for column in f.columns):
         raise NotFactorableError("DoRA scales other axes than its output features")
-    base = _compat.bind(equation, [x, f.base])
     if context.probing:
-        return base
+        return _compat.bind(equation, [x, f.base])
+    if _is_cheaper_merged(equation, f) and not context.drops(f):
+        return _compat.bind(equation, [x, merge(f)])
+    base = _compat.bind(equation, [x, f.base])
     wide = _numerics.accumulation_dtype(base.dtype)
     out = base.astype(wide)
     for term in f.terms:
@@ -36,6 +38,14 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
         shape[feature_axis] = column.size
         out = out * column.astype(wide).reshape(shape)
     return out.astype(base.dtype)
+
+
+def _is_cheaper_merged(equation: Any, f: Factored) -> bool:
+    """Whether `rank` features for each group are more than the convolution has at all."""
+    groups = parameter(equation, "feature_group_count")
+    out_axis = parameter(equation, "dimension_numbers").rhs_spec[0]
+    ranks = sum(term.a.rank for term in f.terms)
+    return groups > 1 and groups * ranks >= f.shape[out_axis]
 
 
 def _update(

@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError
+from lora_jax.transform._factored import Factored, NotFactorableError, Term
 from lora_jax.transform._parameters import parameter
 
 
@@ -34,18 +34,42 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     context.see(f, equation, ["indexed" if i in indexed else "" for i in range(f.ndim)])
     base = _compat.bind(equation, [f.base, indices])
 
-    def gathered(p, fill=0.0):
-        return _gather(equation, f, p, indices, base.ndim, fill)
-
-    terms = tuple(term.map(lambda p: p.map(gathered)) for term in f.terms)
-    columns = tuple(gathered(column, 1.0) for column in f.columns)
     taken = frozenset(indexed)
+    found = _found(equation, f, indices, base.ndim, taken) if fills else None
+
+    def factor(p, owns):  # zero where the base is filled
+        out = _gather(equation, f, p, indices, base.ndim, 0.0)
+        return out if found is None or owns else out * found.astype(out.dtype)
+
+    def column(p):  # one where the base is filled
+        out = _gather(equation, f, p, indices, base.ndim, 1.0)
+        return out if found is None or taken <= f.owned(p) else jnp.where(found, out, 1)
+
+    terms = []
+    for term in f.terms:
+        owns = any(taken <= f.owned(p) for p in (term.a, term.b))
+        a = term.a.map(lambda p, owns=owns: factor(p, owns))
+        terms.append(Term(a, term.b.map(lambda p: factor(p, True)), term.label))
     rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
-    return Factored(base, terms, columns, gathered=f.gathered or rows)
+    columns = tuple(map(column, f.columns))
+    return Factored(base, tuple(terms), columns, gathered=f.gathered or rows)
+
+
+def _found(
+    equation: Any, f: Factored, indices: jax.Array, ndim: int, indexed: frozenset[int]
+) -> jax.Array:
+    """Which slices are within bounds, with 1 for the axes of a slice."""
+    sizes = [size if axis in indexed else 1 for axis, size in enumerate(f.shape)]
+    return _gather(equation, f, jnp.ones(sizes, "int8"), indices, ndim, 0) > 0
 
 
 def _gather(
-    equation: Any, f: Factored, p: jax.Array, indices: jax.Array, ndim: int, fill: float
+    equation: Any,
+    f: Factored,
+    p: jax.Array,
+    indices: jax.Array,
+    ndim: int,
+    fill: int | float,
 ) -> jax.Array:
     """The slices of a factor or column, with 1 for axes that it does not own."""
     numbers = parameter(equation, "dimension_numbers")

@@ -9,66 +9,100 @@ from jax import lax
 
 from lora_jax import _compat, _numerics
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError, Term, place
+from lora_jax.transform._factored import (
+    Factored,
+    NotFactorableError,
+    Term,
+    merge,
+    place,
+)
 from lora_jax.transform._parameters import parameter
-from lora_jax.transform._products import Name, Named, Product, add_terms
-
-_ROLES = {"contracted": "contracted", "batch": "batch", "left": "kept", "right": "kept"}
+from lora_jax.transform._products import Name, Named, Names, Product, add_terms
 
 
 def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
     """`x @ W`, `W @ x`, and every other product of two arrays."""
+    axes = _Axes(parameter(equation, "dimension_numbers"), x.ndim, y.ndim)
     if isinstance(x, Factored) and isinstance(y, Factored):
-        x, y = _merge_smaller(context, equation, x, y)
-    (x_contracted, y_contracted), (x_batch, y_batch) = parameter(
-        equation, "dimension_numbers"
-    )
-    x_names = [("left", i) for i in range(x.ndim)]
-    y_names = [("right", i) for i in range(y.ndim)]
-    for i, j in zip(x_contracted, y_contracted, strict=True):
-        x_names[i] = y_names[j] = ("contracted", i)
-    for i, j in zip(x_batch, y_batch, strict=True):
-        x_names[i] = y_names[j] = ("batch", i)
-    out = [x_names[i] for i in x_batch]
-    out += [n for n in x_names if n[0] == "left"] + [n for n in y_names if n[0] == "right"]
-    precision = equation.params["precision"]
+        return _product_of_weights(context, equation, x, y, axes)
     if isinstance(x, Factored):
-        f, names, other, other_names = x, x_names, y, y_names
-        precision = precision[::-1] if isinstance(precision, tuple) else precision
-    else:
-        f, names, other, other_names = y, y_names, x, x_names
+        return _product(context, equation, x, axes.x, y, axes.y, axes.out, flipped=True)
+    return _product(context, equation, y, axes.y, x, axes.x, axes.out)
 
-    context.see(f, equation, [_ROLES[kind] for kind, _ in names])
-    if not jnp.issubdtype(other.dtype, jnp.floating):
-        raise NotFactorableError(f"the other operand is {other.dtype}")
-    # From here on a name is a tuple of such names: see `_products`.
-    wrapped, other_wrapped = ([(name,) for name in own] for own in (names, other_names))
-    contracted = [name for name in wrapped if name[0][0] == "contracted"]
-    before, after = _columns(f, wrapped, contracted)
+
+class _Axes:
+    """The names of the axes of a product's operands and result."""
+
+    def __init__(self, numbers: lax.DotDimensionNumbers, x_ndim: int, y_ndim: int):
+        (x_contracted, y_contracted), (x_batch, y_batch) = numbers
+        x = [("left", i) for i in range(x_ndim)]
+        y = [("right", i) for i in range(y_ndim)]
+        for i, j in zip(x_contracted, y_contracted, strict=True):
+            x[i] = y[j] = ("contracted", i)
+        for i, j in zip(x_batch, y_batch, strict=True):
+            x[i] = y[j] = ("batch", i)
+        out = [x[i] for i in x_batch]
+        out += [name for name in (*x, *y) if name[0] in ("left", "right")]
+        # A name is a tuple of names of axes: see `_products`.
+        self.x, self.y, self.out = (tuple((name,) for name in own) for own in (x, y, out))
+
+
+def _product(
+    context: Context,
+    equation: Any,
+    f: Factored,
+    f_names: Names,
+    x: jax.Array,
+    x_names: Names,
+    out_names: Names,
+    *,
+    flipped: bool = False,
+) -> jax.Array:
+    """A product with a weight; `flipped` if the weight is the first operand."""
+    context.see(f, equation, [_role(name) for name in f_names])
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise NotFactorableError(f"the other operand is {x.dtype}")
+    contracted = [name for name in f_names if name not in out_names]
+    before, after = _columns(f, f_names, contracted)
     for column in before:
-        other = _scale(other, column, other_wrapped)
-    base = _compat.bind(equation, [other, f.base] if f is y else [f.base, other])
+        x = _scale(x, column, x_names)
+    base = _compat.bind(equation, [f.base, x] if flipped else [x, f.base])
     if context.probing:
         return base
+    precision = parameter(equation, "precision")
+    if flipped and isinstance(precision, tuple):
+        precision = precision[::-1]
     product = Product(
-        x_names=tuple(other_wrapped),
-        weight_names=tuple(wrapped),
-        out_names=tuple((name,) for name in out),
-        column_names=tuple(column.names for column in after),
-        precision=precision,
+        x_names, f_names, out_names, tuple(column.names for column in after), precision
     )
     columns = [column.array for column in after]
-    return add_terms(context, f, product, other, base, columns)
+    return add_terms(context, f, product, x, base, columns)
 
 
-def _merge_smaller(
-    context: Context, equation: Any, x: Factored, y: Factored
-) -> tuple[Any, Any]:
-    """Of two weights that are multiplied, the larger stays factored."""
-    reason = "it is multiplied with another adapted weight"
-    if x.base.size <= y.base.size:
-        return context.merge(x, equation, reason), y
-    return x, context.merge(y, equation, reason)
+def _product_of_weights(
+    context: Context, equation: Any, x: Factored, y: Factored, axes: _Axes
+) -> jax.Array:
+    """A product of two adapted weights: the smaller one is merged, the larger is not.
+
+    That is a small part (rank over width) of the work of this very product, and no report.
+    """
+    if context.probing:  # each of them is the weight, for its own axes
+        for f, names in ((x, axes.x), (y, axes.y)):
+            context.see(f, equation, [_role(name) for name in names])
+        return _compat.bind(equation, [x.base, y.base])
+    smaller = min(x, y, key=lambda f: f.base.size)
+    context.see(smaller, equation)
+    context.check_no_dropout(smaller)
+    dense = merge(smaller)
+    if smaller is x:
+        return dot_general(context, equation, dense, y)
+    return dot_general(context, equation, x, dense)
+
+
+def _role(name: Name) -> str:
+    """What becomes of an axis of that name."""
+    kind: Any = name[0]
+    return {"contracted": "contracted", "batch": "batch"}.get(kind[0], "kept")
 
 
 def _columns(
@@ -170,9 +204,11 @@ def _ragged_update(
     }
 
     def multiply(v, weight):
-        if weight.shape[0] == 1:
-            return jnp.matmul(v, weight[0], **options)
-        return lax.ragged_dot(v, weight, sizes, **options)
+        if weight.shape[0] == f.shape[0]:
+            return lax.ragged_dot(v, weight, sizes, **options)
+        # One factor for all groups; rows that are in no group have a product of zero.
+        rows = jnp.arange(v.shape[0])[:, None] < jnp.sum(sizes)
+        return jnp.matmul(jnp.where(rows, v, jnp.zeros_like(v)), weight[0], **options)
 
     @jax.checkpoint  # draws the mask again
     def project(x, down, key):
@@ -186,6 +222,5 @@ def _ragged_update(
 
 RULES = {
     "dot_general": dot_general,
-    "ragged_dot": ragged_dot,
     "ragged_dot_general": ragged_dot,
 }

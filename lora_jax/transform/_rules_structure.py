@@ -4,7 +4,6 @@ An axis that a factor does not own has size 1 there: it starts at 0, has a size 
 otherwise left alone. `(rank, *axes)` factors are seen as `(*axes)`: see `Factored.map`.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +15,12 @@ from jax import lax
 from lora_jax import _compat
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import (
-    Factor,
     Factored,
     NotFactorableError,
     Term,
-    from_leading,
     full,
 )
+from lora_jax.transform._joining import joined_in_batch
 from lora_jax.transform._parameters import parameter
 
 
@@ -281,11 +279,11 @@ def _joined(
 ) -> Factored:
     """The factored value of weights joined along `axis`.
 
-    Terms of one structure become one term of which both factors own the axis. Otherwise
-    each term keeps to its part: it is padded with zeros, and columns with ones.
+    Where it is a batch axis, their terms become one, of which both factors own it.
+    Otherwise each term keeps to its part: it is padded with zeros, and columns with ones.
     """
-    if (term := _batched(values, axis)) is not None:
-        return Factored(base, (term,))
+    if not context.probing and (stacked := joined_in_batch(values, axis, base)) is not None:
+        return stacked
     total, start = base.shape[axis], 0
     terms, columns = [], []
     for value in values:
@@ -299,41 +297,6 @@ def _joined(
                 for column in value.columns
             ]
     return Factored(base, tuple(terms), tuple(columns))
-
-
-def _batched(values: Sequence[Any], axis: int) -> Term | None:
-    """One term for weights with terms of one structure, if they have it."""
-    if not all(
-        isinstance(v, Factored) and len(v.terms) == 1 and not v.columns for v in values
-    ):
-        return None
-
-    def structure(value):
-        term = value.terms[0]
-        owners = axis in value.owned(term.a), axis in value.owned(term.b)
-        others = [
-            (p.rank, p.array.dtype, *p.sizes[:axis], *p.sizes[axis + 1 :])
-            for p in (term.a, term.b)
-        ]
-        one_sided = owners[0] != owners[1]
-        label = term.label
-        return one_sided, others, label.scale, label.dropout, label.axis
-
-    first = structure(values[0])
-    if first[0] or any(structure(v) != first for v in values[1:]):
-        return None
-
-    def join(side: str) -> Factor:
-        factors = [getattr(v.terms[0], side) for v in values]
-        parts = [
-            p.map(lambda p, v=v: full(v, p, axis)).leading()
-            for v, p in zip(values, factors, strict=True)
-        ]
-        return from_leading(lax.concatenate(parts, 1 + axis))
-
-    names = tuple(dict.fromkeys(name for v in values for name in v.names))
-    label = dataclasses.replace(values[0].terms[0].label, names=names)
-    return Term(join("a"), join("b"), label)
 
 
 RULES = {

@@ -32,6 +32,12 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+_HINT = (
+    "lora_jax traces the function, so the values of arrays in params and arguments are not "
+    "known in it, as under jax.jit: decide by Python values, or with jax.lax.cond."
+)
+
+
 def trace(
     function: Function, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Traced:
@@ -57,8 +63,12 @@ def trace(
         return [leaf for leaf in outputs if is_array(leaf)]
 
     arguments = [leaves[i] for i in positions]
-    with jax.disable_jit(False):  # else control flow would need values
-        jaxpr = jax.make_jaxpr(flat)(*arguments)
+    try:
+        with jax.disable_jit(False):  # else control flow would need values
+            jaxpr = jax.make_jaxpr(flat)(*arguments)
+    except jax.errors.ConcretizationTypeError as error:
+        error.add_note(_HINT)
+        raise
     ((out_tree, static),) = returned
 
     def result(outputs):

@@ -42,8 +42,9 @@ def adapt(
     to; without `jax.jit` it happens, slowly, in every call.
 
     DoRA's norms are formed once a call and held constant in the backward pass, as in
-    section 4.3 of its paper. Dropout is that of the adapter's input; rows of an embedding
-    are not dropped.
+    section 4.3 of its paper. Dropout is that of the adapter's input alone, also with DoRA
+    (`dropout_mode="torchtune"` of `dora_linear`); rows of an embedding are not dropped. All
+    examples of a `jax.vmap` around have one mask, unless the key is mapped over as well.
 
     Args:
         fn: `fn(params, *args, **kwargs)`, of any arguments. It has to take its weights
@@ -56,7 +57,8 @@ def adapt(
             the logger `"lora_jax"`; a function is called with each `Merge`.
         on_unused: whether adapters of a weight that the function never uses are an error.
         dropout_key: a `jax.random` key for a step of training; each use of a weight, each
-            step of a scan and each device gets a mask of its own. None is no dropout.
+            step of a scan and each device of a `shard_map` has a mask of its own. None is
+            no dropout.
 
     Returns:
         `adapted(params, adapters, *args, **kwargs)`, which returns what
@@ -108,6 +110,8 @@ def adapt(
         _plan_checks.check_params(_paths.leaf_paths(params), plan)
         _plan_checks.check_adapters(adapters, plan)
         traced = _tracing.trace(fn, params, args, kwargs)
+        for i, value in enumerate(traced.arguments):
+            _checks.check_has_values(traced.paths[i] or "an argument", value)
         context = Context(RULES, report, key=dropout_key if has_dropout else None)
         values = [
             _factored(path, value, adapters[path], plan.targets[path])

@@ -218,18 +218,22 @@ def test_refused_for_dora_only(name):
         check(fn, {"w": W}, X, plan=plan, on_merge="allow")
 
 
-def test_two_adapted_weights_multiplied_merge_the_smaller():
-    params, merges = {"a": normal(4, 12), "b": normal(12, 10)}, []
+def test_two_adapted_weights_may_be_multiplied():
+    params = {"a": normal(4, 12), "b": normal(12, 10)}
+
+    def fn(params, x):
+        return x @ (params["a"] @ params["b"])
+
     with x64():
-        plan = plan_of(None, params)
-        check(
-            lambda p, x: x @ (p["a"] @ p["b"]),
-            params,
-            X[:, :4],
-            plan=plan,
-            on_merge=merges.append,
-        )
-    assert {merge.path for merge in merges} == {"a"}
+        plan = check(fn, params, X[:, :4])
+        assert {path: target.axes for path, target in plan.targets.items()} == {
+            "a": "oi",
+            "b": "io",
+        }
+        plan = plan_of(fn, params, X[:, :4], dropout=0.5)
+        adapted = lora_jax.adapt(fn, plan, dropout_key=jax.random.key(0))
+        with pytest.raises(ValueError, match="adapter of 'a' has dropout"):
+            adapted(params, trained(params, plan), X[:, :4])
 
 
 def test_batch_groups_and_mixed_kernels_are_merged():
@@ -261,3 +265,117 @@ def test_an_unknown_parameter_of_a_primitive_is_a_merge():
     equation = jax.make_jaxpr(lambda x: x.T)(W).eqns[0]
     with pytest.raises(NotFactorableError, match="no parameter 'order'"):
         parameter(equation, "order")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("weight", [(3, 12, 10), (1, 12, 10)])
+def test_rows_in_no_group_of_a_ragged_dot_have_no_update(weight, use_dora):
+    sizes = np.array([2, 0, 1][: weight[0]], "int32")  # of 8 rows
+    with x64():
+        params, x = {"w": normal(*weight)}, normal(8, 12)
+        for axes in ("bio", "iio", "oio"):
+            plan = plan_of(None, params, axes={"w": axes}, use_dora=use_dora)
+            check(
+                lambda p, x: lax.ragged_dot(x, p["w"], sizes),
+                params,
+                x,
+                plan=plan,
+                on_merge="allow",
+            )
+
+
+@pytest.mark.parametrize("fill", [None, 0.0, 7.0])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"axes": {"w": "oi"}}])
+def test_what_is_filled_in_for_a_missing_row_is_not_changed(config, fill):
+    def fn(params, x):
+        rows = params["w"].at[jnp.array([1, 99, 3])].get(mode="fill", fill_value=fill)
+        wide = jnp.broadcast_to(params["w"], (4, *W.shape))
+        more = wide.at[jnp.array([1, 99])].get(mode="fill", fill_value=fill)
+        return jnp.nan_to_num(rows) + x[:3, :1], jnp.nan_to_num(more)
+
+    with x64():
+        plan = plan_of(None, {"w": W}, **config)
+        check(fn, {"w": W}, X, plan=plan, on_merge="allow")
+
+
+def stacked(names):
+    def fn(params, x):
+        layers = jnp.stack([params[name] for name in names])
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, layers)[0]
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"exclude": "w1"},
+        {"exclude": "w1", "use_dora": True},
+        {"rank_pattern": {"w0": 5}},
+        {"alpha_pattern": {"w2": 1.0}},
+    ],
+)
+def test_layers_stacked_by_the_function_do_not_pay_for_each_other(config):
+    names = [f"w{i}" for i in range(4)]
+    params = {name: normal(12, 12, seed=i) for i, name in enumerate(names)}
+    with x64():
+        plan = check(stacked(names), params, X, config=config)
+        adapters = trained(params, plan)
+        adapted = lora_jax.adapt(stacked(names), plan)
+        jaxpr = str(jax.make_jaxpr(adapted)(params, adapters, X))
+    body = jaxpr[jaxpr.rindex("scan[") :]
+    assert body.count("dot_general[") == 3
+
+
+def test_layers_stacked_in_either_orientation():
+    params = {"a": normal(12, 12), "b": normal(12, 12, seed=1)}
+    with x64():
+        plan = plan_of(None, params, axes={"a": "io", "b": "oi"})
+        check(stacked("ab"), params, X, plan=plan)
+
+
+def test_a_checkpoint_in_a_gradient_in_the_function_keeps_its_barrier():
+    @jax.checkpoint
+    def energy(w, x):
+        return jnp.sum(jnp.tanh(jnp.sin(x @ w)))
+
+    def force(params, x):
+        return jax.grad(energy, argnums=1)(params["w"], x)
+
+    with x64():
+        plan = check(force, {"w": W}, X)
+        adapters = trained({"w": W}, plan)
+        lowered = jax.jit(lora_jax.adapt(force, plan)).lower({"w": W}, adapters, X)
+        plain = jax.jit(force).lower({"w": W}, X)
+    barriers = [text.as_text().count("optimization_barrier") for text in (lowered, plain)]
+    assert barriers[0] >= barriers[1] > 0
+
+
+def test_depthwise_kernels_of_high_rank_are_merged_for_the_convolution():
+    weight, x = normal(3, 3, 1, 8), normal(2, 8, 8, 8)
+
+    def fn(params, x):
+        return conv(x, params["w"], feature_group_count=8)
+
+    with x64():
+        plan = check(fn, {"w": weight}, x, config={"targets": "w"})
+        adapters = trained({"w": weight}, plan)
+        jaxpr = jax.make_jaxpr(lora_jax.adapt(fn, plan))({"w": weight}, adapters, x)
+        assert sum(e.primitive.name == "conv_general_dilated" for e in jaxpr.eqns) == 1
+
+
+def test_a_column_of_a_weight_keeps_its_dropout():
+    def fn(params, x):
+        return x @ params["w"][:, 0]
+
+    plan = plan_of(lambda p, x: x @ p["w"], {"w": W}, X, dropout=0.5)
+    adapters = trained({"w": W}, plan)
+    with_key = lora_jax.adapt(fn, plan, dropout_key=jax.random.key(0))
+    without = lora_jax.adapt(fn, plan)
+    assert not np.allclose(with_key({"w": W}, adapters, X), without({"w": W}, adapters, X))
+    summed = lora_jax.adapt(
+        lambda p, x: jnp.sum(p["w"], 0), plan, dropout_key=jax.random.key(0)
+    )
+    with pytest.raises(ValueError, match="merged or summed"):
+        summed({"w": W}, adapters, X)

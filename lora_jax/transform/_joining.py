@@ -1,0 +1,137 @@
+"""Weights joined along a batch axis: one term for all of them.
+
+Layers kept in a list and stacked for a `lax.scan` come to this. Terms of their own, padded
+with zeros, would make each layer pay for all others.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _numerics
+from lora_jax.transform._factored import Factored, Label, Term, from_leading, full
+
+
+class _Piece(NamedTuple):
+    """All terms of one weight as one.
+
+    Attributes:
+        a: `(rank, *axes)`, with the scales in it if they differ.
+        b: `(rank, *axes)`.
+        axes: that `a` owns and that `b` owns, without the axis of the join.
+        scale: of the term.
+        dropout: of the term.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    axes: tuple[frozenset[int], frozenset[int]]
+    scale: float
+    dropout: float
+
+
+def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factored | None:
+    """The value with one term whose factors both own `axis`, or None if there is none.
+
+    Args:
+        values: the weights, `(*axes)`; dense ones have a term of zeros.
+        axis: they are joined along.
+        base: of the result.
+    """
+    pieces = [_piece(v, axis) for v in values if isinstance(v, Factored)]
+    known = [piece for piece in pieces if piece is not None]
+    if len(known) != len(pieces):
+        return None
+    first = known[0]
+    known = [piece if piece.axes == first.axes else _swapped(piece) for piece in known]
+    alike = {(piece.axes, piece.dropout) for piece in known}
+    if len(alike) != 1:
+        return None
+    scales = {piece.scale for piece in known}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    left = iter(known)
+    parts = [next(left) if isinstance(v, Factored) else None for v in values]
+    a, b = (
+        _join([_side(p, side, scale) for p in parts], values, axis) for side in ("a", "b")
+    )
+    names = dict.fromkeys(n for v in values if isinstance(v, Factored) for n in v.names)
+    label = Label(tuple(names), scale, first.dropout)
+    term = Term(from_leading(a), from_leading(b), label)
+    return Factored(base, (term,), _columns(values, axis))
+
+
+def _piece(value: Factored, axis: int) -> _Piece | None:
+    """The terms of a weight as one; None if they, or the axis, do not allow it."""
+    owned = {(value.owned(term.a), value.owned(term.b)) for term in value.terms}
+    dropouts = {term.label.dropout for term in value.terms}
+    if len(owned) != 1 or len(dropouts) != 1 or value.gathered:
+        return None
+    ((of_a, of_b),) = owned
+    if (axis in of_a) != (axis in of_b):
+        return None
+    scales = {term.label.scale for term in value.terms}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    a = [_scaled(t.a.leading(), t.label.scale / scale) for t in value.terms]
+    b = [term.b.leading() for term in value.terms]
+    dtype = _numerics.promote(*(factor.dtype for factor in (*a, *b)))
+    a, b = (jnp.concatenate([p.astype(dtype) for p in side]) for side in (a, b))
+    axes = of_a - {axis}, of_b - {axis}
+    return _Piece(a, b, axes, scale, dropouts.pop())
+
+
+def _scaled(array: jax.Array, by: float) -> jax.Array:
+    return array if by == 1.0 else _numerics.multiply(array, by)
+
+
+def _swapped(piece: _Piece) -> _Piece:
+    """The same product with the factors in the other order."""
+    return piece._replace(a=piece.b, b=piece.a, axes=piece.axes[::-1])
+
+
+def _side(piece: _Piece | None, side: str, scale: float) -> jax.Array | None:
+    """One factor of a piece, for terms of that scale."""
+    if piece is None:
+        return None
+    array = getattr(piece, side)
+    return _scaled(array, piece.scale / scale) if side == "a" else array
+
+
+def _join(
+    factors: Sequence[jax.Array | None], values: Sequence[Any], axis: int
+) -> jax.Array:
+    """`(rank, *axes)` factors, joined: their ranks made alike with zeros."""
+    known = [factor for factor in factors if factor is not None]
+    rank = max(factor.shape[0] for factor in known)
+    dtype = _numerics.promote(*(factor.dtype for factor in known))
+    others = [max(f.shape[i] for f in known) for i in range(known[0].ndim)]
+    parts = []
+    for factor, value in zip(factors, values, strict=True):
+        shape = (rank, *others[1 : 1 + axis], value.shape[axis], *others[2 + axis :])
+        if factor is None:
+            parts.append(jnp.zeros(shape, dtype))
+            continue
+        whole = jnp.broadcast_to(factor.astype(dtype), (factor.shape[0], *shape[1:]))
+        missing = [(0, rank - factor.shape[0], 0), *[(0, 0, 0)] * (whole.ndim - 1)]
+        parts.append(lax.pad(whole, jnp.zeros((), dtype), missing))
+    return lax.concatenate(parts, 1 + axis)
+
+
+def _columns(values: Sequence[Any], axis: int) -> tuple[jax.Array, ...]:
+    """The columns of all weights as one, with ones for those that have none."""
+    columns = [list(v.columns) if isinstance(v, Factored) else [] for v in values]
+    known = [column for own in columns for column in own]
+    if not known:
+        return ()
+    dtype = _numerics.promote(*(column.dtype for column in known))
+    others = [max(c.shape[i] for c in known) for i in range(known[0].ndim)]
+    parts = []
+    for own, value in zip(columns, values, strict=True):
+        shape = (*others[:axis], value.shape[axis], *others[axis + 1 :])
+        part = jnp.ones(shape, dtype)
+        for column in own:
+            part = part * full(value, column, axis).astype(dtype)
+        parts.append(part)
+    return (lax.concatenate(parts, axis),)

@@ -643,3 +643,12 @@ def test_a_target_need_not_come_from_a_config():
     got = merge_adapters(params, adapters, plan)["block"]["w"]
     want = merged_reference(params["block"]["w"], adapters["block/w"], target)
     support.assert_close(got, want, 8)
+
+
+def test_a_donated_weight_cannot_be_merged_again():
+    params = {"w": jnp.ones((8, 4))}
+    plan = plan_adapters(LoraConfig(2), params)
+    adapters = init_adapters(jax.random.key(0), params, plan)
+    merge_adapters(params, adapters, plan, donate=True)
+    with pytest.raises(ValueError, match="at 'w': the weight has been donated"):
+        merge_adapters(params, adapters, plan)

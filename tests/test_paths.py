@@ -125,3 +125,9 @@ def test_nearest_to_something_else_are_the_first():
         "zzz", PATHS
     )
     assert _paths.nearest_hint("zzz", []).endswith("are none")
+
+
+def test_a_path_with_brackets_names_itself():
+    assert _paths.matches("layers[0]/kernel", "layers[0]/kernel")
+    assert not _paths.matches("layers[0]/kernel", "layers1/kernel")
+    assert _paths.matches("layers[0]/kernel", "layers0/kernel")  # as a glob

@@ -32,6 +32,11 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 _HINT = (
     "lora_jax traces the function, so the values of arrays in params and arguments are not "
     "known in it, as under jax.jit: decide by Python values, or with jax.lax.cond."
@@ -66,7 +71,7 @@ def trace(
     try:
         with jax.disable_jit(False):  # else control flow would need values
             jaxpr = jax.make_jaxpr(flat)(*arguments)
-    except jax.errors.ConcretizationTypeError as error:
+    except _NEEDS_VALUES as error:
         error.add_note(_HINT)
         raise
     ((out_tree, static),) = returned

@@ -319,7 +319,7 @@ CASES = {
         (6, 2, 3, 3), (2, 4, 8, 8), ("NCHW", "OIHW", "NCHW"), "oiii", feature_group_count=2
     ),
     "conv_depthwise": _conv(
-        (3, 3, 1, 8), (2, 8, 8, 4), ("NHWC", "HWIO", "NHWC"), "iioo", feature_group_count=4
+        (3, 3, 1, 8), (2, 8, 8, 4), ("NHWC", "HWIO", "NHWC"), "iiio", feature_group_count=4
     ),
     "conv_transposed": _conv(
         (3, 3, 4, 6),

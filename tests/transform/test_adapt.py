@@ -284,6 +284,31 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"at 'w': .*floating point, got dtype int32"):
             adapted({"w": params["w"].astype("int32")}, adapters, x)
 
+    def test_of_arguments_in_another_order(self):
+        params, plan, adapters, x = single()
+        with pytest.raises(KeyError, match="They come first, before the adapters"):
+            lora_jax.adapt(model, plan)(adapters, params, x)
+
+    def test_of_abstract_values(self):
+        params, plan, adapters, x = single()
+        shapes = jax.eval_shape(lambda p: p, params)
+        adapted = lora_jax.adapt(model, plan)
+        with pytest.raises(TypeError, match=r"w is a jax.ShapeDtypeStruct.*jax.eval_shape"):
+            adapted(shapes, adapters, x)
+        with pytest.raises(TypeError, match=r"an argument is a jax.ShapeDtypeStruct"):
+            adapted(params, adapters, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+    @pytest.mark.parametrize("use", [bool, np.asarray])
+    def test_of_values_that_a_trace_does_not_know(self, use):
+        params, plan, adapters, x = single()
+
+        def fn(params, x):
+            return x @ params["w"] if use(x[0, 0] > 0) else x
+
+        with pytest.raises(TypeError) as error:
+            lora_jax.adapt(fn, plan)(params, adapters, x)
+        assert any("lora_jax traces the function" in note for note in error.value.__notes__)
+
     def test_of_adapters(self):
         params, plan, adapters, x = single()
         adapted = lora_jax.adapt(model, plan)

@@ -60,7 +60,9 @@ def run(bench_linear, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module", params=["lora", "dora"])
+@pytest.fixture(
+    scope="module", params=["lora", pytest.param("dora", marks=pytest.mark.slow)]
+)
 def transform_run(request, bench_transform, tmp_path_factory):
     """The loop only: that of the scan takes as long again."""
     arguments = [*TRANSFORMER_SIZES, "--layers=1", "--layout=loop"]
@@ -180,7 +182,7 @@ def test_bench_transform_contestants_agree(bench_transform, transform_run):
     assert abs(frozen_loss - loss) > 1e-6  # the adapters act
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_bench_transform_scan_is_the_loop(bench_transform, method):
     options = bench_transform.parse(TRANSFORMER_SIZES)
     loop, scan = (

@@ -58,7 +58,7 @@ def sums(options):
     return 4 + (options["shape"][0] + options["rank"]) ** 0.5
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layers())
 def test_adapted_forward_is_merged_forward(layer):
     options, alpha, stabilized = layer
@@ -75,7 +75,7 @@ def test_adapted_forward_is_merged_forward(layer):
         support.assert_close(y, x @ reference.f64(merged), sums(options), scale=size)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layers())
 def test_unmerge_undoes_merge(layer):
     options, alpha, stabilized = layer
@@ -88,7 +88,7 @@ def test_unmerge_undoes_merge(layer):
         support.assert_close(back, before, 1, scale=size)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layers())
 def test_zero_b_changes_nothing(layer):
     options, alpha, _ = layer
@@ -102,7 +102,7 @@ def test_zero_b_changes_nothing(layer):
         support.assert_close(y, x @ weight, sums(options), scale=size)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layers(), st.sampled_from([0.25, 2.0, 64.0]))
 def test_delta_is_linear_in_alpha(layer, factor):
     # By powers of two, so exactly.
@@ -115,7 +115,7 @@ def test_delta_is_linear_in_alpha(layer, factor):
         np.testing.assert_array_equal(many, factor * one)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layers(), st.sampled_from(["lora", "dora"]))
 def test_vmap_is_a_leading_axis(layer, method):
     options, alpha, stabilized = layer
@@ -136,7 +136,7 @@ def test_vmap_is_a_leading_axis(layer, method):
         support.assert_close(got, want, sums(options), scale=size)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(layers(method="dora"))
 def test_dora_forward_is_merged_forward_and_unmerge_undoes_it(layer):
     options, alpha, stabilized = layer

@@ -42,7 +42,11 @@ CASES = [(method, layout) for method in bench.LINEARS for layout in bench.LAYOUT
 VECTORS = {("dora", "scan"): 1.02}
 
 
-@pytest.mark.parametrize(("method", "layout"), CASES)
+# Those of a scan are known from two compiled programs.
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [pytest.param(*c, marks=[pytest.mark.slow] * (c[1] == "scan")) for c in CASES],
+)
 def test_operations_are_those_by_hand(method, layout):
     own, by_hand = (flops(method, layout, name) for name in (bench.ADAPT, bench.BY_HAND))
     assert own <= 1.01 * by_hand
@@ -54,6 +58,7 @@ def test_no_more_temporary_memory_than_by_hand(method, layout):
     assert own <= by_hand * VECTORS.get((method, layout), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", bench.LAYOUTS)
 def test_merging_in_every_step_costs_more(layout):
     # Guards the tests above: they can tell.

@@ -115,3 +115,15 @@ def check(fn, params, *args, config=None, plan=None, tolerance=1e-10, **options)
     got, want = both(fn, params, plan, adapters, *args, **options)
     assert_same(got, want, tolerance)
     return plan
+
+
+def check_values(fn, params, *args, config, tolerance):
+    """`check` without the gradients."""
+    params = jax.tree.map(jnp.asarray, params)
+    plan = plan_of(fn, params, *args, **config)
+    adapters = trained(params, plan)
+    with quickly_compiled():
+        got = jax.jit(lora_jax.adapt(fn, plan))(params, adapters, *args)
+        want = jax.jit(lambda *args: fn(merged(params, adapters, plan), *args))(*args)
+    assert_same(got, want, tolerance)
+    return plan

@@ -9,11 +9,25 @@ import pytest
 import lora_jax
 from tests.support import x64
 from tests.transform.cases import CASES
-from tests.transform.support import check, loss_of, normal, plan_of, trained
+from tests.transform.support import (
+    check,
+    check_values,
+    loss_of,
+    normal,
+    plan_of,
+    trained,
+)
 
 METHODS = ("lora", "dora")
 # Refused, see test_rules.py: DoRA would scale a sum, a fill value, inputs and outputs.
 NO_DORA = {"summed", "padded", "fused_rows"}
+
+
+# Of the others only the values are compared: their columns go the same ways.
+DORA_GRADIENTS = {
+    "matmul", "out_in", "heads", "from_heads", "experts", "ragged_dot", "fused", "scan",
+    "stacked_here", "used_both_ways", "tied_head", "conv", "conv_torch", "attention",
+}  # fmt: skip
 
 
 def inputs(case):
@@ -32,7 +46,8 @@ def test_agrees_with_the_merged_function(name, method):
         params, args = inputs(case)
         config = {**case.config, "use_dora": method == "dora"}
         tolerance = {"cast": 1e-5}.get(name, 1e-10)
-        plan = check(case.fn, params, *args, config=config, tolerance=tolerance)
+        compare = check if method == "lora" or name in DORA_GRADIENTS else check_values
+        plan = compare(case.fn, params, *args, config=config, tolerance=tolerance)
     assert {path: target.axes for path, target in plan.targets.items()} == case.axes
 
 

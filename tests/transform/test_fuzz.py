@@ -173,14 +173,14 @@ def agrees(program):
         assert_same(got, want, 1e-9)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(programs())
 def test_a_random_program_agrees_with_the_merged_one(program):
     agrees(program)
 
 
 @pytest.mark.slow
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(programs())
 def test_many_random_programs_agree_with_the_merged_ones(program):
     agrees(program)
@@ -190,7 +190,7 @@ def test_programs_are_not_all_merged():
     """Most chains stay low-rank: they do not agree for being merged."""
     kept = []
 
-    @settings(max_examples=30, database=None)
+    @settings(max_examples=20, database=None)
     @given(programs())
     def count(program):
         shape, axes, fn = program

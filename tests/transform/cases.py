@@ -151,13 +151,13 @@ def _attention(p, x):
 CASES = {
     # products
     "matmul": _w(lambda p, x: x @ p["w"], "io"),
-    "tokens": _w(lambda p, x: x @ p["w"], "io", x=(2, 5, 12)),
+    "tokens": _w(lambda p, x: x @ p["w"], "io", x=(2, 7, 12)),
     "out_in": _w(lambda p, x: x @ p["w"].T, "oi", (10, 12)),
     "weight_first": _w(lambda p, x: p["w"] @ x, "oi", (10, 12), (12, 4)),
     "vector": _w(lambda p, x: p["w"] @ x, "oi", (10, 12), (12,)),
     "heads": _einsum("btd,dhk->bthk", (12, 2, 4), (3, 5, 12), "ioo"),
     "from_heads": _einsum("bthk,hkd->btd", (2, 4, 12), (3, 5, 2, 4), "iio"),
-    "channels_inside": _einsum("bdt,kd->bkt", (10, 12), (2, 12, 5), "oi"),
+    "channels_inside": _einsum("bdt,kd->bkt", (10, 12), (2, 12, 7), "oi"),
     "experts": _einsum("ebd,edf->ebf", (3, 12, 10), (3, 5, 12), "bio"),
     "expert_sum": _einsum("ebd,edf->bf", (3, 12, 10), (3, 5, 12), "iio"),
     "bilinear": Case(

@@ -98,12 +98,15 @@ def quickly_compiled():
 
 
 def assert_same(got, want, tolerance=1e-10):
-    """Asserts that two trees agree, relative to the largest entry of each array."""
+    """Asserts that two trees agree, relative to the largest entry of each array.
+
+    An array of zeros may come out as roundings of sums that cancel.
+    """
     for path, value in jax.tree_util.tree_leaves_with_path(want):
         other = dict(jax.tree_util.tree_leaves_with_path(got))[path]
         error = np.max(np.abs(other - value), initial=0)
         scale = np.max(np.abs(value), initial=0)
-        assert error <= tolerance * max(scale, 1e-30), (
+        assert error <= tolerance * max(scale, 1e-3), (
             f"{jax.tree_util.keystr(path)}: off by {error:.3g} of {scale:.3g}"
         )
 

@@ -1,17 +1,19 @@
-"""Interleaved timing of several functions in one process.
+"""Interleaved timing of several functions in one process, and what reports it.
 
 A shared machine changes speed from second to second. So every round calls every function
 once, in an order of its own, and a function is judged by the median over rounds of its
 time over the baseline's in the same round.
 """
 
+import argparse
 import dataclasses
+import json
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,6 +124,66 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
     return statistics.median(
         own / base for own, base in zip(numerators, denominators, strict=True)
     )
+
+
+def flops(compiled: Any) -> float:
+    """Operations of a compiled program; of a loop, XLA counts one iteration."""
+    return compiled.cost_analysis()["flops"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `run` reads."""
+    parser.add_argument("--threads", type=int, help="processors to pin this process to")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--markdown", action="store_true")
+
+
+def run(
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    format_result: Callable[..., str],
+) -> None:
+    """Runs a benchmark: pins the process, measures, prints and writes the result.
+
+    Args:
+        options: those of `add_options`, and what `measure` needs.
+        measure: makes of them the result, which JSON can hold.
+        format_result: makes of it, and of `markdown`, the text to print.
+    """
+    if options.threads:
+        pin(options.threads)
+    result = measure(options)
+    print(format_result(result, markdown=options.markdown))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=2)
+
+
+def format_table(
+    corner: str,
+    columns: Sequence[str],
+    rows: Mapping[str, Mapping[str, float]],
+    *,
+    markdown: bool = False,
+) -> str:
+    """A table as text.
+
+    Args:
+        corner: the head of the column of names.
+        columns: names of the other columns.
+        rows: by name, a number for each column.
+        markdown: whether it is to be a table of Markdown.
+    """
+    lines = [[corner, *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(f"{row[column]:.3f}" for column in columns)])
+    width = max(len(line[0]) for line in lines)
+    cells = [[name.ljust(width), *(c.rjust(8) for c in rest)] for name, *rest in lines]
+    if not markdown:
+        return "\n".join("  ".join(line) for line in cells)
+    rule = ["-" * width, *["-" * 7 + ":"] * len(columns)]
+    body = [cells[0], rule, *cells[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body)
 
 
 def _processor_name() -> str:

@@ -72,12 +72,7 @@ def adapted(linear: Linear, layer: Params, adapters: Any) -> Dense:
 
 
 def loop_by_hand(
-    linear: Linear,
-    params: Params,
-    adapters: Any,
-    x: jax.Array,
-    *,
-    heads: int,
+    linear: Linear, params: Params, adapters: Any, x: jax.Array, *, heads: int
 ) -> jax.Array:
     """`plain_loop` with adapters."""
     for i, layer in enumerate(params["layers"]):
@@ -87,12 +82,7 @@ def loop_by_hand(
 
 
 def scan_by_hand(
-    linear: Linear,
-    params: Params,
-    adapters: Any,
-    x: jax.Array,
-    *,
-    heads: int,
+    linear: Linear, params: Params, adapters: Any, x: jax.Array, *, heads: int
 ) -> jax.Array:
     """`plain_scan` with adapters."""
 

@@ -16,7 +16,6 @@ from the forward pass.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -218,7 +217,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = {
         name: {
             **dataclasses.asdict(ratios[name]),
-            "flops": _flops(compiled[name]) / _flops(compiled[BASELINE]),
+            "flops": _timing.flops(compiled[name]) / _timing.flops(compiled[BASELINE]),
             "temp MiB": compiled[name].memory_analysis().temp_size_in_bytes / 2**20,
             "kept MiB": kept[name] / 2**20,
         }
@@ -238,13 +237,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _flops(compiled: Any) -> float:
-    analysis = compiled.cost_analysis()
-    if isinstance(analysis, list):  # JAX before 0.5: one dict a device
-        analysis = analysis[0]
-    return analysis["flops"]
-
-
 def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     """The result as text: what was run, and a table."""
     r = result
@@ -253,16 +245,9 @@ def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     frozen = f"{r['frozen_wall_ms']:.2f} ms wall, {r['frozen_cpu_ms']:.2f} ms cpu"
     bound = f"FLOP bound of LoRA {r['flop_bound']:.3f} (products only, no memory traffic)"
     head = f"{sizes}; {machine}; {r['rounds']} rounds; {BASELINE}: {frozen}. {bound}.\n"
-    table = [["ratio to " + BASELINE, *COLUMNS]]
-    for name, row in r["rows"].items():
-        table.append([name, *(f"{row[column]:.3f}" for column in COLUMNS)])
-    width = max(len(line[0]) for line in table)
-    cells = [[name.ljust(width), *(c.rjust(8) for c in rest)] for name, *rest in table]
-    if not markdown:
-        return "\n".join([head, *("  ".join(line) for line in cells)])
-    rule = ["-" * width, *["-" * 7 + ":"] * len(COLUMNS)]
-    lines = [cells[0], rule, *cells[1:]]
-    return "\n".join([head, *("| " + " | ".join(line) + " |" for line in lines)])
+    corner = f"ratio to {BASELINE}"
+    table = _timing.format_table(corner, COLUMNS, r["rows"], markdown=markdown)
+    return f"{head}\n{table}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -275,9 +260,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, help="processors to pin this process to")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--markdown", action="store_true")
+    _timing.add_options(parser)
     options = parser.parse_args(arguments)
     if options.batch and options.tokens % options.batch:
         parser.error(f"--batch {options.batch} does not divide --tokens {options.tokens}")
@@ -286,14 +269,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    options = parse(arguments)
-    if options.threads:
-        _timing.pin(options.threads)
-    result = measure(options)
-    print(format_result(result, markdown=options.markdown))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=2)
+    _timing.run(parse(arguments), measure, format_result)
 
 
 if __name__ == "__main__":

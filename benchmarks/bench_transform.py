@@ -19,7 +19,6 @@ and lowering it; of tracing the step.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ import _transformer
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _timing import flops
 
 import lora_jax
 
@@ -115,14 +115,6 @@ def make_step(setup: Setup, contestant: str) -> Callable[..., Any]:
 def compile_step(setup: Setup, contestant: str) -> Any:
     """A step, compiled."""
     return jax.jit(make_step(setup, contestant)).lower(*setup.arguments).compile()
-
-
-def flops(compiled: Any) -> float:
-    """Operations of a compiled program; of a loop, XLA counts one iteration."""
-    analysis = compiled.cost_analysis()
-    if isinstance(analysis, list):  # JAX before 0.5: one dict a device
-        analysis = analysis[0]
-    return analysis["flops"]
 
 
 def looped_flops(once: float, twice: float, layers: int) -> float:
@@ -259,17 +251,10 @@ def _format_table(table: Mapping[str, Any], markdown: bool) -> str:
     else:
         columns, against = TRACING_COLUMNS, FROZEN
         base = ", ".join(f"{kind} {b[f'{kind}_ms']:.1f} ms" for kind in columns)
-    lines = [[f"{table['of']}, ratio to {against}", *columns]]
-    for name, row in table["rows"].items():
-        lines.append([name, *(f"{row[column]:.3f}" for column in columns)])
-    width = max(len(line[0]) for line in lines)
-    cells = [[name.ljust(width), *(c.rjust(8) for c in rest)] for name, *rest in lines]
-    caption = f"{title}; {against}: {base}"
-    if not markdown:
-        return "\n".join([caption, *("  ".join(line) for line in cells)])
-    rule = ["-" * width, *["-" * 7 + ":"] * len(columns)]
-    body = [cells[0], rule, *cells[1:]]
-    return "\n".join([f"{caption}\n", *("| " + " | ".join(c) + " |" for c in body)])
+    caption = f"{title}; {against}: {base}" + ("\n" if markdown else "")
+    corner = f"{table['of']}, ratio to {against}"
+    text = _timing.format_table(corner, columns, table["rows"], markdown=markdown)
+    return f"{caption}\n{text}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -288,9 +273,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--traces", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="processors to pin this process to")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--markdown", action="store_true")
+    _timing.add_options(parser)
     options = parser.parse_args(arguments)
     if options.width % options.heads:
         parser.error(f"--heads {options.heads} does not divide --width {options.width}")
@@ -299,14 +282,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the benchmark from the command line."""
-    options = parse(arguments)
-    if options.threads:
-        _timing.pin(options.threads)
-    result = measure(options)
-    print(format_result(result, markdown=options.markdown))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=2)
+    _timing.run(parse(arguments), measure, format_result)
 
 
 if __name__ == "__main__":

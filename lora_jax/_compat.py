@@ -73,6 +73,13 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
     return equation.primitive.bind(*values, **parameters)
 
 
+def bind_one(equation: Any, value: Any) -> Any:
+    """What a primitive of one operand and one result gives for another value."""
+    out = bind(equation, [value])
+    # In some versions of JAX the one result of some of them comes in a list.
+    return out[0] if equation.primitive.multiple_results else out
+
+
 @contextlib.contextmanager
 def at_equation(equation: Any) -> Iterator[None]:
     """Traces as the equation was: its scope's name, its source line, its mesh."""

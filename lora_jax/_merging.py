@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax import _checks, _compat, _layout, _numerics
 from lora_jax.dora import (
     dora_column_norm,
-    init_dora_magnitude,
     merge_dora_weight,
     unmerge_dora_weight,
 )
@@ -78,18 +77,11 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
     return decorate
 
 
-@_compiled
-@_automatic(keeps=False)
 def magnitude(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
     """The DoRA magnitude, `(*batch, out)`, that makes the adapter act as a LoRA one."""
-    return init_dora_magnitude(
-        _layout.to_matrix(weight, target),
-        _layout.matrix_adapter(adapter, target),
-        target.alpha,
-        norm_axis=_layout.norm_axis(target),
-    )
+    return column_norm(weight, adapter, target)
 
 
 @_compiled

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax import _compat
-from lora_jax.transform._factored import Factored, merge
+from lora_jax.transform._factored import Factored, Label, merge
 
 Rule = Callable[..., Any]
 
@@ -208,6 +208,14 @@ class Context:
         for axis in () if x is None else _compat.varying_axes(x):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         return key
+
+    def dropout(self, label: Label, x: jax.Array) -> tuple[float, jax.Array | None]:
+        """The rate at which a product with a term drops entries of `x`, and its key.
+
+        They are 0 and None where nothing is dropped.
+        """
+        rate = label.dropout if self.key is not None else 0.0
+        return rate, self.make_key(x) if rate else None
 
     @contextlib.contextmanager
     def using_key(self, key: jax.Array | None) -> Iterator[None]:

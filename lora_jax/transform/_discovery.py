@@ -19,7 +19,7 @@ from lora_jax.transform._context import Context, Sighting
 from lora_jax.transform._factored import Factored, Label, Term, from_leading
 from lora_jax.transform._rules import RULES
 
-_PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
+_PRODUCTS = ("dot_general", "ragged_dot_general")
 
 
 def find_uses(

@@ -16,7 +16,8 @@ multiplied; columns are wide.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,11 @@ class Term:
         """The term with both factors mapped."""
         return dataclasses.replace(self, a=function(self.a), b=function(self.b))
 
+    def named(self, names: tuple[str | int, ...]) -> "Term":
+        """The term with its weights called otherwise."""
+        label = dataclasses.replace(self.label, names=names)
+        return dataclasses.replace(self, label=label)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -196,6 +202,16 @@ def is_factored(value: object) -> bool:
     return isinstance(value, Factored)
 
 
+def base_of(value: Any) -> Any:
+    """The frozen weight of a factored value; any other value as it is."""
+    return value.base if isinstance(value, Factored) else value
+
+
+def with_base(value: Any, base: Any) -> Any:
+    """A factored value with another frozen weight; instead of any other value, `base`."""
+    return value.replace(base=base) if isinstance(value, Factored) else base
+
+
 def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
     """A factor or column, seen without its rank axis, made to own an axis."""
     if array.shape[axis] == value.shape[axis]:
@@ -251,6 +267,7 @@ def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
     return lax.expand_dims(array, missing) if missing else array
 
 
-def arrays(values: Sequence[object]) -> Iterator[Factored]:
-    """The factored values among the operands of an equation."""
-    return (value for value in values if isinstance(value, Factored))
+def times(x: jax.Array, by: jax.Array) -> jax.Array:
+    """`x * by`, multiplied wide, in the dtype of `x`."""
+    wide = _numerics.accumulation_dtype(x.dtype, by.dtype)
+    return (x.astype(wide) * by.astype(wide)).astype(x.dtype)

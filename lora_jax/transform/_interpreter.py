@@ -37,7 +37,8 @@ def evaluate(
             values = [frame.read(atom) for atom in equation.invars]
             with _compat.at_equation(equation):
                 out = _apply(context, equation, values)
-            outputs = out if equation.primitive.multiple_results else [out]
+            # A rule may return its only result alone, also where JAX has it in a list.
+            outputs = out if isinstance(out, list | tuple) else [out]
             frame.values.update(zip(equation.outvars, outputs, strict=True))
     finally:
         context.frame = outer

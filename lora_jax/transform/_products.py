@@ -12,10 +12,9 @@ them (see `_numerics.keep_arguments`): an activation is folded, and a factor squ
 and transposed, inside.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,14 +79,9 @@ def add_terms(
     Returns:
         As `base`. Formed in at least float32 and rounded once.
     """
-    dropped = [context.key is not None and term.label.dropout > 0 for term in f.terms]
-    keys = [context.make_key(x) if drop else None for drop in dropped]
+    keys = [context.dropout(term.label, x)[1] for term in f.terms]
     # The names of the weights are no part of the program.
-    labels = (dataclasses.replace(term.label, names=()) for term in f.terms)
-    terms = tuple(
-        dataclasses.replace(term, label=label)
-        for term, label in zip(f.terms, labels, strict=True)
-    )
+    terms = tuple(term.named(()) for term in f.terms)
     static = product, f.shape, f.dtype
     return _add_terms(x, base, terms, keys, list(columns), static)
 
@@ -116,6 +110,30 @@ def _add_terms(
     for column, names in zip(columns, product.column_names, strict=True):
         out = out * place(column.astype(wide), names, out_names)
     return out.astype(base.dtype).reshape(base.shape)
+
+
+def project(
+    context: Context,
+    term: Term,
+    x: jax.Array,
+    factor: jax.Array,
+    dtype: Any,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """`scale * multiply(x, factor)` in `dtype`, with entries of `x` dropped.
+
+    The first of the two products with the factors of a term, where that is not a
+    `lax.dot_general`.
+    """
+    rate, key = context.dropout(term.label, x)
+
+    @jax.checkpoint  # draws the mask again
+    def project(x, factor, key):
+        dropped = _numerics.drop(x, rate, key) if rate else x
+        return multiply(dropped.astype(dtype), factor.astype(dtype))
+
+    scale = term.label.scale / (1.0 - rate)
+    return _numerics.multiply(project(x, factor, key), scale).astype(dtype)
 
 
 def _fold(product: Product, x: jax.Array, unsharded: bool) -> tuple[Named, Names]:

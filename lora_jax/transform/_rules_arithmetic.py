@@ -1,5 +1,6 @@
 """Primitives that keep the form of a sum, entry by entry."""
 
+import functools
 import math
 from typing import Any
 
@@ -14,9 +15,12 @@ from lora_jax.transform._factored import (
     Factored,
     NotFactorableError,
     Term,
+    base_of,
     is_factored,
     place,
     squeeze,
+    times,
+    with_base,
 )
 from lora_jax.transform._parameters import parameter
 
@@ -37,16 +41,10 @@ def convert(context: Context, equation: Any, f: Factored) -> Factored:
     return on_base(context, equation, f)
 
 
-def on_all(context: Context, equation: Any, f: Factored) -> Any:
+def on_all(context: Context, equation: Any, f: Factored) -> Factored:
     """What has to hold of the factors as it does of the weight."""
-    several = equation.primitive.multiple_results  # of one, in some versions of JAX
-
-    def bind(p):
-        out = _compat.bind(equation, [p])
-        return out[0] if several else out
-
-    mapped = f.map(bind(f.base), bind)
-    return [mapped] if several else mapped
+    bind = functools.partial(_compat.bind_one, equation)
+    return f.map(bind(f.base), bind)
 
 
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
@@ -57,11 +55,8 @@ def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[
 
 def device_put(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Moves the frozen weight, not its factors."""
-    dense = [v.base if isinstance(v, Factored) else v for v in values]
-    return [
-        v.replace(base=out) if isinstance(v, Factored) else out
-        for v, out in zip(values, _compat.bind(equation, dense), strict=True)
-    ]
+    moved = _compat.bind(equation, [base_of(value) for value in values])
+    return list(map(with_base, values, moved))
 
 
 def neg(context: Context, equation: Any, f: Factored) -> Factored:
@@ -79,8 +74,8 @@ def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
         raise NotFactorableError("it is a product of adapted weights, entry by entry")
     f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
     compact = _before_broadcast(context, equation, position, other)
-    dense = [v.base if isinstance(v, Factored) else v for v in (x, y)]
-    return _scaled(context, f, _compat.bind(equation, dense), compact)
+    base = _compat.bind(equation, [base_of(x), base_of(y)])
+    return _scaled(context, f, base, compact)
 
 
 def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
@@ -122,15 +117,11 @@ def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Fa
         return f.replace(base=base)
     along = frozenset(axis for axis, size in enumerate(by.shape) if size != 1)
 
-    def times(p):  # `(*axes)`, in the dtype of the factor
-        wide = _numerics.accumulation_dtype(p.dtype, by.dtype)
-        return (p.astype(wide) * by.astype(wide)).astype(p.dtype)
-
     def scaled(term):
         if along <= f.owned(term.a):
-            return Term(term.a.map(times), term.b, term.label)
+            return Term(term.a.map(lambda p: times(p, by)), term.b, term.label)
         if along <= f.owned(term.b):
-            return Term(term.a, term.b.map(times), term.label)
+            return Term(term.a, term.b.map(lambda p: times(p, by)), term.label)
         raise NotFactorableError("the other operand varies along inputs and outputs")
 
     return f.replace(base=base, terms=tuple(map(scaled, f.terms)))
@@ -138,15 +129,12 @@ def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Fa
 
 def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Plus or minus a dense array, or another adapted weight: all the terms of both."""
-    values = x, y
-    base = _compat.bind(
-        equation, [v.base if isinstance(v, Factored) else v for v in values]
-    )
+    base = _compat.bind(equation, [base_of(x), base_of(y)])
     if context.probing:
         _see_added(context, equation, x, y)
     negative = equation.primitive.name == "sub"
     terms = []
-    for value in values:
+    for value in (x, y):
         if not isinstance(value, Factored):
             continue
         if value.columns:

@@ -1,6 +1,5 @@
 """Primitives that call a jaxpr once: `jit`, `checkpoint`, custom derivatives."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,14 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context, Sighting
-from lora_jax.transform._factored import Factored, NotFactorableError, Term, is_factored
+from lora_jax.transform._factored import (
+    Factored,
+    NotFactorableError,
+    Term,
+    base_of,
+    is_factored,
+    with_base,
+)
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import parameter
 
@@ -78,9 +84,8 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list
     out = []
     for value, sharding in zip(values, shardings, strict=True):
         if isinstance(sharding, jax.sharding.Sharding):
-            dense = value.base if isinstance(value, Factored) else value
-            dense = lax.with_sharding_constraint(dense, sharding)
-            value = value.replace(base=dense) if isinstance(value, Factored) else dense
+            base = lax.with_sharding_constraint(base_of(value), sharding)
+            value = with_base(value, base)
         out.append(value)
     return out
 
@@ -109,8 +114,7 @@ def _renamed(value: Any, names: dict[Any, Any]) -> Any:
         return value
 
     def rename(term: Term) -> Term:
-        new = tuple(names[name] for name in term.label.names)
-        return Term(term.a, term.b, dataclasses.replace(term.label, names=new))
+        return term.named(tuple(names[name] for name in term.label.names))
 
     return value.replace(terms=tuple(map(rename, value.terms)))
 

@@ -1,5 +1,6 @@
 """Convolutions: a kernel with `rank` output features, then one with a single position."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from lora_jax import _compat, _numerics
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, NotFactorableError, Term, merge
 from lora_jax.transform._parameters import parameter
+from lora_jax.transform._products import project
 
 
 def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax.Array:
@@ -63,16 +65,9 @@ def _update(
     # Each group sees its own features of x through the same kernel.
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
     mix = mix.reshape(rank, groups, -1)  # (rank, groups, features of a group)
-    rate = term.label.dropout if context.key is not None else 0.0
-    key = context.make_key(x) if rate else None
-
-    @jax.checkpoint  # draws the mask again
-    def project(x, kernel, key):
-        dropped = _numerics.drop(x, rate, key) if rate else x
-        return _convolve(equation, dropped.astype(dtype), kernel.astype(dtype))
-
-    down = _numerics.multiply(project(x, kernel, key), term.label.scale / (1.0 - rate))
-    rows = jnp.moveaxis(down.astype(dtype), feature_axis, -1)  # (..., groups * rank)
+    convolve = functools.partial(_convolve, equation)
+    down = project(context, term, x, kernel, dtype, convolve)
+    rows = jnp.moveaxis(down, feature_axis, -1)  # (..., groups * rank)
     rows = rows.reshape(*rows.shape[:-1], groups, rank)
     dimensions = (((rows.ndim - 1,), (0,)), ((rows.ndim - 2,), (1,)))
     options = _numerics.Dot(dimensions, equation.params.get("precision"))

@@ -33,7 +33,6 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
         raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
     context.see(f, equation, ["indexed" if i in indexed else "" for i in range(f.ndim)])
     base = _compat.bind(equation, [f.base, indices])
-
     taken = frozenset(indexed)
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
 
@@ -45,14 +44,14 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
         out = _gather(equation, f, p, indices, base.ndim, 1.0)
         return out if found is None or taken <= f.owned(p) else jnp.where(found, out, 1)
 
-    terms = []
-    for term in f.terms:
+    def slices(term):  # one factor that is zero there is enough
         owns = any(taken <= f.owned(p) for p in (term.a, term.b))
-        a = term.a.map(lambda p, owns=owns: factor(p, owns))
-        terms.append(Term(a, term.b.map(lambda p: factor(p, True)), term.label))
+        a = term.a.map(lambda p: factor(p, owns))
+        return Term(a, term.b.map(lambda p: factor(p, True)), term.label)
+
+    terms, columns = tuple(map(slices, f.terms)), tuple(map(column, f.columns))
     rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
-    columns = tuple(map(column, f.columns))
-    return Factored(base, tuple(terms), columns, gathered=f.gathered or rows)
+    return Factored(base, terms, columns, gathered=f.gathered or rows)
 
 
 def _found(

@@ -15,9 +15,10 @@ from lora_jax.transform._factored import (
     Term,
     merge,
     place,
+    times,
 )
 from lora_jax.transform._parameters import parameter
-from lora_jax.transform._products import Name, Named, Names, Product, add_terms
+from lora_jax.transform._products import Name, Named, Names, Product, add_terms, project
 
 
 def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
@@ -65,7 +66,7 @@ def _product(
     contracted = [name for name in f_names if name not in out_names]
     before, after = _columns(f, f_names, contracted)
     for column in before:
-        x = _scale(x, column, x_names)
+        x = times(x, place(column.array, column.names, x_names))
     base = _compat.bind(equation, [f.base, x] if flipped else [x, f.base])
     if context.probing:
         return base
@@ -122,13 +123,6 @@ def _columns(
     return before, after
 
 
-def _scale(x: jax.Array, column: Named, names: Sequence[Name]) -> jax.Array:
-    """`x` times a column, multiplied wide."""
-    wide = _numerics.accumulation_dtype(x.dtype, column.array.dtype)
-    by = place(column.array.astype(wide), column.names, names)
-    return (x.astype(wide) * by).astype(x.dtype)
-
-
 def ragged_dot(
     context: Context, equation: Any, x: Any, f: Any, sizes: Any, *rest: Any
 ) -> jax.Array:
@@ -146,7 +140,7 @@ def ragged_dot(
             raise NotFactorableError("DoRA scales contracted and kept axes of it")
         rows = _rows_of_groups(f, column, sizes, x.shape[0])
         if 1 in f.owned(column):
-            x = _times(x, rows)
+            x = times(x, rows)
         else:
             after.append(rows)
     out = _compat.bind(equation, [x, f.base, sizes])
@@ -158,7 +152,7 @@ def ragged_dot(
         total = total + _ragged_update(context, equation, x, f, term, sizes).astype(wide)
     out = total.astype(out.dtype)
     for rows in after:
-        out = _times(out, rows)
+        out = times(out, rows)
     return out
 
 
@@ -182,11 +176,6 @@ def _rows_of_groups(f: Factored, column: jax.Array, sizes: Any, n: int) -> jax.A
     return jnp.repeat(flat, sizes, axis=0, total_repeat_length=n)
 
 
-def _times(x: jax.Array, rows: jax.Array) -> jax.Array:
-    wide = _numerics.accumulation_dtype(x.dtype, rows.dtype)
-    return (x.astype(wide) * rows.astype(wide)).astype(x.dtype)
-
-
 def _ragged_update(
     context: Context, equation: Any, x: jax.Array, f: Factored, term: Term, sizes: Any
 ) -> jax.Array:
@@ -197,8 +186,6 @@ def _ragged_update(
     dtype = _numerics.promote(x.dtype, f.dtype)
     down = jnp.moveaxis(lax.squeeze(first.leading(), [3]), 0, -1)  # (groups or 1, in, rank)
     up = jnp.moveaxis(lax.squeeze(second.leading(), [2]), 0, 1)  # (groups or 1, rank, out)
-    rate = term.label.dropout if context.key is not None else 0.0
-    key = context.make_key(x) if rate else None
     options = {
         name: equation.params.get(name) for name in ("precision", "preferred_element_type")
     }
@@ -210,14 +197,8 @@ def _ragged_update(
         rows = jnp.arange(v.shape[0])[:, None] < jnp.sum(sizes)
         return jnp.matmul(jnp.where(rows, v, jnp.zeros_like(v)), weight[0], **options)
 
-    @jax.checkpoint  # draws the mask again
-    def project(x, down, key):
-        dropped = _numerics.drop(x, rate, key) if rate else x
-        return multiply(dropped.astype(dtype), down.astype(dtype))
-
-    scale = term.label.scale / (1.0 - rate)
-    scaled = _numerics.multiply(project(x, down, key), scale)
-    return multiply(scaled.astype(dtype), up.astype(dtype))
+    projected = project(context, term, x, down, dtype, multiply)
+    return multiply(projected, up.astype(dtype))
 
 
 RULES = {

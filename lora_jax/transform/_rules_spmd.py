@@ -57,20 +57,16 @@ def _spec(value: Any, spec: Sequence[Any]) -> Any:
     return value.replace(base=base, terms=terms, columns=columns)
 
 
-def all_gather(context: Context, equation: Any, f: Factored) -> Any:
+def all_gather(context: Context, equation: Any, f: Factored) -> Factored:
     """Gathers the weight and the factors that own the axis."""
     axis = parameter(equation, "all_gather_dimension")
     if not parameter(equation, "tiled"):
         raise NotFactorableError("it gathers along a new axis")
 
     def gather(p):
-        out = _compat.bind(equation, [p])
-        return out[0] if equation.primitive.multiple_results else out
+        return _compat.bind_one(equation, p) if p.shape[axis] == f.shape[axis] else p
 
-    gathered = f.map(
-        gather(f.base), lambda p: gather(p) if p.shape[axis] == f.shape[axis] else p
-    )
-    return [gathered] if equation.primitive.multiple_results else gathered
+    return f.map(gather(f.base), gather)
 
 
 RULES = {

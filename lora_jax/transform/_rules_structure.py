@@ -18,6 +18,7 @@ from lora_jax.transform._factored import (
     Factored,
     NotFactorableError,
     Term,
+    base_of,
     full,
 )
 from lora_jax.transform._joining import joined_in_batch
@@ -253,14 +254,14 @@ def _pad_axis(p: jax.Array, axis: int, low: int, high: int, value: float) -> jax
 
 def concatenate(context: Context, equation: Any, *values: Any) -> Factored:
     """Weights side by side, such as fused query, key and value."""
-    base = _compat.bind(equation, [_base(value) for value in values])
+    base = _compat.bind(equation, [base_of(value) for value in values])
     return _joined(context, values, parameter(equation, "dimension"), base)
 
 
 def stack(context: Context, equation: Any, *values: Any) -> Factored:
     """Weights along a new axis."""
     axis = parameter(equation, "axis")
-    base = _compat.bind(equation, [_base(value) for value in values])
+    base = _compat.bind(equation, [base_of(value) for value in values])
     longer = [
         v.map(lax.expand_dims(v.base, [axis]), lambda p: lax.expand_dims(p, [axis]))
         if isinstance(v, Factored)
@@ -268,10 +269,6 @@ def stack(context: Context, equation: Any, *values: Any) -> Factored:
         for v in values
     ]
     return _joined(context, longer, axis, base)
-
-
-def _base(value: Any) -> Any:
-    return value.base if isinstance(value, Factored) else value
 
 
 def _joined(

@@ -30,17 +30,18 @@ class Model(NamedTuple):
         return lora_jax.plan_adapters(config, self.params, self.fn, *self.args)
 
 
-def axes(plan):
+def axes_of(plan):
     """The letters of the axes of each adapted weight."""
     return {path: target.axes for path, target in plan.targets.items()}
 
 
-def check_output(model, plan):
-    """Compares the output with that of the merged model.
+def check_dora(model, targets):
+    """Compares the output of DoRA with that of the merged model.
 
     At first nothing changes; no weight is merged for a use, or `adapt` raises.
     """
     fn, params, args = model
+    plan = model.plan(targets, use_dora=True)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     adapted = lora_jax.adapt(fn, plan)
     run = _compiled(lambda adapters, params, args: adapted(params, adapters, *args))
@@ -52,13 +53,15 @@ def check_output(model, plan):
     assert_close(run(adapters, params, args), plain(merged, args), ULPS)
 
 
-def check_training(model, plan):
-    """Compares output and gradients with those of the merged model, and trains.
+def check_training(model, axes, targets="all-linear"):
+    """Compares output and gradients of LoRA with those of the merged model, and trains.
 
-    At first nothing changes; no weight is merged for a use, or `adapt` raises; a few steps
-    lower a loss.
+    The plan finds these axes, by path; at first nothing changes; no weight is merged for a
+    use, or `adapt` raises; a few steps lower a loss.
     """
     fn, params, args = model
+    plan = model.plan(targets)
+    assert axes_of(plan) == axes
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
 
     def merged(params, adapters, *args):

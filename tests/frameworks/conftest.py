@@ -9,6 +9,8 @@ import pytest
 
 from tests.support import x64
 
+pytest.register_assert_rewrite("tests.frameworks.checks")
+
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_compilation():

@@ -73,20 +73,18 @@ def decoder():
 
 
 def test_every_matrix_of_scanned_layers(decoder):
-    plan = decoder.plan()
-    axes = {"query": "bioo", "key": "bioo", "value": "bioo", "out": "biio"}
-    assert checks.axes(plan) == {
+    attention = {"query": "bioo", "key": "bioo", "value": "bioo", "out": "biio"}
+    axes = {
         "embed/embedding/value": "io",
-        **{f"layers/attention/{name}/kernel/value": axes[name] for name in axes},
+        **{f"layers/attention/{name}/kernel/value": attention[name] for name in attention},
         "layers/up/kernel/value": "bio",
         "layers/down/kernel/value": "bio",
     }
-    checks.check_training(decoder, plan)
+    checks.check_training(decoder, axes)
 
 
 def test_dora_on_chosen_weights_of_scanned_layers(decoder):
-    plan = decoder.plan(("*/query/kernel", "embed/embedding"), use_dora=True)
-    checks.check_output(decoder, plan)
+    checks.check_dora(decoder, ("*/query/kernel", "embed/embedding"))
 
 
 def test_random_counters_travel():
@@ -108,6 +106,5 @@ def test_random_counters_travel():
 
 def test_convolutions():
     model = made(Images, checks.normal((2, 6, 7, 3)))
-    plan = model.plan("*/kernel")
-    assert checks.axes(plan) == {"conv/kernel/value": "iiio", "head/kernel/value": "iio"}
-    checks.check_training(model, plan)
+    axes = {"conv/kernel/value": "iiio", "head/kernel/value": "iio"}
+    checks.check_training(model, axes, "*/kernel")

@@ -11,11 +11,13 @@ matches such a path if it matches what is in front of that.
 
 import difflib
 import fnmatch
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 Pattern: TypeAlias = str | re.Pattern[str]
 """A glob, a string `"re:..."`, or a compiled regular expression."""
@@ -54,6 +56,14 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, in the order of `jax.tree.leaves`."""
     return flatten(tree)[0]
+
+
+def fold_in(key: jax.Array, path: str) -> jax.Array:
+    """The `jax.random` key of one path, the same in every process."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for word in np.frombuffer(digest[:8], "<u4"):
+        key = jax.random.fold_in(key, word)
+    return key
 
 
 def as_text(name: str, pattern: Any) -> str:

@@ -9,13 +9,11 @@ All functions but `plan_adapters` take a plan that was made for params with the 
 and shapes, and run inside `jax.jit` and `jax.eval_shape` with the plan as an argument.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import jax
-import numpy as np
 
 from lora_jax import _checks, _merging, _paths, _plan_checks, _selection
 from lora_jax._merging import MergeLoss
@@ -152,7 +150,7 @@ def init_adapters(
     adapters = {}
     for path, target in plan.targets.items():
         with _checks.at_path(path):
-            own_key = _fold_in_path(key, path)
+            own_key = _paths.fold_in(key, path)
             adapters[path] = _init(own_key, leaves[path], target, plan.config)
     return adapters
 
@@ -166,13 +164,6 @@ def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Ad
         _checks.check_array("the weight", weight)
         adapter["m"] = _merging.magnitude(weight, adapter, target)
     return adapter
-
-
-def _fold_in_path(key: jax.Array, path: str) -> jax.Array:
-    digest = hashlib.sha256(path.encode()).digest()
-    for word in np.frombuffer(digest[:8], "<u4"):
-        key = jax.random.fold_in(key, word)
-    return key
 
 
 def merge_adapters(

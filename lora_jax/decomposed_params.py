@@ -1,0 +1,295 @@
+"""Params split into a base and the adapters of a plan, and adapters made plain again.
+
+What `lora_jax.decomposed` does to one weight, for a whole model. The adapters belong to the
+base that comes with them: save both, or convert with `to_plain_adapters`.
+"""
+
+import dataclasses
+import functools
+import glob
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from lora_jax import _checks, _compat, _layout, _merging, _paths, _plan_checks
+from lora_jax._frozen import FrozenDict
+from lora_jax.config import LoraConfig
+from lora_jax.decomposed import (
+    Quantize,
+    check_quantize,
+    init_loftq_adapter,
+    init_olora_adapter,
+    init_orthogonal_adapter,
+    init_pissa_adapter,
+    quantized,
+    to_plain_adapter,
+)
+from lora_jax.lora import Adapter
+from lora_jax.plan import AdapterPlan, Target
+
+__all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters"]
+
+Initializer = Callable[..., tuple[jax.Array, Adapter]]
+
+
+class _Method(NamedTuple):
+    init: Initializer
+    needs: tuple[str, ...] = ()
+    """The arguments of `decompose_params` that must be given."""
+    takes: tuple[str, ...] = ()
+    """Those that may be."""
+
+
+_METHODS = {
+    "pissa": _Method(init_pissa_adapter, takes=("key", "iterations")),
+    "olora": _Method(init_olora_adapter),
+    "orthogonal": _Method(init_orthogonal_adapter, needs=("key",)),
+    "loftq": _Method(init_loftq_adapter, needs=("quantize",), takes=("iterations",)),
+}
+# Scales that differ by less are the same number, rounded in another order.
+_SAME = 1e-12
+
+
+class Decomposed(NamedTuple):
+    """What `decompose_params` made of some params."""
+
+    params: Any
+    """The base: a tree like the params."""
+    adapters: dict[str, Adapter]
+    """`{path: adapter}`, the adapters that belong to it."""
+
+
+class PlainAdapters(NamedTuple):
+    """Adapters of twice the rank for the original params."""
+
+    adapters: dict[str, Adapter]
+    """`{path: adapter}`."""
+    plan: AdapterPlan
+    """Their plan, with twice the ranks and the same scales."""
+
+
+def decompose_params(
+    params: chex.ArrayTree,
+    plan: AdapterPlan,
+    method: Literal["pissa", "olora", "orthogonal", "loftq"],
+    *,
+    key: jax.Array | None = None,
+    iterations: int | None = None,
+    quantize: Quantize | None = None,
+) -> Decomposed:
+    """Takes the adapters of a plan out of the weights.
+
+    Instead of `init_adapters`. Train, merge and save the adapters with the params that come
+    back, or convert them with `to_plain_adapters`: the module's text says why.
+
+    Args:
+        params: the params of the plan.
+        plan: what `plan_adapters` returned; the `init` of its config is not used.
+        method: `"pissa"`, `"olora"`, `"orthogonal"` or `"loftq"`: see the function of that
+            name for one weight.
+        key: a `jax.random` key; for `"orthogonal"`, and for `"pissa"` with `iterations`.
+            Each adapter has a key of its own, made of this one and its path.
+        iterations: for `"pissa"`, of a randomized SVD; for `"loftq"`, 1 if it is None.
+        quantize: for `"loftq"`. Called with each weight in its own shape and axes, as it
+            is stored, in at least float32.
+
+    Returns:
+        `params`, the base: adapted weights are new, with the dtype and the sharding of the
+        old ones, and all other leaves are those of `params` (for `"orthogonal"` all are).
+        `adapters`, as from `init_adapters`; for DoRA `"m"` has the norms of the columns of
+        `W_base + scale * A @ B`.
+
+    Raises:
+        KeyError: if params lack a weight of the plan.
+        TypeError: if a weight is not floating point or has no values, or an argument has
+            the wrong type.
+        ValueError: if the method is unknown, does not take an argument that was given, or
+            needs one that was not; a weight has another shape than in the plan; or a rank
+            is too large for a weight.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> from lora_jax.decomposed_params import decompose_params, to_plain_adapters
+        >>> params = {"query": jax.random.normal(jax.random.key(0), (64, 32))}
+        >>> config = lora_jax.LoraConfig(rank=4, alpha=8.0)
+        >>> plan = lora_jax.plan_adapters(config, params)
+        >>> base, initial = decompose_params(params, plan, "pissa")
+        >>> trained = jax.tree.map(lambda x: x + 0.01, initial)
+        >>> plain, plain_plan = to_plain_adapters(trained, initial, plan)
+        >>> jax.tree.map(jnp.shape, plain)
+        {'query': {'A': (64, 8), 'B': (8, 32)}}
+        >>> merged = lora_jax.merge_adapters(params, plain, plain_plan)
+        >>> same = lora_jax.merge_adapters(base, trained, plan)
+        >>> bool(jnp.allclose(merged["query"], same["query"], atol=1e-5))
+        True
+    """
+    leaves, treedef = _paths.flatten(params)
+    _plan_checks.check_params(leaves, plan)
+    options = _checked_options(method, key=key, iterations=iterations, quantize=quantize)
+    bases, adapters = {}, {}
+    for path, target in plan.targets.items():
+        if key is not None:
+            options["key"] = _paths.fold_in(key, path)
+        with _checks.at_path(path):
+            _checks.check_array("the weight", leaves[path])
+            init = _initializer(method, target, plan.config.dtype, options)
+            base, adapters[path] = _decompose(leaves[path], target, init)
+        if method != "orthogonal":
+            bases[path] = base
+    return Decomposed(treedef.unflatten((leaves | bases).values()), adapters)
+
+
+def to_plain_adapters(
+    adapters: Mapping[str, Adapter],
+    initial_adapters: Mapping[str, Adapter],
+    plan: AdapterPlan,
+) -> PlainAdapters:
+    """Turns the adapters of decomposed params into adapters of the original params.
+
+    See `to_plain_adapter`, and `decompose_params` for an example.
+
+    Args:
+        adapters: the adapters, after training.
+        initial_adapters: what `decompose_params` returned.
+        plan: their plan.
+
+    Returns:
+        `adapters`, and their `plan`: ranks are doubled and scales are what they were (but
+        for the last bit, where `sqrt(2)` comes in). `rank`, `alpha`, `rank_pattern` and
+        `alpha_pattern` of its config say the same, so `plan_adapters` makes it again.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `to_plain_adapter`, with the path of the
+            adapter, and if adapters are not those of the plan.
+    """
+    _plan_checks.check_adapters(adapters, plan)
+    with _checks.at_path("initial_adapters"):
+        _plan_checks.check_adapters(initial_adapters, plan)
+    plain = {}
+    for path in plan.targets:
+        with _checks.at_path(path):
+            plain[path] = to_plain_adapter(adapters[path], initial_adapters[path])
+    return PlainAdapters(plain, _doubled_plan(plan))
+
+
+def _checked_options(method: str, **given: Any) -> dict[str, Any]:
+    """The options that were given, if they are those that the method needs and takes."""
+    _checks.check_choice("method", method, tuple(_METHODS))
+    options = {name: value for name, value in given.items() if value is not None}
+    needs, takes = _METHODS[method].needs, _METHODS[method].takes
+    for name in needs:
+        if name not in options:
+            raise ValueError(f"method={method!r} needs {name}, and it is None.")
+    for name in options:
+        if name not in (*needs, *takes):
+            raise ValueError(f"method={method!r} does not use {name}: leave it out.")
+    if "key" in options:
+        _checks.check_key("key", options["key"])
+    return options
+
+
+def _initializer(
+    method: str, target: Target, dtype: DTypeLike | None, options: Mapping[str, Any]
+) -> Initializer:
+    """What makes base and adapter of the `(*batch, in, out)` matrix of a target."""
+    options = {"rank": target.rank, "alpha": target.alpha, "dtype": dtype, **options}
+    if "quantize" in options:
+        check_quantize(options["quantize"])
+        options["quantize"] = _on_matrix(options["quantize"], target)
+    return functools.partial(_METHODS[method].init, **options)
+
+
+def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
+    """Takes and gives the matrix of a weight, and shows `quantize` the weight itself."""
+
+    def quantize_matrix(matrix):
+        return _matrix(quantized(quantize, _weight(matrix, target)), target)
+
+    return quantize_matrix
+
+
+def _decompose(
+    weight: jax.Array, target: Target, init: Initializer
+) -> tuple[jax.Array, Adapter]:
+    """The base, in the layout and with the sharding of the weight, and the adapter."""
+
+    def split(weight):
+        base, adapter = init(weight=_matrix(weight, target))
+        base = _weight(base, target)
+        if target.method == "dora":
+            adapter["m"] = _merging.magnitude(base, adapter, target)
+        return base, adapter
+
+    weight = jnp.asarray(weight)
+    spec = _compat.explicit_spec(weight)
+    if any(spec):  # decompositions want the whole of a matrix: no axis stays explicit
+        shardings: Any = (PartitionSpec(*spec), PartitionSpec())
+        with _compat.on_mesh_of(weight):
+            inner: Any = jax.sharding.auto_axes(split, out_sharding=shardings)
+            return jax.jit(inner)(weight)
+    base, adapter = split(weight)
+    if isinstance(getattr(weight, "sharding", None), NamedSharding):
+        base = jax.device_put(base, weight.sharding)
+    return base, adapter
+
+
+def _matrix(weight: jax.Array, target: Target) -> jax.Array:
+    """`(*batch, in, out)`, the right way round also for a flipped weight."""
+    matrix = _layout.to_matrix(jnp.asarray(weight), target)
+    return jnp.swapaxes(matrix, -1, -2) if _layout.is_flipped(target) else matrix
+
+
+def _weight(matrix: jax.Array, target: Target) -> jax.Array:
+    """The weight of which `_matrix` made a matrix."""
+    if _layout.is_flipped(target):
+        matrix = jnp.swapaxes(matrix, -1, -2)
+    return _layout.from_matrix(matrix, target)
+
+
+def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:
+    """The plan whose adapters have twice the rank, with a config that agrees with it."""
+    config = _doubled_config(plan)
+    targets = {
+        path: dataclasses.replace(target, rank=2 * target.rank, scale=config.scale_of(path))
+        for path, target in plan.targets.items()
+    }
+    return dataclasses.replace(plan, config=config, targets=FrozenDict(targets))
+
+
+def _doubled_config(plan: AdapterPlan) -> LoraConfig:
+    """The config with each number doubled, and patterns for targets that had others."""
+    config = plan.config
+    growth = math.sqrt(2.0) if config.rank_stabilized else 2.0
+    ranks, alphas = {}, {}
+    for path, target in plan.targets.items():
+        rank = 2 * target.rank
+        if target.rank != config.rank_of(path) or not math.isclose(
+            target.scale, config.scale_of(path), rel_tol=_SAME
+        ):
+            divisor = math.sqrt(rank) if config.rank_stabilized else rank
+            ranks[_exactly(path)] = rank
+            alphas[_exactly(path)] = target.scale * divisor
+    # Of several patterns the first counts, and a dict keeps the place of the first.
+    for pattern, rank in config.rank_pattern.items():
+        ranks.setdefault(pattern, 2 * rank)
+    for pattern, alpha in config.alpha_pattern.items():
+        alphas.setdefault(pattern, growth * alpha)
+    return dataclasses.replace(
+        config,
+        rank=2 * config.rank,
+        alpha=growth * config.alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+
+
+def _exactly(path: str) -> str:
+    """A pattern for one path, whatever characters are in it."""
+    pattern = glob.escape(path)
+    return f"[r]{pattern[1:]}" if pattern.startswith("re:") else pattern

@@ -1,0 +1,278 @@
+"""Files of arrays (safetensors) and of settings (JSON).
+
+What is read is not trusted: whatever a file holds, the outcome is its content or a
+`CheckpointError` that names the file. Nothing is unpickled. What is written has its name
+only when it is complete.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+# Settings are kilobytes. What is far beyond that is no settings, and not worth the memory.
+_LARGEST_JSON = 64 * 2**20
+
+# The names that safetensors has for the dtypes of arrays. Those of 8-bit floats are left
+# out: it writes them from NumPy and does not read them back, and no adapter has them.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
+class CheckpointError(ValueError):
+    """A file cannot be what it is read as; the message names the file and the entry."""
+
+
+class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
+    """The arrays of a safetensors file by name: shapes and dtypes, and values when asked.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CheckpointError: if it is no safetensors file, or not whole.
+        FileNotFoundError: if there is none.
+        ModuleNotFoundError: if the package safetensors is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        check_is_file(self.path)
+        with self._opened() as file:
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
+            self._entries = {name: self._entry(file, name) for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> jax.ShapeDtypeStruct:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one array. The file is mapped for that time only, so memory holds one."""
+        with self._opened() as file:
+            return file.get_tensor(name)
+
+    def _entry(self, file: Any, name: str) -> jax.ShapeDtypeStruct:
+        entry = file.get_slice(name)
+        dtype = entry.get_dtype()
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.path}: the entry {name!r} has the dtype {dtype}, and only "
+                f"{', '.join(_DTYPES)} are read."
+            )
+        return abstract(tuple(entry.get_shape()), _DTYPES[dtype])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        library = load_safetensors()
+        try:
+            with library.safe_open(str(self.path), framework="numpy") as file:
+                yield file
+        except library.SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read as safetensors ({error}): is it another kind "
+                "of file, or was its download or its writing cut off?"
+            ) from None
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A shape and a dtype, which may be one of 64 bits whatever JAX is set to."""
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def load_safetensors() -> ModuleType:
+    """The package safetensors, which is an extra."""
+    try:
+        import safetensors
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "adapters are read and written with the package safetensors, which is not "
+            'installed: pip install "lora_jax[checkpoints]".'
+        ) from None
+    return safetensors
+
+
+def check_is_file(path: pathlib.Path) -> None:
+    """Raises unless there is a file, and names those beside it."""
+    if path.is_file():
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no directory {folder} to read {path.name} in.")
+    names = sorted(entry.name for entry in folder.iterdir())
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    raise FileNotFoundError(f"there is no file {path}; {folder} has {listed or 'none'}.")
+
+
+def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
+    """An array of a file as JAX's, of the same dtype.
+
+    Raises:
+        CheckpointError: if JAX would narrow it.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise CheckpointError(
+            f"{path}: the entry {name!r} is {array.dtype}, which JAX would narrow to "
+            f"{jax.dtypes.canonicalize_dtype(array.dtype)}: allow 64 bits with "
+            "jax.config.update('jax_enable_x64', True), or write the file in 32."
+        )
+    return jnp.asarray(array)
+
+
+def to_numpy(name: str, value: Any) -> np.ndarray:
+    """The values of an array that is to be written, contiguous.
+
+    Raises:
+        TypeError: if it has no values, or a dtype that safetensors has no name for.
+        ValueError: if not all of it is on this process' devices.
+    """
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name} has no values to write, it is a {type(value).__name__}: save outside "
+            "of jax.jit, and arrays."
+        )
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        raise ValueError(
+            f"{name} is spread over several processes: gather it first, for example with "
+            "jax.experimental.multihost_utils.process_allgather, and save in one process."
+        )
+    array = np.ascontiguousarray(value).reshape(np.shape(value))
+    if array.dtype.name not in _DTYPES.values():
+        raise TypeError(
+            f"{name} is {array.dtype}, and only {', '.join(_DTYPES.values())} are written: "
+            "cast it, for example to float32."
+        )
+    return array
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+        FileNotFoundError: if there is none.
+    """
+    check_is_file(path)
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes, and settings have at most {_LARGEST_JSON:,}: "
+            "is it another kind of file?"
+        )
+    try:
+        value = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, no JSON object.")
+    return value
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def write_tensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+    """Writes arrays to a safetensors file, which replaces an old one when it is whole."""
+    load_safetensors()
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata)
+
+
+def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """What `write_tensors` would write."""
+    load_safetensors()
+    from safetensors.numpy import save
+
+    return save(dict(tensors), metadata)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file, which replaces an old one when it is whole."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file, which replaces an old one when it is whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary path, whose file gets its name at the end if nothing went wrong.
+
+    The file is on the disk before it has the name: whenever the machine stops, there is the
+    old file or the new one.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.touch(exist_ok=False)
+    permissions = stat.S_IMODE(temporary.stat().st_mode)  # what the process' mask leaves
+    try:
+        yield temporary
+        temporary.chmod(permissions)
+        _synchronize(temporary)
+        os.replace(temporary, path)
+        _synchronize_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _synchronize(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _synchronize_directory(path: pathlib.Path) -> None:
+    try:
+        _synchronize(path)
+    except OSError as error:
+        # Some systems, and some network file systems, do not offer it for directories.
+        if error.errno not in (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def checked(path: pathlib.Path, read: Callable[[], Any]) -> Any:
+    """What `read` returns; an error of a check becomes one of the file."""
+    try:
+        return read()
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        text = error.args[0] if error.args else repr(error)
+        raise CheckpointError(f"{path}: {text}") from None

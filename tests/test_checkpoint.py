@@ -1,0 +1,547 @@
+"""Adapters in a directory: bit for bit, whole or not there, damaged or refused."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import random
+import shutil
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax import _files, checkpoint
+from lora_jax._frozen import FrozenDict
+from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
+from lora_jax.config import LoraConfig
+from lora_jax.model import plan_adapters
+from lora_jax.plan import AdapterPlan, Target
+from tests.support import x64
+
+SHAPES = {"w": (12, 9), "q": (12, 2, 3), "stack": (3, 12, 9), "o:A": (9, 12)}
+AXES = {"*/w": "io", "*/q": "ioo", "*/stack": "bio", "*/o:A": "oi"}
+
+
+def make_plan(**fields):
+    params = {"bias": jax.ShapeDtypeStruct((9,), "float32")} | {
+        "block": {n: jax.ShapeDtypeStruct(s, "float32") for n, s in SHAPES.items()}
+    }
+    fields = {"rank_pattern": {"*/q": 2, "*": 4}} | fields
+    return plan_adapters(LoraConfig(4, 3.0, "block/*", axes=AXES, **fields), params)
+
+
+def make_adapters(plan, dtype="float32", seed=0):
+    """Adapters of random bits, NaNs and infinities among them."""
+    rng = np.random.default_rng(seed)
+    size = jnp.dtype(dtype).itemsize
+
+    def draw(shape):
+        return rng.integers(0, 256, (*shape, size), np.uint8).view(dtype).reshape(shape)
+
+    return {
+        path: {name: jnp.asarray(draw(s)) for name, s in target.adapter_shapes.items()}
+        for path, target in plan.targets.items()
+    }
+
+
+def bits(adapters):
+    return {
+        (path, name): (value.shape, value.dtype, np.asarray(value).tobytes())
+        for path, adapter in adapters.items()
+        for name, value in adapter.items()
+    }
+
+
+def saved(folder, seed=0, **fields):
+    plan = make_plan(**fields)
+    adapters = make_adapters(plan, seed=seed)
+    save_adapters(folder, adapters, plan)
+    return adapters, plan
+
+
+def files_of(folder):
+    """The record and the tensors."""
+    (tensors,) = folder.glob("adapters-*.safetensors")
+    return folder / "adapters.json", tensors
+
+
+def rewrite(folder, arrays=None, **fields):
+    """Writes other arrays and other fields as another program would, digests and all."""
+    path, tensors = files_of(folder)
+    record = json.loads(path.read_text()) | fields
+    del record["digest"]
+    if arrays is not None:
+        data = _files.tensor_bytes(arrays, {})
+        record["sha256"] = hashlib.sha256(data).hexdigest()
+        record["tensors"] = f"adapters-{record['sha256'][:16]}.safetensors"
+        tensors.unlink()
+        (folder / record["tensors"]).write_bytes(data)
+    text = json.dumps(record, separators=(",", ":"))
+    path.write_text(
+        json.dumps({**record, "digest": hashlib.sha256(text.encode()).hexdigest()})
+    )
+
+
+def outcome(folder, **options):
+    """What is loaded and an empty message, or None and that of the error."""
+    try:
+        return load_adapters(folder, **options), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def stored_arrays(folder):
+    file = _files.TensorFile(files_of(folder)[1])
+    return {name: file.read(name) for name in file}
+
+
+# ---------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_every_bit_comes_back(tmp_path, use_dora, dtype):
+    plan = make_plan(use_dora=use_dora)
+    with x64():
+        adapters = make_adapters(plan, dtype)
+        save_adapters(tmp_path, adapters, plan)
+        loaded, loaded_plan = load_adapters(tmp_path)
+    assert bits(loaded) == bits(adapters)
+    assert all(isinstance(value, jax.Array) for value in jax.tree.leaves(loaded))
+    assert loaded_plan == plan
+    assert list(loaded_plan.targets) == list(plan.targets)
+    assert list(loaded_plan.config.rank_pattern) == ["*/q", "*"]
+    assert str(loaded_plan) == str(plan)
+    assert loaded_plan.explain("bias") == plan.explain("bias")
+
+
+def test_the_names_of_files_and_entries(tmp_path):
+    adapters, plan = saved(str(tmp_path / "new" / "folder"), use_dora=True)
+    record, tensors = files_of(tmp_path / "new" / "folder")
+    digest = hashlib.sha256(tensors.read_bytes()).hexdigest()
+    assert tensors.name == f"adapters-{digest[:16]}.safetensors"
+    assert json.loads(record.read_text())["plan"] == json.loads(plan.to_json())
+    arrays = stored_arrays(tmp_path / "new" / "folder")
+    names = {f"{path}:{n}" for path, adapter in adapters.items() for n in adapter}
+    assert set(arrays) == names
+    assert {"block/o:A:A", "block/w:m"} < names
+    np.testing.assert_array_equal(arrays["block/w:B"], adapters["block/w"]["B"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("any_plan")
+
+
+dimension = st.integers(1, 5)
+target = st.builds(
+    lambda batch, n_in, n_out, method, rank: Target(
+        (*batch, n_in, *n_out), method, rank, 0.1, 0.0, (len(batch),),
+        tuple(range(len(batch) + 1, len(batch) + 1 + len(n_out))), tuple(range(len(batch))),
+    ),
+    st.lists(dimension, max_size=2), dimension, st.lists(dimension, min_size=1, max_size=2),
+    st.sampled_from(["lora", "dora"]), dimension,
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=25)
+@given(
+    targets=st.dictionaries(
+        st.text('aé:/.\\"\n 日', max_size=4), target, min_size=1, max_size=4
+    ),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+)
+def test_any_plan_comes_back(folder, targets, dtype):
+    plan = AdapterPlan(LoraConfig(), FrozenDict(targets))
+    adapters = make_adapters(plan, dtype)
+    save_adapters(folder, adapters, plan)
+    loaded, loaded_plan = load_adapters(folder)
+    assert (bits(loaded), loaded_plan) == (bits(adapters), plan)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_numpy_and_sharded_arrays_are_saved_whole(tmp_path):
+    plan = make_plan()
+    adapters = make_adapters(plan)
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("x", "y"))
+    stack = adapters["block/stack"]
+    spread = {
+        "A": jax.device_put(stack["A"], NamedSharding(mesh, P("x", "y"))),
+        "B": np.asarray(stack["B"].mT).swapaxes(1, 2),
+    }
+    save_adapters(tmp_path, adapters | {"block/stack": spread}, plan)
+    assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
+
+
+def test_saving_again_leaves_one_checkpoint(tmp_path):
+    (tmp_path / "adapters-notes.txt").write_text("mine")
+    (tmp_path / "model.safetensors").write_text("mine")
+    saved(tmp_path)
+    first = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    adapters, plan = saved(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == first
+    others = make_adapters(plan, seed=1)
+    save_adapters(tmp_path, others, plan)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert (tmp_path / "adapters-notes.txt").read_text() == "mine"
+    assert (tmp_path / "model.safetensors").read_text() == "mine"
+    assert bits(load_adapters(tmp_path)[0]) == bits(others) != bits(adapters)
+
+
+# ---------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda a: {}, KeyError, "adapters must have the 4 paths of the plan; missing"),
+        (lambda a: {**a, "x": a["block/w"]}, KeyError, "unknown: 'x'"),
+        (lambda a: {**a, "block/w": a["block/q"]}, ValueError, "at 'block/w': the fac"),
+        (
+            lambda a: jax.eval_shape(lambda: a),
+            TypeError,
+            r"adapter\['A'\] is a jax.ShapeDtypeStruct",
+        ),
+        (lambda a: jax.tree.map(lambda x: x.astype(int), a), TypeError, "floating point"),
+    ],
+)
+def test_what_is_not_saved(tmp_path, change, error, message):
+    plan = make_plan()
+    with pytest.raises(error, match=message):
+        save_adapters(tmp_path / "new", change(make_adapters(plan)), plan)
+    assert not (tmp_path / "new").exists()
+
+
+def test_tracers_are_not_saved(tmp_path):
+    plan = make_plan()
+    with pytest.raises(TypeError, match=r"block/o:A:A has no values to write, .*Tracer"):
+        jax.jit(lambda a: save_adapters(tmp_path, a, plan))(make_adapters(plan))
+
+
+def test_functions_are_not_saved(tmp_path):
+    plan = make_plan()
+    config = dataclasses.replace(plan.config, init=jax.nn.initializers.zeros)
+    with pytest.raises(TypeError, match=r"init is the function .* JSON cannot hold"):
+        save_adapters(
+            tmp_path, make_adapters(plan), dataclasses.replace(plan, config=config)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments(tmp_path):
+    plan = make_plan()
+    adapters = make_adapters(plan)
+    with pytest.raises(
+        TypeError, match=r"must be a path, got dict: the order is save_adap"
+    ):
+        save_adapters(adapters, tmp_path, plan)
+    with pytest.raises(TypeError, match="plan must be an AdapterPlan, got LoraConfig"):
+        save_adapters(tmp_path, adapters, plan.config)
+    with pytest.raises(TypeError, match="strict must be True or False, got 'no'"):
+        load_adapters(tmp_path, strict="no")
+
+
+def test_directories_that_are_none(tmp_path, monkeypatch):
+    plan = make_plan()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file: give a directory"):
+        save_adapters(tmp_path / "file", make_adapters(plan), plan)
+    with pytest.raises(NotADirectoryError, match="file is a file: give a directory"):
+        load_adapters(tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        save_adapters(tmp_path / "file" / "below", make_adapters(plan), plan)
+    with pytest.raises(
+        FileNotFoundError, match=r"no directory .*gone to read adapters\.js"
+    ):
+        load_adapters(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"no file .*adapters\.json; .* has file"):
+        load_adapters(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_directories_that_may_not_be_written(tmp_path):
+    plan = make_plan()
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match="adapters-"):
+        save_adapters(tmp_path, make_adapters(plan), plan)
+
+
+def test_float64_is_not_narrowed(tmp_path):
+    plan = make_plan()
+    with x64():
+        save_adapters(tmp_path, make_adapters(plan, "float64"), plan)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match="is float64, which JAX would narrow"):
+            load_adapters(tmp_path, strict=strict)
+
+
+# ---------------------------------------------------------------------------- crashes
+
+
+class Killed(BaseException):
+    """The process ends."""
+
+
+STEPS = [
+    (os, "open"),
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "unlink"),
+    (pathlib.Path, "touch"),
+    (pathlib.Path, "write_bytes"),
+    (pathlib.Path, "chmod"),
+]
+
+
+def dies_at(monkeypatch, number, error):
+    """Lets the call of that number of one of the steps fail, and if killed all after it."""
+    calls = []
+
+    def wrap(name, real):
+        def step(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == number or (error is Killed and len(calls) > number):
+                if name == "write_bytes" and len(calls) == number:
+                    real(args[0], args[1][: len(args[1]) // 2])
+                raise error
+            return real(*args, **kwargs)
+
+        return step
+
+    for owner, name in STEPS:
+        monkeypatch.setattr(owner, name, wrap(name, getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("error", [Killed, OSError])
+def test_failing_at_any_step_leaves_old_or_new(tmp_path, monkeypatch, error):
+    old, _ = saved(tmp_path / "old")
+    plan = make_plan(use_dora=True)
+    new = make_adapters(plan, seed=1)
+    outcomes = []
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "old", folder)
+        with monkeypatch.context() as patch:
+            calls = dies_at(patch, number, error)
+            with contextlib.suppress(error):
+                save_adapters(folder, new, plan)
+        got = bits(load_adapters(folder)[0])
+        assert got in (bits(old), bits(new))
+        outcomes.append(got == bits(new))
+        rest = [file.name for file in folder.iterdir() if file.name.endswith(".tmp")]
+        assert error is Killed or calls[-1] == "unlink" or not rest
+        save_adapters(folder, new, plan)
+        assert bits(load_adapters(folder)[0]) == bits(new)
+        assert len(list(folder.glob("adapters*"))) == 2
+        if len(calls) < number:
+            break
+    assert outcomes == sorted(outcomes), "old before the commit, new after it"
+    assert 10 < outcomes.count(False) < len(outcomes) < 99
+
+
+def test_a_first_save_that_fails_leaves_no_record(tmp_path, monkeypatch):
+    plan = make_plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "write_text", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError, match="division"):
+            save_adapters(tmp_path, make_adapters(plan), plan)
+    with pytest.raises(FileNotFoundError, match=r"no file .*adapters\.json"):
+        load_adapters(tmp_path)
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def damage(rng, data):
+    data = bytearray(data)
+    kind = rng.randrange(4)
+    place = rng.randrange(len(data))
+    if kind == 0:
+        del data[place:]
+    elif kind == 1:
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data[place : place + 1] = rng.choice([b'"', b"0", b"1", b",", b"{", b"[", b"\xff"])
+    else:
+        data[place : place + rng.randrange(9)] = rng.randbytes(rng.randrange(9))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["record", "tensors"])
+def test_damaged_files_are_refused(tmp_path, which):
+    adapters, plan = saved(tmp_path, use_dora=True)
+    path = files_of(tmp_path)[which]
+    whole, rng, refused = path.read_bytes(), random.Random(which), 0
+    for _ in range(400):
+        path.write_bytes(damage(rng, whole))
+        loaded, message = outcome(tmp_path, strict=rng.random() < 0.5)
+        refused += loaded is None
+        assert path.name in message or (bits(loaded[0]), loaded[1]) == (
+            bits(adapters),
+            plan,
+        )
+    assert refused > 200
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["record", "tensors"])
+def test_every_other_byte_counts(tmp_path, which):
+    """Each changed byte of the tensors, and each of the record that is no space."""
+    saved(tmp_path)
+    path = files_of(tmp_path)[which]
+    whole = path.read_bytes()
+    for place in range(which, len(whole), 7):
+        if which or not whole[place : place + 1].isspace():
+            data = bytearray(whole)
+            data[place] ^= 1
+            path.write_bytes(data)
+            with pytest.raises(CheckpointError, match=path.name):
+                load_adapters(tmp_path, strict=False)
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    saved(tmp_path / "a")
+    saved(tmp_path / "b", seed=1)
+    (record, tensors), (_, others) = files_of(tmp_path / "a"), files_of(tmp_path / "b")
+    tensors.write_bytes(others.read_bytes())
+    with pytest.raises(
+        CheckpointError, match=r"safetensors is not as it was written: its SH"
+    ):
+        load_adapters(tmp_path / "a")
+    tensors.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"json names adapters-.*, which is not beside"
+    ):
+        load_adapters(tmp_path / "a")
+    record.write_text('{"rank": 4}')
+    with pytest.raises(
+        CheckpointError, match=r"json was not written by save_adapters: its f"
+    ):
+        load_adapters(tmp_path / "a")
+
+
+def test_the_order_of_the_record_counts(tmp_path):
+    saved(tmp_path)
+    path = files_of(tmp_path)[0]
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record))  # other spaces only
+    load_adapters(tmp_path)
+    ranks = record["plan"]["config"]["rank_pattern"]
+    record["plan"]["config"]["rank_pattern"] = dict(reversed(ranks.items()))
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"adapters\.json is not as it was written"):
+        load_adapters(tmp_path)
+
+
+# ---------------------------------------------------------------------------- others
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"version": 2}, "version 2 of the format, .* none above 1: upgrade it"),
+        ({"version": "1"}, "has the version '1', which never was"),
+        ({"version": True}, "has the version True, which never was"),
+        ({"format": "safetensors"}, "should be 'lora_jax adapters', and is 'safetensors'"),
+        ({"extra": 1}, "expected the fields format, version, .* got .*, extra"),
+        ({"tensors": "../model.safetensors"}, "expected the tensors in a file 'adapters-"),
+        ({"sha256": None}, "is not as it was written: its SHA-256 is .* has None"),
+        ({"plan": []}, r"adapters\.json: .* AdapterPlan must be a JSON object, got list"),
+        ({"plan": {"config": {}}}, r"adapters\.json: .* lacks the fields targets"),
+        ({"plan": {"rank": 1}}, "AdapterPlan has no field 'rank'.* newer version"),
+    ],
+)
+def test_records_of_other_programs(tmp_path, fields, message):
+    saved(tmp_path)
+    rewrite(tmp_path, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[], {}, "text", 1e400, -1, None, {"a": []}, {"a": {}}])
+@pytest.mark.parametrize("field", ["config", "targets", "skipped", "uses"])
+def test_plans_of_other_programs_are_read_or_refused(tmp_path, field, value):
+    saved(tmp_path)
+    plan = json.loads(files_of(tmp_path)[0].read_text())["plan"]
+    rewrite(tmp_path, plan={**plan, field: value})
+    loaded, message = outcome(tmp_path)
+    assert (loaded is None) == (str(tmp_path / "adapters") in message)
+    if field in ("config", "targets") and value != {}:
+        assert loaded is None
+
+
+def other_arrays(folder):
+    """An array that lacks, one that is longer, one of integers, one too many."""
+    arrays = stored_arrays(folder)
+    del arrays["block/w:B"]
+    arrays["block/q:A"] = np.zeros((13, 2), "float32")
+    arrays["block/o:A:A"] = arrays["block/o:A:A"].view("int32")
+    return arrays | {"block/v:A": np.zeros((12, 4), "float32")}
+
+
+WHAT = (
+    "'block/o:A:A' is int32, not floating point; 'block/q:A' has the shape (13, 2) instead "
+    "of (12, 2); 'block/w:B' is missing; 'block/v:A' is of no adapter."
+)
+
+
+def test_strict_names_what_does_not_fit(tmp_path):
+    saved(tmp_path)
+    rewrite(tmp_path, other_arrays(tmp_path))
+    with pytest.raises(
+        CheckpointError, match="does not have the arrays of the plan"
+    ) as info:
+        load_adapters(tmp_path)
+    assert WHAT in str(info.value)
+    assert files_of(tmp_path)[1].name in str(info.value)
+
+
+def test_what_does_not_fit_is_left_out(tmp_path):
+    adapters, plan = saved(tmp_path)
+    rewrite(tmp_path, other_arrays(tmp_path))
+    with pytest.warns(UserWarning, match="left out of .*safetensors: ") as warned:
+        loaded, loaded_plan = load_adapters(tmp_path, strict=False)
+    assert [str(w.message).split(": ", 1)[1] for w in warned] == [WHAT]
+    assert warned[0].filename == __file__
+    assert bits(loaded) == bits({"block/stack": adapters["block/stack"]})
+    assert loaded_plan.targets == {"block/stack": plan.targets["block/stack"]}
+    assert loaded_plan.config == plan.config
+    assert "no adapter, because 'block/w:B' in adapters-" in loaded_plan.explain("block/w")
+    assert loaded_plan.explain("bias") == plan.explain("bias")
+    save_adapters(tmp_path, loaded, loaded_plan)
+    assert load_adapters(tmp_path)[1] == loaded_plan
+
+
+def test_without_any_adapter_there_is_an_error(tmp_path):
+    saved(tmp_path)
+    rewrite(tmp_path, {"block/w:A": np.zeros((12, 4), "float32")})
+    with pytest.raises(
+        CheckpointError, match=r"no adapter in .* fits the plan in adapters"
+    ):
+        load_adapters(tmp_path, strict=False)
+
+
+def test_long_lists_are_cut(tmp_path):
+    adapters, _ = saved(tmp_path)
+    extra = {f"x{i:02}:A": np.zeros((2, 2), "float32") for i in range(14)}
+    rewrite(tmp_path, stored_arrays(tmp_path) | extra)
+    with pytest.raises(CheckpointError, match=r"'x09:A' is of no adapter and 4 more\. To"):
+        load_adapters(tmp_path)
+    with pytest.warns(UserWarning, match="'x13:A' is of no adapter"):
+        assert bits(load_adapters(tmp_path, strict=False)[0]) == bits(adapters)
+
+
+def test_nothing_that_runs_code_is_imported():
+    text = pathlib.Path(checkpoint.__file__).read_text()
+    text += pathlib.Path(_files.__file__).read_text()
+    assert not any(f"import {name}" in text for name in ("pickle", "shelve", "marshal"))
+    assert "allow_pickle" not in text

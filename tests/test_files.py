@@ -1,0 +1,292 @@
+"""Files of arrays and settings: whole or not there, read or refused."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import stat
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax import _files
+from lora_jax._files import CheckpointError, TensorFile
+from tests.support import x64
+
+DTYPES = sorted(_files._DTYPES.values())
+HEADERS = {
+    "an array": b"[]",
+    "no JSON": b"{x}",
+    "no text": b"\xff\xfe{}",
+    "no dtype": b'{"a":{"shape":[1],"data_offsets":[0,4]}}',
+    "an unknown dtype": b'{"a":{"dtype":"F5","shape":[1],"data_offsets":[0,4]}}',
+    "another size": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
+    "offsets beyond the end": b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+    "a negative shape": b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+    "an overflow": b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],'
+    b'"data_offsets":[0,4]}}',
+    "metadata of numbers": b'{"__metadata__":{"a":1}}',
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "arrays.safetensors"
+
+
+def some(dtype, *shape):
+    bits = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize))
+    if dtype == "bool":
+        bits %= 2
+    return bits.astype(np.uint8).view(dtype).reshape(shape)
+
+
+def with_header(header, data=b"\0\0\x80\x3f"):
+    return struct.pack("<Q", len(header)) + header + data
+
+
+# ---------------------------------------------------------------------------- arrays
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bit_comes_back(path, dtype):
+    arrays = {"a": some(dtype, 5, 3), "b/c:A": some(dtype, 2), "empty": some(dtype, 0, 4)}
+    arrays["scalar"] = some(dtype, 1).reshape(())
+    _files.write_tensors(path, arrays, {"who": "a test"})
+    file = TensorFile(path)
+    assert file.metadata == {"who": "a test"}
+    assert set(file) == set(arrays)
+    for name, array in arrays.items():
+        assert (file[name].shape, file[name].dtype) == (array.shape, array.dtype)
+        read = file.read(name)
+        assert (read.shape, read.dtype) == (array.shape, array.dtype)
+        assert read.tobytes() == array.tobytes()
+
+
+def test_bytes_are_those_of_the_file(path):
+    arrays = {"b": some("float32", 3, 2), "a": some("bfloat16", 7)}
+    _files.write_tensors(path, arrays, {"who": "a test"})
+    assert _files.tensor_bytes(arrays, {"who": "a test"}) == path.read_bytes()
+
+
+def test_values_outlive_the_file(path):
+    array = some("uint32", 1000)
+    _files.write_tensors(path, {"a": array}, {})
+    read = TensorFile(path).read("a")
+    path.write_bytes(b"\0" * path.stat().st_size)
+    np.testing.assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_bad_headers(path, kind):
+    path.write_bytes(with_header(HEADERS[kind]))
+    with pytest.raises(
+        CheckpointError, match=r"arrays\.safetensors cannot be read as safe"
+    ):
+        TensorFile(path)
+
+
+def test_a_dtype_that_is_not_read(path):
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'
+    path.write_bytes(with_header(header))
+    with pytest.raises(CheckpointError, match="entry 'a' has the dtype F8_E4M3, and only"):
+        TensorFile(path)
+
+
+def test_damaged_files_are_read_or_refused(path):
+    rng = random.Random(0)
+    arrays = {"a:A": some("float32", 2, 3), "a:B": some("bfloat16", 3, 2)}
+    whole = _files.tensor_bytes(arrays, {"who": "a test"})
+    refused = 0
+    for i in range(400):
+        data = bytearray(whole)
+        if i % 4 == 0:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[rng.randrange(len(data) - 36)] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            file = TensorFile(path)
+            assert all(file.read(name).shape == file[name].shape for name in file)
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
+
+
+def test_missing_files_are_missed_by_name(tmp_path):
+    (tmp_path / "other.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"no file .*a\.json; .* has other\.txt\."):
+        _files.read_json(tmp_path / "a.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"no directory .*gone to read a\.safetensors"
+    ):
+        TensorFile(tmp_path / "gone" / "a.safetensors")
+
+
+def test_without_the_package(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_jax\[checkpoints\]"'):
+        _files.write_tensors(path, {}, {})
+    assert not path.exists()
+
+
+# ---------------------------------------------------------------------------- JAX
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32"])
+def test_to_jax_keeps_bits(path, dtype):
+    array = some(dtype, 4, 3)
+    got = _files.to_jax(path, "a", array)
+    assert isinstance(got, jax.Array)
+    assert np.asarray(got).tobytes() == array.tobytes()
+
+
+def test_to_jax_does_not_narrow(path):
+    with pytest.raises(CheckpointError, match="'a' is float64, which JAX would narrow to"):
+        _files.to_jax(path, "a", np.ones(3))
+    with x64():
+        assert _files.to_jax(path, "a", np.ones(3)).dtype == "float64"
+
+
+def test_to_numpy_makes_arrays_contiguous_and_whole():
+    array = np.arange(24, dtype=ml_dtypes.bfloat16).reshape(4, 6)
+    assert _files.to_numpy("a", array.T).flags.c_contiguous
+    assert _files.to_numpy("a", np.float32(3)).shape == ()
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("x",)), P("x"))
+    got = _files.to_numpy("a", jax.device_put(array, sharding))
+    np.testing.assert_array_equal(got, array)
+
+
+def test_arrays_of_the_other_byte_order(path):
+    _files.write_tensors(path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {})
+    np.testing.assert_array_equal(TensorFile(path).read("a"), np.arange(3, dtype="f4"))
+
+
+def test_what_has_no_values_is_not_written():
+    with pytest.raises(TypeError, match=r"q:A has no values .* a ShapeDtypeStruct: save"):
+        _files.to_numpy("q:A", jax.ShapeDtypeStruct((3,), "float32"))
+    with pytest.raises(
+        TypeError, match=r"q:A has no values to write, .*Tracer: save outside"
+    ):
+        jax.jit(lambda x: _files.to_numpy("q:A", x))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e5m2"])
+def test_dtypes_that_are_not_written(dtype):
+    dtype = np.dtype(getattr(np, dtype, None) or getattr(ml_dtypes, dtype))
+    with pytest.raises(TypeError, match=r"a is (float|complex).* written: cast it"):
+        _files.to_numpy("a", np.ones(3, dtype))
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b'{"a": NaN}', "cannot be read as JSON: NaN is no JSON"),
+        (b'{"a": -Infinity}', "cannot be read as JSON: -Infinity is no JSON"),
+        (b"\xff\xff{}", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"1" * 10_000, "cannot be read as JSON|holds a int"),
+        (b"[1]", "holds a list, no JSON object"),
+    ],
+    ids=["empty", "nan", "infinity", "bytes", "deep", "long", "list"],
+)
+def test_bad_settings(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        _files.read_json(path)
+
+
+def test_settings_come_back(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"Größe": [1, 2.5, None, True], "nested": {"a": "日本"}}
+    _files.write_text(path, json.dumps(value, ensure_ascii=False))
+    assert _files.read_json(path) == value
+
+
+def test_what_is_too_large_for_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "_LARGEST_JSON", 4)
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with pytest.raises(CheckpointError, match="has 8 bytes, and settings have at most 4"):
+        _files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("no x"), TypeError("no x"), OverflowError("no x"), AttributeError()]
+)
+def test_errors_of_checks_become_those_of_the_file(path, error):
+    def read():
+        raise error
+
+    with pytest.raises(
+        CheckpointError, match=r"arrays\.safetensors: (no x|AttributeError)"
+    ):
+        _files.checked(path, read)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, real=real: events.append(name) or real(*a)
+        )
+    _files.write_bytes(tmp_path / "a", b"new")
+    assert events == ["fsync", "replace", "fsync"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, name):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(OSError, match="no space left"):
+        _files.write_bytes(tmp_path / "a", b"new")
+    assert [(f.name, f.read_bytes()) for f in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_file_systems_that_cannot_synchronize_directories(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    _files.write_bytes(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_permissions_are_the_usual_ones(tmp_path):
+    (tmp_path / "usual").touch()
+    _files.write_tensors(tmp_path / "a", {"a": some("float32", 3)}, {})
+    _files.write_text(tmp_path / "b", "text")
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_nothing_is_there_before_it_is_whole(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), _files.replacing(tmp_path / "a") as new:
+        new.write_bytes(b"half")
+        assert not (tmp_path / "a").exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,20 @@
 """Low-rank adapters for any JAX model, as pure functions over parameter pytrees."""
 
 from lora_jax import initializers as initializers
+from lora_jax import peft as peft
+from lora_jax.checkpoint import CheckpointError as CheckpointError
+from lora_jax.checkpoint import load_adapters as load_adapters
+from lora_jax.checkpoint import save_adapters as save_adapters
 from lora_jax.config import LoraConfig as LoraConfig
+from lora_jax.decomposed import init_loftq_adapter as init_loftq_adapter
+from lora_jax.decomposed import init_olora_adapter as init_olora_adapter
+from lora_jax.decomposed import init_orthogonal_adapter as init_orthogonal_adapter
+from lora_jax.decomposed import init_pissa_adapter as init_pissa_adapter
+from lora_jax.decomposed import to_plain_adapter as to_plain_adapter
+from lora_jax.decomposed_params import Decomposed as Decomposed
+from lora_jax.decomposed_params import PlainAdapters as PlainAdapters
+from lora_jax.decomposed_params import decompose_params as decompose_params
+from lora_jax.decomposed_params import to_plain_adapters as to_plain_adapters
 from lora_jax.dora import dora_column_norm as dora_column_norm
 from lora_jax.dora import dora_linear as dora_linear
 from lora_jax.dora import init_dora_adapter as init_dora_adapter

@@ -26,7 +26,7 @@ _LARGEST_JSON = 64 * 2**20
 
 # The names that safetensors has for the dtypes of arrays. Those of 8-bit floats are left
 # out: it writes them from NumPy and does not read them back, and no adapter has them.
-_DTYPES = {
+DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -83,12 +83,12 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
     def _entry(self, file: Any, name: str) -> jax.ShapeDtypeStruct:
         entry = file.get_slice(name)
         dtype = entry.get_dtype()
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: the entry {name!r} has the dtype {dtype}, and only "
-                f"{', '.join(_DTYPES)} are read."
+                f"{', '.join(DTYPES)} are read."
             )
-        return abstract(tuple(entry.get_shape()), _DTYPES[dtype])
+        return abstract(tuple(entry.get_shape()), DTYPES[dtype])
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -165,9 +165,9 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
             "jax.experimental.multihost_utils.process_allgather, and save in one process."
         )
     array = np.ascontiguousarray(value).reshape(np.shape(value))
-    if array.dtype.name not in _DTYPES.values():
+    if array.dtype.name not in DTYPES.values():
         raise TypeError(
-            f"{name} is {array.dtype}, and only {', '.join(_DTYPES.values())} are written: "
+            f"{name} is {array.dtype}, and only {', '.join(DTYPES.values())} are written: "
             "cast it, for example to float32."
         )
     return array
@@ -245,7 +245,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.chmod(permissions)
         _synchronize(temporary)
         os.replace(temporary, path)
-        _synchronize_directory(path.parent)
+        synchronize_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -258,7 +258,7 @@ def _synchronize(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def _synchronize_directory(path: pathlib.Path) -> None:
+def synchronize_directory(path: pathlib.Path) -> None:
     try:
         _synchronize(path)
     except OSError as error:

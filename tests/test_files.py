@@ -21,7 +21,7 @@ from lora_jax import _files
 from lora_jax._files import CheckpointError, TensorFile
 from tests.support import x64
 
-DTYPES = sorted(_files._DTYPES.values())
+DTYPES = sorted(_files.DTYPES.values())
 HEADERS = {
     "an array": b"[]",
     "no JSON": b"{x}",

@@ -10,12 +10,14 @@ import lora_jax
 
 GUIDES = pathlib.Path(lora_jax.__file__).parent.parent / "docs" / "guides"
 PACKAGES = {
+    "checkpoints": "orbax.checkpoint",
     "equinox": "equinox",
     "haiku": "haiku",
     "huggingface": "transformers",
     "keras": "keras",
     "linen": "flax",
     "nnx": "flax",
+    "peft": "safetensors",
     "plain": "jax",
 }
 

@@ -1,0 +1,227 @@
+"""The adapters in a directory, of either format, as what the commands show and compare."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from lora_jax import _files
+from lora_jax.checkpoint import load_adapters
+from lora_jax.peft import _entries
+from lora_jax.peft._checkpoint import open_checkpoint
+from lora_jax.peft.config import PeftConfig
+
+Format = Literal["peft", "lora_jax"]
+FORMATS = ("peft", "lora_jax")
+
+_PEFT_RECORD = "adapter_config.json"
+_PEFT_TENSORS = "adapter_model.safetensors"
+_OWN_RECORD = "adapters.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The adapter of one module.
+
+    Args:
+        method: `"lora"` or `"dora"`.
+        rank: of the factors.
+        configured_rank: what the settings say of the rank.
+        scale: what multiplies `A @ B`.
+        shapes: of the entries as they are stored.
+        dtypes: of the entries as they are stored.
+        read: gives the entries as `A (*batch, in, rank)`, `B (*batch, rank, out)`, and the
+            others as they are.
+    """
+
+    method: str
+    rank: int
+    configured_rank: int
+    scale: float
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+    read: Callable[[], dict[str, np.ndarray]]
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the entries have."""
+        return sum(
+            math.prod(shape) * self.dtypes[name].itemsize
+            for name, shape in self.shapes.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """An array that stands for one of the model, or for rows of one."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a directory of adapters has in it.
+
+    Args:
+        format: of the files.
+        settings: what the config says, by the format's own names.
+        shared: what both formats say, by this library's names.
+        adapters: by the name of the module or the path of the weight.
+        wholes: arrays that stand for those of the model, by name.
+        rows: the names of those arrays that are but rows of an embedding.
+        changes_base: how the adapters were made, if that changed the base weights.
+    """
+
+    format: Format
+    settings: dict[str, Any]
+    shared: dict[str, Any]
+    adapters: dict[str, Adapter]
+    wholes: dict[str, Whole]
+    rows: frozenset[str] = frozenset()
+    changes_base: str = ""
+
+    @property
+    def changed(self) -> list[str]:
+        """What the adapters change of one array and not of those that are tied to it.
+
+        PEFT puts rows into all of them.
+        """
+        return [*self.adapters, *(name for name in self.wholes if name not in self.rows)]
+
+
+def find_format(directory: pathlib.Path) -> Format:
+    """Which format the files of a directory have.
+
+    Raises:
+        CheckpointError: if they have none, or both.
+        FileNotFoundError: if there is no directory.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
+    found = {"peft": _PEFT_RECORD, "lora_jax": _OWN_RECORD}
+    found = {name: file for name, file in found.items() if (directory / file).is_file()}
+    if len(found) == 2:
+        raise _files.CheckpointError(
+            f"{directory} has {_PEFT_RECORD} and {_OWN_RECORD}: keep one adapter in a "
+            "directory."
+        )
+    if "peft" in found:
+        return "peft"
+    if "lora_jax" in found:
+        return "lora_jax"
+    inner = sorted(str(file.parent) for file in directory.glob(f"*/{_PEFT_RECORD}"))
+    hint = f"; there are adapters in {', '.join(inner)}" if inner else ""
+    raise _files.CheckpointError(
+        f"{directory} has neither {_PEFT_RECORD} nor {_OWN_RECORD}: it is no directory of "
+        f"adapters{hint}."
+    )
+
+
+def read_contents(directory: pathlib.Path) -> Contents:
+    """Reads what a directory of adapters has in it.
+
+    Raises:
+        CheckpointError: if the files are not what they should be.
+        OSError: if they cannot be read.
+    """
+    if find_format(directory) == "peft":
+        return _read_peft(directory)
+    return _read_own(directory)
+
+
+def _read_peft(directory: pathlib.Path) -> Contents:
+    checkpoint = open_checkpoint(directory)
+    config, entries = checkpoint.config, checkpoint.entries
+    file = _files.TensorFile(directory / _PEFT_TENSORS)
+    rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
+    wholes = entries.wholes | rows
+    return Contents(
+        format="peft",
+        settings=json.loads(config.to_json()),
+        shared={
+            "rank": config.r,
+            "alpha": float(config.lora_alpha),
+            "rank_stabilized": config.use_rslora,
+            "use_dora": config.use_dora,
+            "dropout": config.lora_dropout,
+        },
+        adapters={n: _of_module(file, m, config) for n, m in entries.modules.items()},
+        wholes={name: _whole(file, key) for name, key in wholes.items()},
+        rows=frozenset(rows),
+        changes_base=str(config.init_lora_weights) if config.changes_base else "",
+    )
+
+
+def _of_module(
+    file: _files.TensorFile, module: _entries.Module, config: PeftConfig
+) -> Adapter:
+    owner, _ = _entries.nesting(module.name)
+
+    def read() -> dict[str, np.ndarray]:
+        stored = {name: file.read(key) for name, key in module.keys.items()}
+        return stored | _factors(stored, module.experts)
+
+    return Adapter(
+        method="dora" if "m" in module.keys else "lora",
+        rank=module.rank,
+        configured_rank=config.rank_of(owner),
+        scale=config.scale_of(owner),
+        shapes=module.shapes,
+        dtypes={name: np.dtype(file[key].dtype) for name, key in module.keys.items()},
+        read=read,
+    )
+
+
+def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
+    """`A (*batch, in, rank)` and `B (*batch, rank, out)`, of the transposed ones."""
+    a, b = (stored[name].reshape(len(stored[name]), -1) for name in ("A", "B"))
+    if experts:  # (experts * rank, in) and (out, rank * experts)
+        rank = len(a) // experts
+        a = a.reshape(experts, rank, -1)
+        b = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
+    return {"A": a.swapaxes(-1, -2), "B": b.swapaxes(-1, -2)}
+
+
+def _whole(file: _files.TensorFile, key: str) -> Whole:
+    return Whole(file[key].shape, np.dtype(file[key].dtype), lambda: file.read(key))
+
+
+def _read_own(directory: pathlib.Path) -> Contents:
+    adapters, plan = load_adapters(directory)
+    config = plan.config
+    names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
+    read = {}
+    for path, target in plan.targets.items():
+        arrays = {name: np.asarray(value) for name, value in adapters[path].items()}
+        read[path] = Adapter(
+            method=target.method,
+            rank=target.rank,
+            configured_rank=config.rank_of(path),
+            scale=target.scale,
+            shapes={name: value.shape for name, value in arrays.items()},
+            dtypes={name: value.dtype for name, value in arrays.items()},
+            read=lambda arrays=arrays: arrays,
+        )
+    return Contents(
+        format="lora_jax",
+        settings=json.loads(config.to_json()),
+        shared={name: getattr(config, name) for name in names},
+        adapters=read,
+        wholes={},
+    )

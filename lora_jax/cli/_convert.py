@@ -1,0 +1,67 @@
+"""`lora-jax convert`: adapters from this library's format to PEFT's, and back."""
+
+import argparse
+import pathlib
+
+from lora_jax import _files
+from lora_jax.checkpoint import load_adapters, save_adapters
+from lora_jax.cli import _adapters, _base, _loading, _output, _terminal
+from lora_jax.peft.reading import load
+from lora_jax.peft.writing import save
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    source, out = pathlib.Path(options.source), pathlib.Path(options.out)
+    found = _adapters.find_format(source)
+    if found == options.to:
+        raise ValueError(f"{source} is in the format {found} already: copy it.")
+    inputs = {"SRC": source} | (
+        {"BASE": pathlib.Path(options.base)} if options.base else {}
+    )
+    _output.check_place(out, inputs, overwrite=False, is_own=lambda path: False)
+    names = _loading.read_names(options.names)
+    run = _to_own if options.to == "lora_jax" else _to_peft
+    count = run(source, out, names, options)
+    _terminal.say(f"{out}: {count} adapters in the format {options.to}.")
+    return 0
+
+
+def _to_own(
+    source: pathlib.Path,
+    out: pathlib.Path,
+    names: _loading.Names,
+    options: argparse.Namespace,
+) -> int:
+    if options.base is None:
+        raise ValueError(
+            "adapters of PEFT do not say the shapes of the weights: give the model they "
+            "are for, with --base."
+        )
+    leaves = _loading.leaves_of(_base.open_base(pathlib.Path(options.base)))
+    layout = options.layout or "torch"
+    adapters, plan, replaced = load(source, leaves, names=names, layout=layout)
+    if replaced:
+        names_of = ", ".join(map(repr, list(replaced)[:3]))
+        raise _files.CheckpointError(
+            f"{source} has arrays of the model besides the adapters, and the format "
+            f"lora_jax has no place for them: {names_of}. Merge it, or load it in a "
+            "program with lora_jax.peft.load."
+        )
+    with _output.new_directory(out) as new:
+        save_adapters(new, adapters, plan)
+    return len(plan.targets)
+
+
+def _to_peft(
+    source: pathlib.Path,
+    out: pathlib.Path,
+    names: _loading.Names,
+    options: argparse.Namespace,
+) -> int:
+    if options.base is not None:
+        raise ValueError("--base is for --to lora_jax: the plan has all shapes.")
+    adapters, plan = load_adapters(source)
+    with _output.new_directory(out) as new:
+        save(new, adapters, plan, names=names, layout=options.layout or "jax")
+    return len(plan.targets)

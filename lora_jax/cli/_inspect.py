@@ -1,0 +1,256 @@
+"""`lora-jax inspect`: what a directory of adapters has in it, and what would surprise."""
+
+import argparse
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax import _checks
+from lora_jax.cli import _adapters, _terminal
+from lora_jax.cli._adapters import Adapter, Contents
+
+# Beyond these a scale is more often a slip than a wish: common ones are 0.25 to 32.
+_HUGE_SCALE = 100.0
+# Arrays of fewer bytes are not worth a word about the size of the file.
+_LARGE = 2**20
+_COLUMNS = ("module", "method", "A", "B", "dtype", "rank", "scale", "update", "bytes")
+_NUMBERS = ("rank", "scale", "update", "bytes")
+_SHOWN = (
+    ("base model", "base_model_name_or_path"),
+    ("init", "init_lora_weights"),
+    ("init", "init"),
+    ("target modules", "target_modules"),
+    ("targets", "targets"),
+    ("modules to save", "modules_to_save"),
+    ("task", "task_type"),
+)
+
+
+class Finding(NamedTuple):
+    """What the values of an adapter come to."""
+
+    norm: float
+    """Of `scale * A @ B`, in the Frobenius norm."""
+    zero: bool
+    """Whether a factor is zero everywhere."""
+    bad: tuple[str, ...]
+    """The entries with an infinity or a NaN in them."""
+    sizes: tuple[int, int]
+    """Of the weight's input and output."""
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    contents = _adapters.read_contents(pathlib.Path(options.directory))
+    findings = {name: examine(each) for name, each in contents.adapters.items()}
+    warnings = list(find_warnings(contents, findings))
+    if options.json:
+        record = as_record(contents, findings, warnings)
+        print(json.dumps(_terminal.as_json(record), indent=2, allow_nan=False))
+    else:
+        _terminal.say(*as_text(contents, findings, warnings))
+    return 0
+
+
+def examine(adapter: Adapter) -> Finding:
+    """Reads an adapter and looks at its values."""
+    entries = {name: value.astype(np.float64) for name, value in adapter.read().items()}
+    bad = tuple(name for name, each in entries.items() if not np.isfinite(each).all())
+    zero = not (entries["A"].any() and entries["B"].any())
+    norm = math.nan if bad else update_norm(entries["A"], entries["B"], adapter.scale)
+    sizes = entries["A"].shape[-2], entries["B"].shape[-1]
+    return Finding(norm, zero, bad, sizes)
+
+
+def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
+    """The Frobenius norm of `scale * A @ B`, without the product.
+
+    With `A = Q R` and `B^T = P S` it is that of `R S^T`, `(rank, rank)`: the root of
+    `trace((A^T A)(B B^T))`, without the squares that cost half of the digits.
+
+    Args:
+        a: `(*batch, in, rank)`, float64.
+        b: `(*batch, rank, out)`, float64.
+        scale: what multiplies the product.
+    """
+    r: Any = np.linalg.qr(a, mode="r")
+    s: Any = np.linalg.qr(b.swapaxes(-1, -2), mode="r")
+    return abs(scale) * float(np.linalg.norm(np.ravel(r @ s.swapaxes(-1, -2))))
+
+
+def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterator[str]:
+    """What a user of the adapters may not expect, one line each."""
+    for name, finding in findings.items():
+        for entry in finding.bad:
+            yield f"{entry} of {name} has an infinity or a NaN in it."
+    for name, whole in contents.wholes.items():
+        floating = _checks.is_floating(whole.dtype)
+        if floating and not np.isfinite(whole.read().astype(np.float32)).all():
+            yield f"{name} has an infinity or a NaN in it."
+    yield from _about_zeros(findings)
+    for name, adapter in contents.adapters.items():
+        yield from _about_numbers(name, adapter, *findings[name].sizes)
+    yield from _about_dtypes(contents)
+    if contents.changes_base:
+        yield (
+            f"init {contents.changes_base!r} changed the base weights when the adapters "
+            "were made: they fit the changed ones, unless they were converted."
+        )
+    yield from _about_wholes(contents)
+
+
+def _about_zeros(findings: Mapping[str, Finding]) -> Iterator[str]:
+    zero = [name for name, finding in findings.items() if finding.zero]
+    if not findings:
+        yield "there is no adapter in it."
+    elif len(zero) == len(findings):
+        yield "no adapter does anything: A or B is zero everywhere in each of them."
+    elif zero:
+        yield (
+            f"{len(zero)} of {len(findings)} adapters do nothing, A or B is zero "
+            f"everywhere: {_listed(zero)}."
+        )
+
+
+def _about_numbers(name: str, adapter: Adapter, n_in: int, n_out: int) -> Iterator[str]:
+    if adapter.scale == 0:
+        yield f"the scale of {name} is 0: it does nothing."
+    if abs(adapter.scale) > _HUGE_SCALE:
+        yield f"the scale of {name} is {adapter.scale:g}: common are 0.25 to 32."
+    if adapter.rank != adapter.configured_rank:
+        yield (
+            f"{name} has rank {adapter.rank}, and by the settings it should have "
+            f"{adapter.configured_rank}, of which the scale is made."
+        )
+    if adapter.rank > min(n_in, n_out):
+        yield f"{name} has rank {adapter.rank} for a weight of {n_in} in and {n_out} out."
+
+
+def _about_dtypes(contents: Contents) -> Iterator[str]:
+    narrow = {
+        f"{dtype.name}"
+        for adapter in contents.adapters.values()
+        for dtype in adapter.dtypes.values()
+        if dtype.itemsize < 4
+    }
+    if narrow:
+        yield (
+            f"there are factors in {', '.join(sorted(narrow))}: to train on, cast them to "
+            "float32 first."
+        )
+
+
+def _about_wholes(contents: Contents) -> Iterator[str]:
+    large = [name for name, whole in contents.wholes.items() if whole.nbytes >= _LARGE]
+    if large:
+        size = sum(contents.wholes[name].nbytes for name in large)
+        yield (
+            f"{_listed(large)} {'is' if len(large) == 1 else 'are'} saved whole, "
+            f"{_terminal.format_size(size)}; a merge puts them in the place of the model's."
+        )
+    saved = contents.settings.get("modules_to_save")
+    if saved:
+        yield (
+            f"the modules {_listed(saved)} were trained as they are (modules_to_save): the "
+            "adapters alone are not all that was trained."
+        )
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, names[:3])) + more
+
+
+def as_text(
+    contents: Contents, findings: Mapping[str, Finding], warnings: list[str]
+) -> list[str]:
+    """The lines that the command prints: settings, a table, the sums, warnings."""
+    lines = [f"{name}: {value}" for name, value in _head(contents)]
+    rows = [_row(name, a, findings[name]) for name, a in contents.adapters.items()]
+    lines += ["", *_terminal.format_table(_COLUMNS, rows, _NUMBERS)]
+    if contents.wholes:
+        wholes = [
+            (name, _terminal.format_shape(w.shape), w.dtype.name, f"{w.nbytes:,}")
+            for name, w in contents.wholes.items()
+        ]
+        header = ("whole", "shape", "dtype", "bytes")
+        lines += ["", *_terminal.format_table(header, wholes, ("bytes",))]
+    parameters, size = _sums(contents)
+    return [
+        *lines,
+        "",
+        f"{len(contents.adapters)} adapters, {parameters:,} parameters, "
+        f"{_terminal.format_size(size)}.",
+        *(f"warning: {line}" for line in warnings),
+    ]
+
+
+def _head(contents: Contents) -> Iterator[tuple[str, Any]]:
+    yield "format", contents.format
+    for name, value in contents.shared.items():
+        yield name.replace("_", " "), value
+    for name, field in _SHOWN:
+        value = contents.settings.get(field)
+        if value is not None:
+            yield name, ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _row(name: str, adapter: Adapter, finding: Finding) -> tuple[str, ...]:
+    return (
+        name,
+        adapter.method,
+        *(_terminal.format_shape(adapter.shapes[factor]) for factor in "AB"),
+        ", ".join(sorted({dtype.name for dtype in adapter.dtypes.values()})),
+        str(adapter.rank),
+        f"{adapter.scale:g}",
+        _terminal.format_number(finding.norm),
+        f"{adapter.nbytes:,}",
+    )
+
+
+def _sums(contents: Contents) -> tuple[int, int]:
+    """The parameters of the adapters, and the bytes of everything."""
+    own = contents.adapters.values()
+    size = sum(a.nbytes for a in own) + sum(w.nbytes for w in contents.wholes.values())
+    return sum(a.parameters for a in own), size
+
+
+def as_record(
+    contents: Contents, findings: Mapping[str, Finding], warnings: list[str]
+) -> dict[str, Any]:
+    """What the command prints with `--json`."""
+    parameters, size = _sums(contents)
+    adapters = {
+        name: {
+            "method": a.method,
+            "rank": a.rank,
+            "scale": a.scale,
+            "update_norm": findings[name].norm,
+            "entries": {
+                entry: {"shape": list(shape), "dtype": a.dtypes[entry].name}
+                for entry, shape in a.shapes.items()
+            },
+            "parameters": a.parameters,
+            "bytes": a.nbytes,
+        }
+        for name, a in contents.adapters.items()
+    }
+    wholes = {
+        name: {"shape": list(w.shape), "dtype": w.dtype.name, "bytes": w.nbytes}
+        for name, w in contents.wholes.items()
+    }
+    return {
+        "format": contents.format,
+        **contents.shared,
+        "settings": contents.settings,
+        "adapters": adapters,
+        "wholes": wholes,
+        "parameters": parameters,
+        "bytes": size,
+        "warnings": warnings,
+    }

@@ -1,0 +1,251 @@
+"""The entries of a PEFT checkpoint: which module each belongs to, and what it is there."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
+
+from lora_jax._files import CheckpointError
+
+PREFIX = "base_model.model."
+
+Kind = Literal["linear", "embedding", "convolution", "experts"]
+
+# What an adapter's entries are called here, by the ends of their names in a checkpoint.
+# Older versions of PEFT end magnitudes and embeddings with `.weight` too.
+SUFFIXES: dict[str, str] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "B_bias",
+    ".lora_magnitude_vector": "m",
+    ".lora_magnitude_vector.weight": "m",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_A.weight": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+    ".lora_embedding_B.weight": "embedding_B",
+    ".token_adapter.trainable_tokens_delta": "tokens",
+}
+_WRAPPED = ".base_layer"
+
+
+class Dims(NamedTuple):
+    """The sizes that a checkpoint gives the weight of a module."""
+
+    n_in: int
+    n_out: int
+    kernel: tuple[int, ...] = ()
+    """Of a convolution."""
+    experts: int = 0
+    """How many there are; 0 if the weight is no stack of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The adapter of one module in a checkpoint.
+
+    Args:
+        name: of the module in the model, without the prefix of the checkpoint.
+        kind: what the module is.
+        shapes: of the entries by what they are called here.
+        keys: the names of the entries in the checkpoint.
+        experts: how many the factors are of; 0 for none.
+    """
+
+    name: str
+    kind: Kind
+    shapes: dict[str, tuple[int, ...]]
+    keys: dict[str, str]
+    experts: int = 0
+
+    @property
+    def rank(self) -> int:
+        """The rank of the factors."""
+        rank = self.shapes["A"][0]
+        return rank // self.experts if self.experts else rank
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes of the module's weight."""
+        a, b = self.shapes["A"], self.shapes["B"]
+        return Dims(a[1], b[0], a[2:], self.experts)
+
+
+class Entries(NamedTuple):
+    """What a checkpoint holds."""
+
+    modules: dict[str, Module]
+    """The adapters, by the name of the module."""
+    tokens: dict[str, str]
+    """Rows of embeddings: the module, and the name of the entry."""
+    wholes: dict[str, str]
+    """What stands for an array of the model: the parameter, and the name of the entry."""
+
+
+def sort_entries(where: str, shapes: Mapping[str, tuple[int, ...]]) -> Entries:
+    """Sorts the entries of a checkpoint by module.
+
+    Args:
+        where: the name of the file, for messages.
+        shapes: of the entries by their names.
+
+    Raises:
+        CheckpointError: if an entry is of no known kind, or its module lacks another one.
+    """
+    found: dict[str, dict[str, str]] = {}
+    entries = Entries({}, {}, {})
+    for key in shapes:
+        if not key.startswith(PREFIX):
+            raise CheckpointError(
+                f"{where}: the entry {key!r} does not start with {PREFIX!r}, as the "
+                "entries of a PEFT adapter do: was it saved with save_pretrained?"
+            )
+        name = key.removeprefix(PREFIX)
+        module, entry = _split(name)
+        if entry == "tokens":
+            entries.tokens[module] = key
+        elif entry:
+            own = found.setdefault(module, {})
+            if entry in own:
+                raise CheckpointError(f"{where}: {own[entry]!r} and {key!r} are the same.")
+            own[entry] = key
+        elif ".lora_" in name or "token_adapter" in name:
+            raise CheckpointError(
+                f"{where}: the entry {key!r} is of no kind that is known: "
+                f"{', '.join(SUFFIXES)}."
+            )
+        else:
+            other = entries.wholes.setdefault(without_wrapper(name), key)
+            if other != key:
+                raise CheckpointError(f"{where}: {other!r} and {key!r} are the same.")
+    for module, keys in found.items():
+        entries.modules[module] = _module(where, module, keys, shapes)
+    return entries
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The module of an entry, and what it is called here; nothing if it is no adapter's."""
+    for suffix, entry in SUFFIXES.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), entry
+    return name, ""
+
+
+def _module(
+    where: str, name: str, keys: dict[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> Module:
+    """The adapter of a module whose entries are all there and fit each other."""
+    embedding = "embedding_A" in keys or "embedding_B" in keys
+    renamed = {entry.removeprefix("embedding_"): key for entry, key in keys.items()}
+    pair = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
+    if not pair <= keys.keys() or len(renamed) < len(keys):
+        raise CheckpointError(
+            f"{where}: the module {name!r} must have one lora_A and one lora_B, got "
+            f"{', '.join(map(repr, keys.values()))}."
+        )
+    own = {entry: tuple(shapes[key]) for entry, key in renamed.items()}
+    kind: Kind = "embedding" if embedding else "linear"
+    if not embedding and len(own["A"]) > 2:
+        kind = "convolution"
+    module = Module(name, kind, own, renamed)
+    _check_shapes(where, module)
+    return module
+
+
+def _check_shapes(where: str, module: Module) -> None:
+    a, b = module.shapes["A"], module.shapes["B"]
+    ones = (1,) * (len(a) - 2)
+    most = 5 if module.kind == "convolution" else 2
+    fit = 2 <= len(a) <= most and len(a) == len(b) and b[1:] == (a[0], *ones)
+    if not fit or 0 in (*a, *b):
+        raise CheckpointError(
+            f"{where}: the factors of {module.name!r} do not fit each other: expected "
+            f"lora_A (r, in, ...) and lora_B (out, r, ...), got {a} and {b}."
+        )
+    n_out = b[0]
+    expected = {"m": {(n_out,), (1, n_out, *ones)}, "B_bias": {(n_out,)}}
+    for entry, allowed in expected.items():
+        if entry in module.shapes and module.shapes[entry] not in allowed:
+            raise CheckpointError(
+                f"{where}: {module.keys[entry]!r} must have the shape ({n_out},), got "
+                f"{module.shapes[entry]}."
+            )
+    if "B_bias" in module.shapes and module.kind == "embedding":
+        raise CheckpointError(
+            f"{where}: {module.keys['B_bias']!r} is the bias of an embedding, which PEFT "
+            "does not have."
+        )
+
+
+def without_wrapper(name: str) -> str:
+    """A name in the model, without the layers that PEFT puts around modules."""
+    return ".".join(word for word in name.split(".") if f".{word}" != _WRAPPED)
+
+
+def nesting(name: str) -> tuple[str, int]:
+    """The module that parameters are adapted of, and how deep the adapter lies in it."""
+    depth = 0
+    while name.endswith(_WRAPPED):
+        name, depth = name.removesuffix(_WRAPPED), depth + 1
+    return name, depth
+
+
+def parameter_names(owner: str, parameters: Iterable[str]) -> list[str]:
+    """The parameters of a module that a config's `target_parameters` name."""
+    return [
+        f"{owner}.{last}" if owner else last
+        for parent, _, last in (name.rpartition(".") for name in parameters)
+        if not parent or owner == parent or owner.endswith(f".{parent}")
+    ]
+
+
+def as_experts(
+    where: str,
+    modules: Mapping[str, Module],
+    parameters: Iterable[str],
+    rank_of: Callable[[str], int],
+) -> dict[str, Module]:
+    """Marks the adapters that belong to parameters, not to modules: `target_parameters`.
+
+    Args:
+        where: the name of the file, for messages.
+        modules: the adapters of a checkpoint.
+        parameters: the names that the config has in `target_parameters`.
+        rank_of: from the name of a parameter to its rank in the config.
+
+    Returns:
+        The adapters, with the number of experts in those of parameters.
+
+    Raises:
+        CheckpointError: if the ranks of the config do not divide those of the factors.
+    """
+    parameters, marked = tuple(parameters), dict(modules)
+    owners: dict[str, list[Module]] = {}
+    for module in modules.values():
+        if module.kind == "linear":
+            owners.setdefault(nesting(module.name)[0], []).append(module)
+    for owner, own in owners.items():
+        ranks = {rank_of(name) for name in parameter_names(owner, parameters)}
+        counts = _experts(where, own, ranks) if ranks else []
+        for module, experts in zip(own, counts, strict=False):
+            marked[module.name] = dataclasses.replace(
+                module, kind="experts", experts=experts
+            )
+    return marked
+
+
+def _experts(where: str, modules: list[Module], ranks: set[int]) -> list[int]:
+    """How many experts there are in each of the parameters of one module.
+
+    A checkpoint says how deep a parameter lies, and not which one it is. Where their ranks
+    differ, they are stacks of as many experts.
+    """
+    rows = [module.shapes["A"][0] for module in modules]
+    counts = [{n // rank for rank in ranks if not n % rank} for n in rows]
+    if len(ranks) > 1:
+        counts = [set.intersection(*counts)] * len(modules)
+    for module, n, count in zip(modules, rows, counts, strict=True):
+        if len(count) != 1:
+            raise CheckpointError(
+                f"{where}: the factors of {module.name!r} have {n} rows, and the config "
+                f"has the ranks {sorted(ranks)}: these do not say of how many experts."
+            )
+    return [next(iter(count)) for count in counts]

@@ -1,0 +1,43 @@
+"""The table of modules and the weights that they are."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from lora_jax._frozen import FrozenDict
+
+
+class Row(NamedTuple):
+    """A module and its weight."""
+
+    module: str
+    path: str
+    indices: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: str
+
+
+class NameTable(FrozenDict[str, str]):
+    """From the names of modules to the paths of their weights. `print` shows a table."""
+
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Row]) -> "NameTable":
+        """A table of some rows."""
+        table = cls({name: row.path for name, row in rows.items()})
+        table.rows = tuple(rows.values())
+        return table
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self.rows))
+
+
+def _lines(rows: tuple[Row, ...]) -> Iterator[str]:
+    cells = [("module", "path", "shape", "axes")]
+    for row in rows:
+        index = f"[{', '.join(map(str, row.indices))}]" if row.indices else ""
+        cells.append((row.module, row.path + index, str(row.shape), row.axes))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        yield "  ".join(padded).rstrip()

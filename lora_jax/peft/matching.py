@@ -1,0 +1,264 @@
+"""Which modules of a model a PEFT adapter belongs to.
+
+The rules are those of PEFT 0.21. Regular expressions come from the config and run as they
+are: `re` cannot stop one that backtracks without end, so a config of someone you do not
+trust can keep the program busy.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from lora_jax.peft import _fields
+from lora_jax.peft.config import PeftConfig
+
+__all__ = ["ModuleMatch", "match_modules"]
+
+ALL_LINEAR = "all-linear"
+
+# The classes that "all-linear" stands for, and the heads that it leaves out.
+_LINEAR = ("Linear", "Conv1D")
+_LOGITS = "lm_head"
+_HEADS = ("score", "classifier")
+
+Targets = str | tuple[str, ...]
+Verdict = Literal["matched", "excluded", "unmatched", "other layer"]
+
+
+class ModuleMatch(NamedTuple):
+    """What the adapter of one module has."""
+
+    rank: int
+    alpha: float
+    scale: float
+    """What multiplies the update: `alpha / rank`, or `alpha / sqrt(rank)`."""
+
+
+def match_modules(
+    config: PeftConfig | Mapping[str, Any],
+    modules: Mapping[str, str],
+    *,
+    output_embedding: str | None = None,
+) -> dict[str, ModuleMatch]:
+    """Finds the modules that a PEFT adapter belongs to, by the rules of PEFT.
+
+    A module is adapted if `target_modules` has its name or the end of its name after a dot,
+    or is a regular expression that matches all of it, and neither `exclude_modules` nor
+    `modules_to_save` does. `layers_to_transform` leaves out modules that are matched by the
+    end of their names and lie in other layers. The first key of `rank_pattern` and of
+    `alpha_pattern` that matches the end of a name counts.
+
+    Args:
+        config: of the adapter, or the content of its `adapter_config.json`.
+        modules: the names of the model's modules in PyTorch, such as
+            `"model.layers.0.mlp.up_proj"`, and the names of their classes, such as
+            `"Linear"`, in the order of the model. The classes count for `"all-linear"`
+            only, which is every `Linear` and `Conv1D`.
+        output_embedding: name, or end of the name, of the module that gives the logits,
+            which `"all-linear"` leaves out. None is `"lm_head"`; in a model that has none
+            and is adapted for the task `SEQ_CLS`, it is the module `score` or
+            `classifier`.
+
+    Returns:
+        The rank, alpha and scale of each adapted module, in the order of `modules`; empty
+        where only `target_parameters` are adapted.
+
+    Raises:
+        KeyError: if `"all-linear"` finds no module `output_embedding`.
+        TypeError: if `modules` is no dict of strings, or a field of the config has the
+            wrong type.
+        ValueError: if the config is not valid, does not say which modules it targets, or
+            matches none. The message says why, or gives the nearest names.
+
+    References:
+        `target_modules` of PEFT's `LoraConfig`,
+        https://huggingface.co/docs/peft/package_reference/lora.
+
+    Example:
+        >>> import lora_jax
+        >>> modules = {
+        ...     "layers.0.q_proj": "Linear", "layers.0.norm": "RMSNorm",
+        ...     "layers.1.q_proj": "Linear", "lm_head": "Linear",
+        ... }
+        >>> config = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear",
+        ...           "rank_pattern": {"layers.1.q_proj": 4}}
+        >>> for name, match in lora_jax.peft.match_modules(config, modules).items():
+        ...     print(name, match)
+        layers.0.q_proj ModuleMatch(rank=8, alpha=16, scale=2.0)
+        layers.1.q_proj ModuleMatch(rank=4, alpha=16, scale=4.0)
+    """
+    if not isinstance(config, PeftConfig):
+        config = PeftConfig.from_dict(config, "config")
+    names = select_modules(config, modules, output_embedding=output_embedding)
+    return {
+        name: ModuleMatch(
+            config.rank_of(name), config.alpha_of(name), config.scale_of(name)
+        )
+        for name in names
+    }
+
+
+def select_modules(
+    config: PeftConfig, modules: Mapping[str, str], *, output_embedding: str | None = None
+) -> list[str]:
+    """The names of the modules with adapters; see `match_modules`."""
+    _check_modules(modules)
+    if config.target_parameters and not config.target_modules:
+        return []
+    targets = _targets(config)
+    if _is_all_linear(targets):
+        targets = _all_linear(config, modules, output_embedding)
+    verdicts: dict[str, Verdict] = {
+        name: verdict(config, targets, name) for name in modules if name
+    }
+    matching = [name for name, found in verdicts.items() if found == "matched"]
+    if not matching:
+        raise ValueError(_why_none(config, targets, verdicts))
+    return matching
+
+
+def matched(config: PeftConfig, name: str) -> bool:
+    """Whether a module has an adapter, as far as its name says.
+
+    Raises:
+        ValueError: if the config targets `"all-linear"`, or does not say what.
+    """
+    if config.target_parameters and not config.target_modules:
+        return False
+    targets = _targets(config)
+    if _is_all_linear(targets):
+        raise ValueError(
+            f"target_modules={targets!r} goes by the classes of a model's modules, not by "
+            "one name: use match_modules."
+        )
+    return verdict(config, targets, name) == "matched"
+
+
+def _check_modules(modules: Any) -> None:
+    if not isinstance(modules, Mapping):
+        raise TypeError(
+            "modules must be a dict from the names of modules to those of their classes, "
+            f"got {type(modules).__name__}."
+        )
+    for name, kind in modules.items():
+        if not isinstance(name, str) or not isinstance(kind, str):
+            raise TypeError(
+                "modules must be a dict from the names of modules to those of their "
+                f"classes, got the entry {name!r}: {kind!r}."
+            )
+
+
+def _targets(config: PeftConfig) -> Targets:
+    if not config.target_modules:
+        raise ValueError(
+            f"target_modules is {config.target_modules!r}: PEFT would look names up in a "
+            "table of the types of models, which is not read here. Name the modules, for "
+            "example target_modules=['q_proj', 'v_proj'], or give 'all-linear'."
+        )
+    return config.target_modules
+
+
+def _is_all_linear(targets: Targets) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _all_linear(
+    config: PeftConfig, modules: Mapping[str, str], output_embedding: str | None
+) -> tuple[str, ...]:
+    """The names that "all-linear" stands for in a model."""
+    head = _LOGITS if output_embedding is None else output_embedding
+    left_out = {name for name in modules if _ends_with(name, (head,))}
+    if not left_out and output_embedding is not None:
+        raise KeyError(
+            f"there is no module {output_embedding!r} to leave out"
+            f"{_nearest_hint((output_embedding,), modules)}."
+        )
+    if not left_out and config.task_type == "SEQ_CLS":
+        left_out = {next((head for head in _HEADS if head in modules), "")}
+    return tuple(
+        name for name, kind in modules.items() if kind in _LINEAR and name not in left_out
+    )
+
+
+def verdict(config: PeftConfig, targets: Targets, name: str) -> Verdict:
+    """What the rules say of one module, for targets that are not "all-linear"."""
+    if _is_excluded(config, name):
+        return "excluded"
+    if not _is_targeted(targets, name):
+        return "unmatched"
+    # Whole names are not filtered by layer; for a regular expression there is no filter.
+    if isinstance(targets, tuple) and name not in targets and not _in_layers(config, name):
+        return "other layer"
+    return "matched"
+
+
+def _is_excluded(config: PeftConfig, name: str) -> bool:
+    if config.exclude_modules and _is_targeted(config.exclude_modules, name):
+        return True
+    saved = map(_fields.saved_regex, config.modules_to_save or ())
+    return any(re.match(regex, name) for regex in saved)
+
+
+def _is_targeted(targets: Targets, name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return _ends_with(name, targets)
+
+
+def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
+    parts = name.split(".")
+    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(ends)
+
+
+def _in_layers(config: PeftConfig, name: str) -> bool:
+    if not config.layers_to_transform:
+        return True
+    regexes = map(_fields.layer_regex, config.layers_pattern or (None,))
+    found = next(filter(None, (re.match(regex, name) for regex in regexes)), None)
+    return found is not None and int(found["idx"]) in config.layers_to_transform
+
+
+def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdict]) -> str:
+    """The message for a model of which no module is adapted."""
+    if not verdicts:
+        return "modules is empty: give the names of the model's modules and their classes."
+    shown = _fields.shown(config.target_modules)
+    if not targets:
+        kinds = " or ".join(_LINEAR)
+        return f"target_modules={shown} matches no module: besides a head, none is {kinds}."
+    excluded = [
+        name
+        for name, found in verdicts.items()
+        if found == "excluded" and _is_targeted(targets, name)
+    ]
+    elsewhere = [name for name, found in verdicts.items() if found == "other layer"]
+    if elsewhere:
+        return (
+            f"target_modules={shown} matches {len(elsewhere)} modules, such as "
+            f"{elsewhere[0]!r}, but none in layers_to_transform="
+            f"{_fields.shown(config.layers_to_transform)} with layers_pattern="
+            f"{_fields.shown(config.layers_pattern)}: correct these."
+        )
+    if excluded:
+        return (
+            f"all {len(excluded)} modules that target_modules={shown} matches, such as "
+            f"{excluded[0]!r}, are left out by exclude_modules="
+            f"{_fields.shown(config.exclude_modules)} or modules_to_save="
+            f"{_fields.shown(config.modules_to_save)}: shorten these."
+        )
+    return f"target_modules={shown} matches no module{_nearest_hint(targets, verdicts)}."
+
+
+def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
+    """The end of a message about targets that no module's name has."""
+    names = list(names)
+    words = re.findall(r"\w{2,}", targets) if isinstance(targets, str) else targets
+    ends = {name.rpartition(".")[2]: None for name in names}
+    near = []
+    for word in words[:3]:
+        known = names if "." in word else ends
+        near += difflib.get_close_matches(word, known, n=1)
+    if near:
+        return f"; the nearest names are {', '.join(map(repr, dict.fromkeys(near)))}"
+    return f"; the first names are {', '.join(map(repr, names[:3]))}"

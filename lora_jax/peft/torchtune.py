@@ -1,0 +1,181 @@
+"""Reads adapters that torchtune trained."""
+
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import chex
+import numpy as np
+
+from lora_jax import _checks
+from lora_jax._files import CheckpointError, TensorFile
+from lora_jax.peft import _entries, _placing
+from lora_jax.peft._checkpoint import Checkpoint, check_dtypes, sort
+from lora_jax.peft._fitting import Layout
+from lora_jax.peft._places import NamesArgument
+from lora_jax.peft._placing import Loaded
+from lora_jax.peft.config import PeftConfig
+
+__all__ = ["load_torchtune"]
+
+MODELS = ("hf", "torchtune")
+
+_SUFFIXES = {
+    ".lora_a.weight": ".lora_A.weight",
+    ".lora_b.weight": ".lora_B.weight",
+    ".magnitude": ".lora_magnitude_vector",
+}
+# torchtune's names of a Llama-like model's modules, and those of Hugging Face.
+_RENAMED = {
+    r"layers\.(\d+)\.attn\.(q|k|v)_proj": r"model.layers.\1.self_attn.\2_proj",
+    r"layers\.(\d+)\.attn\.output_proj": r"model.layers.\1.self_attn.o_proj",
+    r"layers\.(\d+)\.mlp\.w1": r"model.layers.\1.mlp.gate_proj",
+    r"layers\.(\d+)\.mlp\.w2": r"model.layers.\1.mlp.down_proj",
+    r"layers\.(\d+)\.mlp\.w3": r"model.layers.\1.mlp.up_proj",
+    r"output": r"lm_head",
+}
+
+
+def load_torchtune(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    params: chex.ArrayTree,
+    *,
+    alpha: float,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    model: Literal["hf", "torchtune"] = "hf",
+    names: NamesArgument = None,
+    layout: Layout = "jax",
+    strict: bool = True,
+) -> Loaded:
+    """Reads an adapter that torchtune trained, for some params.
+
+    torchtune has the two halves of each rotary pair side by side, Hugging Face has them
+    half a head apart. For a model of the latter kind the rows of `lora_b` and of the
+    magnitude of queries and keys are brought into its order.
+
+    Args:
+        source: a safetensors file, or the state dict of the adapter as arrays:
+            `layers.0.attn.q_proj.lora_a.weight` and so on.
+        params: as in `load`.
+        alpha: of the adapter; the state dict does not have it. The update is multiplied by
+            `alpha / rank`.
+        num_heads: of queries.
+        num_kv_heads: of keys; None if as many as of queries.
+        model: what the params are of: `"hf"`, with the names and the rotary order of
+            Hugging Face; `"torchtune"`, with those of torchtune.
+        names: as in `load`, from the names that `model` has.
+        layout: as in `load`.
+        strict: as in `load`.
+
+    Returns:
+        As `load`.
+
+    Raises:
+        CheckpointError: as `load`; also if an entry is none of torchtune's, if heads do
+            not divide its width, or if DoRA is on a layer with a bias, which torchtune
+            multiplies by the magnitude and others do not.
+        FileNotFoundError, ModuleNotFoundError: as `load`.
+        TypeError, ValueError: if an argument is none that it may be.
+
+    References:
+        `torchtune.modules.peft`, and `tune_to_peft_adapter_weights` in
+        https://github.com/pytorch/torchtune, which leaves the magnitudes as they are.
+    """
+    _checks.check_flags(strict=strict)
+    _checks.check_choice("model", model, MODELS)
+    _checks.check_number("alpha", alpha)
+    heads = {"q": num_heads, "k": num_heads if num_kv_heads is None else num_kv_heads}
+    for name, count in zip(("num_heads", "num_kv_heads"), heads.values(), strict=True):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}.")
+    where, arrays = _opened(source)
+    state = _State(where, arrays, heads, model)
+    shapes = {key: state.shape(key) for key in state.keys}
+    check_dtypes(where, {name: arrays[name] for name in arrays})
+    modules = _entries.sort_entries(where, shapes).modules
+    ranks = {module.rank for module in modules.values()}
+    if len(ranks) != 1:
+        raise CheckpointError(
+            f"{where}: the adapters of torchtune have one rank, got {sorted(ranks)}."
+        )
+    config = PeftConfig(
+        r=ranks.pop(),
+        lora_alpha=alpha,
+        target_modules=tuple(modules),
+        use_dora=any("m" in module.shapes for module in modules.values()),
+    )
+    checkpoint = Checkpoint(where, config, state, sort(where, config, shapes))
+    return _placing.put(
+        checkpoint, params, names, layout, strict, scales_bias=config.use_dora
+    )
+
+
+def _opened(source: Any) -> tuple[str, Any]:
+    """What the source is called, and its arrays by name."""
+    if isinstance(source, Mapping):
+        return "the state dict", source
+    path = pathlib.Path(source)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        raise CheckpointError(
+            f"{path} is a pickle, which runs code when it is read, and is not read here: "
+            "save the state dict with safetensors.torch.save_file."
+        )
+    return str(path), TensorFile(path)
+
+
+class _State:
+    """A state dict of torchtune, with the names that PEFT has for its entries."""
+
+    def __init__(self, where: str, arrays: Any, heads: dict[str, int], model: str) -> None:
+        self._arrays, self._heads, self._model = arrays, heads, model
+        self._where = where
+        self.keys = {self._renamed(name): name for name in arrays}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of an entry."""
+        return tuple(np.shape(self._arrays[self.keys[key]]))
+
+    def read(self, key: str) -> np.ndarray:
+        """An entry, its rows in the order of the model."""
+        name = self.keys[key]
+        own = self._arrays
+        array = own.read(name) if isinstance(own, TensorFile) else np.asarray(own[name])
+        match = re.search(r"\.attn\.([qk])_proj\.(lora_b\.weight|magnitude)$", name)
+        if match is None or self._model == "torchtune":
+            return array
+        return self._halves_apart(name, array, self._heads[match[1]])
+
+    def _halves_apart(self, name: str, array: np.ndarray, heads: int) -> np.ndarray:
+        """Rows `(heads, pairs, 2)` in the order `(heads, 2, pairs)`."""
+        if len(array) % (2 * heads):
+            raise CheckpointError(
+                f"{self._where}: {name!r} has {len(array)} rows, which {heads} heads of an "
+                "even size cannot have: check num_heads and num_kv_heads."
+            )
+        pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
+
+    def _renamed(self, name: str) -> str:
+        for suffix, own in _SUFFIXES.items():
+            if name.endswith(suffix):
+                module = self._module(name.removesuffix(suffix))
+                return f"{_entries.PREFIX}{module}{own}"
+        raise CheckpointError(
+            f"{self._where}: {name!r} is no entry of an adapter of torchtune, which end in "
+            f"{', '.join(_SUFFIXES)}: give what get_adapter_state_dict returns."
+        )
+
+    def _module(self, name: str) -> str:
+        if self._model == "torchtune":
+            return name
+        for pattern, own in _RENAMED.items():
+            match = re.fullmatch(pattern, name)
+            if match:
+                return match.expand(own)
+        raise CheckpointError(
+            f"{self._where}: {name!r} has no name in the models of Hugging Face that is "
+            "known: give model='torchtune' and names={module: path}."
+        )

@@ -1,0 +1,234 @@
+"""Writes adapters as Hugging Face PEFT has them."""
+
+import collections
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import _checks, _files, _paths, _plan_checks
+from lora_jax._frozen import FrozenDict
+from lora_jax.lora import Adapter
+from lora_jax.peft import _entries, _names
+from lora_jax.peft._checkpoint import CONFIG, TENSORS
+from lora_jax.peft._fitting import LAYOUTS, Layout
+from lora_jax.peft._modules import SaveNames, position
+from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
+from lora_jax.peft.config import PeftConfig
+from lora_jax.plan import AdapterPlan, Target
+
+__all__ = ["save"]
+
+_ENTRIES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
+_EMBEDDING = _ENTRIES | {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
+_WRAPPED = ".base_layer"
+
+
+def save(
+    directory: str | os.PathLike[str],
+    adapters: Mapping[str, Adapter],
+    plan: AdapterPlan,
+    *,
+    names: SaveNames = None,
+    layout: Layout = "jax",
+    replaced: Mapping[str, jax.Array] | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes adapters so that PEFT loads them, with the same outputs.
+
+    PEFT needs the names of its modules. Without `names` they are the words of the paths:
+    `model/layers_0/q_proj/kernel` is `model.layers.0.q_proj`. Ranks and alphas that differ
+    become `rank_pattern` and `alpha_pattern`; a stack of layers becomes a module for each.
+
+    Args:
+        directory: to write `adapter_config.json` and `adapter_model.safetensors` in. Made
+            if it is not there; each file replaces an old one when it is whole.
+        adapters: the adapters of the plan.
+        plan: what `plan_adapters` returned, or `load`.
+        names: a dict from the names of modules to paths, as `load` takes it and
+            `match_names` returns it, or a function from paths to names. A stack of layers
+            or experts needs a name for each index, or a template with `{}`; a single name
+            for a stack of experts is that of a parameter (`target_parameters`), and where
+            a module has several, they come in the order in which it registers them.
+        layout: how the weights of the plan and of `replaced` lie; as in `load`.
+        replaced: path to array for leaves that are written whole: trained heads, norms,
+            biases, embeddings. They become `modules_to_save`, or entries of the adapted
+            layers.
+        base_model: the name or directory of the base model, for the config.
+        task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
+
+    Raises:
+        KeyError: if the adapters' paths or entries are not the plan's.
+        ModuleNotFoundError: if the package safetensors is not installed.
+        OSError: if the directory cannot be written to.
+        TypeError: if an array has no values, or an argument has the wrong type.
+        ValueError: if a shape is not the plan's; if PEFT has no form for an adapter; if
+            names are missing, two leaves have one name, or a name is of no leaf.
+
+    References:
+        The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+    """
+    _checks.check_choice("layout", layout, LAYOUTS)
+    _plan_checks.check_adapters(adapters, plan)
+    _check_names(names, [*plan.targets, *plan.skipped, *(replaced or {})])
+    modules: list[SavedModule] = []
+    for path in plan.targets:
+        with _checks.at_path(path):
+            modules += saved_modules(path, adapters[path], plan, names, layout)
+    _check_distinct(modules)
+    wholes = SavedWholes(plan, names, layout, modules)
+    wholes.check_complete(replaced or {})
+    for path, array in (replaced or {}).items():
+        with _checks.at_path(path):
+            wholes.put(path, _files.to_numpy("the leaf", array))
+    tensors = _tensors(modules, names) | wholes.tensors
+    config = _config(modules, plan, wholes, base_model, task_type)
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
+    _files.write_tensors(folder / TENSORS, entries, {"format": "pt"})
+    _files.write_text(folder / CONFIG, config.to_json())
+
+
+def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
+    """Raises unless each entry of `names` is that of a leaf."""
+    if names is None or callable(names):
+        return
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            "names must be a dict from the names of modules to paths, or a function from "
+            f"paths to names, got {type(names).__name__}."
+        )
+    paths = list(paths)
+    for name, value in names.items():
+        own = value if isinstance(value, str) else value[0]
+        if own not in paths and not any(_names.numbers_in(own, path) for path in paths):
+            raise ValueError(
+                f"names has {own!r} for {name!r}, and neither the plan nor `replaced` has "
+                f"that path{_paths.nearest_hint(own, paths)}."
+            )
+
+
+def _check_distinct(modules: Iterable[SavedModule]) -> None:
+    owners: dict[str, str] = {}
+    for module in modules:
+        other = owners.setdefault(module.name, module.path)
+        if other != module.path:
+            raise ValueError(
+                f"{other!r} and {module.path!r} would both be the module {module.name!r}: "
+                "give names={module: path}."
+            )
+
+
+def _tensors(modules: list[SavedModule], names: SaveNames) -> dict[str, np.ndarray]:
+    """The arrays of adapters, by name without the prefix of the format."""
+    tensors, inner = {}, _inner(modules)
+    owners: dict[str, list[SavedModule]] = {}
+    for module in modules:
+        if module.kind == "experts":
+            owners.setdefault(module.name.rpartition(".")[0], []).append(module)
+            continue
+        entries = _EMBEDDING if module.kind == "embedding" else _ENTRIES
+        name = module.name
+        if name in inner:
+            name = f"{_WRAPPED}.".join(name.rsplit(".", 1))
+        for entry, array in module.arrays.items():
+            tensors[name + entries[entry]] = array
+    for owner, own in owners.items():
+        own.sort(key=lambda module: position(module.name, names))
+        # The parameter that is registered first lies innermost.
+        for depth, module in enumerate(reversed(own)):
+            for entry, array in module.arrays.items():
+                tensors[owner + _WRAPPED * depth + _ENTRIES[entry]] = array
+    return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+
+
+def _inner(modules: Iterable[SavedModule]) -> set[str]:
+    """The names of modules inside one that is adapted itself: attention of torch.nn."""
+    names = {module.name for module in modules}
+    return {name for name in names if name.rpartition(".")[0] in names}
+
+
+def _config(
+    modules: list[SavedModule],
+    plan: AdapterPlan,
+    wholes: SavedWholes,
+    base_model: str | None,
+    task_type: str | None,
+) -> PeftConfig:
+    """The config of which PEFT makes the same modules."""
+    methods = {module.target.method for module in modules}
+    if len(methods) > 1:
+        raise ValueError(
+            "a checkpoint of PEFT has adapters of one method, and the plan has LoRA and "
+            "DoRA: save them apart."
+        )
+    stabilized = plan.config.rank_stabilized
+    ranks = {module.name: module.target.rank for module in modules}
+    alphas = {module.name: _alpha(module.target, stabilized) for module in modules}
+    rank, alpha = _most_common(ranks, plan.config.rank), _most_common(alphas, 1)
+    experts = tuple(module.name for module in modules if module.kind == "experts")
+    inner = _inner(modules)
+    named = tuple(m.name for m in modules if m.kind != "experts" and m.name not in inner)
+    return PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_target_modules(named, plan),
+        target_parameters=experts or None,
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+        lora_dropout=plan.config.dropout,
+        use_rslora=stabilized,
+        use_dora="dora" in methods,
+        fan_in_fan_out=any(module.lies_in_out for module in modules),
+        bias=wholes.bias,
+        modules_to_save=tuple(wholes.modules) or None,
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+    )
+
+
+def _target_modules(named: tuple[str, ...], plan: AdapterPlan) -> str | tuple[str, ...]:
+    """The names of modules; one expression if a name is the end of one without adapter."""
+    others = {".".join(_names.split_path(path).words) for path in plan.skipped}
+    others -= set(named)
+    if any(other.endswith(f".{name}") for name in named for other in others):
+        return "|".join(map(re.escape, named))
+    return named
+
+
+def _alpha(target: Target, stabilized: bool) -> float:
+    """What gives the scale of a target in PEFT; a whole number where it is one."""
+    alpha = target.scale * (math.sqrt(target.rank) if stabilized else target.rank)
+    nearest = round(alpha)
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
+
+
+def _most_common(values: Mapping[str, Any], default: Any) -> Any:
+    counted = collections.Counter(values.values()).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> FrozenDict[str, Any]:
+    """The modules with another value than the default, by a regular expression each.
+
+    PEFT lets an expression match the end of a name; `^` keeps it from those of others.
+    """
+    ends = collections.Counter(
+        name[start:]
+        for name in values
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name)))
+    )
+    return FrozenDict(
+        {
+            ("^" if ends[name] > 1 else "") + re.escape(name): value
+            for name, value in values.items()
+            if value != default
+        }
+    )

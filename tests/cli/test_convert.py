@@ -1,0 +1,96 @@
+"""`lora-jax convert` changes the format, and nothing else."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import checkpoint
+from lora_jax.cli import main
+from tests.cli import models
+
+
+@pytest.fixture
+def base(tmp_path):
+    return models.write_base(tmp_path / "base", models.make_tensors("bfloat16"), 2)
+
+
+def convert(*arguments):
+    return main(["convert", *map(str, arguments)])
+
+
+def error(capsys, *arguments):
+    assert convert(*arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_there_and_back(tmp_path, base):
+    factors = models.make_factors()
+    ranks = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1.5}}
+    name = "model.layers.0.self_attn.q_proj"
+    factors |= models.make_factors(2, modules={name: models.LINEARS[name]})
+    adapter = models.write_adapter(tmp_path / "adapter", factors, **ranks)
+    own, back = tmp_path / "own", tmp_path / "back"
+    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    loaded, plan = checkpoint.load_adapters(own)
+    for name, (a, b) in factors.items():
+        np.testing.assert_array_equal(loaded[f"{name}.weight"]["A"], a.T)
+        np.testing.assert_array_equal(loaded[f"{name}.weight"]["B"], b.T)
+        alpha = 1.5 if name.endswith("down_proj") else 6
+        assert plan.targets[f"{name}.weight"].scale == alpha / len(a)
+    assert convert(own, back, "--to=peft", "--layout=torch") == 0
+    entries = models.read_model(back)
+    want = models.read_model(adapter)
+    assert set(entries) == set(want)
+    for name, values in want.items():
+        np.testing.assert_array_equal(entries[name], values)
+    assert main(["diff", str(adapter), str(own)]) == 0
+
+
+def test_names_of_modules(tmp_path):
+    params = {"body": {"query": np.zeros((6, 5), "float32")}}
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    checkpoint.save_adapters(tmp_path / "own", adapters, plan)
+    (tmp_path / "names.json").write_text(json.dumps({"model.q_proj": "body/query"}))
+    names = f"--names={tmp_path / 'names.json'}"
+    assert convert(tmp_path / "own", tmp_path / "out", "--to=peft", names) == 0
+    entries = models.read_model(tmp_path / "out")
+    a = entries["base_model.model.model.q_proj.lora_A.weight"]
+    np.testing.assert_array_equal(a, adapters["body/query"]["A"].T)
+
+
+def test_what_cannot_be_converted(tmp_path, base, capsys):
+    adapter = models.write_adapter(tmp_path / "adapter", models.make_factors())
+    out = tmp_path / "out"
+    assert "in the format peft already" in error(capsys, adapter, out, "--to=peft")
+    line = error(capsys, adapter, out, "--to=lora_jax")
+    assert "give the model they are for, with --base" in line
+    to_own = "--to=lora_jax", f"--base={base}"
+    head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 0)}
+    whole = models.write_adapter(
+        tmp_path / "whole", models.make_factors(), head, modules_to_save=["lm_head"]
+    )
+    line = error(capsys, whole, out, *to_own)
+    assert "has no place for them: 'lm_head.weight'" in line
+    out.mkdir()
+    (out / "thesis.txt").write_text("dear")
+    assert "exists: give another name" in error(capsys, adapter, out, *to_own)
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"model.q_proj": 3}))
+    line = error(capsys, adapter, tmp_path / "new", *to_own, f"--names={names}")
+    assert "'model.q_proj' must have the path of a weight" in line
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("adapter", "base", "names.json", "out", "whole")
+    }
+
+
+def test_a_base_is_for_one_direction(tmp_path, base, capsys):
+    adapter = models.write_adapter(tmp_path / "adapter", models.make_factors())
+    own = tmp_path / "own"
+    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    line = error(capsys, own, tmp_path / "out", "--to=peft", f"--base={base}")
+    assert "--base is for --to lora_jax" in line

@@ -1,0 +1,140 @@
+"""A weight is merged and rounded once, and what rounding lost is counted exactly."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import _tensor_stream
+from lora_jax._frozen import FrozenDict
+from lora_jax.cli import _fold
+from lora_jax.config import LoraConfig
+from lora_jax.plan import AdapterPlan, Target
+from tests import support
+
+N_IN, N_OUT, RANK, SCALE = 24, 40, 3, 0.5
+
+
+def make(method, size, dtype):
+    """A target, its plan, rows `(out, in)` and an adapter, in NumPy."""
+    target = Target((N_OUT, N_IN), method, RANK, SCALE, 0.0, (1,), (0,))
+    plan = AdapterPlan(LoraConfig(rank=RANK), FrozenDict({"w": target}))
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(N_OUT, N_IN)).astype(jnp.dtype(dtype))
+    rows[3, :] = 0
+    adapter = {
+        "A": rng.normal(size=(N_IN, RANK)).astype("float32"),
+        "B": (size * rng.normal(size=(RANK, N_OUT))).astype("float32"),
+    }
+    if method == "dora":
+        norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+        adapter["m"] = (1.1 * norms).astype("float32")
+        adapter["m"][3] = 1
+    return plan, rows, adapter
+
+
+def exact(rows, adapter):
+    """The merged rows in float64."""
+    a, b = (adapter[name].astype(np.float64) for name in "AB")
+    merged = rows.astype(np.float64) + SCALE * (a @ b).T
+    if "m" in adapter:
+        merged *= (adapter["m"] / np.linalg.norm(merged, axis=1))[:, None]
+    return merged
+
+
+def fold(plan, rows, adapter, dtype):
+    arrays = jax.tree.map(jnp.asarray, adapter)
+    ((got, loss),) = _fold.fold_weight("w", _fold.Array(rows), arrays, plan, dtype)
+    return got, loss
+
+
+@pytest.mark.parametrize("out", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_merged_rounded_and_counted(method, dtype, out):
+    plan, rows, adapter = make(method, 1e-3, dtype)
+    out = jnp.dtype(out)
+    got, loss = fold(plan, rows, adapter, out)
+    want = exact(rows, adapter)
+    assert got.dtype == out
+    support.assert_close(got, want, 4 if method == "dora" else 1)
+    update = want - rows.astype(np.float64)
+    vanished = (update != 0) & (got == rows.astype(out))
+    assert loss.entries == rows.size
+    assert loss.vanished == np.sum(vanished)
+    size = np.abs(np.where(rows == 0, 1, rows.astype(np.float64)))
+    largest = np.max(np.abs(update / size)[vanished], initial=0)
+    assert loss.largest == pytest.approx(largest, rel=1e-3)
+    if method == "lora" and out != np.float32:
+        assert 0.1 < loss.fraction < 0.9
+
+
+def test_updates_below_float32_are_counted_too():
+    plan, rows, adapter = make("lora", 1e-12, "float32")
+    _, loss = fold(plan, rows, adapter, np.dtype("float32"))
+    assert loss.vanished == N_IN * (N_OUT - 1)  # all but those of the row of zeros
+
+
+def test_weights_of_one_kind_are_compiled_once(monkeypatch):
+    calls, merge = [], _fold.merge_adapters
+
+    def counted(*arguments):
+        calls.append(None)
+        return merge(*arguments)
+
+    monkeypatch.setattr(_fold, "merge_adapters", counted)
+    plan, rows, adapter = make("lora", 1e-2, "float32")
+    target = dataclasses.replace(plan.targets["w"], scale=0.375)
+    arrays = jax.tree.map(jnp.asarray, adapter)
+    for name in ("first", "second"):
+        own = dataclasses.replace(plan, targets=FrozenDict({name: target}))
+        dtype = np.dtype("float32")
+        list(_fold.fold_weight(name, _fold.Array(rows), arrays, own, dtype))
+    assert len(calls) == 2  # of the weight and of zeros, while the first is traced
+
+
+def test_losses_of_parts_add_up():
+    parts = _fold.Loss(2, 10, 0.5), _fold.Loss(1, 20, 0.25)
+    assert sum(parts, _fold.Loss()) == _fold.Loss(3, 30, 0.5)
+    assert sum(parts, _fold.Loss()).fraction == 0.1
+    assert _fold.Loss().fraction == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other", "want"),
+    [
+        ("float32", "bfloat16", True),
+        ("float32", "float16", True),
+        ("bfloat16", "float16", False),
+        ("float16", "bfloat16", False),
+        ("bfloat16", "float32", False),
+        ("float16", "float16", True),
+        ("float32", "float64", False),
+    ],
+)
+def test_which_dtype_holds_which(dtype, other, want):
+    assert _fold.holds(jnp.dtype(dtype), jnp.dtype(other)) == want
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_what_is_not_finite_is_an_error(method):
+    plan, rows, adapter = make(method, 1e-3, "float32")
+    rows[2, 5] = np.inf
+    with pytest.raises(FloatingPointError, match="'w': the weight had an infinity"):
+        fold(plan, rows, adapter, np.dtype("float32"))
+    rows[2, 5] = 1e5
+    if method == "dora":  # within the range without this
+        fold(plan, rows, adapter, np.dtype("float16"))
+        adapter["m"][2] = 2e5
+    with pytest.raises(FloatingPointError, match="at 'w': there are values beyond the"):
+        fold(plan, rows, adapter, np.dtype("float16"))
+
+
+def test_rows_of_a_span_are_those_of_an_array(tmp_path):
+    values = np.arange(12, dtype="float32").reshape(4, 3)
+    values.tofile(tmp_path / "raw")
+    span = _tensor_stream.Span(tmp_path / "raw", 0, values.shape, values.dtype)
+    for source in (span, _fold.Array(values)):
+        np.testing.assert_array_equal(source.read_rows(1, 3), values[1:3])

@@ -1,0 +1,156 @@
+"""Exit codes, help, and errors of one line."""
+
+import io
+import subprocess
+import sys
+import types
+
+import pytest
+
+from lora_jax.cli import _inspect, _main, _terminal, main
+
+COMMANDS = ("inspect", "merge", "convert", "diff")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_and_exit_codes(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"  lora-jax {command} " in text.split("examples:")[1]
+    assert "130  interrupted" in text.split("exit codes:")[1]
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"    {command} " in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_command_lines(command):
+    lines = _main._EXAMPLES[command].splitlines()[1:]
+    assert lines
+    for line in lines:
+        words = line.split("|")[0].split()
+        assert words[0] == "lora-jax"
+        assert _main.make_parser().parse_args(words[1:]).run.__name__ == command
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("frobnicate",),
+        ("merge", "a", "b"),
+        ("convert", "a", "b"),
+        ("merge", "a", "b", "c", "--dtype=int4"),
+        ("diff", "a", "b", "--tolerance=-1"),
+        ("diff", "a", "b", "--tolerance=nan"),
+    ],
+)
+def test_wrong_command_lines(arguments, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lora-jax: error: ")
+    assert line.endswith("--help")
+
+
+def test_errors_are_one_line(capsys, monkeypatch):
+    def fail(options):
+        raise ValueError("first\n  second \x1b[2J")
+
+    monkeypatch.setattr(_inspect, "inspect", fail)
+    monkeypatch.setattr(fail, "__name__", "inspect")
+    assert main(["inspect", "x"]) == 1
+    assert capsys.readouterr().err == "lora-jax: error: first second \\x1b[2J\n"
+    for arguments in (["inspect", "x", "--debug"], ["--debug", "inspect", "x"]):
+        assert main(arguments) == 1
+        text = capsys.readouterr().err
+        assert "Traceback" in text
+        assert "in fail" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyError("no such path"), "no such path"),
+        (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+        (AssertionError(), "AssertionError:  (--debug shows where)"),
+        (ValueError(), "ValueError:  (--debug shows where)"),
+    ],
+)
+def test_errors_in_words(error, text):
+    assert _main._describe(error) == text
+
+
+def test_an_interruption(capsys, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interrupt, "__name__", "inspect")
+    monkeypatch.setattr(_inspect, "inspect", interrupt)
+    assert main(["inspect", "x"]) == 130
+    assert capsys.readouterr().err == "lora-jax: error: interrupted\n"
+
+
+def test_the_module_is_the_program(tmp_path):
+    command = [sys.executable, "-m", "lora_jax", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "has neither adapter_config.json nor adapters.json" in line
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")],
+)
+def test_sizes(count, text):
+    assert _terminal.format_size(count) == text
+
+
+def test_json_has_no_numbers_that_json_lacks():
+    value = {"a": [float("nan"), 1.5], "b": (float("-inf"),)}
+    assert _terminal.as_json(value) == {"a": ["nan", 1.5], "b": ["-inf"]}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("tqdm", [False, True])
+def test_progress(monkeypatch, quiet, tqdm):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            bars.append(options["total"])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, n):
+            bars.append(n)
+
+    module = types.SimpleNamespace(tqdm=Bar) if tqdm else None
+    monkeypatch.setitem(sys.modules, "tqdm", module)
+    with _terminal.show_progress(40, quiet=quiet) as progress:
+        for _ in range(4):
+            progress.update(10)
+    assert bars == ([40, 10, 10, 10, 10] if tqdm and not quiet else [])
+    plain = "" if tqdm or quiet else "20 %\n50 %\n70 %\n100 %\n"
+    assert screen.getvalue() == plain
+
+
+def test_nothing_is_shown_where_nobody_looks(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with _terminal.show_progress(1, quiet=False) as progress:
+        progress.update(1)
+    assert sys.stderr.getvalue() == ""

@@ -1,0 +1,256 @@
+"""`lora-jax merge` refuses what would go wrong, and a failure leaves nothing behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lora_jax.cli import _output, main
+from tests import support
+from tests.cli import models
+from tests.cli.merging import assert_merged, refuse, run
+
+
+def test_what_exists_is_replaced_only_if_asked(tmp_path, adapter, factors, capsys):
+    tensors = models.make_tensors()
+    base = models.write_base(tmp_path / "base", tensors)
+    out = models.write_base(tmp_path / "out", {"old": np.zeros(2)})
+    assert "exists: give another name, or --overwrite" in refuse(capsys, base, adapter, out)
+    assert run(base, adapter, out, "--overwrite") == 0
+    assert_merged(models.read_model(out), tensors, factors)
+    assert len(list(tmp_path.iterdir())) == 3
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("dear")
+    line = refuse(capsys, base, adapter, tmp_path / "home", "--overwrite")
+    assert "is not what this command writes" in line
+
+
+def test_the_base_is_never_written_to(tmp_path, adapter, capsys):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    (tmp_path / "link").symlink_to(base)
+    for out in (base, base / "merged", tmp_path / "link", adapter):
+        line = refuse(capsys, base, adapter, out, "--overwrite")
+        assert "or inside of it, which is never changed" in line
+    outer = models.write_base(tmp_path / "outer", {"a": np.zeros(2)})
+    shutil.copytree(base, outer / "base")
+    line = refuse(capsys, outer / "base", adapter, outer, "--overwrite")
+    assert "is inside of OUT" in line
+    line = refuse(capsys, base, adapter, tmp_path / "missing" / "out")
+    assert "there is no directory" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "head", "refused"),
+    [
+        ({"tie_word_embeddings": True}, False, True),
+        ({"text_config": {"tie_word_embeddings": True}}, False, True),
+        ({"architectures": ["GemmaForCausalLM"]}, False, True),
+        ({"architectures": ["BertModel"]}, False, False),
+        ({"tie_word_embeddings": False}, False, False),
+        ({"tie_word_embeddings": True}, True, False),
+    ],
+)
+def test_tied_embeddings(tmp_path, config, head, refused, capsys):
+    tensors = models.make_tensors()
+    if not head:
+        del tensors["lm_head.weight"]
+    base = models.write_base(tmp_path / "base", tensors, **config)
+    entries = {
+        "model.embed_tokens.lora_embedding_A": models.draw((2, models.ENTRIES), 1),
+        "model.embed_tokens.lora_embedding_B": models.draw((models.WIDTH, 2), 2),
+    }
+    adapter = models.write_adapter(
+        tmp_path / "adapter", {}, entries, r=2, target_modules=["embed_tokens"]
+    )
+    if refused:
+        line = refuse(capsys, base, adapter, tmp_path / "out")
+        assert "'model.embed_tokens', but the embedding and the output head" in line
+        return
+    assert run(base, adapter, tmp_path / "out") == 0
+    assert ("note: config.json says" in capsys.readouterr().out) == head
+    a, b = entries.values()
+    want = tensors["model.embed_tokens.weight"] + 3 * (b @ a).T.astype(np.float64)
+    got = models.read_model(tmp_path / "out")["model.embed_tokens.weight"]
+    support.assert_close(got, want, 4)
+
+
+def test_an_adapted_head_that_is_tied(tmp_path, capsys):
+    tensors = models.make_tensors()
+    del tensors["lm_head.weight"]
+    base = models.write_base(tmp_path / "base", tensors, tie_word_embeddings=True)
+    head = {"lm_head": (models.ENTRIES, models.WIDTH)}
+    factors = models.make_factors(modules=head)
+    adapter = models.write_adapter(tmp_path / "adapter", factors)
+    line = refuse(capsys, base, adapter, tmp_path / "out")
+    assert "'lm_head', but the embedding and the output head" in line
+
+
+def test_rows_of_a_tied_embedding(tmp_path):
+    tensors = models.make_tensors()
+    del tensors["lm_head.weight"]
+    base = models.write_base(tmp_path / "base", tensors, tie_word_embeddings=True)
+    rows = models.draw((1, models.WIDTH), 10)
+    adapter = models.write_adapter(
+        tmp_path / "adapter",
+        {},
+        {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows},
+        target_modules=["q_proj"],
+        exclude_modules=["q_proj"],
+        trainable_token_indices=[5],
+    )
+    assert run(base, adapter, tmp_path / "out") == 0
+    tensors["model.embed_tokens.weight"][5] = rows
+    assert_merged(models.read_model(tmp_path / "out"), tensors, {})
+
+
+def test_what_is_not_finite_is_refused(tmp_path, factors, capsys):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    a, b = factors["model.layers.0.mlp.up_proj"]
+    b[3, 1] = np.nan
+    bad = models.write_adapter(tmp_path / "bad", factors)
+    line = refuse(capsys, base, bad, tmp_path / "out")
+    assert (
+        "'model.layers.0.mlp.up_proj.weight': the adapter had an infinity or a NaN" in line
+    )
+    b[3, 1] = 3e4
+    a[1] = 10
+    large = models.write_adapter(tmp_path / "large", factors)
+    line = refuse(capsys, base, large, tmp_path / "out", "--dtype=float16")
+    assert "at 'model.layers.0.mlp.up_proj.weight': there are values beyond" in line
+    extra = {"lm_head.weight": np.full((models.ENTRIES, models.WIDTH), np.inf, "float32")}
+    whole = models.write_adapter(
+        tmp_path / "whole", models.make_factors(), extra, modules_to_save=["lm_head"]
+    )
+    line = refuse(capsys, base, whole, tmp_path / "out")
+    assert "at 'lm_head.weight': the adapter's array for it has an infinity" in line
+
+
+def test_an_adapter_of_another_model(tmp_path, adapter, capsys):
+    tensors = models.make_tensors()
+    base = models.write_base(tmp_path / "base", tensors)
+    other = models.make_factors(modules={"model.layers.7.mlp.up_proj": (5, 4)})
+    other = models.write_adapter(tmp_path / "other", other)
+    line = refuse(capsys, base, other, tmp_path / "out")
+    assert "model.layers.7.mlp.up_proj" in line
+    own = str(tmp_path / "own")
+    assert main(["convert", str(adapter), own, "--to=lora_jax", f"--base={base}"]) == 0
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    less = models.write_base(tmp_path / "less", tensors)
+    line = refuse(capsys, less, own, tmp_path / "out")
+    assert "model.layers.0.mlp.up_proj" in line
+
+
+def test_quantized_weights_are_refused(tmp_path, adapter, capsys):
+    tensors = models.make_tensors()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype("int8")
+    base = models.write_base(tmp_path / "base", tensors)
+    line = refuse(capsys, base, adapter, tmp_path / "out")
+    assert f"at {name!r}: the weight must be floating point, got dtype int8" in line
+
+
+def test_a_full_disk_is_seen_before(tmp_path, adapter, capsys, monkeypatch):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    usage = shutil.disk_usage(tmp_path)._replace(free=1024)
+    monkeypatch.setattr(_output.shutil, "disk_usage", lambda path: usage)
+    line = refuse(capsys, base, adapter, tmp_path / "out")
+    assert "are needed in" in line
+    assert "1.0 KiB are free" in line
+
+
+@pytest.mark.parametrize("after", [0, 5, 10, 15, 18, 19, 20, 21, 22])
+def test_an_interruption_at_any_time_leaves_nothing(
+    tmp_path, adapter, capsys, monkeypatch, after
+):
+    base = models.write_base(tmp_path / "base", models.make_tensors("bfloat16"), 3)
+    out = models.write_base(tmp_path / "out", {"old": np.zeros(2)})
+    old = {path.name for path in out.iterdir()}
+    calls = []
+
+    def counted(function):
+        def run(*arguments):
+            calls.append(function.__name__)
+            if len(calls) == after + 1:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    code = run(base, adapter, out, "--overwrite", "--quiet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    # Three parts, the index and two others, each fsync, replace, fsync; then the directory,
+    # two replaces that swap it, and the directory above it.
+    assert code == (0 if after >= 22 else 130)
+    new = {path.name for path in base.iterdir()}
+    assert {path.name for path in out.iterdir()} == (old if after < 21 else new)
+    if code:
+        assert capsys.readouterr().err == "lora-jax: error: interrupted\n"
+
+
+def test_a_terminated_process_leaves_nothing(tmp_path, adapter):
+    tensors = models.make_tensors()
+    base = models.write_base(tmp_path / "base", tensors, 2)
+    # It stops before the index is written, and waits there to be terminated.
+    slow = (
+        "import sys, time\n"
+        "from lora_jax import _files, cli\n"
+        "def wait(*_): print('here', flush=True); time.sleep(60)\n"
+        "_files.write_text = wait\n"
+        "sys.argv[1:] = ['merge', *sys.argv[1:]]\n"
+        "sys.exit(cli.main())\n"
+    )
+    command = [sys.executable, "-c", slow, str(base), str(adapter), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while "here" not in process.stdout.readline():
+        assert process.poll() is None
+    assert len(list(tmp_path.iterdir())) == 3
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.stdout.close()
+    assert process.returncode == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_parts_that_are_not_those_of_the_index(tmp_path, adapter, capsys):
+    base = models.write_base(tmp_path / "base", models.make_tensors(), 2)
+    index = base / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    parts = fields["weight_map"]
+
+    def refused(weight_map):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        return refuse(capsys, base, adapter, tmp_path / "out")
+
+    outside = {**parts, "lm_head.weight": "../secret.safetensors"}
+    assert "'../secret.safetensors' is no name of a file" in refused(outside)
+    assert "there is no file" in refused({**parts, "lm_head.weight": "gone.safetensors"})
+    extra = {**parts, "imagined": parts["lm_head.weight"]}
+    assert "says that 'imagined' is in" in refused(extra)
+    less = {name: part for name, part in parts.items() if name != "lm_head.weight"}
+    assert "does not have what the files it names have: 'lm_head.weight'" in refused(less)
+    assert "has no 'weight_map'" in refused([])
+    shutil.copy(base / parts["lm_head.weight"], base / "model.safetensors")
+    assert "has both model.safetensors and" in refused(parts)
+
+
+def test_what_is_no_model(tmp_path, adapter, capsys):
+    out = tmp_path / "out"
+    assert "there is no directory or file" in refuse(capsys, tmp_path / "no", adapter, out)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "pytorch_model.bin").write_text("x")
+    line = refuse(capsys, tmp_path / "empty", adapter, out)
+    assert "has neither model.safetensors nor" in line
+    assert "'pytorch_model.bin'" in line
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    line = refuse(capsys, base / "model.safetensors", adapter, out)
+    assert "is one file, so OUT must be one too" in line

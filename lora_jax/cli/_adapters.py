@@ -168,10 +168,19 @@ def _read_peft(directory: pathlib.Path) -> Contents:
     )
 
 
+def _configured(module: _entries.Module, config: PeftConfig) -> str:
+    """What the config calls the module, or the first parameter that it can be."""
+    owner, _ = _entries.nesting(module.name)
+    if module.kind != "experts":
+        return _entries.without_wrapper(module.name)
+    names = _entries.parameter_names(owner, config.target_parameters or ())
+    return next((n for n in names if config.rank_of(n) == module.rank), owner)
+
+
 def _of_module(
     file: _files.TensorFile, module: _entries.Module, config: PeftConfig
 ) -> Adapter:
-    owner, _ = _entries.nesting(module.name)
+    name = _configured(module, config)
 
     def read() -> dict[str, np.ndarray]:
         stored = {name: file.read(key) for name, key in module.keys.items()}
@@ -180,8 +189,8 @@ def _of_module(
     return Adapter(
         method="dora" if "m" in module.keys else "lora",
         rank=module.rank,
-        configured_rank=config.rank_of(owner),
-        scale=config.scale_of(owner),
+        configured_rank=config.rank_of(name),
+        scale=config.scale_of(name),
         shapes=module.shapes,
         dtypes={name: np.dtype(file[key].dtype) for name, key in module.keys.items()},
         read=read,

@@ -113,7 +113,8 @@ def _load_peft(
     directory: pathlib.Path, base: _base.Base, names: Names, layout: Any
 ) -> Loaded:
     leaves = leaves_of(base)
-    modules = match_names(directory, leaves, names=names, layout=layout)
+    table = match_names(directory, leaves, names=names, layout=layout)
+    modules = {row.module: row.path for row in table.rows}
     return Loaded(*load(directory, leaves, names=names, layout=layout), modules)
 
 

@@ -81,6 +81,11 @@ class Places:
             )
         return Found(path, index), axes
 
+    def gives_axes(self, name: str) -> bool:
+        """Whether the caller says what the axes of a module's weight are."""
+        found = _given(self._names, name)
+        return found is not None and found[2] is not None
+
     def unused_names(self) -> list[str]:
         """What is in `names` and not in the checkpoint."""
         given = self._names if isinstance(self._names, Mapping) else {}

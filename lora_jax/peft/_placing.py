@@ -77,7 +77,12 @@ def table(places: Places, sites: Mapping[str, Site]) -> NameTable:
     """The modules of a checkpoint and their weights."""
     rows = {
         site.name: Row(
-            site.name, site.path, site.indices, places.shape(site.path), site.axes
+            module=site.name,
+            path=site.path,
+            indices=site.indices,
+            shape=places.shape(site.path),
+            axes=site.axes,
+            given=places.gives_axes(site.name) or places.gives_axes(site.module),
         )
         for site in sites.values()
     }

@@ -14,17 +14,24 @@ class Row(NamedTuple):
     indices: tuple[int, ...]
     shape: tuple[int, ...]
     axes: str
+    given: bool = False
+    """Whether the caller said what the axes are."""
 
 
-class NameTable(FrozenDict[str, str]):
-    """From the names of modules to the paths of their weights. `print` shows a table."""
+class NameTable(FrozenDict[str, str | tuple[str, str]]):
+    """From the names of modules to the paths of their weights. `print` shows a table.
+
+    Where the caller gave the letters of the axes too, a value is the pair of both.
+    """
 
     rows: tuple[Row, ...] = ()
 
     @classmethod
     def of(cls, rows: Mapping[str, Row]) -> "NameTable":
         """A table of some rows."""
-        table = cls({name: row.path for name, row in rows.items()})
+        table = cls(
+            {n: (row.path, row.axes) if row.given else row.path for n, row in rows.items()}
+        )
         table.rows = tuple(rows.values())
         return table
 

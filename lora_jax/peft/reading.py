@@ -47,8 +47,8 @@ def load(
             `(*kernel, in, out)`; or `"torch"`, `(out, in)` and `(out, in, *kernel)`, where
             matrices that lie `(in, out)` are recognized, square ones by the checkpoint's
             `fan_in_fan_out`.
-        strict: whether what does not fit is an error. Otherwise it is left out, and named
-            in a warning.
+        strict: whether entries without a place, and weights without entries, are errors.
+            Otherwise they are left out, and named in a warning.
 
     Returns:
         The adapters, with the dtypes of the file; their plan; and `replaced`, what the
@@ -97,6 +97,10 @@ def match_names(
     """
     checkpoint = open_checkpoint(directory)
     places, sites, problems = _placing.find_places(checkpoint, params, names, layout)
+    for name in (*checkpoint.entries.wholes, *checkpoint.entries.tokens):
+        for key in (name, name.rpartition(".")[0]):
+            places.given(key)
+    problems.lines += places.unused_names()
     problems.settle(checkpoint.where, True)
     return _placing.table(places, sites)
 

@@ -1,0 +1,126 @@
+"""Damaged files end in an error of the file, or are read as what they say."""
+
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_jax import peft
+from lora_jax._files import CheckpointError
+from tests.peft.support import CONFIG, GOLDEN, LLAMA, TENSORS, draw, linear, write
+
+BASE = {
+    name: jax.ShapeDtypeStruct(value.shape, "float32")
+    for name, value in load_file(LLAMA / "base" / "model.safetensors").items()
+}
+TRIES = 250
+
+
+def damaged(data, rng, end):
+    """Some bytes of a file, mutated in its first `end` bytes or cut off."""
+    data = bytearray(data)
+    kind = rng.randrange(5)
+    at = rng.randrange(min(end, len(data)))
+    if kind == 0:
+        return data[: rng.choice([at, rng.randrange(len(data))])]
+    if kind == 1:
+        data[at] = rng.randrange(256)
+    elif kind == 2:  # what stays well-formed more often
+        data[at] = rng.choice(b'0123456789[]{}",:abn.- ')
+    elif kind == 3:
+        del data[at : at + rng.randrange(1, 9)]
+    else:
+        other = rng.randrange(min(end, len(data)))
+        data[at : at + 4], data[other : other + 4] = (
+            data[other : other + 4],
+            data[at : at + 4],
+        )
+    return data
+
+
+def check(folder, params, file, rng, tries, **options):
+    data = (folder / file).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little") if file == TENSORS else len(data)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(tries):
+        (folder / file).write_bytes(damaged(data, rng, end))
+        try:
+            loaded = peft.load(folder, params, **options)
+        except CheckpointError as error:
+            outcomes["refused"] += str(folder) in str(error)
+            continue
+        outcomes["read"] += 1
+        for path, target in loaded.plan.targets.items():
+            shapes = {n: x.shape for n, x in loaded.adapters[path].items()}
+            assert shapes == target.adapter_shapes
+        for path, array in loaded.replaced.items():
+            assert array.shape == params[path].shape
+    assert sum(outcomes.values()) == tries  # each error names the file
+    return outcomes
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_a_damaged_llama(file, tmp_path):
+    folder = shutil.copytree(LLAMA / "adapter", tmp_path / "adapter")
+    outcomes = check(folder, BASE, file, random.Random(0), TRIES, layout="torch")
+    assert outcomes["refused"] > TRIES / 3
+    assert outcomes["read"] > 0
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_a_damaged_checkpoint_of_many_kinds(file, tmp_path):
+    entries = {
+        "tok.lora_embedding_A": draw(2, 9),
+        "tok.lora_embedding_B": draw(5, 2),
+        "conv.lora_A.weight": draw(2, 3, 3, 2),
+        "conv.lora_B.weight": draw(4, 2, 1, 1),
+        "moe.lora_A.weight": draw(6, 5),
+        "moe.lora_B.weight": draw(7, 6),
+        "score.weight": draw(3, 5),
+        "emb.token_adapter.trainable_tokens_delta": draw(2, 5),
+    }
+    for i in range(2):
+        entries |= linear(f"h.{i}.q", 5, 7, 2, seed=i)
+    folder = write(
+        tmp_path,
+        entries,
+        r=2,
+        lora_alpha=3,
+        alpha_pattern={"h.1.q": 5},
+        target_modules=["q", "tok", "conv"],
+        target_parameters=["moe.w"],
+        modules_to_save=["score"],
+        trainable_token_indices=[1, 4],
+    )
+    shapes = {
+        "tok/embedding": (9, 5),
+        "conv/kernel": (3, 2, 3, 4),
+        "moe/w": (3, 5, 7),
+        "score/kernel": (5, 3),
+        "emb/embedding": (9, 5),
+        "h/q/kernel": (2, 5, 7),
+    }
+    params = {path: jnp.ones(shape) for path, shape in shapes.items()}
+    assert len(peft.load(folder, params).adapters) == 4
+    outcomes = check(folder, params, file, random.Random(1), TRIES)
+    assert outcomes["refused"] > TRIES / 3
+    assert outcomes["read"] > 0
+
+
+def test_a_damaged_file_of_torchtune(tmp_path):
+    tensors = load_file(GOLDEN / "torchtune" / "llama_dora_to_peft.safetensors")
+    params = {k[8:]: v for k, v in tensors.items() if k.startswith("hf_base/")}
+    path, rng, refused = tmp_path / "adapter.safetensors", random.Random(2), 0
+    save_file({k[5:]: v for k, v in tensors.items() if k.startswith("tune/")}, path)
+    data = path.read_bytes()
+    options = {"alpha": 8, "num_heads": 4, "num_kv_heads": 2, "layout": "torch"}
+    for _ in range(100):
+        path.write_bytes(damaged(data, rng, 4000))
+        try:
+            peft.load_torchtune(path, params, **options)
+        except CheckpointError as error:
+            refused += "adapter.safetensors" in str(error)
+    assert 50 < refused <= 100

@@ -1,0 +1,185 @@
+import json
+import pathlib
+
+import pytest
+
+from lora_jax.peft._fields import pattern_key
+from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.matching import (
+    ModuleMatch,
+    match_modules,
+    matched,
+    select_modules,
+    verdict,
+)
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft_json"
+
+
+def load(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+TABLE = load("matching_models")
+MODELS = {name: dict(modules) for name, modules in TABLE["models"].items()}
+# In these the reference looks the targets up by the type of the model.
+NAMED = [c for c in TABLE["cases"] if c["config"]["target_modules"] is not None]
+WORKING = [case for case in NAMED if "error" not in case]
+MODULES = {
+    "embed": "Embedding",
+    "layers.0.q": "Linear",
+    "layers.0.up": "Conv1D",
+    "layers.0.norm": "LayerNorm",
+    "layers.1.q": "Linear",
+    "layers.1.up": "Conv1D",
+    "score": "Linear",
+}
+
+
+def config_of(**fields):
+    return PeftConfig.from_dict(fields, "config")
+
+
+def test_names_of_the_reference():
+    rows = load("matching_strings")
+    assert len(rows) == 106
+    assert {row[2] for row in rows} == {True, False, "excluded"}
+    for fields, name, want in rows:
+        config = config_of(**fields)
+        assert matched(config, name) is (want is True), (fields, name)
+        excluded = verdict(config, config.target_modules, name) == "excluded"
+        assert excluded is (want == "excluded"), (fields, name)
+
+
+def test_keys_of_the_reference():
+    rows = load("rank_alpha_pattern_lookup")
+    assert len(rows) == 31
+    for keys, name, want in rows:
+        assert pattern_key(keys, name) == want, (keys, name)
+
+
+@pytest.mark.parametrize("case", WORKING, ids=[str(i) for i in range(len(WORKING))])
+def test_models_of_the_reference(case):
+    got = match_modules(case["config"], MODELS[case["model"]])
+    want = {
+        k: ModuleMatch(v["r"], v["alpha"], v["scaling"]) for k, v in case["matched"].items()
+    }
+    assert got == want
+    assert list(got) == [name for name in MODELS[case["model"]] if name in want]
+
+
+def test_what_the_reference_does_not_match():
+    assert len(WORKING) == 15
+    (case,) = [case for case in NAMED if "error" in case]
+    with pytest.raises(ValueError, match=r"such as 'model\.layers\.0.*none in layers_to_t"):
+        match_modules(case["config"], MODELS[case["model"]])
+
+
+def test_the_model_itself_is_no_module():
+    got = select_modules(config_of(target_modules=".*"), {"": "Net", "q": "Linear"})
+    assert got == ["q"]
+
+
+def test_a_config_may_be_an_object_or_a_dict():
+    fields = {"target_modules": ["q"], "r": 2, "use_rslora": True}
+    want = ModuleMatch(2, 8, 8 / 2**0.5)
+    for config in (fields, config_of(**fields)):
+        assert match_modules(config, MODULES) == {"layers.0.q": want, "layers.1.q": want}
+
+
+def all_linear(modules=MODULES, output_embedding=None, **fields):
+    config = config_of(target_modules="ALL-linear", **fields)
+    return select_modules(config, modules, output_embedding=output_embedding)
+
+
+def test_all_linear():
+    inner = ["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up"]
+    assert all_linear() == [*inner, "score"]
+    assert all_linear(task_type="SEQ_CLS") == inner
+    assert all_linear(output_embedding="score") == inner
+    assert all_linear(output_embedding="q") == ["layers.0.up", "layers.1.up", "score"]
+    assert all_linear(exclude_modules=["q"], modules_to_save=["score"]) == inner[1::2]
+
+
+def test_all_linear_leaves_one_kind_of_head_out():
+    both = {"a": "Linear", "classifier": "Linear", "score": "Linear"}
+    assert all_linear(both, task_type="SEQ_CLS") == ["a", "classifier"]
+    logits = {"a": "Linear", "score": "Linear", "m.lm_head": "Linear"}
+    assert all_linear(logits, task_type="SEQ_CLS") == ["a", "score"]
+
+
+def test_whole_names_are_in_every_layer():
+    fields = {"target_modules": ["m.layers.0.q", "up"], "layers_to_transform": [1]}
+    names = ["m.layers.0.q", "m.layers.0.up", "m.layers.1.q", "m.layers.1.up"]
+    got = [matched(config_of(**fields), name) for name in names]
+    assert got == [True, False, False, True]
+
+
+def test_what_is_inside_a_saved_module_is_left_out():
+    config = config_of(target_modules=["dense"], modules_to_save=["head"])
+    names = ["head.dense", "m.head.dense", "ahead.dense", "m.headed.dense"]
+    assert [matched(config, name) for name in names] == [False, False, True, True]
+
+
+def test_a_key_with_signs_names_itself():
+    assert pattern_key(["a+b", "a.*"], "m.a+b") == "a.*"
+    assert pattern_key(["a+b"], "a+b") == "a+b"
+    assert pattern_key(["a+b"], "m.a+b") is None
+
+
+def test_only_parameters_are_targeted():
+    config = config_of(target_parameters=["experts.up"])
+    assert match_modules(config, MODULES) == {}
+    assert not matched(config, "experts")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({}, "target_modules is None: .* Name the modules"),
+        ({"target_modules": []}, r"target_modules is \(\): .* Name the modules"),
+        ({"target_modules": ["qq"]}, r"matches no module; the nearest names are 'q'"),
+        ({"target_modules": ["layers.q.0"]}, r"the nearest names are 'layers\.1\.q'"),
+        ({"target_modules": r".*\.(scores|vv)"}, "the nearest names are 'score'"),
+        ({"target_modules": ["zzz"]}, r"the first names are 'embed', 'layers\.0\.q'"),
+        (
+            {"target_modules": ["q"], "exclude_modules": ["layers.0.q", "layers.1.q"]},
+            "all 2 modules that target_modules=.* left out by exclude_modules=",
+        ),
+        (
+            {"target_modules": ["score"], "modules_to_save": ["score"]},
+            "all 1 modules .* such as 'score', are left out",
+        ),
+        (
+            {"target_modules": ["q"], "layers_to_transform": 7},
+            "matches 2 modules, such as 'layers.0.q', but none in layers_to_transform",
+        ),
+        ({"target_modules": ["q"], "r": 0}, "at 'config': r must be"),
+    ],
+)
+def test_why_nothing_matches(fields, match):
+    with pytest.raises(ValueError, match=match):
+        match_modules(fields, MODULES)
+
+
+def test_there_is_nothing_to_match():
+    with pytest.raises(ValueError, match="modules is empty"):
+        match_modules({"target_modules": ["q"]}, {})
+    with pytest.raises(ValueError, match="besides a head, none is Linear or Conv1D"):
+        all_linear({"embed": "Embedding", "lm_head": "Linear"})
+
+
+def test_wrong_arguments():
+    fields = {"target_modules": ["q"]}
+    with pytest.raises(TypeError, match=r"modules must be a dict .* got list"):
+        match_modules(fields, ["q"])
+    with pytest.raises(TypeError, match="got the entry 'q': 3"):
+        match_modules(fields, {"q": 3})
+    with pytest.raises(TypeError, match="at 'config': the content must be a JSON object"):
+        match_modules(3, MODULES)
+    with pytest.raises(KeyError, match=r"no module 'scores' .* nearest names are 'score'"):
+        all_linear(output_embedding="scores")
+    with pytest.raises(ValueError, match="goes by the classes"):
+        matched(config_of(target_modules="all-linear"), "q")
+    with pytest.raises(ValueError, match="target_modules is None"):
+        matched(config_of(), "q")

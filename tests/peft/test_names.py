@@ -1,0 +1,153 @@
+import pytest
+
+from lora_jax.peft import _modules, _names
+from lora_jax.peft._modules import Named, names_of
+from lora_jax.peft._names import BIAS, WEIGHT, Found
+
+
+def find(name, *paths, leaf=WEIGHT):
+    index = _names.index_paths(paths)
+    words = _names.split_name(name)
+    return _names.best(_names.candidates(words, (leaf, ""), index))
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "leaf"),
+    [
+        ("params/layers_0/q_proj/kernel", "layers 0 q_proj", WEIGHT),
+        ("layers/0/q_proj/kernel/value", "layers 0 q_proj", WEIGHT),
+        ("model.layers.0.q_proj.weight", "model layers 0 q_proj", WEIGHT),
+        ("block_11/dense/bias/raw_value", "block 11 dense", BIAS),
+        ("tok/embedding", "tok", WEIGHT),
+        ("norm/scale", "norm", WEIGHT),
+        ("mlp/w1/w", "mlp w1", WEIGHT),
+        ("mlp/w1", "mlp w1", ""),
+        ("kernel", "kernel", ""),
+    ],
+)
+def test_words_of_a_path(path, words, leaf):
+    assert _names.split_path(path) == (tuple(words.split()), leaf)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("model.layers.0.attn.q", "decoder/layers_0/attn/q/kernel"),
+        ("model.layers.0.attn.q", "h/0/attn/q/w"),
+        ("lm_head", "params/lm_head/kernel"),
+        ("a.up", "a/up"),
+    ],
+)
+def test_one_path(name, path):
+    assert find(name, path, "other/leaf/kernel", "x/q_norm/scale") == [Found(path, ())]
+
+
+def test_the_longest_common_end_wins():
+    paths = "enc/layers_0/attn/q/kernel", "enc/layers_0/cross/q/kernel"
+    assert find("m.layers.0.attn.q", *paths) == [Found(paths[0], ())]
+    assert find("m.layers.0.other.q", *paths) == [Found(path, ()) for path in paths]
+
+
+def test_a_path_that_is_all_of_the_end_wins():
+    paths = "q/kernel", "a/q/kernel", "b/a/q/kernel"
+    assert find("q", *paths) == [Found(paths[0], ())]
+    assert find("a.q", *paths) == [Found(paths[1], ())]
+    assert find("m.a.q", *paths) == [Found(paths[1], ())]
+    assert find("c.q", *paths[1:]) == [Found(path, ()) for path in paths[1:]]
+
+
+def test_numbers_have_to_agree():
+    assert not find("layers.1.q", "layers_0/q/kernel")
+    assert not find("layers.1.q", "layers_11/q/kernel")
+    assert not find("layers.1.q", "blocks_1/layers_0/q/kernel")
+    assert not find("q", "layers_0/q/kernel")
+    assert find("layers.1.q", "layers/q/kernel") == [Found("layers/q/kernel", (1,))]
+    assert find("l.1.e.2.q", "l/e/q/kernel") == [Found("l/e/q/kernel", (1, 2))]
+    assert find("l.1.e.2.q", "l/1/e/q/kernel") == [Found("l/1/e/q/kernel", (2,))]
+    assert not find("a.1.b.2.c.3.q", "a/b/c/q/kernel")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("encoder", "decoder"),
+        ("text_model", "vision_model"),
+        ("language_model", "vision_tower"),
+    ],
+)
+def test_towers_are_never_mixed_up(one, other):
+    assert not find(f"{one}.layers.0.q", f"{other}/layers_0/q/kernel")
+    paths = f"{other}/layers_0/q/kernel", f"{one}/layers_0/q/kernel"
+    assert find(f"{one}.layers.0.q", *paths) == [Found(paths[1], ())]
+    assert find("layers.0.q", paths[0]) == [Found(paths[0], ())]
+
+
+def test_weights_and_biases_are_apart():
+    paths = "h/0/q/kernel", "h/0/q/bias"
+    assert find("h.0.q", *paths) == [Found(paths[0], ())]
+    assert find("h.0.q", *paths, leaf=BIAS) == [Found(paths[1], ())]
+
+
+def test_templates():
+    assert _names.numbers_in("l.{}.q", "l.12.q") == (12,)
+    assert _names.numbers_in("l.{}.q", "lx12.q") is None
+    assert _names.numbers_in("l.{}.q", "l.x.q") is None
+    assert _names.numbers_in("l.q", "l.q") == ()
+    assert _names.fill("l.{}.e.{}", (3,)) == "l.3.e.{}"
+    assert _names.fill("{odd}.{}", (3,)) == "{odd}.3"
+    assert _names.lacking("l.1.e.2.q", "x/l_2/q/kernel") == (1,)
+
+
+def test_names_of_paths():
+    assert names_of("params/layers_0/q/kernel", None, ()) == [Named("layers.0.q", ())]
+    assert names_of("h/q", {"x.y": "h/q", "z": "h/k"}, ()) == [Named("x.y", ())]
+    assert names_of("h/q", {"x.y": ("h/q", "oi")}, ()) == [Named("x.y", ())]
+    assert names_of("h/q", lambda path: path.replace("/", "."), ()) == [Named("h.q", ())]
+    assert names_of("h/7/q", {"m.{}.q": "h/{}/q"}, ()) == [Named("m.7.q", ())]
+
+
+def test_names_of_stacks():
+    by_index = [Named("m.0.q", (0,)), Named("m.1.q", (1,))]
+    assert names_of("h/q", {"m.{}.q": "h/q"}, (2,)) == by_index
+    assert names_of("h/q", {"m.{}.q": "h/q"}, (2, 3)) == by_index
+    assert names_of("h/q", {"m.1.q": "h/q", "m.0.q": "h/q"}, (2,)) == by_index
+    assert names_of("h/q", {"m.1.q": "h/q", "m.0.q": "h/q"}, (2, 3)) == by_index
+    assert names_of("moe/up", {"h.moe.up": "moe/up"}, (3,)) == [Named("h.moe.up", ())]
+    both = names_of("l/4/e/w", {"l.{}.e.{}.w": "l/{}/e/w"}, (2,))
+    assert both == [Named("l.4.e.0.w", (0,)), Named("l.4.e.1.w", (1,))]
+
+
+def test_a_stack_of_one_layer_is_no_parameter():
+    assert names_of("h/q", {"m.0.q": "h/q"}, (1,)) == [Named("m.0.q", (0,))]
+    assert names_of("h/moe", {"m.0.moe": "h/moe"}, (1, 3)) == [Named("m.0.moe", (0,))]
+    assert names_of("h/0/moe", {"m.0.moe": "h/0/moe"}, (1,)) == [Named("m.0.moe", ())]
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "sizes", "message"),
+    [
+        ("h/q", None, (2,), r"stack of 2 weights.* names=\{'name.\{\}.of': 'h/q'\}"),
+        ("h/q", {"m.{}.{}.q": "h/q"}, (2,), "has 2 numbers, and 'h/q' has 1 stacked axes"),
+        ("h/q", {"m.0.q": "h/q", "m.2.q": "h/q"}, (2,), "one module for each index"),
+        ("h/q", {"m.0.q": "h/q", "m.0.k": "h/q"}, (2,), "one module for each index"),
+        ("h/q", {"m.a": "h/q", "m.b": "h/q"}, (), "one module for each index"),
+        ("h/q", {"m.{}": "h/q", "m.1": "h/q"}, (2,), "give one template"),
+        ("h/7/q", {"m": "h/{}/q"}, (), "has not as many numbers"),
+    ],
+)
+def test_names_that_are_not_enough(path, names, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        names_of(path, names, sizes)
+
+
+def test_a_function_has_to_give_names():
+    with pytest.raises(TypeError, match="names must return the name of a module, got None"):
+        names_of("h/q", lambda path: None, ())
+
+
+def test_the_order_of_names():
+    names = {"m.up": "h/up", "l.{}.down": "h/down"}
+    assert [_modules.position(n, names) for n in ("m.up", "l.3.down", "?")] == [0, 1, 0]
+    assert _modules.position("m.up", None) == 0
+    assert _modules.given_axes("h/q", {"m": ("h/q", "oi"), "n": "h/k"}) == "oi"
+    assert _modules.given_axes("h/k", {"m": ("h/q", "oi"), "n": "h/k"}) is None

@@ -1,0 +1,427 @@
+"""What `load` makes of checkpoints that are written by hand."""
+
+import json
+import logging
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import peft
+from lora_jax._files import CheckpointError
+from tests.peft import support
+from tests.peft.support import GOLDEN, draw, linear, update_of, write
+
+ROWS = {
+    row["name"]: row
+    for row in json.loads((GOLDEN / "peft_json" / "checkpoint_keys.json").read_text())
+}
+# A model for each row, in torch's layout, and what is to be adapted in it.
+TORCH = {
+    "dora": {"model.layers.0.self_attn.q_proj.weight": (32, 32)},
+    "modules_to_save": {
+        "lm_head.weight": (64, 32),
+        "model.embed_tokens.weight": (64, 32),
+        "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    },
+    "trainable_tokens": {
+        "model.embed_tokens.weight": (64, 32),
+        "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    },
+    "bert_lora_bias": {
+        "bert.encoder.layer.0.attention.self.query.weight": (32, 32),
+        "bert.encoder.layer.0.attention.self.query.bias": (32,),
+    },
+    "gpt2": {"transformer.h.0.attn.c_attn.weight": (32, 96)},
+    "conv_dora": {
+        "c1.weight": (4, 3, 3), "conv.weight": (4, 3, 3, 3), "emb.weight": (5, 3)
+    },
+    "mha": {"mha.in_proj_weight": (12, 4), "mha.out_proj.weight": (4, 4)},
+}  # fmt: skip
+
+
+def abstract(shapes):
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, "float32"), shapes, is_leaf=is_shape
+    )
+
+
+def checkpoint(folder, *modules, target_modules=None, **config):
+    """Adapters of Linear modules `(name, in, out)` of rank 2, with scale 2."""
+    entries = {}
+    for seed, (name, n_in, n_out) in enumerate(modules):
+        entries |= linear(name, n_in, n_out, 2, seed)
+    targets = target_modules or [name for name, *_ in modules]
+    fields = {"r": 2, "lora_alpha": 4, "target_modules": targets}
+    return write(folder, entries, **fields | config)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_entries_of_the_reference_are_read(name, tmp_path):
+    row = ROWS[name]
+    prefix = support.PREFIX
+    entries = {
+        key.removeprefix(prefix): 1 + np.abs(draw(*shape))
+        for key, (_, shape) in row["keys"].items()
+    }
+    folder = write(tmp_path / "in", entries, **row["adapter_config_saved"])
+    params = {key: jnp.asarray(draw(*shape)) for key, shape in TORCH[name].items()}
+    loaded = peft.load(folder, params, layout="torch")
+    assert set(loaded.adapters) | set(loaded.replaced) == set(params)
+    assert {t.method for t in loaded.plan.targets.values()} == {
+        "dora" if row["config"].get("use_dora") else "lora"
+    }
+    merged = support.merged(params, loaded)
+    assert all(np.any(merged[path] != params[path]) for path in params)
+    if name in ("trainable_tokens", "bert_lora_bias"):
+        return
+    peft.save(
+        tmp_path / "out", loaded.adapters, loaded.plan, layout="torch",
+        replaced=loaded.replaced, names=peft.match_names(folder, params, layout="torch"),
+    )  # fmt: skip
+    again = peft.load(tmp_path / "out", params, layout="torch")
+    support.same_updates(loaded.plan, again.plan, loaded.adapters, again.adapters)
+
+
+def test_a_plan_and_what_it_says(tmp_path):
+    folder = checkpoint(tmp_path, ("m.q", 5, 7), use_rslora=True, lora_dropout=0.25)
+    params = {"m": {"q": {"kernel": jnp.zeros((5, 7))}, "k": jnp.zeros((2, 3))}}
+    adapters, plan, replaced = peft.load(folder, params)
+    target = plan.targets["m/q/kernel"]
+    assert (target.rank, target.scale, target.dropout) == (2, 4 / np.sqrt(2), 0.25)
+    assert plan.config.scale_of("m/q/kernel") == target.scale
+    assert plan.config.rank_stabilized
+    assert plan.total == 35 + 6
+    assert "no adapter for it" in plan.explain("m/k")
+    assert replaced == {}
+    entries = support.read(folder)[0]
+    for name in "AB":
+        own = entries[f"base_model.model.m.q.lora_{name}.weight"]
+        np.testing.assert_array_equal(adapters["m/q/kernel"][name], own.T)
+
+
+def test_alpha_of_an_odd_quotient(tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7), lora_alpha=0.3, alpha_pattern={"k": 7})
+    plan = peft.load(folder, abstract({"q": (5, 7)})).plan
+    assert plan.targets["q"].scale == 0.3 / 2
+    assert plan.config.alpha_pattern == {}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_are_those_of_the_file(dtype, tmp_path):
+    entries = linear("q", 5, 7, 2, dtype=dtype)
+    folder = write(tmp_path, entries, r=2, target_modules=["q"])
+    loaded = peft.load(folder, abstract({"q": (5, 7)}))
+    assert {x.dtype for x in jax.tree.leaves(loaded.adapters)} == {jnp.dtype(dtype)}
+
+
+def test_64_bits(tmp_path):
+    entries = linear("q", 5, 7, 2, dtype="float64")
+    folder = write(tmp_path, entries, r=2, target_modules=["q"])
+    with pytest.raises(CheckpointError, match="'q:A' is float64, which JAX would narrow"):
+        peft.load(folder, abstract({"q": (5, 7)}))
+
+
+def test_the_table_is_logged_and_printed(tmp_path, caplog):
+    folder = checkpoint(tmp_path, ("h.0.q", 5, 7), ("h.1.q", 5, 7))
+    params = abstract({"h": {"q": {"kernel": (2, 5, 7)}}})
+    with caplog.at_level(logging.INFO, "lora_jax.peft"):
+        peft.load(folder, params)
+    table = peft.match_names(folder, params)
+    assert str(table) in caplog.text
+    assert "adapter_model.safetensors" in caplog.text
+    assert dict(table) == {"h.0.q": "h/q/kernel", "h.1.q": "h/q/kernel"}
+    assert str(table).splitlines() == [
+        "module  path           shape      axes",
+        "h.0.q   h/q/kernel[0]  (2, 5, 7)  bio",
+        "h.1.q   h/q/kernel[1]  (2, 5, 7)  bio",
+    ]
+
+
+NAMED = abstract({"x": {"up": (5, 7), "down": (7, 5)}, "layers": {"w": (3, 5, 7)}})
+
+
+@pytest.mark.parametrize(
+    ("names", "paths"),
+    [
+        ({"m.q": "x/up"}, {"x/up": "io"}),
+        ({"m.q": ("x/up", "io")}, {"x/up": "io"}),
+        ({"m.q": ("x/down", "oi")}, {"x/down": "oi"}),
+        (lambda name: "x/up" if name == "m.q" else None, {"x/up": "io"}),
+        (lambda name: ("x/down", "oi"), {"x/down": "oi"}),
+    ],
+)
+def test_names(names, paths, tmp_path):
+    folder = checkpoint(tmp_path, ("m.q", 5, 7))
+    plan = peft.load(folder, NAMED, names=names).plan
+    assert {path: target.axes for path, target in plan.targets.items()} == paths
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"m.{}.q": "layers/w"},
+        {"m.{}.q": ("layers/w", "bio")},
+        {"m.0.q": "layers/w", "m.2.q": "layers/w"},
+        lambda name: "layers/w",
+    ],
+)
+def test_names_of_a_stack(names, tmp_path):
+    folder = checkpoint(tmp_path, ("m.2.q", 5, 7), ("m.0.q", 5, 7))
+    loaded = peft.load(folder, NAMED, names=names)
+    adapter = loaded.adapters["layers/w"]
+    entries = support.read(folder)[0]
+    for i in (0, 2):
+        want = update_of(entries, f"base_model.model.m.{i}.q", 2.0)
+        np.testing.assert_allclose(2 * adapter["A"][i] @ adapter["B"][i], want, rtol=1e-5)
+    assert not np.any(adapter["B"][1])
+
+
+def test_templates_fill_paths(tmp_path):
+    folder = checkpoint(tmp_path, ("m.4.q", 5, 7), ("m.5.q", 5, 7))
+    params = abstract({"a": {"l4": {"x": (5, 7)}, "l5": {"x": (5, 7)}}})
+    table = peft.match_names(folder, params, names={"m.{}.q": "a/l{}/x"})
+    assert dict(table) == {"m.4.q": "a/l4/x", "m.5.q": "a/l5/x"}
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (
+            {"m.q": "x/up", "m.k": "x/up"},
+            CheckpointError,
+            "names has 'm.k', and there is no",
+        ),
+        ({"m.q": "x/upp"}, CheckpointError, "no such leaf; the nearest paths are 'x/up'"),
+        ({"m.q": "x/down"}, CheckpointError, r"5 in and 7 out .*'x/down' \(7, 5\)"),
+        ({"m.q": ("x/down", "io")}, CheckpointError, "with the axes 'io'"),
+        ({"m.q": ("x/up", "ioo")}, CheckpointError, "with the axes 'ioo'"),
+        ({"m.q": ("layers/w", "bio")}, CheckpointError, "with the axes 'bio'"),
+        ({"m.q": "layers/w"}, CheckpointError, "no leaf of the params fits 'm.q'"),
+        ({"m.q": ("x/up", "xy")}, ValueError, "must be letters i, o and b"),
+        ({"m.q": ("x/up", "ii")}, ValueError, "at least one i and one o"),
+        ({"m.q": 3}, TypeError, "names must have a path for 'm.q'"),
+        ({"m.q": "x/{}"}, ValueError, "not as many numbers"),
+        (["m.q"], TypeError, "names must be a dict from the names of modules"),
+        (lambda name: 3, TypeError, "names must have a path for 'm.q'"),
+    ],
+)
+def test_names_that_do_not_fit(names, error, message, tmp_path):
+    folder = checkpoint(tmp_path, ("m.q", 5, 7))
+    with pytest.raises(error, match=message):
+        peft.load(folder, NAMED, names=names)
+
+
+@pytest.mark.parametrize(
+    ("modules", "shapes", "message"),
+    [
+        (
+            [("q", 5, 7)],
+            {"q": {"kernel": (5, 8)}},
+            r"fits 'q', which needs .* 5 in and 7 out in layout='jax'; by its name it is "
+            r"'q/kernel' \(5, 8\)\. Give names=.* or layout='torch' if weights lie",
+        ),
+        ([("a.q", 5, 7)], {"b": {"k": (5, 7)}}, "no leaf of the params fits 'a.q'"),
+        (
+            [("m.q", 5, 7)],
+            {"a": {"q": (5, 7)}, "b": {"q": (5, 7)}},
+            "'m.q' may be any of 'a/q', 'b/q': give names={'m.q': path}",
+        ),
+        (
+            [("a.q", 5, 7), ("b.q", 5, 7)],
+            {"x": {"q": (5, 7)}},
+            "'a.q' and 'b.q' both go to 'x/q': give names={module: path}",
+        ),
+        (
+            [("h.0.q", 5, 7), ("h.3.q", 5, 7)],
+            {"h": {"q": (3, 5, 7)}},
+            "no leaf of the params fits 'h.3.q'",
+        ),
+        (
+            [("q", 3, 12), ("1.q", 3, 4)],
+            {"q": (3, 3, 4)},
+            "'1.q' and 'q' both go to 'q', the first as 'linear' with the axes 'bio'",
+        ),
+        (
+            [("h.0.q", 5, 7)],
+            {"h_1": {"q": (5, 7)}},
+            "no leaf of the params fits 'h.0.q'",
+        ),
+        (
+            [("encoder.q", 5, 7)],
+            {"decoder": {"q": (5, 7)}},
+            "no leaf of the params fits 'encoder.q'",
+        ),
+    ],
+)
+def test_modules_without_a_place(modules, shapes, message, tmp_path):
+    folder = checkpoint(tmp_path, *modules)
+    with pytest.raises(CheckpointError, match=f"(?s)safetensors does not fit.*{message}"):
+        peft.load(folder, abstract(shapes))
+    with pytest.raises(CheckpointError, match=message):
+        peft.match_names(folder, abstract(shapes))
+
+
+def test_all_problems_are_listed_up_to_ten(tmp_path):
+    folder = checkpoint(tmp_path, *((f"h.{i}.q", 5, 7) for i in range(12)))
+    with pytest.raises(CheckpointError, match=r"(?s)'h.7.q'.*\n  and 2 more$"):
+        peft.load(folder, abstract({"k": (5, 7)}))
+
+
+def test_a_targeted_weight_without_an_adapter(tmp_path):
+    folder = checkpoint(tmp_path, ("h.0.q", 5, 7), target_modules=["q"])
+    params = abstract({"h": [{"q": {"kernel": (5, 7)}}, {"q": {"kernel": (5, 7)}}]})
+    with pytest.raises(CheckpointError, match=r"targets 'h.1.q', which is 'h/1/q/kernel'"):
+        peft.load(folder, params)
+    # Left out on purpose.
+    for config in ({"exclude_modules": ["1.q"]}, {"layers_to_transform": [0]}):
+        folder = checkpoint(
+            tmp_path / "own", ("m.h.0.q", 5, 7), target_modules=["q"], **config
+        )
+        assert list(peft.load(folder, {"m": params}).adapters) == ["m/h/0/q/kernel"]
+
+
+def test_what_does_not_fit_is_left_out_if_asked(tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7), ("k", 5, 7), ("v", 5, 7))
+    params = abstract({"q": (5, 7), "v": (6, 7)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = peft.load(folder, params, strict=False)
+    assert list(loaded.adapters) == list(loaded.plan.targets) == ["q"]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    text = str(caught[0].message)
+    assert "fits 'k'" in text
+    assert "fits 'v'" in text
+    assert text.endswith("It was left out.")
+    with (
+        pytest.warns(UserWarning, match="It was left out"),
+        pytest.raises(CheckpointError, match="nothing of it fits the params"),
+    ):
+        peft.load(folder, abstract({"x": (5, 7)}), strict=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 3}, "has the rank 2, and the config says 3"),
+        ({"rank_pattern": {"q": 4}}, "has the rank 2, and the config says 4"),
+        ({"use_dora": True}, "has no magnitude, and the config says use_dora=True"),
+        ({"lora_bias": True}, "has no lora_B.bias, and the config says lora_bias=True"),
+        ({"lora_alpha": 0}, "the alpha of 'm.q' is 0"),
+        ({"target_modules": ["k"]}, "do not choose it"),
+        ({"target_modules": "m.k|m.v"}, "do not choose it"),
+        ({"exclude_modules": ["q"]}, "do not choose it"),
+    ],
+)
+def test_configs_that_do_not_agree(config, message, tmp_path):
+    fields = {"target_modules": ["q"]} | config
+    folder = checkpoint(tmp_path, ("m.q", 5, 7), **fields)
+    with pytest.raises(CheckpointError, match=message):
+        peft.load(folder, abstract({"m": {"q": (5, 7)}}))
+
+
+def test_an_alpha_of_0_that_no_module_has(tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7), lora_alpha=0, alpha_pattern={"q": 6})
+    plan = peft.load(folder, abstract({"q": (5, 7)})).plan
+    assert plan.targets["q"].scale == plan.config.scale_of("q") == 3
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa_niter_4", "corda", "lora_ga", "loftq", "pissa", "OLoRA"]
+)
+def test_changed_bases(init, tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7), init_lora_weights=init)
+    params = {"q": jnp.asarray(draw(5, 7))}
+    if init in ("pissa", "OLoRA"):
+        assert set(peft.load(folder, params).replaced) == {"q"}
+        return
+    with pytest.raises(
+        CheckpointError, match=f"'{init}' changed .*of 'q'.*path_initial_model_for_weight"
+    ):
+        peft.load(folder, params)
+
+
+def test_changed_bases_that_do_not_follow(tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7), init_lora_weights="pissa")
+    u, v = (np.linalg.qr(draw(n, n))[0] for n in (5, 7))
+    for second, third in ((2.0, 2.00001), (2.0, 1.0)):
+        values = np.diag([3.0, second, third, 0.5, 0.1])
+        params = {"q": jnp.asarray(u @ values @ v[:5], "float32")}
+        if third > 1:
+            with pytest.raises(
+                CheckpointError, match="two singular values are nearly equal"
+            ):
+                peft.load(folder, params)
+        else:
+            assert set(peft.load(folder, params).replaced) == {"q"}
+
+
+def test_a_changed_convolution_is_refused(tmp_path):
+    entries = {"c.lora_A.weight": draw(2, 4, 3), "c.lora_B.weight": draw(6, 2, 1)}
+    folder = write(tmp_path, entries, r=2, target_modules=["c"], init_lora_weights="pissa")
+    with pytest.raises(CheckpointError, match="it is no matrix, 'iio'"):
+        peft.load(folder, {"c": jnp.ones((3, 4, 6))})
+
+
+def test_magnitudes_of_layers_without_an_adapter(tmp_path):
+    entries = linear("h.1.q", 5, 7, 2, dora=True)
+    folder = write(tmp_path, entries, r=2, use_dora=True, target_modules=["h.1.q"])
+    for axis in (0, 1, 2):
+        weight = np.moveaxis(draw(3, 5, 7), 0, axis)
+        params = {"h": {"q": {"kernel": jnp.asarray(weight)}}}
+        loaded = peft.load(folder, params)
+        merged = support.merged(params, loaded)["h"]["q"]["kernel"]
+        got, old = (np.moveaxis(np.asarray(w), axis, 0) for w in (merged, weight))
+        np.testing.assert_allclose(got[[0, 2]], old[[0, 2]], rtol=1e-5)
+        adapted = old[1] + update_of(entries, "h.1.q", 4.0)
+        want = adapted * entries["h.1.q.lora_magnitude_vector"]
+        want /= np.linalg.norm(adapted, axis=0)
+        np.testing.assert_allclose(got[1], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("entries", "config", "message"),
+    [
+        ({}, {}, "has no entries"),
+        (
+            {"q.lora_A.weight": np.ones((2, 5), "int32")},
+            {},
+            "is int32, and must be an array, floating",
+        ),
+        ({"q.weight": draw(2, 2)}, {"peft_type": "LOHA"}, "peft_type must be 'LORA'"),
+        ({"q.weight": draw(2, 2)}, {"use_qalora": True}, "use_qalora is True"),
+    ],
+)
+def test_files_that_are_refused(entries, config, message, tmp_path):
+    folder = write(tmp_path, entries, **config)
+    with pytest.raises(CheckpointError, match=message):
+        peft.load(folder, NAMED)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        peft.load(tmp_path / "none", NAMED)
+    folder = checkpoint(tmp_path, ("q", 5, 7))
+    (folder / support.TENSORS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*adapter_model"):
+        peft.load(folder, NAMED)
+    (folder / "adapter_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"is a pickle.* safe_serialization=True"):
+        peft.load(folder, NAMED)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layout": "flax"}, ValueError, "layout must be"),
+        ({"strict": 1}, TypeError, "strict"),
+    ],
+)
+def test_arguments(options, error, message, tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7))
+    with pytest.raises(error, match=message):
+        peft.load(folder, NAMED, **options)

@@ -1,0 +1,258 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import peft
+from lora_jax._files import CheckpointError
+from lora_jax.peft import _wholes
+from tests.peft import support
+from tests.peft.support import draw, linear, write
+
+HEAD = {"score": {"bias": jnp.zeros(3), "kernel": jnp.zeros((5, 3))}}
+LAYER = {"q": {"bias": jnp.ones(7), "kernel": jnp.ones((5, 7))}}
+
+
+def load(folder, params, entries, layout="jax", **config):
+    config = {"r": 2, "target_modules": ["q"]} | config
+    return peft.load(write(folder, entries, **config), params, layout=layout)
+
+
+def test_saved_modules_in_both_layouts(tmp_path):
+    entries = {
+        "score.weight": draw(3, 5),
+        "score.bias": draw(3),
+        "norm.weight": draw(6),
+        "tok.weight": draw(9, 5),
+        "conv.weight": draw(4, 2, 3, 6),
+    } | linear("q", 5, 7, 2)
+    shapes = {
+        "score": {"kernel": (5, 3), "bias": (3,)},
+        "norm": {"scale": (6,)},
+        "tok": {"embedding": (9, 5)},
+        "conv": {"kernel": (3, 6, 2, 4)},
+        "q": {"kernel": (5, 7)},
+    }
+    names = ["score", "norm", "tok", "conv"]
+    params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    own = load(tmp_path, params, entries, modules_to_save=names).replaced
+    np.testing.assert_array_equal(own["score/kernel"], entries["score.weight"].T)
+    np.testing.assert_array_equal(own["norm/scale"], entries["norm.weight"])
+    np.testing.assert_array_equal(own["tok/embedding"], entries["tok.weight"])
+    want = entries["conv.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(own["conv/kernel"], want)
+    torch = {name: jnp.zeros(value.shape) for name, value in entries.items()}
+    torch["q.weight"] = jnp.zeros((7, 5))
+    own = load(tmp_path, torch, entries, "torch", modules_to_save=names).replaced
+    assert len(own) == 5
+    for name, value in own.items():
+        np.testing.assert_array_equal(value, entries[name])
+
+
+def test_square_modules_are_told_apart_by_their_names(tmp_path):
+    weight = draw(5, 5)
+    for name, leaf, want in [
+        ("score", "kernel", weight.T),
+        ("tok_emb", "embedding", weight),
+        ("tok_emb", "weight", weight),
+        ("embed_out", "kernel", weight.T),  # an output head
+    ]:
+        params = LAYER | {name: {leaf: jnp.zeros((5, 5))}}
+        entries = {f"{name}.weight": weight} | linear("q", 5, 7, 2)
+        loaded = load(tmp_path, params, entries, modules_to_save=[name])
+        np.testing.assert_array_equal(loaded.replaced[f"{name}/{leaf}"], want)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases(bias, tmp_path):
+    entries = {"q.base_layer.bias": draw(7), "score.bias": draw(3)} | linear("q", 5, 7, 2)
+    own = load(tmp_path, LAYER | HEAD, entries, bias=bias).replaced
+    np.testing.assert_array_equal(own["q/bias"], entries["q.base_layer.bias"])
+    np.testing.assert_array_equal(own["score/bias"], entries["score.bias"])
+
+
+def test_the_bias_of_an_adapter_is_added(tmp_path):
+    entries = {"q.lora_B.bias": draw(7)} | linear("q", 5, 7, 2)
+    loaded = load(tmp_path, LAYER, entries, lora_bias=True, lora_alpha=6)
+    assert set(loaded.adapters["q/kernel"]) == {"A", "B"}
+    want = 1 + 3 * entries["q.lora_B.bias"]
+    np.testing.assert_allclose(loaded.replaced["q/bias"], want, rtol=1e-6)
+
+
+def test_biases_of_stacked_adapters_are_added(tmp_path):
+    entries, old = {}, draw(3, 7)
+    for i in (0, 2):
+        name = f"h.{i}.q"
+        entries |= {f"{name}.lora_B.bias": draw(7, seed=i)} | linear(name, 5, 7, 2)
+    params = {"h": {"q": {"kernel": jnp.zeros((3, 5, 7)), "bias": jnp.asarray(old)}}}
+    loaded = load(tmp_path, params, entries, lora_bias=True, lora_alpha=2)
+    want = old.copy()
+    for i in (0, 2):
+        want[i] += entries[f"h.{i}.q.lora_B.bias"]
+    np.testing.assert_allclose(loaded.replaced["h/q/bias"], want, rtol=1e-6)
+
+
+def test_the_bias_of_heads_is_added(tmp_path):
+    entries = {"q.lora_B.bias": draw(6)} | linear("q", 5, 6, 2)
+    params = {"q": {"kernel": jnp.zeros((5, 2, 3)), "bias": jnp.zeros((2, 3))}}
+    loaded = load(tmp_path, params, entries, lora_bias=True, lora_alpha=2)
+    want = entries["q.lora_B.bias"].reshape(2, 3)
+    np.testing.assert_allclose(loaded.replaced["q/bias"], want, rtol=1e-6)
+    params["q"]["bias"] = jnp.zeros(5)
+    with pytest.raises(CheckpointError, match="it is no bias of that layer"):
+        load(tmp_path, params, entries, lora_bias=True)
+
+
+@pytest.mark.parametrize("given", [[4, 1], {"tok": [4, 1]}, {"m.tok": [4, 1]}])
+def test_rows_of_tokens(given, tmp_path):
+    rows, old = draw(2, 5), draw(9, 5, seed=1)
+    name = "m.tok.token_adapter.trainable_tokens_delta"
+    params = LAYER | {"tok": {"embedding": jnp.asarray(old)}}
+    entries = {name: rows} | linear("q", 5, 7, 2)
+    loaded = load(tmp_path, params, entries, trainable_token_indices=given)
+    old[[4, 1]] = rows
+    np.testing.assert_array_equal(loaded.replaced["tok/embedding"], old)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([4, 9], r"has 2 rows, .* \[4, 9\], and 'tok/embedding' has 9 rows"),
+        ([4], r"has 2 rows, the config has the indices \[4\]"),
+        ({"other": [4, 1]}, "trainable_token_indices has none for it"),
+        (None, "trainable_token_indices has none for it"),
+    ],
+)
+def test_rows_that_do_not_fit(given, message, tmp_path):
+    entries = {"tok.token_adapter.trainable_tokens_delta": draw(2, 5)}
+    params = {"tok": {"embedding": jnp.zeros((9, 5))}}
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, params, entries, trainable_token_indices=given)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [((2, 5, 1), "must have rows of an embedding"), ((2, 7), "has rows of 7 entries")],
+)
+def test_rows_of_another_size(rows, message, tmp_path):
+    entries = {"tok.token_adapter.trainable_tokens_delta": draw(*rows)}
+    folder = write(tmp_path, entries, trainable_token_indices=[1, 0])
+    params = {"tok": {"embedding": jnp.zeros((6, 5))}}
+    with pytest.raises(CheckpointError, match=message):
+        peft.load(folder, params, names={"tok": "tok/embedding"})
+
+
+NEEDS_VALUES = {
+    "rows": (
+        {"tok.token_adapter.trainable_tokens_delta": draw(2, 5)},
+        {"trainable_token_indices": [1, 2]},
+        "tok/embedding",
+    ),
+    "bias": (
+        {"q.lora_B.bias": draw(7)} | linear("q", 5, 7, 2), {"lora_bias": True}, "q/bias"
+    ),
+    "base": (linear("q", 5, 7, 2), {"init_lora_weights": "olora"}, "q/kernel"),
+    "layers": ({"h.0.norm.weight": draw(4)}, {"modules_to_save": ["norm"]}, "h/norm/scale"),
+    "magnitudes": (linear("h.1.up", 5, 7, 2, dora=True),
+        {"use_dora": True, "target_modules": ["up"]}, "h/up/kernel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEEDS_VALUES)
+def test_values_that_are_needed(case, tmp_path):
+    entries, config, path = NEEDS_VALUES[case]
+    shapes = {
+        "tok/embedding": (9, 5),
+        "q/kernel": (5, 7),
+        "q/bias": (7,),
+        "h/norm/scale": (2, 4),
+        "h/up/kernel": (2, 5, 7),
+    }
+    kept = {p: s for p, s in shapes.items() if p.split("/")[-2] == path.split("/")[-2]}
+    abstract = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in kept.items()}
+    with pytest.raises(
+        CheckpointError, match=f"(?s)safetensors.*values of '{path}' are needed"
+    ):
+        load(tmp_path, abstract, entries, **config)
+    load(tmp_path, {p: jnp.ones(s) for p, s in kept.items()}, entries, **config)
+
+
+def test_layers_that_are_not_saved_are_those_of_the_params(tmp_path):
+    old, new = draw(3, 4), draw(4)
+    entries = {"h.1.norm.weight": new} | linear("q", 5, 7, 2)
+    params = LAYER | {"h": {"norm": {"scale": jnp.asarray(old)}}}
+    loaded = load(tmp_path, params, entries, modules_to_save=["norm"])
+    np.testing.assert_array_equal(loaded.replaced["h/norm/scale"], [old[0], new, old[2]])
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"score.weight": draw(4, 5)},
+            r"no leaf of the params fits 'score.weight', .*\(4, 5\)",
+        ),
+        ({"other.bias": draw(4)}, "no leaf of the params fits 'other.bias'"),
+        ({"h.3.norm.weight": draw(4)}, "no leaf of the params fits 'h.3.norm.weight'"),
+        ({"norm.weight": draw(5)}, "no leaf of the params fits 'norm.weight'"),
+        ({"ln.weight": draw(4)}, "'ln.weight' may be any of 'a/ln/scale', 'c/ln/scale'"),
+        ({"q.lora_B.bias": draw(7)}, "must have one lora_A and one lora_B"),
+    ],
+)
+def test_wholes_without_a_place(entries, message, tmp_path):
+    norm = {"scale": jnp.zeros(4)}
+    params = HEAD | {"h": {"norm": {"scale": jnp.zeros((3, 4))}}, "a": {"ln": norm}}
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, params | {"c": {"ln": norm}}, entries)
+
+
+def test_names_of_wholes(tmp_path):
+    entries = {"score.weight": draw(3, 5), "score.bias": draw(3), "ln.weight": draw(4)}
+    params = {"top": HEAD["score"], "ends": {"g": jnp.zeros(4)}}
+    folder = write(tmp_path, entries, modules_to_save=["score", "ln"])
+    names = {"score": "top/kernel", "ln.weight": "ends/g"}
+    own = peft.load(folder, params, names=names).replaced
+    assert set(own) == {"top/kernel", "top/bias", "ends/g"}
+    np.testing.assert_array_equal(own["top/kernel"], entries["score.weight"].T)
+    with pytest.raises(CheckpointError, match="there is none beside 'top/kernel'"):
+        peft.load(folder, {"top": {"kernel": jnp.zeros((5, 3))}} | {"ends": params["ends"]},
+            names=names)  # fmt: skip
+
+
+def test_64_bits_are_not_narrowed(tmp_path):
+    entries = {"score.weight": draw(3, 5, dtype="float64")}
+    with pytest.raises(CheckpointError, match="float64, which JAX would narrow"):
+        load(tmp_path, HEAD, entries)
+
+
+def test_leaves_are_put_in_their_dtype():
+    params = {"a": jnp.zeros(3, "bfloat16"), "b": np.ones(2)}
+    got = peft.replace_leaves(params, {"a": jnp.asarray([1.0, 2.0, 3.0])})
+    assert got["a"].dtype == jnp.bfloat16
+    assert got["b"] is params["b"]
+    np.testing.assert_array_equal(got["a"].astype("float32"), [1, 2, 3])
+    with pytest.raises(KeyError, match="no leaf at 'c'"):
+        peft.replace_leaves(params, {"c": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"at 'a': the leaf must be an array of the shape"):
+        peft.replace_leaves(params, {"a": jnp.zeros(4)})
+
+
+@pytest.mark.parametrize("axes", ["io", "oi", "iio", "oii", "ioo"])
+def test_matrices_there_and_back(axes):
+    weight = draw(*range(3, 3 + len(axes)))
+    matrix = _wholes.to_matrix(weight, axes)
+    sizes = {letter: [n for n, a in zip(weight.shape, axes, strict=True) if a == letter]
+        for letter in "io"}  # fmt: skip
+    assert matrix.shape == (np.prod(sizes["i"]), np.prod(sizes["o"]))
+    assert axes != "oi" or np.array_equal(matrix, weight.T)
+    back = _wholes.from_matrix(matrix, weight.shape, axes)
+    np.testing.assert_array_equal(back, weight)
+
+
+def test_merged_is_used_after_replacing(tmp_path):
+    entries = {"q.lora_B.bias": draw(7)} | linear("q", 5, 7, 2)
+    loaded = load(tmp_path, LAYER, entries, lora_bias=True, lora_alpha=2)
+    got = support.merged(LAYER, loaded)["q"]
+    want = 1 + support.update_of(entries, "q", 1.0)
+    np.testing.assert_allclose(got["kernel"], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["bias"], 1 + entries["q.lora_B.bias"], rtol=1e-6)

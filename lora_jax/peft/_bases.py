@@ -14,6 +14,7 @@ from lora_jax.decomposed import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft import _wholes
 from lora_jax.peft._entries import Module, without_wrapper
 from lora_jax.peft._places import Places
+from lora_jax.peft._replaced import Replaced
 from lora_jax.peft._sites import Site
 from lora_jax.peft.config import PeftConfig
 
@@ -26,7 +27,7 @@ def change(
     places: Places,
     sites: Iterable[Site],
     modules: Mapping[str, Module],
-    replaced: _wholes.Replaced,
+    replaced: Replaced,
 ) -> None:
     """Puts the bases that belong to some adapters, if they are not those of the params.
 

@@ -1,7 +1,6 @@
 """Puts the adapters of a PEFT checkpoint where they belong in some params."""
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -9,26 +8,22 @@ import chex
 import jax
 import numpy as np
 
-from lora_jax import _checks, _files, _paths, _selection
+from lora_jax import _checks, _files, _paths
 from lora_jax._files import CheckpointError
-from lora_jax._frozen import FrozenDict
-from lora_jax.config import LoraConfig
 from lora_jax.lora import Adapter
-from lora_jax.peft import _arrays, _bases, _names, _wholes
-from lora_jax.peft._checkpoint import Checkpoint, check_module, chooses_by_name
+from lora_jax.peft import _arrays, _bases, _replaced, _wholes
+from lora_jax.peft._checkpoint import Checkpoint, check_module
 from lora_jax.peft._entries import Module, without_wrapper
 from lora_jax.peft._fitting import LAYOUTS, Layout
 from lora_jax.peft._places import NamesArgument, Places, Problems
+from lora_jax.peft._planning import Placed, biased, make_plan, missing, use_of
+from lora_jax.peft._replaced import Replaced
 from lora_jax.peft._sites import Site, find_sites
 from lora_jax.peft._table import NameTable, Row
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.matching import matched
-from lora_jax.plan import AdapterPlan, Target, Use
+from lora_jax.plan import AdapterPlan, Target
 
 _LOG = logging.getLogger("lora_jax.peft")
-_WHERE = "the PEFT checkpoint"
-_PRIMITIVES = {"embedding": "gather", "convolution": "conv_general_dilated"}
-_NOT_ADAPTED = "the PEFT checkpoint has no adapter for it"
 
 
 class Loaded(NamedTuple):
@@ -40,14 +35,6 @@ class Loaded(NamedTuple):
     """As that of `plan_adapters`."""
     replaced: dict[str, jax.Array]
     """Path to value, for the leaves that the checkpoint holds whole."""
-
-
-class Placed(NamedTuple):
-    """The adapter of one weight, and what the plan says of it."""
-
-    arrays: Mapping[str, np.ndarray]
-    target: Target
-    use: Use | None
 
 
 def find_places(
@@ -113,12 +100,12 @@ def put(
     """
     places, sites, problems = find_places(checkpoint, params, names, layout)
     _LOG.info("%s\n%s", checkpoint.where, table(places, sites))
-    replaced = _wholes.Replaced(places)
+    replaced = Replaced(places)
     _put_wholes(checkpoint, places, replaced, problems)
     if scales_bias:
-        problems.lines += _biased(places, sites.values())
+        problems.lines += biased(places, sites.values())
     problems.lines += [
-        *_missing(checkpoint.config, places, sites.values()),
+        *missing(checkpoint.config, places, sites.values()),
         *places.unused_names(),
     ]
     problems.settle(checkpoint.where, strict)
@@ -136,13 +123,13 @@ def put(
         }
         for path, own in placed.items()
     }
-    return Loaded(adapters, _plan(checkpoint.config, places, placed), whole)
+    return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
 
 
 def _put_wholes(
     checkpoint: Checkpoint,
     places: Places,
-    replaced: _wholes.Replaced,
+    replaced: Replaced,
     problems: Problems,
 ) -> None:
     """Collects what the checkpoint holds whole, then what changes such leaves."""
@@ -154,7 +141,7 @@ def _put_wholes(
     for name, key in checkpoint.entries.tokens.items():
         with problems.collecting():
             indexes = _token_indexes(config, name)
-            _wholes.put_rows(replaced, places, name, read(key), indexes)
+            _replaced.put_rows(replaced, places, name, read(key), indexes)
 
 
 def _token_indexes(config: PeftConfig, module: str) -> tuple[int, ...]:
@@ -175,7 +162,7 @@ def _put_adapters(
     checkpoint: Checkpoint,
     places: Places,
     sites: Mapping[str, Site],
-    replaced: _wholes.Replaced,
+    replaced: Replaced,
 ) -> dict[str, Placed]:
     """The adapters by path, in the order of the leaves."""
     by_path: dict[str, list[Site]] = {}
@@ -195,7 +182,7 @@ def _put_adapters(
             }
             bias = arrays.pop("B_bias", None)
             if bias is not None:
-                _wholes.add_bias(replaced, places, site, bias, scale)
+                _replaced.add_bias(replaced, places, site, bias, scale)
             axes = own_axes(site)
             own = _arrays.from_peft(module.kind, axes, module.experts, arrays)
             matrices[site.indices] = own, scale
@@ -245,7 +232,7 @@ def _placed(
         out_axes=groups["o"],
         batch_axes=groups["b"],
     )
-    return Placed(arrays, target, _use(kind, site.axes))
+    return Placed(arrays, target, use_of(kind, site.axes))
 
 
 def _fill_magnitudes(
@@ -266,75 +253,3 @@ def _fill_magnitudes(
         layer = _wholes.layer(weight, site.axes, index).astype(np.float64)
         norm = np.sqrt(np.square(layer).sum(inner))
         arrays["m"][index] = norm.reshape(arrays["m"][index].shape)
-
-
-def _use(kind: str, axes: str) -> Use | None:
-    """What a module of some kind does with its weight, so that it is saved as that."""
-    if kind not in _PRIMITIVES:
-        return None
-    first = "indexed" if kind == "embedding" else "contracted"
-    roles = {"i": first, "o": "kept", "b": "stacked"}
-    return Use(_PRIMITIVES[kind], tuple(roles[letter] for letter in axes), _WHERE)
-
-
-def _missing(config: PeftConfig, places: Places, sites: Iterable[Site]) -> list[str]:
-    """The weights that the config targets and the checkpoint lacks."""
-    if not chooses_by_name(config):
-        return []
-    adapted = {site.path for site in sites}
-    missing = []
-    for path in places.leaves:
-        words = _names.split_path(path)
-        if path in adapted or words.leaf != _names.WEIGHT or len(places.shape(path)) < 2:
-            continue
-        name = ".".join(words.words)
-        if matched(config, name):
-            missing.append(
-                f"the config targets {name!r}, which is {path!r} {places.shape(path)}, and "
-                "there is no adapter for it: is the file whole?"
-            )
-    return missing
-
-
-def _biased(places: Places, sites: Iterable[Site]) -> list[str]:
-    """The layers with a bias, which an adapter would not multiply here."""
-    biases = {site.name: _wholes.find_bias(places, site.path) for site in sites}
-    return [
-        f"the adapter of {name!r} multiplies the bias {bias!r} too, and DoRA here does "
-        "not: merge it where it was trained"
-        for name, bias in biases.items()
-        if bias
-    ]
-
-
-def _plan(config: PeftConfig, places: Places, placed: Mapping[str, Placed]) -> AdapterPlan:
-    targets = {path: own.target for path, own in placed.items()}
-    leaves = {path: leaf for path, leaf in places.leaves.items() if _checks.is_array(leaf)}
-    return AdapterPlan(
-        config=_lora_config(config, targets),
-        targets=FrozenDict(targets),
-        skipped=FrozenDict({p: _NOT_ADAPTED for p in places.leaves if p not in targets}),
-        uses=FrozenDict({p: (own.use,) for p, own in placed.items() if own.use}),
-        total=_selection.count(leaves.values()),
-    )
-
-
-def _lora_config(config: PeftConfig, targets: Mapping[str, Target]) -> LoraConfig:
-    """The config of which the plan could have been made."""
-    alphas = {
-        path: target.scale * (math.sqrt(target.rank) if config.use_rslora else target.rank)
-        for path, target in targets.items()
-    }
-    return LoraConfig(
-        rank=config.r,
-        alpha=config.lora_alpha or 1.0,  # if 0, no module has it
-        targets=tuple(targets) or "all-linear",
-        rank_pattern={p: t.rank for p, t in targets.items() if t.rank != config.r},
-        alpha_pattern={
-            p: a for p, a in alphas.items() if not math.isclose(a, config.lora_alpha)
-        },
-        axes={path: target.axes for path, target in targets.items()},
-        rank_stabilized=config.use_rslora,
-        use_dora=config.use_dora,
-        dropout=config.lora_dropout,
-    )

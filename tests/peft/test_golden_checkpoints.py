@@ -322,7 +322,7 @@ def test_changed_bases_of_stacked_layers(axis, tmp_path):
     for layer, sign in ((0, 1), (2, -1)):  # the second has the negated weight
         entries[f"h.{layer}.q.lora_A.weight"] = tensors["A"]
         entries[f"h.{layer}.q.lora_B.weight"] = sign * tensors["B"]
-    fields = case["meta"]["config"] | {"target_modules": ["q"]}
+    fields = case["meta"]["config"] | {"target_modules": ["h.0.q", "h.2.q"]}
     folder = support.write(tmp_path, entries, **fields)
     stack = np.stack([weight["W0"], other, -weight["W0"]], axis)
     params = {"h": {"q": {"kernel": jnp.asarray(stack)}}}

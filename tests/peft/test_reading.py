@@ -425,3 +425,30 @@ def test_arguments(options, error, message, tmp_path):
     folder = checkpoint(tmp_path, ("q", 5, 7))
     with pytest.raises(error, match=message):
         peft.load(folder, NAMED, **options)
+
+
+def part_of_a_stack(folder, layers, **config):
+    tensors = {
+        f"model.layers.{i}.q.lora_{x}.weight": support.draw(*shape, seed=i)
+        for i in layers
+        for x, shape in {"A": (2, 6), "B": (4, 2)}.items()
+    }
+    return support.write(folder, tensors, r=2, target_modules=["q"], **config)
+
+
+@pytest.mark.parametrize(("layers", "absent"), [((0, 2), [1]), ((1,), [0, 2])])
+def test_a_layer_that_a_stack_lacks_is_missed(tmp_path, layers, absent):
+    params = {"layers": {"q": {"kernel": support.draw(3, 6, 4)}}}
+    folder = part_of_a_stack(tmp_path, layers)
+    with pytest.raises(CheckpointError, match="is the file whole") as error:
+        peft.load(folder, params)
+    assert all(f"'model.layers.{i}.q'" in str(error.value) for i in absent)
+    with pytest.warns(UserWarning, match=f"layers.{absent[0]}.q"):
+        loaded = peft.load(folder, params, strict=False)
+    for i in absent:
+        assert not np.any(loaded.adapters["layers/q/kernel"]["B"][i])
+    chosen = part_of_a_stack(tmp_path, layers, layers_to_transform=list(layers))
+    again = peft.load(chosen, params).adapters
+    np.testing.assert_array_equal(
+        again["layers/q/kernel"]["A"], loaded.adapters["layers/q/kernel"]["A"]
+    )

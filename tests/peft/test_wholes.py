@@ -85,7 +85,8 @@ def test_biases_of_stacked_adapters_are_added(tmp_path):
         name = f"h.{i}.q"
         entries |= {f"{name}.lora_B.bias": draw(7, seed=i)} | linear(name, 5, 7, 2)
     params = {"h": {"q": {"kernel": jnp.zeros((3, 5, 7)), "bias": jnp.asarray(old)}}}
-    loaded = load(tmp_path, params, entries, lora_bias=True, lora_alpha=2)
+    fields = {"lora_bias": True, "lora_alpha": 2, "target_modules": ["h.0.q", "h.2.q"]}
+    loaded = load(tmp_path, params, entries, **fields)
     want = old.copy()
     for i in (0, 2):
         want[i] += entries[f"h.{i}.q.lora_B.bias"]
@@ -154,7 +155,7 @@ NEEDS_VALUES = {
     "base": (linear("q", 5, 7, 2), {"init_lora_weights": "olora"}, "q/kernel"),
     "layers": ({"h.0.norm.weight": draw(4)}, {"modules_to_save": ["norm"]}, "h/norm/scale"),
     "magnitudes": (linear("h.1.up", 5, 7, 2, dora=True),
-        {"use_dora": True, "target_modules": ["up"]}, "h/up/kernel"),
+        {"use_dora": True, "target_modules": ["h.1.up"]}, "h/up/kernel"),
 }  # fmt: skip
 
 

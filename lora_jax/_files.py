@@ -125,6 +125,10 @@ def check_is_file(path: pathlib.Path) -> None:
     if path.is_file():
         return
     folder = path.parent
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{folder} is a file: give the directory that has {path.name} in it."
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder} to read {path.name} in.")
     names = sorted(entry.name for entry in folder.iterdir())

@@ -31,6 +31,7 @@ from lora_jax.plan import AdapterPlan, Target
 __all__ = ["CheckpointError", "load_adapters", "save_adapters"]
 
 _RECORD = "adapters.json"
+_PEFT = "adapter_config.json"
 _TENSORS = re.compile(r"adapters-[0-9a-f]{16}\.safetensors")
 _FORMAT = "lora_jax adapters"
 _VERSION = 1
@@ -124,6 +125,10 @@ def load_adapters(
     """
     _checks.check_flags(strict=strict)
     folder = _folder(directory)
+    if not (folder / _RECORD).is_file() and (folder / _PEFT).is_file():
+        raise CheckpointError(
+            f"{folder} has an adapter that PEFT wrote: read it with lora_jax.peft.load."
+        )
     record = _read_record(folder / _RECORD)
     plan = _files.checked(folder / _RECORD, lambda: _plan(record))
     file = _open_tensors(folder / record["tensors"], record["sha256"])

@@ -1,9 +1,10 @@
 """Initializers that take a part out of the weight, and the way back to plain adapters.
 
-PiSSA, OLoRA and LoftQ split a weight into a *base* and an adapter that is not zero,
-`W = W_base + scale * A @ B`, so that the adapter starts where the weight does most. **Such
-an adapter belongs to that base.** On the original weight it would add its part a second
-time, and nothing in the arrays shows that. Whoever saves it has two choices:
+PiSSA and OLoRA split a weight into a *base* and an adapter that is not zero,
+`W = W_base + scale * A @ B`, so that the adapter starts where the weight does most; LoftQ
+does so to a quantized base, and only nearly. **Such an adapter belongs to that base.** On
+the original weight it would add its part a second time, and nothing in the arrays shows
+that. Whoever saves it has two choices:
 
 - save the base as well, and load the adapter on that; or
 - keep the adapter as it was initialized too, and convert with `to_plain_adapter`: the

@@ -545,3 +545,9 @@ def test_nothing_that_runs_code_is_imported():
     text += pathlib.Path(_files.__file__).read_text()
     assert not any(f"import {name}" in text for name in ("pickle", "shelve", "marshal"))
     assert "allow_pickle" not in text
+
+
+def test_an_adapter_that_peft_wrote(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"read it with lora_jax\.peft\.load"):
+        load_adapters(tmp_path)

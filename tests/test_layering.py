@@ -48,7 +48,7 @@ ROOMS = {
         {"_modules", "_places", "matching"},
         {"_checkpoint", "_sites"},
         {"_wholes"},
-        {"_planning", "_replaced", "_saved", "configuring"},
+        {"_completeness", "_planning", "_replaced", "_saved", "configuring"},
         {"_bases", "writing"},
         {"_placing"},
         {"reading", "torchtune"},

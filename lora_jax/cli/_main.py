@@ -14,6 +14,7 @@ import jax
 from lora_jax.cli import _adapters, _convert, _diff, _inspect, _merge, _terminal
 
 _NAME = "lora-jax"
+_SHOWN = 3  # of the problems of an input
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130
 _CODES = """exit codes:
   0    fine
@@ -109,7 +110,9 @@ def _signals() -> list[signal.Signals]:
 
 
 def _complain(text: str) -> None:
-    line = " ".join(text.split())
+    first, *others = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    more = f"; and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+    line = " ".join([first, "; ".join(others[:_SHOWN]) + more]).strip()
     print(f"{_NAME}: error: {_terminal.printable(line)}", file=sys.stderr)
 
 

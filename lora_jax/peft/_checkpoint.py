@@ -18,6 +18,7 @@ from lora_jax.peft.matching import matched
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
+_OWN = "adapters.json"  # of lora_jax.checkpoint
 
 
 class Readable(Protocol):
@@ -46,6 +47,11 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         FileNotFoundError: if one is not there.
     """
     folder = pathlib.Path(directory)
+    if not (folder / CONFIG).is_file() and (folder / _OWN).is_file():
+        raise CheckpointError(
+            f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
+            "lora_jax.load_adapters."
+        )
     fields = _files.read_json(folder / CONFIG)
     config = _files.checked(
         folder / CONFIG, lambda: PeftConfig.from_dict(fields, "the config")

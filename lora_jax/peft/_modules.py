@@ -39,8 +39,8 @@ def names_of(
     given = [*_given(path, names)] or _derived(path, sizes, layout)
     if not given:
         raise ValueError(
-            f"{path!r} is a stack of {' x '.join(map(str, sizes))} weights, and its path "
-            "does not say what the module of each is called: give names={'name.{}.of': "
+            f"the weight is a stack of {' x '.join(map(str, sizes))}, and its path does "
+            "not say what the module of each is called: give names={'name.{}.of': "
             f"{path!r}}}, with {{}} for each number."
         )
     templates = [name for name in given if "{}" in name]

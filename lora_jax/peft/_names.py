@@ -28,12 +28,20 @@ _LEAVES = {
 _BOXES = ("value", "raw_value")
 _COLLECTION = "params"
 _NUMBERED = re.compile(r"(.*[^_\d])_?(\d+)")
-# Words that are never two names of one thing.
-_OPPOSITES = (
-    frozenset({"encoder", "decoder"}),
-    frozenset({"text_model", "vision_model"}),
-    frozenset({"language_model", "vision_tower"}),
+# Words that say which of two things a name is of, and parts of words that do; of these the
+# first counts.
+_SIDES = (
+    {"encoder": ("encoder",), "decoder": ("decoder",)},
+    {
+        "vision": ("vision_model", "vision_tower", "visual", "vision", "image_encoder"),
+        "text": ("text_model", "language_model", "text", "text_encoder"),
+    },
 )
+_PARTS = {
+    "cross": ("cross", "encoder_attn", "encdec", "attn2"),
+    "mlp": ("mlp", "ffn", "feed_forward", "feedforward", "densereludense"),
+    "self": ("attn", "attention"),
+}
 
 
 class Words(NamedTuple):
@@ -71,6 +79,12 @@ def split_path(path: str, *, numbers_apart: bool = True) -> Words:
     if len(words) > 1 and words[-1] in _LEAVES:
         words, leaf = words[:-1], _LEAVES[words[-1]]
     return Words(tuple(_numbers_apart(words) if numbers_apart else words), leaf)
+
+
+def leaf_word(path: str) -> str:
+    """What the leaf at a path is called."""
+    words = path.replace(".", "/").split("/")
+    return next((word for word in reversed(words) if word not in _BOXES), "")
 
 
 def split_name(name: str) -> tuple[str, ...]:
@@ -149,10 +163,23 @@ def _common(words: tuple[str, ...], others: tuple[str, ...]) -> int:
 
 def _opposite(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
     """Whether what is in front of the common end says that these are two things."""
-    return any(
-        pair & set(words) and pair & set(others) and pair & set(words) != pair & set(others)
-        for pair in _OPPOSITES
-    )
+    pairs = [(_parts(words), _parts(others))]
+    for group in _SIDES:
+        pairs.append((_sides(words, group), _sides(others, group)))
+    return any(own and other and own != other for own, other in pairs)
+
+
+def _sides(words: tuple[str, ...], group: Mapping[str, tuple[str, ...]]) -> set[str]:
+    return {side for side, names in group.items() if set(names) & set(words)}
+
+
+def _parts(words: tuple[str, ...]) -> set[str]:
+    """The parts of a layer that some words name."""
+    found = set()
+    for word in words:
+        named = (p for p, ends in _PARTS.items() if any(e in word.lower() for e in ends))
+        found |= {next(named, "")} - {""}
+    return found
 
 
 def lacking(name: str, path: str) -> tuple[int, ...]:

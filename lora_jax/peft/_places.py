@@ -87,13 +87,29 @@ class Places:
         return found is not None and found[2] is not None
 
     def unused_names(self) -> list[str]:
-        """What is in `names` and not in the checkpoint."""
+        """What is in `names`, and neither in the checkpoint nor in the params."""
         given = self._names if isinstance(self._names, Mapping) else {}
-        return [
-            f"names has {name!r}, and there is no such module in the checkpoint"
-            for name in given
-            if name not in self._used
-        ]
+        paths = {name: _pair(name, value)[0] for name, value in given.items()}
+        taken = {path for name, path in paths.items() if name in self._used}
+        lines = []
+        for name, path in paths.items():
+            there = self._has(path)
+            if name in self._used or (there and path not in taken):
+                continue  # or for another checkpoint, which adapts that weight
+            hint = "" if there else _paths.nearest_hint(path, self.leaves)
+            leaf = "" if there else f", nor such a leaf in the params{hint}"
+            turned = " They go from modules to paths." if self._has(name) else ""
+            lines.append(
+                f"names has {path!r} for {name!r}, and there is no such module in the "
+                f"checkpoint{leaf}.{turned}"
+            )
+        return lines
+
+    def _has(self, path: str) -> bool:
+        """Whether params have a leaf at a path, or at one of a template."""
+        if "{}" not in path:
+            return path in self.leaves
+        return any(_names.numbers_in(path, leaf) is not None for leaf in self.leaves)
 
     def search(self, words: tuple[str, ...], leaves: tuple[str, ...]) -> list[Found]:
         """The leaves whose paths have the longest common end with a name."""
@@ -118,6 +134,10 @@ class Places:
             hint = _paths.nearest_hint(name.replace(".", "/"), self.leaves).removeprefix(
                 "; "
             )
+        for found in near:
+            if not self.holds(found):
+                index = ", ".join(map(str, found.indices))
+                hint += f", a stack without the index [{index}]"
         other = "torch" if self.layout == "jax" else "jax"
         return CheckpointError(
             f"no leaf of the params fits {name!r}, which needs {fits} in "

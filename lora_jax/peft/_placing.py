@@ -11,12 +11,13 @@ import numpy as np
 from lora_jax import _checks, _files, _paths
 from lora_jax._files import CheckpointError
 from lora_jax.lora import Adapter
-from lora_jax.peft import _arrays, _bases, _replaced, _wholes
+from lora_jax.peft import _arrays, _bases, _names, _replaced, _wholes
 from lora_jax.peft._checkpoint import Checkpoint, check_module
+from lora_jax.peft._completeness import biased, missing
 from lora_jax.peft._entries import Module, without_wrapper
 from lora_jax.peft._fitting import LAYOUTS, Layout
 from lora_jax.peft._places import NamesArgument, Places, Problems
-from lora_jax.peft._planning import Placed, biased, make_plan, missing, use_of
+from lora_jax.peft._planning import Placed, make_plan, use_of
 from lora_jax.peft._replaced import Replaced
 from lora_jax.peft._sites import Site, find_sites
 from lora_jax.peft._table import NameTable, Row
@@ -100,14 +101,19 @@ def put(
     """
     places, sites, problems = find_places(checkpoint, params, names, layout)
     _LOG.info("%s\n%s", checkpoint.where, table(places, sites))
+    if layout == "jax" and _may_lie_as_torch(places, sites.values()):
+        _LOG.warning(
+            "%s: all weights are square and called weight, as in PyTorch, where they lie "
+            "(out, in), and they are taken as (in, out): if that is wrong, give "
+            "layout='torch'.",
+            checkpoint.where,
+        )
     replaced = Replaced(places)
     _put_wholes(checkpoint, places, replaced, problems)
+    problems.lines[:0] = places.unused_names()
+    problems.lines += missing(checkpoint.config, checkpoint.entries, places, sites.values())
     if scales_bias:
         problems.lines += biased(places, sites.values())
-    problems.lines += [
-        *missing(checkpoint.config, places, sites.values()),
-        *places.unused_names(),
-    ]
     problems.settle(checkpoint.where, strict)
     try:
         placed = _put_adapters(checkpoint, places, sites, replaced)
@@ -124,6 +130,14 @@ def put(
         for path, own in placed.items()
     }
     return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
+
+
+def _may_lie_as_torch(places: Places, sites: Iterable[Site]) -> bool:
+    """Whether neither shapes nor names show that weights lie as JAX has them."""
+    shapes = [places.shape(site.path)[len(site.indices) :] for site in sites]
+    leaves = {_names.leaf_word(site.path) for site in sites}
+    square = all(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
+    return bool(shapes) and square and leaves == {_names.WEIGHT}
 
 
 def _put_wholes(

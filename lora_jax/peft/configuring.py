@@ -1,5 +1,6 @@
 """What a config of PEFT means for some params."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.matching import match_modules
 
 __all__ = ["to_lora_config"]
+
+# What is a vector, also where layers are stacked and it has two axes.
+_NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
 
 _INITS = {True: "kaiming_uniform", "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
@@ -80,7 +84,9 @@ def _weights(params: chex.ArrayTree) -> dict[str, tuple[str, ...]]:
     found = {}
     for path, leaf in _paths.leaf_paths(params).items():
         words = _names.split_path(path)
-        if len(getattr(leaf, "shape", ())) >= 2 and words.leaf != _names.BIAS:
+        named = [word for word in words.words if not word.isdecimal()]
+        vector = words.leaf == _names.BIAS or any(map(_NORM.search, named[-1:]))
+        if len(getattr(leaf, "shape", ())) >= 2 and not vector:
             found[path] = words.words
     return found
 

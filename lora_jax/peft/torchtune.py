@@ -96,6 +96,8 @@ def load_torchtune(
     shapes = {key: state.shape(key) for key in state.keys}
     check_dtypes(where, {name: arrays[name] for name in arrays})
     modules = _entries.sort_entries(where, shapes).modules
+    if model == "hf":
+        _check_heads(where, modules, heads)
     ranks = {module.rank for module in modules.values()}
     if len(ranks) != 1:
         raise CheckpointError(
@@ -111,6 +113,23 @@ def load_torchtune(
     return _placing.put(
         checkpoint, params, names, layout, strict, scales_bias=config.use_dora
     )
+
+
+def _check_heads(
+    where: str, modules: Mapping[str, _entries.Module], heads: Mapping[str, int]
+) -> None:
+    """Raises unless queries and keys of a layer have heads of one size."""
+    for name, module in modules.items():
+        other = modules.get(name.replace(".q_proj", ".k_proj"))
+        if not name.endswith(".q_proj") or other is None:
+            continue
+        queries, keys = module.dims.n_out, other.dims.n_out
+        if queries * heads["k"] != keys * heads["q"]:
+            raise CheckpointError(
+                f"{where}: {name!r} has {queries} rows for num_heads={heads['q']}, and "
+                f"{other.name!r} has {keys} for num_kv_heads={heads['k']}: these are heads "
+                "of two sizes. Give the numbers that the model has."
+            )
 
 
 def _opened(source: Any) -> tuple[str, Any]:
@@ -152,8 +171,8 @@ class _State:
         """Rows `(heads, pairs, 2)` in the order `(heads, 2, pairs)`."""
         if len(array) % (2 * heads):
             raise CheckpointError(
-                f"{self._where}: {name!r} has {len(array)} rows, which {heads} heads of an "
-                "even size cannot have: check num_heads and num_kv_heads."
+                f"{name!r} has {len(array)} rows, which {heads} heads of an even size "
+                "cannot have: check num_heads and num_kv_heads."
             )
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])
         return pairs.swapaxes(1, 2).reshape(array.shape)

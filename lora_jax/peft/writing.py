@@ -92,8 +92,10 @@ def save(
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
-    _files.write_tensors(folder / TENSORS, entries, {"format": "pt"})
-    _files.write_text(folder / CONFIG, config.to_json())
+    # Both are on the disk before either has its name.
+    with _files.replacing(folder / CONFIG) as file:
+        file.write_text(config.to_json(), encoding="utf-8")
+        _files.write_tensors(folder / TENSORS, entries, {"format": "pt"})
 
 
 def _check_names(names: SaveNames, paths: Iterable[str]) -> None:

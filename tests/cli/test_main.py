@@ -154,3 +154,12 @@ def test_nothing_is_shown_where_nobody_looks(monkeypatch):
     with _terminal.show_progress(1, quiet=False) as progress:
         progress.update(1)
     assert sys.stderr.getvalue() == ""
+
+
+def test_several_problems_are_one_line(capsys):
+    _main._complain("it does not fit:\n  one\n  two\n\n  three\n  four\n  five")
+    assert capsys.readouterr().err == (
+        "lora-jax: error: it does not fit: one; two; three; and 2 more\n"
+    )
+    _main._complain("one\tline")
+    assert capsys.readouterr().err == "lora-jax: error: one line\n"

@@ -91,3 +91,13 @@ def test_a_layer_of_a_stack_has_no_rank_of_its_own():
     config = {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\.q_proj": 2}}
     with pytest.raises(ValueError, match="layers are stacked"):
         peft.to_lora_config(config, params)
+
+
+def test_stacked_norms_are_no_matrices():
+    shapes = {"norm": "scale", "ln_1": "weight", "up": "kernel"}
+    params = {
+        name: {leaf: jax.ShapeDtypeStruct((2, 48), "float32")}
+        for name, leaf in shapes.items()
+    }
+    config = peft.to_lora_config({"target_modules": "all-linear"}, {"blocks": params})
+    assert config.targets == ("blocks/up/kernel",)

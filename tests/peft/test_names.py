@@ -126,7 +126,7 @@ def test_a_stack_of_one_layer_is_no_parameter():
 @pytest.mark.parametrize(
     ("path", "names", "sizes", "message"),
     [
-        ("h/q", None, (2,), r"stack of 2 weights.* names=\{'name.\{\}.of': 'h/q'\}"),
+        ("h/q", None, (2,), r"stack of 2, .* names=\{'name.\{\}.of': 'h/q'\}"),
         ("h/q", {"m.{}.{}.q": "h/q"}, (2,), "has 2 numbers, and 'h/q' has 1 stacked axes"),
         ("h/q", {"m.0.q": "h/q", "m.2.q": "h/q"}, (2,), "one module for each index"),
         ("h/q", {"m.0.q": "h/q", "m.0.k": "h/q"}, (2,), "one module for each index"),

@@ -193,7 +193,7 @@ def test_templates_fill_paths(tmp_path):
         (
             {"m.q": "x/up", "m.k": "x/up"},
             CheckpointError,
-            "names has 'm.k', and there is no",
+            "names has 'x/up' for 'm.k', and there is no such module in the checkpoint[.]",
         ),
         ({"m.q": "x/upp"}, CheckpointError, "no such leaf; the nearest paths are 'x/up'"),
         ({"m.q": "x/down"}, CheckpointError, r"5 in and 7 out .*'x/down' \(7, 5\)"),
@@ -452,3 +452,111 @@ def test_a_layer_that_a_stack_lacks_is_missed(tmp_path, layers, absent):
     np.testing.assert_array_equal(
         again["layers/q/kernel"]["A"], loaded.adapters["layers/q/kernel"]["A"]
     )
+
+
+def test_names_may_be_those_of_the_whole_model(tmp_path):
+    folder = checkpoint(tmp_path, ("m.q", 5, 7))
+    params = abstract({"x": {"up": (5, 7)}, "y": {"up": (5, 7)}})
+    names = {"m.q": "x/up", "m.{}.k": "y/up", "m.v": "y/up"}
+    assert list(peft.load(folder, params, names=names).adapters) == ["x/up"]
+    assert list(peft.match_names(folder, params, names=names)) == ["m.q"]
+    with pytest.raises(CheckpointError, match="go from modules to paths"):
+        peft.load(folder, params, names={"x/up": "m.q"})
+
+
+LAYERS = {
+    f"{i}": {"attn": {"wq": {"kernel": (5, 7)}, "wv": {"kernel": (5, 7)}}} for i in range(3)
+}
+RENAMED = {
+    "model.layers.{}.q_proj": "decoder/{}/attn/wq/kernel",
+    "model.layers.{}.v_proj": "decoder/{}/attn/wv/kernel",
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r"model\.layers\.\d+\.[qv]_proj"},
+        {"target_modules": "all-linear"},
+    ],
+)
+def test_a_layer_that_renamed_params_have_is_missed(tmp_path, config):
+    modules = [(f"model.layers.{i}.{m}_proj", 5, 7) for i in (0, 2) for m in "qv"]
+    folder = checkpoint(tmp_path, *modules, **config)
+    params = abstract({"decoder": LAYERS})
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.q_proj.*is the file whole"
+    ) as error:
+        peft.load(folder, params, names=RENAMED)
+    assert "'model.layers.1.v_proj', which is 'decoder/1/attn/wv/kernel'" in str(
+        error.value
+    )
+    excluded = {**config, "exclude_modules": ["1.q_proj", "1.v_proj"]}
+    folder = checkpoint(tmp_path / "own", *modules, **excluded)
+    assert len(peft.load(folder, params, names=RENAMED).adapters) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"modules_to_save": ["head"]}, "modules_to_save has 'head'"),
+        ({"modules_to_save": ["classifier", "score"]}, "modules_to_save has 'classifier'"),
+        ({"trainable_token_indices": [1, 2]}, "no rows of tokens"),
+        ({"target_parameters": ["experts.w1"]}, "parameter 'experts.w1', and the file has"),
+        ({"bias": "lora_only"}, "bias='lora_only', and the file lacks that of 'm.q'"),
+    ],
+)
+def test_what_the_config_says_is_saved_is_missed(tmp_path, config, message):
+    folder = checkpoint(tmp_path, ("m.q", 5, 7), target_modules=["q"], **config)
+    params = abstract({"m": {"q": {"kernel": (5, 7), "bias": (7,)}}, "head": {"w": (7, 3)}})
+    with pytest.raises(CheckpointError, match=message):
+        peft.load(folder, params)
+
+
+def test_a_head_of_another_model_need_not_be_there(tmp_path):
+    folder = checkpoint(tmp_path, ("m.q", 5, 7), target_modules=["q"], extra=None)
+    tensors, config = support.read(folder)
+    whole = {name.removeprefix(support.PREFIX): value for name, value in tensors.items()}
+    whole["score.weight"] = draw(3, 7)
+    config["modules_to_save"] = ["classifier", "score"]
+    del config["peft_type"]
+    folder = support.write(tmp_path / "own", whole, **config)
+    params = abstract({"m": {"q": {"kernel": (5, 7)}}, "score": {"kernel": (7, 3)}})
+    assert list(peft.load(folder, params).replaced) == ["score/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        ("layer.0.crossattention.self.query", "layer/0/attention/self/query/kernel"),
+        ("layers.0.encoder_attn.q_proj", "layers/0/self_attn/q_proj/kernel"),
+        ("h.0.mlp.c_proj", "h/0/attn/c_proj/kernel"),
+        ("visual.blocks.0.attn.out_proj", "text/blocks/0/attn/out_proj/kernel"),
+        ("encoder.block.0.SelfAttention.q", "decoder/block/0/SelfAttention/q/kernel"),
+    ],
+)
+def test_the_same_weight_of_another_part_is_not_taken(tmp_path, module, path):
+    folder = checkpoint(tmp_path, (module, 5, 7))
+    with pytest.raises(CheckpointError, match="no leaf of the params fits"):
+        peft.load(folder, abstract({path: (5, 7)}))
+    own = module.replace(".", "/") + "/kernel"
+    assert list(peft.load(folder, abstract({path: (5, 7), own: (5, 7)})).adapters) == [own]
+
+
+def test_square_weights_that_may_be_those_of_torch(tmp_path, caplog):
+    folder = checkpoint(tmp_path, ("m.q", 5, 5))
+    with caplog.at_level(logging.WARNING, "lora_jax.peft"):
+        peft.load(folder, abstract({"m.q.weight": (5, 5)}), layout="torch")
+        peft.load(folder, abstract({"m": {"q": {"kernel": (5, 5)}}}))
+        assert not caplog.records
+        peft.load(folder, abstract({"m.q.weight": (5, 5)}))
+    assert "give layout='torch'" in caplog.text
+
+
+def test_the_directory_of_the_other_format(tmp_path):
+    (tmp_path / "adapters.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"read them with lora_jax\.load_adapters"):
+        peft.load(tmp_path, {})
+    with pytest.raises(NotADirectoryError, match=r"adapters\.json is a file"):
+        peft.load(tmp_path / "adapters.json", {})

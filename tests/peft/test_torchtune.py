@@ -95,9 +95,9 @@ ONE = {k: v for k, v in STATE.items() if k.startswith(ATTENTION)}
 @pytest.mark.parametrize(
     ("state", "options", "error", "message"),
     [
-        (STATE, {"num_heads": 5}, CheckpointError, "has 32 rows, which 5 heads"),
-        (STATE, {"num_heads": 32}, CheckpointError, "32 heads of an even size cannot have"),
-        (STATE, {"num_kv_heads": None, "num_heads": 16}, CheckpointError, "has 16 rows"),
+        (STATE, {"num_heads": 6, "num_kv_heads": 3}, CheckpointError, "which 3 heads"),
+        (STATE, {"num_heads": 32, "num_kv_heads": 16}, CheckpointError, "16 heads of an e"),
+        (STATE, {"num_kv_heads": None}, CheckpointError, "these are heads of two sizes"),
         ({}, {}, CheckpointError, r"have one rank, got \[\]"),
         (ONE | {"x.weight": draw(2, 2)}, {}, CheckpointError, "is no entry of an adapter"),
         (

@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,3 +18,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # new JAX does; the first call of each shape compiles, so there is no deadline.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+# Tests of values that other tests see compiled with all optimizations. Most of their time
+# goes into compiling, and without them it is half of it.
+QUICK = (
+    *("tests.cli", "tests.frameworks", "tests.live", "tests.peft"),
+    *("tests.test_checkpoint", "tests.test_decomposed", "tests.test_decomposed_params"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compiles the programs of some modules without optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    quick = f"{request.module.__name__}.".startswith(tuple(f"{name}." for name in QUICK))
+    jax.config.update("jax_disable_most_optimizations", before or quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("suite")
 QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.peft"),
     *("tests.test_checkpoint", "tests.test_decomposed", "tests.test_decomposed_params"),
+    *("tests.test_initializers", "tests.test_properties", "tests.transform.test_fuzz"),
 )
 
 

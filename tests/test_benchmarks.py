@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.slow  # for developers of the library
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 SIZES = [
     *("--tokens=48", "--batch=3", "--in=64", "--out=96", "--rank=8"),

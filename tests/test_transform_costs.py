@@ -14,6 +14,8 @@ import pytest
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 bench = importlib.import_module("bench_transform")
 
+pytestmark = pytest.mark.slow  # a minute of compiling
+
 LAYERS = 2
 OPTIONS = bench.parse(["--batch=2", "--length=16", "--width=64", "--rank=4"])
 

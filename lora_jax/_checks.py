@@ -129,6 +129,24 @@ def check_rank(rank: Any) -> None:
         )
 
 
+def check_factor_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of factors that a caller gave.
+
+    Raises:
+        TypeError: unless it is floating point and of at least 16 bits.
+    """
+    try:
+        given = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be that of an array, got {dtype!r}.") from None
+    if not is_floating(given) or given.itemsize < 2:
+        raise TypeError(
+            f"dtype must be floating point and of at least 16 bits, got {given}: adapters "
+            "are trained."
+        )
+    return given
+
+
 def check_key(name: str, key: Any) -> None:
     """Raises unless `key` is one `jax.random` key, typed or raw."""
     if not isinstance(key, jax.Array | np.ndarray):

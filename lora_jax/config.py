@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax import _checks, _paths
@@ -247,18 +246,7 @@ def _entries(name: str, entries: Any, check: Callable[[Any], Any]) -> FrozenDict
 
 
 def _dtype(dtype: Any) -> str | None:
-    if dtype is None:
-        return None
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype must be that of an array, got {dtype!r}.") from None
-    if not _checks.is_floating(dtype) or dtype.itemsize < 2:
-        raise TypeError(
-            f"dtype must be floating point and of at least 16 bits, got {dtype}: adapters "
-            "are trained."
-        )
-    return dtype.name
+    return None if dtype is None else _checks.check_factor_dtype(dtype).name
 
 
 def _check_init_of_ranks(init: Any, ranks: Iterable[int]) -> None:

@@ -343,16 +343,7 @@ def quantized(quantize: Quantize, weight: jax.Array) -> jax.Array:
 def _factor_dtype(weight: jax.Array, dtype: DTypeLike | None) -> DTypeLike:
     if dtype is None:
         return _numerics.accumulation_dtype(weight.dtype)
-    try:
-        given = jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype must be that of an array, got {dtype!r}.") from None
-    if not _checks.is_floating(given) or given.itemsize < 2:
-        raise TypeError(
-            f"dtype must be floating point and of at least 16 bits, got {given}: adapters "
-            "are trained."
-        )
-    return given
+    return _checks.check_factor_dtype(dtype)
 
 
 def _rounded(factors: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Adapter:

@@ -10,6 +10,7 @@ import jax
 
 from lora_jax import _checks, _paths
 from lora_jax._frozen import FrozenDict
+from lora_jax._tables import format_table
 from lora_jax.config import ALL_LINEAR, LoraConfig, kept_patterns
 
 __all__ = ["AdapterPlan", "Target", "Use"]
@@ -168,7 +169,7 @@ class AdapterPlan:
             for use in self.uses.get(path, ())
             if use.merged
         ]
-        return "\n".join([_table(rows), *merged])
+        return "\n".join([*format_table(rows, _NUMBERS), *merged])
 
     def explain(self, path: str) -> str:
         """Says why a leaf has an adapter, or why not.
@@ -261,19 +262,6 @@ def _use(given: Mapping[str, Any]) -> Use:
 def _counted(count: int, total: int) -> tuple[str, str]:
     """A number of parameters, and its share of those of the params."""
     return f"{count:,}", f"{100 * count / total:.3f} %" if total else ""
-
-
-def _table(rows: Iterable[tuple[str, ...]]) -> str:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in _NUMBERS else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:

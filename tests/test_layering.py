@@ -10,7 +10,7 @@ import lora_jax
 
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 STOREYS = (
-    {"_checks", "_compat", "_files", "_frozen", "_paths"},
+    {"_checks", "_compat", "_files", "_frozen", "_paths", "_tables"},
     {"_numerics", "_svd", "_tensor_stream"},
     {"initializers", "_column_norm", "_dora_products"},
     {"config", "lora"},

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+from lora_jax import _tables
+
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -37,15 +39,8 @@ def format_table(
         right: the names of the columns that are aligned on the right.
     """
     lines = [[printable(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = set(right)
-    return [
-        "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(header, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
+    own = set(right)
+    return _tables.format_table(lines, [i for i, n in enumerate(header) if n in own])
 
 
 def format_size(count: float) -> str:

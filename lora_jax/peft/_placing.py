@@ -101,13 +101,6 @@ def put(
     """
     places, sites, problems = find_places(checkpoint, params, names, layout)
     _LOG.info("%s\n%s", checkpoint.where, table(places, sites))
-    if layout == "jax" and _may_lie_as_torch(places, sites.values()):
-        _LOG.warning(
-            "%s: all weights are square and called weight, as in PyTorch, where they lie "
-            "(out, in), and they are taken as (in, out): if that is wrong, give "
-            "layout='torch'.",
-            checkpoint.where,
-        )
     replaced = Replaced(places)
     _put_wholes(checkpoint, places, replaced, problems)
     problems.lines[:0] = places.unused_names()
@@ -115,6 +108,13 @@ def put(
     if scales_bias:
         problems.lines += biased(places, sites.values())
     problems.settle(checkpoint.where, strict)
+    if layout == "jax" and _may_lie_as_torch(places, sites.values()):
+        _LOG.warning(
+            "%s: all weights are square and called weight, as in PyTorch, where they lie "
+            "(out, in), and they are taken as (in, out): if that is wrong, give "
+            "layout='torch'.",
+            checkpoint.where,
+        )
     try:
         placed = _put_adapters(checkpoint, places, sites, replaced)
         whole = replaced.finish(checkpoint.where)

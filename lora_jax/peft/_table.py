@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from lora_jax._frozen import FrozenDict
+from lora_jax._tables import format_table
 
 
 class Row(NamedTuple):
@@ -36,15 +37,11 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
         return table
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self.rows))
+        return "\n".join(format_table(_cells(self.rows)))
 
 
-def _lines(rows: tuple[Row, ...]) -> Iterator[str]:
-    cells = [("module", "path", "shape", "axes")]
+def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:
+    yield "module", "path", "shape", "axes"
     for row in rows:
         index = f"[{', '.join(map(str, row.indices))}]" if row.indices else ""
-        cells.append((row.module, row.path + index, str(row.shape), row.axes))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        yield "  ".join(padded).rstrip()
+        yield row.module, row.path + index, str(row.shape), row.axes

@@ -97,6 +97,27 @@ def check_paths(name: str, given: Any, paths: list[str]) -> None:
         )
 
 
+def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
+    """Raises unless `norms` are those of the columns of a plan's DoRA weights.
+
+    Args:
+        norms: what the caller gave.
+        plan: the plan.
+
+    Raises:
+        KeyError: if a path is missing, or is not that of a weight with DoRA.
+        TypeError: if it is not a dict of floating-point arrays.
+        ValueError: if a shape is not `(*batch, out)`.
+    """
+    check_plan(plan)
+    targets = {p: t for p, t in plan.targets.items() if t.method == "dora"}
+    check_paths("column_norms", norms, list(targets))
+    for path, target in targets.items():
+        shape = target.adapter_shapes["m"]
+        with _checks.at_path(path):
+            _checks.check_vector("column_norms", norms[path], shape, "one for each column")
+
+
 def _check_adapter(adapter: Any, target: Target) -> None:
     shapes = target.adapter_shapes
     refused = _NO_BIASES | ({} if "m" in shapes else _NO_MAGNITUDE)

@@ -252,7 +252,8 @@ def adapted_column_norms(
 
     Returns:
         `{path: (*batch, out)}` for the weights whose method is DoRA, at least float32:
-        what `unmerge_adapters` needs. See `lora_jax.dora_column_norm`.
+        what `unmerge_adapters` needs, and what `adapt` takes. See
+        `lora_jax.dora_column_norm`.
 
     Raises:
         KeyError, TypeError, ValueError: as `merge_adapters`.
@@ -343,7 +344,7 @@ def _checked_norms(
             "a merged DoRA weight does not have its norms any more: give column_norms="
             "adapted_column_norms(params, adapters, plan), formed before the merge."
         )
-    _plan_checks.check_paths("column_norms", norms or {}, paths)
+    _plan_checks.check_column_norms(norms or {}, plan)
     return norms or {}
 
 

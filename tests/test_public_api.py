@@ -55,7 +55,8 @@ LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, rank_pattern
     init='kaiming_uniform', dtype=None)
 plan_adapters(config, params, fn=None, *args, **kwargs)
 init_adapters(key, params, plan)
-adapt(fn, plan, *, on_merge='error', on_unused='error', dropout_key=None)
+adapt(fn, plan, *, on_merge='error', on_unused='error', dropout_key=None,
+      column_norms=None)
 merge_adapters(params, adapters, plan, *, donate=False)
 unmerge_adapters(params, adapters, plan, *, column_norms=None)
 count_parameters(params, plan)

@@ -32,6 +32,7 @@ def adapt(
     on_merge: OnMerge = "error",
     on_unused: Literal["error", "allow"] = "error",
     dropout_key: jax.Array | None = None,
+    column_norms: Mapping[str, jax.Array] | None = None,
 ) -> Callable[..., Any]:
     """Makes a function run with adapters, without a change to its code.
 
@@ -41,8 +42,8 @@ def adapt(
     happens once, and what is compiled is what a model written with `lora_linear` compiles
     to; without `jax.jit` it happens, slowly, in every call.
 
-    DoRA's norms are formed once a call and held constant in the backward pass, as in
-    section 4.3 of its paper. Dropout is that of the adapter's input alone, also with DoRA
+    DoRA's norms are formed once a call, or given, and held constant in the backward pass,
+    as in section 4.3 of its paper. Dropout is that of the adapter's input alone, also with DoRA
     (`dropout_mode="torchtune"` of `dora_linear`); rows of an embedding are not dropped. All
     examples of a `jax.vmap` around have one mask, unless the key is mapped over as well.
 
@@ -59,6 +60,10 @@ def adapt(
         dropout_key: a `jax.random` key for a step of training; each use of a weight, each
             step of a scan and each device of a `shard_map` has a mask of its own. None is
             no dropout.
+        column_norms: what `adapted_column_norms` returned for these params and adapters,
+            if the method is DoRA. Given, the norms are not formed here: for functions that
+            are called several times between two changes of the adapters (evaluation, the
+            parts of a batch, `jax.checkpoint` around the model).
 
     Returns:
         `adapted(params, adapters, *args, **kwargs)`, which returns what
@@ -68,10 +73,10 @@ def adapt(
     Raises:
         TypeError: if `fn` is not a function, `plan` no plan, or an option has the wrong
             type. The adapted function: if a weight or factor is not floating point.
-        KeyError: from the adapted function: if params or adapters lack a path of the plan,
-            or adapters have another.
+        KeyError: if `column_norms` are not those of the plan. From the adapted function: if
+            params or adapters lack a path of the plan, or adapters have another.
         ValueError: if an option is unknown. The adapted function: if a shape is not the
-            plan's, a weight would have to be merged, or the function does not use it.
+            plan's, also of `column_norms`, a weight would have to be merged, or the function does not use it.
 
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685; Liu et al., 2024,
@@ -99,6 +104,9 @@ def adapt(
     _checks.check_choice("on_unused", on_unused, ("error", "allow"))
     if dropout_key is not None:
         _checks.check_key("dropout_key", dropout_key)
+    if column_norms is not None:
+        _plan_checks.check_column_norms(column_norms, plan)
+    norms = column_norms or {}
     has_dropout = any(target.dropout for target in plan.targets.values())
 
     def adapted(
@@ -114,7 +122,7 @@ def adapt(
             _checks.check_has_values(traced.paths[i] or "an argument", value)
         context = Context(RULES, report, key=dropout_key if has_dropout else None)
         values = [
-            _factored(path, value, adapters[path], plan.targets[path])
+            _factored(path, value, adapters[path], plan.targets[path], norms.get(path))
             if path is not None and path in plan.targets
             else value
             for path, value in zip(traced.paths, traced.arguments, strict=True)
@@ -160,7 +168,11 @@ def _check_used(context: Context, plan: AdapterPlan) -> None:
 
 
 def _factored(
-    path: str, weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+    path: str,
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    target: Target,
+    norm: jax.Array | None,
 ) -> Factored:
     """The value that the weight is evaluated as. Factors stay as they are stored."""
     batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
@@ -180,17 +192,19 @@ def _factored(
     if target.method == "lora":
         return Factored(weight, (term,))
     axes = (*batch, *outs)
-    column = _ratio(weight, dict(adapter), target).reshape([sizes[axis] for axis in axes])
+    if norm is None:
+        norm = _norm(weight, dict(adapter), target)
+    column = _column_norm.factor(jnp.asarray(adapter["m"]), jax.lax.stop_gradient(norm))
+    column = column.reshape([sizes[axis] for axis in axes])
     return Factored(weight, (term,), (place(column, axes, range(ndim)),))
 
 
 @functools.partial(jax.jit, static_argnums=2)  # traced once for all like it
-def _ratio(weight: jax.Array, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
-    """DoRA's `m / |W + scale * A @ B|`, `(*batch, out)`."""
+def _norm(weight: jax.Array, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
+    """`|W + scale * A @ B|` by columns, `(*batch, out)`, held constant."""
     factors = _layout.matrix_adapter(adapter, target)
     matrix, a, b = jax.lax.stop_gradient(
         (_layout.to_matrix(weight, target), factors["A"], factors["B"])
     )
     axis = -1 if _layout.is_flipped(target) else -2
-    norm = _column_norm.adapted_norm(matrix, a, b, target.scale, None, axis)
-    return _column_norm.factor(adapter["m"], norm)
+    return _column_norm.adapted_norm(matrix, a, b, target.scale, None, axis)

@@ -467,3 +467,57 @@ def test_gradients_of_a_dora_magnitude():
         (_, got), (_, want) = both(model, params, plan, adapters, x)
         assert_same(got, want)
         assert np.abs(got[0]["w"]["m"]).min() > 0
+
+
+def given_norms(fn, params, x, plan, adapters):
+    """The gradient of an adapted function with norms that are formed outside, compiled."""
+    norms = lora_jax.adapted_column_norms(params, adapters, plan)
+
+    def loss(adapters, norms):
+        adapted = lora_jax.adapt(fn, plan, column_norms=norms)
+        return jnp.sum(jnp.sin(adapted(params, adapters, x)))
+
+    return jax.jit(jax.grad(loss)).lower(adapters, norms).compile(), norms
+
+
+@pytest.mark.parametrize("axes", ["io", "oi", "bio"])
+def test_given_norms_are_those_that_adapt_forms(axes):
+    shapes = {"io": (12, 10), "oi": (10, 12), "bio": (3, 12, 12)}
+    fn = {"io": model, "oi": lambda p, x: x @ p["w"].T, "bio": layers}[axes]
+    params, x = (
+        {"w": jnp.asarray(normal(*shapes[axes]), "float32")},
+        jnp.asarray(X, "float32"),
+    )
+    plan = plan_of(fn, params, x, use_dora=True)
+    adapters = trained(params, plan)
+    compiled, norms = given_norms(fn, params, x, plan, adapters)
+    adapted = lora_jax.adapt(fn, plan)
+    want = jax.grad(lambda a: jnp.sum(jnp.sin(adapted(params, a, x))))(adapters)
+    assert_same(compiled(adapters, norms), want, 1e-5)
+    # Held constant, like those that are formed; and nothing forms them again.
+    twice = compiled(adapters, jax.tree.map(lambda n: 2 * n, norms))
+    assert not np.allclose(twice["w"]["m"], want["w"]["m"])
+
+
+def test_given_norms_save_the_products_that_form_them():
+    params, plan, adapters, x = single(use_dora=True)
+    lora = plan_of(model, params, x)
+    without_m = {"w": {name: adapters["w"][name] for name in ("A", "B")}}
+    flops = [
+        given_norms(model, params, x, *of)[0].cost_analysis()["flops"]
+        for of in ((plan, adapters), (lora, without_m))
+    ]
+    assert flops[0] - flops[1] < 12 * X.shape[0] * W.shape[1]  # no (in, out) by rank
+
+
+def test_norms_that_are_not_the_plans_are_refused():
+    params, plan, adapters, x = single(use_dora=True)
+    norms = lora_jax.adapted_column_norms(params, adapters, plan)
+    with pytest.raises(KeyError, match="column_norms must have .*; missing: 'w'"):
+        lora_jax.adapt(model, plan, column_norms={})
+    with pytest.raises(KeyError, match="unknown: 'w'"):
+        lora_jax.adapt(model, plan_of(model, params, x), column_norms=norms)
+    with pytest.raises(ValueError, match=r"expected shape \(10,\), one for each column"):
+        lora_jax.adapt(model, plan, column_norms={"w": norms["w"][:3]})
+    with pytest.raises(TypeError, match="column_norms must be a dict"):
+        lora_jax.adapt(model, plan, column_norms=norms["w"])

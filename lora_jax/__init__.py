@@ -45,6 +45,7 @@ from lora_jax.plan import Target as Target
 from lora_jax.plan import Use as Use
 from lora_jax.transform.adapt import Merge as Merge
 from lora_jax.transform.adapt import OnMerge as OnMerge
+from lora_jax.transform.adapt import accept_quantized as accept_quantized
 from lora_jax.transform.adapt import adapt as adapt
 
 __version__ = "0.1.0.dev0"

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _numerics
+from lora_jax import _numerics, _quantized
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -93,7 +93,8 @@ def adapted_norm(
 @functools.partial(_numerics.keep_arguments, static=5)
 def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
     """`adapted_norm` with a gradient of the factors (and of the scale) only."""
-    return adapted_norm(lax.stop_gradient(weight), a, b, scale, base, axis)
+    weight = lax.stop_gradient(_quantized.as_dense(weight))
+    return adapted_norm(weight, a, b, scale, base, axis)
 
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation

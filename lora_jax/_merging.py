@@ -6,6 +6,7 @@ the weight is kept, and their results have the sharding of the weight.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import _checks, _compat, _layout, _numerics
+from lora_jax import _checks, _compat, _layout, _numerics, _quantized, _stacks
 from lora_jax.dora import (
     dora_column_norm,
     merge_dora_weight,
@@ -22,6 +23,8 @@ from lora_jax.dora import (
 )
 from lora_jax.lora import Adapter, merge_lora_weight, unmerge_lora_weight
 from lora_jax.plan import AdapterPlan, Target
+
+_LOG = logging.getLogger("lora_jax")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Fold = Callable[..., jax.Array]
@@ -63,7 +66,7 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def wrapped(weight, *rest):
-            weight = jnp.asarray(weight)
+            weight = jnp.asarray(_quantized.as_dense(weight))
             spec = _compat.explicit_spec(weight)
             if not any(spec):
                 return function(weight, *rest)
@@ -85,11 +88,16 @@ def magnitude(
 
 
 @_compiled
+def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of the columns of the adapted weight, `(*batch, out)`."""
+    factors = {name: value for name, value in adapter.items() if name != "m"}
+    return _stacks.map_entries(_column_norm, weight, factors, target)
+
+
 @_automatic(keeps=False)
-def column_norm(
+def _column_norm(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
-    """The norms of the columns of the adapted weight, `(*batch, out)`."""
     return dora_column_norm(
         _layout.to_matrix(weight, target),
         _layout.matrix_adapter(adapter, target),
@@ -132,13 +140,26 @@ def unmerge(
     return _layout.from_matrix(back, target)
 
 
-@_compiled
-@_automatic(keeps=False)
+@functools.partial(_compiled, static_argnums=3)
 def merge_loss(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+    weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
 ) -> MergeLoss:
-    """What `merge` of a weight loses."""
-    merged = _layout.to_matrix(merge(weight, adapter, None, target), target)
+    """What `merge` of a weight loses; of a quantized one, dense or quantized again."""
+    like = weight if requantize and _quantized.is_quantized(weight) else None
+    return _merge_loss(weight, adapter, target, like)
+
+
+@_automatic(keeps=False)
+def _merge_loss(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    target: Target,
+    like: _quantized.QuantizedTensor | None,
+) -> MergeLoss:
+    merged = merge(weight, adapter, None, target)
+    if like is not None:
+        merged = _quantized.as_dense(like.quantize_like(merged))
+    merged = _layout.to_matrix(merged, target)
     matrix = _layout.to_matrix(weight, target)
     update = _update(matrix, _layout.matrix_adapter(adapter, target), target)
     wide = matrix.astype(update.dtype)
@@ -203,6 +224,33 @@ def fold_all(
     if lines:
         raise FloatingPointError("\n".join(["the result is not finite:", *lines]))
     return results
+
+
+def requantize_all(
+    leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """Merged weights, quantized as the leaves at their paths are; and says what is lost."""
+    stored = {}
+    for path, weight in merged.items():
+        old = leaves[path]
+        stored[path] = weight
+        if _quantized.is_quantized(old):
+            with _checks.at_path(path):
+                stored[path] = old.quantize_like(weight)
+            if _LOG.isEnabledFor(logging.INFO) and not _is_traced(old, weight):
+                lost = float(_requantization_loss(old, weight, stored[path]))
+                _LOG.info("quantized again: %s, |lost| / |update| = %.3g", path, lost)
+    return stored
+
+
+@jax.jit
+def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
+    """The norm of what is lost, over that of the update; infinite without an update."""
+    wide = _numerics.accumulation_dtype(merged.dtype)
+    dense = [x.astype(wide).ravel() for x in map(_quantized.as_dense, (old, stored))]
+    merged = merged.astype(wide).ravel()
+    update, lost = (jnp.linalg.norm(merged - x) for x in dense)
+    return lost / update
 
 
 def _check_not_deleted(weight: Any) -> None:

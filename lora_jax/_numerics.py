@@ -16,7 +16,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from lora_jax import _compat
+from lora_jax import _compat, _quantized
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
@@ -117,13 +117,20 @@ def as_row(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 @_compiled
-@functools.partial(keep_arguments, static=2)
-def frozen_product(x: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+def frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
     """`(*batch, *tokens, in), (*batch, in, out)` -> wide `(*batch, *rows, out)`.
 
-    `x @ W`, multiplied in `dtype`, with a gradient of `x` only.
+    `x @ W`, multiplied in `dtype`, with a gradient of `x` only. A quantized weight is
+    formed again in the backward pass.
     """
-    weight = lax.stop_gradient(weight).astype(dtype)
+    if _quantized.is_quantized(weight):
+        # Unlike other arguments it has to be formed, so that what is formed must not stay.
+        return jax.checkpoint(_frozen_product, static_argnums=2)(x, weight, dtype)
+    return keep_arguments(_frozen_product, static=2)(x, weight, dtype)
+
+
+def _frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
+    weight = lax.stop_gradient(_quantized.as_dense(weight)).astype(dtype)
     rows = fold(x.astype(dtype), weight.ndim - 2)
     return contract(rows, weight, weight.ndim - 2)
 

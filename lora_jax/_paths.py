@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from lora_jax import _quantized
+
 Pattern: TypeAlias = str | re.Pattern[str]
 """A glob, a string `"re:..."`, or a compiled regular expression."""
 
@@ -36,10 +38,14 @@ _FLAGS = {
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """Splits a tree into its leaves by path, in order, and its structure.
 
+    A quantized weight is one leaf, at the path that the dense one would have.
+
     Raises:
         ValueError: if two leaves have one path.
     """
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=_quantized.is_quantized
+    )
     leaves, keys = {}, {}
     for key, leaf in with_paths:
         path = jax.tree_util.keystr(key, simple=True, separator="/")

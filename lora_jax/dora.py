@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _column_norm, _dora_products, _numerics
+from lora_jax import _checks, _column_norm, _dora_products, _numerics, _quantized
 from lora_jax.initializers import Init
 from lora_jax.lora import Adapter, init_lora_adapter
 
@@ -171,17 +171,17 @@ def dora_column_norm(
     _checks.check_weight("weight", weight)
     _checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     if adapter is None:
-        axis = _axis(norm_axis)
-        return _column_norm.norm(
-            _column_norm.weight_norm_squared(jnp.asarray(weight), axis)
-        )
+        dense = jnp.asarray(_quantized.as_dense(weight))
+        squared = _column_norm.weight_norm_squared(dense, _axis(norm_axis))
+        return _column_norm.norm(squared)
     _checks.check_adapter(adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS)
     _checks.check_number("alpha", alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)
     rank = adapter["A"].shape[-1]
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, weight.dtype)
+    dense = jnp.asarray(_quantized.as_dense(weight))
     return _column_norm.adapted_norm(
-        jnp.asarray(weight), adapter["A"], adapter["B"], scale, None, _axis(norm_axis)
+        dense, adapter["A"], adapter["B"], scale, None, _axis(norm_axis)
     )
 
 
@@ -272,7 +272,7 @@ def dora_linear(
             "each input and none for the bias."
         )
 
-    x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
+    x, weight = jnp.asarray(x), _quantized.as_frozen(frozen_weight)
     adapter = {name: jnp.asarray(value) for name, value in adapter.items()}
     dtype = _numerics.promote(x.dtype, weight.dtype)
     rank = adapter["A"].shape[-1]
@@ -331,7 +331,7 @@ def merge_dora_weight(
     _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)
     delta = _numerics.wide_delta(adapter, alpha, rank_stabilized, frozen_weight.dtype)
-    weight = jnp.asarray(frozen_weight)
+    weight = jnp.asarray(_quantized.as_dense(frozen_weight))
     adapted = weight.astype(delta.dtype) + delta
     squared = jnp.sum(jnp.square(adapted), axis=_axis(norm_axis))
     factor = _column_norm.factor(adapter["m"], _column_norm.norm(squared))
@@ -380,7 +380,7 @@ def unmerge_dora_weight(
     _check_norms(merged_weight.shape, norm_axis, None, column_norm)
     delta = _numerics.wide_delta(adapter, alpha, rank_stabilized, merged_weight.dtype)
     factor = _along(_column_norm.factor(adapter["m"], column_norm), norm_axis, delta.dtype)
-    merged = jnp.asarray(merged_weight)
+    merged = jnp.asarray(_quantized.as_dense(merged_weight))
     return (merged.astype(delta.dtype) / factor - delta).astype(merged.dtype)
 
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _numerics
+from lora_jax import _checks, _numerics, _quantized
 from lora_jax.initializers import Init, init_factors
 
 __all__ = [
@@ -201,7 +201,7 @@ def lora_linear(
     if bias is not None:
         _checks.check_bias("bias", bias, frozen_weight.shape)
 
-    x, weight = jnp.asarray(x), jnp.asarray(frozen_weight)
+    x, weight = jnp.asarray(x), _quantized.as_frozen(frozen_weight)
     dtype = _numerics.promote(x.dtype, weight.dtype)
     rank = adapter["A"].shape[-1]
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
@@ -247,6 +247,7 @@ def merge_lora_weight(
     References:
         Hu et al., 2021, section 4.1, https://arxiv.org/abs/2106.09685.
     """
+    frozen_weight = _quantized.as_dense(frozen_weight)
     delta = _checked_wide_delta(
         "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized
     )
@@ -279,6 +280,7 @@ def unmerge_lora_weight(
         KeyError, TypeError, ValueError: as `merge_lora_weight`; an adapter with biases
             needs `unmerge_lora_layer`.
     """
+    merged_weight = _quantized.as_dense(merged_weight)
     delta = _checked_wide_delta(
         "merged_weight", merged_weight, adapter, alpha, rank_stabilized
     )

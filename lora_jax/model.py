@@ -172,8 +172,12 @@ def merge_adapters(
     plan: AdapterPlan,
     *,
     donate: bool = False,
+    requantize: bool = False,
 ) -> Any:
     """Folds adapters into the weights they adapt.
+
+    Merged quantized weights are dense, unless they are to be quantized again: what that
+    loses is often more than the adapters changed, and `merge_losses` says how much.
 
     Args:
         params: the params of the plan.
@@ -182,6 +186,9 @@ def merge_adapters(
         donate: let each merged weight take the memory of the old one, which is gone then,
             also if an error is raised. Not for NumPy arrays, and without effect inside
             `jax.jit`, which has its own donation.
+        requantize: quantize merged weights in the format and with the settings of the old
+            ones. Outside a trace, what each loses is logged at the level INFO to the
+            logger `"lora_jax"`.
 
     Returns:
         A tree like `params`. Adapted weights are new, with the dtype and the sharding of
@@ -198,10 +205,12 @@ def merge_adapters(
             donate is at two paths.
     """
     leaves, treedef = _checked(params, adapters, plan)
-    _checks.check_flags(donate=donate)
+    _checks.check_flags(donate=donate, requantize=requantize)
     if donate:
         _check_that_none_is_shared(leaves, plan)
     merged = _merging.fold_all(_merging.merge, leaves, adapters, {}, plan, donate)
+    if requantize:
+        merged = _merging.requantize_all(leaves, merged)
     return treedef.unflatten((leaves | merged).values())
 
 
@@ -269,7 +278,11 @@ def adapted_column_norms(
 
 
 def merge_losses(
-    params: chex.ArrayTree, adapters: Mapping[str, Adapter], plan: AdapterPlan
+    params: chex.ArrayTree,
+    adapters: Mapping[str, Adapter],
+    plan: AdapterPlan,
+    *,
+    requantize: bool = False,
 ) -> dict[str, MergeLoss]:
     """What the rounding of `merge_adapters` would lose, exactly, weight by weight.
 
@@ -280,6 +293,8 @@ def merge_losses(
         params: the params of the plan, before a merge.
         adapters: the adapters of the plan.
         plan: what `plan_adapters` returned.
+        requantize: whether quantized weights are to be quantized again, as by
+            `merge_adapters`. Else their merge is one into the dense weight.
 
     Returns:
         `{path: MergeLoss}`, scalars formed in at least float32: `vanished`, the fraction
@@ -291,10 +306,12 @@ def merge_losses(
         KeyError, TypeError, ValueError: as `merge_adapters`.
     """
     leaves, _ = _checked(params, adapters, plan)
+    _checks.check_flags(requantize=requantize)
     losses = {}
     for path, target in plan.targets.items():
         with _checks.at_path(path):
-            losses[path] = _merging.merge_loss(leaves[path], dict(adapters[path]), target)
+            adapter = dict(adapters[path])
+            losses[path] = _merging.merge_loss(leaves[path], adapter, target, requantize)
     return losses
 
 

@@ -10,12 +10,12 @@ import lora_jax
 
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 STOREYS = (
-    {"_checks", "_compat", "_files", "_frozen", "_paths", "_tables"},
-    {"_numerics", "_svd", "_tensor_stream"},
+    {"_checks", "_compat", "_files", "_frozen", "_quantized", "_tables"},
+    {"_numerics", "_paths", "_svd", "_tensor_stream"},
     {"initializers", "_column_norm", "_dora_products"},
     {"config", "lora"},
     {"plan", "lora_layer", "dora", "decomposed"},
-    {"_axes", "_layout", "_plan_checks"},
+    {"_axes", "_layout", "_plan_checks", "_stacks"},
     {"_selection", "_merging"},
     {"transform"},
     {"model", "decomposed_params"},
@@ -26,7 +26,8 @@ STOREYS = (
 # The storeys of those that are rooms of their own.
 ROOMS = {
     "transform": (
-        {"__init__", "_factored"},
+        {"__init__", "_deferred"},
+        {"_factored"},
         {"_context", "_joining", "_parameters"},
         {"_interpreter", "_products", "_tracing"},
         {

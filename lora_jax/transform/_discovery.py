@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _compat
+from lora_jax import _compat, _quantized
 from lora_jax.plan import Use
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._context import Context, Sighting
@@ -57,7 +57,7 @@ def find_uses(
         out = _interpreter.evaluate(context, jaxpr, constants, values)
         return context.merge_all(out, None, "the function returns it")
 
-    jax.eval_shape(run, traced.arguments)
+    jax.eval_shape(run, [*map(_quantized.as_abstract, traced.arguments)])
     uses: dict[str, list[Use]] = {path: [] for path in ndims}
     for sighting in context.sightings:
         path = str(sighting.name)

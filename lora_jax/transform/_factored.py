@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _numerics
+from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
 
@@ -133,14 +134,14 @@ class Factored:
     """A weight with its low-rank terms.
 
     Attributes:
-        base: `(*axes)`, the frozen weight.
-        terms: see `Term`.
+        base: `(*axes)`, the frozen weight; deferred if it is stored in few bits.
+        terms: see `Term`. None of them: a weight without an adapter, in few bits.
         columns: `(*axes)` each; the value is multiplied by all of them.
         gathered: rows looked up in a table. The frozen program has an array of that size
             as well, so that merging them costs little and is not worth a report.
     """
 
-    base: jax.Array
+    base: jax.Array | Deferred
     terms: tuple[Term, ...]
     columns: tuple[jax.Array, ...] = ()
     gathered: bool = False
@@ -169,7 +170,7 @@ class Factored:
         """The value with other fields."""
         return dataclasses.replace(self, **changes)
 
-    def map(self, base: jax.Array, function: Map) -> "Factored":
+    def map(self, base: Any, function: Map) -> "Factored":
         """The value with `base`, and `function` applied to every factor and column.
 
         The function sees arrays of the axes of the weight: the rank axis is mapped over.
@@ -223,11 +224,11 @@ def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
 def merge(value: Factored) -> jax.Array:
     """The dense weight, formed in at least float32 and rounded once."""
     if not value.terms and not value.columns:
-        return value.base
+        return form(value.base)
     dtype = _numerics.accumulation_dtype(
         value.dtype, *(term.a.array.dtype for term in value.terms)
     )
-    out = value.base.astype(dtype)
+    out = form(value.base).astype(dtype)
     for term in value.terms:
         out = out + _numerics.multiply(product(value, term, dtype), term.label.scale)
     for column in value.columns:

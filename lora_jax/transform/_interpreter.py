@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import _compat
+from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, Frame
+from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import Factored, NotFactorableError, is_factored, merge
 
 # Rows of a table stay factored through these, so that a product with them is factored
@@ -66,12 +68,16 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     if rule is not None:
         context.callers.append(equation)
         try:
-            return _merge_thin(context, equation, rule(context, equation, *values))
+            return _settled(context, equation, rule(context, equation, *values))
         except NotFactorableError as error:
             reason = str(error)
         finally:
             context.callers.pop()
-    return _compat.bind(equation, context.merge_all(values, equation, reason))
+    dense = [
+        value.base if isinstance(value, Factored) and not value.terms else value
+        for value in values
+    ]
+    return _deferred.use(equation, context.merge_all(dense, equation, reason))
 
 
 def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]:
@@ -87,20 +93,23 @@ def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]
     return [frame.read(atom) for atom in equation.invars]
 
 
-def _merge_thin(context: Context, equation: Any, out: Any) -> Any:
-    """Merges outputs that are vectors by now; they cost no more than a factor.
+def _settled(context: Context, equation: Any, out: Any) -> Any:
+    """Outputs of a rule, of which those stay factored that are of use so.
 
-    With dropout they stay, for the product that they are used in.
+    Those that are vectors by now are merged: they cost no more than a factor. With dropout
+    they stay, for the product that they are used in. A weight without an adapter that is
+    dense by now is an array.
     """
     if context.probing:
         return out
     if not isinstance(out, list | tuple):
-        return _merge_thin(context, equation, [out])[0]
-    merged = []
+        return _settled(context, equation, [out])[0]
+    settled = []
     for value in out:
-        thin = isinstance(value, Factored) and value.is_thin()
-        if thin and not context.drops(value):
+        if isinstance(value, Factored) and not value.terms:
+            value = value if isinstance(value.base, Deferred) else merge(value)
+        elif isinstance(value, Factored) and value.is_thin() and not context.drops(value):
             context.see(value, equation)
             value = merge(value)
-        merged.append(value)
-    return merged
+        settled.append(value)
+    return settled

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax import _compat, _numerics
+from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import (
     Factored,
@@ -30,7 +31,7 @@ def on_base(context: Context, equation: Any, f: Factored) -> Factored:
 
     The factors are cast when they are multiplied.
     """
-    return f.replace(base=_compat.bind(equation, [f.base]))
+    return f.replace(base=_deferred.bind(equation, [f.base]))
 
 
 def convert(context: Context, equation: Any, f: Factored) -> Factored:
@@ -50,18 +51,20 @@ def on_all(context: Context, equation: Any, f: Factored) -> Factored:
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Holds factors back as it does the weight."""
     leaves, tree = jax.tree.flatten(values)
-    return list(jax.tree.unflatten(tree, _compat.bind(equation, leaves)))
+    return list(jax.tree.unflatten(tree, _deferred.bind(equation, leaves)))
 
 
 def device_put(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Moves the frozen weight, not its factors."""
-    moved = _compat.bind(equation, [base_of(value) for value in values])
+    moved = _deferred.bind(equation, [base_of(value) for value in values])
     return list(map(with_base, values, moved))
 
 
 def neg(context: Context, equation: Any, f: Factored) -> Factored:
     """The sign goes to the base and to one factor of each term."""
-    return f.replace(base=-f.base, terms=tuple(map(_negative, f.terms)))
+    return f.replace(
+        base=_deferred.bind(equation, [f.base]), terms=tuple(map(_negative, f.terms))
+    )
 
 
 def _negative(term: Term) -> Term:
@@ -74,7 +77,7 @@ def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
         raise NotFactorableError("it is a product of adapted weights, entry by entry")
     f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
     compact = _before_broadcast(context, equation, position, other)
-    base = _compat.bind(equation, [base_of(x), base_of(y)])
+    base = _deferred.bind(equation, [base_of(x), base_of(y)])
     return _scaled(context, f, base, compact)
 
 
@@ -84,7 +87,7 @@ def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
         raise NotFactorableError("it divides by the weight")
     compact = _before_broadcast(context, equation, 1, y)
     wide = compact.astype(_numerics.accumulation_dtype(compact.dtype))
-    return _scaled(context, x, _compat.bind(equation, [x.base, y]), 1 / wide)
+    return _scaled(context, x, _deferred.bind(equation, [x.base, y]), 1 / wide)
 
 
 def _before_broadcast(
@@ -129,7 +132,7 @@ def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Fa
 
 def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Plus or minus a dense array, or another adapted weight: all the terms of both."""
-    base = _compat.bind(equation, [base_of(x), base_of(y)])
+    base = _deferred.bind(equation, [base_of(x), base_of(y)])
     if context.probing:
         _see_added(context, equation, x, y)
     negative = equation.primitive.name == "sub"
@@ -159,7 +162,7 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
     context.check_no_dropout(f)
     axes = parameter(equation, "axes")
     context.see(f, equation)
-    base = _compat.bind(equation, [f.base])
+    base = _deferred.bind(equation, [f.base])
     dtype = _numerics.accumulation_dtype(base.dtype)
     kept = [axis for axis in range(f.ndim) if axis not in axes]
     out = base.astype(dtype)

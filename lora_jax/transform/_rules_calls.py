@@ -8,6 +8,7 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context, Sighting
+from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
     Factored,
     NotFactorableError,
@@ -83,7 +84,9 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list
         return list(values)
     out = []
     for value, sharding in zip(values, shardings, strict=True):
-        if isinstance(sharding, jax.sharding.Sharding):
+        # What is stored in few bits stays where it is.
+        dense = not isinstance(base_of(value), Deferred)
+        if isinstance(sharding, jax.sharding.Sharding) and dense:
             base = lax.with_sharding_constraint(base_of(value), sharding)
             value = with_base(value, base)
         out.append(value)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _compat, _numerics
+from lora_jax import _numerics
+from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, NotFactorableError, Term, merge
 from lora_jax.transform._parameters import parameter
@@ -27,10 +28,10 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     if any(f.owned(column) - {out_axis} for column in f.columns):
         raise NotFactorableError("DoRA scales other axes than its output features")
     if context.probing:
-        return _compat.bind(equation, [x, f.base])
+        return _deferred.bind(equation, [x, f.base])
     if _is_cheaper_merged(equation, f) and not context.drops(f):
-        return _compat.bind(equation, [x, merge(f)])
-    base = _compat.bind(equation, [x, f.base])
+        return _deferred.bind(equation, [x, merge(f)])
+    base = _deferred.bind(equation, [x, f.base])
     wide = _numerics.accumulation_dtype(base.dtype)
     out = base.astype(wide)
     for term in f.terms:

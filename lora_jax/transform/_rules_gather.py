@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import _compat
+from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, NotFactorableError, Term
 from lora_jax.transform._parameters import parameter
@@ -32,7 +32,7 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     if fills and len(indexed) != len(numbers.start_index_map):
         raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
     context.see(f, equation, ["indexed" if i in indexed else "" for i in range(f.ndim)])
-    base = _compat.bind(equation, [f.base, indices])
+    base = _deferred.bind(equation, [f.base, indices])
     taken = frozenset(indexed)
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
 

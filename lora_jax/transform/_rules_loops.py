@@ -8,12 +8,15 @@ from jax import lax
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
+from lora_jax.transform._deferred import Deferred, form
 from lora_jax.transform._factored import (
     RANK,
     Factor,
     Factored,
     NotFactorableError,
+    base_of,
     place,
+    with_base,
 )
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import parameter
@@ -45,7 +48,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
             out = evaluate(context, body, constants, arguments)
             reason = "the loop makes it its carry"
             carry = _carried(context, equation, out[:n_carry], kept, reason)
-        return carry, out[n_carry:]
+        return carry, [_formed(y) for y in out[n_carry:]]
 
     options = {name: parameter(equation, name) for name in ("reverse", "unroll")}
     if equation.params.get("_split_transpose"):
@@ -87,6 +90,8 @@ class _Stack:
             roles = ["stacked"] + [""] * (value.ndim - 1)
             context.see(value, equation, roles)
         self.length = value.shape[0]
+        if isinstance(value.base, Deferred) and not value.base.stack_ndim:
+            value = value.replace(base=form(value.base))
         leaves, self.tree = jax.tree.flatten(_with_factors(value, self._stack_first))
         scanned = [leaf.shape[0] == self.length for leaf in leaves]
         self.sliced = [leaf if s else None for leaf, s in zip(leaves, scanned, strict=True)]
@@ -121,6 +126,11 @@ def _entry(factor: Factor) -> Factor:
     """A factor of which the first axis, that of the stack, is gone."""
     axes = tuple(axis if axis == RANK else axis - 1 for axis in factor.axes[1:])
     return Factor(factor.array, axes, factor.ndim - 1)
+
+
+def _formed(value: Any) -> Any:
+    """With a frozen weight that can be stacked as the entries of an output."""
+    return with_base(value, form(base_of(value)))
 
 
 def _stacked(context: Context, value: Any) -> Any:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _compat, _numerics
+from lora_jax import _numerics
+from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import (
     Factored,
@@ -67,8 +68,8 @@ def _product(
     before, after = _columns(f, f_names, contracted)
     for column in before:
         x = times(x, place(column.array, column.names, x_names))
-    base = _compat.bind(equation, [f.base, x] if flipped else [x, f.base])
-    if context.probing:
+    base = _deferred.bind(equation, [f.base, x] if flipped else [x, f.base])
+    if context.probing or not f.terms:
         return base
     precision = parameter(equation, "precision")
     if flipped and isinstance(precision, tuple):
@@ -90,7 +91,7 @@ def _product_of_weights(
     if context.probing:  # each of them is the weight, for its own axes
         for f, names in ((x, axes.x), (y, axes.y)):
             context.see(f, equation, [_role(name) for name in names])
-        return _compat.bind(equation, [x.base, y.base])
+        return _deferred.bind(equation, [x.base, y.base])
     smaller = min(x, y, key=lambda f: f.base.size)
     context.see(smaller, equation)
     context.check_no_dropout(smaller)
@@ -143,7 +144,7 @@ def ragged_dot(
             x = times(x, rows)
         else:
             after.append(rows)
-    out = _compat.bind(equation, [x, f.base, sizes])
+    out = _deferred.bind(equation, [x, f.base, sizes])
     if context.probing:
         return out
     wide = _numerics.accumulation_dtype(out.dtype)

@@ -9,14 +9,24 @@ from jax.sharding import PartitionSpec
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import RANK, Factor, Factored, NotFactorableError
+from lora_jax.transform._deferred import form
+from lora_jax.transform._factored import (
+    RANK,
+    Factor,
+    Factored,
+    NotFactorableError,
+    base_of,
+    with_base,
+)
 from lora_jax.transform._interpreter import evaluate_closed
 from lora_jax.transform._parameters import parameter
 
 
-def shard_map(context: Context, equation: Any, *values: Any) -> list[Any]:
+def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     """Maps over shards; the shards of the factors are factors of those of the weight."""
     specs = parameter(equation, "in_specs")
+    # How stored arrays are to be split follows from no spec of the dense one.
+    values = [with_base(value, form(base_of(value))) for value in operands]
     in_specs = [_spec(v, tuple(s)) for v, s in zip(values, specs, strict=True)]
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
     key = context.make_key()

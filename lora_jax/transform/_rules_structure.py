@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _compat
+from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import (
     Factored,
@@ -28,13 +28,13 @@ from lora_jax.transform._parameters import parameter
 def transpose(context: Context, equation: Any, f: Factored) -> Factored:
     """`(*axes)` -> `(*axes in another order)`."""
     order = parameter(equation, "permutation")
-    return f.map(_compat.bind(equation, [f.base]), lambda p: lax.transpose(p, order))
+    return f.map(_deferred.bind(equation, [f.base]), lambda p: lax.transpose(p, order))
 
 
 def squeeze(context: Context, equation: Any, f: Factored) -> Factored:
     """Drops axes of size 1, which no factor owns."""
     axes = parameter(equation, "dimensions")
-    return f.map(_compat.bind(equation, [f.base]), lambda p: lax.squeeze(p, axes))
+    return f.map(_deferred.bind(equation, [f.base]), lambda p: lax.squeeze(p, axes))
 
 
 def broadcast_in_dim(
@@ -52,7 +52,7 @@ def broadcast_in_dim(
             new[position] = size
         return lax.broadcast_in_dim(p, new, positions)
 
-    return f.map(_compat.bind(equation, [f.base]), broadcast)
+    return f.map(_deferred.bind(equation, [f.base]), broadcast)
 
 
 def reshape(context: Context, equation: Any, f: Factored, *sizes: jax.Array) -> Factored:
@@ -79,7 +79,7 @@ def reshape(context: Context, equation: Any, f: Factored, *sizes: jax.Array) -> 
                 shape[axis] = new[axis]
         return lax.reshape(p, shape)
 
-    return f.map(_compat.bind(equation, [f.base]), reshaped)
+    return f.map(_deferred.bind(equation, [f.base]), reshaped)
 
 
 def _varied(f: Factored) -> frozenset[int]:
@@ -114,7 +114,7 @@ def slice_(context: Context, equation: Any, f: Factored) -> Factored:
         parameter(equation, "limit_indices"),
     )
     strides = parameter(equation, "strides") or (1,) * f.ndim
-    base = _compat.bind(equation, [f.base])
+    base = _deferred.bind(equation, [f.base])
     _see_indexed(context, equation, f, base.shape)
 
     def cut(p):
@@ -146,7 +146,7 @@ def dynamic_slice(context: Context, equation: Any, f: Factored, *starts: Any) ->
         shape = [size if owned else 1 for size, owned in zip(sizes, own, strict=True)]
         return lax.dynamic_slice(p, at, shape)
 
-    return f.map(_compat.bind(equation, [f.base, *starts]), cut)
+    return f.map(_deferred.bind(equation, [f.base, *starts]), cut)
 
 
 def _see_indexed(
@@ -169,13 +169,13 @@ def _see_indexed(
 def rev(context: Context, equation: Any, f: Factored) -> Factored:
     """Axes backwards; an axis of size 1 is the same both ways."""
     axes = parameter(equation, "dimensions")
-    return f.map(_compat.bind(equation, [f.base]), lambda p: lax.rev(p, axes))
+    return f.map(_deferred.bind(equation, [f.base]), lambda p: lax.rev(p, axes))
 
 
 def split(context: Context, equation: Any, f: Factored) -> list[Factored]:
     """Pieces of one axis."""
     sizes, axis = parameter(equation, "sizes"), parameter(equation, "axis")
-    bases = _compat.bind(equation, [f.base])
+    bases = _deferred.bind(equation, [f.base])
     pieces, start = [], 0
     for base, size in zip(bases, map(int, sizes), strict=True):
         _see_indexed(context, equation, f, base.shape)
@@ -197,7 +197,7 @@ def unstack(context: Context, equation: Any, f: Factored) -> list[Factored]:
     _see_indexed(context, equation, f, sizes)
     return [
         f.map(base, lambda p, i=i: lax.squeeze(_piece(f, p, axis, i, 1), [axis]))
-        for i, base in enumerate(_compat.bind(equation, [f.base]))
+        for i, base in enumerate(_deferred.bind(equation, [f.base]))
     ]
 
 
@@ -211,7 +211,7 @@ def tile(context: Context, equation: Any, f: Factored) -> Factored:
         ]
         return jnp.tile(p, times)
 
-    return f.map(_compat.bind(equation, [f.base]), tiled)
+    return f.map(_deferred.bind(equation, [f.base]), tiled)
 
 
 def pad(context: Context, equation: Any, f: Any, fill: Any) -> Factored:
@@ -227,7 +227,7 @@ def pad(context: Context, equation: Any, f: Any, fill: Any) -> Factored:
     for axis, (low, high, _) in enumerate(widths):
         if low or high:
             terms = tuple(_padded(context, f, term, axis, low, high) for term in terms)
-    return f.replace(base=_compat.bind(equation, [f.base, fill]), terms=terms)
+    return f.replace(base=_deferred.bind(equation, [f.base, fill]), terms=terms)
 
 
 def _padded(
@@ -254,21 +254,27 @@ def _pad_axis(p: jax.Array, axis: int, low: int, high: int, value: float) -> jax
 
 def concatenate(context: Context, equation: Any, *values: Any) -> Factored:
     """Weights side by side, such as fused query, key and value."""
-    base = _compat.bind(equation, [base_of(value) for value in values])
+    base = _deferred.bind(equation, [base_of(value) for value in values])
     return _joined(context, values, parameter(equation, "dimension"), base)
 
 
 def stack(context: Context, equation: Any, *values: Any) -> Factored:
     """Weights along a new axis."""
     axis = parameter(equation, "axis")
-    base = _compat.bind(equation, [base_of(value) for value in values])
+    base = _deferred.bind(equation, [base_of(value) for value in values])
     longer = [
-        v.map(lax.expand_dims(v.base, [axis]), lambda p: lax.expand_dims(p, [axis]))
+        v.map(_longer(v, axis), lambda p: lax.expand_dims(p, [axis]))
         if isinstance(v, Factored)
         else lax.expand_dims(v, [axis])
         for v in values
     ]
     return _joined(context, longer, axis, base)
+
+
+def _longer(value: Factored, axis: int) -> Any:
+    """The shape of a weight with a new axis, for a sum of which the base is known."""
+    shape = (*value.shape[:axis], 1, *value.shape[axis:])
+    return jax.ShapeDtypeStruct(shape, value.dtype)
 
 
 def _joined(

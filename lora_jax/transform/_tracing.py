@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import _paths
+from lora_jax import _paths, _quantized
 
 Function = Callable[..., Any]
 
@@ -16,7 +16,8 @@ class Traced(NamedTuple):
 
     Attributes:
         jaxpr: closed.
-        arguments: the arrays among the arguments, in the order of the jaxpr's.
+        arguments: the arrays among the arguments, in the order of the jaxpr's, and
+            quantized weights, which are dense in there.
         paths: the path in the params of each argument; None for those not in there.
         result: makes what the function returns of the outputs of the jaxpr.
     """
@@ -52,8 +53,14 @@ def trace(
     constants of the jaxpr may be values of an outer trace, so it is not kept.
     """
     by_path = _paths.leaf_paths(params)
-    leaves, tree = jax.tree.flatten((params, args, dict(kwargs)))
-    positions = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    leaves, tree = jax.tree.flatten(
+        (params, args, dict(kwargs)), is_leaf=_quantized.is_quantized
+    )
+    positions = [
+        i
+        for i, leaf in enumerate(leaves)
+        if is_array(leaf) or _quantized.is_quantized(leaf)
+    ]
     paths = [*by_path, *[None] * (len(leaves) - len(by_path))]
     returned: list[tuple[Any, list[Any]]] = []
 
@@ -70,7 +77,7 @@ def trace(
     arguments = [leaves[i] for i in positions]
     try:
         with jax.disable_jit(False):  # else control flow would need values
-            jaxpr = jax.make_jaxpr(flat)(*arguments)
+            jaxpr = jax.make_jaxpr(flat)(*map(_quantized.as_abstract, arguments))
     except _NEEDS_VALUES as error:
         error.add_note(_HINT)
         raise

@@ -9,14 +9,23 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _checks, _column_norm, _compat, _layout, _paths, _plan_checks
+from lora_jax import (
+    _checks,
+    _column_norm,
+    _layout,
+    _paths,
+    _plan_checks,
+    _quantized,
+    _stacks,
+)
 from lora_jax.plan import AdapterPlan, Target
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._context import Context, Merge
+from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place
 from lora_jax.transform._rules import RULES
 
-__all__ = ["Merge", "OnMerge", "adapt"]
+__all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
 
 OnMerge: TypeAlias = Literal["error", "allow"] | Callable[[Merge], None]
 """What `adapt` does before it merges a weight for one use: raise, nothing but a line of
@@ -43,9 +52,14 @@ def adapt(
     to; without `jax.jit` it happens, slowly, in every call.
 
     DoRA's norms are formed once a call, or given, and held constant in the backward pass,
-    as in section 4.3 of its paper. Dropout is that of the adapter's input alone, also with DoRA
-    (`dropout_mode="torchtune"` of `dora_linear`); rows of an embedding are not dropped. All
-    examples of a `jax.vmap` around have one mask, unless the key is mapped over as well.
+    as in section 4.3 of its paper. Dropout is that of the adapter's input alone, also with
+    DoRA (`dropout_mode="torchtune"` of `dora_linear`); rows of an embedding are not
+    dropped. All examples of a `jax.vmap` around have one mask, unless the key is mapped
+    over as well.
+
+    Any leaf of the params may be quantized (`lora_jax.quant`); the function sees an array.
+    It is formed where it is used, and again in the backward pass, a layer of a scan at a
+    time.
 
     Args:
         fn: `fn(params, *args, **kwargs)`, of any arguments. It has to take its weights
@@ -76,7 +90,8 @@ def adapt(
         KeyError: if `column_norms` are not those of the plan. From the adapted function: if
             params or adapters lack a path of the plan, or adapters have another.
         ValueError: if an option is unknown. The adapted function: if a shape is not the
-            plan's, also of `column_norms`, a weight would have to be merged, or the function does not use it.
+            plan's, also of `column_norms`, a weight would have to be merged, or the
+            function does not use it.
 
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685; Liu et al., 2024,
@@ -124,11 +139,10 @@ def adapt(
         values = [
             _factored(path, value, adapters[path], plan.targets[path], norms.get(path))
             if path is not None and path in plan.targets
-            else value
+            else _unadapted(value)
             for path, value in zip(traced.paths, traced.arguments, strict=True)
         ]
-        jaxpr, constants = _compat.open_jaxpr(traced.jaxpr)
-        out = _interpreter.evaluate(context, jaxpr, constants, values)
+        out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
         out = context.merge_all(out, None, "the function returns it")
         if on_unused == "error":
             _check_used(context, plan)
@@ -136,6 +150,45 @@ def adapt(
 
     adapted.__name__ = adapted.__qualname__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
     return adapted
+
+
+def accept_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function take quantized weights where it expects arrays.
+
+    Like `adapt`, without adapters: to evaluate a quantized base, for instance.
+
+    Args:
+        fn: of any arguments.
+
+    Returns:
+        A function of the same arguments, any array of which may be a quantized weight. It
+        is formed where it is used, and has no gradient.
+
+    Raises:
+        TypeError: if `fn` is not a function.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["up"])
+        >>> params = {"up": lora_jax.quant.quantize_int8(jnp.ones((8, 16)))}
+        >>> lora_jax.accept_quantized(model)(params, jnp.ones((4, 8))).shape
+        (4, 16)
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function, got {type(fn).__name__}.")
+
+    @functools.wraps(fn)
+    def dense(*args: Any, **kwargs: Any) -> Any:
+        traced = _tracing.trace(
+            lambda _, *args, **kwargs: fn(*args, **kwargs), (), args, kwargs
+        )
+        context = Context(RULES, _refuse)
+        values = list(map(_unadapted, traced.arguments))
+        out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
+        return traced.result(context.merge_all(out, None, "the function returns it"))
+
+    return dense
 
 
 def _reporter(on_merge: OnMerge) -> Callable[[Merge], None]:
@@ -188,23 +241,38 @@ def _factored(
         Factor(unfold("B", *b), b, ndim),
         Label((path,), target.scale, target.dropout),
     )
-    weight = jnp.asarray(weight)
+    base = _base(weight)
     if target.method == "lora":
-        return Factored(weight, (term,))
+        return Factored(base, (term,))
     axes = (*batch, *outs)
-    if norm is None:
-        norm = _norm(weight, dict(adapter), target)
-    column = _column_norm.factor(jnp.asarray(adapter["m"]), jax.lax.stop_gradient(norm))
+    known = _norm(weight, dict(adapter), target) if norm is None else norm
+    column = _column_norm.factor(adapter["m"], jax.lax.stop_gradient(known))
     column = column.reshape([sizes[axis] for axis in axes])
-    return Factored(weight, (term,), (place(column, axes, range(ndim)),))
+    return Factored(base, (term,), (place(column, axes, range(ndim)),))
+
+
+def _base(weight: Any) -> jax.Array | Deferred:
+    """The weight as the program has it; if it is stored in few bits, it stays so."""
+    if not _quantized.is_quantized(weight):
+        return jnp.asarray(weight)
+    return Deferred((jax.tree.map(jnp.asarray, weight),))
+
+
+def _unadapted(value: Any) -> Any:
+    """A value that has no adapter; a quantized one is formed where it is used."""
+    return Factored(_base(value), ()) if _quantized.is_quantized(value) else value
 
 
 @functools.partial(jax.jit, static_argnums=2)  # traced once for all like it
-def _norm(weight: jax.Array, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
+def _norm(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """`|W + scale * A @ B|` by columns, `(*batch, out)`, held constant."""
-    factors = _layout.matrix_adapter(adapter, target)
-    matrix, a, b = jax.lax.stop_gradient(
-        (_layout.to_matrix(weight, target), factors["A"], factors["B"])
-    )
-    axis = -1 if _layout.is_flipped(target) else -2
-    return _column_norm.adapted_norm(matrix, a, b, target.scale, None, axis)
+
+    def norm(weight, adapter, target):
+        factors = _layout.matrix_adapter(adapter, target)
+        matrix = _layout.to_matrix(weight, target)
+        axis = -1 if _layout.is_flipped(target) else -2
+        a, b = factors["A"], factors["B"]
+        return _column_norm.adapted_norm(matrix, a, b, target.scale, None, axis)
+
+    factors = {name: adapter[name] for name in ("A", "B")}
+    return _stacks.map_entries(norm, *jax.lax.stop_gradient((weight, factors)), target)

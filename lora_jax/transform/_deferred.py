@@ -1,0 +1,192 @@
+"""Frozen weights that are stored in few bits, and formed where they are used.
+
+In the program a quantized weight is a `Deferred` array: its stored arrays, and the
+primitives that move it about, cast it or join it with others, none of which runs. A use,
+such as a product, forms it; inside `jax.checkpoint`, so that the backward pass forms it
+again, and nothing dense is kept in between.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _compat, _quantized
+
+# Applied to one entry of a stack they give that entry of the result.
+_ENTRYWISE = frozenset({"convert_element_type", "copy", "name", "neg", "reduce_precision"})
+# What is put off until the weight is used.
+_MOVES = _ENTRYWISE | {
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "concatenate",
+    "div",
+    "dynamic_slice",
+    "layout_constraint",
+    "mul",
+    "pad",
+    "reshape",
+    "reshard",
+    "rev",
+    "sharding_constraint",
+    "slice",
+    "split",
+    "squeeze",
+    "stack",
+    "sub",
+    "tile",
+    "transpose",
+    "unstack",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """An output of an equation that is put off. Equal to itself only."""
+
+    equation: Any
+    output: int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["step"]
+)
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """An array that has yet to be formed.
+
+    Attributes:
+        operands: of the step: arrays or deferred ones. Without a step a quantized weight.
+        step: that makes the array of the operands.
+    """
+
+    operands: tuple[Any, ...]
+    step: Step | None = None
+
+    @functools.cached_property
+    def _abstract(self) -> jax.ShapeDtypeStruct:
+        if self.step is None:
+            return _quantized.as_abstract(self.operands[0])
+        return jax.eval_shape(form, self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array."""
+        return self._abstract.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the array."""
+        return self._abstract.dtype
+
+    @property
+    def ndim(self) -> int:
+        """That of the array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """That of the array."""
+        return self._abstract.size
+
+    @property
+    def stack_ndim(self) -> int:
+        """How many leading axes of the array are leading axes of all that is stored."""
+        (value, *others) = self.operands
+        if self.step is None:
+            return value.stack_ndim
+        entrywise = self.step.equation.primitive.name in _ENTRYWISE
+        return value.stack_ndim if entrywise and not others else 0
+
+
+def form(value: Any) -> Any:
+    """The dense array, without a gradient; any other value as it is."""
+    if not isinstance(value, Deferred):
+        return value
+    if value.step is None:
+        return _quantized.as_dense(value.operands[0])
+    equation = value.step.equation
+    with _compat.at_equation(equation):
+        out = _compat.bind(equation, [form(operand) for operand in value.operands])
+    return out[value.step.output] if isinstance(out, list | tuple) else out
+
+
+def bind(equation: Any, values: Sequence[Any]) -> Any:
+    """What the equation's primitive gives for other values, any of which may be deferred.
+
+    The result is deferred, too, if the primitive is one that only moves it about.
+    """
+    if not any(isinstance(value, Deferred) for value in values):
+        return _compat.bind(equation, values)
+    if equation.primitive.name not in _MOVES:
+        return use(equation, values)
+    if (entries := _entries(equation, *values)) is not None:
+        return entries
+    out = [Deferred(tuple(values), Step(equation, i)) for i in range(len(equation.outvars))]
+    return out if equation.primitive.multiple_results else out[0]
+
+
+def use(equation: Any, values: Sequence[Any]) -> Any:
+    """What the equation's primitive gives, with deferred values formed for it alone."""
+    if not any(isinstance(value, Deferred) for value in values):
+        return _compat.bind(equation, values)
+
+    @jax.checkpoint  # forms them again in the backward pass
+    def used(values):
+        return _compat.bind(equation, [form(value) for value in values])
+
+    return used(list(values))
+
+
+def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:
+    """Some entries of a stack, taken from what is stored; None if it is anything else."""
+    if not isinstance(value, Deferred) or value.step is not None:
+        return None
+    n, shape = value.stack_ndim, value.shape
+    take = _TAKE.get(equation.primitive.name)
+    part = None if take is None else take(equation.params, n, shape, starts)
+    return None if part is None else Deferred((jax.tree.map(part, value.operands[0]),))
+
+
+Part = Callable[[jax.Array], jax.Array]
+
+
+def _slice(params: Any, n: int, shape: Sequence[int], starts: Any) -> Part | None:
+    start, limit = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(shape)
+    whole = [0] * (len(shape) - n), list(shape[n:]), [1] * (len(shape) - n)
+    if [list(x[n:]) for x in (start, limit, strides)] != [list(x) for x in whole]:
+        return None
+    return lambda array: lax.slice(
+        array,
+        [*start[:n], *[0] * (array.ndim - n)],
+        [*limit[:n], *array.shape[n:]],
+        [*strides[:n], *[1] * (array.ndim - n)],
+    )
+
+
+def _dynamic_slice(params: Any, n: int, shape: Sequence[int], starts: Any) -> Part | None:
+    sizes = params["slice_sizes"]
+    if tuple(sizes[n:]) != tuple(shape[n:]):
+        return None
+
+    def part(array):
+        zeros = [jnp.zeros_like(starts[0])] * (array.ndim - n)
+        return lax.dynamic_slice(
+            array, [*starts[:n], *zeros], [*sizes[:n], *array.shape[n:]]
+        )
+
+    return part
+
+
+def _squeeze(params: Any, n: int, shape: Sequence[int], starts: Any) -> Part | None:
+    axes = params["dimensions"]
+    return (lambda array: lax.squeeze(array, axes)) if max(axes, default=0) < n else None
+
+
+_TAKE = {"slice": _slice, "dynamic_slice": _dynamic_slice, "squeeze": _squeeze}

@@ -1,0 +1,294 @@
+"""`adapt` on params with weights in few bits, against the same weights dense."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax
+from tests import toy_format
+from tests.transform.support import assert_same, normal, plan_of, trained
+
+
+def product(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def flipped(params, x):
+    return x @ params["w"].T
+
+
+def heads(params, x):
+    return jnp.einsum("td,hdk->thk", x, params["w"])
+
+
+def cast_and_scaled(params, x):
+    return x @ (-2.0 * params["w"].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def fused(params, x):
+    return x @ jnp.concatenate([params["w"], params["v"]], axis=1)
+
+
+def halves(params, x):
+    left, right = jnp.split(params["w"], 2, axis=1)
+    return jnp.tanh(x @ left) * (x @ right)
+
+
+def padded_rows(params, x):
+    return jnp.pad(x, ((0, 0), (0, 2))) @ jnp.pad(params["w"], ((0, 2), (0, 0)))
+
+
+def looked_up(params, x):
+    return jnp.tanh(params["w"][jnp.array([3, 0, 3])]) + x[:3, :10]
+
+
+def with_unadapted(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["frozen"]
+
+
+def in_branches(params, x):
+    return lax.cond(x.sum() > 0, lambda: x @ params["w"], lambda: (2 * x) @ params["w"])
+
+
+def in_a_while_loop(params, x):
+    body = functools.partial(lambda w, s: (s[0] + 1, jnp.tanh(s[1] @ w)), params["w"])
+    return lax.while_loop(lambda s: s[0] < 3, body, (0, x))[1]
+
+
+def carried(params, x):
+    def step(carry, _):
+        h, w = carry
+        return (jnp.tanh(h @ w), w), None
+
+    return lax.scan(step, (x, params["w"]), None, length=3)[0][0]
+
+
+def checkpointed(params, x):
+    return jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(params["w"], x)
+
+
+def convolved(params, x):
+    return lax.conv(x[None, None], params["w"][:, None], (1, 1), "SAME")
+
+
+def mapped(params, x):
+    return jax.vmap(lambda row: jnp.tanh(row @ params["w"]))(x)
+
+
+def scanned(params, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+
+def scanned_in_bfloat16(params, x):
+    stack = params["w"].astype(jnp.bfloat16)
+
+    def step(h, w):
+        return jnp.tanh((h.astype(jnp.bfloat16) @ w).astype(jnp.float32)), None
+
+    return lax.scan(step, x, stack)[0]
+
+
+def scanned_after_a_transpose(params, x):
+    stack = params["w"].transpose(0, 2, 1)
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, stack)[0]
+
+
+def indexed(params, x):
+    for i in range(3):
+        x = jnp.tanh(x @ params["w"][i])
+    return x
+
+
+def indexed_in_a_loop(params, x):
+    def step(i, h):
+        return jnp.tanh(h @ lax.dynamic_index_in_dim(params["w"], i, keepdims=False))
+
+    return lax.fori_loop(0, 3, step, x)
+
+
+def some_layers(params, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"][1:])[0]
+
+
+def mapped_over_the_stack(params, x):
+    return jax.vmap(lambda w: jnp.tanh(x @ w))(params["w"])
+
+
+def with_a_block(params, x):
+    @jax.jit
+    def block(h, w):
+        for _ in range(8):  # too large to be evaluated in place
+            h = jnp.tanh(h @ w) + jnp.sin(h) * 0.1
+        return h
+
+    return block(block(x, params["v"]), params["u"])
+
+
+SQUARE = {"w": (12, 12)}
+STACK = {"w": (3, 12, 12)}
+CASES = {
+    product: ({"w": (12, 10)}, 0),
+    flipped: ({"w": (10, 12)}, 0),
+    heads: ({"w": (2, 12, 5)}, 0),
+    cast_and_scaled: ({"w": (12, 10)}, 0),
+    fused: ({"w": (12, 10), "v": (12, 4)}, 0),
+    halves: ({"w": (12, 10)}, 0),
+    padded_rows: ({"w": (12, 10)}, 0),
+    looked_up: ({"w": (12, 10)}, 0),
+    with_unadapted: ({"w": (12, 10), "frozen": (10, 7)}, 0),
+    in_branches: ({"w": (12, 10)}, 0),
+    in_a_while_loop: (SQUARE, 0),
+    carried: (SQUARE, 0),
+    checkpointed: ({"w": (12, 10)}, 0),
+    convolved: ({"w": (4, 3, 3)}, 0),
+    mapped: ({"w": (12, 10)}, 0),
+    scanned: (STACK, 1),
+    scanned_in_bfloat16: (STACK, 1),
+    scanned_after_a_transpose: (STACK, 1),
+    indexed: (STACK, 1),
+    indexed_in_a_loop: (STACK, 1),
+    some_layers: (STACK, 1),
+    mapped_over_the_stack: (STACK, 1),
+    with_a_block: ({"u": (12, 12), "v": (12, 12)}, 0),
+}
+FORWARD_ONLY = (in_a_while_loop,)
+METHODS = {"lora": {}, "dora": {"use_dora": True}}
+
+
+def params_of(shapes, stack_ndim=0):
+    """Quantized weights, and the dense ones that they stand for."""
+    stored = {
+        name: toy_format.quantize(normal(*shape, dtype="float32") / 3, stack_ndim)
+        for name, shape in shapes.items()
+    }
+    return stored, {name: weight.dequantize() for name, weight in stored.items()}
+
+
+def options_of(fn):
+    """Adapters for all but what is to have none."""
+    shapes, _ = CASES[fn]
+    return {"targets": [name for name in shapes if name != "frozen"], "rank": 2}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
+def test_outputs_and_gradients_are_those_of_the_dense_weight(fn, method):
+    stored, dense = params_of(*CASES[fn])
+    x = jnp.asarray(normal(5, 12), "float32")
+    plan = plan_of(fn, stored, x, **options_of(fn), **METHODS[method])
+    assert plan == plan_of(fn, dense, x, **options_of(fn), **METHODS[method])
+    adapters = trained(dense, plan)
+    adapters = jax.tree.map(lambda v: 0.3 * v, adapters)
+    adapted = lora_jax.adapt(fn, plan, on_merge="allow")
+
+    def loss(adapters, x, params):
+        return jnp.sum(jnp.sin(adapted(params, adapters, x)))
+
+    run = loss if fn in FORWARD_ONLY else jax.value_and_grad(loss, argnums=(0, 1))
+    got, want = (jax.jit(run)(adapters, x, params) for params in (stored, dense))
+    jax.tree.map(lambda g, w: assert_same(g, w, 1e-5), got, want)
+
+
+@pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
+def test_a_function_accepts_quantized_weights_without_adapters(fn):
+    stored, dense = params_of(*CASES[fn])
+    x = jnp.asarray(normal(5, 12), "float32")
+    got = jax.jit(lora_jax.accept_quantized(fn))(stored, x)
+    assert_same(got, fn(dense, x), 1e-5)
+
+
+def test_quantized_arguments_and_results_of_any_function():
+    stored, dense = params_of({"w": (12, 10)})
+    accepting = lora_jax.accept_quantized(lambda *args, w: (w, [w.T, *args], "text"))
+    got = accepting(stored["w"], 3, w=stored["w"])
+    assert_same(got[0], dense["w"], 0)
+    assert_same(got[1][0], dense["w"].T, 0)
+    assert_same(got[1][1], dense["w"], 0)
+    assert (got[1][2], got[2]) == (3, "text")
+    with pytest.raises(TypeError, match="fn must be a function, got dict"):
+        lora_jax.accept_quantized(stored)
+
+
+def test_params_may_be_mixed_and_need_no_adapter_to_be_quantized():
+    stored, dense = params_of({"w": (12, 10), "frozen": (10, 7)})
+    x = jnp.asarray(normal(5, 12), "float32")
+    mixed = {"w": dense["w"], "frozen": stored["frozen"]}
+    plan = plan_of(with_unadapted, mixed, x, targets="w")
+    adapters = trained(mixed, plan)
+    adapted = lora_jax.adapt(with_unadapted, plan)
+    assert_same(adapted(mixed, adapters, x), adapted(dense, adapters, x), 1e-6)
+
+
+# What the backward pass keeps, and what is in memory at once.
+
+LAYERS, WIDTH, ROWS = 8, 128, 4
+
+
+def step_of(method, dtype="float32"):
+    """A compiled gradient of a scanned model, and its traced form."""
+    shapes = {"w": (LAYERS, WIDTH, WIDTH)}
+    stored = {"w": toy_format.quantize(jnp.asarray(normal(*shapes["w"]) / WIDTH, dtype), 1)}
+    x = jnp.ones((ROWS, WIDTH), dtype)
+    plan = plan_of(scanned, stored, x, **METHODS[method])
+    adapters = lora_jax.init_adapters(jax.random.key(0), stored, plan)
+    adapted = lora_jax.adapt(scanned, plan)
+
+    def loss(adapters, x, params):
+        return jnp.sum(jnp.sin(adapted(params, adapters, x).astype(jnp.float32)))
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(adapters, x, stored)
+    return traced.lower().compile().as_text(), str(traced.jaxpr)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_stack_of_dense_weights_exists(method, dtype):
+    for text in step_of(method, dtype):
+        assert re.search(rf"\[{WIDTH},{WIDTH}\]", text)  # a layer is dense at its use
+        assert not re.search(rf"(f32|bf16)\[{LAYERS},{WIDTH},{WIDTH}\]", text)
+        assert re.search(rf"(s8|i8)\[{LAYERS},{WIDTH * WIDTH}\]", text)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_backward_pass_keeps_no_dense_weight(method):
+    stored, _ = params_of({"w": (12, 10)})
+    x = jnp.asarray(normal(5, 12), "float32")
+    plan = plan_of(product, stored, x, **METHODS[method])
+    adapters = trained(stored, plan)
+    adapted = lora_jax.adapt(product, plan)
+    _, pull = jax.vjp(lambda a, x: adapted(stored, a, x), adapters, x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "ndim", 0)]
+    floats = [leaf.shape for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert kept
+    assert (12, 10) not in floats
+    assert (10, 12) not in floats
+
+
+def test_one_function_serves_all_layers_with_quantized_weights():
+    stored, _ = params_of({"u": (12, 12), "v": (12, 12)})
+    x = jnp.asarray(normal(5, 12), "float32")
+    plan = plan_of(with_a_block, stored, x)
+    adapted = lora_jax.adapt(with_a_block, plan)
+    adapters = trained(stored, plan)
+    text = jax.jit(adapted).lower(stored, adapters, x).as_text()
+    assert len(re.findall(r"func.func private @block", text)) == 1
+
+
+def test_gradients_stop_at_what_is_stored():
+    stored, _ = params_of({"w": (12, 10)})
+    x = jnp.asarray(normal(5, 12), "float32")
+    plan = plan_of(product, stored, x)
+    adapters = trained(stored, plan)
+    adapted = lora_jax.adapt(product, plan)
+    weight = stored["w"]
+
+    def loss(scale):
+        changed = toy_format.Bytes(weight.codes, scale, (12, 10), "float32")
+        return jnp.sum(adapted({"w": changed}, adapters, x))
+
+    np.testing.assert_array_equal(jax.grad(loss)(weight.scale), 0 * weight.scale)

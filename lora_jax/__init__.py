@@ -1,7 +1,9 @@
 """Low-rank adapters for any JAX model, as pure functions over parameter pytrees."""
 
 from lora_jax import initializers as initializers
+from lora_jax import optim as optim
 from lora_jax import peft as peft
+from lora_jax import quant as quant
 from lora_jax.checkpoint import CheckpointError as CheckpointError
 from lora_jax.checkpoint import load_adapters as load_adapters
 from lora_jax.checkpoint import save_adapters as save_adapters

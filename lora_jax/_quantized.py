@@ -1,66 +1,128 @@
-"""What a frozen weight in few bits provides, whatever its format."""
+"""What a frozen weight in few bits provides, whichever format it has."""
 
 import abc
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+_SHOWN = ("entry_shape", "weight_dtype")  # in every repr as shape and dtype
+
 
 class QuantizedTensor(abc.ABC):
-    """A frozen weight in few bits; the base class of every format.
+    """A frozen weight in few bits: a pytree of arrays, with settings that are static.
 
-    A format is a registered pytree whose leaves are arrays, with static metadata that is
-    hashable. The leading axes of a weight may be a *stack* (layers, experts): its entries
-    are quantized apart, every array has the axes of the stack in front, and the metadata
-    are those of one entry. So `jax.tree.map(lambda array: array[i], q)` is an entry,
-    `jax.lax.scan` and `jax.vmap` go over the entries, and a `PartitionSpec` of the stack
-    is one of every array.
+    A format is a subclass that is a frozen dataclass with `eq=False` and `repr=False`,
+    registered by `jax.tree_util.register_dataclass`. Its array fields are the leaves, and
+    optional arrays are None where they are not there; the others have the metadata
+    `static=True` and are strings, numbers, None, or tuples of these. It provides `shape`,
+    `dtype`, `batch_ndim`, `dequantize`, `quantize_like` and `check`; the rest is here.
+    `register_format` gives it a name in files.
 
-    Instances may hold anything in place of arrays (JAX rebuilds pytrees with shapes,
-    tracers, None): `__init__` must check nothing.
+    - Leading axes of a stack (layers, experts) are leading axes of *all* of its arrays,
+      and its settings are those of one entry. So `shape` has the batch sizes of the arrays
+      in front, and `jax.vmap`, `lax.scan` and `jax.tree.map(lambda x: x[i], quantized)`
+      give entries that are quantized tensors themselves.
+    - JAX rebuilds pytrees with leaves that are no arrays, so making one checks nothing:
+      `check` does, for files.
     """
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """That of the weight, the axes of the stack included: read from the arrays."""
+        """The shape of the weight, with the axes of the stack in front."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
-        """That of the weight that was quantized, floating point of at least 16 bits."""
+        """The dtype of the weight that was quantized."""
 
     @property
     @abc.abstractmethod
-    def stack_ndim(self) -> int:
-        """The number of axes of the stack: read from the arrays."""
+    def batch_ndim(self) -> int:
+        """How many leading axes are those of the stack, read from the arrays."""
 
     @abc.abstractmethod
-    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
-        """The dense weight, in a dtype, or in that of the weight."""
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        """The weight, `shape`, in `dtype`. Pure, and right under every transformation."""
 
     @abc.abstractmethod
     def quantize_like(self, weight: jax.Array) -> "QuantizedTensor":
-        """A weight of the same shape, in the same format with the same settings."""
+        """A weight of the same shape, with the settings of this one."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises ValueError unless the arrays and settings, of any kind, fit each other."""
 
     @property
     def ndim(self) -> int:
-        """The number of axes of the weight."""
+        """How many axes the weight has."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """The number of entries of the weight."""
+        """How many entries the weight has."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all arrays; abstract ones count too."""
+        """How many bytes the arrays have."""
         leaves = jax.tree.leaves(self)
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+    def to_arrays(self) -> dict[str, jax.Array]:
+        """The arrays by name, in dtypes that safetensors has."""
+        fields = {field.name: getattr(self, field.name) for field in _fields(self, False)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """The static settings by name, as JSON has them."""
+        return {field.name: getattr(self, field.name) for field in _fields(self, True)}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, jax.Array], settings: Mapping[str, Any]
+    ) -> "QuantizedTensor":
+        """Makes one of what `to_arrays` and `settings` returned.
+
+        Raises:
+            ValueError: if they cannot be that.
+        """
+        names = {static: [f.name for f in _fields(cls, static)] for static in (True, False)}
+        unknown = [*(set(arrays) - set(names[False])), *(set(settings) ^ set(names[True]))]
+        if unknown:
+            raise ValueError(
+                f"expected arrays of {', '.join(names[False])} and the settings "
+                f"{', '.join(names[True])}, got {', '.join(arrays) or 'none'} and "
+                f"{', '.join(settings) or 'none'}."
+            )
+        values = {name: arrays.get(name) for name in names[False]}
+        made = cls(**values, **{name: _frozen(value) for name, value in settings.items()})
+        made.check()
+        return made
+
+    def __repr__(self) -> str:
+        try:
+            shape: Any = self.shape
+        except (AttributeError, TypeError):
+            shape = "?"  # a pytree of something else, such as shardings or None
+        settings = {k: v for k, v in self.settings().items() if k not in _SHOWN}
+        rest = "".join(f", {name}={value!r}" for name, value in settings.items())
+        return f"{type(self).__name__}(shape={shape}, dtype={self.dtype}{rest})"
+
+
+def _fields(owner: Any, static: bool) -> list[dataclasses.Field[Any]]:
+    fields = dataclasses.fields(owner)
+    return [f for f in fields if f.metadata.get("static", False) == static]
+
+
+def _frozen(value: Any) -> Any:
+    """A value of JSON, which has lists, as a static setting."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def is_quantized(value: Any) -> bool:
@@ -84,4 +146,4 @@ def as_dense(value: Any) -> Any:
     """A quantized weight as an array without a gradient; any other value as it is."""
     if not is_quantized(value):
         return value
-    return jax.lax.stop_gradient(value).dequantize()
+    return jax.lax.stop_gradient(value.dequantize(value.dtype))

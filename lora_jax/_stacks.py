@@ -27,7 +27,7 @@ def map_entries(
         target: of the weight.
     """
     adapter = dict(adapter)
-    if not _quantized.is_quantized(weight) or not weight.stack_ndim:
+    if not _quantized.is_quantized(weight) or not weight.batch_ndim:
         return function(_quantized.as_dense(weight), adapter, target)
     if target.batch_axes[:1] != (0,):
         return function(_quantized.as_dense(weight), adapter, target)

@@ -22,9 +22,14 @@ hypothesis.settings.load_profile("suite")
 # Tests of values that other tests see compiled with all optimizations. Most of their time
 # goes into compiling, and without them it is half of it.
 QUICK = (
-    *("tests.cli", "tests.frameworks", "tests.live", "tests.peft"),
+    *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
     *("tests.test_checkpoint", "tests.test_decomposed", "tests.test_decomposed_params"),
-    *("tests.test_initializers", "tests.test_properties", "tests.transform.test_fuzz"),
+    *(
+        "tests.test_initializers",
+        "tests.test_properties",
+        "tests.quant.test_files",
+        *("tests.quant.test_tensors", "tests.transform.test_fuzz"),
+    ),
 )
 
 

@@ -12,19 +12,26 @@ PACKAGE = pathlib.Path(lora_jax.__file__).parent
 STOREYS = (
     {"_checks", "_compat", "_files", "_frozen", "_quantized", "_tables"},
     {"_numerics", "_paths", "_svd", "_tensor_stream"},
-    {"initializers", "_column_norm", "_dora_products"},
+    {"initializers", "quant", "_column_norm", "_dora_products"},
     {"config", "lora"},
     {"plan", "lora_layer", "dora", "decomposed"},
     {"_axes", "_layout", "_plan_checks", "_stacks"},
     {"_selection", "_merging"},
     {"transform"},
     {"model", "decomposed_params"},
-    {"checkpoint", "peft"},
+    {"checkpoint", "optim", "peft"},
     {"cli"},
     {"__init__", "__main__"},
 )
 # The storeys of those that are rooms of their own.
 ROOMS = {
+    "quant": (
+        {"_arithmetic", "_packing", "tensors"},
+        {"_bitsandbytes", "_channels", "_inputs", "_torchao"},
+        {"fp8", "int8", "nf4"},
+        {"files"},
+        {"__init__"},
+    ),
     "transform": (
         {"__init__", "_deferred"},
         {"_factored"},
@@ -42,6 +49,12 @@ ROOMS = {
         },
         {"_rules"},
         {"_discovery", "adapt"},
+    ),
+    "optim": (
+        {"_leaves"},
+        {"freezing", "labels", "preconditioning"},
+        {"optimizers"},
+        {"__init__"},
     ),
     "peft": (
         {"_entries", "_fields", "_names", "_table"},

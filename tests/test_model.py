@@ -470,7 +470,7 @@ def test_unmerge_needs_the_norms_of_before():
     ):
         unmerge_adapters(params, adapters, plan, column_norms=norms)
     norms["block/w"] = jnp.ones(5)
-    with pytest.raises(ValueError, match=r"at 'block/w': column_norm does not fit"):
+    with pytest.raises(ValueError, match=r"at 'block/w': column_norms does not fit"):
         unmerge_adapters(params, adapters, plan, column_norms=norms)
     params, adapters, plan = make(names=("w",))
     with pytest.raises(KeyError, match=r"must have the 0 paths .* unknown: 'block/w'"):

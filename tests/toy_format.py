@@ -1,27 +1,22 @@
 """A format of quantized weights that a user might write: a byte an entry, one scale."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax._quantized import QuantizedTensor
+from lora_jax.quant import QuantizedTensor
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale"],
-    meta_fields=["entry_shape", "weight_dtype"],
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Bytes(QuantizedTensor):
     """`codes * scale`: codes `(*stack, size)` of int8, scale `(*stack, 1)` of float32."""
 
     codes: jax.Array
     scale: jax.Array
-    entry_shape: tuple[int, ...]
-    weight_dtype: str
+    entry_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    weight_dtype: str = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self):
@@ -32,20 +27,24 @@ class Bytes(QuantizedTensor):
         return jnp.dtype(self.weight_dtype)
 
     @property
-    def stack_ndim(self):
+    def batch_ndim(self):
         return self.codes.ndim - 1
 
-    def dequantize(self, dtype=None):
+    def dequantize(self, dtype):
         dense = self.codes.astype(jnp.float32) * self.scale
-        return dense.reshape(self.shape).astype(dtype or self.dtype)
+        return dense.reshape(self.shape).astype(dtype)
 
     def quantize_like(self, weight):
-        return quantize(weight, self.stack_ndim)
+        return quantize(weight, self.batch_ndim)
+
+    def check(self):
+        if self.codes.dtype != jnp.int8 or self.scale.ndim != self.codes.ndim:
+            raise ValueError("codes and scale do not fit.")
 
 
-def quantize(weight, stack_ndim=0):
+def quantize(weight, batch_ndim=0):
     weight = jnp.asarray(weight)
-    flat = weight.reshape(*weight.shape[:stack_ndim], -1).astype(jnp.float32)
+    flat = weight.reshape(*weight.shape[:batch_ndim], -1).astype(jnp.float32)
     scale = jnp.max(jnp.abs(flat), axis=-1, keepdims=True) / 127
     codes = jnp.round(flat / scale).astype(jnp.int8)
-    return Bytes(codes, scale, weight.shape[stack_ndim:], str(weight.dtype))
+    return Bytes(codes, scale, weight.shape[batch_ndim:], str(weight.dtype))

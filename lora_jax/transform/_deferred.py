@@ -95,13 +95,13 @@ class Deferred:
         return self._abstract.size
 
     @property
-    def stack_ndim(self) -> int:
+    def batch_ndim(self) -> int:
         """How many leading axes of the array are leading axes of all that is stored."""
         (value, *others) = self.operands
         if self.step is None:
-            return value.stack_ndim
+            return value.batch_ndim
         entrywise = self.step.equation.primitive.name in _ENTRYWISE
-        return value.stack_ndim if entrywise and not others else 0
+        return value.batch_ndim if entrywise and not others else 0
 
 
 def form(value: Any) -> Any:
@@ -147,7 +147,7 @@ def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:
     """Some entries of a stack, taken from what is stored; None if it is anything else."""
     if not isinstance(value, Deferred) or value.step is not None:
         return None
-    n, shape = value.stack_ndim, value.shape
+    n, shape = value.batch_ndim, value.shape
     take = _TAKE.get(equation.primitive.name)
     part = None if take is None else take(equation.params, n, shape, starts)
     return None if part is None else Deferred((jax.tree.map(part, value.operands[0]),))

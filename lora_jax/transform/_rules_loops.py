@@ -90,7 +90,7 @@ class _Stack:
             roles = ["stacked"] + [""] * (value.ndim - 1)
             context.see(value, equation, roles)
         self.length = value.shape[0]
-        if isinstance(value.base, Deferred) and not value.base.stack_ndim:
+        if isinstance(value.base, Deferred) and not value.base.batch_ndim:
             value = value.replace(base=form(value.base))
         leaves, self.tree = jax.tree.flatten(_with_factors(value, self._stack_first))
         scanned = [leaf.shape[0] == self.length for leaf in leaves]

@@ -513,7 +513,7 @@ def test_given_norms_save_the_products_that_form_them():
 def test_norms_that_are_not_the_plans_are_refused():
     params, plan, adapters, x = single(use_dora=True)
     norms = lora_jax.adapted_column_norms(params, adapters, plan)
-    with pytest.raises(KeyError, match="column_norms must have .*; missing: 'w'"):
+    with pytest.raises(KeyError, match=r"column_norms must have .*; missing: 'w'"):
         lora_jax.adapt(model, plan, column_norms={})
     with pytest.raises(KeyError, match="unknown: 'w'"):
         lora_jax.adapt(model, plan_of(model, params, x), column_norms=norms)

@@ -166,7 +166,9 @@ def params_of(shapes, stack_ndim=0):
         name: toy_format.quantize(normal(*shape, dtype="float32") / 3, stack_ndim)
         for name, shape in shapes.items()
     }
-    return stored, {name: weight.dequantize() for name, weight in stored.items()}
+    return stored, {
+        name: lora_jax.quant.dequantize(weight) for name, weight in stored.items()
+    }
 
 
 def options_of(fn):

@@ -1,0 +1,161 @@
+"""The leaves of a tree that holds adapters somewhere, and patterns that choose among them.
+
+An adapter is found by its form: a dict with the entries `A` and `B`, and no others than
+those of adapters. A *gap* is what stands where a leaf was left out: `optax.MaskedNode()`
+or None. It keeps its place and its path, so that a part of a tree is seen as the whole is.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from lora_jax import _paths
+
+ENTRIES = ("A", "B", "m", "A_bias", "B_bias")
+
+
+class Leaf(NamedTuple):
+    """A leaf or a gap of a tree."""
+
+    value: Any
+    path: str
+    """Its path in the tree."""
+    adapter: str | None = None
+    """The path of its adapter in the tree; None for a leaf of no adapter."""
+    weight: str = ""
+    """The key of that adapter, which is the path of the weight in `{path: adapter}`."""
+    entry: str = ""
+    """Its name in that adapter."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a pattern may match: its path, and for an adapter's the weight's path."""
+        if self.adapter is None:
+            return (self.path,)
+        weights = [path for path in (self.weight, self.adapter) if path]
+        entries = [f"{path}/{self.entry}" for path in weights]
+        return tuple(dict.fromkeys([*weights, *entries, self.path]))
+
+
+def is_gap(node: Any) -> bool:
+    """Whether a node stands for a leaf that was left out."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether a node has the form of an adapter, with gaps or without."""
+    return (
+        isinstance(node, Mapping)
+        and {"A", "B"} <= node.keys() <= set(ENTRIES)
+        and all(
+            is_gap(value) or jax.tree_util.all_leaves([value]) for value in node.values()
+        )
+    )
+
+
+def flatten(tree: Any) -> tuple[list[Leaf], Any]:
+    """The leaves and gaps of a tree, and the structure to put others in their places."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: is_gap(node) or is_adapter(node)
+    )
+    adapters = {keys for keys, node in nodes if is_adapter(node)}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_gap)
+    return [_leaf(keys, value, keys[:-1] in adapters) for keys, value in leaves], structure
+
+
+def _leaf(keys: tuple[Any, ...], value: Any, in_adapter: bool) -> Leaf:
+    if not in_adapter:
+        return Leaf(value, _text(keys))
+    *above, entry = keys
+    return Leaf(value, _text(keys), _text(above), _text(above[-1:]), _text([entry]))
+
+
+def _text(keys: Iterable[Any]) -> str:
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def patterns_of(name: str, patterns: Any) -> tuple[str, ...]:
+    """One pattern or several as text, checked.
+
+    Raises:
+        TypeError: if it is neither a pattern nor a tuple or list of them.
+        ValueError: if one is empty, or no regular expression.
+    """
+    if isinstance(patterns, str | re.Pattern):
+        patterns = (patterns,)
+    if not isinstance(patterns, tuple | list):
+        raise TypeError(
+            f"{name} must be a pattern or a tuple of patterns, got {patterns!r} "
+            f"({type(patterns).__name__})."
+        )
+    return tuple(_paths.as_text(name, pattern) for pattern in patterns)
+
+
+def entries_of(name: str, entries: Any) -> dict[str, Any]:
+    """A mapping of patterns, with them as text; of equal patterns the first counts.
+
+    Raises:
+        TypeError: if it is no mapping, or a key no pattern.
+        ValueError: if a pattern is empty, or no regular expression.
+    """
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            f"{name} must be a dict from patterns to values, got {type(entries).__name__}."
+        )
+    kept: dict[str, Any] = {}
+    for pattern, value in entries.items():
+        kept.setdefault(_paths.as_text(name, pattern), value)
+    return kept
+
+
+def choose(name: str, patterns: Iterable[str], leaves: list[Leaf]) -> list[str | None]:
+    """The first pattern that matches each leaf or gap, or None.
+
+    Raises:
+        ValueError: if a pattern matches nothing, unless the tree has neither leaves nor
+            gaps: `optax.tree_map_params` asks for the state of such a tree.
+    """
+    patterns = tuple(patterns)
+    paths = list(dict.fromkeys(path for leaf in leaves for path in leaf.names))
+    lost = _paths.unmatched(patterns, paths) if leaves else []
+    if lost:
+        hints = [f"{pattern!r}{_paths.nearest_hint(pattern, paths)}" for pattern in lost]
+        raise ValueError(
+            f"a pattern of {name} matches no leaf: {'. '.join(hints)}. A pattern is a glob "
+            "on the whole path, or 're:...' for a regular expression." + _masked(leaves)
+        )
+    return [
+        next((p for p in patterns if any(_paths.matches(p, n) for n in leaf.names)), None)
+        for leaf in leaves
+    ]
+
+
+def _masked(leaves: list[Leaf]) -> str:
+    if not any(is_gap(leaf.value) and leaf.adapter is None for leaf in leaves):
+        return ""
+    return (
+        " A part of the tree is masked: if the pattern is for what is in there, give the "
+        "mask or the labels leaf by leaf, which keeps the paths."
+    )
+
+
+def check_holds_adapters(name: str, leaves: list[Leaf]) -> None:
+    """Raises unless there is an adapter, or nothing at all, as `choose` has it.
+
+    Args:
+        name: of the function that works on adapters.
+        leaves: of the tree that it was given.
+
+    Raises:
+        ValueError: if no leaf is of an adapter.
+    """
+    if leaves and all(leaf.adapter is None for leaf in leaves):
+        paths = ", ".join(repr(leaf.path) for leaf in leaves[:3])
+        raise ValueError(
+            f"{name} got a tree without adapters: expected a dict with the entries A and B "
+            f"and no others than {', '.join(ENTRIES[2:])} somewhere in it; the first paths "
+            f"are {paths}. Make adapters with init_adapters."
+        )

@@ -1,0 +1,105 @@
+"""One tree in which some leaves are trained and the others stay as they are."""
+
+import re
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeAlias
+
+import chex
+import numpy as np
+import optax
+
+from lora_jax import _paths
+from lora_jax.optim import _leaves
+
+__all__ = ["trainable_and_frozen"]
+
+TRAINED, FROZEN = "trained", "frozen"
+
+Patterns: TypeAlias = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
+
+
+def trainable_and_frozen(
+    params: chex.ArrayTree,
+    trainable: Patterns | Callable[[str], bool],
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains some leaves of one tree, and keeps the others as they are.
+
+    For those who keep all in one tree. With adapters in a tree of their own there is
+    nothing to freeze: differentiate with respect to the adapters.
+
+    The frozen leaves have no optimizer state, and an update of zero. `optax.masked` alone
+    passes their raw gradients on as updates. In a compiled step, the products that only
+    their gradients need are not computed, if nothing else reads those: put
+    `optax.clip_by_global_norm` into `optimizer`, not in front.
+
+    Args:
+        params: the tree; of its leaves only the paths are used.
+        trainable: patterns of the paths of the leaves to train, or one pattern, as in
+            `lora_jax.LoraConfig`. Or a function that is given the path of a leaf and says
+            whether to train it.
+        optimizer: of the leaves to train.
+
+    Returns:
+        A gradient transformation for trees of the structure of `params`.
+
+    Raises:
+        TypeError: if an argument has the wrong type, or the function returns no bool.
+        ValueError: if a pattern is no regular expression or matches nothing, or no leaf is
+            to be trained.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from lora_jax import optim
+        >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+        >>> optimizer = optim.trainable_and_frozen(params, "head", optax.sgd(1.0))
+        >>> updates, _ = optimizer.update(params, optimizer.init(params))
+        >>> print(updates["body"], updates["head"])
+        [0. 0.] [-1. -1.]
+    """
+    check_optimizer("optimizer", optimizer)
+    paths, structure = _paths.flatten(params)
+    is_trained = _chosen(trainable, list(paths))
+    if not any(is_trained):
+        raise ValueError(
+            f"trainable chooses none of the {len(paths)} leaves; the first paths are "
+            f"{', '.join(map(repr, list(paths)[:3])) or 'none'}."
+        )
+    labels = [TRAINED if trained else FROZEN for trained in is_trained]
+    return freezing(optimizer, structure.unflatten(labels))
+
+
+def freezing(
+    optimizer: optax.GradientTransformation, labels: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Trains the leaves with the label `TRAINED`; the others are `FROZEN`."""
+    optimizers: dict[Hashable, optax.GradientTransformation] = {
+        TRAINED: optimizer,
+        FROZEN: optax.set_to_zero(),
+    }
+    return optax.partition(optimizers, labels)
+
+
+def _chosen(trainable: Any, paths: list[str]) -> list[bool]:
+    """Whether each path is one to train."""
+    if not callable(trainable):
+        patterns = _leaves.patterns_of("trainable", trainable)
+        leaves = [_leaves.Leaf(path, path) for path in paths]
+        return [p is not None for p in _leaves.choose("trainable", patterns, leaves)]
+    chosen = [trainable(path) for path in paths]
+    for path, choice in zip(paths, chosen, strict=True):
+        if not isinstance(choice, bool | np.bool_):
+            raise TypeError(
+                f"trainable must return True or False, got {choice!r} for {path!r}."
+            )
+    return [bool(choice) for choice in chosen]
+
+
+def check_optimizer(name: str, optimizer: Any) -> None:
+    """Raises unless `optimizer` has the functions of a gradient transformation."""
+    if not all(callable(getattr(optimizer, verb, None)) for verb in ("init", "update")):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got "
+            f"{type(optimizer).__name__}: for example optax.adam(1e-3)."
+        )

@@ -1,0 +1,145 @@
+"""Labels for `optax.partition`, and which leaves weight decay is for."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import chex
+import numpy as np
+
+from lora_jax._frozen import FrozenDict
+from lora_jax.optim import _leaves
+
+__all__ = ["adapter_labels", "weight_decay_mask"]
+
+NO_PATTERNS: FrozenDict[str, Any] = FrozenDict()
+
+_LABELS = {
+    "A": "A",
+    "B": "B",
+    "m": "magnitude",
+    "A_bias": "bias",
+    "B_bias": "bias",
+}
+_DECAYED = ("A", "B")
+
+
+def adapter_labels(
+    tree: chex.ArrayTree,
+    patterns: Mapping[Any, str] = NO_PATTERNS,
+    *,
+    other: str = "other",
+) -> Any:
+    """Labels the leaves of a tree by what they are in its adapters.
+
+    An adapter is a dict with the entries `A` and `B`, and no others than `m`, `A_bias` and
+    `B_bias`. It may be anywhere in the tree.
+
+    Args:
+        tree: adapters `{weight path: adapter}`, or a tree that holds them, such as
+            `{"adapters": adapters, "head": head}`: arrays, gradients, shapes, or a part
+            with `optax.MaskedNode()` or None in place of some leaves. Values are not read.
+        patterns: pattern to label, for leaves with another label; of several patterns
+            that match, the first counts. A pattern is one of `lora_jax.LoraConfig`. It is
+            matched against the weight's path (then it is for each entry of the adapter),
+            against `<weight path>/A` and the like, and against paths in the whole tree.
+        other: the label of leaves of no adapter.
+
+    Returns:
+        A tree of the same structure with a label for each leaf: `"A"`, `"B"`,
+        `"magnitude"`, `"bias"`, `other`, or one of the patterns'. The function itself is
+        what `optax.partition` takes for labels; with patterns it is
+        `functools.partial(adapter_labels, patterns=...)`.
+
+    Raises:
+        TypeError: if `patterns` is no dict of patterns, or a label is no string.
+        ValueError: if a pattern is no regular expression, or matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from lora_jax import optim
+        >>> adapters = {"q/kernel": {"A": jnp.ones((8, 2)), "B": jnp.zeros((2, 8))}}
+        >>> optim.adapter_labels({"adapters": adapters, "head": jnp.zeros(3)})
+        {'adapters': {'q/kernel': {'A': 'A', 'B': 'B'}}, 'head': 'other'}
+        >>> optim.adapter_labels(adapters, {"q/*/A": "frozen"})
+        {'q/kernel': {'A': 'frozen', 'B': 'B'}}
+        >>> optimizer = optax.partition(
+        ...     {"A": optax.sgd(0.1), "B": optax.adam(0.01)}, optim.adapter_labels
+        ... )
+        >>> state = optimizer.init(adapters)
+    """
+    by_pattern = _leaves.entries_of("patterns", patterns)
+    for label in (*by_pattern.values(), other):
+        if not isinstance(label, str):
+            raise TypeError(
+                f"a label must be a string, got {label!r} ({type(label).__name__})."
+            )
+    return labels_by(tree, by_pattern, other, "patterns")
+
+
+def labels_by(
+    tree: chex.ArrayTree, by_pattern: Mapping[str, str], other: str, name: str
+) -> Any:
+    """What `adapter_labels` does, with checked patterns that an argument `name` gave."""
+    leaves, structure = _leaves.flatten(tree)
+    chosen = _leaves.choose(name, by_pattern, leaves)
+
+    def label_of(leaf: _leaves.Leaf, pattern: str | None) -> Any:
+        if _leaves.is_gap(leaf.value):
+            return leaf.value
+        return _LABELS.get(leaf.entry, other) if pattern is None else by_pattern[pattern]
+
+    return structure.unflatten(map(label_of, leaves, chosen))
+
+
+def weight_decay_mask(
+    tree: chex.ArrayTree,
+    exclude: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = (),
+) -> Any:
+    """Says which leaves weight decay is for: factors and matrices.
+
+    Magnitudes and biases of adapters are left out: a magnitude that decays takes the
+    norm of its column, and with it the frozen weight, along.
+
+    Leaves of no adapter are decayed if they have more than one axis, which is a guess.
+    Where layers are stacked, a norm's scale or a bias is `(layers, width)` and looks like
+    a matrix: name such leaves in `exclude`.
+
+    Args:
+        tree: as in `adapter_labels`.
+        exclude: patterns of leaves that are not decayed, or one pattern; as in
+            `adapter_labels`.
+
+    Returns:
+        A tree of the same structure with True or False for each leaf. The function itself
+        is what `optax.adamw` takes for its `mask`; with patterns it is
+        `functools.partial(weight_decay_mask, exclude=...)`.
+
+    Raises:
+        TypeError: if `exclude` is not made of patterns.
+        ValueError: if a pattern is no regular expression, or matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from lora_jax import optim
+        >>> head = {"kernel": jnp.zeros((8, 3)), "bias": jnp.zeros(3)}
+        >>> optim.weight_decay_mask(head)
+        {'bias': False, 'kernel': True}
+        >>> optimizer = optax.adamw(1e-3, mask=optim.weight_decay_mask)
+    """
+    patterns = _leaves.patterns_of("exclude", exclude)
+    leaves, structure = _leaves.flatten(tree)
+    chosen = _leaves.choose("exclude", patterns, leaves)
+
+    def is_decayed(leaf: _leaves.Leaf, pattern: str | None) -> Any:
+        if _leaves.is_gap(leaf.value):
+            return leaf.value
+        if pattern is not None:
+            return False
+        if leaf.adapter is not None:
+            return leaf.entry in _DECAYED
+        return np.ndim(leaf.value) > 1
+
+    return structure.unflatten(map(is_decayed, leaves, chosen))

@@ -1,0 +1,195 @@
+"""Gradients of `A` and `B` divided by what the other factor multiplies them with.
+
+The products of a factor with itself are `(*batch, rank, rank)`. They are formed and solved
+in at least float32, in which `damping` is at least `rank` rounding units of their largest
+diagonal entry: less would be lost, and a factor of less than full rank would leave a
+matrix that cannot be solved with.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
+
+from lora_jax import _checks, _compat, _numerics
+from lora_jax.optim import _leaves
+
+__all__ = ["scale_by_riemannian"]
+
+Number = float | jax.Array
+Precondition = Callable[[_leaves.Leaf, jax.Array, jax.Array], jax.Array]
+
+
+def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
+    """Preconditions the gradients of `A` and `B` as steps on a manifold of low rank.
+
+    `gA` becomes `gA (B B^T + damping I)^-1`, and `gB` becomes `(A^T A + damping I)^-1 gB`.
+    Then a step moves the update of the weight by as much whichever of `A` and `B` is the
+    large one. Leaves of no adapter, magnitudes and biases pass unchanged.
+
+    Chain it in front of an optimizer: `optax.chain(scale_by_riemannian(), optax.sgd(0.1))`.
+    It has no state, and needs the params in `update`, with both factors: inside an
+    `optax.masked` or `optax.partition` that hides one of them it raises.
+
+    Args:
+        damping: a positive number or scalar array. The products with it are formed and
+            solved in at least float32, in which it is at least `rank` rounding units of
+            the largest diagonal entry of the product.
+
+    Returns:
+        A gradient transformation. Results have the dtypes of the gradients.
+
+    Raises:
+        TypeError: if `damping` is no number.
+        ValueError: if `damping` is not positive. And in `init` and `update`: if the tree
+            has no adapters, there are no params, or a factor is missing or does not fit.
+
+    References:
+        Zhang and Pilanci, 2024, https://arxiv.org/abs/2402.02347. The paper multiplies
+        from the left, so its `A` and `B` are our `B.T` and `A.T`. The scale of the
+        adapter is left out, as there and in PEFT.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from lora_jax import optim
+        >>> adapters = {"q/kernel": {"A": jnp.ones((3, 1)), "B": jnp.zeros((1, 3))}}
+        >>> grads = {"q/kernel": {"A": jnp.zeros((3, 1)), "B": jnp.ones((1, 3))}}
+        >>> optimizer = optax.chain(optim.scale_by_riemannian(damping=1.0), optax.sgd(1.0))
+        >>> state = optimizer.init(adapters)
+        >>> updates, state = optimizer.update(grads, state, adapters)
+        >>> print(updates["q/kernel"]["B"])  # 1 / (3 + 1)
+        [[-0.25 -0.25 -0.25]]
+    """
+    check_damping(damping)
+
+    def precondition(leaf: _leaves.Leaf, a: jax.Array, b: jax.Array) -> jax.Array:
+        if leaf.entry == "A":
+            return _transpose(solve_gram(b, _transpose(leaf.value), damping))
+        return solve_gram(_transpose(a), leaf.value, damping)
+
+    return on_factors("scale_by_riemannian", precondition, ("A", "B"))
+
+
+def check_damping(damping: Any) -> None:
+    """Raises unless `damping` is a positive number or scalar array."""
+    _checks.check_number("damping", damping)
+    if not isinstance(damping, Tracer) and not damping > 0:
+        raise ValueError(
+            f"damping must be positive, got {damping}: it is what can be divided by where "
+            "a factor is zero, as B is at the start."
+        )
+
+
+def on_factors(
+    name: str, precondition: Precondition, entries: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """A transformation without state that changes the gradients of some factors.
+
+    Args:
+        name: of the public function, for the messages.
+        precondition: called with a leaf of the gradients, `A` and `B`.
+        entries: of the adapters, whose gradients it is called for.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        _leaves.check_holds_adapters(name, _leaves.flatten(params)[0])
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None:
+            raise ValueError(
+                f"{name} needs the params, since it reads the factors: call "
+                "update(grads, state, params)."
+            )
+        leaves, structure = _leaves.flatten(updates)
+        _leaves.check_holds_adapters(name, leaves)
+        adapters = _by_adapter(_leaves.flatten(params)[0])
+
+        def changed(leaf: _leaves.Leaf) -> Any:
+            if leaf.entry not in entries or _leaves.is_gap(leaf.value):
+                return leaf.value
+            with _checks.at_path(str(leaf.adapter)):
+                a, b = _factors(name, leaf, adapters.get(str(leaf.adapter), {}))
+            return precondition(leaf, a, b).astype(leaf.value.dtype)
+
+        return structure.unflatten(map(changed, leaves)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _by_adapter(leaves: list[_leaves.Leaf]) -> dict[str, dict[str, Any]]:
+    """The entries of each adapter, by its path in the tree."""
+    adapters: dict[str, dict[str, Any]] = {}
+    for leaf in leaves:
+        if leaf.adapter is not None:
+            adapters.setdefault(leaf.adapter, {})[leaf.entry] = leaf.value
+    return adapters
+
+
+def _factors(
+    name: str, gradient: _leaves.Leaf, adapter: Mapping[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """`A` and `B` of the adapter that a gradient is of, checked."""
+    factors: dict[str, Any] = {entry: adapter.get(entry) for entry in "AB"}
+    missing = [entry for entry, value in factors.items() if _leaves.is_gap(value)]
+    if missing:
+        raise ValueError(
+            f"{name} needs A and B of the params here, and {' and '.join(missing)} is "
+            "missing or masked: put it in front of what masks them, as in "
+            f"optax.chain({name}(...), optax.partition(...))."
+        )
+    _checks.check_adapter(factors, None)
+    expected = factors[gradient.entry].shape
+    if gradient.value.shape != expected:
+        raise ValueError(
+            f"the gradient of {gradient.entry} must have its shape {expected}, got "
+            f"{gradient.value.shape}."
+        )
+    return factors["A"], factors["B"]
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def solve_gram(factor: jax.Array, gradient: jax.Array, damping: Number) -> jax.Array:
+    """`(F F^T + damping I)^-1 G`, in at least float32.
+
+    Args:
+        factor: `(*batch, rank, n)`.
+        gradient: `(*batch, rank, k)`.
+        damping: a positive scalar.
+
+    Returns:
+        `(*batch, rank, k)`, wide.
+    """
+    arrays = jnp.asarray(factor), jnp.asarray(gradient), jnp.asarray(damping)
+    explicit = [array for array in arrays if any(_compat.explicit_spec(array))]
+    if not explicit:
+        return _solve_gram(*arrays)
+    # On a mesh with explicit axes each intermediate would need a sharding.
+    out: Any = PartitionSpec(*_compat.explicit_spec(arrays[1]))
+    with _compat.on_mesh_of(explicit[0]):
+        inner: Any = jax.sharding.auto_axes(_solve_gram, out_sharding=out)
+        return jax.jit(inner)(*arrays)
+
+
+def _solve_gram(factor: jax.Array, gradient: jax.Array, damping: jax.Array) -> jax.Array:
+    dtype = _numerics.accumulation_dtype(factor.dtype, gradient.dtype)
+    f = factor.astype(dtype)
+    gram = jnp.matmul(f, _transpose(f), precision=lax.Precision.HIGHEST)
+    rank = gram.shape[-1]
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)  # (*batch, rank)
+    rounding = rank * float(jnp.finfo(dtype).eps) * jnp.max(diagonal, axis=-1)
+    added = jnp.maximum(damping.astype(dtype), rounding)[..., None, None]
+    eye = lax.expand_dims(jnp.eye(rank, dtype=dtype), range(gram.ndim - 2))
+    root = jnp.linalg.cholesky(gram + added * eye)
+    return jax.scipy.linalg.cho_solve((root, True), gradient.astype(dtype))

@@ -1,0 +1,129 @@
+"""Arithmetic whose bits do not depend on what it is compiled with.
+
+Formats that other programs share are exact about every rounding, and XLA is not: it keeps
+float32 where 16 bits were asked for, multiplies by the reciprocal of a broadcast divisor,
+and sums in an order that changes with the shape. Sums of products it may still contract.
+All of it runs in float32, which 16-bit operands of one operation are rounded from as if
+that had been exact.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+TINY = float(jnp.finfo(jnp.float32).tiny)
+"""The smallest normal float32. Below it XLA may take values for zero, or not."""
+
+_HUGE = 2.0**100  # from 2**126 on, a reciprocal is no normal number any more
+_DOWN = 2.0**-64
+_FLOAT16_TINY = 2.0**-14
+_FLOAT16_STEP = 2.0**-24  # between the float16 below that
+
+
+def round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 values, rounded to those that a dtype of at most 32 bits has."""
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.bfloat16:
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    if dtype == jnp.float16:
+        # reduce_precision makes zeros of what is below the normal numbers.
+        steps = jnp.round(x * (1 / _FLOAT16_STEP)) * _FLOAT16_STEP
+        rounded = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
+        return jnp.where(jnp.abs(x) < _FLOAT16_TINY, steps, rounded)
+    return x
+
+
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """`x / divisor`, rounded once; `0 / 0` is 0.
+
+    Args:
+        x: `(..., n)`.
+        divisor: a shape that broadcasts to that of `x`, of as many axes.
+    """
+    # The divisor looks different for every entry, so it is not inverted once for all.
+    zero = (x == 0) & ~jnp.isnan(divisor)
+    return x / jnp.where(zero, jnp.ones_like(x), jnp.broadcast_to(divisor, x.shape))
+
+
+def multiply_by_inverse(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """`x * (1 / divisor)`, rounded twice, of any finite divisor; 0 where that is 0.
+
+    Args:
+        x: `(..., n)`.
+        divisor: `(..., 1)`, not negative.
+    """
+    down = jnp.where(divisor > _HUGE, _DOWN, 1.0).astype(x.dtype)
+    inverse = jnp.where(divisor < TINY, 0.0, 1.0 / (divisor * down)).astype(x.dtype)
+    return (x * down) * inverse
+
+
+def largest(x: jax.Array, axis: int = -1) -> jax.Array:
+    """The largest absolute value along an axis.
+
+    Zero if it is below the normal numbers, and NaN if it is not finite: a scale that makes
+    NaN of every code.
+    """
+    peak = jnp.max(jnp.abs(x), axis=axis)
+    peak = jnp.where(peak < TINY, jnp.zeros_like(peak), peak)
+    return jnp.where(jnp.isfinite(peak), peak, jnp.full_like(peak, jnp.nan))
+
+
+def mean(x: jax.Array) -> jax.Array:
+    """`(..., n)` -> `(...)`, the mean along the last axis, of values that are not negative.
+
+    Halves are added to halves, so the order is the same for one row and for a stack, and
+    the error is that of `log2(n)` roundings. It does not overflow.
+    """
+    n = x.shape[-1]
+    down = jnp.where(jnp.max(x, axis=-1) > _HUGE, _DOWN, 1.0).astype(x.dtype)
+    levels = (n - 1).bit_length()
+    total = pad_last(x * down[..., None], 2**levels)
+    for level in reversed(range(levels)):
+        total = total[..., : 2**level] + total[..., 2**level :]
+    return total[..., 0] / n / down
+
+
+def pad_last(x: jax.Array, width: int) -> jax.Array:
+    """`x` with zeros at the end of its last axis, up to a width."""
+    return pad_axis(x, -1, width)
+
+
+def pad_axis(x: jax.Array, axis: int, width: int) -> jax.Array:
+    """`x` with zeros at the end of an axis, up to a width."""
+    missing = width - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths)
+
+
+def in_rows(x: jax.Array, width: int) -> jax.Array:
+    """`(..., n)` -> `(..., rows, width)`, with zeros at the end of the last row."""
+    rows = math.ceil(x.shape[-1] / width)
+    return pad_last(x, rows * width).reshape(*x.shape[:-1], rows, width)
+
+
+def thresholds(table: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """Where the nearest entry of an ascending table changes.
+
+    `x` is nearest to entry `sum(x > thresholds)`; halfway it is the lower one, which is
+    what the first smallest `|x - table|` is.
+
+    Args:
+        table: `(n,)`, with values of `dtype`.
+        dtype: of the values that are compared, at most 32 bits.
+
+    Returns:
+        `(n - 1,)`, float32: the largest value of `dtype` at or below each midpoint.
+    """
+    wide = table.astype(np.float64)
+    midpoints = (wide[:-1] + wide[1:]) / 2
+    rounded = midpoints.astype(jnp.dtype(dtype))
+    below = np.nextafter(rounded, np.full_like(rounded, -np.inf))
+    chosen = np.where(rounded.astype(np.float64) > midpoints, below, rounded)
+    return chosen.astype(np.float32)

@@ -1,0 +1,84 @@
+"""NF4 as `torchao.dtypes.NF4Tensor` has it: its codes, and scales in 8 bits.
+
+Everything is computed in the dtype of the weight: in 16 bits, torchao rounds after each
+operation, and so does this.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lora_jax.quant import _arithmetic, _packing
+
+SCALES = jnp.int8
+"""The dtype of nested scales."""
+
+# Normal quantiles in four decimals, in the dtype of the weight.
+_VALUES = (
+    *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
+    *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
+)
+
+
+@functools.cache
+def table(dtype: DTypeLike) -> np.ndarray:
+    """What the 16 codes stand for, in a weight of some dtype, as float32."""
+    return np.array(_VALUES, np.float64).astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def group_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of the groups' scales and of the mean: that of the weight."""
+    return jnp.dtype(dtype)
+
+
+def encode(blocks: jax.Array, absmax: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`(..., n_blocks, block_size), (..., n_blocks)` -> the codes, uint8."""
+    ratio = _arithmetic.divide(blocks, absmax[..., None])
+    values = table(dtype).astype(jnp.dtype(dtype))
+    limits = _arithmetic.thresholds(values, dtype)
+    return _packing.nearest(_arithmetic.round_to(ratio, dtype), limits)
+
+
+def nest(
+    absmax: jax.Array, group: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Turns the scales of blocks into 8 bits.
+
+    Args:
+        absmax: `(..., n_blocks)`, float32 with values of `dtype`; `group` divides
+            `n_blocks`.
+        group: how many blocks share a factor.
+        dtype: of the weight.
+
+    Returns:
+        `(..., n_blocks)`, int8; the factors `(..., n_groups)` and the mean `(...)`, in
+        `dtype`. The codes are `round((absmax - mean) * factor)`.
+    """
+    mean = _arithmetic.round_to(_arithmetic.mean(absmax), dtype)
+    rest = _arithmetic.round_to(absmax - mean[..., None], dtype)
+    rest = _arithmetic.in_rows(rest, group)
+    factor = _factor(jnp.max(jnp.abs(rest), axis=-1), dtype)
+    steps = _arithmetic.round_to(rest * factor[..., None], dtype)
+    steps = jnp.where(jnp.isnan(steps), jnp.zeros_like(steps), steps)
+    codes = jnp.clip(jnp.round(steps), -128, 127).astype(SCALES)
+    return codes.reshape(absmax.shape), factor.astype(dtype), mean.astype(dtype)
+
+
+def _factor(peak: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`128 / peak`, infinite where all scales are equal, and only there."""
+    top = float(jnp.finfo(dtype).max)
+    factor = jnp.minimum(_arithmetic.round_to(128.0 / peak, dtype), top)
+    return jnp.where(peak == 0, jnp.full_like(peak, jnp.inf), factor)
+
+
+def unnest(
+    codes: jax.Array, factor: jax.Array, mean: jax.Array, group: int, dtype: DTypeLike
+) -> jax.Array:
+    """Undoes `nest`: `codes / factor + mean`, `(..., n_blocks)`, float32."""
+    rows = _arithmetic.in_rows(codes.astype(jnp.float32), group)
+    rest = _arithmetic.divide(rows, factor.astype(jnp.float32)[..., None])
+    rest = _arithmetic.round_to(rest, dtype).reshape(codes.shape)
+    return _arithmetic.round_to(rest + mean.astype(jnp.float32)[..., None], dtype)

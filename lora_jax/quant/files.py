@@ -1,0 +1,237 @@
+"""Quantized weights in one safetensors file.
+
+The file has the arrays of each weight under `<path>:<name>`, plain arrays under their path,
+and in its metadata a record of what each is and a SHA-256 of all of it. Nothing is pickled,
+and what is read is not trusted.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import _checks, _files
+from lora_jax._files import CheckpointError
+from lora_jax.quant import tensors
+
+__all__ = ["load_quantized", "save_quantized"]
+
+_FORMAT = "lora_jax quantized"
+_VERSION = "1"
+_FIELDS = ("format", "version", "record", "digest")
+
+
+def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
+    """Writes quantized weights and arrays to a file, which replaces an old one.
+
+    Args:
+        file: its name should end in `.safetensors`. It is there when it is complete.
+        tree: any pytree of arrays and quantized tensors of registered formats. A dict with
+            paths as keys is one.
+
+    Raises:
+        ModuleNotFoundError: if the package safetensors is not installed.
+        OSError: if the file cannot be written.
+        TypeError: if a leaf is neither, has a format that is not registered, or has no
+            values, as inside `jax.jit`.
+        ValueError: if two arrays would have one name, or one is spread over several
+            processes.
+
+    Example:
+        >>> import tempfile, pathlib, jax.numpy as jnp, lora_jax.quant
+        >>> params = {"query": lora_jax.quant.quantize_int8(jnp.ones((64, 32)))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "base.safetensors")
+        ...     lora_jax.quant.save_quantized(file, params)
+        ...     lora_jax.quant.load_quantized(file)
+        {'query': Int8Tensor(shape=(64, 32), dtype=float32, block_size=None)}
+    """
+    path = _path(file)
+    arrays: dict[str, np.ndarray] = {}
+    record: dict[str, Any] = {}
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=tensors.is_quantized)[0]
+    for key, value in leaves:
+        name = jax.tree_util.keystr(key, simple=True, separator="/")
+        entry, parts = _parts(name, value)
+        clash = [part for part in parts if part in arrays]
+        if clash or name in record:
+            raise ValueError(
+                f"two arrays would have the name {(clash or [name])[0]!r}: rename a key."
+            )
+        record[name] = entry
+        arrays |= {part: _files.to_numpy(part, array) for part, array in parts.items()}
+    text = json.dumps(record, separators=(",", ":"))
+    metadata = {"format": _FORMAT, "version": _VERSION, "record": text}
+    digest = _Digest(text)
+    for name in sorted(arrays):
+        digest.add(name, arrays[name])
+    _files.write_tensors(path, arrays, metadata | {"digest": digest.text()})
+
+
+def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what `save_quantized` wrote.
+
+    Args:
+        file: that was written.
+
+    Returns:
+        The quantized tensors and arrays by path, with the bits and classes they had.
+
+    Raises:
+        CheckpointError: if the file is not as it was written, or of another kind, a newer
+            version wrote it, it has a format that is not registered, or an array has 64
+            bits and JAX is not set to that.
+        FileNotFoundError: if there is none.
+        ModuleNotFoundError: if the package safetensors is not installed.
+        TypeError: if `file` is no path.
+
+    Example:
+        See `save_quantized`.
+    """
+    path = _path(file)
+    source = _files.TensorFile(path)
+    record = _read_record(source)
+    expected = {part for name, entry in record.items() for part in _names(name, entry)}
+    if expected != set(source):
+        raise CheckpointError(
+            f"{path} does not have the arrays of its record: missing are "
+            f"{_listed(expected - set(source))}, "
+            f"unexpected {_listed(set(source) - expected)}."
+        )
+    digest, arrays = _Digest(source.metadata["record"]), {}
+    for name in sorted(source):
+        values = source.read(name)
+        digest.add(name, values)
+        arrays[name] = _files.to_jax(path, name, values)
+    if digest.text() != source.metadata["digest"]:
+        raise CheckpointError(
+            f"{path} is not as it was written, its digest is another one: was it edited, "
+            "or damaged? Save it anew, or copy it again."
+        )
+    return {name: _rebuilt(path, name, entry, arrays) for name, entry in record.items()}
+
+
+def _path(file: Any) -> pathlib.Path:
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(
+            f"file must be a path, got {type(file).__name__}: the order is "
+            "save_quantized(file, tree)."
+        )
+    return pathlib.Path(file)
+
+
+def _parts(name: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entry of a leaf in the record, and its arrays by their names in the file."""
+    if not tensors.is_quantized(value):
+        if not _checks.is_array(value):
+            raise TypeError(
+                f"at {name!r}: expected an array or a quantized tensor, got "
+                f"{type(value).__name__}."
+            )
+        return {"format": None}, {name: value}
+    format_name = tensors.name_of(type(value))
+    if format_name is None:
+        raise TypeError(
+            f"at {name!r}: {type(value).__name__} has no name in files: give it one with "
+            "register_format."
+        )
+    arrays = value.to_arrays()
+    settings = {"settings": value.settings(), "arrays": sorted(arrays)}
+    named = {f"{name}:{part}": array for part, array in arrays.items()}
+    return {"format": format_name, **settings}, named
+
+
+def _names(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """The names in the file of the arrays of an entry."""
+    if entry["format"] is None:
+        return [name]
+    return [f"{name}:{part}" for part in entry["arrays"]]
+
+
+class _Digest:
+    """The SHA-256 of a record and of arrays, with their names, dtypes and shapes."""
+
+    def __init__(self, record: str) -> None:
+        self._hash = hashlib.sha256(record.encode())
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        header = json.dumps([name, array.dtype.name, list(array.shape)])
+        self._hash.update(header.encode())
+        self._hash.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def text(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _read_record(source: _files.TensorFile) -> dict[str, Any]:
+    """The record of a file, each entry of which has the fields of one."""
+    path, metadata = source.path, source.metadata
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by save_quantized: its format should be {_FORMAT!r}, "
+            f"and is {metadata.get('format')!r:.60}."
+        )
+    if metadata.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path} has version {metadata.get('version')!r:.60} of the format, and this "
+            f"lora_jax reads {_VERSION}: upgrade it, pip install --upgrade lora_jax."
+        )
+    if set(metadata) != set(_FIELDS):
+        raise CheckpointError(
+            f"{path}: expected the metadata {', '.join(_FIELDS)}, got "
+            f"{', '.join(sorted(metadata)):.200}."
+        )
+    try:
+        record = json.loads(metadata["record"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its record is no JSON: {error}.") from None
+    if not isinstance(record, dict) or not all(map(_is_entry, record.values())):
+        raise CheckpointError(
+            f"{path}: its record should have a format, settings and the names of arrays "
+            "for each path, and does not."
+        )
+    return record
+
+
+def _is_entry(entry: Any) -> bool:
+    if entry == {"format": None}:
+        return True
+    return (
+        isinstance(entry, dict)
+        and set(entry) == {"format", "settings", "arrays"}
+        and isinstance(entry["format"], str)
+        and isinstance(entry["settings"], dict)
+        and isinstance(entry["arrays"], list)
+        and all(isinstance(part, str) for part in entry["arrays"])
+    )
+
+
+def _rebuilt(
+    path: pathlib.Path, name: str, entry: Mapping[str, Any], arrays: Mapping[str, jax.Array]
+) -> Any:
+    if entry["format"] is None:
+        return arrays[name]
+    cls = tensors.format_of(entry["format"])
+    if cls is None:
+        raise CheckpointError(
+            f"{path}: at {name!r} is a tensor of the format {entry['format']!r:.60}, and "
+            f"known are {', '.join(tensors.format_names())}: import what defines it, which "
+            "calls register_format."
+        )
+    own = {part: arrays[f"{name}:{part}"] for part in entry["arrays"]}
+
+    def build() -> tensors.QuantizedTensor:
+        with _checks.at_path(name):
+            return cls.from_arrays(own, entry["settings"])
+
+    return _files.checked(path, build)
+
+
+def _listed(names: set[str]) -> str:
+    some = sorted(names)[:5]
+    return ", ".join(map(repr, some)) + (", ..." if len(names) > 5 else "") or "none"

@@ -1,0 +1,172 @@
+"""Eight-bit floating-point numbers with a scale for each output."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from lora_jax._quantized import QuantizedTensor
+from lora_jax.quant import _channels, _inputs
+from lora_jax.quant.tensors import register_format
+
+__all__ = ["FP8Tensor", "quantize_fp8"]
+
+_DTYPE = jnp.float8_e4m3fn
+_TOP = float(jnp.finfo(_DTYPE).max)  # 448
+_TINY = float(jnp.finfo(_DTYPE).tiny)  # 2^-6, the smallest normal number
+_MANTISSA_BITS = 3
+_STEP = _TINY * 2.0**-_MANTISSA_BITS  # between the numbers below that
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FP8Tensor(QuantizedTensor):
+    """A weight `(*batch, *inputs, out)` in float8_e4m3fn; see `quantize_fp8`.
+
+    With the input axes seen as one:
+
+        w[i, j] ~ codes[i, j] * scales[j],  scales[j] = max over i of |w[i, j]| / 448
+
+    448 is the largest value of the format. The product is formed in float32 and rounded
+    once. Columns of zeros come back as exact zeros; so does what has a scale below 2^-126,
+    the smallest normal float32.
+
+        |w[i, j] - dequantized[i, j]| <= max(|w[i, j]| / 16, scales[j] / 1024)
+
+    but for float32 roundings, and one of the dtype of the result: entries have four
+    significant bits, down to 2^-6 of the scale.
+
+    Attributes:
+        codes: the shape of the weight, float8_e4m3fn. Files have its bits as uint8.
+        scales: `(*batch, out)`, float32.
+        weight_dtype: name of the dtype of the weight.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    weight_dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, with the axes of the stack in front."""
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the weight that was quantized."""
+        return jnp.dtype(self.weight_dtype)
+
+    @property
+    def batch_ndim(self) -> int:
+        """How many leading axes are those of the stack."""
+        return self.scales.ndim - 1
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        """The weight, `shape`, in `dtype`."""
+        return _dequantize(self, jnp.dtype(dtype).name)
+
+    def quantize_like(self, weight: jax.Array) -> "FP8Tensor":
+        """A weight of the same shape, with the settings of this one."""
+        return quantize_fp8(weight, batch_axes=self.batch_ndim)
+
+    def check(self) -> None:
+        """Raises ValueError unless the arrays and settings fit each other."""
+        _inputs.check_weight_dtype(self.weight_dtype)
+        shape, batch_axes = self.shape, len(self.scales.shape) - 1
+        if not 0 <= batch_axes <= len(shape) - 2 or 0 in shape:
+            raise ValueError(
+                f"codes of the shape {shape} do not fit scales of {self.scales.shape}."
+            )
+        scales = (*shape[:batch_axes], shape[-1])
+        _inputs.check_leaf("codes", self.codes, shape, _DTYPE)
+        _inputs.check_leaf("scales", self.scales, scales, jnp.float32)
+
+    def to_arrays(self) -> dict[str, jax.Array]:
+        """The arrays by name, the codes as their bits."""
+        arrays = super().to_arrays()
+        return arrays | {"codes": lax.bitcast_convert_type(arrays["codes"], jnp.uint8)}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, jax.Array], settings: Mapping[str, Any]
+    ) -> QuantizedTensor:
+        """Makes one of what `to_arrays` and `settings` returned."""
+        codes = arrays.get("codes")
+        if codes is None or codes.dtype != jnp.uint8 or "scales" not in arrays:
+            raise ValueError("expected an array codes of uint8, and an array scales.")
+        bits = lax.bitcast_convert_type(codes, _DTYPE)
+        return super().from_arrays({**arrays, "codes": bits}, settings)
+
+
+register_format(FP8Tensor, "fp8_e4m3fn")
+
+
+def quantize_fp8(weight: Any, *, batch_axes: int = 0) -> FP8Tensor:
+    """Quantizes a weight to float8_e4m3fn, with a scale for each output.
+
+    NVIDIA's Transformer Engine uses the same numbers for weights, usually with one scale
+    for the whole tensor, from the largest values of past steps (delayed scaling) or of
+    this one (current scaling), and stores the factor `448 / largest` with its inverse.
+    The scales here are such inverses, one for each output: they lose less, and nothing
+    here multiplies in 8 bits, which would ask for one.
+
+    Args:
+        weight: `(*batch, in, out)`, float32, bfloat16 or float16. There may be several
+            input axes, such as those of a convolution.
+        batch_axes: how many leading axes are a stack of weights (layers, experts). Each is
+            quantized on its own, with the same bits as alone.
+
+    Returns:
+        The quantized weight. Under `jax.jit`, where values cannot be checked, an output
+        with an entry that is infinite or NaN dequantizes to NaN.
+
+    Raises:
+        TypeError: if the weight is no array of those dtypes.
+        ValueError: if the weight is a vector, empty or not finite.
+
+    References:
+        Micikevicius et al., 2022, https://arxiv.org/abs/2209.05433.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax.quant
+        >>> lora_jax.quant.quantize_fp8(jnp.ones((64, 32)))
+        FP8Tensor(shape=(64, 32), dtype=float32)
+    """
+    array = _inputs.check_matrix(weight, batch_axes, "fp8")
+    return _quantize(array, int(batch_axes))
+
+
+@functools.partial(jax.jit, static_argnames="batch_axes", inline=True)
+def _quantize(weight: jax.Array, batch_axes: int) -> FP8Tensor:
+    blocks = _channels.as_blocks(weight, batch_axes, None)
+    ratio, scales = _channels.normalize(blocks, _TOP)
+    codes = _round(jnp.clip(ratio, -_TOP, _TOP)).astype(_DTYPE)
+    return FP8Tensor(
+        codes=_channels.from_blocks(codes, weight.shape),
+        scales=scales[..., 0, :],
+        weight_dtype=weight.dtype.name,
+    )
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """float32 values, rounded to those of the format.
+
+    The cast then has nothing to round. Some versions of XLA cast by way of float16, which
+    rounds twice.
+    """
+    steps = jnp.round(x / _STEP) * _STEP
+    rounded = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_MANTISSA_BITS)
+    return jnp.where(jnp.abs(x) < _TINY, steps, rounded)
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _dequantize(quantized: FP8Tensor, dtype: str) -> jax.Array:
+    codes, scales = quantized.codes, quantized.scales
+    blocks = _channels.as_blocks(codes, scales.ndim - 1, None)
+    values = (blocks * scales[..., None, None, :]).astype(dtype)
+    return _channels.from_blocks(values, codes.shape)

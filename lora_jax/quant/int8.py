@@ -1,0 +1,151 @@
+"""Eight-bit integers with a scale for each output."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax._quantized import QuantizedTensor
+from lora_jax.quant import _channels, _inputs
+from lora_jax.quant.tensors import register_format
+
+__all__ = ["Int8Tensor", "quantize_int8"]
+
+_TOP = 127
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Int8Tensor(QuantizedTensor):
+    """A weight `(*batch, *inputs, out)` in int8; see `quantize_int8`.
+
+    With the input axes seen as one, of size `n_in`, and `b = block_size`, or `n_in`
+    without it:
+
+        w[i, j] ~ codes[i, j] * scales[i // b, j]
+        codes in -127 ... 127,  scales[k, j] = max |w[i, j]| / 127 over i in block k
+
+    The product is formed in float32 and rounded once. Columns of zeros come back as exact
+    zeros; so does what has a scale below 2^-126, the smallest normal float32.
+
+        |w[i, j] - dequantized[i, j]| <= scales[i // b, j] / 2
+
+    but for roundings: `2^-14` of the scale, and one of the dtype of the result.
+
+    Attributes:
+        codes: the shape of the weight, int8.
+        scales: `(*batch, out)`, or `(*batch, ceil(n_in / block_size), out)`, float32.
+        weight_dtype: name of the dtype of the weight.
+        block_size: how many inputs share a scale, or None for all of them.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    weight_dtype: str = dataclasses.field(metadata={"static": True})
+    block_size: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, with the axes of the stack in front."""
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the weight that was quantized."""
+        return jnp.dtype(self.weight_dtype)
+
+    @property
+    def batch_ndim(self) -> int:
+        """How many leading axes are those of the stack."""
+        return len(self.scales.shape) - (1 if self.block_size is None else 2)
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        """The weight, `shape`, in `dtype`."""
+        return _dequantize(self, jnp.dtype(dtype).name)
+
+    def quantize_like(self, weight: jax.Array) -> "Int8Tensor":
+        """A weight of the same shape, with the settings of this one."""
+        return quantize_int8(weight, block_size=self.block_size, batch_axes=self.batch_ndim)
+
+    def check(self) -> None:
+        """Raises ValueError unless the arrays and settings fit each other."""
+        _inputs.check_weight_dtype(self.weight_dtype)
+        shape = self.shape
+        batch_axes = self.batch_ndim
+        if not 0 <= batch_axes <= len(shape) - 2 or 0 in shape:
+            raise ValueError(
+                f"codes of the shape {shape} do not fit scales of {self.scales.shape}."
+            )
+        middle: tuple[int, ...] = ()
+        if self.block_size is not None:
+            try:
+                block = _inputs.check_count("block_size", self.block_size)
+            except TypeError as error:
+                raise ValueError(*error.args) from None
+            middle = (math.ceil(math.prod(shape[batch_axes:-1]) / block),)
+        scales = (*shape[:batch_axes], *middle, shape[-1])
+        _inputs.check_leaf("codes", self.codes, shape, jnp.int8)
+        _inputs.check_leaf("scales", self.scales, scales, jnp.float32)
+
+
+register_format(Int8Tensor, "int8")
+
+
+def quantize_int8(
+    weight: Any, *, block_size: int | None = None, batch_axes: int = 0
+) -> Int8Tensor:
+    """Quantizes a weight to eight bits an entry, symmetrically, by output.
+
+    Args:
+        weight: `(*batch, in, out)`, float32, bfloat16 or float16. There may be several
+            input axes, such as those of a convolution.
+        block_size: how many inputs share a scale, if not all of them; the last block may
+            be shorter.
+        batch_axes: how many leading axes are a stack of weights (layers, experts). Each is
+            quantized on its own, with the same bits as alone.
+
+    Returns:
+        The quantized weight. Under `jax.jit`, where values cannot be checked, what shares
+        a scale with an entry that is infinite or NaN dequantizes to NaN.
+
+    Raises:
+        TypeError: if the weight is no array of those dtypes, or the size no integer.
+        ValueError: if the weight is a vector, empty or not finite, or the size is not
+            positive.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax.quant
+        >>> lora_jax.quant.quantize_int8(jnp.ones((64, 32)))
+        Int8Tensor(shape=(64, 32), dtype=float32, block_size=None)
+    """
+    if block_size is not None:
+        block_size = _inputs.check_count("block_size", block_size)
+    array = _inputs.check_matrix(weight, batch_axes, "int8")
+    return _quantize(array, block_size, int(batch_axes))
+
+
+@functools.partial(jax.jit, static_argnames=("block", "batch_axes"), inline=True)
+def _quantize(weight: jax.Array, block: int | None, batch_axes: int) -> Int8Tensor:
+    blocks = _channels.as_blocks(weight, batch_axes, block)
+    ratio, scales = _channels.normalize(blocks, _TOP)
+    ratio = jnp.where(jnp.isnan(ratio), jnp.zeros_like(ratio), ratio)
+    codes = jnp.clip(jnp.round(ratio), -_TOP, _TOP).astype(jnp.int8)
+    return Int8Tensor(
+        codes=_channels.from_blocks(codes, weight.shape),
+        scales=scales[..., 0, :] if block is None else scales,
+        weight_dtype=weight.dtype.name,
+        block_size=block,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _dequantize(quantized: Int8Tensor, dtype: str) -> jax.Array:
+    codes, scales, block = quantized.codes, quantized.scales, quantized.block_size
+    scales = scales[..., None, :] if block is None else scales
+    blocks = _channels.as_blocks(codes, scales.ndim - 2, block)
+    values = (blocks * scales[..., None, :]).astype(dtype)
+    return _channels.from_blocks(values, codes.shape)

@@ -1,0 +1,129 @@
+"""Quantized weights of any format as arrays again, and the names of the formats."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from lora_jax import _checks
+from lora_jax._quantized import QuantizedTensor
+
+__all__ = ["QuantizedTensor", "dequantize", "is_quantized", "register_format"]
+
+_FORMATS: dict[str, type[QuantizedTensor]] = {}
+
+
+def is_quantized(value: Any) -> bool:
+    """Whether a value is a quantized tensor, of any format.
+
+    Serves as `is_leaf` of the functions in `jax.tree`.
+
+    Args:
+        value: anything.
+
+    Returns:
+        A bool.
+    """
+    return isinstance(value, QuantizedTensor)
+
+
+def dequantize(quantized: QuantizedTensor, dtype: DTypeLike | None = None) -> jax.Array:
+    """Turns a quantized weight back into an array.
+
+    It is meant to be done in every forward pass: inside `jax.jit` the array lives as long
+    as the product that uses it. No gradient goes through it.
+
+    Args:
+        quantized: of any format.
+        dtype: of the result, floating point with at least 16 bits; that of the weight
+            that was quantized by default.
+
+    Returns:
+        `quantized.shape`, in `dtype`. Formed in float32 and rounded once.
+
+    Raises:
+        TypeError: if it is no quantized tensor, or `dtype` is none of those.
+
+    Example:
+        >>> import jax.numpy as jnp, lora_jax.quant
+        >>> quantized = lora_jax.quant.quantize_int8(jnp.array([[-1.0, 2.0], [0.5, 4.0]]))
+        >>> lora_jax.quant.dequantize(quantized, jnp.bfloat16)
+        Array([[-1, 2.01562],
+               [0.503906, 4]], dtype=bfloat16)
+    """
+    if not is_quantized(quantized):
+        raise TypeError(
+            f"expected a quantized tensor, got {type(quantized).__name__}: make one with "
+            "quantize_nf4, quantize_int8 or quantize_fp8; where arrays are mixed with them "
+            "ask is_quantized first."
+        )
+    given = jnp.dtype(quantized.dtype if dtype is None else dtype)
+    if not _checks.is_floating(given) or given.itemsize < 2:
+        raise TypeError(
+            f"dtype must be floating point and of at least 16 bits, got {given}: the codes "
+            "themselves are the arrays of the quantized tensor."
+        )
+    return lax.stop_gradient(quantized.dequantize(jax.dtypes.canonicalize_dtype(given)))
+
+
+def register_format(cls: type[QuantizedTensor], name: str) -> None:
+    """Gives a format the name that files know it by.
+
+    Args:
+        cls: a subclass of `QuantizedTensor`, which says what it has to provide.
+        name: of the format; files keep it, so it should change when the meaning of the
+            arrays does.
+
+    Raises:
+        TypeError: if the class is no such subclass, lacks one of its methods, or is no
+            pytree; or the name is no string.
+        ValueError: if the name is empty or taken, or the class has one.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, QuantizedTensor)):
+        raise TypeError(f"a format is a subclass of QuantizedTensor, got {cls!r}.")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise TypeError(f"{cls.__name__} has to define {', '.join(missing)}.")
+    if not dataclasses.is_dataclass(cls) or not _is_node(cls):
+        raise TypeError(
+            f"{cls.__name__} has to be a dataclass and a pytree: decorate it with "
+            "jax.tree_util.register_dataclass on top of "
+            "dataclasses.dataclass(frozen=True, eq=False, repr=False)."
+        )
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a format must be a string, got {name!r}.")
+    if not name or _FORMATS.get(name, cls) is not cls:
+        raise ValueError(
+            f"the name {name!r} is empty or that of another format; taken are "
+            f"{', '.join(_FORMATS)}."
+        )
+    if cls in _FORMATS.values() and name not in _FORMATS:
+        raise ValueError(f"{cls.__name__} has the name {name_of(cls)!r} already.")
+    _FORMATS[name] = cls
+
+
+def _is_node(cls: type) -> bool:
+    """Whether JAX takes instances of a class apart."""
+    empty = object.__new__(cls)
+    try:
+        return jax.tree.leaves(empty) != [empty]
+    except AttributeError:  # it looked for the fields, which are not there
+        return True
+
+
+def name_of(cls: type) -> str | None:
+    """The name of a format in files, or None."""
+    return next((name for name, known in _FORMATS.items() if known is cls), None)
+
+
+def format_of(name: Any) -> type[QuantizedTensor] | None:
+    """The format with a name, or None."""
+    return _FORMATS.get(name) if isinstance(name, str) else None
+
+
+def format_names() -> tuple[str, ...]:
+    """The names of all formats."""
+    return tuple(_FORMATS)

@@ -1,0 +1,102 @@
+"""One tree with frozen leaves: values, state, and what the compiler makes of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax import optim
+from tests import support as tolerances
+from tests.optim import support
+
+FACTORS_OF_Q = ["adapters/layers/q/kernel/A", "adapters/layers/q/kernel/B"]
+
+
+def test_frozen_leaves_stay_as_they_are():
+    params, steps = support.tree(), support.gradients()
+    trained = ["head/kernel", *FACTORS_OF_Q]
+    patterns = ("head/k*", "adapters/layers/*/[AB]")
+    optimizer = optim.trainable_and_frozen(params, patterns, optax.adamw(0.1))
+    got, state = support.run(optimizer, params, steps)
+    assert support.stateful(state) == sorted(trained)
+    got = support.by_path(got)
+    for path, before in support.by_path(params).items():
+        if path in trained:
+            grads = [support.by_path(step)[path] for step in steps]
+            want = support.adamw(before, grads, [0.1] * 3, decay=1e-4)
+            tolerances.assert_close(got[path], want, 64)
+        else:
+            np.testing.assert_array_equal(got[path], before)
+
+
+def test_masked_alone_moves_frozen_leaves():
+    # Guards the test above, and says why the function is there.
+    params = support.tree()
+    mask = jax.tree.map(lambda _: False, params) | {"head": True}
+    got, _ = support.run(optax.masked(optax.adamw(0.1), mask), params, support.gradients())
+    before = support.by_path(params)
+    moved = {
+        path for path, leaf in support.by_path(got).items() if (leaf != before[path]).any()
+    }
+    assert moved == before.keys()
+
+
+def test_trainable_by_a_function_and_from_shapes():
+    params = support.tree()
+    shapes = jax.eval_shape(lambda: params)
+    by_function, by_pattern = (
+        optim.trainable_and_frozen(shapes, trainable, optax.adam(0.1))
+        for trainable in (lambda path: path.startswith("head/"), "head/*")
+    )
+    got, want = (
+        support.run(o, params, support.gradients()) for o in (by_function, by_pattern)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert support.stateful(got[1]) == ["head/bias", "head/kernel"]
+
+
+def test_no_gradient_products_of_frozen_leaves():
+    params = {
+        f"{i}": jax.ShapeDtypeStruct((support.WIDTH, support.WIDTH), "float32")
+        for i in range(support.LAYERS)
+    }
+
+    def loss(params, weights, x, c):
+        for i in range(support.LAYERS):
+            x = jnp.tanh(x @ params[f"{i}"])
+        return jnp.sum(x * c)
+
+    all_trained = support.compile_step(optax.adam(0.1), params, loss)
+    last = optim.trainable_and_frozen(params, f"{support.LAYERS - 1}", optax.adam(0.1))
+    product = 2 * support.TOKENS * support.WIDTH * support.WIDTH
+    assert support.flops(all_trained) > (3 * support.LAYERS - 1) * product
+    # Forward, and the gradient of the last weight.
+    assert (
+        support.flops(support.compile_step(last, params, loss))
+        < (support.LAYERS + 1.5) * product
+    )
+
+
+def test_what_trainable_and_frozen_refuses():
+    params, adam = support.tree(), optax.adam(0.1)
+    with pytest.raises(
+        ValueError, match=r"of trainable matches no leaf: 'heads/\*'.*expression\.$"
+    ):
+        optim.trainable_and_frozen(params, ("head/*", "heads/*"), adam)
+    with pytest.raises(
+        ValueError, match=r"chooses none of the 9 leaves; .* 'adapters/embed"
+    ):
+        optim.trainable_and_frozen(params, lambda path: False, adam)
+    with pytest.raises(ValueError, match="chooses none of the 9 leaves"):
+        optim.trainable_and_frozen(params, (), adam)
+    with pytest.raises(ValueError, match=r"chooses none of the 0 leaves; .* are none"):
+        optim.trainable_and_frozen({}, "*", adam)
+    with pytest.raises(
+        TypeError, match=r"must return True or False, got None for 'adapters"
+    ):
+        optim.trainable_and_frozen(params, lambda path: None, adam)
+    with pytest.raises(TypeError, match=r"trainable must be a pattern or a tuple"):
+        optim.trainable_and_frozen(params, 3, adam)
+    with pytest.raises(TypeError, match=r"optimizer must be an optax.* got function"):
+        optim.trainable_and_frozen(params, "head/*", optax.adam)

@@ -1,0 +1,110 @@
+"""What the tests of `lora_jax.quant` share: weights, formats of all kinds, one of a toy."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import quant
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+SHAPE = (16, 24)
+
+# Every kind of quantized tensor, of a weight of SHAPE.
+FORMATS = {
+    "torchao": lambda w, **k: quant.quantize_nf4(w, 16, 4, **k),
+    "torchao_plain": lambda w, **k: quant.quantize_nf4(w, 32, None, **k),
+    "bitsandbytes": lambda w, **k: quant.quantize_nf4(w, 10, 4, codec="bitsandbytes", **k),
+    "bitsandbytes_plain": lambda w, **k: quant.quantize_nf4(
+        w, 64, None, codec="bitsandbytes", **k
+    ),
+    "int8": quant.quantize_int8,
+    "int8_blocks": lambda w, **k: quant.quantize_int8(w, block_size=5, **k),
+    "fp8": quant.quantize_fp8,
+}
+
+
+def golden_cases(suite):
+    cases = json.loads((GOLDEN / "manifest.json").read_text())["quantized_cases"]
+    return [case for case in cases if case["suite"] == suite]
+
+
+def draw(*shape, dtype="float32", seed=0, size=1.0):
+    values = np.random.default_rng([seed, *shape]).normal(0, size, shape)
+    return jnp.asarray(values.astype(np.float32), dtype)
+
+
+def bits(array):
+    """An array of any dtype as bytes, to compare NaN and signed zeros too."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def assert_same(got, want):
+    """Asserts that two trees have one structure, and the same bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
+def in_blocks(values, block):
+    """`(n_blocks, block)`, float64, with zeros at the end."""
+    flat = np.asarray(values, np.float64).reshape(-1)
+    padded = np.pad(flat, (0, -flat.size % block))
+    return padded.reshape(-1, block)
+
+
+def nibbles(packed, n):
+    """The codes in some bytes, the upper four bits first."""
+    packed = np.asarray(packed).reshape(-1)
+    return np.stack([packed >> 4, packed & 15], -1).reshape(-1)[:n]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class SignTensor(quant.QuantizedTensor):
+    """A toy format: the sign of each entry, and the mean size of them all."""
+
+    positive: jax.Array
+    scale: jax.Array
+    weight_dtype: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self):
+        return tuple(self.positive.shape)
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.weight_dtype)
+
+    @property
+    def batch_ndim(self):
+        return self.scale.ndim
+
+    def dequantize(self, dtype):
+        axes = range(self.scale.ndim, self.positive.ndim)
+        scale = jax.lax.expand_dims(self.scale, axes)
+        return jnp.where(self.positive, scale, -scale).astype(dtype)
+
+    def quantize_like(self, weight):
+        return quantize_sign(weight, self.batch_ndim)
+
+    def check(self):
+        if self.positive.dtype != bool or self.positive.shape[: self.scale.ndim] != (
+            self.scale.shape
+        ):
+            raise ValueError("positive and scale do not fit.")
+
+
+def quantize_sign(weight, batch_axes=0):
+    axes = tuple(range(batch_axes, weight.ndim))
+    scale = jnp.mean(jnp.abs(weight).astype(jnp.float32), axis=axes)
+    return SignTensor(weight > 0, scale, weight.dtype.name)
+
+
+quant.register_format(SignTensor, "toy_sign")
+ALL = FORMATS | {"sign": quantize_sign}

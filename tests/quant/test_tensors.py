@@ -1,0 +1,216 @@
+"""What holds for every format: stacks, transformations, abstract values, the registry."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax import quant
+from tests.quant import support
+from tests.quant.support import ALL, SHAPE, SignTensor, assert_same, draw
+from tests.support import assert_close, count_traces, x64
+
+each = pytest.mark.parametrize("name", ALL)
+# One of each kind, where every format takes programs of its own.
+NESTED = ("torchao", "bitsandbytes")
+some = pytest.mark.parametrize("name", [*NESTED, "int8_blocks", "fp8", "sign"])
+
+
+def take(tree, *index):
+    return jax.tree.map(lambda x: np.asarray(x)[index], tree)
+
+
+@each
+def test_a_stack_is_its_entries(name):
+    stack = draw(2, 3, *SHAPE, seed=1)
+    q = ALL[name](stack, batch_axes=2)
+    assert (q.shape, q.dtype) == (stack.shape, jnp.float32)
+    assert (q.ndim, q.size) == (4, stack.size)
+    one = ALL[name](np.asarray(stack)[1, 2])
+    assert one.shape == take(q, 1, 2).shape == SHAPE
+    if name == "sign":  # a mean as anyone would write it
+        assert_close(q.scale[1, 2], one.scale, 4)
+        return
+    assert_same(take(q, 1, 2), one)
+    assert_same(take(quant.dequantize(q), 1, 2), np.asarray(quant.dequantize(one)))
+
+
+@pytest.mark.parametrize("name", ["torchao", "int8_blocks", "fp8"])
+def test_quantizing_under_vmap(name):
+    stack = draw(3, *SHAPE)
+    mapped, q = jax.vmap(ALL[name])(stack), ALL[name](stack, batch_axes=1)
+    assert_same(mapped, q)
+
+
+@some
+def test_scan_and_vmap_over_a_stack(name):
+    stack, x = draw(3, *SHAPE), draw(5, SHAPE[0])
+    q = ALL[name](stack, batch_axes=1)
+    weights = np.asarray(quant.dequantize(q), np.float64)
+    want = np.stack([np.asarray(x, np.float64) @ w for w in weights])
+
+    def layer(carry, one):
+        assert one.shape == SHAPE
+        return carry, x @ quant.dequantize(one)
+
+    _, scanned = jax.jit(lambda q: jax.lax.scan(layer, 0, q))(q)
+    assert_close(scanned, want, 64)
+    mapped = jax.vmap(quant.dequantize)(q)
+    assert_close(mapped, weights, 4)
+
+
+@some
+def test_jit_has_it_as_argument_result_and_constant(name):
+    weight = draw(*SHAPE)
+    q = ALL[name](weight)
+    if name != "sign":
+        assert_same(jax.jit(ALL[name])(weight), q)
+    want = quant.dequantize(q)
+    with count_traces(quant.dequantize) as (dequantize, traces):
+        for value in (q, ALL[name](draw(*SHAPE, seed=1)), q):
+            assert dequantize(value).shape == SHAPE
+        assert_close(dequantize(q), want, 4)
+    assert len(traces) == 1
+    assert_close(jax.jit(lambda: quant.dequantize(q))(), want, 4)
+
+
+@pytest.mark.parametrize("name", ["torchao", "int8", "fp8", "sign"])
+def test_dtypes(name):
+    for dtype in ("bfloat16", "float16"):
+        q = ALL[name](draw(*SHAPE, dtype=dtype))
+        assert quant.dequantize(q).dtype == q.dtype == jnp.dtype(dtype)
+        wide = np.asarray(quant.dequantize(q, jnp.float32))
+        rounded = wide.astype(jnp.dtype(dtype))
+        np.testing.assert_array_equal(quant.dequantize(q), rounded)
+    with x64():
+        assert quant.dequantize(q, jnp.float64).dtype == jnp.float64
+
+
+@each
+def test_abstract_weights_give_abstract_results(name):
+    weight = draw(*SHAPE)
+    concrete, struct = ALL[name](weight), jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    q = jax.eval_shape(ALL[name], struct)
+    assert jax.tree.structure(q) == jax.tree.structure(concrete)
+    assert (q.shape, q.nbytes) == (SHAPE, concrete.nbytes)
+    assert concrete.nbytes == sum(x.nbytes for x in jax.tree.leaves(concrete))
+    assert jax.eval_shape(quant.dequantize, q).shape == SHAPE
+
+
+@each
+def test_repr_is_one_short_line_whatever_the_leaves_are(name):
+    q = ALL[name](draw(*SHAPE))
+    assert repr(q).startswith(f"{type(q).__name__}(shape=(16, 24), dtype=float32")
+    shown = []
+    jax.jit(lambda q: shown.append(repr(q)))(q)
+    shown += [repr(jax.tree.map(to, q)) for to in (jax.typeof, lambda _: None, id)]
+    for text in (repr(q), *shown):
+        assert len(text) < 130
+        assert "\n" not in text
+        assert "Array" not in text
+    assert "shape=?" in shown[-1]
+
+
+@pytest.mark.parametrize("name", ["torchao", "int8_blocks"])
+def test_stacks_are_sharded_along_their_axis(name):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("layers",))
+    sharding = NamedSharding(mesh, P("layers"))
+    stack = draw(4, *SHAPE)
+    q = ALL[name](stack, batch_axes=1)
+    placed = jax.device_put(q, sharding)
+    assert_same(placed, q)
+    got = quant.dequantize(placed)
+    assert got.sharding.is_equivalent_to(sharding, got.ndim)
+    assert_close(got, quant.dequantize(q), 4)
+    # A sharded weight is quantized where it is.
+    quantize = jax.jit(lambda w: ALL[name](w, batch_axes=1))
+    own = quantize(jax.device_put(stack, sharding))
+    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(own))
+    assert_same(own, q)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "int8", "sign"])
+def test_no_gradient_goes_through(name):
+    q, x = ALL[name](draw(*SHAPE)), draw(5, SHAPE[0])
+
+    def loss(x, floats):
+        leaves = [floats.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(q))]
+        return jnp.sum(
+            x @ quant.dequantize(jax.tree.unflatten(jax.tree.structure(q), leaves))
+        )
+
+    wide = enumerate(jax.tree.leaves(q))
+    floats = {i: leaf for i, leaf in wide if leaf.dtype == jnp.float32}
+    grad_x, grads = jax.jit(jax.grad(loss, (0, 1)))(x, floats)
+    want = np.asarray(quant.dequantize(q), np.float64).sum(1)
+    assert_close(grad_x[0], want, 64, scale=10.0)
+    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
+
+
+# ---------------------------------------------------------------------------- registry
+
+
+def test_is_quantized():
+    q = quant.quantize_int8(draw(*SHAPE))
+    assert quant.is_quantized(q)
+    assert not any(map(quant.is_quantized, (draw(2), None, {"a": q}, quant.NF4Tensor)))
+    tree = {"a": q, "b": draw(2)}
+    assert jax.tree.leaves(tree, is_leaf=quant.is_quantized)[0] is q
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "match"),
+    [
+        (np.ones(3), None, "expected a quantized tensor, got ndarray"),
+        (support.quantize_sign(jnp.ones((2, 3))), "int8", "of at least 16 bits, got int8"),
+        (support.quantize_sign(jnp.ones((2, 3))), "float8_e4m3fn", "at least 16 bits"),
+    ],
+)
+def test_what_is_not_dequantized(value, dtype, match):
+    with pytest.raises(TypeError, match=match):
+        quant.dequantize(value, dtype)
+
+
+def test_formats_have_to_be_complete():
+    class Half(quant.QuantizedTensor):
+        pass
+
+    @dataclasses.dataclass(frozen=True, eq=False, repr=False)
+    class NoTree(SignTensor):
+        pass
+
+    for cls, match in (
+        (dict, "a format is a subclass of QuantizedTensor"),
+        (
+            Half,
+            "Half has to define batch_ndim, check, dequantize, dtype, quantize_like, shape",
+        ),
+        (NoTree, "NoTree has to be a dataclass and a pytree"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            quant.register_format(cls, "other")
+
+
+def test_names_of_formats_are_kept():
+    quant.register_format(SignTensor, "toy_sign")  # again, as a reloaded module would
+    with pytest.raises(ValueError, match="'nf4' is empty or that of another format"):
+        quant.register_format(SignTensor, "nf4")
+    with pytest.raises(ValueError, match="SignTensor has the name 'toy_sign' already"):
+        quant.register_format(SignTensor, "other")
+    with pytest.raises(TypeError, match="must be a string, got 3"):
+        quant.register_format(SignTensor, 3)  # pyright: ignore[reportArgumentType]
+
+
+@each
+def test_arrays_and_settings_make_the_tensor_again(name):
+    q = ALL[name](draw(*SHAPE))
+    assert_same(type(q).from_arrays(q.to_arrays(), q.settings()), q)
+    arrays = q.to_arrays()
+    with pytest.raises(ValueError, match=r"expected (an array|arrays of|arrays)|missing"):
+        type(q).from_arrays({"other": arrays.popitem()[1], **arrays}, q.settings())
+    with pytest.raises(ValueError, match="and the settings"):
+        type(q).from_arrays(q.to_arrays(), {**q.settings(), "other": 1})

@@ -185,8 +185,17 @@ def some(slow):
 @pytest.mark.parametrize(
     "fn",
     some(
-        [flipped, in_branches, carried, mapped, halves, with_a_block]
-        + [mapped_over_the_stack, scanned_after_a_transpose, some_layers]
+        [
+            flipped,
+            in_branches,
+            carried,
+            mapped,
+            halves,
+            with_a_block,
+            mapped_over_the_stack,
+            scanned_after_a_transpose,
+            some_layers,
+        ]
     ),
 )
 def test_outputs_and_gradients_are_those_of_the_dense_weight(fn, method):

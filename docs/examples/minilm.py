@@ -16,7 +16,7 @@ import sys
 import tempfile
 import types
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ EPSILON = 1e-12
 
 Array = jax.Array | np.ndarray
 Params = dict[str, Any]
+Dense = Callable[[jax.Array, Params], jax.Array]
 
 
 class Package(NamedTuple):
@@ -201,13 +202,21 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> list[np.ndarr
     return [i if len(i) <= length else np.append(i[: length - 1], i[-1:]) for i in ids]
 
 
-def encode(params: Params, tokens: Array, mask: Array) -> jax.Array:
+def apply_dense(x: jax.Array, layer: Params) -> jax.Array:
+    """Returns `x @ kernel + bias`, `(batch, length, out)`."""
+    return x @ layer["kernel"] + layer["bias"][None, None, :]
+
+
+def encode(
+    params: Params, tokens: Array, mask: Array, *, dense: Dense = apply_dense
+) -> jax.Array:
     """Runs the encoder.
 
     Args:
         params: what `load` returns.
         tokens: `(batch, length)`, int32, token ids.
         mask: `(batch, length)`, bool, false where a token is padding.
+        dense: applies a layer, such as `{"kernel": (in, out), "bias": (out,)}`.
 
     Returns:
         `(batch, length, width)`, float32, the hidden states after the last layer.
@@ -215,9 +224,9 @@ def encode(params: Params, tokens: Array, mask: Array) -> jax.Array:
     x = _embed(params["embeddings"], tokens)
     for layer in params["encoder"].values():
         attention, mlp = layer["attention"], layer["mlp"]
-        x = _layer_norm(x + _attend(attention, x, mask), attention["norm"])
-        hidden = jax.nn.gelu(_dense(x, mlp["up"]), approximate=False)
-        x = _layer_norm(x + _dense(hidden, mlp["down"]), mlp["norm"])
+        x = _layer_norm(x + _attend(attention, x, mask, dense), attention["norm"])
+        hidden = jax.nn.gelu(dense(x, mlp["up"]), approximate=False)
+        x = _layer_norm(x + dense(hidden, mlp["down"]), mlp["norm"])
     return x
 
 
@@ -236,22 +245,17 @@ def _embed(embeddings: Params, tokens: Array) -> jax.Array:
     return _layer_norm(x, embeddings["norm"])
 
 
-def _attend(layer: Params, x: jax.Array, mask: Array) -> jax.Array:
+def _attend(layer: Params, x: jax.Array, mask: Array, dense: Dense) -> jax.Array:
     """Returns what attention adds to the residual stream."""
     batch, length, width = x.shape
     query, key, value = (
-        _dense(x, layer[name]).reshape(batch, length, HEADS, -1)
+        dense(x, layer[name]).reshape(batch, length, HEADS, -1)
         for name in ("query", "key", "value")
     )
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / (width // HEADS) ** 0.5
     scores = jnp.where(mask[:, None, None, :], scores, -jnp.inf)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
-    return _dense(mixed.reshape(x.shape), layer["output"])
-
-
-def _dense(x: jax.Array, layer: Params) -> jax.Array:
-    """Returns `x @ kernel + bias`, `(batch, length, out)`."""
-    return x @ layer["kernel"] + layer["bias"][None, None, :]
+    return dense(mixed.reshape(x.shape), layer["output"])
 
 
 def _layer_norm(x: jax.Array, norm: Params) -> jax.Array:

@@ -45,6 +45,7 @@ from lora_jax.model import unmerge_adapters as unmerge_adapters
 from lora_jax.plan import AdapterPlan as AdapterPlan
 from lora_jax.plan import Target as Target
 from lora_jax.plan import Use as Use
+from lora_jax.quantized_params import quantize_params as quantize_params
 from lora_jax.transform.adapt import Merge as Merge
 from lora_jax.transform.adapt import OnMerge as OnMerge
 from lora_jax.transform.adapt import accept_quantized as accept_quantized

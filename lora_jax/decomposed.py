@@ -1,9 +1,10 @@
 """Initializers that take a part out of the weight, and the way back to plain adapters.
 
 PiSSA and OLoRA split a weight into a *base* and an adapter that is not zero,
-`W = W_base + scale * A @ B`, so that the adapter starts where the weight does most; LoftQ
-does so to a quantized base, and only nearly. **Such an adapter belongs to that base.** On
-the original weight it would add its part a second time, and nothing in the arrays shows
+`W = W_base + scale * A @ B`, so that the adapter starts where the weight does most. LoftQ,
+and PiSSA with a base that is quantized (QPiSSA), do so only nearly; their base may stay in
+few bits, as a `lora_jax.quant.QuantizedTensor`. **Such an adapter belongs to that base.**
+On the original weight it would add its part a second time, and nothing in the arrays shows
 that. Whoever saves it has two choices:
 
 - save the base as well, and load the adapter on that; or
@@ -14,13 +15,13 @@ To make the base anew at loading, as peft does, is right only where the decompos
 out the same: not with a randomized one. `lora_jax.decomposed_params` has the same for a
 whole model.
 
-All functions are pure: they return the new base and leave the weight as it is. Weights are
-`(*batch, in, out)`, and `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if
-`rank_stabilized`. Decompositions and sums run in float32, or float64 if the weight or the
-factors are; the base is rounded once to the dtype of the weight. It is formed with the
-factors as they are stored, so what rounding *them* loses stays in the base. What remains is
-the rounding of the base: `W_base + scale * A @ B` is `W` to half a unit in the last place
-of `W_base`, 1 part in 512 for bfloat16.
+All functions are pure: they return the new base and leave the weight, which is dense, as
+it is. Weights are `(*batch, in, out)`, and `scale` is `alpha / rank`, or
+`alpha / sqrt(rank)` if `rank_stabilized`. Decompositions and sums run in float32, or
+float64 if the weight or the factors are; the base is rounded once to the dtype of the
+weight. It is formed with the factors as they are stored, so what rounding *them* loses
+stays in the base. What remains is the rounding of the base: `W_base + scale * A @ B` is `W`
+to half a unit in the last place of `W_base`, 1 part in 512 for bfloat16.
 """
 
 import operator
@@ -33,7 +34,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _numerics, _svd
+from lora_jax import _checks, _numerics, _quantized, _svd
 from lora_jax.initializers import init_factors
 from lora_jax.lora import Adapter, unmerge_lora_weight
 
@@ -45,6 +46,7 @@ __all__ = [
     "to_plain_adapter",
 ]
 
+Base = jax.Array | _quantized.QuantizedTensor
 Quantize = Callable[[jax.Array], Any]
 
 _NO_BIASES = dict.fromkeys(
@@ -63,12 +65,17 @@ def init_pissa_adapter(
     rank_stabilized: bool = False,
     key: jax.Array | None = None,
     iterations: int | None = None,
-) -> tuple[jax.Array, Adapter]:
+    quantize: Quantize | None = None,
+) -> tuple[Base, Adapter]:
     """Moves the largest singular values of a weight into an adapter (PiSSA).
 
     `scale * A @ B` is the best approximation of `W` of that rank, and `A` and `B` have a
     square root of the singular values each. A term whose singular value is zero cannot
     train. For DoRA add `"m"` with `lora_jax.init_dora_magnitude(base, adapter, alpha)`.
+
+    With `quantize` the base is quantized (QPiSSA), and `W_base + scale * A @ B` is *near*
+    `W`: nearer than `quantize(W)` where the base, without the largest terms, has smaller
+    entries. LoftQ makes its adapter of the loss instead.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
@@ -82,24 +89,30 @@ def init_pissa_adapter(
             weight. The 10 are there to make few steps do: torch's `svd_lowrank`, as peft
             calls it, has none, and takes 4 steps or 16 to come close. With neither `key`
             nor `iterations` the SVD is exact.
+        quantize: a function that quantizes the base; see `init_loftq_adapter`.
 
     Returns:
-        The base `W - scale * A @ B`, `(*batch, in, out)` in the dtype of the weight; and
+        The base `W - scale * A @ B`, `(*batch, in, out)` in the dtype of the weight, or
+        what `quantize` made of that; and
         `{"A": (*batch, in, rank), "B": (*batch, rank, out)}`.
 
     Raises:
-        TypeError: if `weight` is not a floating-point array, or another argument has the
-            wrong type.
-        ValueError: if the rank is out of its range, `alpha` is 0, or only one of `key` and
-            `iterations` is given.
+        TypeError: if `weight` is not a dense floating-point array, `quantize` does not
+            return an array or a quantized tensor of the right dtype, or another argument
+            has the wrong type.
+        ValueError: if the rank is out of its range, `alpha` is 0, only one of `key` and
+            `iterations` is given, or `quantize` changes the shape.
 
     References:
         Meng et al., 2024, equations 2 to 4, https://arxiv.org/abs/2404.02948. The division
-        by the scale is peft's: without it `W_base + scale * A @ B` would not be `W`. The
-        randomized SVD: Halko et al., 2011, https://arxiv.org/abs/0909.4061.
+        by the scale is peft's: without it `W_base + scale * A @ B` would not be `W`.
+        QPiSSA is in the same paper. The randomized SVD: Halko et al., 2011,
+        https://arxiv.org/abs/0909.4061.
     """
     _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
     _check_nonzero(alpha)
+    if quantize is not None:
+        check_quantize(quantize)
     if (key is None) != (iterations is None):
         raise ValueError(
             "key and iterations go together: give both for a randomized SVD, or neither "
@@ -114,7 +127,8 @@ def init_pissa_adapter(
         svd = _svd.randomized(key, wide, rank, _steps(iterations))
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
     adapter = _rounded(_svd.factors(svd, scale), dtype)
-    return _residual(weight, adapter, alpha, rank_stabilized), adapter
+    base = _residual(weight, adapter, alpha, rank_stabilized)
+    return base if quantize is None else stored(quantize, base), adapter
 
 
 def init_olora_adapter(
@@ -208,7 +222,7 @@ def init_loftq_adapter(
     *,
     rank_stabilized: bool = False,
     iterations: int = 1,
-) -> tuple[jax.Array, Adapter]:
+) -> tuple[Base, Adapter]:
     """Makes an adapter of what quantizing a weight loses (LoftQ).
 
     Alternates `W_base = quantize(W - scale * A @ B)`, with `A @ B` zero at first, and
@@ -219,24 +233,24 @@ def init_loftq_adapter(
     Args:
         weight: `(*batch, in, out)`, floating point.
         rank: of the adapter, from 1 to `min(in, out)`.
-        quantize: a function that quantizes a weight and turns it back:
-            `(*batch, in, out)` in at least float32 to an array of that shape, of any
-            floating-point dtype. Its result is rounded to the dtype of the weight before
-            the adapter is made, so the adapter makes up for that too. To store the base
-            as codes, quantize it again: that loses nothing more if the values that
-            `quantize` returns are its fixed points.
+        quantize: a function that quantizes a weight: `(*batch, in, out)`, in the dtype of
+            the weight, to a `lora_jax.quant.QuantizedTensor` of that shape and dtype, such
+            as `lora_jax.quant.quantize_nf4`; or to an array of that shape, of any
+            floating-point dtype, if it turns the codes back. That array is rounded to the
+            dtype of the weight before the adapter is made.
         alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
         dtype: see `init_pissa_adapter`.
         rank_stabilized: see `lora_jax.lora_delta`.
         iterations: how often the two steps alternate, at least 1.
 
     Returns:
-        The base, `(*batch, in, out)` in the dtype of the weight, values that `quantize`
-        returned; and the adapter, as `init_pissa_adapter`.
+        The base, `(*batch, in, out)` in the dtype of the weight: what `quantize` returned
+        last, a quantized tensor or an array. The adapter, as `init_pissa_adapter`, makes
+        up for what *that* loses, so nothing may quantize the base again: NF4 with nested
+        scales, for one, would give another base.
 
     Raises:
-        TypeError: as `init_pissa_adapter`, and if `quantize` is no function or does not
-            return a floating-point array.
+        TypeError: as `init_pissa_adapter`.
         ValueError: if the rank is out of its range, `alpha` is 0, `iterations` is below 1,
             or `quantize` changes the shape.
 
@@ -251,12 +265,11 @@ def init_loftq_adapter(
     dtype = _factor_dtype(weight, dtype)
     wide = jnp.asarray(weight, _numerics.accumulation_dtype(weight.dtype, dtype))
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
-    rest, base, adapter = wide, wide, {}
+    base, adapter = weight, {}
     for step in range(_steps(iterations)):
-        if step:
-            rest = _residual(wide, adapter, alpha, rank_stabilized)
-        base = quantized(quantize, rest).astype(weight.dtype)
-        lost = wide - base.astype(wide.dtype)
+        rest = _residual(wide, adapter, alpha, rank_stabilized) if step else wide
+        base = stored(quantize, rest.astype(weight.dtype))
+        lost = wide - _quantized.as_dense(base).astype(wide.dtype)
         adapter = _rounded(_svd.factors(_svd.exact(lost, rank), scale), dtype)
     return base, adapter
 
@@ -269,8 +282,8 @@ def to_plain_adapter(
     `A` becomes `[A, A0]` and `B` becomes `[B; -B0]`, so that at the **same scale**
     `W + scale * A @ B` comes out as `W_base + scale * A @ B` did: `alpha` doubles with the
     rank, or is multiplied by `sqrt(2)` if `rank_stabilized`. Equal up to the roundings of
-    the sums and that of `W_base`. For LoftQ, whose base and adapter are not `W` exactly,
-    the result is the original weight with the change that was trained.
+    the sums and that of `W_base`. Where that is quantized, base and adapter are not `W`
+    exactly, and the result is the original weight with the change that was trained.
 
     Args:
         adapter: the adapter, after training: `A`, `B`, and `m` if it is one of DoRA.
@@ -317,27 +330,52 @@ def check_quantize(quantize: Any) -> None:
     """Raises unless `quantize` is a function."""
     if not callable(quantize):
         raise TypeError(
-            "quantize must be a function from a weight to the weight that its codes stand "
-            f"for, got {quantize!r} ({type(quantize).__name__})."
+            "quantize must be a function from a weight to a quantized tensor, such as "
+            "lora_jax.quant.quantize_nf4, or to the array that its codes stand for, got "
+            f"{quantize!r} ({type(quantize).__name__})."
         )
 
 
-def quantized(quantize: Quantize, weight: jax.Array) -> jax.Array:
-    """What a function makes of a weight: an array of its shape, or an error."""
-    value = quantize(weight)
+def check_dense(weight: Any) -> None:
+    """Raises if a weight that is to be decomposed is quantized."""
+    if _quantized.is_quantized(weight):
+        raise TypeError(
+            f"the weight is quantized, {weight!r}, and has lost what a decomposition "
+            "needs: decompose the dense weight and quantize the base, as methods that take "
+            "quantize do; or dequantize it on purpose, with lora_jax.quant.dequantize."
+        )
+
+
+def stored(quantize: Quantize, base: jax.Array) -> Base:
+    """What a function makes of a base: quantized, or an array of its shape and dtype.
+
+    Raises:
+        TypeError: if it is neither, or quantized from another dtype.
+        ValueError: if it has another shape.
+    """
+    value = quantize(base)
     what = "what quantize returned"
     if not _checks.is_array(value):
         raise TypeError(
-            f"{what} must be an array, got {type(value).__name__}: it has to quantize a "
-            "weight and to turn it back, for example lambda w: dequantize(quantize(w))."
+            f"{what} is no quantized tensor, so it must be an array, got "
+            f"{type(value).__name__}: return what a function of lora_jax.quant makes, or "
+            "dequantize it."
         )
     _checks.check_array(what, value)
-    if value.shape != weight.shape:
+    if tuple(value.shape) != base.shape:
         raise ValueError(
-            f"{what} must have the shape {weight.shape} of the weight that it was given, "
-            f"got {value.shape}."
+            f"{what} must have the shape {base.shape} of the weight that it was given, "
+            f"got {tuple(value.shape)}."
         )
-    return jnp.asarray(value)
+    if not _quantized.is_quantized(value):
+        return jnp.asarray(value).astype(base.dtype)
+    if value.dtype != base.dtype:
+        raise TypeError(
+            f"{what} stands for a weight of {value.dtype}, got one of {base.dtype}, and "
+            "would change the dtypes of the model: do not cast it there, but cast the "
+            "params first if that is meant."
+        )
+    return value
 
 
 def _factor_dtype(weight: jax.Array, dtype: DTypeLike | None) -> DTypeLike:
@@ -361,6 +399,7 @@ def _residual(
 def _check_weight_and_rank(
     weight: Any, rank: int, alpha: float | jax.Array, rank_stabilized: bool
 ) -> None:
+    check_dense(weight)
     _checks.check_weight("weight", weight)
     _svd.check_rank(rank, weight.shape)
     _checks.check_number("alpha", alpha)

@@ -14,20 +14,22 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _compat, _layout, _merging, _paths, _plan_checks
+from lora_jax import _checks, _layout, _merging, _paths, _plan_checks, quantized_params
 from lora_jax._frozen import FrozenDict
+from lora_jax._quantized import QuantizedTensor
 from lora_jax.config import LoraConfig
 from lora_jax.decomposed import (
+    Base,
     Quantize,
+    check_dense,
     check_quantize,
     init_loftq_adapter,
     init_olora_adapter,
     init_orthogonal_adapter,
     init_pissa_adapter,
-    quantized,
+    stored,
     to_plain_adapter,
 )
 from lora_jax.lora import Adapter
@@ -35,7 +37,7 @@ from lora_jax.plan import AdapterPlan, Target
 
 __all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters"]
 
-Initializer = Callable[..., tuple[jax.Array, Adapter]]
+Initializer = Callable[..., tuple[Any, Adapter]]
 
 
 class _Method(NamedTuple):
@@ -47,7 +49,7 @@ class _Method(NamedTuple):
 
 
 _METHODS = {
-    "pissa": _Method(init_pissa_adapter, takes=("key", "iterations")),
+    "pissa": _Method(init_pissa_adapter, takes=("key", "iterations", "quantize")),
     "olora": _Method(init_olora_adapter),
     "orthogonal": _Method(init_orthogonal_adapter, needs=("key",)),
     "loftq": _Method(init_loftq_adapter, needs=("quantize",), takes=("iterations",)),
@@ -96,22 +98,27 @@ def decompose_params(
         key: a `jax.random` key; for `"orthogonal"`, and for `"pissa"` with `iterations`.
             Each adapter has a key of its own, made of this one and its path.
         iterations: for `"pissa"`, of a randomized SVD; for `"loftq"`, 1 if it is None.
-        quantize: for `"loftq"`. Called with each weight in its own shape and axes, as it
-            is stored, in at least float32.
+        quantize: for `"loftq"`, and for `"pissa"` if its base is to be quantized (QPiSSA).
+            A function of a weight in its own shape, axes and dtype, that gives a quantized
+            tensor, such as `lora_jax.quant.quantize_int8`, or an array; see
+            `init_loftq_adapter`. A stack comes whole: where there are any, it is the
+            function that says `batch_axes`.
 
     Returns:
         `params`, the base: adapted weights are new, with the dtype and the sharding of the
         old ones, and all other leaves are those of `params` (for `"orthogonal"` all are).
+        What `quantize` returned as a quantized tensor *is* the leaf, sharded as by
+        `quantize_params`; `adapt` and the merges take it as it is.
         `adapters`, as from `init_adapters`; for DoRA `"m"` has the norms of the columns of
-        `W_base + scale * A @ B`.
+        `W_base + scale * A @ B`, with the base as it is stored.
 
     Raises:
         KeyError: if params lack a weight of the plan.
-        TypeError: if a weight is not floating point or has no values, or an argument has
-            the wrong type.
+        TypeError: if a weight is not floating point, has no values or is quantized, an
+            argument has the wrong type, or `quantize` returns something else.
         ValueError: if the method is unknown, does not take an argument that was given, or
-            needs one that was not; a weight has another shape than in the plan; or a rank
-            is too large for a weight.
+            needs one that was not; a weight has another shape than in the plan; a rank is
+            too large for a weight; or `quantize` changes a shape.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -137,6 +144,7 @@ def decompose_params(
         if key is not None:
             options["key"] = _paths.fold_in(key, path)
         with _checks.at_path(path):
+            check_dense(leaves[path])
             _checks.check_array("the weight", leaves[path])
             init = _initializer(method, target, plan.config.dtype, options)
             base, adapters[path] = _decompose(leaves[path], target, init)
@@ -205,38 +213,63 @@ def _initializer(
     return functools.partial(_METHODS[method].init, **options)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _AsMatrix(QuantizedTensor):
+    """A quantized weight of any layout, seen as its `(*batch, in, out)` matrix."""
+
+    weight: QuantizedTensor
+    target: Target = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target.matrix_shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.weight.dtype
+
+    @property
+    def batch_ndim(self) -> int:
+        return 0  # as one weight: its axes may lie in another order
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        return _matrix(self.weight.dequantize(dtype), self.target)
+
+    def quantize_like(self, weight: jax.Array) -> "_AsMatrix":
+        like = self.weight.quantize_like(_weight(weight, self.target))
+        return _AsMatrix(like, self.target)
+
+    def check(self) -> None:
+        self.weight.check()
+
+
 def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
     """Takes and gives the matrix of a weight, and shows `quantize` the weight itself."""
 
     def quantize_matrix(matrix):
-        return _matrix(quantized(quantize, _weight(matrix, target)), target)
+        base = stored(quantize, _weight(matrix, target))
+        if isinstance(base, QuantizedTensor):
+            return _AsMatrix(base, target)
+        return _matrix(base, target)
 
     return quantize_matrix
 
 
 def _decompose(
     weight: jax.Array, target: Target, init: Initializer
-) -> tuple[jax.Array, Adapter]:
+) -> tuple[Base, Adapter]:
     """The base, in the layout and with the sharding of the weight, and the adapter."""
 
     def split(weight):
-        base, adapter = init(weight=_matrix(weight, target))
-        base = _weight(base, target)
+        made, adapter = init(weight=_matrix(weight, target))
+        base: Any = made.weight if isinstance(made, _AsMatrix) else _weight(made, target)
         if target.method == "dora":
             adapter["m"] = _merging.magnitude(base, adapter, target)
         return base, adapter
 
-    weight = jnp.asarray(weight)
-    spec = _compat.explicit_spec(weight)
-    if any(spec):  # decompositions want the whole of a matrix: no axis stays explicit
-        shardings: Any = (PartitionSpec(*spec), PartitionSpec())
-        with _compat.on_mesh_of(weight):
-            inner: Any = jax.sharding.auto_axes(split, out_sharding=shardings)
-            return jax.jit(inner)(weight)
-    base, adapter = split(weight)
-    if isinstance(getattr(weight, "sharding", None), NamedSharding):
-        base = jax.device_put(base, weight.sharding)
-    return base, adapter
+    # Decompositions want the whole of a matrix: no axis of it stays explicit.
+    return quantized_params.keep_sharding(split, jnp.asarray(weight))
 
 
 def _matrix(weight: jax.Array, target: Target) -> jax.Array:

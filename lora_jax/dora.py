@@ -179,10 +179,10 @@ def dora_column_norm(
     _checks.check_flags(rank_stabilized=rank_stabilized)
     rank = adapter["A"].shape[-1]
     scale = _numerics.adapter_scale(alpha, rank, rank_stabilized, weight.dtype)
-    dense = jnp.asarray(_quantized.as_dense(weight))
-    return _column_norm.adapted_norm(
-        dense, adapter["A"], adapter["B"], scale, None, _axis(norm_axis)
-    )
+    frozen = _quantized.is_quantized(weight)  # formed again in the backward pass
+    norm = _column_norm.frozen_norm if frozen else _column_norm.adapted_norm
+    factors = adapter["A"], adapter["B"]
+    return norm(_quantized.as_frozen(weight), *factors, scale, None, _axis(norm_axis))
 
 
 def dora_linear(

@@ -11,7 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax._frozen import FrozenDict
-from lora_jax.decomposed import init_olora_adapter, init_pissa_adapter
+from lora_jax.decomposed import (
+    init_loftq_adapter,
+    init_olora_adapter,
+    init_pissa_adapter,
+)
 from lora_jax.decomposed_params import decompose_params, to_plain_adapters
 from tests import reference, support
 
@@ -125,9 +129,9 @@ def test_quantize_sees_each_weight_as_it_is_stored():
         return weight
 
     decompose_params(params, plan, "loftq", quantize=quantize)
-    assert {weight.dtype.name for weight in seen} == {"float32"}
-    for weight, stored in zip(seen, jax.tree.leaves(params["block"]), strict=True):
-        np.testing.assert_array_equal(weight, stored.astype("float32"))
+    assert {weight.dtype.name for weight in seen} == {"bfloat16"}
+    for weight, leaf in zip(seen, jax.tree.leaves(params["block"]), strict=True):
+        np.testing.assert_array_equal(weight, leaf)
 
 
 @pytest.mark.parametrize(("iterations", "calls"), [(None, 2), (1, 2), (3, 6)])
@@ -201,8 +205,7 @@ def test_checks():
     with pytest.raises(ValueError, match=r"method must be one of 'pissa', .*Did you mean"):
         decompose_params(params, plan, "pisa")
     refused = {
-        "pissa": {"quantize": coarse},
-        "olora": {"key": KEY},
+        "olora": {"quantize": coarse},
         "orthogonal": {"key": KEY, "iterations": 2},
         "loftq": {"quantize": coarse, "key": KEY},
     }
@@ -220,6 +223,8 @@ def test_checks():
         decompose_params(params, plan, "orthogonal", key=0)
     with pytest.raises(TypeError, match="at 'block/o': quantize must be a function"):
         decompose_params(params, plan, "loftq", quantize=4)
+    with pytest.raises(TypeError, match="at 'block/o': quantize must be a function"):
+        decompose_params(params, plan, "pissa", quantize="nf4")
     with pytest.raises(ValueError, match=r"'block/o': .* shape \(9, 12\) .*got \(108,\)"):
         decompose_params(params, plan, "loftq", quantize=jnp.ravel)
     with pytest.raises(KeyError, match="params lack weights"):
@@ -230,6 +235,184 @@ def test_checks():
     config = dataclasses.replace(plan.config, rank=10)
     with pytest.raises(ValueError, match=r"at 'block/o': rank must be at most .* = 9"):
         decompose_params(params, lora_jax.plan_adapters(config, params), "pissa")
+
+
+# --------------------------------------------------------------- bases in few bits
+
+
+def nf4(weight):
+    return lora_jax.quant.quantize_nf4(weight, 6, 2, batch_axes=weight.ndim - 2)
+
+
+def int8(weight):
+    return lora_jax.quant.quantize_int8(weight, batch_axes=weight.ndim - 2)
+
+
+KINDS = {nf4: lora_jax.quant.NF4Tensor, int8: lora_jax.quant.Int8Tensor}
+
+
+def best(matrix, rank):
+    """The best approximation of that rank, in float64."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+def assert_stored_alike(got, want):
+    assert repr(got) == repr(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("quantize", KINDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["w", "o", "turned"])
+def test_loftq_makes_up_for_what_a_quantized_base_loses(name, quantize):
+    params, plan = make((name,))
+    base, adapters = decompose_params(params, plan, "loftq", quantize=quantize)
+    weight, leaf = params["block"][name], base["block"][name]
+    assert type(leaf) is KINDS[quantize]
+    assert_stored_alike(leaf, quantize(weight))
+    (target,) = plan.targets.values()
+    adapter = reference.f64(adapters[f"block/{name}"])
+    update = target.scale * adapter["A"] @ adapter["B"]
+    lost = straight(weight, target) - straight(lora_jax.quant.dequantize(leaf), target)
+    support.assert_close(update, best(lost, 4), 64, "float32")
+    left = np.linalg.norm(lost - update)
+    assert left == pytest.approx(np.linalg.norm(lost - best(lost, 4)), rel=1e-5)
+    assert left < 0.8 * np.linalg.norm(lost)
+
+
+@pytest.mark.parametrize("quantize", KINDS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["w", "o", "turned"])
+def test_pissa_quantizes_the_residual(name, quantize):
+    params, plan = make((name,))
+    dense, want = decompose_params(params, plan, "pissa")
+    base, adapters = decompose_params(params, plan, "pissa", quantize=quantize)
+    jax.tree.map(np.testing.assert_array_equal, adapters, want)
+    assert type(base["block"][name]) is KINDS[quantize]
+    assert_stored_alike(base["block"][name], quantize(dense["block"][name]))
+    merged = lora_jax.merge_adapters(base, adapters, plan)["block"][name]
+    weight = params["block"][name]
+    lost = [
+        float(jnp.linalg.norm((weight - near).ravel()))
+        for near in (merged, lora_jax.quant.dequantize(quantize(weight)))
+    ]
+    assert 0 < lost[0] < lost[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_is_what_quantize_returned_last(dtype):
+    params, plan = make(("o",), dtype=dtype)
+    made = []
+
+    def quantize(weight):
+        made.append(nf4(weight))
+        return made[-1]
+
+    options = {"quantize": quantize, "iterations": 3}
+    base, adapters = decompose_params(params, plan, "loftq", **options)
+    leaf = base["block"]["o"]
+    assert leaf is made[2]
+    assert (leaf.dtype, len(made)) == (jnp.dtype(dtype), 3)
+    (target,) = plan.targets.values()
+    adapter = reference.f64(adapters["block/o"])
+    dense = lora_jax.quant.dequantize(leaf)
+    lost = straight(params["block"]["o"], target) - straight(dense, target)
+    update = target.scale * adapter["A"] @ adapter["B"]
+    support.assert_close(update, best(lost, 4), 64, "float32")
+
+
+@pytest.mark.parametrize("method", ["loftq", "pissa"])
+def test_magnitudes_are_those_of_the_base_as_it_is_stored(method):
+    params, plan = make(("o", "turned"), use_dora=True)
+    base, adapters = decompose_params(params, plan, method, quantize=int8)
+    for path, target in plan.targets.items():
+        adapter = reference.f64(adapters[path])
+        dense = lora_jax.quant.dequantize(base["block"][path.removeprefix("block/")])
+        adapted = straight(dense, target) + target.scale * adapter["A"] @ adapter["B"]
+        want = reference.norms(adapted, "out")
+        support.assert_close(adapter["m"], want, 32, "float32")
+
+
+def test_one_weight_with_a_quantized_base():
+    weight = make(("turned",))[0]["block"]["turned"]
+    near = [lora_jax.quant.dequantize(int8(weight))]
+    for base, adapter in (
+        init_pissa_adapter(weight, 4, 3.0, quantize=int8),
+        init_loftq_adapter(weight, 4, int8, 3.0),
+    ):
+        assert type(base) is lora_jax.quant.Int8Tensor
+        near.append(lora_jax.merge_lora_weight(base, adapter, 3.0))
+    lost = [float(jnp.linalg.norm((weight - x).ravel())) for x in near]
+    assert max(lost[1:]) < lost[0]
+
+
+def test_adapters_of_a_quantized_base_train():
+    params, x, plan = network_and_plan()
+    adapted, y = lora_jax.adapt(network, plan), jnp.ones((5, 9))
+
+    @jax.jit
+    def step(base, adapters):
+        def loss(adapters):
+            return jnp.mean((adapted(base, adapters, x) - y) ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(adapters)
+        return value, jax.tree.map(lambda p, g: p - 0.02 * jnp.sign(g), adapters, gradient)
+
+    start = float(jnp.mean((network(params, x) - y) ** 2))
+    for method in ("loftq", "pissa"):
+        base, first = decompose_params(params, plan, method, quantize=int8)
+        losses, adapters = [], first
+        for _ in range(6):
+            loss, adapters = step(base, adapters)
+            losses.append(float(loss))
+        assert losses[0] == pytest.approx(start, rel=0.1)
+        assert losses[-1] < 0.9 * losses[0]
+        moved = jax.tree.map(lambda p, q: bool(jnp.any(p != q)), adapters, first)
+        assert all(jax.tree.leaves(moved))
+
+
+def test_a_quantized_base_under_jit():
+    params, plan = make(("turned",))
+    params = {"block": params["block"]}
+
+    def split(params):
+        return decompose_params(params, plan, "loftq", quantize=int8)
+
+    want, (got, _) = split(params), jax.jit(split)(params)
+    assert_stored_alike(got["block"]["turned"], want.params["block"]["turned"])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("quantize", KINDS, ids=lambda f: f.__name__)
+def test_quantized_bases_stay_sharded_along_the_stack(quantize, kind):
+    mesh = jax.make_mesh((3, 2), ("x", "y"), axis_types=(kind,) * 2)
+    params, plan = make(("turned",))
+    params = {"block": params["block"]}
+    want = decompose_params(params, plan, "loftq", quantize=quantize).params
+    params = jax.device_put(params, NamedSharding(mesh, P("x", None, "y")))
+    got = decompose_params(params, plan, "loftq", quantize=quantize).params
+    for array in jax.tree.leaves(got):
+        own = P("x", None, "y") if array.shape == (3, 9, 12) else P("x")
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, own), array.ndim)
+    assert_stored_alike(*(jax.device_get(x["block"]["turned"]) for x in (got, want)))
+
+
+def test_checks_of_quantized_bases():
+    params, plan = make(("w", "o"), dtype="bfloat16")
+    with pytest.raises(TypeError, match=r"at 'block/o': .* of float32, got one of bfloat"):
+        decompose_params(params, plan, "loftq", quantize=lambda w: int8(w.astype("f4")))
+    with pytest.raises(
+        ValueError, match=r"at 'block/o': .* shape \(9, 12\) .*got \(108, 1"
+    ):
+        decompose_params(params, plan, "pissa", quantize=lambda w: int8(w.reshape(-1, 1)))
+    with pytest.raises(TypeError, match=r"at 'block/o': .*no quantized tensor, so it"):
+        decompose_params(params, plan, "pissa", quantize=lambda w: None)
+    params["block"]["w"] = int8(params["block"]["w"])
+    for method, options in METHODS.items():
+        with pytest.raises(TypeError, match="at 'block/w': the weight is quantized, Int8"):
+            decompose_params(params, plan, method, **options)
+    for init in (init_pissa_adapter, init_olora_adapter):
+        with pytest.raises(TypeError, match=r"needs: decompose the dense .*dequantize it"):
+            init(params["block"]["w"], 4)
 
 
 # ------------------------------------------------------------------- back to plain

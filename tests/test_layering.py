@@ -16,7 +16,7 @@ STOREYS = (
     {"config", "lora"},
     {"plan", "lora_layer", "dora", "decomposed"},
     {"_axes", "_layout", "_plan_checks", "_stacks"},
-    {"_selection", "_merging"},
+    {"_selection", "_merging", "quantized_params"},
     {"transform"},
     {"model", "decomposed_params"},
     {"checkpoint", "optim", "peft"},

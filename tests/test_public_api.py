@@ -68,6 +68,8 @@ quant.quantize_int8(weight, *, block_size=None, batch_axes=0)
 quant.quantize_fp8(weight, *, batch_axes=0)
 quant.dequantize(quantized, dtype=None)
 accept_quantized(fn)
+quantize_params(params, patterns, format='nf4', *, batch_axes={}, plan=None, donate=False,
+      **settings)
 optim.adapter_labels(tree, patterns={}, *, other='other')
 optim.trainable_and_frozen(params, trainable, optimizer)
 unmerge_adapters(params, adapters, plan, *, column_norms=None)

@@ -1,0 +1,357 @@
+"""Params with some of their weights in few bits, made one leaf after the other."""
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax import _checks, _compat, _paths, _plan_checks
+from lora_jax._frozen import FrozenDict
+from lora_jax._quantized import QuantizedTensor, is_quantized
+from lora_jax.config import ALL_LINEAR
+from lora_jax.plan import AdapterPlan
+from lora_jax.quant import _inputs
+from lora_jax.quant.fp8 import quantize_fp8
+from lora_jax.quant.int8 import quantize_int8
+from lora_jax.quant.nf4 import quantize_nf4
+
+__all__ = ["quantize_params"]
+
+T = TypeVar("T")
+Patterns = AdapterPlan | _paths.Pattern | Iterable[_paths.Pattern]
+Quantize = Callable[..., QuantizedTensor]
+Format = Literal["nf4", "int8", "fp8"] | Quantize
+
+_FORMATS: dict[str, Quantize] = {
+    "nf4": quantize_nf4,
+    "int8": quantize_int8,
+    "fp8": quantize_fp8,
+}
+_NO_SETTINGS = ("weight", "batch_axes")  # arguments that come with each leaf
+_NONE: Mapping[_paths.Pattern, int] = FrozenDict()
+
+
+def quantize_params(
+    params: chex.ArrayTree,
+    patterns: Patterns,
+    format: Format = "nf4",
+    *,
+    batch_axes: int | Mapping[_paths.Pattern, int] = _NONE,
+    plan: AdapterPlan | None = None,
+    donate: bool = False,
+    **settings: Any,
+) -> Any:
+    """Quantizes the weights whose paths match some patterns.
+
+    One after the other, each dense only while it is its turn: with leaves that are read
+    from a file when they are needed, or with `donate`, the dense and the quantized model
+    are never in memory together. With a format that has a name, all shapes and dtypes are
+    checked first.
+
+    Args:
+        params: a pytree. Leaves to quantize are float32, bfloat16 or float16: arrays of
+            JAX or NumPy, memory-mapped ones too; anything with a shape, a dtype, and
+            `__array__` or `[...]`; slices of a safetensors file; or
+            `jax.ShapeDtypeStruct`s, which give abstract quantized leaves.
+        patterns: of paths, as in `LoraConfig`, or one pattern; or a plan, for the weights
+            that it adapts.
+        format: `"nf4"`, `"int8"` or `"fp8"`; or a function called as
+            `format(weight, batch_axes=n)`, which returns a quantized tensor.
+        batch_axes: how many leading axes of a weight are a stack of weights (layers,
+            experts), each quantized on its own: pattern to number, or one number for all.
+            Of others the plan says it, by the batch axes that lead, and without a plan
+            there is no stack.
+        plan: whose batch axes those are, if the patterns are not a plan.
+        donate: delete each leaf that is an array of JAX as soon as it is quantized; those
+            before it are gone if an error is raised. Without effect inside `jax.jit`.
+        settings: of the format that has a name, such as `block_size` or `codec`: see
+            `lora_jax.quant.quantize_nf4` and `lora_jax.quant.quantize_int8`.
+
+    Returns:
+        A tree like `params`, in which those leaves are quantized tensors and all others
+        the same objects. The arrays of a sharded weight keep its sharding along the axes
+        of the stack; those of its own shape (the codes of `"int8"` and `"fp8"`) keep all
+        of it, and along other axes the rest is not sharded. Inside `jax.jit` that is so on
+        a mesh with explicit axes, and else the compiler's choice.
+
+    Raises:
+        KeyError: if params lack a weight of the plan.
+        TypeError: if a leaf is quantized already or is no such array, the format is no
+            name or function or returns something else, or does not take a setting.
+        ValueError: if a pattern matches nothing or there is none, a weight does not fit
+            the format or has entries that are not finite (outside of a trace), or an
+            array to donate is at two paths or deleted.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lora_jax.quantized_params import quantize_params
+        >>> params = {"up": {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
+        >>> quantized = quantize_params(params, "*/kernel", "int8", block_size=16)
+        >>> quantized["up"]["kernel"]
+        Int8Tensor(shape=(64, 32), dtype=float32, block_size=16)
+        >>> quantized["up"]["bias"] is params["up"]["bias"]
+        True
+    """
+    leaves, treedef = _paths.flatten(params)
+    _checks.check_flags(donate=donate)
+    quantize = _quantizer(format, settings)
+    plan = _plan_of(patterns, plan, leaves)
+    paths = _chosen(leaves, patterns)
+    counts = _batch_axes(paths, batch_axes, plan)
+    for path, count in counts.items():
+        with _refusing(path):
+            _check_leaf(leaves[path])
+            if isinstance(format, str):
+                _check_fits(quantize, leaves[path], count)
+    if donate:
+        _check_that_none_is_shared(leaves, paths)
+    stored = {}
+    for path, count in counts.items():
+        with _refusing(path):
+            stored[path] = _stored(quantize, leaves[path], count)
+        if donate and isinstance(leaves[path], jax.Array) and not _is_traced(leaves[path]):
+            leaves[path].delete()
+    return treedef.unflatten((leaves | stored).values())
+
+
+def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Array) -> Any:
+    """Shards what a function makes of a weight as the weight is.
+
+    On a mesh with explicit axes, those inside of the function are automatic.
+
+    Args:
+        function: gives the weight in another form, as an array of its shape or as a
+            quantized tensor, and anything besides.
+        weight: dense, traced or not.
+
+    Returns:
+        Both, the first sharded as `quantize_params` says.
+    """
+    spec = _compat.explicit_spec(weight)
+    if any(spec):
+        with _compat.on_mesh_of(weight):
+            whole: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
+            out: Any = _specs(jax.eval_shape(whole, weight)[0], spec), PartitionSpec()
+            inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
+            return jax.jit(inner)(weight)
+    stored, rest = function(weight)
+    shardings = _shardings(stored, getattr(weight, "sharding", None))
+    return stored if shardings is None else jax.device_put(stored, shardings), rest
+
+
+def _specs(stored: Any, spec: Iterable[Any]) -> Any:
+    """The mesh axes of each array of a weight, of those of the dense weight."""
+    axes = tuple(spec)
+    whole = PartitionSpec(*axes)
+    if not is_quantized(stored):
+        return whole
+    stack = PartitionSpec(*axes[: stored.batch_ndim])
+    return jax.tree.map(lambda x: whole if x.shape == stored.shape else stack, stored)
+
+
+def _shardings(stored: Any, sharding: Any) -> Any:
+    """The sharding of each array of a weight, of that of the dense weight; or None."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    place = functools.partial(NamedSharding, memory_kind=sharding.memory_kind)
+    specs = _specs(stored, sharding.spec)
+    return jax.tree.map(
+        lambda spec: place(sharding.mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def _quantizer(format: Format, settings: Mapping[str, Any]) -> Quantize:
+    """The function that a format and its settings come to."""
+    if isinstance(format, str):
+        _checks.check_choice("format", format, tuple(_FORMATS))
+        function = _FORMATS[format]
+        names = [n for n in inspect.signature(function).parameters if n not in _NO_SETTINGS]
+        unknown = [name for name in settings if name not in names]
+        if unknown:
+            raise TypeError(
+                f"format={format!r} has the settings {', '.join(names) or 'none'}, got "
+                f"{', '.join(unknown)}."
+            )
+        return functools.partial(function, **settings)
+    if not callable(format):
+        raise TypeError(
+            f"format must be {', '.join(map(repr, _FORMATS))} or a function (weight, "
+            f"batch_axes), got {format!r} ({type(format).__name__})."
+        )
+    if settings:
+        raise TypeError(
+            f"settings are for a format that has a name, got {', '.join(settings)}: give "
+            "them to the function, with functools.partial."
+        )
+    return format
+
+
+def _chosen(leaves: Mapping[str, Any], patterns: Patterns) -> list[str]:
+    """The paths of the weights to quantize, in order."""
+    if isinstance(patterns, AdapterPlan):
+        return list(patterns.targets)
+    if isinstance(patterns, str | re.Pattern):
+        patterns = (patterns,)
+    texts = [_paths.as_text("patterns", pattern) for pattern in patterns]
+    if not texts:
+        raise ValueError("patterns is empty: give those of the weights to quantize.")
+    if ALL_LINEAR in texts:
+        raise ValueError(
+            f"patterns={ALL_LINEAR!r} needs a function to find them: give the plan that "
+            "plan_adapters makes with it."
+        )
+    _check_matched("patterns", texts, leaves)
+    return [path for path in leaves if _paths.first_match(texts, path)]
+
+
+def _plan_of(
+    patterns: Patterns, plan: AdapterPlan | None, leaves: Mapping[str, Any]
+) -> AdapterPlan | None:
+    """The plan that was given, as patterns or besides them."""
+    if isinstance(patterns, AdapterPlan):
+        if plan is not None:
+            raise ValueError("patterns is a plan already: leave out plan=.")
+        plan = patterns
+    if plan is not None:
+        _plan_checks.check_params(leaves, plan)
+    return plan
+
+
+def _check_matched(name: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    paths = list(paths)
+    for pattern in _paths.unmatched(patterns, paths):
+        raise ValueError(
+            f"the pattern {pattern!r} of {name} matches nothing"
+            f"{_paths.nearest_hint(pattern, paths)}."
+        )
+
+
+def _batch_axes(
+    paths: list[str], given: int | Mapping[_paths.Pattern, int], plan: AdapterPlan | None
+) -> dict[str, int]:
+    """How many leading axes of each weight are a stack."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(paths, given)
+    texts = {_paths.as_text("batch_axes", pattern): n for pattern, n in given.items()}
+    _check_matched("batch_axes", texts, paths)
+    targets = {} if plan is None else plan.targets
+    letters = {path: targets[path].axes if path in targets else "" for path in paths}
+    leading = {path: len(axes) - len(axes.lstrip("b")) for path, axes in letters.items()}
+    return {path: _paths.look_up(texts, path, leading[path]) for path in paths}
+
+
+@contextlib.contextmanager
+def _refusing(path: str) -> Iterator[None]:
+    """Puts the path in front of an error, and behind it how to leave the leaf out."""
+    with _checks.at_path(path):
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            # A function may raise a subclass, which cannot be made of a message.
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            advice = "To keep the leaf as it is, let no pattern match it."
+            raise kind(f"{error} {advice}") from error
+
+
+def _check_leaf(leaf: Any) -> None:
+    """Raises unless it is a dense array of any kind, with values or abstract."""
+    if is_quantized(leaf):
+        raise TypeError(f"the weight is quantized already: {leaf!r}.")
+    if _is_slice(leaf):
+        return
+    _checks.check_abstract_array("the weight", leaf)
+    if isinstance(leaf, jax.Array) and not _is_traced(leaf) and leaf.is_deleted():
+        raise ValueError(
+            "the weight has been deleted or donated, and its values are gone: use what "
+            "took its place."
+        )
+
+
+def _check_fits(quantize: Quantize, leaf: Any, count: int) -> None:
+    """Raises if a format with a name does not take a weight of that shape and dtype."""
+    if not _is_slice(leaf):
+        jax.eval_shape(functools.partial(quantize, batch_axes=count), _abstract(leaf))
+
+
+def _check_that_none_is_shared(leaves: Mapping[str, Any], paths: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array):
+            owners.setdefault(id(leaf), []).append(path)
+    for path in paths:
+        others = [other for other in owners.get(id(leaves[path]), ()) if other != path]
+        if others:
+            raise ValueError(
+                f"the array at {path!r} is also at {others[0]!r}, and donating it would "
+                "delete both: quantize with donate=False."
+            )
+
+
+def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
+    """A leaf, quantized."""
+
+    def store(weight: jax.Array) -> tuple[QuantizedTensor, tuple[()]]:
+        made = quantize(weight, batch_axes=count)
+        _check_made(made, weight)
+        return made, ()
+
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        made, _ = jax.eval_shape(store, _abstract(leaf))
+        return _with_sharding(made, leaf.sharding)
+    weight = _values(leaf)
+    if _is_traced(weight):
+        return keep_sharding(store, weight)[0]
+    if any(_compat.explicit_spec(weight)):  # there the format sees no values
+        _inputs.check_weight(weight, count)
+    return jax.block_until_ready(keep_sharding(store, weight)[0])
+
+
+def _check_made(made: Any, weight: jax.Array) -> None:
+    """Raises unless a function made a quantized tensor of the weight."""
+    what = "what the function given as format returned"
+    if not is_quantized(made):
+        raise TypeError(f"{what} must be a QuantizedTensor, got {type(made).__name__}.")
+    if made.shape != weight.shape or made.dtype != weight.dtype:
+        raise ValueError(
+            f"{what} must have the shape {weight.shape} and the dtype {weight.dtype} of "
+            f"the weight, got {made.shape} and {made.dtype}."
+        )
+
+
+def _with_sharding(abstract: QuantizedTensor, sharding: Any) -> QuantizedTensor:
+    """An abstract quantized weight, with the shardings of its arrays."""
+    shardings = _shardings(abstract, sharding)
+    if shardings is None:
+        return abstract
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+def _values(leaf: Any) -> jax.Array:
+    """A dense leaf, read if it is not in memory yet."""
+    return jnp.asarray(leaf if hasattr(leaf, "__array__") else leaf[...])
+
+
+def _is_slice(leaf: Any) -> bool:
+    """Whether it is a slice of a safetensors file, which names shape and dtype its way."""
+    return hasattr(leaf, "get_shape") and not hasattr(leaf, "shape")
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, Tracer)

@@ -1,6 +1,7 @@
-"""docs/examples: its pieces on made-up data, and, slowly, the whole job."""
+"""docs/examples and its study of quantized bases: pieces on made-up data; the whole job."""
 
 import collections
+import dataclasses
 import hashlib
 import importlib
 import io
@@ -23,15 +24,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 GOLDEN = ROOT / "tests" / "golden" / "minilm" / "expected.safetensors"
 
-sys.path.append(str(EXAMPLES))
+sys.path += [str(EXAMPLES), str(ROOT / "docs" / "studies")]
 minilm = importlib.import_module("minilm")
 reviews = importlib.import_module("reviews")
 classifier = importlib.import_module("classifier")
 report = importlib.import_module("report")
 sentiment = importlib.import_module("sentiment")
+quantized_accuracy = importlib.import_module("quantized_accuracy")
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 24, 36, 17, 2
 METHODS = ["lora", "dora"]
+FORMATS = ["nf4", "int8", "fp8"]
 
 
 def torch_tensors(seed):
@@ -385,8 +388,10 @@ def test_filling_rows_do_not_count():
     np.testing.assert_allclose(float(expected[0]), np.mean(losses), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_step_learns_and_donates(method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "base"), [("lora", "full"), ("dora", "full"), ("lora", "nf4")]
+)
+def test_step_learns_and_donates(method, base, monkeypatch, any_size):
     traces, loss_and_accuracy = [], classifier.loss_and_accuracy
 
     def counted(*arguments):
@@ -395,6 +400,7 @@ def test_step_learns_and_donates(method, monkeypatch):
 
     monkeypatch.setattr(classifier, "loss_and_accuracy", counted)
     params, _, plan = tiny_model(method)
+    params = classifier.quantize_base(params, base)
     (batch,) = reviews.make_batches(tiny_examples([5] * 32))
     trainable = classifier.init_trainable(jax.random.key(0), params, plan)
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
@@ -416,7 +422,7 @@ def test_save(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     params, _, plan = tiny_model("dora")
     trainable = trained(params, plan)
-    job = classifier.Job("dora", rank=3, alpha=2.0)
+    job = classifier.Job("dora", rank=3, alpha=2.0, base="nf4")
     classifier.save(tmp_path / "new", trainable, plan, job)
     loaded = numpy.load_file(tmp_path / "new" / "adapter.safetensors")
     expected = classifier.by_path(trainable)
@@ -429,6 +435,135 @@ def test_save(tmp_path):
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert (config["method"], config["rank"], config["alpha"]) == ("dora", 3, 2.0)
     assert config["base"]["sha256"] == minilm.MODEL.sha256
+    assert config["base"]["format"] == "nf4"
+
+
+# --- a base in few bits --------------------------------------------------------------
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """NF4 as the example has it needs blocks that the tiny kernels do not fill."""
+
+    original = lora_jax.quantize_params
+
+    def quantize(params, patterns, base):
+        settings = {"codec": "bitsandbytes"} if base == "nf4" else {}
+        return original(params, patterns, base, **settings)
+
+    monkeypatch.setattr(lora_jax, "quantize_params", quantize)
+
+
+def stored_by_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params, lora_jax.quant.is_quantized)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+
+
+@pytest.mark.parametrize("base", FORMATS)
+def test_base_has_its_kernels_in_few_bits(base, any_size):
+    params = tiny_params()
+    stored = stored_by_path(classifier.quantize_base(params, base))
+    for path, leaf in classifier.by_path(params).items():
+        if not path.endswith("/kernel"):
+            np.testing.assert_array_equal(stored[path], leaf)
+            continue
+        assert stored[path].shape == leaf.shape
+        step = {"nf4": 0.16, "int8": 0.5 / 127, "fp8": 1 / 16}[base]
+        error = np.abs(lora_jax.quant.dequantize(stored[path]) - leaf)
+        assert 0 < error.max() <= 1.01 * step * np.abs(leaf).max()
+    kernels = [path for path in stored if lora_jax.quant.is_quantized(stored[path])]
+    assert len(kernels) == 6 * LAYERS
+
+
+def test_full_base_is_the_params():
+    params = tiny_params()
+    assert classifier.quantize_base(params, "full") is params
+    leaves = classifier.by_path(params).values()
+    assert classifier.megabytes(params) == sum(x.size for x in leaves) * 4e-6
+
+
+@pytest.mark.parametrize("base", FORMATS)
+def test_stored_encoder_is_the_dense_one(base, any_size):
+    params, batch, _ = tiny_model("lora")
+    stored = classifier.quantize_base(params, base)
+    dense = jax.tree.map(
+        lambda x: lora_jax.quant.dequantize(x) if lora_jax.quant.is_quantized(x) else x,
+        stored,
+        is_leaf=lora_jax.quant.is_quantized,
+    )
+    expected = np.asarray(classifier.encode(dense, batch))
+    assert_close(classifier.encode_stored(stored, batch), expected, ulps=16)
+    assert np.abs(expected - classifier.encode(params, batch)).max() > 1e-3
+    assert classifier.megabytes(stored) < classifier.megabytes(params)
+
+
+@pytest.mark.parametrize(("method", "base"), [("lora", "int8"), ("dora", "nf4")])
+def test_merged_is_adapted_on_a_base_in_few_bits(method, base, any_size):
+    params, batch, plan = tiny_model(method)
+    stored = classifier.quantize_base(params, base)
+    assert classifier.make_plan(stored, batch, classifier.Job(method, rank=3)) == plan
+    adapters = trained(stored, plan)["adapters"]
+    before = classifier.fingerprint(stored)
+    merged = lora_jax.merge_adapters(stored, adapters, plan)
+    assert classifier.fingerprint(stored) == before
+    actual = classifier.encode_stored(merged, batch)
+    expected = classifier.encode_adapted(stored, adapters, plan, batch)
+    assert_close(actual, np.asarray(expected), ulps=64)
+    assert np.abs(expected - classifier.encode_stored(stored, batch)).max() > 1e-2
+    for path, leaf in stored_by_path(merged).items():
+        in_few_bits = path.endswith("/kernel") and path not in adapters
+        assert lora_jax.quant.is_quantized(leaf) == in_few_bits
+
+
+def test_fingerprint_sees_one_bit_of_a_code():
+    params = classifier.quantize_base(tiny_params(), "int8")
+    before = classifier.fingerprint(params)
+    attention = params["encoder"]["layer_1"]["attention"]
+    codes = attention["query"]["kernel"].codes
+    other = dataclasses.replace(
+        attention["query"]["kernel"], codes=codes.at[3, 5].set(codes[3, 5] ^ 1)
+    )
+    attention["query"]["kernel"] = other
+    assert classifier.fingerprint(params) != before
+
+
+# --- the study of its accuracy --------------------------------------------------------
+
+
+def test_random_encoder_is_like_the_pretrained_one():
+    sizes = (VOCABULARY, 64, LAYERS, WIDTH, HIDDEN)
+    params = quantized_accuracy.random_encoder(jax.random.key(0), *sizes)
+    expected = classifier.by_path(tiny_params())
+    actual = classifier.by_path(params)
+    assert {path: leaf.shape for path, leaf in actual.items()} == {
+        path: leaf.shape for path, leaf in expected.items()
+    }
+    kernels = [leaf for path, leaf in actual.items() if path.endswith("kernel")]
+    assert len({leaf[0, 0].item() for leaf in kernels}) == len(kernels) == 6 * LAYERS
+    assert np.std(kernels[0]) == pytest.approx(WIDTH**-0.5, rel=0.1)
+
+
+def test_deviations():
+    expected = np.array([[3.0, 4.0], [0.0, -5.0]])
+    actual = np.array([[3.0, 4.0], [5.0, -5.0]])
+    size = np.sqrt(50 / 4)
+    wanted = (np.sqrt(25 / 4) / size, 5 / size, np.sqrt(0.5))
+    np.testing.assert_allclose(quantized_accuracy.deviations(actual, expected), wanted)
+
+
+def test_rows_compare_real_tokens_and_sentences():
+    params, batch, _ = tiny_model("lora")
+    embeddings, logits = quantized_accuracy.embeddings_and_logits(params, batch)
+    assert embeddings.shape == (3, WIDTH)
+    assert logits.shape == (5 + 9 + 24, VOCABULARY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "BASES", ("full", "int8"))
+        full, stored = quantized_accuracy.rows("tiny", params, batch)
+    assert full[:2] == ["tiny", "full"]
+    assert 0 < float(stored[3].rstrip("%")) < float(stored[4].rstrip("%"))
 
 
 # --- the job ------------------------------------------------------------------------
@@ -457,6 +592,7 @@ def test_probe_is_at_its_optimum():
         (["--json", "summary"], "expected the name of a .json file"),
         (["--cache", __file__], "expected a folder, got the file"),
         (["--method", "full"], "(choose from"),
+        (["--base", "int4"], "(choose from"),
     ],
 )
 def test_bad_options(arguments, expected, capsys):
@@ -471,6 +607,33 @@ def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit, match="0"):
         sentiment.main(["--help"])
     assert "python sentiment.py --method dora --rank 4" in capsys.readouterr().out
+
+
+def test_options_are_the_job_and_name_the_folder(tmp_path):
+    args = sentiment.parse_arguments(["--base", "nf4", "--cache", str(tmp_path)])
+    assert args.out == tmp_path / "sentiment-lora-nf4"
+    job = classifier.Job()
+    fields = dataclasses.asdict(job) | {"base": "nf4"}
+    assert {name: getattr(args, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("full", "90.3 MB\n"),
+        ("int8", "90.3 MB; merged kernels are dense, the others int8\n"),
+    ],
+)
+def test_print_split_says_what_is_dense(base, expected, capsys):
+    numbers = dict.fromkeys(("train_sentences", "test_sentences"), 10)
+    numbers |= {"trainable_parameters": 7, "merged_megabytes": 90.26}
+    shares = dict.fromkeys(("probe_accuracy", "merged_accuracy"), 0.8)
+    shares |= {"merge_max_difference": 1e-6, "history": {"test_accuracy": [0.8]}}
+    split = numbers | shares | {"frozen_unchanged": True}
+    report.print_split(split, "lora", base, pathlib.Path("out"))
+    printed = capsys.readouterr().out
+    assert expected in printed
+    assert "bit-identical to" in printed
 
 
 def test_main_reports_a_failed_fetch_without_a_traceback(monkeypatch, tmp_path):
@@ -534,12 +697,15 @@ def test_encoder_agrees_with_transformers(golden, pretrained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_job(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "base", "megabytes"),
+    [("lora", "full", 90.3), ("dora", "full", 90.3), ("lora", "nf4", 53.3)],
+)
+def test_job(method, base, megabytes, tmp_path):
     pytest.importorskip("tqdm")
     script, result = str(EXAMPLES / "sentiment.py"), tmp_path / "summary.json"
     command = [sys.executable, script, "--method", method, "--epochs", "1"]
-    command += ["--out", str(tmp_path / "out"), "--json", str(result)]
+    command += ["--base", base, "--out", str(tmp_path / "out"), "--json", str(result)]
     # the job runs as a user would run it, without the settings of this test suite
     inherited = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -551,5 +717,6 @@ def test_job(method, tmp_path):
     assert split["frozen_unchanged"]
     assert split["merge_max_difference"] <= 3e-5
     assert summary["total_parameters"] == 22_565_376
+    assert summary["base_megabytes"] == pytest.approx(megabytes, abs=0.05)
     saved = {path.name for path in (tmp_path / "out" / "split_0").iterdir()}
     assert saved == {"adapter.safetensors", "config.json", "plan.json"}

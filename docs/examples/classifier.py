@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ import reviews
 import lora_jax
 
 METHODS = ("lora", "dora")
-
+Base = Literal["full", "nf4", "int8", "fp8"]
+BASES: tuple[Base, ...] = get_args(Base)
 Adapters = dict[str, lora_jax.Adapter]
 Head = dict[str, jax.Array]
 Trainable = dict[str, Any]
@@ -39,6 +40,24 @@ class Job:
     alpha: float = 16.0
     epochs: int = 2
     seed: int = 0
+    base: Base = "full"
+
+
+def quantize_base(params: minilm.Params, base: Base) -> minilm.Params:
+    """Stores all kernels of the encoder in few bits; the rest stays as it is.
+
+    Args:
+        params: what `minilm.load` returns.
+        base: one of `BASES`; `"full"` leaves the kernels too.
+    """
+    if base == "full":
+        return params
+    return lora_jax.quantize_params(params, "encoder/*/kernel", base)
+
+
+def megabytes(params: minilm.Params) -> float:
+    """Returns what the parameters take, as they are stored, in 10^6 bytes."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
 
 
 @jax.jit
@@ -49,13 +68,19 @@ def encode(params: minilm.Params, batch: reviews.Batch) -> jax.Array:
 
 
 @jax.jit
+def encode_stored(params: minilm.Params, batch: reviews.Batch) -> jax.Array:
+    """Returns what `encode` does; kernels may be stored in few bits."""
+    return lora_jax.accept_quantized(encode)(params, batch)
+
+
+@jax.jit
 def encode_adapted(
     params: minilm.Params,
     adapters: Adapters,
     plan: lora_jax.AdapterPlan,
     batch: reviews.Batch,
 ) -> jax.Array:
-    """Returns what `encode` does, with adapters."""
+    """Returns what `encode` does, with adapters; kernels may be stored in few bits."""
     return lora_jax.adapt(encode, plan)(params, adapters, batch)
 
 
@@ -137,7 +162,7 @@ def by_path(tree: Any) -> dict[str, np.ndarray]:
 
 
 def fingerprint(params: minilm.Params) -> str:
-    """Returns a hash of every path and every bit of the parameters."""
+    """Returns a hash of every path and every bit of the parameters, as they are stored."""
     digest = hashlib.sha256()
     for path, leaf in by_path(params).items():
         digest.update(path.encode() + leaf.tobytes())
@@ -150,11 +175,13 @@ def save(
     """Writes what was trained, and what it takes to use it.
 
     `adapter.safetensors` has the arrays by path, `plan.json` is for
-    `AdapterPlan.from_json`, and `config.json` has the job and the base model.
+    `AdapterPlan.from_json`, and `config.json` has the job, and the base model with the
+    format that it was stored in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_numpy = minilm.optional_import("safetensors.numpy")
     safetensors_numpy.save_file(by_path(trainable), folder / "adapter.safetensors")
     (folder / "plan.json").write_text(plan.to_json() + "\n")
-    config = dataclasses.asdict(job) | {"base": minilm.MODEL._asdict()}
+    base = minilm.MODEL._asdict() | {"format": job.base}
+    config = dataclasses.asdict(job) | {"base": base}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -23,11 +23,14 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def print_split(split: dict[str, Any], method: str, folder: pathlib.Path) -> None:
+def print_split(
+    split: dict[str, Any], method: str, base: str, folder: pathlib.Path
+) -> None:
     """Prints what came out of one split, and where it is saved."""
     epochs = ", ".join(f"{share:.1%}" for share in split["history"]["test_accuracy"])
     same = "bit-identical to" if split["frozen_unchanged"] else "DIFFERENT FROM"
     difference = f"logits within {split['merge_max_difference']:.1e} of the adapted ones"
+    dense = "" if base == "full" else f"; merged kernels are dense, the others {base}"
     rows = {
         "sentences to train on, to test on": (
             f"{split['train_sentences']:,}, {split['test_sentences']:,}"
@@ -35,7 +38,8 @@ def print_split(split: dict[str, Any], method: str, folder: pathlib.Path) -> Non
         "linear probe on the frozen encoder": f"{split['probe_accuracy']:.1%}",
         f"{method} after each epoch": epochs,
         f"{method} merged": f"{split['merged_accuracy']:.1%}, {difference}",
-        "frozen weights": f"{same} those loaded",
+        "stored after the merge": f"{split['merged_megabytes']:.1f} MB{dense}",
+        "frozen weights": f"{same} those before training",
         "trained parameters": f"{split['trainable_parameters']:,}, in {folder}",
     }
     for title, value in rows.items():

@@ -4,7 +4,7 @@ The task is to tell favorable sentences of product reviews from unfavorable ones
 encoder (all-MiniLM-L6-v2) stays frozen; what is trained are adapters on its query and
 value kernels, and a linear head. They are compared with the honest baseline, a head on
 the frozen encoder; then the adapters are merged into the weights, and the merged model
-is compared with the adapted one.
+is compared with the adapted one. With --base the frozen encoder is stored in few bits.
 
     pip install "lora_jax[examples]"      # or, in a clone: pip install -e ".[examples]"
     python docs/examples/sentiment.py
@@ -38,6 +38,7 @@ PROBE_PENALTY = 1e-2  # the best of eight on the test sides of three splits: a s
 EXAMPLES = """examples:
   python sentiment.py                                LoRA, about two minutes
   python sentiment.py --method dora --rank 4
+  python sentiment.py --base nf4                     QLoRA: four bits for a frozen weight
   python sentiment.py --plot curves.png
   python sentiment.py --splits 3 --json summary.json
 """
@@ -144,7 +145,7 @@ def run_split(
     """
     fingerprint = classifier.fingerprint(params)
     test_batches = reviews.make_batches(test)
-    frozen = functools.partial(classifier.encode, params)
+    frozen = functools.partial(classifier.encode_stored, params)
     probe = fit_probe(*encode_all(frozen, reviews.make_batches(training)))
     features, labels = encode_all(frozen, test_batches)
     probe_logits = classifier.apply_head(probe, features)
@@ -163,7 +164,7 @@ def run_split(
         history["test_accuracy"].append(share_right(logits[-1], labels))
 
     merged_params = lora_jax.merge_adapters(params, trainable["adapters"], plan)
-    merged = functools.partial(classifier.encode, merged_params)
+    merged = functools.partial(classifier.encode_stored, merged_params)
     features, _ = encode_all(merged, test_batches)
     merged_logits = classifier.apply_head(trainable["head"], features)
     return trainable, {
@@ -174,6 +175,7 @@ def run_split(
         "adapter_accuracy": history["test_accuracy"][-1],
         "merged_accuracy": share_right(merged_logits, labels),
         "merge_max_difference": float(jnp.max(jnp.abs(merged_logits - logits[-1]))),
+        "merged_megabytes": classifier.megabytes(merged_params),
         "frozen_unchanged": classifier.fingerprint(params) == fingerprint,
         "history": history,
     }
@@ -187,10 +189,13 @@ def run(job: classifier.Job, args: argparse.Namespace) -> dict[str, Any]:
     """
     start = time.perf_counter()
     params, tokenizer = minilm.load(args.cache)
+    params = classifier.quantize_base(params, job.base)
     sentences = list(filter(reviews.is_opinion, reviews.load(args.cache)))
     batch, *_ = reviews.make_batches(reviews.tokenize(tokenizer, sentences[:1]))
     plan = classifier.make_plan(params, batch, job)
-    print(f"{len(sentences):,} sentences, {plan.total:,} frozen parameters; adapters:")
+    stored = classifier.megabytes(params)
+    print(f"{len(sentences):,} sentences; {plan.total:,} frozen parameters, ", end="")
+    print(f"{job.base}, stored in {stored:.1f} MB; adapters:")
     print(plan)
     splits = []
     for index in range(args.splits):
@@ -204,10 +209,11 @@ def run(job: classifier.Job, args: argparse.Namespace) -> dict[str, Any]:
         )
         folder = args.out / f"split_{index}"
         classifier.save(folder, trainable, plan, job)
-        report.print_split(split, job.method, folder)
+        report.print_split(split, job.method, job.base, folder)
         splits.append(split)
     return dataclasses.asdict(job) | {
         "total_parameters": plan.total,
+        "base_megabytes": stored,
         "trainable_parameters": splits[0]["trainable_parameters"],
         "probe_accuracy": report.spread([s["probe_accuracy"] for s in splits]),
         "adapter_accuracy": report.spread([s["adapter_accuracy"] for s in splits]),
@@ -270,22 +276,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alpha", type=number(float, 1e-3, 1e4), default=job.alpha, help=default)
     add("--epochs", type=count, default=job.epochs, help=default)
     add("--seed", type=number(int, 0, 2**31 - 1), default=job.seed, help=default)
+    base_help = "how the encoder's frozen kernels are stored; " + default
+    add("--base", choices=classifier.BASES, default=job.base, help=base_help)
     add("--splits", type=count, default=1, help="repeat over splits; " + default)
     cache_help = "where downloads are, or the two files put there by hand; " + default
     add("--cache", type=folder, default=minilm.default_cache(), help=cache_help)
-    out_help = "where to save adapters; default: sentiment-METHOD in the cache"
+    out_help = "where to save adapters; default: sentiment-METHOD-BASE in the cache"
     add("--out", type=folder, help=out_help)
     add("--plot", type=file_in(".png"), help="draw loss and accuracy into this file")
     add("--json", type=file_in(".json"), help="write a summary into this file")
     args = parser.parse_args(argv)
-    args.out = args.out or args.cache / f"sentiment-{args.method}"
+    args.out = args.out or args.cache / f"sentiment-{args.method}-{args.base}"
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = parse_arguments(argv)
-    job = classifier.Job(args.method, args.rank, args.alpha, args.epochs, args.seed)
+    names = [field.name for field in dataclasses.fields(classifier.Job)]
+    job = classifier.Job(**{name: getattr(args, name) for name in names})
     try:
         for name in ("tqdm", "matplotlib") if args.plot else ("tqdm",):
             minilm.optional_import(name)

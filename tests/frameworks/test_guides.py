@@ -19,6 +19,8 @@ PACKAGES = {
     "nnx": "flax",
     "peft": "safetensors",
     "plain": "jax",
+    "quantized": "safetensors",
+    "training": "jax",
 }
 
 

@@ -64,11 +64,11 @@ def check_array(name: str, value: Any) -> None:
 
 
 def check_has_values(name: str, value: Any) -> None:
-    """Raises if `value` is a mere shape and dtype."""
-    if isinstance(value, jax.ShapeDtypeStruct):
+    """Raises if `value`, or an array of a quantized one, is a mere shape and dtype."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value)):
         raise TypeError(
-            f"{name} is a jax.ShapeDtypeStruct, which has no values to compute with: "
-            "pass an array, or call the function inside jax.eval_shape."
+            f"{name} is a jax.ShapeDtypeStruct, or made of them, which has no values to "
+            "compute with: pass an array, or call the function inside jax.eval_shape."
         )
 
 
@@ -245,6 +245,12 @@ def check_fields(what: str, given: Any, allowed: Sequence[str]) -> None:
 
 def check_input(x: Any, weight: jax.Array) -> None:
     """Raises unless `x` is a floating-point `(*batch, *tokens, in)` array."""
+    if hasattr(x, "dequantize"):
+        raise TypeError(
+            f"x is quantized ({type(x).__name__}), and only frozen weights may be: use "
+            "lora_jax.quant.dequantize(x). Are the arguments in order? The input comes "
+            "first."
+        )
     check_array("x", x)
     batch, n_in = weight.shape[:-2], weight.shape[-2]
     if x.shape[: len(batch)] + x.shape[-1:] != (*batch, n_in):

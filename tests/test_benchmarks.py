@@ -24,6 +24,11 @@ TRANSFORMER_SIZES = [
     *("--rounds=2", "--traces=1"),
 ]
 
+QUANT_SIZES = [
+    *("--size=128", "--layers=2", "--batch=3", "--length=5", "--width=128", "--heads=2"),
+    *("--rank=4", "--rounds=2"),
+]
+
 
 @pytest.fixture(scope="module")
 def bench_linear():
@@ -37,6 +42,13 @@ def bench_transform():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         yield importlib.import_module("bench_transform")
+
+
+@pytest.fixture(scope="module")
+def bench_quant():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("bench_quant")
 
 
 def run_script(script, arguments, folder):
@@ -223,3 +235,64 @@ def test_bench_transform_keeps_16_bits(bench_transform):
                 model = bench_transform.make_model(setup, name)
                 out = jax.eval_shape(model, *setup.arguments[:3])
                 assert out.dtype == jnp.bfloat16, (method, layout, name)
+
+
+@pytest.fixture(scope="module")
+def quant_run(bench_quant, tmp_path_factory):
+    return run_script(bench_quant, QUANT_SIZES, tmp_path_factory.mktemp("bench_quant"))
+
+
+def test_bench_quant_prints_every_contestant(bench_quant, quant_run):
+    columns = {"forming": bench_quant.FORMING_COLUMNS, "step": bench_quant.STEP_COLUMNS}
+    tables = quant_run.result["tables"]
+    assert [table["of"] for table in tables] == ["forming"] * 2 + ["step"] * 6
+    for table in tables:
+        of, rows = table["of"], table["rows"]
+        first = bench_quant.COPY if of == "forming" else bench_quant.DENSE
+        assert rows[first]["wall"] == rows[first]["cpu"] == rows[first]["best"] == 1
+        assert table["title"] in quant_run.text
+        for name, row in rows.items():
+            assert f"\n{name} " in quant_run.text
+            assert set(row) == set(columns[of])
+            assert all(math.isfinite(value) and value > 0 for value in row.values())
+    markdown = bench_quant.format_result(quant_run.result, markdown=True)
+    assert markdown.count("\n|") == sum(len(table["rows"]) + 2 for table in tables)
+
+
+def test_bench_quant_counts_bytes(quant_run):
+    single, half = (table["rows"] for table in quant_run.result["tables"][:2])
+    assert single["copy"]["bound"] == half["copy"]["bound"] == 1
+    assert (single["copy"]["bytes"], half["copy"]["bytes"]) == (4, 2)
+    # A byte an entry and a float32 an output; 4 bits and a byte for 64 entries.
+    assert single["int8"]["bytes"] == half["fp8"]["bytes"] == 1 + 4 / 128
+    assert single["nf4"]["bytes"] == 1 / 2 + 1 / 64 + 8 / 128**2
+    assert single["int8"]["bound"] == (4 + 1 + 4 / 128) / (2 * 4)
+
+
+def test_bench_quant_contestants_agree(bench_quant, quant_run):
+    forming, steps = quant_run.outputs[:2], quant_run.outputs[2:]
+    for made in forming:
+        for name, weight in made.items():
+            assert weight.dtype == made[bench_quant.COPY].dtype
+            error = jnp.abs(weight - made[bench_quant.COPY]).max()
+            assert (error == 0) == (name == bench_quant.COPY)
+            assert error < 0.5
+    for made in steps:
+        (loss, gradients), (want, want_gradients) = (
+            made[name] for name in sorted(made, key=lambda n: n == bench_quant.DENSE)
+        )
+        assert loss == pytest.approx(float(want), rel=1e-5)
+        for got, wanted in zip(
+            jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True
+        ):
+            error = jnp.abs(got - wanted).max()
+            assert error <= 512 * jnp.finfo(got.dtype).eps * jnp.abs(wanted).max()
+
+
+def test_bench_quant_keeps_16_bits(bench_quant):
+    options = bench_quant.parse([*QUANT_SIZES, "--dtype=bfloat16"])
+    for setup in bench_quant.set_up(options, "lora", "nf4").values():
+        _, params, x, target = setup.arguments
+        assert x.dtype == target.dtype == params["layers"]["up"].dtype == jnp.bfloat16
+        _, gradients = jax.eval_shape(setup.step, *setup.arguments)
+        assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))

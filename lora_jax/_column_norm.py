@@ -90,9 +90,19 @@ def adapted_norm(
     return norm(jnp.maximum(squared + correction, 0))
 
 
-@functools.partial(_numerics.keep_arguments, static=5)
 def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
-    """`adapted_norm` with a gradient of the factors (and of the scale) only."""
+    """`adapted_norm` with a gradient of the factors (and of the scale) only.
+
+    A quantized weight is formed again in the backward pass.
+    """
+    if _quantized.is_quantized(weight):
+        keep = jax.checkpoint(_frozen_norm, static_argnums=5)
+    else:
+        keep = _numerics.keep_arguments(_frozen_norm, static=5)
+    return keep(weight, a, b, scale, base, axis)
+
+
+def _frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
     weight = lax.stop_gradient(_quantized.as_dense(weight))
     return adapted_norm(weight, a, b, scale, base, axis)
 

@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("suite")
 QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
     *("tests.test_checkpoint", "tests.test_decomposed", "tests.test_decomposed_params"),
+    "tests.test_dora",
     *("tests.test_initializers", "tests.test_properties", "tests.test_quantized_params"),
     *("tests.quant.test_files", "tests.quant.test_tensors"),
     *("tests.training", "tests.transform.test_fuzz", "tests.transform.test_quantized"),

@@ -12,6 +12,8 @@ import pytest
 import lora_jax
 from tests.training import problem, programs
 
+pytestmark = pytest.mark.slow  # half a minute of compiling
+
 # The smallest frozen matrix of a layer, (400, 400), has more entries than anything else a
 # step makes: an activation of all layers, or the 128 rows of a weight, at most, of which
 # DoRA forms the norm at a time. Only where it does so for all layers there are more.
@@ -28,12 +30,8 @@ CASES = [
     ("lora", "scan", "float32"),
     ("lora", "loop", "float32"),
     ("dora", "scan", "float32"),
-    pytest.param("dora", "loop", "float32", marks=pytest.mark.slow),
-    *(
-        pytest.param(method, layout, "bfloat16", marks=pytest.mark.slow)
-        for method in ("lora", "dora")
-        for layout in ("scan", "loop")
-    ),
+    ("dora", "loop", "float32"),
+    *((m, layout, "bfloat16") for m in ("lora", "dora") for layout in ("scan", "loop")),
 ]
 EVERY_CASE = pytest.mark.parametrize(("method", "layout", "dtype"), CASES)
 
@@ -149,9 +147,7 @@ def full_step(layout):
     return compile_step(problem.full_loss, make_params(layout, "float32"), BATCH)
 
 
-SLOW_LOOP = pytest.mark.parametrize(
-    "layout", ["scan", pytest.param("loop", marks=pytest.mark.slow)]
-)
+SLOW_LOOP = pytest.mark.parametrize("layout", ["scan", "loop"])
 
 
 @SLOW_LOOP
@@ -236,7 +232,6 @@ def test_a_checkpointed_layer_keeps_its_input_only(method, config):
     ]
 
 
-@pytest.mark.slow
 def test_accumulated_gradients_cost_no_memory_for_more_microbatches():
     params, plan, adapters = set_up("lora", "scan")
     loss = problem.adapted_loss(plan)

@@ -831,7 +831,8 @@ def test_loops_stack_up_activations_only(use_dora, wrong):
     step = deep_step(plan, dense_at_once if wrong else lambda params: params)
     found = list(stacked_outputs(jax.make_jaxpr(step)(adapters, stored, x).jaxpr))
     sizes = [int(np.prod(aval.shape)) for aval in found]
-    codes = [aval for aval in found if jnp.issubdtype(aval.dtype, jnp.integer)]
+    # A scalar is a counter that some versions of JAX hand on.
+    codes = [a for a in found if jnp.issubdtype(a.dtype, jnp.integer) and a.shape]
     assert found
     assert not codes
     gradients_or_activations = LAYERS * WIDTH * max(ROWS, RANK)

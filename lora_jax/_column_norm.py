@@ -95,10 +95,7 @@ def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
 
     A quantized weight is formed again in the backward pass.
     """
-    if _quantized.is_quantized(weight):
-        keep = jax.checkpoint(_frozen_norm, static_argnums=5)
-    else:
-        keep = _numerics.keep_arguments(_frozen_norm, static=5)
+    keep = _numerics.keep_arguments(_frozen_norm, 5, frozen=weight)
     return keep(weight, a, b, scale, base, axis)
 
 

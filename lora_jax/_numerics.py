@@ -94,15 +94,19 @@ def _folds(x: jax.Array, batch_ndim: int) -> bool:
     return jax.default_backend() == "cpu" and not sharded
 
 
-def keep_arguments(function: Callable[..., Any], static: int | None = None) -> Any:
+def keep_arguments(
+    function: Callable[..., Any], static: int | None = None, *, frozen: Any = None
+) -> Any:
     """Keeps the arguments for the backward pass, and nothing that is made of them.
 
     A folded, cast or transposed copy would otherwise be kept beside the array itself:
     nothing for one compiled layer, a copy of all frozen weights for a `lax.scan` over
-    layers.
+    layers. If `frozen`, the weight among them, is quantized, what the function forms of it
+    must not stay either: a barrier keeps the compiler from forming it once for both passes.
     """
     numbers = () if static is None else (static,)
-    return jax.checkpoint(function, prevent_cse=False, static_argnums=numbers)
+    barrier = _quantized.is_quantized(frozen)
+    return jax.checkpoint(function, prevent_cse=barrier, static_argnums=numbers)
 
 
 # Inlined where something else is traced; compiled once where it is not.
@@ -123,10 +127,7 @@ def frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
     `x @ W`, multiplied in `dtype`, with a gradient of `x` only. A quantized weight is
     formed again in the backward pass.
     """
-    if _quantized.is_quantized(weight):
-        # Unlike other arguments it has to be formed, so that what is formed must not stay.
-        return jax.checkpoint(_frozen_product, static_argnums=2)(x, weight, dtype)
-    return keep_arguments(_frozen_product, static=2)(x, weight, dtype)
+    return keep_arguments(_frozen_product, 2, frozen=weight)(x, weight, dtype)
 
 
 def _frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:

@@ -110,6 +110,58 @@ def _with_inline_flags(pattern: re.Pattern[str]) -> str:
     return f"(?{''.join(letters)}){pattern.pattern}"
 
 
+def as_texts(name: str, patterns: Any) -> tuple[str, ...]:
+    """One pattern or several in the form they are kept in, checked.
+
+    Raises:
+        TypeError: if it is neither a pattern nor a tuple or list of them.
+        ValueError: as `as_text`.
+    """
+    if isinstance(patterns, str | re.Pattern):
+        patterns = (patterns,)
+    if not isinstance(patterns, tuple | list):
+        raise TypeError(
+            f"{name} must be a pattern or a tuple of patterns, got {patterns!r} "
+            f"({type(patterns).__name__})."
+        )
+    return tuple(as_text(name, pattern) for pattern in patterns)
+
+
+def as_entries(name: str, entries: Any) -> dict[str, Any]:
+    """A mapping from patterns, as they are kept; of equal ones the first counts.
+
+    Raises:
+        TypeError: if it is no mapping.
+        ValueError: as `as_text`.
+    """
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            f"{name} must be a dict from patterns to values, got {type(entries).__name__}."
+        )
+    kept: dict[str, Any] = {}
+    for pattern, value in entries.items():
+        kept.setdefault(as_text(name, pattern), value)
+    return kept
+
+
+def check_matched(
+    name: str, patterns: Iterable[str], paths: Iterable[str], what: str, hint: str = ""
+) -> None:
+    """Raises unless each pattern matches a path; `hint` ends the message.
+
+    Raises:
+        ValueError: that names the patterns, and the paths nearest to them.
+    """
+    paths = list(paths)
+    lost = unmatched(patterns, paths)
+    if lost:
+        hints = [f"{pattern!r}{nearest_hint(pattern, paths)}" for pattern in lost]
+        raise ValueError(
+            f"a pattern of {name} matches no {what}: {'. '.join(hints)}. A pattern is a "
+            f"glob on the whole path, or 're:...' for a regular expression.{hint}"
+        )
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern, as text, matches a path."""
     paths = (path, *(path.removesuffix(box) for box in _BOXES if path.endswith(box)))

@@ -38,8 +38,12 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
     refused: dict[str, _axes.UnsuitableError] = {}
     all_linear = config.targets == ALL_LINEAR
     if not all_linear:
-        _check_matched("targets", kept_patterns(config.targets), arrays, "array of params")
-    _check_matched("exclude", kept_patterns(config.exclude), arrays, "array of params")
+        _paths.check_matched(
+            "targets", kept_patterns(config.targets), arrays, "array of params"
+        )
+    _paths.check_matched(
+        "exclude", kept_patterns(config.exclude), arrays, "array of params"
+    )
     for path, leaf in leaves.items():
         reason = _passed_over(config, path, leaf)
         if reason is not None:
@@ -57,7 +61,7 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
     if not targets:
         raise ValueError(_nothing(config, skipped))
     for name in _PER_WEIGHT:
-        _check_matched(name, getattr(config, name), targets, "weight that is adapted")
+        _paths.check_matched(name, getattr(config, name), targets, "weight that is adapted")
     return AdapterPlan(
         config=config,
         targets=FrozenDict(targets),
@@ -179,19 +183,6 @@ def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | 
             "expected one letter for each axis."
         )
     return letters
-
-
-def _check_matched(
-    name: str, patterns: Iterable[str], paths: Iterable[str], what: str
-) -> None:
-    """Raises unless each pattern of a field matches something."""
-    lost = _paths.unmatched(patterns, paths)
-    if lost:
-        hints = [f"{pattern!r}{_paths.nearest_hint(pattern, paths)}" for pattern in lost]
-        raise ValueError(
-            f"a pattern of {name} matches no {what}: {'. '.join(hints)}. A pattern is a "
-            "glob on the whole path, or 're:...' for a regular expression."
-        )
 
 
 def _refusal(refused: Mapping[str, _axes.UnsuitableError]) -> str:

@@ -92,7 +92,7 @@ class LoraConfig:
             "rank": _rank(self.rank),
             "alpha": _alpha(self.alpha),
             "targets": _targets(self.targets),
-            "exclude": _patterns("exclude", self.exclude),
+            "exclude": _paths.as_texts("exclude", self.exclude),
             "rank_pattern": _entries("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _entries("alpha_pattern", self.alpha_pattern, _alpha),
             "axes": _entries("axes", self.axes, _axes),
@@ -205,21 +205,10 @@ def _axes(letters: Any) -> str:
     return letters
 
 
-def _patterns(name: str, patterns: Any) -> tuple[str, ...]:
-    if isinstance(patterns, str | re.Pattern):
-        patterns = (patterns,)
-    if not isinstance(patterns, tuple | list):
-        raise TypeError(
-            f"{name} must be a pattern or a tuple of patterns, got {patterns!r} "
-            f"({type(patterns).__name__})."
-        )
-    return tuple(_paths.as_text(name, pattern) for pattern in patterns)
-
-
 def _targets(targets: Any) -> str | tuple[str, ...]:
     if isinstance(targets, str) and targets == ALL_LINEAR:
         return targets
-    patterns = _patterns("targets", targets)
+    patterns = _paths.as_texts("targets", targets)
     if not patterns:
         raise ValueError(
             "targets is empty: give patterns of the weights' paths, or 'all-linear'."
@@ -233,16 +222,11 @@ def _targets(targets: Any) -> str | tuple[str, ...]:
 
 
 def _entries(name: str, entries: Any, check: Callable[[Any], Any]) -> FrozenDict[str, Any]:
-    if not isinstance(entries, Mapping):
-        raise TypeError(
-            f"{name} must be a dict from patterns to values, got {type(entries).__name__}."
-        )
-    kept = {}
-    for pattern, value in entries.items():
-        text = _paths.as_text(name, pattern)
-        with _checks.at_path(f"{name}[{text!r}]"):
-            kept.setdefault(text, check(value))  # of equal patterns too the first counts
-    return FrozenDict(kept)
+    checked = {}
+    for pattern, value in _paths.as_entries(name, entries).items():
+        with _checks.at_path(f"{name}[{pattern!r}]"):
+            checked[pattern] = check(value)
+    return FrozenDict(checked)
 
 
 def _dtype(dtype: Any) -> str | None:

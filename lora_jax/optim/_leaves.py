@@ -5,7 +5,6 @@ those of adapters. A *gap* is what stands where a leaf was left out: `optax.Mask
 or None. It keeps its place and its path, so that a part of a tree is seen as the whole is.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -77,40 +76,6 @@ def _text(keys: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
-def patterns_of(name: str, patterns: Any) -> tuple[str, ...]:
-    """One pattern or several as text, checked.
-
-    Raises:
-        TypeError: if it is neither a pattern nor a tuple or list of them.
-        ValueError: if one is empty, or no regular expression.
-    """
-    if isinstance(patterns, str | re.Pattern):
-        patterns = (patterns,)
-    if not isinstance(patterns, tuple | list):
-        raise TypeError(
-            f"{name} must be a pattern or a tuple of patterns, got {patterns!r} "
-            f"({type(patterns).__name__})."
-        )
-    return tuple(_paths.as_text(name, pattern) for pattern in patterns)
-
-
-def entries_of(name: str, entries: Any) -> dict[str, Any]:
-    """A mapping of patterns, with them as text; of equal patterns the first counts.
-
-    Raises:
-        TypeError: if it is no mapping, or a key no pattern.
-        ValueError: if a pattern is empty, or no regular expression.
-    """
-    if not isinstance(entries, Mapping):
-        raise TypeError(
-            f"{name} must be a dict from patterns to values, got {type(entries).__name__}."
-        )
-    kept: dict[str, Any] = {}
-    for pattern, value in entries.items():
-        kept.setdefault(_paths.as_text(name, pattern), value)
-    return kept
-
-
 def choose(name: str, patterns: Iterable[str], leaves: list[Leaf]) -> list[str | None]:
     """The first pattern that matches each leaf or gap, or None.
 
@@ -120,13 +85,8 @@ def choose(name: str, patterns: Iterable[str], leaves: list[Leaf]) -> list[str |
     """
     patterns = tuple(patterns)
     paths = list(dict.fromkeys(path for leaf in leaves for path in leaf.names))
-    lost = _paths.unmatched(patterns, paths) if leaves else []
-    if lost:
-        hints = [f"{pattern!r}{_paths.nearest_hint(pattern, paths)}" for pattern in lost]
-        raise ValueError(
-            f"a pattern of {name} matches no leaf: {'. '.join(hints)}. A pattern is a glob "
-            "on the whole path, or 're:...' for a regular expression." + _masked(leaves)
-        )
+    if leaves:
+        _paths.check_matched(name, patterns, paths, "leaf", _masked(leaves))
     return [
         next((p for p in patterns if any(_paths.matches(p, n) for n in leaf.names)), None)
         for leaf in leaves

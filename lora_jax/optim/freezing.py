@@ -84,7 +84,7 @@ def freezing(
 def _chosen(trainable: Any, paths: list[str]) -> list[bool]:
     """Whether each path is one to train."""
     if not callable(trainable):
-        patterns = _leaves.patterns_of("trainable", trainable)
+        patterns = _paths.as_texts("trainable", trainable)
         leaves = [_leaves.Leaf(path, path) for path in paths]
         return [p is not None for p in _leaves.choose("trainable", patterns, leaves)]
     chosen = [trainable(path) for path in paths]

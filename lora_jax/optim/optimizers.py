@@ -71,7 +71,7 @@ def lora_plus(
     _checks.check_number("ratio", ratio)
     if not isinstance(ratio, Tracer) and not ratio > 0:
         raise ValueError(f"ratio must be positive, got {ratio}.")
-    by_pattern = _leaves.entries_of("rates", rates)
+    by_pattern = _paths.as_entries("rates", rates)
     for pattern, rate in by_pattern.items():
         _check_learning_rate(f"rates[{pattern!r}]", rate)
     # Labels of entries have no bracket in them.

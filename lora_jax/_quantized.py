@@ -105,6 +105,15 @@ class QuantizedTensor(abc.ABC):
         made.check()
         return made
 
+    def __matmul__(self, other: Any) -> Any:
+        raise TypeError(
+            f"{self!r} is no array, and a product needs one: run the function through "
+            "lora_jax.adapt or lora_jax.accept_quantized, or use "
+            "lora_jax.quant.dequantize(weight)."
+        )
+
+    __rmatmul__ = __matmul__
+
     def __repr__(self) -> str:
         try:
             shape: Any = self.shape

@@ -214,3 +214,10 @@ def test_arrays_and_settings_make_the_tensor_again(name):
         type(q).from_arrays({"other": arrays.popitem()[1], **arrays}, q.settings())
     with pytest.raises(ValueError, match="and the settings"):
         type(q).from_arrays(q.to_arrays(), {**q.settings(), "other": 1})
+
+
+def test_a_product_with_a_quantized_weight_says_what_to_do():
+    q = quant.quantize_int8(jnp.ones((4, 3)))
+    for product in (lambda: jnp.ones((2, 4)) @ q, lambda: q @ jnp.ones((3, 2))):
+        with pytest.raises(TypeError, match=r"Int8Tensor.* is no array.*accept_quantized"):
+            product()

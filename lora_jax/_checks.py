@@ -91,9 +91,16 @@ def check_abstract_array(name: str, value: Any) -> None:
             "weight.astype('bfloat16') * scales."
         )
     if not is_floating(value.dtype):
+        codes = value.dtype.itemsize == 1 and value.dtype != jnp.bool_
         raise TypeError(
             f"{name} must be floating point, got dtype {value.dtype} and shape "
-            f"{value.shape}: cast it with .astype, for example to float32."
+            f"{value.shape}: "
+            + (
+                "codes of a quantized weight mean nothing without their scales, so pass "
+                "the quantized weight itself, or its lora_jax.quant.dequantize."
+                if codes
+                else "cast it with .astype, for example to float32."
+            )
         )
 
 
@@ -329,11 +336,20 @@ def check_adapter(
 
 @contextlib.contextmanager
 def at_path(path: str) -> Iterator[None]:
-    """Puts the path of a leaf in front of the message of an error of a check."""
+    """Puts the path of a leaf in front of the message of an error.
+
+    An error of a class that is not made of a message becomes the built-in one it is of.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        raise type(error)(f"at {path!r}: {error.args[0]}") from None
+        built_in = next(
+            kind for kind in (KeyError, TypeError, ValueError) if isinstance(error, kind)
+        )
+        plain = type(error).__init__ is built_in.__init__
+        text = error.args[0] if plain and error.args else error
+        cause = None if plain else error
+        raise (type(error) if plain else built_in)(f"at {path!r}: {text}") from cause
 
 
 def _check_names(

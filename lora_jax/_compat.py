@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.extend import core, source_info_util
+from jax.sharding import PartitionSpec
 
 Literal = core.Literal
 Equation = core.JaxprEqn
@@ -31,6 +32,12 @@ def explicit_spec(x: jax.Array) -> tuple[Any, ...]:
     None for each axis, unless the mesh has explicit axes and shards that axis with them.
     """
     return tuple(jax.typeof(x).sharding.spec)
+
+
+def explicit_sharding(x: jax.Array) -> PartitionSpec | None:
+    """How `x` is sharded along explicit axes, as an `out_sharding`; None if it is not."""
+    spec = explicit_spec(x)
+    return PartitionSpec(*spec) if any(spec) else None
 
 
 def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -105,14 +105,14 @@ class QuantizedTensor(abc.ABC):
         made.check()
         return made
 
-    def __matmul__(self, other: Any) -> Any:
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"{self!r} is no array, and a product needs one: run the function through "
+            f"{self!r} is no array, and this needs one: run the function through "
             "lora_jax.adapt or lora_jax.accept_quantized, or use "
             "lora_jax.quant.dequantize(weight)."
         )
 
-    __rmatmul__ = __matmul__
+    __matmul__ = __rmatmul__ = __array__ = _refuse
 
     def __repr__(self) -> str:
         try:

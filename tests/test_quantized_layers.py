@@ -461,8 +461,9 @@ def test_errors(linear, change, error, match):
         apply(linear)(args["x"], args["weight"], args["adapter"])
 
 
-def test_float8_codes_are_no_weight():
-    stored, case = layer("fp8", "lora")
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_codes_are_no_weight(name):
+    stored, case = layer(name, "lora")
     with pytest.raises(TypeError, match="mean nothing without their scales"):
         lora_jax.lora_linear(case.x, stored.codes, case.adapter)
 
@@ -784,19 +785,7 @@ def test_a_step_on_dequantized_params_has_one(use_dora):
 
 
 @OPTIMIZED
-@pytest.mark.parametrize(
-    "name",
-    [
-        "int8",
-        pytest.param(
-            "fp8",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="XLA on the CPU carries a stack of float8 through a loop as float16",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_a_step_has_no_dense_stack_in_8_bits(name):
     program = compiled(False, "float32", name)
     assert not dense_stacks(program.as_text())

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax import _compat
 from lora_jax.quant import _arithmetic, _packing
 
 SCALES = jnp.uint8
@@ -96,7 +97,7 @@ def nest(
     scale = _arithmetic.largest(rest)
     ratio = _arithmetic.multiply_by_inverse(rest, scale[..., None])
     limits = jnp.asarray(_arithmetic.thresholds(dynamic_map()))
-    codes = jnp.searchsorted(limits, ratio).astype(SCALES)
+    codes = jnp.searchsorted(limits, ratio, method="compare_all").astype(SCALES)
     codes = codes.reshape(*absmax.shape[:-1], -1)[..., : absmax.shape[-1]]
     return codes, scale, mean
 
@@ -106,7 +107,8 @@ def unnest(
 ) -> jax.Array:
     """Undoes `nest`: `map[codes] * scale + mean`, `(..., n_blocks)`, float32."""
     del dtype
-    values = jnp.asarray(dynamic_map()).at[codes].get(mode="promise_in_bounds")
+    table = jnp.asarray(dynamic_map()).at[codes]
+    values = table.get(mode="promise_in_bounds", out_sharding=_compat.explicit_sharding(codes))
     rows = _arithmetic.in_rows(values, group) * scale[..., None]
     flat = rows.reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]]
     return flat + mean[..., None]

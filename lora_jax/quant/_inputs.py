@@ -105,10 +105,16 @@ def check_weight_dtype(name: Any) -> None:
         raise ValueError(f"weight_dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
 
 
+def check_present(**arrays: Any) -> None:
+    """Raises if any of the arrays is None."""
+    for name, array in arrays.items():
+        if array is None:
+            raise ValueError(f"the array {name} is missing.")
+
+
 def check_leaf(name: str, array: Any, shape: tuple[int, ...], dtype: DTypeLike) -> None:
     """Raises unless an array has a shape and a dtype."""
-    if array is None:
-        raise ValueError(f"the array {name} is missing.")
+    check_present(**{name: array})
     if tuple(array.shape) != shape or array.dtype != dtype:
         raise ValueError(
             f"the array {name} should be {jnp.dtype(dtype)} of the shape {shape}, and is "

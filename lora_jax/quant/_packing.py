@@ -46,7 +46,7 @@ def look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
         codes: any shape, uint8 below 16.
         table: `(16,)`, float32.
     """
-    values = [jnp.full(codes.shape, value, jnp.float32) for value in table]
+    values = [jnp.full_like(codes, value, dtype=jnp.float32) for value in table]
     for bit in range(4):
         is_set = (codes & jnp.uint8(1 << bit)) != 0
         pairs = zip(values[::2], values[1::2], strict=True)

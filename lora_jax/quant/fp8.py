@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,9 +29,13 @@ class FP8Tensor(QuantizedTensor):
 
     With the input axes seen as one:
 
-        w[i, j] ~ codes[i, j] * scales[j],  scales[j] = max over i of |w[i, j]| / 448
+        w[i, j] ~ e4m3fn(codes[i, j]) * scales[j]
+        scales[j] = max over i of |w[i, j]| / 448
 
-    448 is the largest value of the format. The product is formed in float32 and rounded
+    448 is the largest value of the format, and `e4m3fn` the number that eight bits stand
+    for: `jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)`. They are stored as
+    bytes, as in Transformer Engine: XLA for the CPU carries a stack of float8 through a
+    loop as float16. The product is formed in float32 and rounded
     once. Columns of zeros come back as exact zeros; so does what has a scale below 2^-126,
     the smallest normal float32.
 
@@ -42,7 +45,7 @@ class FP8Tensor(QuantizedTensor):
     significant bits, down to 2^-6 of the scale.
 
     Attributes:
-        codes: the shape of the weight, float8_e4m3fn. Files have its bits as uint8.
+        codes: the shape of the weight, the bits of float8_e4m3fn as uint8.
         scales: `(*batch, out)`, float32.
         weight_dtype: name of the dtype of the weight.
     """
@@ -77,30 +80,15 @@ class FP8Tensor(QuantizedTensor):
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings fit each other."""
         _inputs.check_weight_dtype(self.weight_dtype)
+        _inputs.check_present(codes=self.codes, scales=self.scales)
         shape, batch_axes = self.shape, len(self.scales.shape) - 1
         if not 0 <= batch_axes <= len(shape) - 2 or 0 in shape:
             raise ValueError(
                 f"codes of the shape {shape} do not fit scales of {self.scales.shape}."
             )
         scales = (*shape[:batch_axes], shape[-1])
-        _inputs.check_leaf("codes", self.codes, shape, _DTYPE)
+        _inputs.check_leaf("codes", self.codes, shape, jnp.uint8)
         _inputs.check_leaf("scales", self.scales, scales, jnp.float32)
-
-    def to_arrays(self) -> dict[str, jax.Array]:
-        """The arrays by name, the codes as their bits."""
-        arrays = super().to_arrays()
-        return arrays | {"codes": lax.bitcast_convert_type(arrays["codes"], jnp.uint8)}
-
-    @classmethod
-    def from_arrays(
-        cls, arrays: Mapping[str, jax.Array], settings: Mapping[str, Any]
-    ) -> QuantizedTensor:
-        """Makes one of what `to_arrays` and `settings` returned."""
-        codes = arrays.get("codes")
-        if codes is None or codes.dtype != jnp.uint8 or "scales" not in arrays:
-            raise ValueError("expected an array codes of uint8, and an array scales.")
-        bits = lax.bitcast_convert_type(codes, _DTYPE)
-        return super().from_arrays({**arrays, "codes": bits}, settings)
 
 
 register_format(FP8Tensor, "fp8_e4m3fn")
@@ -147,7 +135,9 @@ def _quantize(weight: jax.Array, batch_axes: int) -> FP8Tensor:
     ratio, scales = _channels.normalize(blocks, _TOP)
     codes = _round(jnp.clip(ratio, -_TOP, _TOP)).astype(_DTYPE)
     return FP8Tensor(
-        codes=_channels.from_blocks(codes, weight.shape),
+        codes=lax.bitcast_convert_type(
+            _channels.from_blocks(codes, weight.shape), jnp.uint8
+        ),
         scales=scales[..., 0, :],
         weight_dtype=weight.dtype.name,
     )
@@ -167,6 +157,7 @@ def _round(x: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def _dequantize(quantized: FP8Tensor, dtype: str) -> jax.Array:
     codes, scales = quantized.codes, quantized.scales
-    blocks = _channels.as_blocks(codes, scales.ndim - 1, None)
+    numbers = lax.bitcast_convert_type(codes, _DTYPE)
+    blocks = _channels.as_blocks(numbers, scales.ndim - 1, None)
     values = (blocks * scales[..., None, None, :]).astype(dtype)
     return _channels.from_blocks(values, codes.shape)

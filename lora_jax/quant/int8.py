@@ -74,6 +74,7 @@ class Int8Tensor(QuantizedTensor):
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings fit each other."""
         _inputs.check_weight_dtype(self.weight_dtype)
+        _inputs.check_present(codes=self.codes, scales=self.scales)
         shape = self.shape
         batch_axes = self.batch_ndim
         if not 0 <= batch_axes <= len(shape) - 2 or 0 in shape:

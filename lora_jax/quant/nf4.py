@@ -120,6 +120,7 @@ class NF4Tensor(QuantizedTensor):
 
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings fit each other."""
+        _inputs.check_present(codes=self.codes)
         try:
             entry = tuple(_inputs.check_count("entry_shape", n) for n in self.entry_shape)
             _check_settings(self.block_size, self.scaler_block_size, self.codec)

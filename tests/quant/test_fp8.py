@@ -32,6 +32,7 @@ def test_codes_are_rounded_once():
     wide = np.asarray(weight, np.float32)
     np.testing.assert_allclose(q.scales, np.abs(wide).max(0) / 448, rtol=2e-7)
     want = (wide / np.asarray(q.scales)).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+    assert q.codes.dtype == jnp.uint8
     np.testing.assert_array_equal(bits(q.codes), bits(want))
     assert q.nbytes == 64 * 96 + 4 * 96
 
@@ -65,9 +66,11 @@ def test_a_vector_is_refused():
 
 
 BROKEN = {
+    "no codes": ({"codes": None}, "the array codes is missing"),
+    "no scales": ({"scales": None}, "the array scales is missing"),
     "scales": ({"scales": jnp.ones((3,))}, "scales should be float32 of the shape"),
     "rank": ({"scales": jnp.ones((16, 16, 24))}, "do not fit scales"),
-    "codes": ({"codes": jnp.ones((16, 24), jnp.uint8)}, "codes should be float8_e4m3fn"),
+    "codes": ({"codes": jnp.ones((16, 24), jnp.float8_e4m3fn)}, "codes should be uint8"),
     "dtype": ({"weight_dtype": None}, "weight_dtype must be one of"),
 }
 

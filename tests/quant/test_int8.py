@@ -103,6 +103,8 @@ def test_weights_and_options_that_are_none(weight, options, error, match):
 
 
 BROKEN = {
+    "no codes": ({"codes": None}, "the array codes is missing"),
+    "no scales": ({"scales": None}, "the array scales is missing"),
     "scales": ({"scales": jnp.ones((3,))}, "scales should be float32 of the shape"),
     "rank": ({"scales": jnp.ones((2, 2, 16, 24))}, "do not fit scales"),
     "codes": ({"codes": jnp.ones((16, 24), jnp.uint8)}, "codes should be int8"),

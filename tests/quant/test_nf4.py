@@ -250,6 +250,7 @@ def test_a_quantized_weight_is_not_quantized_again():
 BROKEN = {
     "codes": (lambda q: {"codes": q.codes[:-1]}, "codes should be uint8"),
     "scales": (lambda q: {"scales": q.scales.astype(jnp.int32)}, "scales should be int8"),
+    "no codes": (lambda q: {"codes": None}, "the array codes is missing"),
     "no mean": (lambda q: {"mean": None}, "the array mean is missing"),
     "group": (lambda q: {"group_scales": q.group_scales[:-1]}, "group_scales should be"),
     "shape": (lambda q: {"entry_shape": (16, -24)}, "entry_shape must be a positive"),

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
 from tests.quant import support
 from tests.quant.support import ALL, SHAPE, SignTensor, assert_same, draw
-from tests.support import assert_close, count_traces, x64
+from tests.support import assert_close, count_traces, set_mesh, x64
 
 each = pytest.mark.parametrize("name", ALL)
 # One of each kind, where every format takes programs of its own.
@@ -221,3 +221,29 @@ def test_a_product_with_a_quantized_weight_says_what_to_do():
     for product in (lambda: jnp.ones((2, 4)) @ q, lambda: q @ jnp.ones((3, 2))):
         with pytest.raises(TypeError, match=r"Int8Tensor.* is no array.*accept_quantized"):
             product()
+
+
+@some
+def test_a_stack_on_a_mesh_with_explicit_axes(name):
+    stack, rows = draw(8, *SHAPE), draw(8, 5, SHAPE[0])
+    whole = ALL[name](stack, batch_axes=1)
+    mesh = jax.make_mesh((8,), ("layers",), axis_types=(AxisType.Explicit,))
+    sharding = NamedSharding(mesh, P("layers"))
+    with set_mesh(mesh):
+        placed = jax.device_put(whole, sharding)
+        dense = jax.jit(quant.dequantize)(placed)
+        assert dense.sharding.is_equivalent_to(sharding, 3)
+        dense = np.asarray(dense)
+        if name != "sign":  # a mean as anyone would write it
+            quantize = jax.jit(lambda w: ALL[name](w, batch_axes=1))
+            again = quantize(jax.device_put(stack, sharding))
+            assert_same(jax.device_get(again.codes), jax.device_get(whole.codes))
+            for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+                # The mean of scales may differ in its last bit, which counts more in what
+                # is left of them without it.
+                np.testing.assert_allclose(x, y, rtol=1e-5)
+        product = jax.jit(jax.grad(lambda x, q: jnp.sum(jnp.sin(x @ quant.dequantize(q)))))
+        got = product(jax.device_put(rows, sharding), placed)
+    assert_close(dense, np.asarray(quant.dequantize(whole), np.float64), 4)
+    want = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(x @ w))))(rows, dense)
+    assert_close(jax.device_get(got), np.asarray(want, np.float64), 64)

@@ -90,11 +90,12 @@ def both(fn, params, plan, adapters, *args, **options):
 @contextlib.contextmanager
 def quickly_compiled():
     """Compiles without optimizations, in half the time: what counts here are values."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def assert_same(got, want, tolerance=1e-10):

@@ -1,10 +1,13 @@
 """Checks that params and adapters are those of a plan."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+
 from lora_jax import _checks, _paths
+from lora_jax._quantized import QuantizedTensor
 from lora_jax.plan import AdapterPlan, Target
 
 _NO_BIASES = dict.fromkeys(
@@ -135,3 +138,20 @@ def _check_adapter(adapter: Any, target: Target) -> None:
 def _listed(paths: list[str]) -> str:
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return ", ".join(map(repr, paths[:5])) + more
+
+
+def check_none_is_shared(
+    leaves: Mapping[str, Any], paths: Iterable[str], way_out: str
+) -> None:
+    """Raises ValueError if an array to donate, at one of some paths, is at another too."""
+    owners: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array | QuantizedTensor):
+            owners.setdefault(id(leaf), []).append(path)
+    for path in paths:
+        for other in owners.get(id(leaves[path]), ()):
+            if other != path:
+                raise ValueError(
+                    f"the array at {path!r} is also at {other!r}, and donating it would "
+                    f"delete both: {way_out}."
+                )

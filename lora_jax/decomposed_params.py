@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _layout, _merging, _paths, _plan_checks, quantized_params
+from lora_jax import (
+    _checks,
+    _layout,
+    _merging,
+    _paths,
+    _placement,
+    _plan_checks,
+)
 from lora_jax._frozen import FrozenDict
 from lora_jax._quantized import QuantizedTensor
 from lora_jax.config import LoraConfig
@@ -269,7 +276,7 @@ def _decompose(
         return base, adapter
 
     # Decompositions want the whole of a matrix: no axis of it stays explicit.
-    return quantized_params.keep_sharding(split, jnp.asarray(weight))
+    return _placement.keep_sharding(split, jnp.asarray(weight))
 
 
 def _matrix(weight: jax.Array, target: Target) -> jax.Array:

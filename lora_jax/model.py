@@ -207,7 +207,7 @@ def merge_adapters(
     leaves, treedef = _checked(params, adapters, plan)
     _checks.check_flags(donate=donate, requantize=requantize)
     if donate:
-        _check_that_none_is_shared(leaves, plan)
+        _plan_checks.check_none_is_shared(leaves, plan.targets, "merge with donate=False")
     merged = _merging.fold_all(_merging.merge, leaves, adapters, {}, plan, donate)
     if requantize:
         merged = _merging.requantize_all(leaves, merged)
@@ -363,16 +363,3 @@ def _checked_norms(
         )
     _plan_checks.check_column_norms(norms or {}, plan)
     return norms or {}
-
-
-def _check_that_none_is_shared(leaves: Mapping[str, Any], plan: AdapterPlan) -> None:
-    owners: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        owners.setdefault(id(leaf), []).append(path)
-    for path in plan.targets:
-        shared = owners[id(leaves[path])]
-        if len(shared) > 1:
-            raise ValueError(
-                f"the array at {path!r} is also at {shared[shared[0] == path]!r}, and "
-                "donating it would delete both: merge with donate=False."
-            )

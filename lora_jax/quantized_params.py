@@ -5,15 +5,14 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import _checks, _compat, _paths, _plan_checks
+from lora_jax import _checks, _compat, _paths, _placement, _plan_checks
 from lora_jax._frozen import FrozenDict
 from lora_jax._quantized import QuantizedTensor, is_quantized
 from lora_jax.config import ALL_LINEAR
@@ -25,7 +24,6 @@ from lora_jax.quant.nf4 import quantize_nf4
 
 __all__ = ["quantize_params"]
 
-T = TypeVar("T")
 Patterns = AdapterPlan | _paths.Pattern | Iterable[_paths.Pattern]
 Quantize = Callable[..., QuantizedTensor]
 Format = Literal["nf4", "int8", "fp8"] | Quantize
@@ -112,7 +110,7 @@ def quantize_params(
             if isinstance(format, str):
                 _check_fits(quantize, leaves[path], count)
     if donate:
-        _check_that_none_is_shared(leaves, paths)
+        _plan_checks.check_none_is_shared(leaves, paths, "quantize with donate=False")
     stored = {}
     for path, count in counts.items():
         with _refusing(path):
@@ -120,54 +118,6 @@ def quantize_params(
         if donate and isinstance(leaves[path], jax.Array) and not _is_traced(leaves[path]):
             leaves[path].delete()
     return treedef.unflatten((leaves | stored).values())
-
-
-def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Array) -> Any:
-    """Shards what a function makes of a weight as the weight is.
-
-    On a mesh with explicit axes, those inside of the function are automatic.
-
-    Args:
-        function: gives the weight in another form, as an array of its shape or as a
-            quantized tensor, and anything besides.
-        weight: dense, traced or not.
-
-    Returns:
-        Both, the first sharded as `quantize_params` says.
-    """
-    spec = _compat.explicit_spec(weight)
-    if any(spec):
-        with _compat.on_mesh_of(weight):
-            whole: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
-            out: Any = _specs(jax.eval_shape(whole, weight)[0], spec), PartitionSpec()
-            inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
-            return jax.jit(inner)(weight)
-    stored, rest = function(weight)
-    shardings = _shardings(stored, getattr(weight, "sharding", None))
-    return stored if shardings is None else jax.device_put(stored, shardings), rest
-
-
-def _specs(stored: Any, spec: Iterable[Any]) -> Any:
-    """The mesh axes of each array of a weight, of those of the dense weight."""
-    axes = tuple(spec)
-    whole = PartitionSpec(*axes)
-    if not is_quantized(stored):
-        return whole
-    stack = PartitionSpec(*axes[: stored.batch_ndim])
-    return jax.tree.map(lambda x: whole if x.shape == stored.shape else stack, stored)
-
-
-def _shardings(stored: Any, sharding: Any) -> Any:
-    """The sharding of each array of a weight, of that of the dense weight; or None."""
-    if not isinstance(sharding, NamedSharding):
-        return None
-    place = functools.partial(NamedSharding, memory_kind=sharding.memory_kind)
-    specs = _specs(stored, sharding.spec)
-    return jax.tree.map(
-        lambda spec: place(sharding.mesh, spec),
-        specs,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
 
 
 def _quantizer(format: Format, settings: Mapping[str, Any]) -> Quantize:
@@ -210,7 +160,7 @@ def _chosen(leaves: Mapping[str, Any], patterns: Patterns) -> list[str]:
             f"patterns={ALL_LINEAR!r} needs a function to find them: give the plan that "
             "plan_adapters makes with it."
         )
-    _check_matched("patterns", texts, leaves)
+    _paths.check_matched("patterns", texts, leaves, "leaf")
     return [path for path in leaves if _paths.first_match(texts, path)]
 
 
@@ -227,15 +177,6 @@ def _plan_of(
     return plan
 
 
-def _check_matched(name: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
-    paths = list(paths)
-    for pattern in _paths.unmatched(patterns, paths):
-        raise ValueError(
-            f"the pattern {pattern!r} of {name} matches nothing"
-            f"{_paths.nearest_hint(pattern, paths)}."
-        )
-
-
 def _batch_axes(
     paths: list[str], given: int | Mapping[_paths.Pattern, int], plan: AdapterPlan | None
 ) -> dict[str, int]:
@@ -243,7 +184,7 @@ def _batch_axes(
     if not isinstance(given, Mapping):
         return dict.fromkeys(paths, given)
     texts = {_paths.as_text("batch_axes", pattern): n for pattern, n in given.items()}
-    _check_matched("batch_axes", texts, paths)
+    _paths.check_matched("batch_axes", texts, paths, "weight to quantize")
     targets = {} if plan is None else plan.targets
     letters = {path: targets[path].axes if path in targets else "" for path in paths}
     leading = {path: len(axes) - len(axes.lstrip("b")) for path, axes in letters.items()}
@@ -283,20 +224,6 @@ def _check_fits(quantize: Quantize, leaf: Any, count: int) -> None:
         jax.eval_shape(functools.partial(quantize, batch_axes=count), _abstract(leaf))
 
 
-def _check_that_none_is_shared(leaves: Mapping[str, Any], paths: list[str]) -> None:
-    owners: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        if isinstance(leaf, jax.Array):
-            owners.setdefault(id(leaf), []).append(path)
-    for path in paths:
-        others = [other for other in owners.get(id(leaves[path]), ()) if other != path]
-        if others:
-            raise ValueError(
-                f"the array at {path!r} is also at {others[0]!r}, and donating it would "
-                "delete both: quantize with donate=False."
-            )
-
-
 def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
     """A leaf, quantized."""
 
@@ -310,10 +237,10 @@ def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
         return _with_sharding(made, leaf.sharding)
     weight = _values(leaf)
     if _is_traced(weight):
-        return keep_sharding(store, weight)[0]
+        return _placement.keep_sharding(store, weight)[0]
     if any(_compat.explicit_spec(weight)):  # there the format sees no values
         _inputs.check_weight(weight, count)
-    return jax.block_until_ready(keep_sharding(store, weight)[0])
+    return jax.block_until_ready(_placement.keep_sharding(store, weight)[0])
 
 
 def _check_made(made: Any, weight: jax.Array) -> None:
@@ -330,7 +257,7 @@ def _check_made(made: Any, weight: jax.Array) -> None:
 
 def _with_sharding(abstract: QuantizedTensor, sharding: Any) -> QuantizedTensor:
     """An abstract quantized weight, with the shardings of its arrays."""
-    shardings = _shardings(abstract, sharding)
+    shardings = _placement.shardings(abstract, sharding)
     if shardings is None:
         return abstract
     return jax.tree.map(

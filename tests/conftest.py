@@ -1,17 +1,10 @@
 """Eight CPU devices, and JAX at its strictest, for the whole suite."""
 
-import importlib.metadata
 import os
 
-flags = os.environ.get("XLA_FLAGS", "").split()
-flags.append("--xla_force_host_platform_device_count=8")
-# This XLA takes twice as long to compile a program with its new emitters of loops. Those of
-# other versions are tested as they are, and .ci/run tries with them what counts there.
-EMITTERS = "--xla_cpu_use_fusion_emitters"
-slow_to_compile = importlib.metadata.version("jaxlib").startswith("0.10.")
-if slow_to_compile and not any(flag.startswith(EMITTERS) for flag in flags):
-    flags.append(f"{EMITTERS}=false")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+from tests import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags.for_tests(os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis

@@ -699,7 +699,7 @@ def test_encoder_agrees_with_transformers(golden, pretrained):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "base", "megabytes"),
-    [("lora", "full", 90.3), ("dora", "full", 90.3), ("lora", "nf4", 53.3)],
+    [("lora", "full", 90.3), ("dora", "nf4", 53.3)],
 )
 def test_job(method, base, megabytes, tmp_path):
     pytest.importorskip("tqdm")

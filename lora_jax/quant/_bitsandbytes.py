@@ -108,7 +108,9 @@ def unnest(
     """Undoes `nest`: `map[codes] * scale + mean`, `(..., n_blocks)`, float32."""
     del dtype
     table = jnp.asarray(dynamic_map()).at[codes]
-    values = table.get(mode="promise_in_bounds", out_sharding=_compat.explicit_sharding(codes))
+    values = table.get(
+        mode="promise_in_bounds", out_sharding=_compat.explicit_sharding(codes)
+    )
     rows = _arithmetic.in_rows(values, group) * scale[..., None]
     flat = rows.reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]]
     return flat + mean[..., None]

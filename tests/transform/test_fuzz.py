@@ -180,7 +180,7 @@ def test_a_random_program_agrees_with_the_merged_one(program):
 
 
 @pytest.mark.slow
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(programs())
 def test_many_random_programs_agree_with_the_merged_ones(program):
     agrees(program)

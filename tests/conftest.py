@@ -24,10 +24,12 @@ hypothesis.settings.load_profile("suite")
 QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
     *("tests.test_checkpoint", "tests.test_decomposed", "tests.test_decomposed_params"),
-    "tests.test_dora",
+    *("tests.test_dora", "tests.test_lora", "tests.test_model", "tests.test_column_norm"),
     *("tests.test_initializers", "tests.test_properties", "tests.test_quantized_params"),
     *("tests.quant.test_files", "tests.quant.test_tensors"),
-    *("tests.training", "tests.transform.test_fuzz", "tests.transform.test_quantized"),
+    *("tests.quant.test_nf4", "tests.training", "tests.transform.test_fuzz"),
+    *("tests.transform.test_meshes", "tests.transform.test_quantized"),
+    *("tests.transform.test_rules", "tests.transform.test_surroundings"),
 )
 
 

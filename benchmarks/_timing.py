@@ -77,6 +77,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def describe(result: Mapping[str, Any]) -> str:
+    """What `environment` put into a result, in words."""
+    r = result
+    return f"{r['device']} ({r['platform']}), {r['threads']} threads, jax {r['jax']}"
+
+
 def interleave(
     calls: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 2, seed: int = 0
 ) -> dict[str, Times]:

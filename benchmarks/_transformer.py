@@ -5,6 +5,7 @@ dicts, and as `jax.lax.scan` over one dict of stacked layers. Activations are
 `(batch, length, width)`.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,35 @@ Linear = Callable[..., jax.Array]
 
 ALPHA = 16.0
 KERNELS = ("query", "key", "value", "output", "up", "down")
+
+SIZES = ("layers", "batch", "length", "width", "heads", "rank", "dtype")
+"""Options of a benchmark that say which transformer it is."""
+
+
+def add_sizes(parser: argparse.ArgumentParser, *, layers: int) -> None:
+    """Adds the options `SIZES`."""
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program if they do not fit each other."""
+    if options.width % options.heads:
+        parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+
+
+def describe_sizes(result: Mapping[str, Any]) -> str:
+    """A result's transformer, in words."""
+    r = result
+    return (
+        f"{r['layers']} layers of width {r['width']}, {r['heads']} heads, x "
+        f"{[r['batch'], r['length'], r['width']]}, rank {r['rank']}, {r['dtype']}"
+    )
 
 
 def norm(x: jax.Array, scale: jax.Array) -> jax.Array:

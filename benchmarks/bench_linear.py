@@ -241,7 +241,7 @@ def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     """The result as text: what was run, and a table."""
     r = result
     sizes = f"x {r['x']}, weight {r['weight']}, rank {r['rank']}, {r['dtype']}"
-    machine = f"{r['device']} ({r['platform']}), {r['threads']} threads, jax {r['jax']}"
+    machine = _timing.describe(r)
     frozen = f"{r['frozen_wall_ms']:.2f} ms wall, {r['frozen_cpu_ms']:.2f} ms cpu"
     bound = f"FLOP bound of LoRA {r['flop_bound']:.3f} (products only, no memory traffic)"
     head = f"{sizes}; {machine}; {r['rounds']} rounds; {BASELINE}: {frozen}. {bound}.\n"

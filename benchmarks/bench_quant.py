@@ -185,7 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for method in options.method
         for name in options.format
     ]
-    names = ("layers", "batch", "length", "width", "heads", "rank", "dtype", "rounds")
+    names = (*_transformer.SIZES, "rounds")
     return {
         **_timing.environment(),
         **{name: getattr(options, name) for name in names},
@@ -195,14 +195,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     """The result as text: what was run, and the tables."""
-    r = result
-    sizes = (
-        f"steps: {r['layers']} layers of width {r['width']}, {r['heads']} heads, x "
-        f"{[r['batch'], r['length'], r['width']]}, rank {r['rank']}, {r['dtype']}"
-    )
-    machine = f"{r['device']} ({r['platform']}), {r['threads']} threads, jax {r['jax']}"
-    head = f"{sizes}; {machine}; {r['rounds']} rounds."
-    return "\n\n".join([head, *(_format_table(t, markdown) for t in r["tables"])])
+    sizes, machine = _transformer.describe_sizes(result), _timing.describe(result)
+    head = f"steps: {sizes}; {machine}; {result['rounds']} rounds."
+    return "\n\n".join([head, *(_format_table(t, markdown) for t in result["tables"])])
 
 
 def _format_table(table: Mapping[str, Any], markdown: bool) -> str:
@@ -222,21 +217,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=int, nargs="+", default=(1024, 4096))
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _transformer.add_sizes(parser, layers=4)
     methods = ("lora", "dora")
     parser.add_argument("--method", nargs="+", choices=methods, default=methods)
     parser.add_argument("--format", nargs="+", choices=STEP_FORMATS, default=STEP_FORMATS)
     parser.add_argument("--rounds", type=int, default=20)
     _timing.add_options(parser)
     options = parser.parse_args(arguments)
-    if options.width % options.heads:
-        parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+    _transformer.check_sizes(parser, options)
     return options
 
 

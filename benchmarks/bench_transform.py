@@ -218,26 +218,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for of, run in (("step", measure_steps), ("tracing", measure_tracing)):
                 baseline, rows = run(options, method, layout)
                 tables.append({**case, "of": of, "baseline": baseline, "rows": rows})
-    names = ("layers", "batch", "length", "width", "heads", "rank", "dtype")
+    names = (*_transformer.SIZES, "rounds", "traces")
     return {
         **_timing.environment(),
         **{name: getattr(options, name) for name in names},
-        "rounds": options.rounds,
-        "traces": options.traces,
         "tables": tables,
     }
 
 
 def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
     """The result as text: what was run, and the tables."""
-    r = result
-    sizes = (
-        f"{r['layers']} layers of width {r['width']}, {r['heads']} heads, x "
-        f"{[r['batch'], r['length'], r['width']]}, rank {r['rank']}, {r['dtype']}"
-    )
-    machine = f"{r['device']} ({r['platform']}), {r['threads']} threads, jax {r['jax']}"
-    head = f"{sizes}; {machine}; {r['rounds']} rounds, {r['traces']} traces."
-    return "\n\n".join([head, *(_format_table(t, markdown) for t in r["tables"])])
+    sizes, machine = _transformer.describe_sizes(result), _timing.describe(result)
+    head = f"{sizes}; {machine}; {result['rounds']} rounds, {result['traces']} traces."
+    return "\n\n".join([head, *(_format_table(t, markdown) for t in result["tables"])])
 
 
 def _format_table(table: Mapping[str, Any], markdown: bool) -> str:
@@ -260,13 +253,7 @@ def _format_table(table: Mapping[str, Any], markdown: bool) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _transformer.add_sizes(parser, layers=12)
     parser.add_argument(
         "--method", nargs="+", choices=tuple(LINEARS), default=tuple(LINEARS)
     )
@@ -275,8 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--traces", type=int, default=9)
     _timing.add_options(parser)
     options = parser.parse_args(arguments)
-    if options.width % options.heads:
-        parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+    _transformer.check_sizes(parser, options)
     return options
 
 

@@ -124,6 +124,9 @@ def check_is_file(path: pathlib.Path) -> None:
     """Raises unless there is a file, and names those beside it."""
     if path.is_file():
         return
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        raise IsADirectoryError(f"{path} is a directory: give a file, {_some(names)}.")
     folder = path.parent
     if folder.is_file():
         raise NotADirectoryError(
@@ -132,8 +135,11 @@ def check_is_file(path: pathlib.Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder} to read {path.name} in.")
     names = sorted(entry.name for entry in folder.iterdir())
-    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    raise FileNotFoundError(f"there is no file {path}; {folder} has {listed or 'none'}.")
+    raise FileNotFoundError(f"there is no file {path}; {folder} has {_some(names)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "none"
 
 
 def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
@@ -241,6 +247,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     The file is on the disk before it has the name: whenever the machine stops, there is the
     old file or the new one.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no directory {path.parent} to write {path.name} in: make it first."
+        )
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     temporary.touch(exist_ok=False)
     permissions = stat.S_IMODE(temporary.stat().st_mode)  # what the process' mask leaves

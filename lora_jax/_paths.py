@@ -121,8 +121,8 @@ def as_texts(name: str, patterns: Any) -> tuple[str, ...]:
         patterns = (patterns,)
     if not isinstance(patterns, tuple | list):
         raise TypeError(
-            f"{name} must be a pattern or a tuple of patterns, got {patterns!r} "
-            f"({type(patterns).__name__})."
+            f"{name} must be a pattern or a tuple of patterns, got "
+            f"{patterns!r:.60} ({type(patterns).__name__})."
         )
     return tuple(as_text(name, pattern) for pattern in patterns)
 

@@ -112,7 +112,9 @@ class QuantizedTensor(abc.ABC):
             "lora_jax.quant.dequantize(weight)."
         )
 
-    __matmul__ = __rmatmul__ = __array__ = _refuse
+    __array__ = __getitem__ = __matmul__ = __rmatmul__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
 
     def __repr__(self) -> str:
         try:

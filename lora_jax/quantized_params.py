@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lora_jax import _checks, _compat, _paths, _placement, _plan_checks
+from lora_jax import _checks, _compat, _files, _paths, _placement, _plan_checks
 from lora_jax._frozen import FrozenDict
 from lora_jax._quantized import QuantizedTensor, is_quantized
 from lora_jax.config import ALL_LINEAR
@@ -66,7 +65,8 @@ def quantize_params(
         batch_axes: how many leading axes of a weight are a stack of weights (layers,
             experts), each quantized on its own: pattern to number, or one number for all.
             Of others the plan says it, by the batch axes that lead, and without a plan
-            there is no stack.
+            there is no stack. A stack that is quantized as one weight is right, and dense
+            as a whole wherever a layer of it is used, also in each step of a scan.
         plan: whose batch axes those are, if the patterns are not a plan.
         donate: delete each leaf that is an array of JAX as soon as it is quantized; those
             before it are gone if an error is raised. Without effect inside `jax.jit`.
@@ -150,9 +150,9 @@ def _chosen(leaves: Mapping[str, Any], patterns: Patterns) -> list[str]:
     """The paths of the weights to quantize, in order."""
     if isinstance(patterns, AdapterPlan):
         return list(patterns.targets)
-    if isinstance(patterns, str | re.Pattern):
-        patterns = (patterns,)
-    texts = [_paths.as_text("patterns", pattern) for pattern in patterns]
+    if isinstance(patterns, Iterable) and not isinstance(patterns, str | Mapping):
+        patterns = tuple(patterns)
+    texts = _paths.as_texts("patterns", patterns)
     if not texts:
         raise ValueError("patterns is empty: give those of the weights to quantize.")
     if ALL_LINEAR in texts:
@@ -220,8 +220,7 @@ def _check_leaf(leaf: Any) -> None:
 
 def _check_fits(quantize: Quantize, leaf: Any, count: int) -> None:
     """Raises if a format with a name does not take a weight of that shape and dtype."""
-    if not _is_slice(leaf):
-        jax.eval_shape(functools.partial(quantize, batch_axes=count), _abstract(leaf))
+    jax.eval_shape(functools.partial(quantize, batch_axes=count), _abstract(leaf))
 
 
 def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
@@ -276,8 +275,13 @@ def _is_slice(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return jax.ShapeDtypeStruct(tuple(leaf.shape), dtype)
+    if _is_slice(leaf):
+        shape, dtype = leaf.get_shape(), _files.DTYPES.get(leaf.get_dtype())
+        if dtype is None:
+            raise TypeError(f"the dtype {leaf.get_dtype()} of the file is none of JAX's.")
+    else:
+        shape, dtype = leaf.shape, leaf.dtype
+    return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))
 
 
 def _is_traced(leaf: Any) -> bool:

@@ -851,6 +851,30 @@ def test_norms_of_a_stack_have_one_entry_dense_at_a_time():
         support.assert_close(norm, want, 64)
 
 
+def test_norms_of_a_stack_of_two_axes_have_one_entry_dense_at_a_time():
+    stored = {"w": quant.quantize_int8(jnp.asarray(normal(2, 3, *SHAPE)), batch_axes=2)}
+    config = lora_jax.LoraConfig(2, targets="w", axes={"w": "bbio"}, use_dora=True)
+    plan = lora_jax.plan_adapters(config, stored)
+    adapters = train(stored, plan)
+    norms = lambda p: lora_jax.adapted_column_norms(p, adapters, plan)  # noqa: E731
+    text = str(jax.make_jaxpr(norms)(stored))
+    assert "f32[24,20]" in text
+    assert "f32[3,24,20]" not in text
+    assert_same(norms(stored), norms(dequantized(stored)), 1e-6)
+
+
+@pytest.mark.parametrize(("axes", "stacked"), [("iio", 1), ("bio", 0)])
+def test_norms_of_a_stack_that_is_none_of_the_plan(axes, stacked):
+    weight = jnp.asarray(normal(3, *SHAPE))
+    stored = {"w": quant.quantize_nf4(weight, 8, 5, batch_axes=stacked)}
+    config = lora_jax.LoraConfig(2, targets="w", axes={"w": axes}, use_dora=True)
+    plan = lora_jax.plan_adapters(config, stored)
+    adapters = train(stored, plan)
+    got = lora_jax.adapted_column_norms(stored, adapters, plan)
+    want = lora_jax.adapted_column_norms(dequantized(stored), adapters, plan)
+    assert_same(got, want, 1e-6)
+
+
 # Several devices.
 
 

@@ -204,6 +204,15 @@ def test_leaves_may_be_those_of_files(tmp_path):
         assert_same(leaf, quant.quantize_nf4(values, **SMALL))
 
 
+def test_nothing_is_donated_if_a_slice_of_a_file_does_not_fit(tmp_path):
+    save_file({"w": np.asarray(draw(5, 5))}, tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", "numpy") as file:
+        params = {"a": draw(8, 16), "b": file.get_slice("w")}
+        with pytest.raises(ValueError, match="at 'b': a weight of 25 entries"):
+            quantize_params(params, "*", donate=True, **SMALL)
+    assert not params["a"].is_deleted()
+
+
 def test_abstract_leaves_give_abstract_ones():
     abstract = jax.eval_shape(lambda: make()["layers"])
     got = quantize_params(abstract, "kernel", batch_axes=1, **SMALL)["kernel"]
@@ -325,6 +334,14 @@ def test_the_arrays_are_sharded_along_the_stack(format, kind):
         assert shape.sharding == NamedSharding(mesh, own)
 
 
+def test_all_axes_of_a_stack_keep_their_sharding_and_the_kind_of_memory():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, P("x", "y"), memory_kind="pinned_host")
+    leaf = jax.ShapeDtypeStruct((2, 4, 8, 16), "float32", sharding=sharding)
+    got = quantize_params({"w": leaf}, "w", batch_axes=2, **SMALL)["w"]
+    assert {array.sharding for array in jax.tree.leaves(got)} == {sharding}
+
+
 def test_a_mesh_with_explicit_axes_under_jit():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     sharded = jax.device_put(draw(4, 8, 16), NamedSharding(mesh, P("x", "y")))
@@ -346,6 +363,9 @@ def test_patterns_that_cannot_be():
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(2, targets="up/kernel"), params)
     with pytest.raises(ValueError, match=r"matches no leaf: '\*/kernal'.*'up/k"):
         quantize_params(params, ["*/bias", "*/kernal"])
+    for wrong in (None, 5, params):  # the last if arguments change places
+        with pytest.raises(TypeError, match="patterns must be a pattern or a tuple of"):
+            quantize_params(params, wrong)
     with pytest.raises(ValueError, match="patterns is empty"):
         quantize_params(params, [])
     with pytest.raises(TypeError, match="a pattern in patterns must be a string"):
@@ -385,6 +405,12 @@ def test_formats_that_cannot_be():
     with pytest.raises(ValueError, match=r"have the shape \(12, 8\) .*got \(8, 12\)"):
         quantize_params(
             params, "up/kernel", lambda weight, batch_axes: quant.quantize_int8(weight.T)
+        )
+    with pytest.raises(ValueError, match=r"the dtype float32 of .* got .* and bfloat16"):
+        quantize_params(
+            params,
+            "up/kernel",
+            lambda weight, batch_axes: quant.quantize_int8(weight.astype("bfloat16")),
         )
 
 

@@ -141,7 +141,7 @@ def _fold_lora(
     zero = jnp.zeros_like(wide)
     size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
     ratios = jnp.where(vanished, jnp.abs(update) / size, zero)
-    finite = jnp.isfinite(jnp.max(jnp.abs(merged)))
+    finite = jnp.all(jnp.isfinite(merged))
     return merged, jnp.sum(vanished), jnp.max(ratios), finite
 
 

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from lora_jax import _paths
+from lora_jax._quantized import is_quantized
 
 ENTRIES = ("A", "B", "m", "A_bias", "B_bias")
 
@@ -28,10 +29,14 @@ class Leaf(NamedTuple):
     """The key of that adapter, which is the path of the weight in `{path: adapter}`."""
     entry: str = ""
     """Its name in that adapter."""
+    quantized: str | None = None
+    """The path of the quantized weight that it is an array of, if of one."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """What a pattern may match: its path, and for an adapter's the weight's path."""
+        if self.quantized is not None:
+            return self.quantized, self.path
         if self.adapter is None:
             return (self.path,)
         weights = [path for path in (self.weight, self.adapter) if path]
@@ -58,15 +63,18 @@ def is_adapter(node: Any) -> bool:
 def flatten(tree: Any) -> tuple[list[Leaf], Any]:
     """The leaves and gaps of a tree, and the structure to put others in their places."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_gap(node) or is_adapter(node)
+        tree, is_leaf=lambda node: is_gap(node) or is_adapter(node) or is_quantized(node)
     )
-    adapters = {keys for keys, node in nodes if is_adapter(node)}
+    owners = {keys: node for keys, node in nodes if is_adapter(node) or is_quantized(node)}
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_gap)
-    return [_leaf(keys, value, keys[:-1] in adapters) for keys, value in leaves], structure
+    return [_leaf(keys, value, owners.get(keys[:-1])) for keys, value in leaves], structure
 
 
-def _leaf(keys: tuple[Any, ...], value: Any, in_adapter: bool) -> Leaf:
-    if not in_adapter:
+def _leaf(keys: tuple[Any, ...], value: Any, owner: Any) -> Leaf:
+    """A leaf, in what it is an entry or an array of."""
+    if is_quantized(owner):
+        return Leaf(value, _text(keys), quantized=_text(keys[:-1]))
+    if owner is None:
         return Leaf(value, _text(keys))
     *above, entry = keys
     return Leaf(value, _text(keys), _text(above), _text(above[-1:]), _text([entry]))

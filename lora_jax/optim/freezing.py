@@ -5,10 +5,13 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeAlias
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lora_jax import _paths
+from lora_jax._quantized import is_quantized
 from lora_jax.optim import _leaves
 
 __all__ = ["trainable_and_frozen"]
@@ -28,10 +31,11 @@ def trainable_and_frozen(
     For those who keep all in one tree. With adapters in a tree of their own there is
     nothing to freeze: differentiate with respect to the adapters.
 
-    The frozen leaves have no optimizer state, and an update of zero. `optax.masked` alone
-    passes their raw gradients on as updates. In a compiled step, the products that only
-    their gradients need are not computed, if nothing else reads those: put
-    `optax.clip_by_global_norm` into `optimizer`, not in front.
+    The frozen leaves have no optimizer state, and an update of zero, also where they are
+    integers, such as the codes of quantized weights, which `jax.grad` takes with
+    `allow_int=True`. `optax.masked` alone passes their raw gradients on as updates. In a
+    compiled step, the products that only their gradients need are not computed, if nothing
+    else reads those: put `optax.clip_by_global_norm` into `optimizer`, not in front.
 
     Args:
         params: the tree; of its leaves only the paths are used.
@@ -44,7 +48,8 @@ def trainable_and_frozen(
         A gradient transformation for trees of the structure of `params`.
 
     Raises:
-        TypeError: if an argument has the wrong type, or the function returns no bool.
+        TypeError: if an argument has the wrong type, the function returns no bool, or a
+            leaf to train is quantized.
         ValueError: if a pattern is no regular expression or matches nothing, or no leaf is
             to be trained.
 
@@ -66,8 +71,15 @@ def trainable_and_frozen(
             f"trainable chooses none of the {len(paths)} leaves; the first paths are "
             f"{', '.join(map(repr, list(paths)[:3])) or 'none'}."
         )
-    labels = [TRAINED if trained else FROZEN for trained in is_trained]
-    return freezing(optimizer, structure.unflatten(labels))
+    for (path, leaf), trained in zip(paths.items(), is_trained, strict=True):
+        if trained and is_quantized(leaf):
+            raise TypeError(
+                f"trainable chooses {path!r}, which is quantized ({leaf!r}), and a step "
+                "would change its codes: train adapters of it, or a dense weight."
+            )
+    labels = structure.unflatten([TRAINED if t else FROZEN for t in is_trained])
+    # As a function: optax would call a tree that can be called, such as a module.
+    return freezing(optimizer, lambda _: labels)
 
 
 def freezing(
@@ -76,9 +88,27 @@ def freezing(
     """Trains the leaves with the label `TRAINED`; the others are `FROZEN`."""
     optimizers: dict[Hashable, optax.GradientTransformation] = {
         TRAINED: optimizer,
-        FROZEN: optax.set_to_zero(),
+        FROZEN: optax.chain(optax.set_to_zero(), _with_integers()),
     }
     return optax.partition(optimizers, labels)
+
+
+def _with_integers() -> optax.GradientTransformation:
+    """Zeros of the dtype of the params in place of the gradients of integers, float0."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None:
+            return updates, state
+
+        def zeros(update: Any, param: Any) -> Any:
+            is_float0 = getattr(update, "dtype", None) == jax.dtypes.float0
+            return jnp.zeros_like(param) if is_float0 else update
+
+        return jax.tree.map(zeros, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _chosen(trainable: Any, paths: list[str]) -> list[bool]:

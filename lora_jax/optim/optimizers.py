@@ -40,7 +40,8 @@ def lora_plus(
         learning_rate: of `A` and all else: a number, or a schedule.
         ratio: positive; the learning rate of `B` is `ratio * learning_rate`.
         optimizer: makes an optimizer of a learning rate or schedule, such as `optax.adam`
-            or `functools.partial(optax.adamw, mask=weight_decay_mask)`.
+            or `functools.partial(optax.adamw, mask=weight_decay_mask)`. For rates that
+            are set between steps, `optax.inject_hyperparams(optax.adam)`.
         rates: pattern to a learning rate or schedule of its own, for `B` as it is; of
             several patterns that match, the first counts. Patterns are as in
             `adapter_labels`: `{"embed/table": 1e-6}` is PEFT's `loraplus_lr_embedding`.
@@ -109,7 +110,8 @@ def _made(optimizer: Any, rate: LearningRate) -> optax.GradientTransformation:
     if not callable(optimizer):
         raise TypeError(
             "optimizer must be a function that makes an optimizer of a learning rate, got "
-            f"{type(optimizer).__name__}: pass optax.adam, and not optax.adam(1e-3)."
+            f"{type(optimizer).__name__}: pass optax.adam, and not optax.adam(1e-3); with "
+            "optax.inject_hyperparams, lora_plus(rate, optimizer=inject_hyperparams(adam))."
         )
     made: Any = optimizer(rate)
     check_optimizer("optimizer(learning_rate)", made)
@@ -201,7 +203,7 @@ def _scale_of(scale: Number | AdapterPlan, leaf: _leaves.Leaf) -> Number:
     """The scale of the adapter that a leaf is of."""
     if not isinstance(scale, AdapterPlan):
         return scale
-    for path in (leaf.weight, leaf.adapter):
+    for path in (leaf.adapter, leaf.weight):
         if path is not None and path in scale.targets:
             return scale.targets[path].scale
     hint = _paths.nearest_hint(leaf.weight, scale.targets)

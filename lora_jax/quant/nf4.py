@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax import _checks
+from lora_jax import _checks, _compat, _placement
 from lora_jax._quantized import QuantizedTensor
 from lora_jax.quant import _arithmetic, _bitsandbytes, _inputs, _packing, _torchao
 from lora_jax.quant.tensors import register_format
@@ -198,7 +198,12 @@ def quantize_nf4(
     array = _inputs.check_weight(weight, batch_axes)
     if codec == "torchao":
         _check_divides(math.prod(array.shape[batch_axes:]), block, nested)
-    return _quantize(array, block, nested, codec, int(batch_axes))
+    quantize = functools.partial(
+        _quantize, block=block, nested=nested, codec=codec, batch_axes=int(batch_axes)
+    )
+    if any(_compat.explicit_spec(array)):  # a block may reach across the devices
+        return _placement.keep_sharding(lambda w: (quantize(w), ()), array)[0]
+    return quantize(array)
 
 
 def _check_settings(block: Any, nested: Any, codec: Any) -> tuple[int, int | None]:

@@ -52,6 +52,11 @@ class Step:
     equation: Any
     output: int
 
+    @property
+    def entrywise(self) -> bool:
+        """Whether an entry of the result is this step of an entry of its one operand."""
+        return self.equation.primitive.name in _ENTRYWISE
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["step"]
@@ -97,11 +102,9 @@ class Deferred:
     @property
     def batch_ndim(self) -> int:
         """How many leading axes of the array are leading axes of all that is stored."""
-        (value, *others) = self.operands
-        if self.step is None:
-            return value.batch_ndim
-        entrywise = self.step.equation.primitive.name in _ENTRYWISE
-        return value.batch_ndim if entrywise and not others else 0
+        if self.step is None or self.step.entrywise:
+            return self.operands[0].batch_ndim
+        return 0
 
 
 def form(value: Any) -> Any:
@@ -145,8 +148,12 @@ def use(equation: Any, values: Sequence[Any]) -> Any:
 
 def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:
     """Some entries of a stack, taken from what is stored; None if it is anything else."""
-    if not isinstance(value, Deferred) or value.step is not None:
+    if not isinstance(value, Deferred):
         return None
+    if value.step is not None:
+        of = value.operands[0] if value.step.entrywise else None
+        entries = _entries(equation, of, *starts)
+        return None if entries is None else Deferred((entries,), value.step)
     n, shape = value.batch_ndim, value.shape
     take = _TAKE.get(equation.primitive.name)
     part = None if take is None else take(equation.params, n, shape, starts)

@@ -132,6 +132,19 @@ def test_what_is_not_finite_is_an_error(method):
         fold(plan, rows, adapter, np.dtype("float16"))
 
 
+def test_a_nan_of_a_large_weight_is_an_error():
+    # XLA for the CPU takes the maximum of a large array past a NaN.
+    rows = np.random.default_rng(0).normal(size=(160, 120)).astype("float32")
+    dtype = rows.dtype
+    target = Target(rows.shape, "lora", 1, SCALE, 0.0, (0,), (1,))
+    plan = AdapterPlan(LoraConfig(rank=1), FrozenDict({"w": target}))
+    adapter = {"A": rows[:, :1], "B": rows[:1]}
+    fold(plan, rows.copy(), adapter, dtype)
+    rows[3, 4] = np.nan
+    with pytest.raises(FloatingPointError, match="'w': the weight had an infinity"):
+        fold(plan, rows, adapter, dtype)
+
+
 def test_rows_of_a_span_are_those_of_an_array(tmp_path):
     values = np.arange(12, dtype="float32").reshape(4, 3)
     values.tofile(tmp_path / "raw")

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import optim
+from lora_jax import optim, quant
 from tests import support as tolerances
 from tests.optim import support
 
@@ -54,6 +54,68 @@ def test_trainable_by_a_function_and_from_shapes():
     )
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert support.stateful(got[1]) == ["head/bias", "head/kernel"]
+
+
+def test_a_function_may_return_a_bool_of_numpy():
+    params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+    optimizer = optim.trainable_and_frozen(
+        params, lambda path: np.bool_(path == "head"), optax.sgd(1.0)
+    )
+    got, _ = optimizer.update(params, optimizer.init(params))
+    np.testing.assert_array_equal(got["body"], 0.0)
+    np.testing.assert_array_equal(got["head"], -1.0)
+
+
+@jax.tree_util.register_pytree_node_class
+class Callable:
+    """A tree that can be called, as modules can."""
+
+    def __init__(self, weight, bias):
+        self.weight, self.bias = weight, bias
+
+    def tree_flatten(self):
+        return (self.weight, self.bias), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+    def __call__(self):
+        raise AssertionError("only params")
+
+
+def test_a_tree_may_be_callable():
+    params = Callable(jnp.ones(2), jnp.ones(2))
+    optimizer = optim.trainable_and_frozen(params, "*0", optax.sgd(1.0))
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates.weight, [-1, -1])
+    np.testing.assert_array_equal(updates.bias, [0, 0])
+
+
+def test_quantized_weights_are_frozen_leaves():
+    weight = quant.quantize_int8(support.draw(8, 6))
+    params = {"adapters": {"w": support.adapter()}, "base": weight, "count": np.arange(3)}
+    optimizer = optim.trainable_and_frozen(params, "adapters/*", optax.sgd(1.0))
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            adapter = params["adapters"]["w"]
+            return jnp.sum(adapter["A"]) + jnp.sum(quant.dequantize(params["base"]))
+
+        grads = jax.grad(loss, allow_int=True)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax adds zeros to integers
+        new = step(params, optimizer.init(params))
+    jax.tree.map(np.testing.assert_array_equal, new["base"], weight)
+    assert new["base"].codes.dtype == jnp.int8
+    np.testing.assert_array_equal(new["count"], params["count"])
+    moved = new["adapters"]["w"]["A"] - params["adapters"]["w"]["A"]
+    np.testing.assert_allclose(moved, -1, rtol=1e-5)
+    with pytest.raises(TypeError, match=r"chooses 'base', which is quantized \(Int8"):
+        optim.trainable_and_frozen(params, "base", optax.sgd(1.0))
 
 
 def test_no_gradient_products_of_frozen_leaves():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import optim
+from lora_jax import optim, quant
 from tests import support as tolerances
 from tests.optim import support
 
@@ -90,6 +90,14 @@ def test_a_pattern_excludes_an_adapter():
     mask = optim.weight_decay_mask(support.tree(), exclude="embed/table")
     assert mask["adapters"]["embed/table"] == {"A": False, "B": False}
     assert mask["adapters"]["layers/q/kernel"]["A"] is True
+
+
+def test_a_quantized_weight_is_known_by_its_path():
+    tree = {"base": {"w": quant.quantize_int8(support.draw(8, 6))}}
+    labels = optim.adapter_labels(tree, {"base/w": "frozen"})["base"]["w"]
+    assert (labels.codes, labels.scales) == ("frozen", "frozen")
+    labels = optim.adapter_labels(tree, {"base/w/scales": "scales"})["base"]["w"]
+    assert (labels.codes, labels.scales) == ("other", "scales")
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a partition"])

@@ -241,6 +241,18 @@ def test_scales_of_a_plan():
         tolerances.assert_close(updates["adapters"][path]["B"], want, 100)
 
 
+def test_scales_of_a_plan_in_a_nested_tree():
+    config = lora_jax.LoraConfig(rank=4, alpha=20.0)
+    weights = {"stack": {"o": jnp.zeros((12, 9))}, "o": jnp.zeros((12, 9))}
+    plan = lora_jax.plan_adapters(config, weights)
+    tree = {"stack": {"o": support.adapter()}}
+    by_plan, by_number = (
+        optimizer.update(tree, optimizer.init(tree), tree)[0]
+        for optimizer in (optim.lora_fa(optax.sgd(1.0), s) for s in (plan, 5.0))
+    )
+    jax.tree.map(np.testing.assert_array_equal, by_plan, by_number)
+
+
 def test_the_update_is_the_nearest_to_a_full_step():
     # s * A @ dB is the projection of the weight's gradient onto what A can reach.
     adapter, full = support.adapter(), support.draw(support.N_IN, support.N_OUT)

@@ -109,6 +109,19 @@ def test_factors_of_less_than_full_rank(rank, n, damping, scale, seed):
     assert np.linalg.norm(back) <= 2 * np.linalg.norm(support.draw(n, 5, seed=seed))
 
 
+def test_the_least_damping_is_the_rank_in_rounding_units():
+    # In float32 the unit is 2^-23, and 1 / (2 * 2^-23) is what a zero direction gets.
+    factor, gradient = jnp.eye(2, 1), jnp.eye(2, 1)[::-1]
+    solved = preconditioning.solve_gram(factor, gradient, 1e-30)
+    np.testing.assert_array_equal(solved, [[0.0], [2.0**22]])
+
+
+def test_the_least_damping_of_an_entry_does_not_depend_on_the_others():
+    factor = jnp.stack([2.0**20 * jnp.eye(2), jnp.eye(2)])
+    solved = preconditioning.solve_gram(factor, factor, 1e-30)
+    tolerances.assert_close(solved[1], np.eye(2), 4)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_sharded_factors(kind):
     params, grads = ({"w": support.adapter(4, seed=seed)} for seed in (0, 1))

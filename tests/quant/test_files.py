@@ -66,6 +66,10 @@ def test_a_format_without_a_name_is_refused(path, monkeypatch):
 
 
 def test_files_of_other_kinds(path):
+    with pytest.raises(IsADirectoryError, match="is a directory: give a file, none"):
+        quant.load_quantized(path.parent)
+    with pytest.raises(FileNotFoundError, match=r"no directory .*lacking to write f in"):
+        quant.save_quantized(path.parent / "lacking" / "f", {"a": draw(2)})
     with pytest.raises(FileNotFoundError, match="there is no file"):
         quant.load_quantized(path)
     for data in (b"", b"{}", bytes(100)):

@@ -29,3 +29,9 @@ def test_look_up_and_nearest_are_inverse():
     found = _packing.nearest(values, (table[1:] + table[:-1]) / 2)
     assert found.dtype == jnp.uint8
     np.testing.assert_array_equal(found, codes)
+
+
+def test_a_value_at_a_threshold_is_not_above_it():
+    values = jnp.asarray([-1.0, 0.0, 0.5, 1.0, 2.0, jnp.nan])
+    found = _packing.nearest(values, np.float32([0.0, 1.0]))
+    np.testing.assert_array_equal(found, [0, 0, 1, 1, 2, 0])

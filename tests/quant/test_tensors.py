@@ -247,3 +247,39 @@ def test_a_stack_on_a_mesh_with_explicit_axes(name):
     assert_close(dense, np.asarray(quant.dequantize(whole), np.float64), 4)
     want = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(x @ w))))(rows, dense)
     assert_close(jax.device_get(got), np.asarray(want, np.float64), 64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "sign"])
+def test_a_nan_of_a_large_weight_is_not_lost(name, dtype):
+    # XLA for the CPU takes the maximum of a large array past a NaN.
+    weight = draw(160, 120, dtype=dtype).at[3, 4].set(jnp.nan)
+    got = jax.jit(lambda w: quant.dequantize(ALL[name](w)))(weight)
+    assert jnp.isnan(got[3, 4])
+
+
+@pytest.mark.parametrize("name", ["torchao", "bitsandbytes"])
+def test_a_weight_sharded_across_blocks_with_explicit_axes(name):
+    weight = draw(16, 24)
+    mesh = jax.make_mesh((8,), ("out",), axis_types=(AxisType.Explicit,))
+    with set_mesh(mesh):
+        q = ALL[name](jax.device_put(weight, NamedSharding(mesh, P(None, "out"))))
+    assert_same(np.asarray(q.codes), np.asarray(ALL[name](weight).codes))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda q: np.ones((5, 16), np.float32) @ q,
+        lambda q: q @ jnp.ones((24, 2)),
+        lambda q: q[0],
+        lambda q: 2 * q,
+        lambda q: jnp.ones(24) + q,
+        lambda q: -q,
+        np.asarray,
+        jnp.asarray,
+    ],
+)
+def test_what_needs_an_array_says_how_to_get_one(use):
+    with pytest.raises(TypeError, match=r"Int8Tensor\(.* is no array.*lora_jax.adapt"):
+        use(quant.quantize_int8(draw(*SHAPE)))

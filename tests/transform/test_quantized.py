@@ -225,6 +225,44 @@ def test_a_function_accepts_quantized_weights_without_adapters(fn):
     assert_same(got, fn(dense, x), 1e-5)
 
 
+PARTS = {
+    "entries": lambda w: lax.slice_in_dim(w, 1, 3),
+    "every_second_entry": lambda w: lax.slice_in_dim(w, 0, 3, 2),
+    "first_columns": lambda w: lax.slice_in_dim(w, 0, 4, axis=2),
+    "last_columns": lambda w: lax.slice_in_dim(w, 4, 10, axis=2),
+    "every_second_column": lambda w: lax.slice_in_dim(w, 0, 10, 2, axis=2),
+    "second_half": lambda w: jnp.split(w, 2, axis=2)[1],
+    "columns_at_an_index": lambda w: lax.dynamic_slice_in_dim(w, 4, 6, axis=2),
+    "an_entry_of_the_transpose": lambda w: w.transpose(0, 2, 1)[1],
+    "an_entry_of_the_negative": lambda w: (-w)[1],
+    "entries_of_the_transpose": lambda w: lax.map(lambda v: v, w.transpose(1, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_parts_of_a_stack(part):
+    stored, dense = params_of({"w": (3, 12, 10)}, 1)
+    got = jax.jit(lora_jax.accept_quantized(part))(stored["w"])
+    assert_same(got, part(dense["w"]), 0)
+    assert got.shape == part(dense["w"]).shape
+
+
+@pytest.mark.parametrize("axes", [(0,), (0, 1), (2,), (1, 2)], ids=str)
+def test_axes_of_a_stack_and_of_its_weights_are_squeezed(axes):
+    stored, dense = params_of({"w": (1, 1, 1, 10)}, 2)
+    got = lora_jax.accept_quantized(lambda w: w.squeeze(axes))(stored["w"])
+    assert_same(got, dense["w"].squeeze(axes), 0)
+    assert got.shape == dense["w"].squeeze(axes).shape
+
+
+def test_an_entry_of_a_stack_of_two_axes():
+    stored, dense = params_of({"w": (2, 3, 4, 5)}, 2)
+    take = lora_jax.accept_quantized(
+        lambda w, i, j: lax.dynamic_slice(w, (i, j, 0, 0), (1, 1, 4, 5))
+    )
+    assert_same(take(stored["w"], 0, 2)[0, 0], dense["w"][0, 2], 0)
+
+
 def test_quantized_arguments_and_results_of_any_function():
     stored, dense = params_of({"w": (12, 10)})
     accepting = lora_jax.accept_quantized(lambda *args, w: (w, [w.T, *args], "text"))

@@ -6,12 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import lora_jax
 from tests import toy_format
 from tests.transform.support import normal, plan_of, trained
 from tests.transform.test_quantized import (
+    CASES,
     METHODS,
+    cast_and_scaled,
+    flipped,
+    fused,
+    halves,
+    heads,
+    padded_rows,
     params_of,
     product,
     scanned,
@@ -59,6 +67,47 @@ def test_the_backward_pass_keeps_no_dense_weight(method):
     assert kept
     assert (12, 10) not in floats
     assert (10, 12) not in floats
+
+
+@pytest.mark.parametrize(
+    "fn", [flipped, heads, cast_and_scaled, fused, padded_rows, halves]
+)
+def test_the_backward_pass_keeps_no_weight_that_was_moved(fn):
+    shapes, _ = CASES[fn]
+    stored, _ = params_of(shapes)
+    x = jnp.asarray(normal(5, 12), "float32")
+    accepting = lora_jax.accept_quantized(fn)
+    _, pull = jax.vjp(lambda x: accepting(stored, x), x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "ndim", 0)]
+    floats = [leaf for leaf in kept if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert kept
+    assert all(leaf.size < 12 * 10 and leaf.shape != (12, 5) for leaf in floats)
+
+
+TAKEN = {
+    "index": lambda w: w[1],
+    "slice": lambda w: lax.slice_in_dim(w, 1, 2),
+    "squeezed": lambda w: lax.squeeze(lax.slice_in_dim(w, 1, 2), [0]),
+    "dynamic": lambda w: lax.dynamic_index_in_dim(w, 1, keepdims=False),
+    "of a cast": lambda w: -w.astype("bfloat16")[1],
+    "of what was negated": lambda w: lax.dynamic_slice_in_dim(-w, 1, 1),
+    "cast": lambda w: lax.scan(lambda c, v: (c, v[0]), 0, w.astype("bfloat16"))[1],
+}
+
+
+@pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN)
+def test_an_entry_of_a_stack_is_taken_from_what_is_stored(take):
+    stored, _ = params_of({"w": (3, 12, 10)}, 1)
+    text = str(jax.make_jaxpr(lora_jax.accept_quantized(take))(stored["w"]))
+    assert re.search(r"f32\[(1,)?12,10\]", text)
+    assert not re.search(r"(f32|bf16)\[3,12,10\]", text)
+
+
+def test_an_entry_of_an_entry_is_taken_from_what_is_stored():
+    stored, _ = params_of({"w": (2, 3, 12, 10)}, 2)
+    text = str(jax.make_jaxpr(lora_jax.accept_quantized(lambda w: w[1][2]))(stored["w"]))
+    assert re.search(r"f32\[(1,)?12,10\]", text)
+    assert not re.search(r"f32\[(\d,)*3,12,10\]", text)
 
 
 def test_one_function_serves_all_layers_with_quantized_weights():

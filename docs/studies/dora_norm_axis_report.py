@@ -97,11 +97,10 @@ def differences(
 def groups(record: dict[str, Any]) -> Iterator[tuple[str, str, list[str], list[float]]]:
     """Yields what differences are of: two titles, the data sets, the learning rates."""
     rates = complete_rates(record)
-    for data in DATA:
-        yield from ((data, f"{rate:g}", [data], [rate]) for rate in rates)
+    for title, data in [*((name, [name]) for name in DATA), ("both", list(DATA))]:
+        yield from ((title, f"{rate:g}", data, [rate]) for rate in rates)
         if len(rates) > 1:
-            yield data, "mean", [data], rates
-    yield "both", "mean" if len(rates) > 1 else f"{rates[0]:g}", list(DATA), rates
+            yield title, "mean", data, rates
 
 
 def tables(record: dict[str, Any]) -> str:

@@ -174,6 +174,8 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
             f"{name} is spread over several processes: gather it first, for example with "
             "jax.experimental.multihost_utils.process_allgather, and save in one process."
         )
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name} is a jax.random key: save its jax.random.key_data.")
     array = np.ascontiguousarray(value).reshape(np.shape(value))
     if array.dtype.name not in DTYPES.values():
         raise TypeError(

@@ -47,6 +47,8 @@ def test_saving_refuses_what_it_cannot_keep(path):
     q = quant.quantize_int8(draw(*SHAPE))
     with pytest.raises(TypeError, match="at 'a': expected an array or a quantized tensor"):
         quant.save_quantized(path, {"a": "text"})
+    with pytest.raises(TypeError, match=r"b/k is a jax.random key: save its .*key_data"):
+        quant.save_quantized(path, {"b": {"k": jax.random.key(0)}})
     with pytest.raises(ValueError, match="two arrays would have the name 'a:codes'"):
         quant.save_quantized(path, {"a": q, "a:codes": draw(2)})
     with pytest.raises(TypeError, match="a:codes has no values to write"):

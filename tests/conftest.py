@@ -27,6 +27,7 @@ QUICK = (
     *("tests.test_dora", "tests.test_lora", "tests.test_model", "tests.test_column_norm"),
     *("tests.test_initializers", "tests.test_properties", "tests.test_quantized_params"),
     *("tests.quant.test_files", "tests.quant.test_tensors"),
+    "tests.quantized",
     *("tests.quant.test_nf4", "tests.training", "tests.transform.test_fuzz"),
     *("tests.transform.test_meshes", "tests.transform.test_quantized"),
     *("tests.transform.test_rules", "tests.transform.test_surroundings"),

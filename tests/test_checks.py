@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from lora_jax import _checks
 from tests import support
 
 CASE = support.make_case("rows")
@@ -390,3 +391,25 @@ def test_init_key(key):
         (TypeError, ValueError), match=r"key must be (a|one) jax.random key"
     ):
         lora_jax.init_lora_adapter(key, W, 4)
+
+
+class OddError(ValueError):
+    """As those of json and of JAX, which are not made of a message."""
+
+    def __init__(self, text, position):
+        super().__init__(f"{text} at {position}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OddError("bad", 3), ValueError, "at 'a/w': bad at 3"),
+        (KeyError("no x"), KeyError, "at 'a/w': no x"),
+        (TypeError(), TypeError, "at 'a/w': "),
+    ],
+)
+def test_an_error_of_any_class_gets_its_path(error, kind, message):
+    with pytest.raises(kind) as raised, _checks.at_path("a/w"):
+        raise error
+    assert type(raised.value) is kind
+    assert raised.value.args == (message,)

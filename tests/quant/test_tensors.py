@@ -277,7 +277,6 @@ def test_a_weight_sharded_across_blocks_with_explicit_axes(name):
         lambda q: jnp.ones(24) + q,
         lambda q: -q,
         np.asarray,
-        jnp.asarray,
     ],
 )
 def test_what_needs_an_array_says_how_to_get_one(use):

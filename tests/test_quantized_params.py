@@ -337,7 +337,7 @@ def test_the_arrays_are_sharded_along_the_stack(format, kind):
 def test_all_axes_of_a_stack_keep_their_sharding_and_the_kind_of_memory():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     # Of several kinds, where this JAX has them, one that is not the default.
-    kind = min(memory.kind for memory in jax.devices()[0].addressable_memories())
+    kind = max(memory.kind for memory in jax.devices()[0].addressable_memories())
     sharding = NamedSharding(mesh, P("x", "y"), memory_kind=kind)
     leaf = jax.ShapeDtypeStruct((2, 4, 8, 16), "float32", sharding=sharding)
     got = quantize_params({"w": leaf}, "w", batch_axes=2, **SMALL)["w"]

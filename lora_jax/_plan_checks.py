@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from lora_jax import _checks, _paths
+from lora_jax import _adapter_checks, _checks, _paths
 from lora_jax._quantized import QuantizedTensor
 from lora_jax.plan import AdapterPlan, Target
 
 _NO_BIASES = dict.fromkeys(
-    _checks.BIASES,
+    _adapter_checks.BIASES,
     "an adapter of a plan has no biases, since a plan is about weights; fold this one "
     "into the layer's own bias with lora_bias_delta, and leave it out.",
 )
@@ -124,7 +124,7 @@ def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
 def _check_adapter(adapter: Any, target: Target) -> None:
     shapes = target.adapter_shapes
     refused = _NO_BIASES | ({} if "m" in shapes else _NO_MAGNITUDE)
-    _checks.check_adapter(
+    _adapter_checks.check_adapter(
         adapter, target.matrix_shape, required=tuple(shapes), refused=refused
     )
     for name, shape in shapes.items():

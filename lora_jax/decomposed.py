@@ -34,7 +34,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _numerics, _quantized, _svd
+from lora_jax import _adapter_checks, _checks, _numerics, _quantized, _svd
 from lora_jax.initializers import init_factors
 from lora_jax.lora import Adapter, unmerge_lora_weight
 
@@ -50,7 +50,7 @@ Base = jax.Array | _quantized.QuantizedTensor
 Quantize = Callable[[jax.Array], Any]
 
 _NO_BIASES = dict.fromkeys(
-    _checks.BIASES,
+    _adapter_checks.BIASES,
     "it shifts the layer's bias, so fold it into that with lora_bias_delta, and leave it "
     "out.",
 )
@@ -309,9 +309,9 @@ def to_plain_adapter(
         >>> update.shape, plain["A"].shape
         ((64, 32), (64, 8))
     """
-    _checks.check_adapter(adapter, None, optional=("m",), refused=_NO_BIASES)
+    _adapter_checks.check_adapter(adapter, None, optional=("m",), refused=_NO_BIASES)
     with _checks.at_path("initial"):
-        _checks.check_adapter(initial, None, optional=("m",), refused=_NO_BIASES)
+        _adapter_checks.check_adapter(initial, None, optional=("m",), refused=_NO_BIASES)
     shapes, first = ({n: v.shape for n, v in x.items()} for x in (adapter, initial))
     if shapes != first:
         raise ValueError(

@@ -35,7 +35,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _column_norm, _dora_products, _numerics, _quantized
+from lora_jax import (
+    _adapter_checks,
+    _checks,
+    _column_norm,
+    _dora_products,
+    _numerics,
+    _quantized,
+)
 from lora_jax.initializers import Init
 from lora_jax.lora import Adapter, init_lora_adapter
 
@@ -51,7 +58,7 @@ __all__ = [
 NormAxis = Literal["out", "in"]
 
 _LOSES_BIAS = dict.fromkeys(
-    _checks.BIASES,
+    _adapter_checks.BIASES,
     "a DoRA adapter has no biases; fold this one into the layer's own with "
     "merge_lora_layer before the adapter becomes a DoRA adapter.",
 )
@@ -174,7 +181,9 @@ def dora_column_norm(
         dense = jnp.asarray(_quantized.as_dense(weight))
         squared = _column_norm.weight_norm_squared(dense, _axis(norm_axis))
         return _column_norm.norm(squared)
-    _checks.check_adapter(adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS)
+    _adapter_checks.check_adapter(
+        adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS
+    )
     _checks.check_number("alpha", alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)
     rank = adapter["A"].shape[-1]
@@ -407,7 +416,9 @@ def _check_dora_adapter(
     alpha: float | jax.Array,
 ) -> None:
     required = ("A", "B", "m")
-    _checks.check_adapter(adapter, weight_shape, required=required, refused=_LOSES_BIAS)
+    _adapter_checks.check_adapter(
+        adapter, weight_shape, required=required, refused=_LOSES_BIAS
+    )
     shape = _kept(weight_shape, norm_axis)
     what = f"one magnitude for each {norm_axis}put, since norm_axis={norm_axis!r}"
     _checks.check_vector("adapter['m']", adapter["m"], shape, what)

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _numerics, _quantized
+from lora_jax import _adapter_checks, _checks, _numerics, _quantized
 from lora_jax.initializers import Init, init_factors
 
 __all__ = [
@@ -125,8 +125,8 @@ def lora_delta(
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685.
     """
-    _checks.check_adapter(
-        adapter, None, refused=_checks.LOSES_BIAS | _checks.LOSES_MAGNITUDE
+    _adapter_checks.check_adapter(
+        adapter, None, refused=_adapter_checks.LOSES_BIAS | _adapter_checks.LOSES_MAGNITUDE
     )
     _checks.check_number("alpha", alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)
@@ -188,11 +188,11 @@ def lora_linear(
     """
     _checks.check_weight("frozen_weight", frozen_weight)
     _checks.check_input(x, frozen_weight)
-    _checks.check_adapter(
+    _adapter_checks.check_adapter(
         adapter,
         frozen_weight.shape,
-        optional=_checks.BIASES,
-        refused=_checks.LOSES_MAGNITUDE,
+        optional=_adapter_checks.BIASES,
+        refused=_adapter_checks.LOSES_MAGNITUDE,
     )
     _checks.check_number("alpha", alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)
@@ -328,7 +328,8 @@ def tree_lora_delta(
 
 def _looks_like_adapter(node: Any) -> bool:
     return isinstance(node, Mapping) and any(
-        _checks.is_array(node.get(name)) for name in ("A", "B", *_checks.TORCH_NAMES)
+        _checks.is_array(node.get(name))
+        for name in ("A", "B", *_adapter_checks.TORCH_NAMES)
     )
 
 
@@ -381,8 +382,10 @@ def _checked_wide_delta(
 ) -> jax.Array:
     """Checks the arguments of a merge; the delta in the widest dtype at hand."""
     _checks.check_weight(name, weight)
-    _checks.check_adapter(
-        adapter, weight.shape, refused=_checks.LOSES_BIAS | _checks.LOSES_MAGNITUDE
+    _adapter_checks.check_adapter(
+        adapter,
+        weight.shape,
+        refused=_adapter_checks.LOSES_BIAS | _adapter_checks.LOSES_MAGNITUDE,
     )
     _checks.check_number("alpha", alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _numerics
+from lora_jax import _adapter_checks, _checks, _numerics
 from lora_jax.lora import merge_lora_weight, unmerge_lora_weight
 
 __all__ = ["lora_bias_delta", "merge_lora_layer", "unmerge_lora_layer"]
@@ -116,8 +116,11 @@ def unmerge_lora_layer(
 def _check_adapter(
     adapter: Mapping[str, jax.Array], alpha: float | jax.Array, rank_stabilized: bool
 ) -> None:
-    _checks.check_adapter(
-        adapter, None, optional=_checks.BIASES, refused=_checks.LOSES_MAGNITUDE
+    _adapter_checks.check_adapter(
+        adapter,
+        None,
+        optional=_adapter_checks.BIASES,
+        refused=_adapter_checks.LOSES_MAGNITUDE,
     )
     _checks.check_number("alpha", alpha)
     _checks.check_flags(rank_stabilized=rank_stabilized)

@@ -11,7 +11,7 @@ import lora_jax
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 STOREYS = (
     {"_checks", "_compat", "_files", "_frozen", "_quantized", "_tables"},
-    {"_numerics", "_paths", "_placement", "_svd", "_tensor_stream"},
+    {"_adapter_checks", "_numerics", "_paths", "_placement", "_svd", "_tensor_stream"},
     {"initializers", "quant", "_column_norm", "_dora_products"},
     {"config", "lora"},
     {"plan", "lora_layer", "dora", "decomposed"},

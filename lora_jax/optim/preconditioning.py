@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from lora_jax import _checks, _compat, _numerics
+from lora_jax import _adapter_checks, _checks, _compat, _numerics
 from lora_jax.optim import _leaves
 
 __all__ = ["scale_by_riemannian"]
@@ -146,7 +146,7 @@ def _factors(
             "missing or masked: put it in front of what masks them, as in "
             f"optax.chain({name}(...), optax.partition(...))."
         )
-    _checks.check_adapter(factors, None)
+    _adapter_checks.check_adapter(factors, None)
     expected = factors[gradient.entry].shape
     if gradient.value.shape != expected:
         raise ValueError(

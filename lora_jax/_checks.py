@@ -23,6 +23,14 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def has_jax_dtype(value: Any) -> bool:
+    """Whether JAX has arrays of the dtype, in some byte order: not objects or strings."""
+    dtype = value.dtype
+    return any(
+        jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_, jax.dtypes.extended)
+    )
+
+
 def is_floating(dtype: Any) -> bool:
     """Whether a dtype is a real floating-point one."""
     return jnp.issubdtype(dtype, jnp.floating)
@@ -35,11 +43,34 @@ def check_array(name: str, value: Any) -> None:
 
 
 def check_has_values(name: str, value: Any) -> None:
-    """Raises if `value`, or an array of a quantized one, is a mere shape and dtype."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value)):
+    """Raises if `value`, or an array of a quantized one, is abstract or deleted."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name} is a jax.ShapeDtypeStruct, or made of them, which has no values "
+                "to compute with: pass an array, or call the function inside "
+                "jax.eval_shape."
+            )
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            check_not_deleted(name, leaf)
+
+
+def check_not_deleted(name: str, array: jax.Array) -> None:
+    """Raises if the values of an array outside a trace are gone."""
+    if array.is_deleted():
+        raise ValueError(
+            f"{name} has been deleted or donated, for example to an earlier merge or to a "
+            "function with donate_argnums, and its values are gone: use what that "
+            "returned."
+        )
+
+
+def check_byte_order(name: str, value: Any) -> None:
+    """Raises if an array has a byte order that JAX does not take."""
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
         raise TypeError(
-            f"{name} is a jax.ShapeDtypeStruct, or made of them, which has no values to "
-            "compute with: pass an array, or call the function inside jax.eval_shape."
+            f"{name} has the byte order of dtype {value.dtype.str!r}, which JAX does not "
+            "take: convert it with x.astype(x.dtype.newbyteorder('='))."
         )
 
 
@@ -60,6 +91,13 @@ def check_abstract_array(name: str, value: Any) -> None:
             f"{name} has the dtype {value.dtype}, whose values mean nothing without their "
             "scales: multiply them out in at least 16 bits, for example "
             "weight.astype('bfloat16') * scales."
+        )
+    check_byte_order(name, value)
+    if not has_jax_dtype(value):
+        raise TypeError(
+            f"{name} must be an array of floating-point numbers, got dtype {value.dtype} "
+            f"and shape {value.shape}, of which JAX has no arrays: make one with "
+            "np.asarray(values, 'float32')."
         )
     if not is_floating(value.dtype):
         codes = value.dtype.itemsize == 1 and value.dtype != jnp.bool_
@@ -132,6 +170,7 @@ def check_key(name: str, key: Any) -> None:
             f"{name} must be a jax.random key, got {type(key).__name__}: make one with "
             "jax.random.key(0)."
         )
+    check_has_values(name, key)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if key.shape != () if typed else (key.ndim != 1 or key.dtype != jnp.uint32):
         raise ValueError(

@@ -213,7 +213,6 @@ def fold_all(
     results, finite = {}, {}
     for path, target in plan.targets.items():
         with _checks.at_path(path):
-            _check_not_deleted(leaves[path])
             results[path], finite[path] = _run(
                 fold, leaves[path], adapters[path], norms.get(path), target, donate
             )
@@ -251,14 +250,6 @@ def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
     merged = merged.astype(wide).ravel()
     update, lost = (jnp.linalg.norm(merged - x) for x in dense)
     return lost / update
-
-
-def _check_not_deleted(weight: Any) -> None:
-    if isinstance(weight, jax.Array) and not _is_traced(weight) and weight.is_deleted():
-        raise ValueError(
-            "the weight has been donated, to an earlier merge or a jitted function, and "
-            "its values are gone: use what that returned."
-        )
 
 
 def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:

@@ -76,12 +76,13 @@ def _unclear(why: _axes.UnsuitableError) -> bool:
 
 
 def count(leaves: Iterable[Any]) -> int:
-    """The number of entries of all arrays among some leaves, without random keys."""
+    """The number of entries of all numeric arrays, without random keys."""
     arrays = filter(_checks.is_array, leaves)
     return sum(
         math.prod(array.shape)
         for array in arrays
-        if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        if _checks.has_jax_dtype(array)
+        and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     )
 
 

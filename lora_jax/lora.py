@@ -300,7 +300,9 @@ def tree_lora_delta(
             is an adapter if it has an array under `"A"` or `"B"` (or under a PyTorch
             package's name of them, which is an error).
         alpha: of every adapter; each is divided by its own rank.
-        is_leaf: nodes for which it is true are leaves and stay as they are.
+        is_leaf: as in `jax.tree.map`, nodes for which it is true are leaves, where the
+            tree ends. A leaf that is an adapter becomes its delta; any other passes
+            through.
 
     Returns:
         The tree with `(*batch, in, out)` arrays in place of the adapter dicts, and every
@@ -310,14 +312,11 @@ def tree_lora_delta(
         KeyError, TypeError, ValueError: as `lora_delta`, with the path of the adapter.
     """
 
-    def is_users_leaf(node: Any) -> bool:
-        return is_leaf is not None and is_leaf(node)
-
     def stop(node: Any) -> bool:
-        return is_users_leaf(node) or _looks_like_adapter(node)
+        return _looks_like_adapter(node) or (is_leaf is not None and bool(is_leaf(node)))
 
     def delta(path: tuple[Any, ...], node: Any) -> Any:
-        if is_users_leaf(node) or not _looks_like_adapter(node):
+        if not _looks_like_adapter(node):
             return node
         with _checks.at_path(jax.tree_util.keystr(path, simple=True, separator="/")):
             return lora_delta(node, alpha)

@@ -48,6 +48,7 @@ def plan_adapters(
     config: LoraConfig,
     params: chex.ArrayTree,
     fn: Callable[..., Any] | None = None,
+    /,
     *args: Any,
     **kwargs: Any,
 ) -> AdapterPlan:
@@ -57,6 +58,9 @@ def plan_adapters(
     output and batch. Nothing is computed: `params` and arguments may be
     `jax.ShapeDtypeStruct`s. Without a function only 2-D weights are understood, as
     `(in, out)`, and `"all-linear"` is every one of them, embeddings among them.
+
+    `config`, `params` and `fn` are positional only, so that `fn` may have arguments of
+    these names.
 
     Args:
         config: what to adapt and how.
@@ -98,7 +102,8 @@ def plan_adapters(
     if fn is None and (args or kwargs):
         raise TypeError(
             "there are arguments and no function: the order is plan_adapters(config, "
-            "params, fn, *args), where fn(params, *args) applies the model."
+            "params, fn, *args), where fn(params, *args) applies the model. The first "
+            "three are positional only."
         )
     if fn is not None and not callable(fn):
         raise TypeError(

@@ -211,11 +211,8 @@ def _check_leaf(leaf: Any) -> None:
     if _is_slice(leaf):
         return
     _checks.check_abstract_array("the weight", leaf)
-    if isinstance(leaf, jax.Array) and not _is_traced(leaf) and leaf.is_deleted():
-        raise ValueError(
-            "the weight has been deleted or donated, and its values are gone: use what "
-            "took its place."
-        )
+    if isinstance(leaf, jax.Array) and not _is_traced(leaf):
+        _checks.check_not_deleted("the weight", leaf)
 
 
 def _check_fits(quantize: Quantize, leaf: Any, count: int) -> None:

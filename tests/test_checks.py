@@ -262,6 +262,54 @@ def test_alpha(linear, alpha, error, message):
         linear(alpha=alpha)
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (">f4", r"has the byte order of dtype '>f4'.*x\.dtype\.newbyteorder\('='\)"),
+        (">f2", "has the byte order of dtype '>f2'"),
+        (object, r"got dtype object and shape .*np\.asarray\(values, 'float32'\)"),
+        ("U3", "got dtype <U3 and shape .*of which JAX has no arrays"),
+        ("S3", "got dtype .S3 and shape .*of which JAX has no arrays"),
+        ("M8[s]", r"got dtype datetime64\[s\] and shape"),
+    ],
+)
+def test_arrays_that_jax_does_not_take(linear, dtype, message):
+    def cast(value):
+        return np.ones(value.shape).astype(dtype)
+
+    for name, options in {
+        "x": {"x": cast(X)},
+        "frozen_weight": {"weight": cast(W)},
+        r"adapter\['A'\]": {"adapter": {**DORA, "A": cast(A)}},
+    }.items():
+        if linear is lora and "adapter" in options:
+            del options["adapter"]["m"]
+        with pytest.raises(TypeError, match=f"^{name} .*{message}"):
+            linear(**options)
+
+
+def test_arrays_without_values_any_more():
+    def gone(tree):
+        tree = jax.tree.map(lambda v: v.copy(), tree)
+        for leaf in jax.tree.leaves(tree):
+            leaf.delete()
+        return tree
+
+    int8 = lora_jax.quant.quantize_int8(W)
+    for name, call in {
+        "x": lambda: lora(x=gone(X)),
+        "frozen_weight": lambda: lora(weight=gone(W)),
+        r"adapter\['A'\]": lambda: lora_jax.lora_delta(gone(CASE.adapter)),
+        "key": lambda: lora_jax.init_lora_adapter(gone(KEY), W, 2),
+        "dropout_key": lambda: dora(dropout_rate=0.5, dropout_key=gone(KEY)),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} has been deleted or donated"):
+            call()
+    with pytest.raises(ValueError, match="frozen_weight has been deleted or donated"):
+        lora(weight=gone(int8))
+
+
 def test_alpha_of_the_other_verbs():
     for call in (
         lambda: lora_jax.lora_delta(CASE.adapter, float("nan")),

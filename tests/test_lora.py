@@ -363,6 +363,33 @@ def test_tree_delta_leaves_the_users_leaves_alone():
     assert got["q"].shape == (support.N_IN, support.N_OUT)
 
 
+@pytest.mark.parametrize(
+    "is_leaf",
+    [
+        lambda node: isinstance(node, dict) and "A" in node,
+        lambda node: np.bool_(isinstance(node, dict) and "B" in node),
+        lambda node: node is None or isinstance(node, tuple),
+        lambda node: False,
+    ],
+    ids=["adapters", "numpy_bool", "others", "nothing"],
+)
+def test_tree_delta_of_a_leaf_that_is_an_adapter(is_leaf):
+    adapter = support.make_case("rows").adapter
+    other = support.make_case("stacked", rank=2).adapter
+    tree = {"q": adapter, "layers": [{"k": other}, None], "step": 3}
+    got = lora_jax.tree_lora_delta(tree, ALPHA, is_leaf=is_leaf)
+    np.testing.assert_array_equal(got["q"], lora_jax.lora_delta(adapter, ALPHA))
+    np.testing.assert_array_equal(got["layers"][0]["k"], lora_jax.lora_delta(other, ALPHA))
+    assert (got["layers"][1], got["step"]) == (None, 3)
+
+
+def test_tree_delta_of_a_tree_that_is_one_adapter():
+    adapter = support.make_case("rows").adapter
+    for is_leaf in (None, lambda node: isinstance(node, dict)):
+        got = lora_jax.tree_lora_delta(adapter, ALPHA, is_leaf=is_leaf)
+        np.testing.assert_array_equal(got, lora_jax.lora_delta(adapter, ALPHA))
+
+
 def test_tree_delta_of_modules_that_are_named_like_factors():
     adapter = support.make_case("rows").adapter
     got = lora_jax.tree_lora_delta({"A": adapter, "B": {"A": adapter}})

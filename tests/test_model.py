@@ -649,5 +649,5 @@ def test_a_donated_weight_cannot_be_merged_again():
     plan = plan_adapters(LoraConfig(2), params)
     adapters = init_adapters(jax.random.key(0), params, plan)
     merge_adapters(params, adapters, plan, donate=True)
-    with pytest.raises(ValueError, match="at 'w': the weight has been donated"):
+    with pytest.raises(ValueError, match="at 'w': the weight has been deleted or donated"):
         merge_adapters(params, adapters, plan)

@@ -57,7 +57,7 @@ unmerge_dora_weight(merged_weight, adapter, column_norm, alpha=1.0, *,
 LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, rank_pattern={},
     alpha_pattern={}, axes={}, rank_stabilized=False, use_dora=False, dropout=0.0,
     init='kaiming_uniform', dtype=None)
-plan_adapters(config, params, fn=None, *args, **kwargs)
+plan_adapters(config, params, fn=None, /, *args, **kwargs)
 init_adapters(key, params, plan)
 adapt(fn, plan, *, on_merge='error', on_unused='error', dropout_key=None,
       column_norms=None)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import _paths, _quantized
+from lora_jax import _checks, _paths, _quantized
 
 Function = Callable[..., Any]
 
@@ -19,18 +19,30 @@ class Traced(NamedTuple):
         arguments: the arrays among the arguments, in the order of the jaxpr's, and
             quantized weights, which are dense in there.
         paths: the path in the params of each argument; None for those not in there.
+        names: of the arguments, in messages.
         result: makes what the function returns of the outputs of the jaxpr.
     """
 
     jaxpr: Any
     arguments: list[Any]
     paths: list[str | None]
+    names: list[str]
     result: Callable[[Sequence[Any]], Any]
+
+    def check_values(self) -> None:
+        """Raises if an argument has no values to compute with."""
+        for name, value in zip(self.names, self.arguments, strict=True):
+            _checks.check_has_values(name, value)
 
 
 def is_array(value: Any) -> bool:
-    """Whether a leaf is traced: arrays are, Python and NumPy numbers are not."""
-    return isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    """Whether a leaf is traced: arrays are, Python and NumPy numbers are not.
+
+    Neither are NumPy arrays of objects, strings or dates, of which JAX has none.
+    """
+    if isinstance(value, np.ndarray):
+        return _checks.has_jax_dtype(value)
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct)
 
 
 _NEEDS_VALUES = (
@@ -51,17 +63,24 @@ def trace(
 
     Functions, flags, strings and numbers stay static, in arguments and in results. The
     constants of the jaxpr may be values of an outer trace, so it is not kept.
+
+    Raises:
+        TypeError: if an array has a byte order that JAX does not take.
     """
     by_path = _paths.leaf_paths(params)
-    leaves, tree = jax.tree.flatten(
+    with_keys, tree = jax.tree_util.tree_flatten_with_path(
         (params, args, dict(kwargs)), is_leaf=_quantized.is_quantized
     )
+    leaves = [leaf for _, leaf in with_keys]
     positions = [
         i
         for i, leaf in enumerate(leaves)
         if is_array(leaf) or _quantized.is_quantized(leaf)
     ]
     paths = [*by_path, *[None] * (len(leaves) - len(by_path))]
+    names = [paths[i] or _name(key) for i, (key, _) in enumerate(with_keys)]
+    for i in positions:
+        _checks.check_byte_order(names[i], leaves[i])
     returned: list[tuple[Any, list[Any]]] = []
 
     def flat(*arrays):
@@ -81,6 +100,15 @@ def trace(
     except _NEEDS_VALUES as error:
         error.add_note(_HINT)
         raise
+    except TypeError as error:
+        if not (static_arrays := _not_of_jax(names, leaves)):
+            raise
+        raise TypeError(
+            f"{error}\nOf the arrays that the function was given, JAX cannot have "
+            f"{', '.join(static_arrays)}: they reach the function unchanged. If it "
+            "computes with one, make it an array of numbers, for example with "
+            "np.asarray(values, 'float32')."
+        ) from error
     ((out_tree, static),) = returned
 
     def result(outputs):
@@ -88,4 +116,24 @@ def trace(
         filled = [next(left) if leaf is None else leaf[0] for leaf in static]
         return jax.tree.unflatten(out_tree, filled)
 
-    return Traced(jaxpr, arguments, [paths[i] for i in positions], result)
+    return Traced(
+        jaxpr,
+        arguments,
+        [paths[i] for i in positions],
+        [names[i] for i in positions],
+        result,
+    )
+
+
+def _not_of_jax(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
+    """The NumPy arrays of which JAX has no counterpart, by name and dtype."""
+    return [
+        f"{name} (dtype {leaf.dtype})"
+        for name, leaf in zip(names, leaves, strict=True)
+        if isinstance(leaf, np.ndarray) and not is_array(leaf)
+    ]
+
+
+def _name(key: tuple[Any, ...]) -> str:
+    """The name of a leaf of `(params, args, kwargs)`, from its key there."""
+    return ("params", "args", "kwargs")[key[0].idx] + jax.tree_util.keystr(key[1:])

@@ -127,14 +127,14 @@ def adapt(
     def adapted(
         params: chex.ArrayTree,
         adapters: Mapping[str, Mapping[str, jax.Array]],
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         _plan_checks.check_params(_paths.leaf_paths(params), plan)
         _plan_checks.check_adapters(adapters, plan)
         traced = _tracing.trace(fn, params, args, kwargs)
-        for i, value in enumerate(traced.arguments):
-            _checks.check_has_values(traced.paths[i] or "an argument", value)
+        traced.check_values()
         context = Context(RULES, report, key=dropout_key if has_dropout else None)
         values = [
             _factored(path, value, adapters[path], plan.targets[path], norms.get(path))
@@ -181,8 +181,9 @@ def accept_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def dense(*args: Any, **kwargs: Any) -> Any:
         traced = _tracing.trace(
-            lambda _, *args, **kwargs: fn(*args, **kwargs), (), args, kwargs
+            lambda _, /, *args, **kwargs: fn(*args, **kwargs), (), args, kwargs
         )
+        traced.check_values()
         context = Context(RULES, _refuse)
         values = list(map(_unadapted, traced.arguments))
         out = _interpreter.evaluate_closed(context, traced.jaxpr, values)

@@ -296,8 +296,52 @@ class TestErrors:
         adapted = lora_jax.adapt(model, plan)
         with pytest.raises(TypeError, match=r"w is a jax.ShapeDtypeStruct.*jax.eval_shape"):
             adapted(shapes, adapters, x)
-        with pytest.raises(TypeError, match=r"an argument is a jax.ShapeDtypeStruct"):
+        with pytest.raises(TypeError, match=r"args\[0\] is a jax.ShapeDtypeStruct"):
             adapted(params, adapters, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+    def test_of_deleted_arrays(self):
+        params, plan, adapters, x = single()
+        given = {r"at 'w': adapter\['A'\]": adapters, "w": params, r"args\[0\]": x}
+        adapted = lora_jax.adapt(model, plan)
+        for name, tree in given.items():
+            gone = jax.tree.map(lambda v: jnp.array(v, copy=True), tree)
+            jax.tree.map(lambda v: v.delete(), gone)
+            arguments = [gone if v is tree else v for v in (params, adapters, x)]
+            with pytest.raises(ValueError, match=f"^{name} has been deleted or donated"):
+                adapted(*arguments)
+        with pytest.raises(ValueError, match=r"^args\[1\] has been deleted"):
+            lora_jax.accept_quantized(model)(params, gone)
+
+    def test_of_a_byte_order_that_jax_does_not_take(self):
+        params, plan, adapters, x = single()
+        swapped = np.asarray(x).astype(">f4")
+        adapted = lora_jax.adapt(lambda p, x, y=None: model(p, x), plan)
+        with pytest.raises(TypeError, match=r"^args\[1\] has the byte order .* '>f4'"):
+            adapted(params, adapters, x, swapped)
+        with pytest.raises(TypeError, match=r"^kwargs\['y'\]\[0\] has the byte order"):
+            adapted(params, adapters, x, y=[swapped])
+        with pytest.raises(TypeError, match=r"^other has the byte order"):
+            plan_of(model, {**params, "other": swapped}, x)
+
+    def test_of_arrays_that_jax_does_not_have(self):
+        params, plan, adapters, x = single()
+        for odd in (np.array(["a", "b"]), np.array([{}, None]), np.zeros(2, "M8[s]")):
+            # They reach the function as they are, in params and elsewhere.
+            def fn(params, x, names, odd=odd):
+                assert names is odd
+                assert params["names"] is odd
+                return model(params, x)
+
+            named = {**params, "names": odd}
+            got = lora_jax.adapt(fn, plan)(named, adapters, x, odd)
+            want = lora_jax.adapt(model, plan)(params, adapters, x)
+            np.testing.assert_array_equal(got, want)
+            assert plan_of(fn, named, x, odd).explain("names").startswith("names: no adapt")
+            assert lora_jax.count_parameters(named, plan).total == 120 + plan.parameters
+            with pytest.raises(
+                TypeError, match=r"cannot have names \(dtype .*\): they rea"
+            ):
+                plan_of(lambda p, x: x @ p["w"] + p["names"], named, x)
 
     @pytest.mark.parametrize("use", [bool, np.asarray])
     def test_of_values_that_a_trace_does_not_know(self, use):
@@ -465,6 +509,25 @@ def test_dora_with_a_column_of_norm_zero():
     np.testing.assert_allclose(adapted(adapters, x), model(params, x), rtol=1e-6)
     gradient = jax.grad(lambda a: jnp.sum(adapted(a, x)))(adapters)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_the_users_keyword_arguments_have_any_name():
+    params, plan, adapters, x = single()
+    names = ["config", "params", "fn", "args", "kwargs", "adapters", "plan", "self", "_"]
+
+    def fn(weights, x, **options):
+        assert sorted(options) == sorted(names)
+        return {name: model(weights, x * option) for name, option in options.items()}
+
+    options = {name: jnp.float32(i) for i, name in enumerate(names)}
+    made = lora_jax.plan_adapters(plan.config, params, fn, x, **options)
+    assert made == plan
+    got = lora_jax.adapt(fn, plan)(params, adapters, x, **options)
+    for name, option in options.items():
+        want = lora_jax.adapt(model, plan)(params, adapters, x * option)
+        np.testing.assert_array_equal(got[name], want)
+    dense = lora_jax.accept_quantized(fn)(params, x, **options)
+    np.testing.assert_array_equal(dense["plan"], fn(params, x, **options)["plan"])
 
 
 def test_gradients_of_a_dora_magnitude():

@@ -57,7 +57,8 @@ def merge(options: argparse.Namespace) -> int:
     source, out = pathlib.Path(options.base), pathlib.Path(options.out)
     directory = pathlib.Path(options.adapter)
     base = _base.open_base(source)
-    _check_out(base, directory, out, options.overwrite)
+    others = _find_others(base, directory)
+    _check_out(base, others, directory, out, options.overwrite)
     contents = _adapters.read_contents(directory)
     note = _loading.check_ties(base, contents.changed)
     names = _loading.read_names(options.names)
@@ -66,7 +67,6 @@ def merge(options: argparse.Namespace) -> int:
     if contents.format == "lora_jax":  # whose own names may be others
         note = _loading.check_ties(base, loaded.plan.targets)
     job = Job(base, loaded, new_entries(base, options.dtype))
-    others = _find_others(base, directory)
     _output.check_space(out.resolve().parent, _size(job, others))
     if not options.quiet:
         _terminal.say(*describe(loaded))
@@ -79,12 +79,18 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def _check_out(
-    base: Base, directory: pathlib.Path, out: pathlib.Path, overwrite: bool
+    base: Base,
+    others: Others,
+    directory: pathlib.Path,
+    out: pathlib.Path,
+    overwrite: bool,
 ) -> None:
-    def is_model(path: pathlib.Path) -> bool:
+    def own(place: pathlib.Path) -> set[pathlib.Path]:
+        """The files of the model that is there, and those that will be written."""
         if base.is_file:
-            return path.is_file()
-        return any((path / name).is_file() for name in (_base.WHOLE, _base.INDEX))
+            return {pathlib.Path()} if place.is_file() else set()
+        model = _base.find_files(place)
+        return {*model, *map(pathlib.Path, base.shards), *others.copied} if model else model
 
     if base.is_file and (out.suffix != ".safetensors" or out.is_dir()):
         raise ValueError(
@@ -92,7 +98,7 @@ def _check_out(
             f"in .safetensors, got {out}."
         )
     inputs = {"BASE": base.path, "ADAPTER": directory}
-    _output.check_place(out, inputs, overwrite=overwrite, is_own=is_model)
+    _output.check_place(out, inputs, overwrite=overwrite, own=own)
 
 
 def new_entries(base: Base, dtype: str | None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -31,6 +31,129 @@ def test_what_exists_is_replaced_only_if_asked(tmp_path, adapter, factors, capsy
     assert "is not what this command writes" in line
 
 
+def test_what_is_not_of_the_model_is_not_overwritten(tmp_path, adapter, factors, capsys):
+    tensors = models.make_tensors()
+    base = models.write_base(tmp_path / "base", tensors)
+    out = models.write_base(tmp_path / "out", {"a": np.zeros(2), "b": np.zeros(2)}, 2)
+    (out / "notes.txt").write_text("years of work")
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("main")
+    (out / "checkpoint-500" / "deep").mkdir(parents=True)
+    (out / "checkpoint-500" / "deep" / "optimizer.pt").write_text("x")
+    line = refuse(capsys, base, adapter, out, "--overwrite")
+    assert "would lose them: .git, checkpoint-500, notes.txt. Move them away" in line
+    for name in (".git", "checkpoint-500"):
+        shutil.rmtree(out / name)
+    assert "would lose them: notes.txt." in refuse(
+        capsys, base, adapter, out, "--overwrite"
+    )
+    # With the same name in the base it is a file that is written, like the tokenizer.
+    (base / "notes.txt").write_text("new")
+    assert run(base, adapter, out, "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "new"
+    assert_merged(models.read_model(out), tensors, factors)
+    assert len(list(out.glob("*.safetensors"))) == 1  # the two old parts are gone
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_model_is_replaced_as_well(index, tmp_path, adapter, capsys):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "out" / "lost.safetensors").write_text("")
+    line = refuse(capsys, base, adapter, tmp_path / "out", "--overwrite")
+    assert "would lose them: lost.safetensors" in line
+    (tmp_path / "out" / "lost.safetensors").unlink()
+    assert run(base, adapter, tmp_path / "out", "--overwrite") == 0
+
+
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_a_swap_that_fails_loses_nothing(works, tmp_path, monkeypatch):
+    """A file system that goes away, after so many renames that work."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("the old model")
+    replace, calls = os.replace, []
+
+    def failing(a, b):
+        calls.append(a)
+        if len(calls) == works + 1:
+            raise OSError(5, "Input/output error")
+        return replace(a, b)
+
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(_output, "_exchange", lambda a, b: False)
+    if works == 2:
+        with _output.new_directory(out) as new:
+            (new / "model.safetensors").write_text("the new model")
+        assert (out / "model.safetensors").read_text() == "the new model"
+        assert list(tmp_path.iterdir()) == [out]
+        return
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        _output.new_directory(out) as new,
+    ):
+        (new / "model.safetensors").write_text("the new model")
+    (old,) = tmp_path.rglob("model.safetensors")
+    assert old.read_text() == "the old model"
+    assert old.parent == out
+
+
+def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("the old model")
+    replace, calls = os.replace, []
+
+    def failing(a, b):
+        calls.append(a)
+        if len(calls) > 1:
+            raise OSError(5, "Input/output error")
+        return replace(a, b)
+
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(_output, "_exchange", lambda a, b: False)
+    match = r"could not be put\s+back: it is kept in .*/old. Move it back"
+    with pytest.raises(OSError, match=match), _output.new_directory(out) as new:
+        (new / "model.safetensors").write_text("the new model")
+    (old,) = tmp_path.rglob("model.safetensors")
+    assert old.read_text() == "the old model"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names")
+def test_two_directories_are_exchanged_at_one_moment(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    monkeypatch.setattr(os, "replace", None)  # never without a directory of that name
+    with _output.new_directory(out) as new:
+        (new / "new").touch()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_second_interrupt_does_not_stop_the_cleaning(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def slow(*arguments, **options):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        remove(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+
+    def interrupted():
+        with _output.new_directory(tmp_path / "out") as new:
+            (new / "model.safetensors").write_text("large")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_base_is_never_written_to(tmp_path, adapter, capsys):
     base = models.write_base(tmp_path / "base", models.make_tensors())
     (tmp_path / "link").symlink_to(base)
@@ -182,6 +305,7 @@ def test_an_interruption_at_any_time_leaves_nothing(
 
         return run
 
+    monkeypatch.setattr(_output, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     code = run(base, adapter, out, "--overwrite", "--quiet")

@@ -58,7 +58,7 @@ def merge(options: argparse.Namespace) -> int:
     directory = pathlib.Path(options.adapter)
     base = _base.open_base(source)
     others = _find_others(base, directory)
-    _check_out(base, others, directory, out, options.overwrite)
+    keep = _check_out(base, others, directory, out, options.overwrite)
     contents = _adapters.read_contents(directory)
     note = _loading.check_ties(base, contents.changed)
     names = _loading.read_names(options.names)
@@ -71,7 +71,7 @@ def merge(options: argparse.Namespace) -> int:
     if not options.quiet:
         _terminal.say(*describe(loaded))
     with _terminal.show_progress(_bytes(base.entries), quiet=options.quiet) as progress:
-        losses = _write(job, others, out, options.dtype, progress)
+        losses = _write(job, others, out, keep, options.dtype, progress)
     _terminal.say(*report(job, losses, others, out))
     if note:
         _terminal.say(f"note: {note}")
@@ -84,7 +84,7 @@ def _check_out(
     directory: pathlib.Path,
     out: pathlib.Path,
     overwrite: bool,
-) -> None:
+) -> list[pathlib.Path]:
     def own(place: pathlib.Path) -> set[pathlib.Path]:
         """The files of the model that is there, and those that will be written."""
         if base.is_file:
@@ -98,7 +98,7 @@ def _check_out(
             f"in .safetensors, got {out}."
         )
     inputs = {"BASE": base.path, "ADAPTER": directory}
-    _output.check_place(out, inputs, overwrite=overwrite, own=own)
+    return _output.check_place(out, inputs, overwrite=overwrite, own=own)
 
 
 def new_entries(base: Base, dtype: str | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -144,6 +144,7 @@ def _write(
     job: Job,
     others: Others,
     out: pathlib.Path,
+    keep: list[pathlib.Path],
     dtype: str | None,
     progress: _terminal.Progress,
 ) -> dict[str, Loss]:
@@ -152,7 +153,7 @@ def _write(
         (file,) = job.base.shards.values()
         return _write_shard(job, file, out.resolve(), progress)
     losses = {}
-    with _output.new_directory(out) as new:
+    with _output.new_directory(out, keep) as new:
         for name, file in job.base.shards.items():
             losses |= _write_shard(job, file, new / name, progress)
         if job.base.index is not None:

@@ -9,12 +9,10 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from lora_jax import _files
 from lora_jax.cli import _terminal
-
-_LISTED = 5
 
 
 def check_place(
@@ -23,7 +21,7 @@ def check_place(
     *,
     overwrite: bool,
     own: Callable[[pathlib.Path], set[pathlib.Path]],
-) -> None:
+) -> list[pathlib.Path]:
     """Raises unless something may be written to a path.
 
     Args:
@@ -32,6 +30,9 @@ def check_place(
         overwrite: whether what is there may be replaced.
         own: the files that may be replaced, of those that are there: paths in the
             directory, or the one path `.` of a file.
+
+    Returns:
+        What is there already and is to be kept, by its paths in the directory.
 
     Raises:
         FileExistsError: if there is something that must not be replaced.
@@ -54,35 +55,20 @@ def check_place(
     if not place.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {place.parent} to write to.")
     if place.is_dir() and not any(place.iterdir()):
-        return
+        return []
     if place.exists() and not overwrite:
         raise FileExistsError(
             f"{out} exists: give another name, or --overwrite to replace it."
         )
-    if place.exists():
-        _check_own(out, place, own(place))
-
-
-def _check_own(out: pathlib.Path, place: pathlib.Path, own: set[pathlib.Path]) -> None:
-    """Raises unless all that is at a place may be replaced."""
-    if not own:
+    if not place.exists():
+        return []
+    files = own(place)
+    if not files:
         raise FileExistsError(
             f"{out} is not what this command writes, so --overwrite does not replace it: "
             "remove it yourself, or give another name."
         )
-    others = {
-        path.relative_to(place).parts[0]
-        for path in place.rglob("*")
-        if not (path.is_dir() and not path.is_symlink() and any(path.iterdir()))
-        and path.relative_to(place) not in own
-    }
-    if others:
-        names = ", ".join(sorted(others)[:_LISTED])
-        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
-        raise FileExistsError(
-            f"{out} has files in it that are not of the model, and --overwrite would lose "
-            f"them: {names}{more}. Move them away, or give another name."
-        )
+    return sorted({path.relative_to(place) for path in place.rglob("*")} - files)
 
 
 def check_space(folder: pathlib.Path, needed: int) -> None:
@@ -96,16 +82,26 @@ def check_space(folder: pathlib.Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_directory(
+    out: pathlib.Path, keep: Iterable[pathlib.Path] = ()
+) -> Iterator[pathlib.Path]:
     """Gives a temporary directory, which gets its name at the end if nothing went wrong.
 
     It is beside its later place. What is there already stays until then, and comes back
     if it cannot be replaced; if that fails too, it is kept, and the error says where.
+
+    Args:
+        out: the later place.
+        keep: what is there already and will be in the new directory as well, by its paths.
+            Both have the same files until the old one goes, so nothing is lost whenever
+            the machine stops.
     """
     place = out.resolve()
     temporary = _beside(place)
     try:
         (temporary / "new").mkdir()
+        for path in keep:
+            _link(place / path, temporary / "new" / path)
         yield temporary / "new"
         with _uninterrupted():
             _files.synchronize_directory(temporary / "new")
@@ -121,6 +117,22 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _beside(place: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(tempfile.mkdtemp(".tmp", f".{place.name}.", place.parent))
+
+
+def _link(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a file a second name, or makes a directory like another."""
+    if source.is_dir() and not source.is_symlink():
+        path.mkdir(parents=True, exist_ok=True)
+        shutil.copystat(source, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, path, follow_symlinks=False)
+    except OSError as error:
+        raise OSError(
+            f"{source} is not of the model, and cannot be kept beside the new one: "
+            f"{error}. Move it away, or give another OUT."
+        ) from error
 
 
 def _swap(new: pathlib.Path, place: pathlib.Path, old: pathlib.Path) -> None:

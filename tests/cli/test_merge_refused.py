@@ -31,42 +31,70 @@ def test_what_exists_is_replaced_only_if_asked(tmp_path, adapter, factors, capsy
     assert "is not what this command writes" in line
 
 
-def test_what_is_not_of_the_model_is_not_overwritten(tmp_path, adapter, factors, capsys):
+def contents(folder):
+    """What each file, link and empty directory of a folder is."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_what_is_not_of_the_model_is_not_overwritten(tmp_path, adapter, factors):
     tensors = models.make_tensors()
     base = models.write_base(tmp_path / "base", tensors)
-    out = models.write_base(tmp_path / "out", {"a": np.zeros(2), "b": np.zeros(2)}, 2)
-    (out / "notes.txt").write_text("years of work")
-    (out / ".git").mkdir()
+    out = tmp_path / "out"
+    (out / ".git" / "refs").mkdir(parents=True)
     (out / ".git" / "HEAD").write_text("main")
     (out / "checkpoint-500" / "deep").mkdir(parents=True)
     (out / "checkpoint-500" / "deep" / "optimizer.pt").write_text("x")
-    line = refuse(capsys, base, adapter, out, "--overwrite")
-    assert "would lose them: .git, checkpoint-500, notes.txt. Move them away" in line
-    for name in (".git", "checkpoint-500"):
-        shutil.rmtree(out / name)
-    assert "would lose them: notes.txt." in refuse(
-        capsys, base, adapter, out, "--overwrite"
-    )
+    (out / "notes.txt").write_text("years of work")
+    (out / "link").symlink_to("notes.txt")
+    (out / "broken").symlink_to("nowhere")
+    os.chmod(out / "notes.txt", 0o640)
+    kept = contents(out)
+    old = models.write_base(tmp_path / "old", {"a": np.zeros(2), "b": np.zeros(2)}, 2)
+    shutil.copytree(old, out, dirs_exist_ok=True)
+    shutil.rmtree(old)
+    for _ in range(2):
+        assert run(base, adapter, out, "--overwrite") == 0
+        assert contents(out) == contents(out) | kept
+        assert (out / "notes.txt").stat().st_mode & 0o777 == 0o640
+        assert os.readlink(out / "link") == "notes.txt"
+        assert_merged(models.read_model(out), tensors, factors)
+        # The two old parts are gone, and nothing else is there.
+        assert set(contents(out)) == set(kept) | {path.name for path in base.iterdir()}
+        assert len(list(tmp_path.iterdir())) == 3
     # With the same name in the base it is a file that is written, like the tokenizer.
     (base / "notes.txt").write_text("new")
     assert run(base, adapter, out, "--overwrite") == 0
     assert (out / "notes.txt").read_text() == "new"
-    assert_merged(models.read_model(out), tensors, factors)
-    assert len(list(out.glob("*.safetensors"))) == 1  # the two old parts are gone
+
+
+def test_what_cannot_be_kept_is_not_overwritten(tmp_path, adapter, capsys, monkeypatch):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    out = models.write_base(tmp_path / "out", {"old": np.zeros(2)})
+    (out / "notes.txt").write_text("years of work")
+
+    def refused(*arguments, **options):
+        raise OSError(1, "Operation not permitted")  # a file system without links
+
+    monkeypatch.setattr(os, "link", refused)
+    line = refuse(capsys, base, adapter, out, "--overwrite")
+    assert "notes.txt is not of the model, and cannot be kept" in line
+    assert "Move it away, or give another OUT" in line
 
 
 @pytest.mark.parametrize(
     "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
 )
-def test_a_damaged_model_is_replaced_as_well(index, tmp_path, adapter, capsys):
+def test_a_damaged_model_is_replaced_as_well(index, tmp_path, adapter):
     base = models.write_base(tmp_path / "base", models.make_tensors())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors.index.json").write_text(index)
-    (tmp_path / "out" / "lost.safetensors").write_text("")
-    line = refuse(capsys, base, adapter, tmp_path / "out", "--overwrite")
-    assert "would lose them: lost.safetensors" in line
-    (tmp_path / "out" / "lost.safetensors").unlink()
+    (tmp_path / "out" / "other.safetensors").write_text("x")
     assert run(base, adapter, tmp_path / "out", "--overwrite") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"other.safetensors"} | {path.name for path in base.iterdir()}
 
 
 @pytest.mark.parametrize("works", [0, 1, 2])

@@ -1,7 +1,8 @@
 """What differs between the versions of JAX, and what is not public in all of them.
 
 Each guard compares a version, so that raising the floor in `pyproject.toml` shows which
-of them to delete. `jax.extend` is imported here and nowhere else.
+of them to delete. A guard on something that changed in a patch release asks JAX instead,
+and names the version in a comment. `jax.extend` is imported here and nowhere else.
 """
 
 import contextlib
@@ -72,16 +73,21 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 
 def bind(equation: Any, values: Sequence[Any]) -> Any:
-    """What the equation's primitive gives for other values."""
+    """Evaluates the equation's primitive on other values.
+
+    A list if the primitive has several results, else the one result.
+    """
     parameters = equation.primitive.get_bind_params(equation.params)
-    if jax.__version_info__ < (0, 10, 0):  # functions were not among the parameters
+    if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions apart
         functions, parameters = parameters
         values = (*functions, *values)
-    return equation.primitive.bind(*values, **parameters)
+    out = equation.primitive.bind(*values, **parameters)
+    # In JAX >= 0.9.2 some primitives return a tree of their results.
+    return list(out) if equation.primitive.multiple_results else out
 
 
 def bind_one(equation: Any, value: Any) -> Any:
-    """What a primitive of one operand and one result gives for another value."""
+    """Evaluates a primitive of one operand and one result on another value."""
     out = bind(equation, [value])
     # In some versions of JAX the one result of some of them comes in a list.
     return out[0] if equation.primitive.multiple_results else out

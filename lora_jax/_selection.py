@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lora_jax import _axes, _checks, _paths
 from lora_jax._frozen import FrozenDict
 from lora_jax.config import ALL_LINEAR, LoraConfig, kept_patterns
-from lora_jax.plan import AdapterPlan, Target, Use
+from lora_jax.plan import EXCLUDED, NOT_CHOSEN, WITHOUT_FUNCTION, AdapterPlan, Target, Use
 
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
@@ -92,12 +92,12 @@ def _passed_over(config: LoraConfig, path: str, leaf: Any) -> str | None:
         return f"it is no array: {type(leaf).__name__}"
     excluded = _paths.first_match(kept_patterns(config.exclude), path)
     if excluded is not None:
-        return f"the pattern {excluded!r} of exclude matches it"
+        return f"the pattern {excluded!r} {EXCLUDED}"
     if config.targets == ALL_LINEAR or _paths.first_match(
         kept_patterns(config.targets), path
     ):
         return None
-    return "no pattern of targets matches it"
+    return NOT_CHOSEN
 
 
 def _target(config: LoraConfig, path: str, leaf: Any, uses: Uses | None) -> Target:
@@ -138,8 +138,8 @@ def _axes_without_function(
     letters = _given_axes(config, path, shape)
     if letters is None and len(shape) > 2:
         raise _axes.AmbiguousError(
-            f"it has {len(shape)} axes, {shape}, and without a function only the axes of a "
-            "2-D weight are known: give plan_adapters the function and its arguments"
+            f"it has {len(shape)} axes, {shape}, and {WITHOUT_FUNCTION}: give "
+            "plan_adapters the function and its arguments"
         )
     return _axes.from_letters(letters or "io", shape)
 

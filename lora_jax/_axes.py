@@ -17,6 +17,18 @@ class AmbiguousError(UnsuitableError):
     """The axes of a weight cannot be found, and could be given."""
 
 
+class MergedError(UnsuitableError):
+    """Every use of a weight needs it merged.
+
+    Attributes:
+        letters: of its axes, as its uses have them; `"..."` if they do not say.
+    """
+
+    def __init__(self, message: str, letters: str):
+        super().__init__(message)
+        self.letters = letters
+
+
 class Resolved(NamedTuple):
     """The axes of a weight, each group in ascending order."""
 
@@ -80,6 +92,15 @@ def from_letters(letters: str, shape: tuple[int, ...]) -> Resolved:
             f"it is a vector: as a matrix it is ({sizes[0]}, {sizes[1]}), of rank 1"
         )
     return Resolved(ins, outs, batch)
+
+
+def letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str | None:
+    """The letters of the axes, such as `"bio"`, if the uses of a weight tell them."""
+    try:
+        axes = resolve_axes(shape, uses)
+    except UnsuitableError:
+        return None
+    return "".join("iob"[[i in own for own in axes].index(True)] for i in range(len(shape)))
 
 
 def _batch_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Axes:

@@ -72,6 +72,34 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     return inner, list(getattr(jaxpr, "consts", ()))
 
 
+def body_of(equation: Any) -> tuple[Any, list[Any]] | None:
+    """The jaxpr that an equation calls on its operands, and its constants.
+
+    For reading only: what the equation does besides (a derivative, a partition) is not in
+    it. None if there is none, as for a callback, or it is one on references, as a kernel's.
+    """
+    of = equation.params
+    hi = of.get("_prim")
+    found = [of.get(name) for name in ("call_jaxpr", "fun_jaxpr", "jaxpr", "call")]
+    found += [
+        getattr(hi, "jaxpr", None),
+        getattr(getattr(hi, "traced", None), "jaxpr", None),
+    ]
+    operands = [_shape_of(atom) for atom in equation.invars]
+    for candidate in found:
+        jaxpr, constants = open_jaxpr(candidate)
+        arguments = getattr(jaxpr, "invars", None)
+        if arguments is not None and list(map(_shape_of, arguments)) == operands:
+            return jaxpr, constants
+    return None
+
+
+def _shape_of(atom: Any) -> Any:
+    """The shape of an array; of anything else, such as a reference, its type."""
+    aval = atom.aval
+    return aval.shape if isinstance(aval, jax.core.ShapedArray) else type(aval)
+
+
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 

@@ -6,8 +6,8 @@ the whole path: an `re.Pattern`, or a string that starts with `re:`. Patterns ar
 text, the latter in the form with `re:`.
 
 The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`, those of its
-pure dict have not. A pattern matches both: it may match what is in front of that ending; and
-where it has the ending itself, after a name without wildcards, it may do so without it.
+pure dict do not. A pattern matches both: it may match what is in front of that ending; and
+if it has the ending itself, after a name without wildcards, it may match without it.
 """
 
 import difflib
@@ -201,6 +201,12 @@ def find(path: str, paths: Iterable[str]) -> str:
 def without_numbers(path: str) -> str:
     """A path with `*` for each number in it, as those of layers that are alike have."""
     return re.sub(r"\d+", "*", path)
+
+
+def listed(paths: list[str]) -> str:
+    """The first of some paths, and how many more there are."""
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(map(repr, paths[:5])) + more
 
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:

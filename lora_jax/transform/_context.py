@@ -106,6 +106,7 @@ class Context:
         key: for dropout, a value of the trace that is under way; None for none.
         probing: whether axes are being found: then values are abstract, and nothing but
             shapes matters.
+        reading: whether that is in the body of a call that merges its weights.
         sightings: every use so far.
         frame: the jaxpr that is being evaluated.
         callers: the equations whose rules are under way, the outermost first.
@@ -116,6 +117,7 @@ class Context:
     on_merge: Callable[[Merge], None]
     key: jax.Array | None = None
     probing: bool = False
+    reading: bool = False
     sightings: list[Sighting] = dataclasses.field(default_factory=list)
     frame: Frame = dataclasses.field(default_factory=Frame)
     callers: list[Any] = dataclasses.field(default_factory=list)
@@ -136,6 +138,28 @@ class Context:
         for weight, axes in found.items():
             shape = tuple(value.shape)
             self.record(Sighting(weight, shape, primitive, axes, where, merged))
+
+    def see_merged(
+        self,
+        value: Factored,
+        equation: Any,
+        reason: str,
+        roles: Mapping[str | int, Sequence[Mapping[int, str]]],
+    ) -> None:
+        """Records, while axes are being found, uses in the body of a call that is merged.
+
+        Args:
+            value: an operand of the call.
+            equation: the call.
+            reason: why it is merged.
+            roles: of the axes, for each use in the body, by weight.
+        """
+        where, primitive = self._where(equation), equation.primitive.name
+        for weight in value.names:
+            for axes in roles.get(weight, ({},)):
+                self.record(
+                    Sighting(weight, tuple(value.shape), primitive, axes, where, reason)
+                )
 
     def record(self, sighting: Sighting) -> None:
         """Keeps a sighting, and reports it if it is of a merge."""
@@ -226,6 +250,16 @@ class Context:
             yield
         finally:
             self.key, self._keys_made = saved
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[list[Sighting]]:
+        """Collects what is seen in the body of a call, and records nothing of it."""
+        saved = self.sightings, self.reading
+        self.sightings, self.reading = [], True
+        try:
+            yield self.sightings
+        finally:
+            self.sightings, self.reading = saved
 
     @contextlib.contextmanager
     def renamed(self, names: Mapping[Any, str | int]) -> Iterator[list[Sighting]]:

@@ -25,6 +25,35 @@ _KEEP_GATHERED = frozenset(
     }
 )
 
+# In the body of a call the axes of a weight are followed through these too.
+_ENTRYWISE = frozenset(
+    {
+        "abs",
+        "add",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "div",
+        "exp",
+        "exp2",
+        "floor",
+        "integer_pow",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "pow",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+    }
+)
+
 
 def evaluate(
     context: Context, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]
@@ -73,11 +102,42 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
             reason = str(error)
         finally:
             context.callers.pop()
+    if context.probing:
+        return _probe_inside(context, equation, values, reason)
     dense = [
         value.base if isinstance(value, Factored) and not value.terms else value
         for value in values
     ]
     return _deferred.use(equation, context.merge_all(dense, equation, reason))
+
+
+def _probe_inside(context: Context, equation: Any, values: list[Any], reason: str) -> Any:
+    """Records a use that is merged, with the roles that the body of a call says.
+
+    A custom derivative, for one, is about the dense weight, but the function that it is
+    of says what the axes are. The rule of the derivative is not looked at.
+    """
+    roles: dict[Any, list[Any]] = {}
+    if (body := _compat.body_of(equation)) is not None:
+        if context.reading:
+            return evaluate(context, *body, values)
+        with context.aside() as inside:
+            evaluate(context, *body, values)
+        for sighting in inside:
+            if sighting.roles:
+                roles.setdefault(sighting.name, []).append(sighting.roles)
+    weights = [value for value in values if isinstance(value, Factored)]
+    for value in weights:
+        context.see_merged(value, equation, reason, roles)
+    dense = [merge(value) if isinstance(value, Factored) else value for value in values]
+    out = _deferred.use(equation, dense)
+    if not context.reading or equation.primitive.name not in _ENTRYWISE:
+        return out
+    # Merged or not, the axes are what they were: of a weight that is quantized, say.
+    (base,) = out if isinstance(out, list | tuple) else [out]
+    same = [value for value in weights if value.shape == base.shape]
+    terms = tuple(term for value in same for term in value.terms)
+    return Factored(base, terms) if terms else base
 
 
 def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]:

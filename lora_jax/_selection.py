@@ -200,19 +200,20 @@ def _multiplies(use: Use) -> bool:
 def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
     """Raises unless `"all-linear"` takes a weight of these uses."""
     merged = [use for use in uses if use.merged and _multiplies(use)]
-    if merged and not any(use.linear for use in low_rank):
-        raise _axes.UnsuitableError(
-            f"only what needs the merged weight multiplies it: {_listed(merged)}. Name it "
-            "in targets to see how to adapt it"
-        )
-    if not any(use.linear for use in low_rank):
-        raise _axes.UnsuitableError(f"no matrix product uses it, only {_listed(uses)}")
+    linear = any(use.linear for use in low_rank)
     added = [use for use in low_rank if use.primitive in ("add", "sub", "add_any")]
-    if added:
+    if added and (linear or merged):
         raise _axes.UnsuitableError(
             f"it is added to something, as a bias or positions are: {added[0]}. Name it in "
             "targets if it is the weight of a product all the same"
         )
+    if merged and not linear:
+        raise _axes.UnsuitableError(
+            f"only what needs the merged weight multiplies it: {_listed(merged)}. Name it "
+            "in targets to see how to adapt it"
+        )
+    if not linear:
+        raise _axes.UnsuitableError(f"no matrix product uses it, only {_listed(uses)}")
 
 
 def _listed(uses: Sequence[Use]) -> str:

@@ -21,6 +21,9 @@ _NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
 _ROLES = ("contracted", "kept", "batch", "indexed", "stacked", "")
 _LARGEST_SIZE = 2**63 - 1
 
+# Where a use is from that no function has shown, but the kind of a module.
+FROM_CHECKPOINT = "the PEFT checkpoint"
+
 # Reasons why a leaf has no adapter that a printed plan has to tell apart.
 NOT_CHOSEN = "no pattern of targets matches it"
 EXCLUDED = "of exclude matches it"

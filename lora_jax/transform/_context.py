@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax import _compat
-from lora_jax.transform._factored import Factored, Label, merge
+from lora_jax import _axes, _compat
+from lora_jax._axes import Side
+from lora_jax.plan import Target
+from lora_jax.transform._factored import Factored, Label, Term, merge
 
 Rule = Callable[..., Any]
 
@@ -32,9 +34,10 @@ class Merge(NamedTuple):
 
     def __str__(self) -> str:
         """One line: what was merged, why, and where."""
+        where = f"; at {self.where}" if self.where else ""
         return (
             f"{self.path!r} (here of shape {self.shape}) reaches `{self.primitive}`: "
-            f"{self.reason}; at {self.where}"
+            f"{self.reason}{where}"
         )
 
 
@@ -48,6 +51,9 @@ class Sighting(NamedTuple):
         roles: `{axis of the weight: what the use does with it}`.
         where: the line of the user's code, where it is of interest.
         merged: why the weight was merged there; empty if it was not.
+        axes: the letters of the axes of the weight as the use has them, where adapters
+            are run and the use says so; else empty.
+        moved: whether it is no use yet: a part is taken, or a loop runs over it.
     """
 
     name: str | int
@@ -56,6 +62,8 @@ class Sighting(NamedTuple):
     roles: Mapping[int, str]
     where: str
     merged: str = ""
+    axes: str = ""
+    moved: bool = False
 
 
 def _roles_by_weight(
@@ -82,6 +90,18 @@ def _roles_by_weight(
             if size == 1 and roles[axis]:
                 known[axis] = roles[axis]
     return found
+
+
+def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> list[Side]:
+    """The axes of a value that only one factor of a term owns, with their roles."""
+    a, b = value.owned(term.a), value.owned(term.b)
+    ins, outs = (b - a, a - b) if swapped else (a - b, b - a)
+    groups = (("i", ins), ("o", outs))
+    return [
+        Side(letter, roles[axis], value.shape[axis])
+        for letter, axes in groups
+        for axis in sorted(axes)
+    ]
 
 
 @dataclasses.dataclass
@@ -111,6 +131,7 @@ class Context:
         frame: the jaxpr that is being evaluated.
         callers: the equations whose rules are under way, the outermost first.
         calls: of jitted functions, by what they are traced for; see `_rules_calls`.
+        targets: of the plan whose adapters are run, by path.
     """
 
     rules: Mapping[str, Rule]
@@ -122,11 +143,18 @@ class Context:
     frame: Frame = dataclasses.field(default_factory=Frame)
     callers: list[Any] = dataclasses.field(default_factory=list)
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    targets: Mapping[str, Target] = dataclasses.field(default_factory=dict)
     _names: tuple[Mapping[Any, str | int], ...] = ()
     _keys_made: int = 0
 
     def see(
-        self, value: Factored, equation: Any, roles: Sequence[str] = (), merged: str = ""
+        self,
+        value: Factored,
+        equation: Any,
+        roles: Sequence[str] = (),
+        merged: str = "",
+        *,
+        moved: bool = False,
     ) -> None:
         """Records a use; `roles` has a word for each axis of the value, or is empty."""
         primitive, where = "output", "the end of the function"
@@ -135,9 +163,34 @@ class Context:
             interesting = merged or self.probing
             where = self._where(equation) if interesting else ""
         found = _roles_by_weight(value, roles)
+        as_used = self._axes_as_used(value, roles) if roles and self.targets else {}
         for weight, axes in found.items():
-            shape = tuple(value.shape)
-            self.record(Sighting(weight, shape, primitive, axes, where, merged))
+            shape, letters = tuple(value.shape), as_used.get(weight, "")
+            if letters and letters != self._target(weight).axes:
+                # A part of a weight may be one of any axis.
+                letters = "" if moved and "indexed" in roles else letters
+                where = where or self._where(equation)
+            self.record(
+                Sighting(weight, shape, primitive, axes, where, merged, letters, moved)
+            )
+
+    def _target(self, name: str | int) -> Target:
+        return self.targets[self._path(name)]
+
+    def _axes_as_used(self, value: Factored, roles: Sequence[str]) -> dict[Any, str]:
+        """The letters of the axes of each weight in a value, as a use of it has them."""
+        if "indexed" in roles and "contracted" not in roles:
+            roles = [role or "kept" for role in roles]
+        ndim = sum(size != 1 for size in value.shape)
+        found = {}
+        for term in value.terms:
+            swapped = term.label.swapped or (False,) * len(term.label.names)
+            for name, own in zip(term.label.names, swapped, strict=True):
+                sides = _sides(value, term, roles, own)
+                letters = _axes.as_used(self._target(name), sides, ndim)
+                if letters is not None:
+                    found[name] = letters
+        return found
 
     def see_merged(
         self,
@@ -197,15 +250,15 @@ class Context:
             )
 
     def _where(self, equation: Any) -> str:
-        """The user's line, and the one that called the function it is in.
+        """The line of the model, and those that called the function it is in.
 
         JAX traces a function of its own once for all its callers, and keeps the line of
         the first: then only the second of these lines is right.
         """
-        lines = [_compat.source_line(equation)]
+        lines = _compat.source_lines(equation)
         if self.callers:
-            lines.append(_compat.source_line(self.callers[0]))
-        return ", called at ".join(dict.fromkeys(line for line in lines if line))
+            lines += _compat.source_lines(self.callers[0])
+        return ", called at ".join(dict.fromkeys(lines))
 
     def _path(self, name: str | int) -> str:
         """The path of a weight, by what it goes by in here."""

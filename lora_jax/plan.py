@@ -37,7 +37,8 @@ class Use(NamedTuple):
     """The name of JAX's primitive, such as `dot_general`."""
     roles: tuple[str, ...]
     """What the use does with each axis of the weight: `contracted`, `kept`, `batch`,
-    `indexed`, `stacked` (scanned over), or an empty string where that is not known."""
+    `indexed`, `stacked` (scanned over), `stopped` (its gradient is), or an empty string
+    where that is not known."""
     where: str = ""
     """The line of the source, where it is known."""
     merged: str = ""
@@ -198,7 +199,14 @@ class AdapterPlan:
             for use in self.uses.get(path, ())
             if use.merged
         ]
-        return "\n".join([*format_table(rows, _NUMBERS), *merged, *_left_out(self)])
+        stopped = [
+            f"gradient stopped: {path!r}, {use}"
+            for path in self.targets
+            for use in self.uses.get(path, ())
+            if "stopped" in use.roles
+        ]
+        table = format_table(rows, _NUMBERS)
+        return "\n".join([*table, *merged, *stopped, *_left_out(self)])
 
     def explain(self, path: str) -> str:
         """Says why a leaf has an adapter, or why not.

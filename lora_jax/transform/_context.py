@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
@@ -13,6 +13,8 @@ from lora_jax.plan import Target
 from lora_jax.transform._factored import Factored, Label, Term, merge
 
 Rule = Callable[..., Any]
+
+OnStopGradient: TypeAlias = Literal["error", "base", "all"]
 
 
 class Merge(NamedTuple):
@@ -123,6 +125,7 @@ class Context:
     Attributes:
         rules: what to do with a factored operand, by the primitive's name.
         on_merge: called with each `Merge` before it is done; may raise.
+        on_stop_gradient: what a `stop_gradient` of an adapted weight does; see `adapt`.
         key: for dropout, a value of the trace that is under way; None for none.
         probing: whether axes are being found: then values are abstract, and nothing but
             shapes matters.
@@ -136,6 +139,7 @@ class Context:
 
     rules: Mapping[str, Rule]
     on_merge: Callable[[Merge], None]
+    on_stop_gradient: OnStopGradient = "error"
     key: jax.Array | None = None
     probing: bool = False
     reading: bool = False
@@ -229,12 +233,33 @@ class Context:
             )
 
     def merge(self, value: Factored, equation: Any, reason: str) -> jax.Array:
-        """The dense value, with a report, unless it is rows looked up in a table."""
-        if value.gathered:
+        """The dense value, with a report, unless it is rows of a table, or a vector."""
+        if value.gathered or self.is_vector(value):
             return merge(value)
         self.see(value, equation, merged=reason)
         self.check_no_dropout(value)
         return merge(value)
+
+    def check_may_stop(self, value: Factored, equation: Any) -> None:
+        """Raises for a `stop_gradient` of adapted weights, unless the user allowed it."""
+        if self.on_stop_gradient != "error":
+            return
+        names = ", ".join(repr(self._path(name)) for name in value.names)
+        raise ValueError(
+            f"the function stops the gradient of the adapted weight {names} (here of shape "
+            f"{tuple(value.shape)}) with `stop_gradient`, at {self._where(equation)}: the "
+            "adapter would get no gradient through this use. If only the base weight is "
+            "frozen there, set on_stop_gradient='base': the adapter is trained. If nothing "
+            "is trained through this use (a target network), set on_stop_gradient='all'."
+        )
+
+    def is_vector(self, value: Factored) -> bool:
+        """Whether merging a value costs no more than one of its factors.
+
+        With dropout it stays factored all the same, for the product that it is used in.
+        """
+        thin = bool(value.terms) and not self.probing and value.is_thin()
+        return thin and not self.drops(value)
 
     def drops(self, value: Factored) -> bool:
         """Whether products with the value drop entries of the other operand."""

@@ -21,7 +21,7 @@ from lora_jax import (
 )
 from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target
 from lora_jax.transform import _interpreter, _tracing
-from lora_jax.transform._context import Context, Merge, Sighting
+from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place
 from lora_jax.transform._rules import RULES
@@ -41,6 +41,7 @@ def adapt(
     *,
     on_merge: OnMerge = "error",
     on_unused: Literal["error", "allow"] = "error",
+    on_stop_gradient: OnStopGradient = "error",
     dropout_key: jax.Array | None = None,
     column_norms: Mapping[str, jax.Array] | None = None,
 ) -> Callable[..., Any]:
@@ -72,6 +73,10 @@ def adapt(
             `"allow"` forms it for that use, exactly, and logs a line at the level INFO to
             the logger `"lora_jax"`; a function is called with each `Merge`.
         on_unused: whether adapters of a weight that the function never uses are an error.
+        on_stop_gradient: what `jax.lax.stop_gradient` of an adapted weight, or of a part of
+            it, means: `"error"` raises; `"base"` stops the frozen weight and not its
+            adapter, for models that freeze their base; `"all"` stops both, for weights that
+            a use is not to train (a target network).
         dropout_key: a `jax.random` key for a step of training; each use of a weight, each
             step of a scan and each device of a `shard_map` has a mask of its own. None is
             no dropout.
@@ -91,9 +96,10 @@ def adapt(
         KeyError: if `column_norms` are not those of the plan. From the adapted function: if
             params or adapters lack a path of the plan, or adapters have another.
         ValueError: if an option is unknown. The adapted function: if a shape is not the
-            plan's, also of `column_norms`, a weight would have to be merged, the function
-            does not use it, or every use of it has other axes as input and output than
-            the plan (a plan without a function takes every matrix for `(in, out)`).
+            plan's, also of `column_norms`, a weight would have to be merged, its gradient
+            is stopped, the function does not use it, or every use of it has other axes as
+            input and output than the plan (a plan without a function takes every matrix
+            for `(in, out)`).
 
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685; Liu et al., 2024,
@@ -119,6 +125,7 @@ def adapt(
     _plan_checks.check_plan(plan)
     report = _reporter(on_merge)
     _checks.check_choice("on_unused", on_unused, ("error", "allow"))
+    _checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
     if dropout_key is not None:
         _checks.check_key("dropout_key", dropout_key)
     if column_norms is not None:
@@ -138,7 +145,13 @@ def adapt(
         traced = _tracing.trace(fn, params, args, kwargs)
         traced.check_values()
         key = dropout_key if has_dropout else None
-        context = Context(RULES, report, key=key, targets=plan.targets)
+        context = Context(
+            RULES,
+            report,
+            on_stop_gradient=on_stop_gradient,
+            key=key,
+            targets=plan.targets,
+        )
         values = [
             _factored(path, value, adapters[path], plan.targets[path], norms.get(path))
             if path is not None and path in plan.targets

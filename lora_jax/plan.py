@@ -37,8 +37,8 @@ class Use(NamedTuple):
     """The name of JAX's primitive, such as `dot_general`."""
     roles: tuple[str, ...]
     """What the use does with each axis of the weight: `contracted`, `kept`, `batch`,
-    `indexed`, `stacked` (scanned over), `stopped` (its gradient is), or an empty string
-    where that is not known."""
+    `indexed`, `moved` (indexed, for a product that says what it is), `stacked` (scanned
+    over), `stopped` (its gradient is), or an empty string where that is not known."""
     where: str = ""
     """The line of the source, where it is known."""
     merged: str = ""

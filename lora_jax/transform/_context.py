@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -68,13 +68,33 @@ class Sighting(NamedTuple):
     moved: bool = False
 
 
+@dataclasses.dataclass
+class LookUp:
+    """A use that takes some entries of axes of a weight: a row, a column, other orders.
+
+    Whether that is a look-up in a table, whose rows are activations, or a weight that a
+    product then multiplies with, is known when what it gave is used.
+
+    Attributes:
+        sightings: its sightings, by their numbers.
+        rows: whether the axes that it indexes come before all others.
+        moved: the axes of weights of which a product said what they are.
+        used: whether its result became an activation.
+    """
+
+    sightings: range
+    rows: bool
+    moved: set[tuple[str | int, int | None]] = dataclasses.field(default_factory=set)
+    used: bool = False
+
+
 def _roles_by_weight(
     value: Factored, roles: Sequence[str]
 ) -> dict[str | int, dict[int, str]]:
     """For each weight in a value, the role of each of its axes that is known.
 
     Terms that stand for axes know where those are now. An axis of size 1 cannot be told
-    from none; it is where it was, if all others are.
+    from none; it is where it was, if all others are, unless it is one entry of a longer.
     """
     found: dict[str | int, dict[int, str]] = {}
     in_place = len(value.terms) == value.ndim
@@ -88,8 +108,9 @@ def _roles_by_weight(
                 known[term.label.axis] = own[0]
     if in_place and roles and len(found) == 1:
         (known,) = found.values()
+        looked_up = {term.label.axis for term in value.terms if term.label.lookups}
         for axis, size in enumerate(value.shape):
-            if size == 1 and roles[axis]:
+            if size == 1 and roles[axis] and axis not in looked_up:
                 known[axis] = roles[axis]
     return found
 
@@ -104,6 +125,53 @@ def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> 
         for letter, axes in groups
         for axis in sorted(axes)
     ]
+
+
+def _looked_up(value: Factored) -> dict[tuple[str | int, int | None], list[Term]]:
+    """The terms of each axis of a weight that was indexed; the last one first."""
+    found: dict[tuple[str | int, int | None], list[Term]] = {}
+    indexed = {
+        (weight, term.label.axis)
+        for term in value.terms
+        if term.label.lookups
+        for weight in term.label.names
+    }
+    for term in value.terms:
+        for weight in term.label.names:
+            if (weight, term.label.axis) in indexed:
+                found.setdefault((weight, term.label.axis), []).append(term)
+
+    def last(terms: list[Term]) -> int:
+        return max(n for term in terms for n in term.label.lookups)
+
+    return dict(sorted(found.items(), key=lambda item: -last(item[1])))
+
+
+def is_weight(value: Factored, roles: Sequence[str]) -> bool:
+    """Whether a product contracts and keeps axes of a value that were never indexed."""
+    rest = {
+        roles[axis]
+        for term in value.terms
+        if not term.label.lookups
+        for axis in value.owned(term.a)
+    }
+    return {"contracted", "kept"} <= rest
+
+
+def _role_of_looked_up(own: set[str], rest: set[str]) -> str:
+    """What an axis is that was indexed on its way to a product.
+
+    Args:
+        own: the roles of the axes that it became; none if one entry was taken.
+        rest: the roles of the other axes of the weight.
+    """
+    if {"contracted", "kept"} <= rest:  # a matrix without it: experts, layers
+        order = ("batch", "kept", "contracted")
+    elif "contracted" in rest:  # a column for each index: what is computed of them
+        return "contracted" if own == {"contracted"} else "kept"
+    else:
+        order = ("contracted", "batch", "kept")
+    return next((role for role in order if role in own), "")
 
 
 @dataclasses.dataclass
@@ -135,6 +203,9 @@ class Context:
         callers: the equations whose rules are under way, the outermost first.
         calls: of jitted functions, by what they are traced for; see `_rules_calls`.
         targets: of the plan whose adapters are run, by path.
+        lookups: when axes are being found, of every weight so far.
+        closed_over_is_constant: whether what the function closes over is no data: it has
+            other arguments.
     """
 
     rules: Mapping[str, Rule]
@@ -148,6 +219,9 @@ class Context:
     callers: list[Any] = dataclasses.field(default_factory=list)
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, Target] = dataclasses.field(default_factory=dict)
+    lookups: list[LookUp] = dataclasses.field(default_factory=list)
+    closed_over_is_constant: bool = False
+    _constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     _names: tuple[Mapping[Any, str | int], ...] = ()
     _keys_made: int = 0
 
@@ -218,6 +292,110 @@ class Context:
                     Sighting(weight, tuple(value.shape), primitive, axes, where, reason)
                 )
 
+    def add_constants(self, values: Iterable[Any]) -> None:
+        """Notes that values depend on no argument of the function, except its weights."""
+        self._constants.update((id(value), value) for value in values)
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether a value, that is no literal, is known to depend on no argument."""
+        return id(value) in self._constants
+
+    def is_constant_atom(self, atom: Any, value: Any) -> bool:
+        """The same of an operand of an equation, which may be a literal."""
+        return isinstance(atom, _compat.Literal) or self.is_constant(value)
+
+    def look_up(
+        self,
+        value: Factored,
+        equation: Any,
+        indexed: Sequence[bool],
+        *,
+        moved: bool = False,
+    ) -> Factored:
+        """Records that a use takes some entries of these axes; returns the value.
+
+        Its terms know of it when axes are being found.
+        """
+        start = len(self.sightings)
+        roles = ["indexed" if i else "" for i in indexed]
+        self.see(value, equation, roles, moved=moved)
+        if not self.probing:
+            return value
+        seen = range(start, len(self.sightings))
+        rows = not any(i > j for i, j in zip(indexed[1:], indexed[:-1], strict=True))
+        number = (len(self.lookups),)
+        self.lookups.append(LookUp(seen, rows))
+
+        def noted(term: Term) -> Term:
+            if not any(indexed[axis] for axis in value.owned(term.a)):
+                return term
+            label = dataclasses.replace(term.label, lookups=term.label.lookups + number)
+            return dataclasses.replace(term, label=label)
+
+        return value.replace(terms=tuple(map(noted, value.terms)))
+
+    def see_product(
+        self, value: Factored, equation: Any, roles: Sequence[str], other: Any = None
+    ) -> None:
+        """Records a product with a weight, `other` being what it is multiplied with.
+
+        It says what the axes are that were indexed on the way. Rows of a table that are
+        multiplied with a constant are the activation of that product.
+        """
+        looked_up = _looked_up(value) if self.probing else {}
+        found = _roles_by_weight(value, roles)
+        rows = any(self.lookups[n].rows for t in value.terms for n in t.label.lookups)
+        if looked_up and rows and self.is_constant(other) and not is_weight(value, roles):
+            self.use_rows(value)
+            return
+        start, told = len(self.sightings), {}
+        self.see(value, equation, roles)
+        for (weight, axis), terms in looked_up.items():
+            rest = {r for a, r in found[weight].items() if (weight, a) not in looked_up}
+            rest |= told.get(weight, set())
+            own = {roles[i] for term in terms for i in value.owned(term.a)}
+            role = _role_of_looked_up(own, rest)
+            if not role:
+                continue
+            if not own:  # one entry was taken: no other axis is like it
+                told.setdefault(weight, set()).add(role)
+            for term in terms:
+                for n in term.label.lookups:
+                    self.lookups[n].moved.add((weight, axis))
+            for n in range(start, len(self.sightings)):
+                if self.sightings[n].name == weight:
+                    known = {**self.sightings[n].roles, axis: role}
+                    self.sightings[n] = self.sightings[n]._replace(roles=known)
+
+    def see_stacked(self, value: Factored, equation: Any) -> None:
+        """Records that a weight is scanned over its first axis, unless that was indexed.
+
+        Then it is a batch axis if a product of what is left says so, and else tokens.
+        """
+        indexed = any(t.label.lookups and 0 in value.owned(t.a) for t in value.terms)
+        roles = ["" if indexed else "stacked"] + [""] * (value.ndim - 1)
+        self.see(value, equation, roles, moved=True)
+
+    def use_rows(self, value: Factored) -> None:
+        """Notes that what was looked up is an activation from here on."""
+        for term in value.terms:
+            for n in term.label.lookups:
+                self.lookups[n].used = True
+
+    def settle_look_ups(self) -> None:
+        """Says of every axis that was indexed for a product alone that it was moved."""
+        for lookup in self.lookups:
+            if lookup.used and lookup.rows:
+                continue
+            for n in lookup.sightings:
+                sighting = self.sightings[n]
+                moved = {a for name, a in lookup.moved if name == sighting.name}
+                roles = {
+                    axis: "moved" if axis in moved and role == "indexed" else role
+                    for axis, role in sighting.roles.items()
+                }
+                self.sightings[n] = sighting._replace(roles=roles)
+
     def record(self, sighting: Sighting) -> None:
         """Keeps a sighting, and reports it if it is of a merge."""
         self.sightings.append(sighting)
@@ -234,6 +412,7 @@ class Context:
 
     def merge(self, value: Factored, equation: Any, reason: str) -> jax.Array:
         """The dense value, with a report, unless it is rows of a table, or a vector."""
+        self.use_rows(value)
         if value.gathered or self.is_vector(value):
             return merge(value)
         self.see(value, equation, merged=reason)

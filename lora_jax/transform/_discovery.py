@@ -47,17 +47,21 @@ def find_uses(
         if path is not None and _is_weight(leaf)
     }
     context = Context(RULES, on_merge=lambda merge: None, probing=True)
+    context.closed_over_is_constant = None in traced.paths
 
     def run(arguments):
         values = [
             value if path is None or path not in ndims else _probe(path, value)
             for path, value in zip(traced.paths, arguments, strict=True)
         ]
+        fixed = [v for p, v in zip(traced.paths, arguments, strict=True) if p is not None]
+        context.add_constants(fixed)
         jaxpr, constants = _compat.open_jaxpr(traced.jaxpr)
         out = _interpreter.evaluate(context, jaxpr, constants, values)
         return context.merge_all(out, None, "the function returns it")
 
     jax.eval_shape(run, [*map(_quantized.as_abstract, traced.arguments)])
+    context.settle_look_ups()
     uses: dict[str, list[Use]] = {path: [] for path in ndims}
     for sighting in context.sightings:
         path = str(sighting.name)

@@ -17,7 +17,7 @@ multiplied; columns are wide.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Label:
         axis: when axes are being found, the axis of the weight that the term stands for.
         swapped: for each name whether its `a` and `b` have changed places, so that they
             fit those of the weights they were stacked with; empty if none has.
+        lookups: when axes are being found, the numbers of the look-ups that indexed it.
     """
 
     names: tuple[str | int, ...]
@@ -55,6 +56,7 @@ class Label:
     dropout: float = 0.0
     axis: int | None = None
     swapped: tuple[bool, ...] = ()
+    lookups: tuple[int, ...] = ()
 
 
 @functools.partial(
@@ -141,14 +143,16 @@ class Factored:
         base: `(*axes)`, the frozen weight; deferred if it is stored in few bits.
         terms: see `Term`. None of them: a weight without an adapter, in few bits.
         columns: `(*axes)` each; the value is multiplied by all of them.
-        gathered: rows looked up in a table. The frozen program has an array of that size
-            as well, so that merging them costs little and is not worth a report.
+        gathered: whether it is rows looked up in a table, and by what: `"data"`, or indices
+            that depend on no argument of the function (`"constants"`), which may as well
+            put the rows of a weight in another order. The frozen program has an array of
+            that size too, so that merging them costs little and is not worth a report.
     """
 
     base: jax.Array | Deferred
     terms: tuple[Term, ...]
     columns: tuple[jax.Array, ...] = ()
-    gathered: bool = False
+    gathered: Literal["", "data", "constants"] = ""
 
     @property
     def shape(self) -> tuple[int, ...]:

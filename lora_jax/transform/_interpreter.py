@@ -26,6 +26,12 @@ _KEEP_GATHERED = frozenset(
     }
 )
 
+# Rows that constants looked up, which may be those of a weight in another order, stay
+# factored through all rules but these; and so do all rows when axes are being found.
+_END_GATHERED = frozenset({"add", "add_any", "reduce_sum", "shard_map", "sub"})
+# Products of an activation with a kernel: rows are the former.
+_KERNELS = frozenset({"conv_general_dilated", "ragged_dot_general"})
+
 # A vector of a weight, which is merged as well, stays factored through these: where its
 # gradient is stopped, that of its factors may not be.
 _KEEP_VECTOR = frozenset(
@@ -76,6 +82,8 @@ def evaluate(
 ) -> list[Any]:
     """The outputs of a jaxpr, any of which may be factored."""
     frame, outer = Frame(), context.frame
+    if context.closed_over_is_constant:
+        context.add_constants(constants)
     frame.values.update(zip(jaxpr.constvars, constants, strict=True))
     frame.values.update(zip(jaxpr.invars, arguments, strict=True))
     context.frame = frame
@@ -86,6 +94,8 @@ def evaluate(
                 out = _apply(context, equation, values)
             # A rule may return its only result alone, also where JAX has it in a list.
             outputs = out if isinstance(out, list | tuple) else [out]
+            if all(map(context.is_constant_atom, equation.invars, values)):
+                context.add_constants(v for v in outputs if not is_factored(v))
             frame.values.update(zip(equation.outvars, outputs, strict=True))
     finally:
         context.frame = outer
@@ -113,7 +123,8 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     if rule is not None:
         context.callers.append(equation)
         try:
-            return _settled(context, equation, rule(context, equation, *values))
+            out = _with_rows(values, rule(context, equation, *values))
+            return _settled(context, equation, out)
         except NotFactorableError as error:
             reason = str(error)
         finally:
@@ -160,15 +171,44 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
     """Merges rows of tables, once for all their uses, where they do not stay factored."""
     frame = context.frame
     name = equation.primitive.name
-    products = name == "dot_general" and all(map(is_factored, values))
-    keep_gathered = name in _KEEP_GATHERED and not products
-    for atom, value in zip(equation.invars, values, strict=True):
+    weights = [value for value in values if isinstance(value, Factored)]
+    kinds = {value.gathered for value in weights}
+    for i, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
         if not isinstance(value, Factored):
             continue
-        rows = value.gathered and not keep_gathered
+        if name == "dot_general" and len(weights) > 1:
+            # Rows are the activation of a product with a weight; see `dot_general`.
+            keep = context.probing or (value.gathered, kinds) == (
+                "constants",
+                {"constants", "data"},
+            )
+        else:
+            anywhere = context.probing or value.gathered == "constants"
+            keep = name in _KEEP_GATHERED or (
+                anywhere
+                and "" not in kinds
+                and name not in _END_GATHERED
+                and not (i == 0 and name in _KERNELS)
+            )
+        rows = value.gathered and not keep
         if rows or (name not in _KEEP_VECTOR and context.is_vector(value)):
+            context.use_rows(value)
+            if not rows:
+                context.see(value, equation)
             frame.values[atom] = merge(value)
     return [frame.read(atom) for atom in equation.invars]
+
+
+def _with_rows(values: Sequence[Any], out: Any) -> Any:
+    """Outputs of a rule, which are rows of tables if all weights among its values are."""
+    kinds = {value.gathered for value in values if isinstance(value, Factored)}
+    if "" in kinds:
+        return out
+    if isinstance(out, list | tuple):
+        return [_with_rows(values, value) for value in out]
+    if not isinstance(out, Factored) or out.gathered:
+        return out
+    return out.replace(gathered="data" if "data" in kinds else "constants")
 
 
 def _settled(context: Context, equation: Any, out: Any) -> Any:

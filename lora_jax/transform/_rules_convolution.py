@@ -24,7 +24,7 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     numbers = parameter(equation, "dimension_numbers")
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
     roles = ["kept" if axis == out_axis else "contracted" for axis in range(f.ndim)]
-    context.see(f, equation, roles)
+    context.see_product(f, equation, roles, x)
     if any(f.owned(column) - {out_axis} for column in f.columns):
         raise NotFactorableError("DoRA scales other axes than its output features")
     if context.probing:

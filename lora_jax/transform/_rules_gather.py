@@ -31,7 +31,8 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
     if fills and len(indexed) != len(numbers.start_index_map):
         raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
-    context.see(f, equation, ["indexed" if i in indexed else "" for i in range(f.ndim)])
+    by = "constants" if context.is_constant(indices) else "data"
+    f = context.look_up(f, equation, [i in indexed for i in range(f.ndim)])
     base = _deferred.bind(equation, [f.base, indices])
     taken = frozenset(indexed)
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
@@ -51,7 +52,9 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
 
     terms, columns = tuple(map(slices, f.terms)), tuple(map(column, f.columns))
     rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
-    return Factored(base, terms, columns, gathered=f.gathered or rows)
+    if by == "constants" and taken != frozenset(range(len(taken))):
+        rows = False  # columns in another order, and no rows of a table
+    return Factored(base, terms, columns, f.gathered or (by if rows else ""))
 
 
 def _found(

@@ -9,7 +9,7 @@ from jax import lax
 
 from lora_jax import _numerics
 from lora_jax.transform import _deferred
-from lora_jax.transform._context import Context
+from lora_jax.transform._context import Context, is_weight
 from lora_jax.transform._factored import (
     Factored,
     NotFactorableError,
@@ -66,7 +66,7 @@ def _product(
     `roles` are what to record of the axes of the weight, if not what the names say.
     """
     own = [_role(name) for name in f_names]
-    context.see(f, equation, own if roles is None else roles)
+    context.see_product(f, equation, own if roles is None else roles, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise NotFactorableError(f"the other operand is {x.dtype}")
     contracted = [name for name in f_names if name not in out_names]
@@ -94,8 +94,12 @@ def _product_of_weights(
     That is a small part (rank over width) of the work of this very product, and no report.
     """
     if context.probing:  # each of them is the weight, for its own axes
-        for f, names in ((x, axes.x), (y, axes.y)):
-            context.see(f, equation, [_role(name) for name in names])
+        found = [(f, [_role(n) for n in own]) for f, own in ((x, axes.x), (y, axes.y))]
+        for (f, roles), (other, others) in (found, found[::-1]):
+            if _is_activation(f, roles, other, others):
+                context.use_rows(f)
+            else:
+                context.see_product(f, equation, roles)
         return _deferred.bind(equation, [x.base, y.base])
     smaller = min(x, y, key=lambda f: f.base.size)
     context.see(smaller, equation)
@@ -104,6 +108,17 @@ def _product_of_weights(
     # Which of its axes is input of a larger product does not show here.
     own = (y, axes.y, dense, axes.x) if smaller is x else (x, axes.x, dense, axes.y)
     return _product(context, equation, *own, axes.out, flipped=smaller is y, roles=())
+
+
+def _is_activation(
+    f: Factored, roles: Sequence[str], other: Factored, others: Sequence[str]
+) -> bool:
+    """Whether one of two weights is rows of a table, multiplied with the other."""
+    if not f.gathered or not other.gathered:
+        return bool(f.gathered)
+    if is_weight(f, roles) != is_weight(other, others):
+        return is_weight(other, others)
+    return f.gathered == "data" or other.gathered == "constants"
 
 
 def _role(name: Name) -> str:
@@ -137,7 +152,7 @@ def ragged_dot(
         raise NotFactorableError("the weight is not that of the groups")
     if not _is_grouped_matmul(equation, f):
         raise NotFactorableError("it is not (rows, in), (groups, in, out) -> (rows, out)")
-    context.see(f, equation, ["batch", "contracted", "kept"])
+    context.see_product(f, equation, ["batch", "contracted", "kept"], x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise NotFactorableError(f"the other operand is {x.dtype}")
     after = []

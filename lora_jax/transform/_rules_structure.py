@@ -115,7 +115,7 @@ def slice_(context: Context, equation: Any, f: Factored) -> Factored:
     )
     strides = parameter(equation, "strides") or (1,) * f.ndim
     base = _deferred.bind(equation, [f.base])
-    _see_indexed(context, equation, f, base.shape)
+    f = _see_indexed(context, equation, f, base.shape)
 
     def cut(p):
         own = [p.shape[axis] == f.shape[axis] for axis in range(f.ndim)]
@@ -134,7 +134,7 @@ def dynamic_slice(context: Context, equation: Any, f: Factored, *starts: Any) ->
     if not isinstance(f, Factored) or any(isinstance(i, Factored) for i in starts):
         raise NotFactorableError("the weight is an index of it")
     sizes = parameter(equation, "slice_sizes")
-    _see_indexed(context, equation, f, sizes, dynamic=True)
+    f = _see_indexed(context, equation, f, sizes, dynamic=True)
 
     def cut(p):
         own = [p.shape[axis] == f.shape[axis] for axis in range(f.ndim)]
@@ -156,15 +156,15 @@ def _see_indexed(
     sizes: Sequence[int],
     *,
     dynamic: bool = False,
-) -> None:
+) -> Factored:
     """Records the axes of which one entry is taken, or a run that starts anywhere."""
     indexed = [
         size != whole and (size == 1 or dynamic)
         for size, whole in zip(sizes, f.shape, strict=True)
     ]
     if any(indexed):
-        roles = ["indexed" if i else "" for i in indexed]
-        context.see(f, equation, roles, moved=True)
+        return context.look_up(f, equation, indexed, moved=True)
+    return f
 
 
 def rev(context: Context, equation: Any, f: Factored) -> Factored:
@@ -179,8 +179,8 @@ def split(context: Context, equation: Any, f: Factored) -> list[Factored]:
     bases = _deferred.bind(equation, [f.base])
     pieces, start = [], 0
     for base, size in zip(bases, map(int, sizes), strict=True):
-        _see_indexed(context, equation, f, base.shape)
-        pieces.append(f.map(base, lambda p, at=(start, size): _piece(f, p, axis, *at)))
+        seen = _see_indexed(context, equation, f, base.shape)
+        pieces.append(seen.map(base, lambda p, at=(start, size): _piece(f, p, axis, *at)))
         start += size
     return pieces
 
@@ -195,7 +195,7 @@ def unstack(context: Context, equation: Any, f: Factored) -> list[Factored]:
     """The entries of one axis."""
     axis = parameter(equation, "axis")
     sizes = [1 if i == axis else size for i, size in enumerate(f.shape)]
-    _see_indexed(context, equation, f, sizes)
+    f = _see_indexed(context, equation, f, sizes)
     return [
         f.map(base, lambda p, i=i: lax.squeeze(_piece(f, p, axis, i, 1), [axis]))
         for i, base in enumerate(_deferred.bind(equation, [f.base]))

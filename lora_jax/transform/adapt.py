@@ -151,6 +151,7 @@ def adapt(
             on_stop_gradient=on_stop_gradient,
             key=key,
             targets=plan.targets,
+            closed_over_is_constant=None in traced.paths,
         )
         values = [
             _factored(path, value, adapters[path], plan.targets[path], norms.get(path))

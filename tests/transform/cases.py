@@ -293,7 +293,7 @@ CASES = {
         lambda p, i: jnp.tanh(p["w"][i]) @ p["w"].T, {"w": (20, 12)}, (IDS,), {"w": "io"}
     ),
     "sampled_softmax": Case(
-        lambda p, x, i: x @ p["w"][i].T, {"w": (20, 12)}, ((5, 12), IDS[0]), {"w": "io"}
+        lambda p, x, i: x @ p["w"][i].T, {"w": (20, 12)}, ((5, 12), IDS[0]), {"w": "oi"}
     ),
     "chosen_columns": Case(
         lambda p, x, i: x @ p["w"][:, i],

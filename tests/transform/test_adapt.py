@@ -616,7 +616,10 @@ TURNED = {
     "scaled": (lambda p, x: x @ (p["w"] * 2).T, "oi"),
     "part": (lambda p, x: x @ p["w"][:4].T, "oi"),
     "heads": (lambda p, x: jnp.einsum("bd,hkd->bhk", x, p["w"].reshape(3, 4, 12)), "oi"),
-    "columns_of_a_table": (lambda p, x: jnp.take(p["w"], TOKENS, axis=1), "oi"),
+    "columns_of_a_table": (
+        lambda p, x: jnp.take(p["w"], TOKENS + (x[0, 0] > 9).astype(TOKENS.dtype), axis=1),
+        "oi",
+    ),
     "checkpoint": (lambda p, x: jax.checkpoint(lambda x, w: x @ w.T)(x, p["w"]), "oi"),
     "block": (lambda p, x: jax.jit(many_sines)(x, p["w"]), "oi"),
     "jit": (jax.jit(lambda p, x: x @ p["w"].T), "oi"),

@@ -10,12 +10,15 @@ import os
 import pathlib
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core, source_info_util
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 Literal = core.Literal
 Equation = core.JaxprEqn
@@ -46,21 +49,90 @@ def explicit_sharding(x: jax.Array) -> PartitionSpec | None:
     return PartitionSpec(*spec) if any(spec) else None
 
 
-def reshard_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x`, sharded as `other` of the same shape, on a mesh with explicit axes."""
-    if x.shape != other.shape or explicit_spec(x) == explicit_spec(other):
-        return x
-    return jax.sharding.reshard(x, jax.typeof(other).sharding)
+def mesh_of(kind: Any) -> AbstractMesh:
+    """The mesh in the type of an array; one without axes if there is none."""
+    mesh = getattr(getattr(kind, "sharding", None), "mesh", None)
+    return AbstractMesh((), ()) if mesh is None else mesh
 
 
-def on_mesh_of(x: jax.Array) -> Any:
-    """A context in which the mesh in the type of `x` is the one of the program."""
-    mesh = jax.typeof(x).sharding.mesh
+def has_explicit_axes(mesh: AbstractMesh) -> bool:
+    """Whether the axes of a mesh, or some of them, are explicit."""
+    return AxisType.Explicit in (mesh.axis_types or ())
+
+
+def on_mesh(mesh: AbstractMesh) -> Any:
+    """A context in which a mesh is the one of the program."""
     if jax.__version_info__ < (0, 8, 0):  # had no public name
         from jax._src.mesh import use_abstract_mesh
 
         return use_abstract_mesh(mesh)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+def on_mesh_of(x: jax.Array) -> Any:
+    """A context in which the mesh in the type of `x` is the one of the program."""
+    return on_mesh(mesh_of(jax.typeof(x)))
+
+
+def is_automatic() -> bool:
+    """Whether the program is on a mesh here, and none of its axes are explicit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and not has_explicit_axes(mesh)
+
+
+def as_current(x: Any) -> Any:
+    """An array as `as_automatic` has it, where the axes of the mesh are automatic."""
+    return as_automatic(x) if is_automatic() else x
+
+
+def automatically(function: Callable[..., T], mesh: AbstractMesh, *values: Any) -> T:
+    """`function(*values)` on a mesh, with the explicit axes of that automatic."""
+    if not mesh.axis_names:
+        return function(*values)
+    with on_mesh(automatic_mesh(mesh)):
+        return function(*jax.tree.map(as_automatic, values))
+
+
+def explicit_mesh(equation: Any) -> AbstractMesh | None:
+    """The first mesh with explicit axes in the types of an equation, if there is one."""
+    atoms = (*equation.invars, *equation.outvars)
+    meshes = (mesh_of(atom.aval) for atom in atoms)
+    return next(filter(has_explicit_axes, meshes), None)
+
+
+def on_mesh_of_equation(equation: Any) -> Any:
+    """A context in which the mesh is the one that the equation was traced on."""
+    return equation.ctx.manager
+
+
+def automatic_mesh(mesh: AbstractMesh) -> AbstractMesh:
+    """The mesh with its explicit axes automatic."""
+    kinds = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+    explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
+    return mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+
+
+def as_automatic(x: Any) -> Any:
+    """An array with the explicit axes in its type automatic. It stays where it lies."""
+    if not isinstance(x, jax.Array) or not has_explicit_axes(mesh_of(jax.typeof(x))):
+        return x
+    mesh = automatic_mesh(mesh_of(jax.typeof(x)))
+    return retyped(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
+
+
+def retyped(x: Any, sharding: NamedSharding) -> Any:
+    """An array with a sharding in its type, on this or another kind of mesh axes."""
+    if not isinstance(x, jax.Array) or not sharding.mesh.axis_names:
+        return x
+    kind: Any = jax.typeof(x).sharding
+    if kind == sharding:
+        return x
+    if jax.__version_info__ < (0, 8, 0):  # `reshard` did not change kinds of axes
+        from jax._src.pjit import mesh_cast
+
+        if kind.mesh.axis_names and kind.mesh.axis_types != sharding.mesh.axis_types:
+            return mesh_cast(x, sharding)
+    return jax.sharding.reshard(x, sharding)
 
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
@@ -105,11 +177,31 @@ def _shape_of(atom: Any) -> Any:
     return type(aval) if hasattr(aval, "inner_aval") else getattr(aval, "shape", None)
 
 
+class Unrun:
+    """An equation that is not run: what it gives are zeros, on no mesh."""
+
+    def __init__(self, equation: Any):
+        self._equation = equation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._equation, name)
+
+
+def zeros(kind: Any) -> jax.Array:
+    """Zeros for a type, on no mesh; of what is no number, such as a key, false."""
+    dtype = getattr(kind, "dtype", bool)
+    number = jnp.issubdtype(dtype, jnp.number)
+    return jnp.zeros(getattr(kind, "shape", ()), dtype if number else bool)
+
+
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 
     A list if the primitive has several results, else the one result.
     """
+    if isinstance(equation, Unrun):
+        out = [zeros(atom.aval) for atom in equation.outvars]
+        return out if equation.primitive.multiple_results else out[0]
     parameters = equation.primitive.get_bind_params(equation.params)
     if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions apart
         functions, parameters = parameters
@@ -121,6 +213,11 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
 def bind_one(equation: Any, value: Any) -> Any:
     """Evaluates a primitive of one operand and one result on another value."""
+    if isinstance(equation, Unrun):  # axes that are shorter than the operand's stay so
+        kinds = equation.invars[0].aval, equation.outvars[0].aval
+        sizes = zip(value.shape, *(kind.shape for kind in kinds), strict=True)
+        shape = [new if own == old else own for own, old, new in sizes]
+        return jnp.zeros(shape, value.dtype)
     out = bind(equation, [value])
     # In some versions of JAX the one result of some of them comes in a list.
     return out[0] if equation.primitive.multiple_results else out
@@ -129,6 +226,9 @@ def bind_one(equation: Any, value: Any) -> Any:
 @contextlib.contextmanager
 def at_equation(equation: Any) -> Iterator[None]:
     """Traces as the equation was: its scope's name, its source line, its mesh."""
+    if isinstance(equation, Unrun):
+        yield
+        return
     source = equation.source_info
     names = source_info_util.current_name_stack() + source.name_stack
     at_source = source_info_util.user_context(source.traceback, name_stack=names)

@@ -175,18 +175,15 @@ class Dot(NamedTuple):
     Attributes:
         dimensions: its `dimension_numbers`.
         precision: for both operands.
-        out_sharding: of the result, on meshes with explicit axes.
     """
 
     dimensions: lax.DotDimensionNumbers
     precision: Any = None
-    out_sharding: Any = None
 
     def __call__(self, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
         """The product, in `dtype`, or in that of `x` and `y`."""
-        sharding = {} if self.out_sharding is None else {"out_sharding": self.out_sharding}
         return lax.dot_general(
-            x, y, self.dimensions, self.precision, preferred_element_type=dtype, **sharding
+            x, y, self.dimensions, self.precision, preferred_element_type=dtype
         )
 
 

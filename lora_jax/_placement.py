@@ -9,7 +9,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import _compat
+from lora_jax import _compat, _quantized
 from lora_jax._quantized import is_quantized
 
 T = TypeVar("T")
@@ -59,10 +59,34 @@ def automatic(
     spec = _compat.explicit_spec(like)
     if not any(spec):
         return function(value)
-    out: Any = PartitionSpec(*_padded(spec, ndim))
-    with _compat.on_mesh_of(like):
-        inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
-        return inner(value)
+    mesh = _compat.mesh_of(jax.typeof(like))
+    dense = _compat.automatically(function, mesh, value)
+    return _compat.retyped(dense, NamedSharding(mesh, PartitionSpec(*_padded(spec, ndim))))
+
+
+def as_abstract(value: Any) -> Any:
+    """The shape, dtype and explicit sharding of a quantized weight; else the value."""
+    kind = _quantized.as_abstract(value)
+    if kind is value:
+        return value
+    array, n = value.array_with_axes()
+    mesh = _compat.mesh_of(jax.typeof(array))
+    if not _compat.has_explicit_axes(mesh):
+        return kind
+    spec = _padded(_compat.explicit_spec(array)[:n], value.ndim)
+    return kind.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def as_dense(value: Any) -> Any:
+    """A quantized weight as an array without a gradient; any other value as it is.
+
+    On a mesh with explicit axes it is sharded in its type as `as_abstract` says.
+    """
+    sharding = getattr(as_abstract(value), "sharding", None)
+    if not is_quantized(value) or sharding is None:
+        return _quantized.as_dense(value)
+    dense = _compat.automatically(_quantized.as_dense, sharding.mesh, value)
+    return _compat.retyped(dense, sharding)
 
 
 def shardings(stored: Any, sharding: Any) -> Any:

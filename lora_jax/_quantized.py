@@ -78,6 +78,16 @@ class QuantizedTensor(abc.ABC):
         stack = PartitionSpec(*spec[: self.batch_ndim])
         return jax.tree.map(lambda x: whole if x.shape == self.shape else stack, self)
 
+    def array_with_axes(self) -> tuple[jax.Array, int]:
+        """One of the arrays, and how many of its leading axes are split as the weight's.
+
+        By default an array of the shape of the weight; if there is none, the first array,
+        with the axes of the stack.
+        """
+        arrays = jax.tree.leaves(self)
+        alike = [array for array in arrays if array.shape == self.shape]
+        return (alike[0], self.ndim) if alike else (arrays[0], self.batch_ndim)
+
     @property
     def ndim(self) -> int:
         """How many axes the weight has."""

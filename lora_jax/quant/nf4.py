@@ -138,6 +138,10 @@ class NF4Tensor(QuantizedTensor):
         arrays: Any = {"codes": split, "scales": split}
         return dataclasses.replace(self, **arrays, group_scales=nested, mean=nested)
 
+    def array_with_axes(self) -> tuple[jax.Array, int]:
+        """The codes, the last axis of which starts with an axis of the weight."""
+        return self.codes, self.codes.ndim
+
     def to_arrays(self) -> dict[str, jax.Array]:
         """The arrays by name, with codes and scales in one row for each weight."""
         arrays: dict[str, Any] = super().to_arrays()

@@ -499,6 +499,17 @@ class Context:
         return rate, self.make_key(x) if rate else None
 
     @contextlib.contextmanager
+    def on_automatic_axes(self, mesh: Any) -> Iterator[None]:
+        """With the explicit axes of a mesh automatic."""
+        key = self.key
+        self.key = _compat.as_automatic(key)
+        try:
+            with _compat.on_mesh(_compat.automatic_mesh(mesh)):
+                yield
+        finally:
+            self.key = key
+
+    @contextlib.contextmanager
     def using_key(self, key: jax.Array | None) -> Iterator[None]:
         """Makes keys from `key`, a value of the trace that starts here."""
         saved = self.key, self._keys_made

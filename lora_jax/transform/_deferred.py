@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _compat, _quantized
+from lora_jax import _compat, _placement, _quantized
 
 # Applied to one entry of a stack they give that entry of the result.
 _ENTRYWISE = frozenset(
@@ -37,6 +37,7 @@ _MOVES = _ENTRYWISE | {
     "div",
     "dynamic_slice",
     "layout_constraint",
+    "mesh_cast",
     "mul",
     "pad",
     "reshape",
@@ -121,7 +122,7 @@ def form(value: Any) -> Any:
     if not isinstance(value, Deferred):
         return value
     if value.step is None:
-        return _quantized.as_dense(value.operands[0])
+        return _placement.as_dense(value.operands[0])
     equation = value.step.equation
     with _compat.at_equation(equation):
         out = _compat.bind(equation, [form(operand) for operand in value.operands])
@@ -133,6 +134,25 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
     The result is deferred, too, if the primitive is one that only moves it about.
     """
+    if _compat.explicit_mesh(equation) is not None:
+        return _in_its_types(equation, values)
+    return _bind(equation, values)
+
+
+def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
+    """`bind` on the mesh of the equation, also where its axes are automatic here."""
+    automatic = _compat.is_automatic()
+    with _compat.on_mesh_of_equation(equation):
+        pairs = zip(values, equation.invars, strict=True)
+        out = _bind(equation, [_compat.retyped(v, atom.aval.sharding) for v, atom in pairs])
+    if not automatic:
+        return out
+    return jax.tree.map(
+        _compat.as_automatic, out, is_leaf=lambda x: isinstance(x, Deferred)
+    )
+
+
+def _bind(equation: Any, values: Sequence[Any]) -> Any:
     if not any(isinstance(value, Deferred) for value in values):
         return _compat.bind(equation, values)
     if equation.primitive.name not in _MOVES:

@@ -3,7 +3,8 @@
 The function is traced, and evaluated abstractly with a factored value for every weight
 that has one low-rank term for each of its axes: a term of rank 1 that only owns that axis.
 The rules carry the terms along, and a rule that contracts the value sees which of them it
-contracts. Nothing is computed.
+contracts. No equation of the function is run: what it gives are zeros of the shape that the
+program has for it. So nothing is computed, and meshes do not matter.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _compat, _quantized
+from lora_jax import _compat
 from lora_jax.plan import Use
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._context import Context, Sighting
@@ -49,18 +50,21 @@ def find_uses(
     context = Context(RULES, on_merge=lambda merge: None, probing=True)
     context.closed_over_is_constant = None in traced.paths
 
-    def run(arguments):
+    jaxpr, constants = _compat.open_jaxpr(traced.jaxpr)
+
+    def run():
+        arguments = [_compat.zeros(atom.aval) for atom in jaxpr.invars]
         values = [
             value if path is None or path not in ndims else _probe(path, value)
             for path, value in zip(traced.paths, arguments, strict=True)
         ]
         fixed = [v for p, v in zip(traced.paths, arguments, strict=True) if p is not None]
         context.add_constants(fixed)
-        jaxpr, constants = _compat.open_jaxpr(traced.jaxpr)
         out = _interpreter.evaluate(context, jaxpr, constants, values)
         return context.merge_all(out, None, "the function returns it")
 
-    jax.eval_shape(run, [*map(_quantized.as_abstract, traced.arguments)])
+    with _compat.on_mesh(_compat.mesh_of(None)):
+        jax.eval_shape(run)
     context.settle_look_ups()
     uses: dict[str, list[Use]] = {path: [] for path in ndims}
     for sighting in context.sightings:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import _numerics
+from lora_jax import _compat, _numerics
 from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
@@ -229,14 +230,65 @@ def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
     return jnp.broadcast_to(array, shape)
 
 
+def specs(value: Factored, spec: Sequence[Any]) -> Factored:
+    """The mesh axes of each array of a value, those of the weight's axes being `spec`.
+
+    A factor or a column has those of the axes that it owns.
+    """
+    whole = (*spec, *[None] * (value.ndim - len(spec)))
+
+    def of(owned: frozenset[int]) -> list[Any]:
+        return [axes if axis in owned else None for axis, axes in enumerate(whole)]
+
+    def of_factor(p: Factor) -> Factor:
+        own = of(value.owned(p))
+        array: Any = PartitionSpec(*(None if i == RANK else own[i] for i in p.axes))
+        return dataclasses.replace(p, array=array)
+
+    terms = tuple(term.map(of_factor) for term in value.terms)
+    columns: Any = tuple(PartitionSpec(*of(value.owned(c))) for c in value.columns)
+    base: Any = PartitionSpec(*spec)
+    return value.replace(base=base, terms=terms, columns=columns)
+
+
+def retyped(value: Any, kind: Any) -> Any:
+    """A value sharded in its type as `kind`, the type of it in the program.
+
+    Of a factored one the factors and columns are, along the axes that they own.
+    """
+    mesh = _compat.mesh_of(kind)
+    if not mesh.axis_names:
+        return value
+    if not isinstance(value, Factored):
+        return _compat.retyped(value, kind.sharding)
+    # A deferred weight has that type when it is formed.
+    deferred = isinstance(value.base, Deferred)
+    base = value.base if deferred else _compat.retyped(value.base, kind.sharding)
+    places = specs(value, kind.sharding.spec)
+    factors = jax.tree.map(
+        lambda p, spec: _compat.retyped(p, NamedSharding(mesh, spec)),
+        (value.terms, value.columns),
+        (places.terms, places.columns),
+    )
+    return value.replace(base=base, terms=factors[0], columns=factors[1])
+
+
 def merge(value: Factored) -> jax.Array:
     """The dense weight, formed in at least float32 and rounded once."""
+    base = form(value.base)
     if not value.terms and not value.columns:
-        return form(value.base)
+        return base
+    kind = jax.typeof(base)
+    mesh = _compat.mesh_of(kind)
+    out = _compat.automatically(_merge, mesh, value.replace(base=base))
+    return out if _compat.is_automatic() else _compat.retyped(out, kind.sharding)
+
+
+def _merge(value: Factored) -> jax.Array:
     dtype = _numerics.accumulation_dtype(
         value.dtype, *(term.a.array.dtype for term in value.terms)
     )
-    out = form(value.base).astype(dtype)
+    out = jnp.asarray(value.base).astype(dtype)
     for term in value.terms:
         out = out + _numerics.multiply(product(value, term, dtype), term.label.scale)
     for column in value.columns:

@@ -82,13 +82,15 @@ def evaluate(
 ) -> list[Any]:
     """The outputs of a jaxpr, any of which may be factored."""
     frame, outer = Frame(), context.frame
+    if context.probing:
+        constants = [_compat.zeros(atom.aval) for atom in jaxpr.constvars]
     if context.closed_over_is_constant:
         context.add_constants(constants)
     frame.values.update(zip(jaxpr.constvars, constants, strict=True))
     frame.values.update(zip(jaxpr.invars, arguments, strict=True))
     context.frame = frame
     try:
-        for equation in jaxpr.eqns:
+        for equation in map(_compat.Unrun, jaxpr.eqns) if context.probing else jaxpr.eqns:
             values = [frame.read(atom) for atom in equation.invars]
             with _compat.at_equation(equation):
                 out = _apply(context, equation, values)

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from lora_jax import _compat, _numerics
+from lora_jax import _numerics
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import RANK, Factor, Factored, Term, place
 
@@ -97,16 +96,14 @@ def _add_terms(
 ) -> jax.Array:
     product, shape, dtype = static
     f = Factored(jax.ShapeDtypeStruct(shape, dtype), terms)  # pyright: ignore
-    sharded = [_compat.explicit_spec(v) for v in (x, *jax.tree.leaves(terms))]
-    rows, out_names = _fold(product, x, not any(map(any, sharded)))
+    rows, out_names = _fold(product, x)
     sizes = dict(zip(product.out_names, base.shape, strict=True))
     folded = [math.prod(sizes[(name,)] for name in run) for run in out_names]
     wide = _numerics.accumulation_dtype(base.dtype)
     out = base.astype(wide).reshape(folded)
     for term, key in zip(terms, keys, strict=True):
         update = _update(f, term, key, rows, product._replace(out_names=out_names))
-        array = place(update.array, update.names, out_names).astype(wide)
-        out = out + _compat.reshard_like(array, out)
+        out = out + place(update.array, update.names, out_names).astype(wide)
     for column, names in zip(columns, product.column_names, strict=True):
         out = out * place(column.astype(wide), names, out_names)
     return out.astype(base.dtype).reshape(base.shape)
@@ -136,14 +133,14 @@ def project(
     return _numerics.multiply(project(x, factor, key), scale).astype(dtype)
 
 
-def _fold(product: Product, x: jax.Array, unsharded: bool) -> tuple[Named, Names]:
+def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
     """The activation with each run of axes that the weight lacks as one axis.
 
     Returns:
         The activation, and the names of the axes of a result that has the same runs.
     """
     weight_names = product.weight_names
-    if jax.default_backend() != "cpu" or not unsharded:
+    if jax.default_backend() != "cpu":
         return Named(x, product.x_names, x.shape), product.out_names
     names: list[Name] = []
     shape: list[int] = []
@@ -194,7 +191,6 @@ class _Owned(NamedTuple):
         sizes: of all axes by their names.
         gone: those that go.
         rank_axis: the place of the rank axis among those that stay.
-        spec: the mesh axes in the type of the array, by the names of its axes.
     """
 
     array: jax.Array
@@ -202,7 +198,6 @@ class _Owned(NamedTuple):
     sizes: dict[Name, int]
     gone: tuple[int, ...]
     rank_axis: int
-    spec: dict[Name, Any]
 
 
 def _owned(f: Factored, p: Factor, weight_names: Names) -> _Owned:
@@ -212,8 +207,7 @@ def _owned(f: Factored, p: Factor, weight_names: Names) -> _Owned:
     gone = tuple(axis for axis, name in enumerate(names) if name not in kept)
     left = tuple(name for name in names if name in kept)
     sizes = dict(zip(names, p.array.shape, strict=True))
-    spec = dict(zip(names, _compat.explicit_spec(p.array), strict=True))
-    return _Owned(p.array, left, sizes, gone, left.index(_RANK), spec)
+    return _Owned(p.array, left, sizes, gone, left.index(_RANK))
 
 
 def _sum_unowned(x: Named, product: Product, owned: set[Name]) -> Named:
@@ -301,24 +295,4 @@ def _options(
         (axes(x.names, batch), axes(factor.names, batch)),
     )
     rest = [name for name in (*x.names, *factor.names) if name not in shared]
-    names = (*batch, *rest)
-    sharding = _out_sharding(x, factor, names)
-    return _numerics.Dot(dimensions, precision, sharding), names
-
-
-def _out_sharding(x: Named, factor: _Owned, names: Names) -> PartitionSpec | None:
-    """On a mesh with explicit axes, each axis sharded as in the operand it comes from."""
-    spec = _compat.explicit_spec(x.array)
-    if not any(spec) and not any(factor.spec.values()):
-        return None  # if it is folded, it is not sharded
-    of = dict(factor.spec)
-    for name, axes in zip(x.names, spec, strict=True):
-        of[name] = axes or of.get(name)
-    used: set[Any] = set()
-    out = []
-    for name in names:
-        axes = of[name] if isinstance(of[name], tuple) else (of[name],)
-        free = not used.intersection(axes)
-        used.update(axis for axis in axes if axis is not None)
-        out.append(of[name] if free else None)
-    return PartitionSpec(*out)
+    return _numerics.Dot(dimensions, precision), (*batch, *rest)

@@ -4,6 +4,12 @@ What is not here is merged where it is used. A primitive that a new JAX brings t
 speed until it has a rule, never correctness.
 """
 
+import functools
+from typing import Any
+
+import jax
+
+from lora_jax import _compat
 from lora_jax.transform import (
     _rules_arithmetic,
     _rules_calls,
@@ -14,15 +20,52 @@ from lora_jax.transform import (
     _rules_spmd,
     _rules_structure,
 )
-from lora_jax.transform._context import Rule
+from lora_jax.transform._context import Context, Rule
+from lora_jax.transform._deferred import Deferred
+from lora_jax.transform._factored import retyped
 
-RULES: dict[str, Rule] = {
+
+def _on_any_mesh(rule: Rule) -> Rule:
+    """The rule, for meshes with explicit axes as well.
+
+    To the rule those are automatic, so that it need not know how to shard what it makes of
+    factors. Its results have the types that the program has for them; factors and columns
+    are sharded along the axes that they own, as the weight is.
+    """
+
+    @functools.wraps(rule)
+    def run(context: Context, equation: Any, *values: Any) -> Any:
+        mesh = None if context.probing else _compat.explicit_mesh(equation)
+        if mesh is None:
+            return rule(context, equation, *values)
+        with context.on_automatic_axes(mesh):
+            out = rule(context, equation, *_as_automatic(values))
+        outputs = out if isinstance(out, list | tuple) else [out]
+        kinds = [atom.aval for atom in equation.outvars]
+        return list(map(retyped, outputs, kinds))
+
+    return run
+
+
+def _as_automatic(values: Any) -> Any:
+    return jax.tree.map(
+        _compat.as_automatic, values, is_leaf=lambda x: isinstance(x, Deferred)
+    )
+
+
+_CALLS = {
+    **_rules_calls.RULES,
+    **_rules_loops.RULES,
+    **_rules_spmd.RULES,
+    "optimization_barrier": _rules_arithmetic.optimization_barrier,
+}
+_OTHERS = {
     **_rules_structure.RULES,
     **_rules_arithmetic.RULES,
     **_rules_products.RULES,
     **_rules_convolution.RULES,
     **_rules_gather.RULES,
-    **_rules_calls.RULES,
-    **_rules_loops.RULES,
-    **_rules_spmd.RULES,
 }
+# Calls hand their values to equations that have types of their own.
+RULES: dict[str, Rule] = {name: _on_any_mesh(rule) for name, rule in _OTHERS.items()}
+RULES |= _CALLS

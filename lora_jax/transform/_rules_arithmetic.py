@@ -64,6 +64,8 @@ def on_all(context: Context, equation: Any, f: Factored) -> Factored:
 
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Holds factors back as it does the weight."""
+    if context.probing:
+        return list(values)
     leaves, tree = jax.tree.flatten(values)
     return list(jax.tree.unflatten(tree, _deferred.bind(equation, leaves)))
 
@@ -116,7 +118,7 @@ def _before_broadcast(
         atom = steps[-1].invars[0]
     if not steps:
         raise NotFactorableError("the other operand varies along all axes of the weight")
-    value = jnp.asarray(frame.read(atom))
+    value = jnp.asarray(_compat.as_current(frame.read(atom)))
     for step in reversed(steps):
         shape = [1] * len(step.params["shape"])
         positions = step.params["broadcast_dimensions"]
@@ -217,6 +219,7 @@ RULES = {
     "name": on_base,
     "reduce_precision": on_base,
     "reshard": on_base,
+    "mesh_cast": on_base,
     "sharding_constraint": on_base,
     "layout_constraint": on_base,
     "stop_gradient": stop_gradient,

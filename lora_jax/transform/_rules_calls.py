@@ -68,19 +68,21 @@ def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
     the function that is adapted.
     """
     jaxpr, constants = _compat.open_jaxpr(parameter(equation, "jaxpr"))
-    operands = _constrained(values, equation.params.get("in_shardings"))
+    operands = _constrained(context, values, equation.params.get("in_shardings"))
     name = str(equation.params.get("name") or "call")
     if context.probing or constants or len(jaxpr.eqns) < _SMALL:
         with jax.named_scope(name):
             out = evaluate(context, jaxpr, constants, operands)
     else:
         out = _call_once_traced(context, jaxpr, name, operands)
-    return _constrained(out, equation.params.get("out_shardings"))
+    return _constrained(context, out, equation.params.get("out_shardings"))
 
 
-def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:
+def _constrained(
+    context: Context, values: Sequence[Any], shardings: Sequence[Any] | None
+) -> list[Any]:
     """The values, laid out as a jit was told to; of a factored one, the frozen weight."""
-    if shardings is None:
+    if shardings is None or context.probing:
         return list(values)
     out = []
     for value, sharding in zip(values, shardings, strict=True):

@@ -1,21 +1,20 @@
 """Programs for many devices: `shard_map`, and collectives inside it."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax import _compat
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
 from lora_jax.transform._factored import (
-    RANK,
-    Factor,
     Factored,
     NotFactorableError,
     base_of,
+    specs,
     with_base,
 )
 from lora_jax.transform._interpreter import evaluate_closed
@@ -24,10 +23,12 @@ from lora_jax.transform._parameters import parameter
 
 def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     """Maps over shards; the shards of the factors are factors of those of the weight."""
-    specs = parameter(equation, "in_specs")
+    if context.probing:
+        return _of_one_shard(context, equation, operands)
     # How stored arrays are to be split follows from no spec of the dense one.
     values = [with_base(value, form(base_of(value))) for value in operands]
-    in_specs = [_spec(v, tuple(s)) for v, s in zip(values, specs, strict=True)]
+    pairs = zip(values, parameter(equation, "in_specs"), strict=True)
+    in_specs = [_spec(v, tuple(s)) for v, s in pairs]
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
     key = context.make_key()
 
@@ -47,24 +48,31 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     return list(mapped(key, list(values)))
 
 
-def _spec(value: Any, spec: Sequence[Any]) -> Any:
-    """The specs of a factored weight: those of its axes, for axes that are owned."""
+def _of_one_shard(context: Context, equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """What the body makes of values of the sizes of a shard, when axes are being found."""
+    jaxpr = parameter(equation, "jaxpr")
+    inner, _ = _compat.open_jaxpr(jaxpr)
+    kinds = [atom.aval for atom in inner.invars]
+    out = evaluate_closed(context, jaxpr, list(map(_shard, operands, kinds)))
+    context.merge_all(out, equation, "shard_map returns it")
+    return _compat.bind(equation, ())
+
+
+def _shard(value: Any, kind: Any) -> Any:
+    """A value made as small as its part on one device."""
     if not isinstance(value, Factored):
-        return PartitionSpec(*spec)
-    whole = (*spec, *[None] * (value.ndim - len(spec)))
+        return _compat.zeros(kind)
 
-    def of(owned: frozenset[int]) -> list[Any]:
-        return [axes if axis in owned else None for axis, axes in enumerate(whole)]
+    def part(p: jax.Array) -> jax.Array:
+        owned = map(min, p.shape, kind.shape)
+        return lax.slice(p, [0] * p.ndim, list(owned))
 
-    def of_factor(p: Factor) -> Factor:
-        own = of(value.owned(p))
-        array: Any = PartitionSpec(*(None if i == RANK else own[i] for i in p.axes))
-        return dataclasses.replace(p, array=array)
+    return value.map(_compat.zeros(kind), part)
 
-    terms = tuple(term.map(of_factor) for term in value.terms)
-    columns: Any = tuple(PartitionSpec(*of(value.owned(c))) for c in value.columns)
-    base: Any = PartitionSpec(*spec)
-    return value.replace(base=base, terms=terms, columns=columns)
+
+def _spec(value: Any, spec: Sequence[Any]) -> Any:
+    """The specs of a value of the new `shard_map`."""
+    return specs(value, spec) if isinstance(value, Factored) else PartitionSpec(*spec)
 
 
 def all_gather(context: Context, equation: Any, f: Factored) -> Factored:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import _checks, _paths, _quantized
+from lora_jax import _checks, _compat, _paths, _placement, _quantized
 
 Function = Callable[..., Any]
 
@@ -33,6 +33,12 @@ class Traced(NamedTuple):
         """Raises if an argument has no values to compute with."""
         for name, value in zip(self.names, self.arguments, strict=True):
             _checks.check_has_values(name, value)
+
+    @property
+    def types(self) -> list[Any]:
+        """The types of the arguments in the program."""
+        jaxpr, _ = _compat.open_jaxpr(self.jaxpr)
+        return [atom.aval for atom in jaxpr.invars]
 
 
 def is_array(value: Any) -> bool:
@@ -96,7 +102,7 @@ def trace(
     arguments = [leaves[i] for i in positions]
     try:
         with jax.disable_jit(False):  # else control flow would need values
-            jaxpr = jax.make_jaxpr(flat)(*map(_quantized.as_abstract, arguments))
+            jaxpr = jax.make_jaxpr(flat)(*map(_placement.as_abstract, arguments))
     except _NEEDS_VALUES as error:
         error.add_note(_HINT)
         raise

@@ -13,6 +13,7 @@ from lora_jax import (
     _axes,
     _checks,
     _column_norm,
+    _compat,
     _layout,
     _paths,
     _plan_checks,
@@ -23,7 +24,15 @@ from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
 from lora_jax.transform._deferred import Deferred
-from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place
+from lora_jax.transform._factored import (
+    RANK,
+    Factor,
+    Factored,
+    Label,
+    Term,
+    place,
+    retyped,
+)
 from lora_jax.transform._rules import RULES
 
 __all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
@@ -154,10 +163,12 @@ def adapt(
             closed_over_is_constant=None in traced.paths,
         )
         values = [
-            _factored(path, value, adapters[path], plan.targets[path], norms.get(path))
+            _factored(plan, path, kind, value, adapters[path], norms.get(path))
             if path is not None and path in plan.targets
             else _unadapted(value)
-            for path, value in zip(traced.paths, traced.arguments, strict=True)
+            for path, kind, value in zip(
+                traced.paths, traced.types, traced.arguments, strict=True
+            )
         ]
         out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
         out = context.merge_all(out, None, "the function returns it")
@@ -288,13 +299,28 @@ def _may_be_used_as(plan: AdapterPlan, path: str, letters: str) -> bool:
 
 
 def _factored(
+    plan: AdapterPlan,
     path: str,
-    weight: jax.Array,
+    kind: Any,
+    weight: Any,
     adapter: Mapping[str, jax.Array],
-    target: Target,
     norm: jax.Array | None,
 ) -> Factored:
-    """The value that the weight is evaluated as. Factors stay as they are stored."""
+    """The value that the weight is evaluated as, sharded as `kind`, the weight's type."""
+    target, mesh = plan.targets[path], _compat.mesh_of(kind)
+    make = functools.partial(_with_terms, path, target)
+    value = _compat.automatically(make, mesh, weight, dict(adapter), norm)
+    return retyped(value.replace(base=_base(weight)), kind)
+
+
+def _with_terms(
+    path: str,
+    target: Target,
+    weight: Any,
+    adapter: Mapping[str, jax.Array],
+    norm: jax.Array | None,
+) -> Factored:
+    """The weight with its update. Factors stay as they are stored."""
     batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
     sizes = {RANK: target.rank, **dict(enumerate(target.shape))}
 

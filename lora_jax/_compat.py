@@ -10,7 +10,7 @@ import os
 import pathlib
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -55,9 +55,11 @@ def mesh_of(kind: Any) -> AbstractMesh:
     return AbstractMesh((), ()) if mesh is None else mesh
 
 
-def has_explicit_axes(mesh: AbstractMesh) -> bool:
-    """Whether the axes of a mesh, or some of them, are explicit."""
-    return AxisType.Explicit in (mesh.axis_types or ())
+def has_explicit_axes(mesh: Any, without: Collection[str] = ()) -> bool:
+    """Whether a mesh has explicit axes, other than those."""
+    kinds = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
+    explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
+    return not set(explicit) <= set(without)
 
 
 def on_mesh(mesh: AbstractMesh) -> Any:
@@ -81,8 +83,12 @@ def is_automatic() -> bool:
 
 
 def as_current(x: Any) -> Any:
-    """An array as `as_automatic` has it, where the axes of the mesh are automatic."""
-    return as_automatic(x) if is_automatic() else x
+    """An array on the mesh of the program here, in its kinds of axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = mesh_of(jax.typeof(x)) if isinstance(x, jax.Array) else mesh
+    if mesh == own or not mesh.axis_names or not own.axis_names:
+        return x
+    return retyped(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def automatically(function: Callable[..., T], mesh: AbstractMesh, *values: Any) -> T:

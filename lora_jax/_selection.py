@@ -167,6 +167,9 @@ def _axes_of_uses(
     letters = _given_axes(config, path, shape)
     if letters is not None:
         return _axes.from_letters(letters, shape)
+    lost = [use for use in uses if not use.is_followed]
+    if lost:
+        raise _axes.UnsuitableError(f"not every use of it is understood: {lost[0]}")
     merged = _letters_of_merged(shape, uses, low_rank)
     if merged is not None:
         raise _axes.MergedError(

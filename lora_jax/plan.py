@@ -16,6 +16,7 @@ from lora_jax.config import ALL_LINEAR, LoraConfig, from_fields, kept_patterns
 __all__ = ["AdapterPlan", "Target", "Use"]
 
 METHODS = ("lora", "dora")
+NOT_FOLLOWED = "its axes cannot be followed through it"
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
 _NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
 _ROLES = ("contracted", "kept", "batch", "indexed", "stacked", "")
@@ -45,6 +46,11 @@ class Use(NamedTuple):
     """Why this use needs the merged weight; empty where it does not."""
     linear: bool = False
     """Whether it is a product of matrices, and no convolution or look-up."""
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the axes of the weight could be followed through the use."""
+        return not self.merged.startswith(NOT_FOLLOWED)
 
     def __str__(self) -> str:
         roles = ", ".join(role or "unknown" for role in self.roles)

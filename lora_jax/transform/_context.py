@@ -485,7 +485,7 @@ class Context:
         if self.key is None:
             return None
         self._keys_made += 1
-        key = jax.random.fold_in(self.key, self._keys_made)
+        key = jax.random.fold_in(_compat.as_current(self.key), self._keys_made)
         for axis in () if x is None else _compat.varying_axes(x):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         return key
@@ -497,17 +497,6 @@ class Context:
         """
         rate = label.dropout if self.key is not None else 0.0
         return rate, self.make_key(x) if rate else None
-
-    @contextlib.contextmanager
-    def on_automatic_axes(self, mesh: Any) -> Iterator[None]:
-        """With the explicit axes of a mesh automatic."""
-        key = self.key
-        self.key = _compat.as_automatic(key)
-        try:
-            with _compat.on_mesh(_compat.automatic_mesh(mesh)):
-                yield
-        finally:
-            self.key = key
 
     @contextlib.contextmanager
     def using_key(self, key: jax.Array | None) -> Iterator[None]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax import _compat
+from lora_jax.plan import NOT_FOLLOWED
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
@@ -129,6 +130,10 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
             return _settled(context, equation, out)
         except NotFactorableError as error:
             reason = str(error)
+        except Exception as error:
+            if not context.probing:
+                raise
+            return _not_followed(context, equation, values, error)
         finally:
             context.callers.pop()
     if context.probing:
@@ -167,6 +172,17 @@ def _probe_inside(context: Context, equation: Any, values: list[Any], reason: st
     same = [value for value in weights if value.shape == base.shape]
     terms = tuple(term for value in same for term in value.terms)
     return Factored(base, terms) if terms else base
+
+
+def _not_followed(
+    context: Context, equation: Any, values: Sequence[Any], error: Exception
+) -> Any:
+    """Records, while axes are being found, that a rule failed: a plan may not need it."""
+    line = str(error).partition("\n")[0]
+    reason = f"{NOT_FOLLOWED}: {type(error).__name__}: {line}"
+    for value in filter(is_factored, values):
+        context.see(value, equation, merged=reason)
+    return _compat.bind(equation, ())
 
 
 def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:

@@ -268,12 +268,17 @@ def _multiply(x: jax.Array, factor: jax.Array, static: _Static) -> jax.Array:
     return _numerics.dot(rows, factor, static.options)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(3, 4))  # draws the mask again
 def _multiply_dropped(
     x: jax.Array, factor: jax.Array, key: jax.Array, rate: float, static: _Static
 ) -> jax.Array:
     """`_multiply` of `drop(x)`; the mask is not kept."""
-    return _multiply(_numerics.drop(x, rate, key), factor, static)
+
+    # A function of its own each time: JAX would use its trace on other meshes, too.
+    @jax.checkpoint  # draws the mask again
+    def multiply(x, factor, key):
+        return _multiply(_numerics.drop(x, rate, key), factor, static)
+
+    return multiply(x, factor, key)
 
 
 def _options(

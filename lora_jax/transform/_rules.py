@@ -38,7 +38,7 @@ def _on_any_mesh(rule: Rule) -> Rule:
         mesh = None if context.probing else _compat.explicit_mesh(equation)
         if mesh is None:
             return rule(context, equation, *values)
-        with context.on_automatic_axes(mesh):
+        with _compat.on_mesh(_compat.automatic_mesh(mesh)):
             out = rule(context, equation, *_as_automatic(values))
         outputs = out if isinstance(out, list | tuple) else [out]
         kinds = [atom.aval for atom in equation.outvars]

@@ -37,9 +37,13 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
             out = evaluate_closed(context, parameter(equation, "jaxpr"), values)
             return tuple(context.merge_all(out, equation, "shard_map returns it"))
 
+    mesh = parameter(equation, "mesh")
+    if _compat.has_explicit_axes(mesh, without=axes):
+        # JAX keeps nothing for the backward pass there but the arguments.
+        body = jax.checkpoint(body)
     mapped = jax.shard_map(
         body,
-        mesh=parameter(equation, "mesh"),
+        mesh=mesh,
         in_specs=(PartitionSpec(), in_specs),
         out_specs=tuple(parameter(equation, "out_specs")),
         check_vma=parameter(equation, "check_vma"),

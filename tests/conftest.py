@@ -29,7 +29,8 @@ QUICK = (
     *("tests.quant.test_files", "tests.quant.test_tensors"),
     "tests.quantized",
     *("tests.quant.test_nf4", "tests.training", "tests.transform.test_fuzz"),
-    *("tests.transform.test_meshes", "tests.transform.test_quantized"),
+    *("tests.transform.test_calls", "tests.transform.test_meshes"),
+    "tests.transform.test_quantized",
     *("tests.transform.test_rules", "tests.transform.test_surroundings"),
 )
 

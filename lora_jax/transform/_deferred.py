@@ -168,11 +168,14 @@ def use(equation: Any, values: Sequence[Any]) -> Any:
     if not any(isinstance(value, Deferred) for value in values):
         return _compat.bind(equation, values)
 
-    @jax.checkpoint  # forms them again in the backward pass
     def used(values):
         return _compat.bind(equation, [form(value) for value in values])
 
-    return used(list(values))
+    # jax.checkpoint refuses or repeats what has effects, and old versions of JAX cannot
+    # compile pmap inside it.
+    if equation.effects or equation.primitive.name == "xla_pmap":
+        return used(values)
+    return jax.checkpoint(used)(list(values))  # forms them again in the backward pass
 
 
 def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:

@@ -1,0 +1,181 @@
+"""Calls and effects beside adapted weights, and in their way."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+from tests import toy_format
+from tests.support import x64
+from tests.transform.calls import CALLS, ROWS, WIDTH
+from tests.transform.support import (
+    assert_same,
+    both,
+    loss_of,
+    merged,
+    normal,
+    plan_of,
+    trained,
+)
+
+X = normal(ROWS, WIDTH)
+PARAMS = {name: normal(WIDTH, WIDTH, seed=i) / 3 for i, name in enumerate(("w", "v"), 1)}
+FROZEN = normal(WIDTH, WIDTH, seed=3) / 3
+
+
+def beside(call):
+    """A function of which no adapted weight reaches the call."""
+
+    def fn(params, x):
+        out = call.fn(x @ params["w"], jnp.asarray(FROZEN, x.dtype))
+        total = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out))
+        return out, total * (x @ params["v"])
+
+    return fn
+
+
+def reached(call):
+    """A function of which the weight `w` reaches the call."""
+    return lambda params, x: call.fn(x @ params["v"], params["w"])
+
+
+def call_of(name):
+    call = CALLS[name]
+    try:
+        operator.attrgetter(call.needs or "jit")(jax)
+    except AttributeError:
+        pytest.skip(f"JAX {jax.__version__} has no jax.{call.needs}")
+    return call
+
+
+def jitted(function):
+    return jax.jit(lambda *args: function(*args))
+
+
+EVERY = pytest.mark.parametrize("name", CALLS)
+PLACES = pytest.mark.parametrize("place", [beside, reached], ids=["beside", "reached"])
+
+
+def prepared(fn, call, place):
+    """Params, plan and adapters; where no weight reaches the call, the plan is found."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    if place is beside:
+        plan = plan_of(fn, params, X)
+        assert {path: target.axes for path, target in plan.targets.items()} == {
+            "w": "io",
+            "v": "io",
+        }
+    else:
+        plan = plan_of(None, params, axes={"w": "io", "v": "io"})
+    return params, plan, trained(params, plan)
+
+
+def check_compiles(call, place):
+    if place is reached and jax.__version_info__ < call.compiles_since:
+        pytest.skip("XLA of this version aborts")
+
+
+@PLACES
+@EVERY
+def test_values_and_gradients(name, place):
+    call = call_of(name)
+    fn = place(call)
+    with x64():
+        params, plan, adapters = prepared(fn, call, place)
+        merges = []
+        adapted = lora_jax.adapt(fn, plan, on_merge=merges.append)
+        want = fn(merged(params, adapters, plan), X)
+        assert_same(adapted(params, adapters, X), want)
+        if place is beside or not call.merged_by:
+            assert not merges
+        if call.gradient:
+            assert_same(*both(fn, params, plan, adapters, X, on_merge="allow"))
+            return
+        check_compiles(call, place)
+        assert_same(jitted(adapted)(params, adapters, X), want)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name].merged_by])
+def test_a_weight_that_cannot_stay_low_rank_is_an_error_with_its_line(name):
+    call = call_of(name)
+    fn = reached(call)
+    with x64():
+        params, plan, adapters = prepared(fn, call, reached)
+        wanted = rf"'w' .*`({call.merged_by})`: .*at .*calls\.py:\d+.*on_merge"
+        with pytest.raises(ValueError, match=wanted):
+            lora_jax.adapt(fn, plan)(params, adapters, X)
+
+
+@PLACES
+@EVERY
+def test_mapped_from_outside(name, place):
+    call = call_of(name)
+    if not call.vmap:
+        pytest.skip("JAX does not map it")
+    check_compiles(call, place)
+    fn = place(call)
+    with x64():
+        params, plan, adapters = prepared(fn, call, place)
+        adapted = lora_jax.adapt(fn, plan, on_merge="allow")
+        over_rows = functools.partial(jax.vmap, in_axes=(None, 0))
+        xs = jnp.stack([X, X[::-1]])
+        got = jitted(over_rows(lambda p, x: adapted(p, adapters, x)))(params, xs)
+        want = jitted(over_rows(fn))(merged(params, adapters, plan), xs)
+        assert_same(got, want)
+
+
+@PLACES
+@EVERY
+def test_quantized_weights(name, place):
+    call = call_of(name)
+    fn = place(call)
+    x = jnp.asarray(X, "float32")
+    stored = {
+        path: toy_format.quantize(weight.astype("float32"))
+        for path, weight in PARAMS.items()
+    }
+    dense = {path: lora_jax.quant.dequantize(weight) for path, weight in stored.items()}
+    got = jitted(lora_jax.accept_quantized(fn))(stored, x)
+    assert_same(got, jitted(fn)(dense, x), 1e-4)
+
+    check_compiles(call, place)
+    plan = plan_of(None, dense, axes={"w": "io", "v": "io"})
+    adapters = jax.tree.map(lambda v: 0.3 * v, trained(dense, plan))
+    adapted = lora_jax.adapt(fn, plan, on_merge="allow")
+
+    def run(adapters, params):
+        return loss_of(lambda a: adapted(params, a, x))(adapters)
+
+    if call.gradient:
+        run = jax.value_and_grad(run, has_aux=True)
+    got, want = (jitted(run)(adapters, params) for params in (stored, dense))
+    assert_same(got, want, 1e-4)
+
+
+@PLACES
+@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name].prints])
+def test_effects_happen_once(name, place, capfd):
+    call = call_of(name)
+    fn = place(call)
+    params, plan, adapters = prepared(fn, call, place)
+    stored = jax.tree.map(lambda w: toy_format.quantize(w.astype("float32")), params)
+
+    def printed(function, *args):
+        jax.block_until_ready(function(*args))
+        jax.effects_barrier()
+        return capfd.readouterr().out.count("seen")
+
+    assert capfd.readouterr().out.count("seen") == 0  # by the plan
+    adapted = lora_jax.adapt(fn, plan, on_merge="allow")
+    x = jnp.asarray(X, "float32")
+    for weights in (params, stored):
+        assert printed(adapted, weights, adapters, x) == call.prints
+    check_compiles(call, place)
+    for weights in (params, stored):
+        assert printed(jitted(adapted), weights, adapters, x) == call.prints
+        if call.gradient:
+            gradient = jax.grad(lambda a, w: loss_of(lambda a: adapted(w, a, x))(a)[0])
+            assert printed(jitted(gradient), adapters, weights) == call.prints

@@ -148,6 +148,17 @@ def _effect_in_scan(x, w):
     return lax.scan(step, x, None, length=3)[0]
 
 
+def _seen(x, w):
+    jax.debug.callback(lambda x, w: print("seen"), x, w)
+    return x @ w
+
+
+_seen_product = jax.custom_vjp(_seen)
+_seen_product.defvjp(
+    lambda x, w: (_seen(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
+)
+
+
 def _exported(x, w):
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (x, w)]
     function = jax.jit(lambda x, w: (jnp.tanh(x @ w), x + 1.0))
@@ -434,6 +445,7 @@ CALLS = {
         vmap=False,
         prints=1,
     ),
+    "effect_in_custom_vjp": Call(_seen_product, "custom_vjp_call", prints=1),
     "effect_in_scan": Call(_effect_in_scan, vmap=False, prints=3),
     "checkify": Call(_checked),
     "mutable": Call(_mutable, needs="new_ref"),

@@ -273,7 +273,7 @@ def _package(file: str) -> str | None:
     for folder in ("site-packages", "dist-packages"):
         if folder in parts:
             return parts[parts.index(folder) + 1]
-    return "" if file.startswith((_PYTHON, "<")) else None
+    return "" if file.startswith((_PYTHON, "<frozen ")) else None
 
 
 def _short(file: str) -> str:

@@ -214,6 +214,8 @@ def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
         One letter for each axis of the weight, those of the plan if the use agrees with it;
         None if the use does not say which axes are input and which are output.
     """
+    if all(_READS.get(side.role) == side.letter for side in sides):
+        return target.axes if {side.letter for side in sides} == {"i", "o"} else None
     found = {letter: {s.role for s in sides if s.letter == letter} for letter in "io"}
     ins, outs = ({_READS.get(role) for role in found[letter]} for letter in "io")
     whole = ndim <= sum(size > 1 for size in target.shape)

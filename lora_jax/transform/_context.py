@@ -202,7 +202,8 @@ class Context:
         frame: the jaxpr that is being evaluated.
         callers: the equations whose rules are under way, the outermost first.
         calls: of jitted functions, by what they are traced for; see `_rules_calls`.
-        targets: of the plan whose adapters are run, by path.
+        targets: of the plan whose adapters are run, by path, as far as their axes are to be
+            compared with the uses.
         lookups: when axes are being found, of every weight so far.
         closed_over_is_constant: whether what the function closes over is no data: it has
             other arguments.
@@ -240,20 +241,19 @@ class Context:
             primitive = equation.primitive.name
             interesting = merged or self.probing
             where = self._where(equation) if interesting else ""
-        found = _roles_by_weight(value, roles)
+        found: dict[str | int, dict[int, str]] = {name: {} for name in value.names}
+        if self.probing:
+            found = _roles_by_weight(value, roles)
         as_used = self._axes_as_used(value, roles) if roles and self.targets else {}
         for weight, axes in found.items():
             shape, letters = tuple(value.shape), as_used.get(weight, "")
-            if letters and letters != self._target(weight).axes:
+            if letters and letters != self.targets[self._path(weight)].axes:
                 # A part of a weight may be one of any axis.
                 letters = "" if moved and "indexed" in roles else letters
                 where = where or self._where(equation)
             self.record(
                 Sighting(weight, shape, primitive, axes, where, merged, letters, moved)
             )
-
-    def _target(self, name: str | int) -> Target:
-        return self.targets[self._path(name)]
 
     def _axes_as_used(self, value: Factored, roles: Sequence[str]) -> dict[Any, str]:
         """The letters of the axes of each weight in a value, as a use of it has them."""
@@ -264,8 +264,11 @@ class Context:
         for term in value.terms:
             swapped = term.label.swapped or (False,) * len(term.label.names)
             for name, own in zip(term.label.names, swapped, strict=True):
+                target = self.targets.get(self._path(name))
+                if target is None:
+                    continue
                 sides = _sides(value, term, roles, own)
-                letters = _axes.as_used(self._target(name), sides, ndim)
+                letters = _axes.as_used(target, sides, ndim)
                 if letters is not None:
                     found[name] = letters
         return found

@@ -140,6 +140,7 @@ def adapt(
     if column_norms is not None:
         _plan_checks.check_column_norms(column_norms, plan)
     norms = column_norms or {}
+    compared = _to_be_compared(plan)
     has_dropout = any(target.dropout for target in plan.targets.values())
 
     def adapted(
@@ -159,7 +160,7 @@ def adapt(
             report,
             on_stop_gradient=on_stop_gradient,
             key=key,
-            targets=plan.targets,
+            targets=compared,
             closed_over_is_constant=None in traced.paths,
         )
         values = [
@@ -259,16 +260,10 @@ def _check_axes(context: Context, plan: AdapterPlan) -> None:
     wrong: dict[str, Sighting] = {}
     agreed: set[str] = set()
     for sighting in context.sightings:
-        path = str(sighting.name)
-        if (
-            not sighting.axes
-            or path in agreed
-            or _may_be_used_as(plan, path, sighting.axes)
-        ):
-            continue
-        if sighting.axes == plan.targets[path].axes:
+        path, letters = str(sighting.name), sighting.axes
+        if letters and letters == plan.targets[path].axes:
             agreed.add(path)
-        else:
+        elif letters and not _is_of_module(plan, path, letters):
             wrong.setdefault(path, sighting)
     # A weight that a loop runs over agrees by what is left of it.
     wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
@@ -288,14 +283,27 @@ def _check_axes(context: Context, plan: AdapterPlan) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _may_be_used_as(plan: AdapterPlan, path: str, letters: str) -> bool:
-    """Whether a use of a weight with other axes than those of the plan is no mistake."""
-    target, uses = plan.targets[path], plan.uses.get(path, ())
-    if any(use.where == FROM_CHECKPOINT for use in uses):
-        # A module is a matrix, of which a function may use the heads, say, one by one.
-        return letters not in (target.axes, _axes.turned(target.axes))
-    given = plan.config.axes_of(path) is not None
-    return given or any(_axes.contradicts(target, use) for use in uses)
+def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
+    """The targets whose axes are not the user's, nor those of one use of several."""
+    return {
+        path: target
+        for path, target in plan.targets.items()
+        if _is_of_checkpoint(plan, path)
+        or not (
+            plan.config.axes_of(path)
+            or any(_axes.contradicts(target, use) for use in plan.uses.get(path, ()))
+        )
+    }
+
+
+def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
+    return any(use.where == FROM_CHECKPOINT for use in plan.uses.get(path, ()))
+
+
+def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
+    """Whether a use is one of parts of a module, such as its heads, that is a matrix."""
+    turned = _axes.turned(plan.targets[path].axes)
+    return _is_of_checkpoint(plan, path) and letters != turned
 
 
 def _factored(

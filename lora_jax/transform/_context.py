@@ -325,6 +325,7 @@ class Context:
         if not self.probing:
             return value
         seen = range(start, len(self.sightings))
+        self._see_entries(value, seen)
         rows = not any(i > j for i, j in zip(indexed[1:], indexed[:-1], strict=True))
         number = (len(self.lookups),)
         self.lookups.append(LookUp(seen, rows))
@@ -336,6 +337,24 @@ class Context:
             return dataclasses.replace(term, label=label)
 
         return value.replace(terms=tuple(map(noted, value.terms)))
+
+    def _see_entries(self, value: Factored, seen: range) -> None:
+        """Says of axes of which one entry was taken, before rows of it are, what they are.
+
+        An entry of each is a table; there have to be axes besides those of the look-ups.
+        """
+        looked_up = _looked_up(value)
+        for n in seen:
+            sighting = self.sightings[n]
+            gone = {
+                axis
+                for (weight, axis), terms in looked_up.items()
+                if weight == sighting.name and not any(value.owned(t.a) for t in terms)
+            }
+            own = {t.label.axis for t in value.terms if sighting.name in t.label.names}
+            if gone and own - gone - set(sighting.roles):
+                roles = {**sighting.roles, **dict.fromkeys(gone, "batch")}
+                self.sightings[n] = sighting._replace(roles=roles)
 
     def see_product(
         self, value: Factored, equation: Any, roles: Sequence[str], other: Any = None
@@ -360,8 +379,7 @@ class Context:
             role = _role_of_looked_up(own, rest)
             if not role:
                 continue
-            if not own:  # one entry was taken: no other axis is like it
-                told.setdefault(weight, set()).add(role)
+            told.setdefault(weight, set()).add(role)
             for term in terms:
                 for n in term.label.lookups:
                     self.lookups[n].moved.add((weight, axis))
@@ -387,12 +405,20 @@ class Context:
 
     def settle_look_ups(self) -> None:
         """Says of every axis that was indexed for a product alone that it was moved."""
+        tables = {
+            self.sightings[n].name
+            for lookup in self.lookups
+            if lookup.rows and lookup.used
+            for n in lookup.sightings
+        }
         for lookup in self.lookups:
             if lookup.used and lookup.rows:
                 continue
             for n in lookup.sightings:
                 sighting = self.sightings[n]
                 moved = {a for name, a in lookup.moved if name == sighting.name}
+                if not lookup.rows and sighting.name in tables:
+                    moved = {a for a, role in sighting.roles.items() if role == "indexed"}
                 roles = {
                     axis: "moved" if axis in moved and role == "indexed" else role
                     for axis, role in sighting.roles.items()

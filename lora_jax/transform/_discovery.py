@@ -58,7 +58,7 @@ def find_uses(
             value if path is None or path not in ndims else _probe(path, value)
             for path, value in zip(traced.paths, arguments, strict=True)
         ]
-        fixed = [v for p, v in zip(traced.paths, arguments, strict=True) if p is not None]
+        fixed = [v for p, v in zip(traced.paths, values, strict=True) if p is not None]
         context.add_constants(fixed)
         out = _interpreter.evaluate(context, jaxpr, constants, values)
         return context.merge_all(out, None, "the function returns it")

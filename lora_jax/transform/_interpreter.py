@@ -98,7 +98,7 @@ def evaluate(
             # A rule may return its only result alone, also where JAX has it in a list.
             outputs = out if isinstance(out, list | tuple) else [out]
             if all(map(context.is_constant_atom, equation.invars, values)):
-                context.add_constants(v for v in outputs if not is_factored(v))
+                context.add_constants(outputs)
             frame.values.update(zip(equation.outvars, outputs, strict=True))
     finally:
         context.frame = outer

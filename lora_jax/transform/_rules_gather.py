@@ -35,6 +35,7 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     f = context.look_up(f, equation, [i in indexed for i in range(f.ndim)])
     base = _deferred.bind(equation, [f.base, indices])
     taken = frozenset(indexed)
+    fills = fills and not context.probing
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
 
     def factor(p, owns):  # zero where the base is filled

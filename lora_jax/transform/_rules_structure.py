@@ -236,7 +236,8 @@ def _padded(
 ) -> Term:
     """The term with zeros around an axis, in a factor that owns it; in `a` if none does."""
     owners = axis in f.owned(term.a), axis in f.owned(term.b)
-    pads = owners if any(owners) or context.probing else (True, False)
+    keep = context.probing and not _is_entry(f, term, axis)
+    pads = owners if any(owners) or keep else (True, False)
 
     def pad_factor(p):
         return _pad_axis(full(f, p, axis), axis, low, high, 0.0)
@@ -246,6 +247,12 @@ def _padded(
         for p, owned in zip((term.a, term.b), pads, strict=True)
     )
     return Term(a, b, term.label)
+
+
+def _is_entry(f: Factored, term: Term, axis: int) -> bool:
+    """Whether an axis of size 1 is an entry of the axis that a term stands for."""
+    gone = [t.label for t in f.terms if t.label.lookups and not f.owned(t.a)]
+    return f.shape[axis] == 1 and gone == [term.label]
 
 
 def _pad_axis(p: jax.Array, axis: int, low: int, high: int, value: float) -> jax.Array:

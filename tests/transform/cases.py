@@ -5,6 +5,8 @@ the plan has to be told. No two sizes of a case are alike where a mix-up could h
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -381,3 +383,203 @@ CASES = {
         {**dict.fromkeys("qkv", "ioo"), "o": "iio"},
     ),
 }
+
+
+# The grid: every way to move a weight about, in front of every product.
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A use of a matrix `m`, `(*shape)`, with the axes that are right."""
+
+    fn: Callable[..., Any]
+    shape: tuple[int, ...]
+    axes: str
+    args: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """What comes before: `fn(w, axis, i)` gives the matrix of the stored weight.
+
+    Attributes:
+        fn: of the weight, an axis, and an index of it, `()` or as the move has it.
+        stored: the shape of the weight, by that of the matrix and the axis.
+        letters: its axes, by those of the matrix and the axis.
+        index: the traced index, by the shape and the axis; None for none.
+    """
+
+    fn: Callable[..., Any]
+    stored: Callable[..., tuple[int, ...]] = lambda shape, axis: shape
+    letters: Callable[..., str] = lambda axes, axis: axes
+    index: Callable[..., Any] | None = None
+
+
+def _other(shape, axis, size):
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _order(shape, axis):
+    """Every second entry, then the others: how rotary halves are sorted."""
+    return np.r_[: shape[axis] : 2, 1 : shape[axis] : 2].astype("int32")
+
+
+def _inserted(text, axis, new):
+    return (
+        (*text[:axis], new, *text[axis:])
+        if isinstance(text, tuple)
+        else (text[:axis] + new + text[axis:])
+    )
+
+
+def _first(w, axis):
+    """The axis moved to the front, as in a stored weight with another order of axes."""
+    return jnp.moveaxis(w, 0, axis)
+
+
+def _moved_letters(axes, axis):
+    return axes[axis] + axes[:axis] + axes[axis + 1 :]
+
+
+def _moved_shape(shape, axis):
+    return (shape[axis], *shape[:axis], *shape[axis + 1 :])
+
+
+PRODUCTS = {
+    "x @ m": Product(lambda m, x: x @ m, (12, 10), "io", ((5, 12),)),
+    "m @ x": Product(lambda m, x: m @ x, (10, 12), "oi", ((12, 5),)),
+    "heads": Product(
+        lambda m, x: jnp.einsum("btd,dhk->bthk", x, m), (12, 4, 6), "ioo", ((2, 3, 12),)
+    ),
+    "from heads": Product(
+        lambda m, x: jnp.einsum("bthk,hkd->btd", x, m), (4, 6, 12), "iio", ((2, 3, 4, 6),)
+    ),
+    "batched": Product(
+        lambda m, x: jnp.einsum("ebd,edf->ebf", x, m), (4, 12, 10), "bio", ((4, 5, 12),)
+    ),
+    "scanned": Product(
+        lambda m, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, m)[0],
+        (4, 12, 12),
+        "bio",
+        ((5, 12),),
+    ),
+    "conv": Product(
+        lambda m, x: lax.conv_general_dilated(
+            x, m, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (2, 2, 4, 6),
+        "iiio",
+        ((2, 5, 5, 4),),
+    ),
+    "ragged": Product(
+        lambda m, x: lax.ragged_dot(x, m, jnp.array([3, 1, 2, 2], "int32")),
+        (4, 12, 10),
+        "bio",
+        ((8, 12),),
+    ),
+    "look-up": Product(lambda m, i: jnp.tanh(m[i]) * 2.0, (20, 12), "io", (IDS,)),
+    "tied": Product(lambda m, i: jnp.tanh(m[i]) @ m.T, (20, 12), "io", (IDS,)),
+    "sampled": Product(lambda m, x, i: x @ m[i].T, (20, 12), "oi", ((5, 12), IDS[0])),
+    "checkpointed": Product(
+        lambda m, x: jax.checkpoint(lambda m, x: jnp.tanh(x @ m))(m, x),
+        (12, 10),
+        "io",
+        ((5, 12),),
+    ),
+}
+MOVES = {
+    "none": Move(lambda w, axis: w),
+    "transposed": Move(_first, _moved_shape, _moved_letters),
+    "sliced": Move(
+        lambda w, axis: lax.slice_in_dim(w, 1, w.shape[axis] - 1, axis=axis),
+        lambda shape, axis: _other(shape, axis, shape[axis] + 2),
+    ),
+    "strided": Move(
+        lambda w, axis: lax.slice_in_dim(w, 1, None, 2, axis),
+        lambda shape, axis: _other(shape, axis, 2 * shape[axis]),
+    ),
+    "reversed": Move(lambda w, axis: jnp.flip(w, axis)),
+    "rolled by one": Move(lambda w, axis: jnp.roll(w, 1, axis)),
+    "halves swapped": Move(
+        lambda w, axis: jnp.concatenate(jnp.split(w, 2, axis)[::-1], axis)
+    ),
+    "interleaved": Move(
+        lambda w, axis: jnp.stack(jnp.split(w, 2, axis), axis + 1).reshape(w.shape)
+    ),
+    "repeated": Move(
+        lambda w, axis: jnp.repeat(w, 2, axis),
+        lambda shape, axis: _other(shape, axis, shape[axis] // 2),
+    ),
+    "tiled": Move(
+        lambda w, axis: jnp.concatenate([w, w], axis),
+        lambda shape, axis: _other(shape, axis, shape[axis] // 2),
+    ),
+    "padded": Move(
+        lambda w, axis: jnp.pad(w, [(i == axis, 0) for i in range(w.ndim)]),
+        lambda shape, axis: _other(shape, axis, shape[axis] - 1),
+    ),
+    "reshaped": Move(
+        lambda w, axis: lax.collapse(w, axis, axis + 2),
+        lambda shape, axis: (*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :]),
+        lambda axes, axis: axes[:axis] + axes[axis] + axes[axis:],
+    ),
+    "scaled": Move(lambda w, axis: w * 2.0),
+    "permuted": Move(lambda w, axis: jnp.take(w, _order(w.shape, axis), axis)),
+    "permuted, scaled": Move(
+        lambda w, axis: 0.5 * jnp.take(w, _order(w.shape, axis), axis, mode="clip")
+    ),
+    "permuted by data": Move(
+        lambda w, axis, i: jnp.take(w, i, axis, mode="clip"), index=_order
+    ),
+    "some taken by data": Move(
+        lambda w, axis, i: jnp.take(w, i, axis),
+        lambda shape, axis: _other(shape, axis, 2 * shape[axis]),
+        index=_order,
+    ),
+    "a run at an index": Move(
+        lambda w, axis, i: lax.dynamic_slice_in_dim(w, i, w.shape[axis] // 2, axis),
+        lambda shape, axis: _other(shape, axis, 2 * shape[axis]),
+        index=lambda shape, axis: np.array(3),
+    ),
+    "layer by number": Move(
+        lambda w, axis: w[1],
+        lambda shape, axis: (3, *shape),
+        lambda axes, axis: "b" + axes,
+    ),
+    "layer at an index": Move(
+        lambda w, axis, i: w[i],
+        lambda shape, axis: (3, *shape),
+        lambda axes, axis: "b" + axes,
+        index=lambda shape, axis: np.array(1),
+    ),
+    "layers in another axis": Move(
+        lambda w, axis: lax.index_in_dim(w, 1, axis, keepdims=False),
+        lambda shape, axis: (*shape[:axis], 3, *shape[axis:]),
+        lambda axes, axis: axes[:axis] + "b" + axes[axis:],
+    ),
+}
+
+
+def _grid():
+    """Every move of every axis in front of every product, as cases."""
+    grid = {}
+    for (what, product), (how, move) in itertools.product(PRODUCTS.items(), MOVES.items()):
+        for axis in range(len(product.shape)):
+            index = () if move.index is None else (move.index(product.shape, axis),)
+            fn = functools.partial(_moved_product, product.fn, move.fn, axis, len(index))
+            stored = move.stored(product.shape, axis)
+            grid[f"{what}, {how}, axis {axis}"] = Case(
+                fn,
+                {"w": stored},
+                (*index, *product.args),
+                {"w": move.letters(product.axes, axis)},
+                {"targets": "w"},
+            )
+    return grid
+
+
+def _moved_product(product, move, axis, n_index, p, *args):
+    return product(move(p["w"], axis, *args[:n_index]), *args[n_index:])
+
+
+GRID = _grid()

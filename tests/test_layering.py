@@ -35,7 +35,7 @@ ROOMS = {
     "transform": (
         {"__init__", "_deferred"},
         {"_factored"},
-        {"_context", "_joining", "_parameters"},
+        {"_choosing", "_context", "_joining", "_parameters"},
         {"_interpreter", "_products", "_tracing"},
         {
             "_rules_arithmetic",

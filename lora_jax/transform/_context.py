@@ -548,6 +548,17 @@ class Context:
             self.sightings, self.reading = saved
 
     @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Evaluates something for its shapes: what is seen there does not count."""
+        saved = self.sightings, self.lookups, self.on_merge, self._keys_made
+        self.sightings, self.lookups = list(self.sightings), list(self.lookups)
+        self.on_merge = lambda merge: None
+        try:
+            yield
+        finally:
+            self.sightings, self.lookups, self.on_merge, self._keys_made = saved
+
+    @contextlib.contextmanager
     def renamed(self, names: Mapping[Any, str | int]) -> Iterator[list[Sighting]]:
         """Collects what is seen of weights that go by other names in here."""
         saved = self.sightings, self._names

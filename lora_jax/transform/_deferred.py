@@ -20,10 +20,13 @@ from lora_jax import _compat, _placement, _quantized
 # Applied to one entry of a stack they give that entry of the result.
 _ENTRYWISE = frozenset(
     {
+        "conj",
         "convert_element_type",
         "copy",
+        "imag",
         "name",
         "neg",
+        "real",
         "reduce_precision",
         "stop_gradient",
     }
@@ -33,6 +36,7 @@ _MOVES = _ENTRYWISE | {
     "add",
     "add_any",
     "broadcast_in_dim",
+    "complex",
     "concatenate",
     "div",
     "dynamic_slice",
@@ -43,6 +47,7 @@ _MOVES = _ENTRYWISE | {
     "reshape",
     "reshard",
     "rev",
+    "select_n",
     "sharding_constraint",
     "slice",
     "split",

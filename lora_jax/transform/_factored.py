@@ -286,7 +286,7 @@ def merge(value: Factored) -> jax.Array:
 
 def _merge(value: Factored) -> jax.Array:
     dtype = _numerics.accumulation_dtype(
-        value.dtype, *(term.a.array.dtype for term in value.terms)
+        value.dtype, *(p.array.dtype for term in value.terms for p in (term.a, term.b))
     )
     out = jnp.asarray(value.base).astype(dtype)
     for term in value.terms:
@@ -329,6 +329,7 @@ def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
 
 
 def times(x: jax.Array, by: jax.Array) -> jax.Array:
-    """`x * by`, multiplied wide, in the dtype of `x`."""
+    """`x * by`, multiplied wide, in the dtype of `x`, or a complex one if `by` is."""
     wide = _numerics.accumulation_dtype(x.dtype, by.dtype)
-    return (x.astype(wide) * by.astype(wide)).astype(x.dtype)
+    out = x.astype(wide) * by.astype(wide)
+    return out if jnp.iscomplexobj(by) else out.astype(x.dtype)

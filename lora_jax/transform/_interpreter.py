@@ -33,6 +33,17 @@ _END_GATHERED = frozenset({"add", "add_any", "reduce_sum", "shard_map", "sub"})
 # Products of an activation with a kernel: rows are the former.
 _KERNELS = frozenset({"conv_general_dilated", "ragged_dot_general"})
 
+_NOT_LINEAR = frozenset(
+    {
+        *("abs", "and", "argmax", "argmin", "ceil", "clamp", "cos"),
+        *("cumlogsumexp", "cummax", "cummin", "cumprod", "erf", "erf_inv", "exp"),
+        *("exp2", "expm1", "floor", "integer_pow", "is_finite", "log", "log1p"),
+        *("logistic", "max", "min", "pow", "reduce_max", "reduce_min", "reduce_prod"),
+        *("rem", "round", "rsqrt", "sign", "sin", "sort", "sqrt"),
+        *("square", "tan", "tanh"),
+    }
+)
+
 # A vector of a weight, which is merged as well, stays factored through these: where its
 # gradient is stopped, that of its factors may not be.
 _KEEP_VECTOR = frozenset(
@@ -123,6 +134,8 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
         return _compat.bind(equation, values)
     rule = context.rules.get(equation.primitive.name)
     reason = "there is no low-rank rule for it"
+    if equation.primitive.name in _NOT_LINEAR:
+        reason = f"{reason}, since it is not linear"
     if rule is not None:
         context.callers.append(equation)
         try:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +12,16 @@ from jax import lax
 
 from lora_jax import _compat, _numerics
 from lora_jax.transform import _deferred
+from lora_jax.transform._choosing import common_form, in_form
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
+    Factor,
     Factored,
     NotFactorableError,
     Term,
     base_of,
+    full,
     is_factored,
     place,
     squeeze,
@@ -36,9 +40,9 @@ def on_base(context: Context, equation: Any, f: Factored) -> Factored:
 
 
 def convert(context: Context, equation: Any, f: Factored) -> Factored:
-    """A cast to another floating-point dtype of at least 16 bits."""
+    """A cast to another floating-point dtype of at least 16 bits, or a complex one."""
     dtype = jnp.dtype(parameter(equation, "new_dtype"))
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
         raise NotFactorableError(f"a sum cast to {dtype} is no sum of casts")
     return on_base(context, equation, f)
 
@@ -60,6 +64,164 @@ def on_all(context: Context, equation: Any, f: Factored) -> Factored:
     base = f.base
     base = _deferred.bind(equation, [base]) if isinstance(base, Deferred) else bind(base)
     return f.map(base, bind)
+
+
+def complex_(context: Context, equation: Any, x: Any, y: Any) -> Factored:
+    """`x + 1j * y`, either of which may be dense: the terms of both."""
+    base = _deferred.bind(equation, [base_of(x), base_of(y)])
+    weights = [value for value in (x, y) if isinstance(value, Factored)]
+    if any(value.columns for value in weights):
+        raise NotFactorableError("DoRA scales the weight, not the sum")
+    terms = [*x.terms] if isinstance(x, Factored) else []
+    if isinstance(y, Factored):
+        unit = jnp.asarray(1 if context.probing else 1j, base.dtype)
+        terms += [_times(term, unit) for term in y.terms]
+    return Factored(base, tuple(terms))
+
+
+def _times(term: Term, by: jax.Array) -> Term:
+    return Term(term.a.map(lambda p: times(p, by)), term.b, term.label)
+
+
+def part(context: Context, equation: Any, f: Factored) -> Factored:
+    """`real` or `imag`: of a product of two complex factors, two products of real ones."""
+    base = _deferred.bind(equation, [f.base])
+    if context.probing:
+        return f.replace(base=base)
+    of_real = equation.primitive.name == "real"
+    terms = []
+    for term in f.terms:
+        for take_a, take_b, sign in (
+            ((jnp.real, jnp.real, 1), (jnp.imag, jnp.imag, -1))
+            if of_real
+            else ((jnp.imag, jnp.real, 1), (jnp.real, jnp.imag, 1))
+        ):
+            sides = (take_a, term.a), (take_b, term.b)
+            if all(take is jnp.real or _is_complex(p) for take, p in sides):
+                taken = Term(term.a.map(take_a), term.b.map(take_b), term.label)
+                terms.append(taken if sign == 1 else _negative(taken))
+    if not terms:  # the imaginary part of a weight that is real
+        terms = [_times(term, jnp.zeros((), base.dtype)) for term in f.terms]
+    return f.replace(base=base, terms=tuple(terms))
+
+
+def _is_complex(factor: Factor) -> bool:
+    return jnp.issubdtype(factor.array.dtype, jnp.complexfloating)
+
+
+def conj(context: Context, equation: Any, f: Factored) -> Factored:
+    """Conjugates both factors."""
+    return f.map(_deferred.bind(equation, [f.base]), jnp.conj)
+
+
+def cumsum(context: Context, equation: Any, f: Factored) -> Factored:
+    """Sums along one axis: those of the one factor that varies along it."""
+    axis = parameter(equation, "axis")
+    bind = functools.partial(_compat.bind_one, equation)
+    return along_axis(context, equation, f, axis, f.base, bind)
+
+
+def along_axis(
+    context: Context,
+    equation: Any,
+    f: Factored,
+    axis: int,
+    operand: Any,
+    function: Callable[[jax.Array], jax.Array],
+    *others: Any,
+) -> Factored:
+    """A linear map of one axis, which is that of the one factor that varies along it.
+
+    Args:
+        context: of the evaluation.
+        equation: does it to the frozen weight.
+        f: the weight.
+        axis: of the weight, as long afterwards as before.
+        operand: the frozen weight.
+        function: does it to a factor with that axis, and any of the others or 1.
+        others: operands of the equation in front of the weight.
+    """
+    base = _deferred.bind(equation, [*others, operand])
+    if context.probing:
+        return f.replace(base=base)
+    if any(axis in f.owned(column) for column in f.columns):
+        raise NotFactorableError("DoRA scales the axis along which it mixes entries")
+
+    def mapped(term: Term) -> Term:
+        of_a, of_b = (axis in f.owned(p) for p in (term.a, term.b))
+        if of_a and of_b:
+            raise NotFactorableError("it mixes the entries of a batch axis")
+        if of_b:
+            return Term(term.a, term.b.map(function), term.label)
+        return Term(term.a.map(lambda p: function(full(f, p, axis))), term.b, term.label)
+
+    return f.replace(base=base, terms=tuple(map(mapped, f.terms)))
+
+
+def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factored:
+    """Solves for the columns or rows of the weight: the factor that varies along them."""
+    if isinstance(a, Factored):
+        raise NotFactorableError("it solves with the weight")
+    axis = f.ndim - (2 if parameter(equation, "left_side") else 1)
+
+    def solved(p):
+        wide = _numerics.accumulation_dtype(a.dtype, p.dtype)
+        p = jnp.broadcast_to(p.astype(wide), (*a.shape[:-2], *p.shape[-2:]))
+        return _compat.bind(equation, [a.astype(wide), p])
+
+    return along_axis(context, equation, f, axis, f.base, solved, a)
+
+
+def custom_linear_solve(context: Context, equation: Any, *values: Any) -> Any:
+    """Its solver takes right-hand sides of one shape, which no factor has."""
+    raise NotFactorableError(
+        "there is no low-rank rule for it: its solver is made for right-hand sides of the "
+        "shape of the weight; jax.scipy.linalg.cho_solve, lu_solve and solve_triangular "
+        "have one"
+    )
+
+
+def fft(context: Context, equation: Any, f: Factored) -> Any:
+    """It would be one of each factor, if each varied along axes that it transforms."""
+    raise NotFactorableError(
+        "there is no low-rank rule for it: transform the activations, or the product"
+    )
+
+
+def select_n(context: Context, equation: Any, which: Any, *cases: Any) -> Factored:
+    """One of some weights; or of their rows, or columns, one by one."""
+    if isinstance(which, Factored):
+        raise NotFactorableError("the weight is what chooses")
+    base = _deferred.bind(equation, [which, *map(base_of, cases)])
+    try:
+        which = _before_broadcast(context, equation, 0, which)
+        if context.probing:
+            weights = [case for case in cases if isinstance(case, Factored)]
+            return Factored(base, tuple(t for case in weights for t in case.terms))
+        return _chosen(which, cases, base)
+    except NotFactorableError as error:
+        raise NotFactorableError(
+            f"there is no low-rank rule for a choice entry by entry ({error})"
+        ) from None
+
+
+def _chosen(which: jax.Array, cases: Sequence[Any], base: Any) -> Factored:
+    if which.size == 1:
+        which = which.reshape(())
+        form = common_form(cases)
+        values = [in_form(case, form).replace(base=()) for case in cases]
+        chosen = jax.tree.map(functools.partial(lax.select_n, which), *values)
+        return chosen.replace(base=base)
+    terms, columns = [], []
+    for i, case in enumerate(cases):
+        if not isinstance(case, Factored):
+            continue
+        here = which.astype("int32") == i
+        terms += [_scaled_term(case, term, here) for term in case.terms]
+        if case.columns and columns:
+            raise NotFactorableError("DoRA scales each of them otherwise")
+        columns += [jnp.where(here, c, jnp.ones_like(c)) for c in case.columns]
+    return Factored(base, tuple(terms), tuple(columns))
 
 
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
@@ -134,16 +296,17 @@ def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Fa
         raise NotFactorableError("it broadcasts the weight")
     if context.probing:
         return f.replace(base=base)
+    return f.replace(base=base, terms=tuple(_scaled_term(f, t, by) for t in f.terms))
+
+
+def _scaled_term(f: Factored, term: Term, by: jax.Array) -> Term:
     along = frozenset(axis for axis, size in enumerate(by.shape) if size != 1)
-
-    def scaled(term):
-        if along <= f.owned(term.a):
-            return Term(term.a.map(lambda p: times(p, by)), term.b, term.label)
-        if along <= f.owned(term.b):
-            return Term(term.a, term.b.map(lambda p: times(p, by)), term.label)
-        raise NotFactorableError("the other operand varies along inputs and outputs")
-
-    return f.replace(base=base, terms=tuple(map(scaled, f.terms)))
+    of_a, of_b = f.owned(term.a), f.owned(term.b)
+    if not along & (of_b - of_a):
+        return _times(term, by)
+    if not along & (of_a - of_b):
+        return Term(term.a, term.b.map(lambda p: times(p, by)), term.label)
+    raise NotFactorableError("the other operand varies along inputs and outputs")
 
 
 def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
@@ -153,14 +316,14 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
         _see_added(context, equation, x, y)
     negative = equation.primitive.name == "sub"
     terms = []
-    for value in (x, y):
+    for value, sign in ((x, 1), (y, -1 if negative else 1)):
         if not isinstance(value, Factored):
             continue
         if value.columns:
             raise NotFactorableError("DoRA scales the weight, not the sum")
         if value.shape != base.shape:
             raise NotFactorableError("it broadcasts the weight")
-        terms += map(_negative, value.terms) if negative and value is y else value.terms
+        terms += value.terms if sign == 1 else map(_negative, value.terms)
     return Factored(base, tuple(terms))
 
 
@@ -225,6 +388,15 @@ RULES = {
     "stop_gradient": stop_gradient,
     "pvary": on_all,
     "pcast": on_all,
+    "complex": complex_,
+    "real": part,
+    "imag": part,
+    "conj": conj,
+    "cumsum": cumsum,
+    "triangular_solve": triangular_solve,
+    "custom_linear_solve": custom_linear_solve,
+    "fft": fft,
+    "select_n": select_n,
     "optimization_barrier": optimization_barrier,
     "device_put": device_put,
     "neg": neg,

@@ -37,6 +37,9 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     taken = frozenset(indexed)
     fills = fills and not context.probing
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
+    # What is filled in may be scaled as DoRA scales the weight if it is 0 or NaN.
+    fill = equation.params.get("fill_value")
+    stays = fill is None or fill == 0 or fill != fill
 
     def factor(p, owns):  # zero where the base is filled
         out = _gather(equation, f, p, indices, base.ndim, 0.0)
@@ -44,7 +47,8 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
 
     def column(p):  # one where the base is filled
         out = _gather(equation, f, p, indices, base.ndim, 1.0)
-        return out if found is None or taken <= f.owned(p) else jnp.where(found, out, 1)
+        owns = stays or taken <= f.owned(p)
+        return out if found is None or owns else jnp.where(found, out, 1)
 
     def slices(term):  # one factor that is zero there is enough
         owns = any(taken <= f.owned(p) for p in (term.a, term.b))

@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from lora_jax import _compat
+from lora_jax.transform._choosing import Form, common_form, in_form
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
 from lora_jax.transform._factored import (
@@ -205,22 +206,82 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 
 def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]:
-    """A `cond` or `switch`; a weight that a branch returns is merged there."""
+    """A `cond` or `switch`; one of several weights has the terms of all of them."""
     if equation.params.get("branches_platforms") is not None:
         raise NotFactorableError("its branches are those of platforms")
     if isinstance(index, Factored):
         raise NotFactorableError("the weight chooses the branch")
+    jaxprs, key = parameter(equation, "branches"), context.make_key()
+    forms = _forms(context, jaxprs, key, list(values))
 
     def branch(jaxpr: Any) -> Callable[..., Any]:
         def run(key, values):
             with context.using_key(key):
                 out = evaluate_closed(context, jaxpr, values)
-                return context.merge_all(out, equation, "it is chosen by a branch")
+                reason = "it is chosen by a branch"
+                return [
+                    context.merge_all([value], equation, reason)[0]
+                    if form is None
+                    else in_form(_formed(value), form)
+                    for value, form in zip(out, forms, strict=True)
+                ]
 
         return run
 
-    branches = [branch(jaxpr) for jaxpr in parameter(equation, "branches")]
-    return lax.switch(index, branches, context.make_key(), list(values))
+    return lax.switch(index, list(map(branch, jaxprs)), key, list(values))
 
 
+def _forms(
+    context: Context, jaxprs: Sequence[Any], key: Any, values: list[Any]
+) -> list[Form | None]:
+    """The form of each output that is a weight in some branches; None for all others."""
+    n_outputs = len(_compat.open_jaxpr(jaxprs[0])[0].outvars)
+    if not any(_may_return_weight(context, jaxpr, values) for jaxpr in jaxprs):
+        return [None] * n_outputs
+
+    def outputs(jaxpr):
+        def run(key, values):
+            with context.using_key(key):
+                return [_formed(v) for v in evaluate_closed(context, jaxpr, values)]
+
+        with context.quietly():
+            return jax.eval_shape(run, key, values)
+
+    def form(*found: Any) -> Form | None:
+        weights = [value for value in found if isinstance(value, Factored)]
+        kept = weights and not any(
+            value.gathered or context.is_vector(value) for value in weights
+        )
+        try:
+            return common_form(found) if kept else None
+        except NotFactorableError:
+            return None
+
+    return list(map(form, *map(outputs, jaxprs)))
+
+
+def _may_return_weight(context: Context, jaxpr: Any, values: Sequence[Any]) -> bool:
+    """Whether a weight may reach an output of a branch, as far as its rules tell."""
+    inner, _ = _compat.open_jaxpr(jaxpr)
+    reached = {
+        variable
+        for variable, value in zip(inner.invars, values, strict=True)
+        if isinstance(value, Factored) and value.terms
+    }
+
+    def is_reached(atom: Any) -> bool:
+        return not isinstance(atom, _compat.Literal) and atom in reached
+
+    for equation in inner.eqns:
+        name = equation.primitive.name
+        moved = name in context.rules and name not in _PRODUCTS
+        if moved and any(map(is_reached, equation.invars)):
+            reached.update(equation.outvars)
+    return any(map(is_reached, inner.outvars))
+
+
+# Rules whose results are activations.
+_PRODUCTS = frozenset(
+    {"conv_general_dilated", "dot_general", "ragged_dot_general", "reduce_sum"}
+)
 RULES = {"scan": scan, "while": while_, "cond": cond}

@@ -67,10 +67,9 @@ def _product(
     """
     own = [_role(name) for name in f_names]
     context.see_product(f, equation, own if roles is None else roles, x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise NotFactorableError(f"the other operand is {x.dtype}")
     contracted = [name for name in f_names if name not in out_names]
     before, after = _columns(f, f_names, contracted)
+    _check_operand(context, f, x, scaled=bool(before))
     for column in before:
         x = times(x, place(column.array, column.names, x_names))
     base = _deferred.bind(equation, [f.base, x] if flipped else [x, f.base])
@@ -84,6 +83,18 @@ def _product(
     )
     columns = [column.array for column in after]
     return add_terms(context, f, product, x, base, columns)
+
+
+def _check_operand(context: Context, f: Factored, x: jax.Array, *, scaled: bool) -> None:
+    """Raises unless the other operand can be multiplied with factors.
+
+    Integers can, unless they are `scaled` by DoRA, or dropped.
+    """
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    if not whole or scaled or context.drops(f):
+        raise NotFactorableError(f"the other operand is {x.dtype}")
 
 
 def _product_of_weights(
@@ -153,8 +164,7 @@ def ragged_dot(
     if not _is_grouped_matmul(equation, f):
         raise NotFactorableError("it is not (rows, in), (groups, in, out) -> (rows, out)")
     context.see_product(f, equation, ["batch", "contracted", "kept"], x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise NotFactorableError(f"the other operand is {x.dtype}")
+    _check_operand(context, f, x, scaled=any(1 in f.owned(c) for c in f.columns))
     after = []
     for column in f.columns:
         if {1, 2} <= f.owned(column):

@@ -119,6 +119,8 @@ def slice_(context: Context, equation: Any, f: Factored) -> Factored:
 
     def cut(p):
         own = [p.shape[axis] == f.shape[axis] for axis in range(f.ndim)]
+        if all(f.shape[axis] == base.shape[axis] for axis in range(f.ndim) if own[axis]):
+            return p
         return lax.slice(
             p,
             [i if owned else 0 for i, owned in zip(start, own, strict=True)],
@@ -296,6 +298,7 @@ def _joined(
     if not context.probing and (stacked := joined_in_batch(values, axis, base)) is not None:
         return stacked
     total, start = base.shape[axis], 0
+    shared = _shared_columns(values, axis)
     terms, columns = [], []
     for value in values:
         size = value.shape[axis]
@@ -307,7 +310,14 @@ def _joined(
                 _pad_axis(full(value, column, axis), axis, low, high, 1.0)
                 for column in value.columns
             ]
-    return Factored(base, tuple(terms), tuple(columns))
+    return Factored(base, tuple(terms), tuple(columns) if shared is None else shared)
+
+
+def _shared_columns(values: Sequence[Any], axis: int) -> tuple[jax.Array, ...] | None:
+    """The columns of parts of one weight, joined along an axis that they do not own."""
+    columns = [v.columns if isinstance(v, Factored) else () for v in values]
+    alike = all([*map(id, own)] == [*map(id, columns[0])] for own in columns)
+    return columns[0] if alike and all(c.shape[axis] == 1 for c in columns[0]) else None
 
 
 RULES = {

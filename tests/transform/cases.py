@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.linalg import cho_solve, solve_triangular
 
 IDS = np.array([[1, 2, 3], [4, 5, 4]])
 
@@ -146,6 +147,38 @@ def _lstm(p, x):
     return lax.scan(step, (zeros, zeros), x)
 
 
+def _parts(y):
+    """A complex result as two real ones, of which a loss can be made."""
+    return jnp.real(y), jnp.imag(y)
+
+
+def _complex(x):
+    return x.astype("complex128")
+
+
+def _turned(x):
+    return _complex(x) * (1.0 + 2.0j)
+
+
+def _pair(w):
+    """A complex matrix that is stored as two real ones."""
+    return _complex(w[..., 0]) + 1j * _complex(w[..., 1])
+
+
+def _positive(x):
+    return x[0, 0] > 0
+
+
+def _triangle(x):
+    """A well-conditioned triangular matrix of activations."""
+    n = x.shape[1]
+    return jnp.tril(x.T @ x) + (4.0 + jnp.sum(x * x)) * jnp.eye(n, dtype=x.dtype)
+
+
+def _ab(fn, axes="io", shape=(12, 10)):
+    return Case(fn, {"a": shape, "b": shape}, ((5, 12),), {"a": axes, "b": axes})
+
+
 def _attention(p, x):
     q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
     weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
@@ -273,6 +306,74 @@ CASES = {
     ),
     "used_twice": _w(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], "io", (12, 12)),
     "used_both_ways": _w(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, "io"),
+    # complex numbers
+    "to_complex": _w(lambda p, x: _parts(_complex(x) @ _complex(p["w"])), "io"),
+    "times_i": _w(lambda p, x: _parts(_turned(x) @ (_complex(p["w"]) * 1j)), "io"),
+    "pair": _w(lambda p, x: _parts(_turned(x) @ _pair(p["w"]).T), "oib", (10, 12, 2)),
+    "pair_of_leaves": _ab(
+        lambda p, x: _parts(_turned(x) @ (_complex(p["a"]) + 1j * _complex(p["b"])))
+    ),
+    "complex": _ab(lambda p, x: _parts(_turned(x) @ lax.complex(p["a"], p["b"]))),
+    "conjugate": _ab(
+        lambda p, x: _parts(_turned(x) @ jnp.conj(lax.complex(p["a"], p["b"]).T)),
+        "oi",
+        (10, 12),
+    ),
+    "real_part": _w(
+        lambda p, x: (
+            x @ jnp.real(_complex(p["w"]) * jnp.exp(1j * _complex(jnp.arange(12)))[:, None])
+        ),
+        "io",
+    ),
+    "imaginary_part": _ab(
+        lambda p, x: x @ jnp.imag(lax.complex(p["a"], p["b"]) * (2.0 - 1.0j))
+    ),
+    # choices
+    "where_scalar": _w(
+        lambda p, x: x @ jnp.where(_positive(x), p["w"], 2.0 * p["w"]), "io"
+    ),
+    "where_zeros": _w(
+        lambda p, x: x @ jnp.where(_positive(x), jnp.zeros_like(p["w"]), p["w"]), "io"
+    ),
+    "where_columns": _w(
+        lambda p, x: x @ jnp.where((jnp.arange(10) > 3)[None], p["w"], 0.5), "io"
+    ),
+    "where_mapped": _w(
+        lambda p, x: jax.vmap(lambda x: x @ jnp.where(x[0] > 0, p["w"], 0.0))(x), "io"
+    ),
+    "branch_chooses": _w(
+        lambda p, x: x @ lax.cond(_positive(x), lambda: p["w"], lambda: p["w"] * 2.0), "io"
+    ),
+    "branch_of_zeros": _w(
+        lambda p, x: (
+            x @ lax.cond(_positive(x), lambda: jnp.zeros_like(p["w"]), lambda: p["w"])
+        ),
+        "io",
+    ),
+    "branches_of_two": Case(
+        lambda p, x: x @ lax.cond(_positive(x), lambda: p["a"], lambda: p["b"].T),
+        {"a": (12, 10), "b": (10, 12)},
+        ((5, 12),),
+        {"a": "io", "b": "oi"},
+    ),
+    # maps of one axis
+    "solved": _w(lambda p, x: x @ solve_triangular(_triangle(x), p["w"], lower=True), "io"),
+    "solved_by_cholesky": _w(
+        lambda p, x: x @ cho_solve((_triangle(x), True), p["w"]), "io"
+    ),
+    "summed_up": _w(lambda p, x: x @ jnp.cumsum(p["w"], 0), "io"),
+    "integers": _w(
+        lambda p, x: (
+            lax.dot_general(
+                jnp.arange(24).reshape(2, 12),
+                p["w"],
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=x.dtype,
+            )
+            * x[0, 0]
+        ),
+        "io",
+    ),
     # tables
     "embedding": Case(
         lambda p, i: p["w"][i], {"w": (20, 12)}, (IDS,), {"w": "io"}, {"targets": "w"}
@@ -502,9 +603,6 @@ MOVES = {
     "rolled by one": Move(lambda w, axis: jnp.roll(w, 1, axis)),
     "halves swapped": Move(
         lambda w, axis: jnp.concatenate(jnp.split(w, 2, axis)[::-1], axis)
-    ),
-    "interleaved": Move(
-        lambda w, axis: jnp.stack(jnp.split(w, 2, axis), axis + 1).reshape(w.shape)
     ),
     "repeated": Move(
         lambda w, axis: jnp.repeat(w, 2, axis),

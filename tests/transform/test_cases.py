@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax
 from tests.support import x64
-from tests.transform.cases import CASES
+from tests.transform.cases import CASES, GRID, PRODUCTS
 from tests.transform.support import (
     check,
     check_values,
@@ -22,6 +22,7 @@ from tests.transform.support import (
 METHODS = ("lora", "dora")
 # Refused, see test_rules.py: DoRA would scale a sum, a fill value, inputs and outputs.
 NO_DORA = {"summed", "padded", "fused_rows"}
+NO_DORA |= {"pair", "pair_of_leaves", "complex", "conjugate", "imaginary_part"}
 
 
 # Of the others only the values are compared: their columns go the same ways.
@@ -31,9 +32,14 @@ DORA_GRADIENTS = {
 }  # fmt: skip
 
 
-def inputs(case):
-    params = {name: normal(*shape, seed=7) for name, shape in case.params.items()}
-    args = [normal(*a) if isinstance(a, tuple) else jnp.asarray(a) for a in case.args]
+def inputs(case, dtype="float64"):
+    params = {
+        name: normal(*shape, seed=7, dtype=dtype) for name, shape in case.params.items()
+    }
+    args = [
+        normal(*a, dtype=dtype) if isinstance(a, tuple) else jnp.asarray(a)
+        for a in case.args
+    ]
     return params, args
 
 
@@ -51,6 +57,47 @@ def test_agrees_with_the_merged_function(name, method):
         options = {"config": config, "tolerance": tolerance, **case.options}
         plan = compare(case.fn, params, *args, **options)
     assert {path: target.axes for path, target in plan.targets.items()} == case.axes
+
+
+@pytest.mark.parametrize("what", PRODUCTS)
+def test_axes_behind_every_move(what):
+    found, right = {}, {}
+    for name, case in GRID.items():
+        if name.startswith(f"{what}, "):
+            params, args = inputs(case, dtype="float32")
+            plan = plan_of(case.fn, params, *args, **case.config)
+            found[name] = plan.targets["w"].axes
+            right[name] = case.axes["w"]
+            assert not [use for use in plan.uses["w"] if use.merged], name
+    assert found == right
+
+
+# Of the grid some, each move behind each kind of product once. Not those that adapt merges:
+# a kernel whose positions are joined one by one, and for DoRA what is padded.
+MERGED = {
+    "conv, rolled by one, axis 0",
+    "conv, halves swapped, axis 0",
+    "conv, tiled, axis 0",
+}
+SOME = [n for n in list(GRID)[::13] if n not in MERGED]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if i % 3 == 0 else pytest.param(n, marks=pytest.mark.slow)
+        for i, n in enumerate(SOME)
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_moved_weight_agrees_with_the_merged_one(name, method):
+    case = GRID[name]
+    if method == "dora" and "padded" in name:
+        pytest.skip("refused: DoRA would scale the fill value")
+    with x64():
+        params, args = inputs(case)
+        config = {**case.config, "use_dora": method == "dora"}
+        check_values(case.fn, params, *args, config=config, tolerance=1e-10)
 
 
 def weight_shaped(text, plan):

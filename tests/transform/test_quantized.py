@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.scipy.linalg import solve_triangular
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -377,6 +378,17 @@ BY_RULE = {
     "layout_constraint": lambda w, x: x @ with_layout_constraint(w, Layout((0, 1))),
     "stop_gradient": lambda w, x: x @ lax.stop_gradient(w),
     "pvary": mapped_shards(varying, in_specs=(P(), P())),
+    "complex": lambda w, x: jnp.real(x.astype("complex64") @ lax.complex(w, 2.0 * w)),
+    "real": lambda w, x: x @ jnp.real(w.astype("complex64")),
+    "imag": lambda w, x: x @ jnp.imag(w.astype("complex64") * 2.0j),
+    "conj": lambda w, x: jnp.real(
+        x.astype("complex64") @ jnp.conj(w.astype("complex64") * 2j)
+    ),
+    "cumsum": lambda w, x: x @ jnp.cumsum(w, axis=0),
+    "triangular_solve": lambda w, x: x @ solve_triangular(jnp.eye(12) * 2.0, w),
+    "custom_linear_solve": lambda w, x: x @ jnp.linalg.solve(jnp.eye(12) * 2.0, w),
+    "fft": lambda w, x: x @ jnp.real(jnp.fft.fft(w, axis=0)),
+    "select_n": lambda w, x: x @ jnp.where(x[0, 0] > 0, w, 2.0 * w),
     "optimization_barrier": lambda w, x: x @ lax.optimization_barrier((w, x))[0],
     "device_put": lambda w, x: x @ jax.device_put(w, jax.devices()[0]),
     "neg": lambda w, x: x @ -w,

@@ -84,12 +84,35 @@ REFUSED = {
         "reshape",
         "joins an input axis to an output axis",
     ),
-    "to_complex": (
-        lambda p, x: jnp.real(x.astype("complex128") @ p["w"].astype("complex128")),
+    "clipped": (
+        lambda p, x: x @ jnp.clip(p["w"], -1.0, 1.0),
         W,
         X,
-        "convert_element_type",
-        "cast to complex128",
+        "max|min|clamp",
+        "no low-rank rule for it, since it is not linear",
+    ),
+    "transformed": (
+        lambda p, x: x @ jnp.real(jnp.fft.fft(p["w"], axis=0)),
+        W,
+        X,
+        "fft",
+        "transform the activations, or the product",
+    ),
+    "solved": (
+        lambda p, x: x @ jnp.linalg.solve(x.T @ x + 9.0 * jnp.eye(12), p["w"]),
+        W,
+        X,
+        "custom_linear_solve",
+        "its solver is made for right-hand sides",
+    ),
+    "solved_with": (
+        lambda p, x: jax.scipy.linalg.solve_triangular(
+            p["w"][:10] + 9 * jnp.eye(10), x.T[:10]
+        ),
+        W,
+        X,
+        "triangular_solve",
+        "it solves with the weight",
     ),
     "padded_between": (
         lambda p, x: (
@@ -105,16 +128,9 @@ REFUSED = {
         W,
         X,
         "select_n",
-        "no low-rank rule",
+        "no low-rank rule for a choice entry by entry",
     ),
     "changing_carry": (growing, W, X, "while|scan", "carried by a loop that changes it"),
-    "branch_chooses": (
-        lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda: p["w"], lambda: p["w"] * 2.0),
-        W,
-        X,
-        "cond",
-        "chosen by a branch",
-    ),
     "custom_rule": (
         lambda p, x: custom_matmul(x, p["w"]),
         W,
@@ -191,6 +207,21 @@ def test_merged_for_that_use_if_allowed(name):
 
 
 DORA_REFUSED = {
+    "complex": (
+        lambda p, x: jnp.real(x.astype("complex128") @ lax.complex(p["w"], p["w"])),
+        "complex",
+        "not the sum",
+    ),
+    "summed_up": (
+        lambda p, x: x @ jnp.cumsum(p["w"], 1),
+        "cumsum",
+        "scales the axis along which it mixes entries",
+    ),
+    "rows_chosen": (
+        lambda p, x: x @ jnp.where((jnp.arange(12) > 3)[:, None], p["w"], -p["w"]),
+        "select_n",
+        "DoRA scales each of them otherwise",
+    ),
     "sum": (
         lambda p, x: x * jnp.sum(p["w"], 1)[None],
         "reduce_sum",
@@ -199,7 +230,9 @@ DORA_REFUSED = {
     "pad": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 3))), "pad", "fill value"),
     "added": (lambda p, x: x @ (p["w"] + 1.0), "add", "not the sum"),
     "fused_rows": (
-        lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], p["w"]]),
+        lambda p, x: (
+            jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], jnp.ones_like(p["w"])])
+        ),
         "dot_general",
         "contracted and kept",
     ),
@@ -255,6 +288,7 @@ def test_a_value_added_keeps_the_terms_of_both():
     with x64():
         plan = plan_of(None, params)
         check(lambda p, x: x @ (p["a"] - p["b"] + 0.5), params, X, plan=plan)
+        check(lambda p, x: x @ (p["a"] - p["a"] + p["b"]), params, X, plan=plan)
 
 
 def test_an_unknown_parameter_of_a_primitive_is_a_merge():

@@ -1,0 +1,89 @@
+"""Weights of which a program takes one: the same terms and columns for all of them.
+
+What one of them lacks is a factor of zeros, or a column of ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax.transform._factored import (
+    Factor,
+    Factored,
+    NotFactorableError,
+    Term,
+    base_of,
+)
+
+
+class Form(NamedTuple):
+    """The terms and columns that several weights come to. Of the arrays the shapes count.
+
+    Attributes:
+        terms: one for each that any of the weights has.
+        columns: as many as the weight with the most of them has.
+    """
+
+    terms: tuple[Term, ...]
+    columns: tuple[Any, ...]
+
+
+def common_form(values: Sequence[Any]) -> Form:
+    """The form of some weights, dense ones among them.
+
+    Raises:
+        NotFactorableError: if DoRA scales other axes of each.
+    """
+    terms: list[Term] = []
+    columns: list[Any] = []
+    for value in values:
+        if not isinstance(value, Factored):
+            continue
+        _, missing = _matched(terms, value.terms)
+        terms += missing
+        for known, column in zip(columns, value.columns, strict=False):
+            if known.shape != column.shape or known.dtype != column.dtype:
+                raise NotFactorableError("DoRA scales other axes of each of them")
+        columns += value.columns[len(columns) :]
+    return Form(tuple(terms), tuple(columns))
+
+
+def in_form(value: Any, form: Form) -> Factored:
+    """The weight with the terms and columns of a form."""
+    own = value if isinstance(value, Factored) else Factored(value, ())
+    found, _ = _matched(form.terms, own.terms)
+    terms = [
+        _zeros(template) if term is None else term
+        for template, term in zip(form.terms, found, strict=True)
+    ]
+    more = form.columns[len(own.columns) :]
+    ones = [jnp.ones(column.shape, column.dtype) for column in more]
+    return Factored(base_of(value), tuple(terms), (*own.columns, *ones))
+
+
+def _matched(
+    templates: Sequence[Term], terms: Sequence[Term]
+) -> tuple[list[Term | None], list[Term]]:
+    """A term of its kind for each template, or None; and the terms that are left."""
+    left = list(terms)
+    found: list[Term | None] = []
+    for template in templates:
+        match = next((t for t in left if _kind(t) == _kind(template)), None)
+        found.append(match)
+        if match is not None:
+            left = [term for term in left if term is not match]
+    return found, left
+
+
+def _kind(term: Term) -> Any:
+    """What two terms share that can stand in the same place."""
+    sides = term.a, term.b
+    return term.label, *((p.array.shape, p.array.dtype, p.axes) for p in sides)
+
+
+def _zeros(template: Term) -> Term:
+    def zeros(p: Factor) -> Factor:
+        return Factor(jnp.zeros(p.array.shape, p.array.dtype), p.axes, p.ndim)
+
+    return template.map(zeros)

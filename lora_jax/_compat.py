@@ -88,7 +88,7 @@ def as_current(x: Any) -> Any:
     own = mesh_of(jax.typeof(x)) if isinstance(x, jax.Array) else mesh
     if mesh == own or not mesh.axis_names or not own.axis_names:
         return x
-    return retyped(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
+    return replicated(x, mesh)
 
 
 def automatically(function: Callable[..., T], mesh: AbstractMesh, *values: Any) -> T:
@@ -122,7 +122,11 @@ def as_automatic(x: Any) -> Any:
     """An array with the explicit axes in its type automatic. It stays where it lies."""
     if not isinstance(x, jax.Array) or not has_explicit_axes(mesh_of(jax.typeof(x))):
         return x
-    mesh = automatic_mesh(mesh_of(jax.typeof(x)))
+    return replicated(x, automatic_mesh(mesh_of(jax.typeof(x))))
+
+
+def replicated(x: Any, mesh: AbstractMesh) -> Any:
+    """An array of that mesh in its type, with no explicit axis along any of its own."""
     return retyped(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 

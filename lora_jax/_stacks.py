@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lora_jax import _quantized
+from lora_jax import _compat, _quantized
 from lora_jax.plan import Target
 
 Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
@@ -32,9 +32,14 @@ def map_entries(
     if target.batch_axes[:1] != (0,):
         return function(_quantized.as_dense(weight), adapter, target)
     entry = _entry(target)
-    return jax.lax.map(
-        lambda of: map_entries(function, of[0], of[1], entry), (weight, adapter)
-    )
+
+    def each(*of: Any) -> Any:
+        return jax.lax.map(lambda own: map_entries(function, *own, entry), of)
+
+    # The stack may be sharded, which JAX maps over on automatic axes only.
+    mesh = _compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
+    out = _compat.automatically(each, mesh, weight, adapter)
+    return jax.tree.map(lambda x: _compat.replicated(x, mesh), out)
 
 
 def _entry(target: Target) -> Target:

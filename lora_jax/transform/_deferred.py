@@ -139,9 +139,9 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
     The result is deferred, too, if the primitive is one that only moves it about.
     """
-    if _compat.explicit_mesh(equation) is not None:
-        return _in_its_types(equation, values)
-    return _bind(equation, values)
+    if isinstance(equation, _compat.Unrun) or _compat.explicit_mesh(equation) is None:
+        return _bind(equation, values)
+    return _in_its_types(equation, values)
 
 
 def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:

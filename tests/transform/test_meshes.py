@@ -1,6 +1,9 @@
 """Adapted functions on meshes: GSPMD, axes in the types, shard_map."""
 
+import contextlib
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax import quant
 from tests.support import set_mesh, x64
+from tests.transform.mesh_cases import CASES, Place
 from tests.transform.support import assert_same, merged, normal, plan_of, trained
 
 
@@ -215,3 +220,222 @@ def test_constraints_on_a_weight_stay():
         adapted = jax.jit(lora_jax.adapt(fn, plan))
         assert "sharding" in adapted.lower(params, adapters, x).as_text()
         assert_same(adapted(params, adapters, x), x @ merged(params, adapters, plan)["w"])
+
+
+# What the other tests of meshes with explicit axes try; every case has one of its own.
+SOME = ("tied_head", "row_parallel", "scan_of_checkpoints", "experts", "automatic")
+SHARDS = ("shards", "shards_along_one_axis", "grouped_experts")
+
+without_0_7 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 8, 0),
+    reason="JAX 0.7 adds no cotangents of automatic axes outside of a jit on explicit ones",
+)
+
+
+def some(names, others=CASES):
+    """Parameters of which only those of `names` are no slow tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=[slow] * (n not in names)) for n in others]
+
+
+class Placed(NamedTuple):
+    """A case with its arrays, on a mesh or on one device."""
+
+    fn: Callable[..., Any]
+    params: dict[str, Any]
+    x: jax.Array
+
+
+def placed(name, mesh=None, dtype="float64"):
+    case, place = CASES[name], Place(mesh)
+
+    def array(values, spec, dtype):
+        if mesh is None:
+            return jnp.asarray(values, dtype)
+        return put(mesh, values, *spec, dtype=dtype)
+
+    params = {
+        name: array(normal(*shape), spec, dtype)
+        for name, (shape, spec) in case.params.items()
+    }
+    floating = np.issubdtype(case.x.dtype, np.floating)
+    x = array(case.x, case.spec, dtype if floating else case.x.dtype)
+    return Placed(lambda params, x: case.fn(params, x, place), params, x)
+
+
+def alone(tree):
+    """A tree of arrays that are on no mesh."""
+    return jax.tree.map(jnp.asarray, jax.device_get(tree))
+
+
+def value_and_gradients(fn, adapters, params, x, *, jit=True):
+    def loss(adapters, params, x):
+        out = fn(params, adapters, x)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    return jax.device_get((jax.jit(run) if jit else run)(adapters, params, x))
+
+
+def check_on_mesh(
+    name, *, mesh=None, context=True, jit=True, shard=lambda mesh, v: v, **config
+):
+    """Asserts that an adapted case is on a mesh what the merged one is on one device."""
+    config = {**CASES[name].config, **config}
+    mesh = mesh or mesh_of(AxisType.Explicit)
+    with x64():
+        with set_mesh(mesh) if context else contextlib.nullcontext():
+            on = placed(name, mesh)
+            plan = plan_of(on.fn, on.params, on.x, **config)
+            adapters = trained(on.params, plan)
+            values = alone(adapters)
+            adapters = jax.tree.map(lambda v: shard(mesh, v), adapters)
+            adapted = lora_jax.adapt(on.fn, plan)
+            got = value_and_gradients(adapted, adapters, on.params, on.x, jit=jit)
+            base = jax.eval_shape(on.fn, on.params, on.x)
+            out = jax.eval_shape(adapted, on.params, adapters, on.x)
+            assert base.sharding == out.sharding
+        off = placed(name)
+        assert plan_of(off.fn, off.params, off.x, **config) == plan
+        assert {path: target.axes for path, target in plan.targets.items()} == (
+            CASES[name].axes
+        )
+
+        def reference(params, adapters, x):
+            return off.fn(merged(params, adapters, plan), x)
+
+        assert_same(got, value_and_gradients(reference, values, off.params, off.x))
+
+
+def skip_where_jax_cannot(name):
+    if name == "scan" and jax.__version_info__ < (0, 8, 0):
+        pytest.skip("JAX 0.7 keeps nothing on automatic axes for a scan's backward pass")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_explicit_axes(name):
+    skip_where_jax_cannot(name)
+    check_on_mesh(name)
+
+
+@pytest.mark.parametrize("name", some((*SOME, *SHARDS)))
+def test_dora_on_explicit_axes(name):
+    skip_where_jax_cannot(name)
+    check_on_mesh(name, use_dora=True)
+
+
+@pytest.mark.parametrize("name", [*SOME, *SHARDS])
+def test_sharded_adapters_on_explicit_axes(name):
+    def shard(mesh, v):
+        spec = [None] * v.ndim
+        if v.shape[-2] % 2 == 0:
+            spec[-2] = "data"
+        if v.shape[-1] % 4 == 0:
+            spec[-1] = "model"
+        return jax.device_put(v, NamedSharding(mesh, P(*spec)))
+
+    check_on_mesh(name, shard=shard)
+
+
+@pytest.mark.parametrize("name", [*SOME, "shards"])
+def test_explicit_axes_of_arrays_alone(name):
+    check_on_mesh(name, context=False)
+
+
+@without_0_7
+@pytest.mark.parametrize("name", ["tied_head", "row_parallel", "experts", "shards"])
+def test_explicit_axes_without_jit(name):
+    check_on_mesh(name, jit=False)
+
+
+@pytest.mark.parametrize("name", ["column_parallel", "fused", "mapped", "branches"])
+def test_explicit_and_automatic_axes(name):
+    kinds = AxisType.Explicit, AxisType.Auto
+    check_on_mesh(name, mesh=jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds))
+
+
+@pytest.mark.parametrize("name", [*SOME, "entries_of_a_stack", "jitted_twice"])
+def test_dropout_on_explicit_axes(name):
+    mesh, key = mesh_of(AxisType.Explicit), jax.random.key(3)
+    with x64():
+        off = placed(name)
+        plan = plan_of(off.fn, off.params, off.x, dropout=0.25)
+        values = trained(off.params, plan)
+        model = lora_jax.adapt(off.fn, plan, dropout_key=key)
+        want = value_and_gradients(model, values, off.params, off.x)
+        with set_mesh(mesh):
+            on = placed(name, mesh)
+            adapted = lora_jax.adapt(on.fn, plan, dropout_key=key)
+            got = value_and_gradients(adapted, values, on.params, on.x)
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "name", some(("tied_head", "scan_of_checkpoints", "experts"), SOME)
+)
+def test_quantized_weights_on_explicit_axes(name, use_dora, form):
+    mesh = mesh_of(AxisType.Explicit)
+    settings = {} if form == "int8" else {"block_size": 16, "codec": "bitsandbytes"}
+    stacked = {"batch_axes": 1} if "b" in "".join(CASES[name].axes.values()) else {}
+
+    def quantized(params):
+        return lora_jax.quantize_params(params, "*", form, **settings, **stacked)
+
+    off = placed(name, dtype="float32")
+    params = quantized(off.params)
+    plan = plan_of(off.fn, params, off.x, use_dora=use_dora)
+    values = trained(params, plan)
+    dense = jax.tree.map(quant.dequantize, params, is_leaf=quant.is_quantized)
+
+    def reference(params, adapters, x):
+        return off.fn(merged(params, adapters, plan), x)
+
+    want = value_and_gradients(reference, values, dense, off.x)
+    with set_mesh(mesh):
+        on = placed(name, mesh, dtype="float32")
+        params = quantized(on.params)
+        assert plan_of(on.fn, params, on.x, use_dora=use_dora) == plan
+        new = lora_jax.init_adapters(jax.random.key(0), params, plan)
+        assert jax.tree.structure(new) == jax.tree.structure(values)
+        got = value_and_gradients(lora_jax.adapt(on.fn, plan), values, params, on.x)
+    assert_same(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("name", ["row_parallel", "fused_heads", "out_in", "experts"])
+def test_merge_of_weights_on_explicit_axes(name, use_dora):
+    mesh = mesh_of(AxisType.Explicit)
+    with x64():
+        off = placed(name)
+        plan = plan_of(off.fn, off.params, off.x, use_dora=use_dora)
+        values = trained(off.params, plan)
+        losses = jax.device_get(lora_jax.merge_losses(off.params, values, plan))
+        with set_mesh(mesh):
+            params = placed(name, mesh).params
+            dense = lora_jax.merge_adapters(params, values, plan)
+            norms = lora_jax.adapted_column_norms(params, values, plan)
+            given = {"column_norms": norms} if use_dora else {}
+            back = lora_jax.unmerge_adapters(dense, values, plan, **given)
+            got = jax.device_get(lora_jax.merge_losses(params, values, plan))
+        for path, weight in params.items():
+            assert jax.typeof(dense[path]) == jax.typeof(weight) == jax.typeof(back[path])
+        assert_same(jax.device_get(dense), merged(off.params, values, plan))
+        assert_same(jax.device_get(back), jax.device_get(params))
+        assert_same(got, losses, 1e-6)
+        want = lora_jax.adapted_column_norms(off.params, values, plan)
+        assert_same(jax.device_get(norms), want)
+
+
+def test_uses_are_found_without_the_mesh():
+    mesh = mesh_of(AxisType.Explicit)
+
+    def roles(placed):
+        plan = plan_of(placed.fn, placed.params, placed.x)
+        return [(use.primitive, use.roles) for use in plan.uses["w"]]
+
+    with set_mesh(mesh):
+        on = roles(placed("gathered_before_use", mesh, "float32"))
+    assert on == roles(placed("gathered_before_use", dtype="float32"))
+    assert on == [("dot_general", ("contracted", "kept"))]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.transform.support import normal
 
-TOKENS = np.arange(24).reshape(8, 3) % 16
+TOKENS = np.arange(24, dtype="int32").reshape(8, 3) % 16
 ROWS, ROWS_SPEC = normal(8, 16), ("data", None)
 X, X_SPEC = normal(8, 3, 16), ("data", None, None)
 

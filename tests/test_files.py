@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import _files
+from lora_jax import _files, _tensor_stream
 from lora_jax._files import CheckpointError, TensorFile
 from tests.support import x64
 
@@ -60,7 +60,7 @@ def with_header(header, data=b"\0\0\x80\x3f"):
 def test_every_bit_comes_back(path, dtype):
     arrays = {"a": some(dtype, 5, 3), "b/c:A": some(dtype, 2), "empty": some(dtype, 0, 4)}
     arrays["scalar"] = some(dtype, 1).reshape(())
-    _files.write_tensors(path, arrays, {"who": "a test"})
+    _tensor_stream.write_tensors(path, arrays, {"who": "a test"})
     file = TensorFile(path)
     assert file.metadata == {"who": "a test"}
     assert set(file) == set(arrays)
@@ -73,13 +73,13 @@ def test_every_bit_comes_back(path, dtype):
 
 def test_bytes_are_those_of_the_file(path):
     arrays = {"b": some("float32", 3, 2), "a": some("bfloat16", 7)}
-    _files.write_tensors(path, arrays, {"who": "a test"})
+    _tensor_stream.write_tensors(path, arrays, {"who": "a test"})
     assert _files.tensor_bytes(arrays, {"who": "a test"}) == path.read_bytes()
 
 
 def test_values_outlive_the_file(path):
     array = some("uint32", 1000)
-    _files.write_tensors(path, {"a": array}, {})
+    _tensor_stream.write_tensors(path, {"a": array}, {})
     read = TensorFile(path).read("a")
     path.write_bytes(b"\0" * path.stat().st_size)
     np.testing.assert_array_equal(read, array)
@@ -134,7 +134,7 @@ def test_missing_files_are_missed_by_name(tmp_path):
 def test_without_the_package(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_jax\[checkpoints\]"'):
-        _files.write_tensors(path, {}, {})
+        _tensor_stream.write_tensors(path, {}, {})
     assert not path.exists()
 
 
@@ -166,7 +166,7 @@ def test_to_numpy_makes_arrays_contiguous_and_whole():
 
 
 def test_arrays_of_the_other_byte_order(path):
-    _files.write_tensors(path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {})
+    _tensor_stream.write_tensors(path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {})
     np.testing.assert_array_equal(TensorFile(path).read("a"), np.arange(3, dtype="f4"))
 
 
@@ -278,7 +278,7 @@ def test_file_systems_that_cannot_synchronize_directories(tmp_path, monkeypatch)
 
 def test_permissions_are_the_usual_ones(tmp_path):
     (tmp_path / "usual").touch()
-    _files.write_tensors(tmp_path / "a", {"a": some("float32", 3)}, {})
+    _tensor_stream.write_tensors(tmp_path / "a", {"a": some("float32", 3)}, {})
     _files.write_text(tmp_path / "b", "text")
     modes = {file.stat().st_mode for file in tmp_path.iterdir()}
     assert len(modes) == 1

@@ -106,6 +106,11 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
             )
         return array
 
+    def is_same(self, other: "TensorFile") -> bool:
+        """Whether another was opened when the same file had the name."""
+        files = (self._file, other._file)
+        return os.path.samestat(*(os.fstat(file.fileno()) for file in files))
+
     def _entry(self, name: str, fields: dict[str, Any]) -> jax.ShapeDtypeStruct:
         dtype = fields["dtype"]
         if dtype not in DTYPES:

@@ -1,13 +1,24 @@
-"""The two files of a PEFT adapter, before they are compared with any params."""
+"""The two files of a PEFT adapter, before they are compared with any params.
 
+Two files with fixed names cannot be replaced at once. Both are on the disk before either has
+its name. Then the old config is put aside, the arrays get their name, and the config gets
+its own. So there is never a config beside arrays of another save: a program that stops in
+between leaves no config, and the one that belongs to the arrays under a temporary name. The
+arrays have the digest of their config in their metadata, and by that it is found.
+"""
+
+import hashlib
+import json
 import os
 import pathlib
+import re
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lora_jax import _checks, _files
+from lora_jax import _checks, _files, _tensor_stream
 from lora_jax._files import CheckpointError, TensorFile
 from lora_jax.config import ALL_LINEAR
 from lora_jax.peft import _entries
@@ -19,6 +30,22 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _OWN = "adapters.json"  # of lora_jax.checkpoint
+
+_DIGEST = "adapter_config_sha256"
+# Fields of the config that do not say what the arrays mean. They may be edited.
+_NOT_DIGESTED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+_ASIDE = f"{CONFIG}.old"
+_TEMPORARY = "|".join(re.escape(name) for name in (CONFIG, _ASIDE, TENSORS))
+# How often files are read again that another process replaces meanwhile.
+_TRIES = 50
+_PAUSE = 0.002  # seconds
 
 
 class Readable(Protocol):
@@ -39,33 +66,161 @@ class Checkpoint(NamedTuple):
     entries: Entries
 
 
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a directory has the config of a PEFT adapter."""
+    return bool(_configs(folder))
+
+
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     """Reads the settings and the names and shapes of the arrays.
 
     Raises:
-        CheckpointError: if a file is not whole, or no PEFT adapter.
+        CheckpointError: if a file is not whole, or no PEFT adapter, or the two files are
+            those of two adapters.
         FileNotFoundError: if one is not there.
     """
     folder = pathlib.Path(directory)
-    if not (folder / CONFIG).is_file() and (folder / _OWN).is_file():
+    if not is_checkpoint(folder) and (folder / _OWN).is_file():
         raise CheckpointError(
             f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
             "lora_jax.load_adapters."
         )
-    fields = _files.read_json(folder / CONFIG)
-    config = _files.checked(
-        folder / CONFIG, lambda: PeftConfig.from_dict(fields, "the config")
+    where, fields, file = _open_files(folder)
+    config = _files.checked(where, lambda: PeftConfig.from_dict(fields, "the config"))
+    check_dtypes(str(file.path), file)
+    shapes = {name: tuple(entry.shape) for name, entry in file.items()}
+    return Checkpoint(str(file.path), config, file, sort(str(file.path), config, shapes))
+
+
+def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:
+    """The path and the fields of a config, and the arrays that were saved with it."""
+    old = None
+    for left in reversed(range(_TRIES)):
+        try:
+            configs = _read_configs(folder)
+            file = _open_arrays(folder)
+        except FileNotFoundError:
+            if not left or not _is_being_saved(folder):
+                raise
+            time.sleep(_PAUSE)
+            continue
+        for where, fields in configs.items():
+            if _belong_together(where, fields, file):
+                return where, fields, file
+        # Both are read again if another process saved between the two.
+        if old is not None and file.is_same(old):
+            break
+        old = file
+    raise CheckpointError(
+        f"{folder / TENSORS} has the digest of another config than {folder / CONFIG}: is "
+        "one of both from another adapter, or was the config edited? Copy both files again. "
+        "If the config is as it should be, write the arrays without the digest: "
+        "safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)."
     )
+
+
+def _configs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The config, or what a process that stopped while it saved left in its place."""
+    path = folder / CONFIG
+    if path.is_file():
+        return [path]
+    if not (folder / TENSORS).is_file():
+        return []
+    return _files.temporary_paths(folder, f"{re.escape(CONFIG)}|{re.escape(_ASIDE)}")
+
+
+def _read_configs(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
+    """The fields of each config that there may be."""
+    found = {}
+    for path in _configs(folder):
+        try:
+            found[path] = _files.read_json(path)
+        except CheckpointError:
+            if path.name == CONFIG:
+                raise
+    if not found:
+        _files.check_is_file(folder / CONFIG)
+        raise FileNotFoundError(f"there was no file {folder / CONFIG}.")
+    return found
+
+
+def _open_arrays(folder: pathlib.Path) -> TensorFile:
     path = folder / TENSORS
     if not path.is_file() and (folder / _PICKLE).is_file():
         raise CheckpointError(
             f"{folder / _PICKLE} is a pickle, which runs code when it is read, and is not "
             "read here: load it with PEFT and save it with safe_serialization=True."
         )
-    file = TensorFile(path)
-    check_dtypes(str(path), file)
-    shapes = {name: tuple(entry.shape) for name, entry in file.items()}
-    return Checkpoint(str(path), config, file, sort(str(path), config, shapes))
+    return TensorFile(path)
+
+
+def _is_being_saved(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and bool(_files.temporary_paths(folder, _TEMPORARY))
+
+
+def _belong_together(
+    where: pathlib.Path, fields: Mapping[str, Any], file: TensorFile
+) -> bool:
+    digest = file.metadata.get(_DIGEST)
+    if digest is None:  # another program wrote them, beside the config that was put aside
+        return where.name == CONFIG or where.name.startswith(f".{_ASIDE}")
+    return digest == _digest(fields)
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a config says of its arrays."""
+    own = {name: fields[name] for name in sorted(fields) if name not in _NOT_DIGESTED}
+    return hashlib.sha256(json.dumps(own, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_checkpoint(
+    folder: pathlib.Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the two files of an adapter, which replace old ones when they are whole.
+
+    Args:
+        folder: of the files.
+        config: the settings.
+        tensors: contiguous arrays by name.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    text = config.to_json()
+    metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
+    new = {name: _files.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
+    try:
+        new[CONFIG].write_text(text, encoding="utf-8")
+        _tensor_stream.write_arrays(new[TENSORS], tensors, metadata)
+        for path in new.values():
+            _files.synchronize(path)
+    except BaseException:
+        for path in new.values():
+            path.unlink(missing_ok=True)
+        raise
+    _put_in_place(folder, new[CONFIG], new[TENSORS])
+    for path in _files.temporary_paths(folder, _TEMPORARY):
+        path.unlink(missing_ok=True)
+    _files.synchronize_directory(folder)
+
+
+def _put_in_place(folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path) -> None:
+    """Gives both files their names, or leaves the old ones."""
+    place, aside = folder / CONFIG, _files.temporary_path(folder / _ASIDE)
+    try:
+        if place.exists() and place.read_bytes() != config.read_bytes():
+            os.replace(place, aside)
+        os.replace(tensors, folder / TENSORS)
+        os.replace(config, place)
+    except BaseException:
+        if tensors.exists():
+            if aside.exists():
+                os.replace(aside, place)
+            tensors.unlink()
+            config.unlink()
+        elif config.exists():
+            os.replace(config, place)
+        raise
 
 
 def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:

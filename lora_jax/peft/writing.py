@@ -15,7 +15,7 @@ from lora_jax import _checks, _files, _paths, _plan_checks
 from lora_jax._frozen import FrozenDict
 from lora_jax.lora import Adapter
 from lora_jax.peft import _entries, _names
-from lora_jax.peft._checkpoint import CONFIG, TENSORS
+from lora_jax.peft._checkpoint import write_checkpoint
 from lora_jax.peft._fitting import LAYOUTS, Layout
 from lora_jax.peft._modules import SaveNames, position
 from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
@@ -92,10 +92,7 @@ def save(
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
-    # Both are on the disk before either has its name.
-    with _files.replacing(folder / CONFIG) as file:
-        file.write_text(config.to_json(), encoding="utf-8")
-        _files.write_tensors(folder / TENSORS, entries, {"format": "pt"})
+    write_checkpoint(folder, config, entries)
 
 
 def _check_names(names: SaveNames, paths: Iterable[str]) -> None:

@@ -93,7 +93,7 @@ def test_the_file_says_what_it_is(tmp_path):
     plan, adapters = plan_of({LAYER: (5, 7)})
     peft.save(tmp_path / "new" / "one", adapters, plan, base_model="me/model")
     header = (tmp_path / "new" / "one" / support.TENSORS).read_bytes()[8:60]
-    assert b'"__metadata__":{"format":"pt"}' in header
+    assert b'"__metadata__":{"format":"pt",' in header
     assert (
         support.read(tmp_path / "new" / "one")[1]["base_model_name_or_path"] == "me/model"
     )

@@ -180,6 +180,41 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "none"
 
 
+def widen(array: np.ndarray) -> np.ndarray:
+    """A floating-point array in at least float32."""
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    return array.astype(np.float32) if narrow else array
+
+
+def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A floating-point array in another dtype, whose values it has to hold.
+
+    Args:
+        name: of the array, for messages.
+        array: to cast.
+        dtype: floating point; None for the array as it is.
+
+    Raises:
+        ValueError: if a finite value would be infinite, or all values would be 0.
+    """
+    if dtype is None or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        new = array.astype(dtype)
+    info, size = jnp.finfo(dtype), np.abs(array[np.isfinite(array)].astype(np.float64))
+    if np.isfinite(new).sum() != size.size:
+        raise ValueError(
+            f"{name} has values up to {size.max():.3g}, and {jnp.dtype(dtype).name} holds "
+            f"none above {float(info.max):.3g}: choose a wider dtype."
+        )
+    if size.any() and not new.any():
+        raise ValueError(
+            f"{name} has values up to {size.max():.3g}, which are all 0 in "
+            f"{jnp.dtype(dtype).name}: choose a wider dtype."
+        )
+    return new
+
+
 def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
     """An array of a file as JAX's, of the same dtype.
 
@@ -321,7 +356,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = temporary_path(path)
     try:
         temporary.touch(exist_ok=False)
-        permissions = stat.S_IMODE(temporary.stat().st_mode)  # what the process' mask leaves
+        permissions = stat.S_IMODE(
+            temporary.stat().st_mode
+        )  # what the process' mask leaves
         yield temporary
         temporary.chmod(permissions)
         synchronize(temporary)

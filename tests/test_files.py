@@ -166,7 +166,9 @@ def test_to_numpy_makes_arrays_contiguous_and_whole():
 
 
 def test_arrays_of_the_other_byte_order(path):
-    _tensor_stream.write_tensors(path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {})
+    _tensor_stream.write_tensors(
+        path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {}
+    )
     np.testing.assert_array_equal(TensorFile(path).read("a"), np.arange(3, dtype="f4"))
 
 

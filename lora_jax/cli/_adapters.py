@@ -113,7 +113,10 @@ def find_format(directory: pathlib.Path) -> Format:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
-    found = {"peft": is_checkpoint(directory), "lora_jax": (directory / _OWN_RECORD).is_file()}
+    found = {
+        "peft": is_checkpoint(directory),
+        "lora_jax": (directory / _OWN_RECORD).is_file(),
+    }
     if all(found.values()):
         raise _files.CheckpointError(
             f"{directory} has {_PEFT_RECORD} and {_OWN_RECORD}: keep one adapter in a "
@@ -147,6 +150,7 @@ def _read_peft(directory: pathlib.Path) -> Contents:
     checkpoint = open_checkpoint(directory)
     config, entries = checkpoint.config, checkpoint.entries
     file = checkpoint.arrays
+    assert isinstance(file, _files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
     wholes = entries.wholes | rows
     return Contents(

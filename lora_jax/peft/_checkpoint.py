@@ -1,10 +1,11 @@
 """The two files of a PEFT adapter, before they are compared with any params.
 
-Two files with fixed names cannot be replaced at once. Both are on the disk before either has
-its name. Then the old config is put aside, the arrays get their name, and the config gets
-its own. So there is never a config beside arrays of another save: a program that stops in
-between leaves no config, and the one that belongs to the arrays under a temporary name. The
-arrays have the digest of their config in their metadata, and by that it is found.
+Two files with fixed names cannot be replaced at once. Both are on the disk before either
+has its name. Then the old config is put aside, the arrays get their name, and the config
+gets its own. So a config is never beside the arrays of another save. A program that stops
+in between leaves no config, but it leaves the one that belongs to the arrays under a
+temporary name. The metadata of the arrays has the digest of their config, by which a reader
+finds it.
 """
 
 import hashlib
@@ -14,9 +15,10 @@ import pathlib
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax import _checks, _files, _tensor_stream
 from lora_jax._files import CheckpointError, TensorFile
@@ -48,12 +50,42 @@ _TRIES = 50
 _PAUSE = 0.002  # seconds
 
 
+# None for at least float32; "file" for that of each array in the file.
+FileDtype: TypeAlias = DTypeLike | Literal["file"] | None
+
+
 class Readable(Protocol):
     """Something that arrays are read from by name."""
 
     def read(self, name: str, /) -> np.ndarray:
         """The array of a name."""
         ...
+
+
+class Widened:
+    """Arrays in at least float32, so that nothing is computed or trained in less.
+
+    Args:
+        arrays: as they are stored.
+    """
+
+    def __init__(self, arrays: Readable) -> None:
+        self._arrays = arrays
+
+    def read(self, name: str, /) -> np.ndarray:
+        """The array of a name."""
+        return _files.widen(self._arrays.read(name))
+
+
+def check_dtype(dtype: FileDtype) -> FileDtype:
+    """The dtype of the adapters that a caller wants of a reader.
+
+    Raises:
+        TypeError: if there are no adapters of it.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "file"):
+        return dtype
+    return _checks.check_factor_dtype(dtype)
 
 
 class Checkpoint(NamedTuple):
@@ -113,8 +145,8 @@ def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], Ten
         old = file
     raise CheckpointError(
         f"{folder / TENSORS} has the digest of another config than {folder / CONFIG}: is "
-        "one of both from another adapter, or was the config edited? Copy both files again. "
-        "If the config is as it should be, write the arrays without the digest: "
+        "one of them from another adapter, or was the config edited? Copy both files "
+        "again. If the config is right as it is, write the arrays without the digest: "
         "safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)."
     )
 
@@ -204,7 +236,9 @@ def write_checkpoint(
     _files.synchronize_directory(folder)
 
 
-def _put_in_place(folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path) -> None:
+def _put_in_place(
+    folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path
+) -> None:
     """Gives both files their names, or leaves the old ones."""
     place, aside = folder / CONFIG, _files.temporary_path(folder / _ASIDE)
     try:

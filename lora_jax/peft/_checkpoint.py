@@ -47,6 +47,7 @@ _ASIDE = f"{CONFIG}.old"
 _TEMPORARY = "|".join(re.escape(name) for name in (CONFIG, _ASIDE, TENSORS))
 # How often files are read again that another process replaces meanwhile.
 _TRIES = 50
+_IDLE = 3  # tries in a row at which no process was saving
 _PAUSE = 0.002  # seconds
 
 
@@ -126,13 +127,14 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
 
 def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:
     """The path and the fields of a config, and the arrays that were saved with it."""
-    old = None
+    old, idle = None, 0
     for left in reversed(range(_TRIES)):
         try:
             configs = _read_configs(folder)
             file = _open_arrays(folder)
         except FileNotFoundError:
-            if not left or not _is_being_saved(folder):
+            idle = 0 if _is_being_saved(folder) else idle + 1
+            if not left or idle == _IDLE:
                 raise
             time.sleep(_PAUSE)
             continue

@@ -54,7 +54,7 @@ class Writer(NamedTuple):
 
 
 def adapters_of(number):
-    """Adapters and a plan that are of one number: `A` is 1, and `scale * B` is the number."""
+    """Adapters and a plan that tell a number: `A` is 1, and `scale * B` is the number."""
     scale = 2.0 ** (number % 5)
     config = lora_jax.LoraConfig(rank=RANK, alpha=RANK * scale, targets="*/kernel")
     shape = jax.ShapeDtypeStruct((WIDTH, WIDTH), "float32")

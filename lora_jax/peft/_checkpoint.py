@@ -249,13 +249,16 @@ def _put_in_place(
         os.replace(tensors, folder / TENSORS)
         os.replace(config, place)
     except BaseException:
+        # What cannot be renamed stays: it is whole, and it is found by its digest.
         if tensors.exists():
             if aside.exists():
                 os.replace(aside, place)
             tensors.unlink()
             config.unlink()
-        elif config.exists():
-            os.replace(config, place)
+        else:
+            if config.exists():
+                os.replace(config, place)
+            aside.unlink(missing_ok=True)
         raise
 
 

@@ -85,6 +85,41 @@ def test_values_outlive_the_file(path):
     np.testing.assert_array_equal(read, array)
 
 
+def test_values_are_those_of_the_file_that_was_opened(path):
+    arrays = {name: some("float32", 3, 2) for name in "ab"}
+    _tensor_stream.write_tensors(path, arrays, {"who": "old"})
+    file = TensorFile(path)
+    _tensor_stream.write_tensors(path, {"a": some("int8", 99_999)}, {"who": "new"})
+    other = TensorFile(path)
+    assert (file.metadata, other.metadata) == ({"who": "old"}, {"who": "new"})
+    assert file.is_same(file)
+    assert not file.is_same(other)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(file.read(name), array)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="ends too early"):
+        other.read("a")
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(path, monkeypatch):
+    import safetensors
+
+    for value in (1.0, 2.0):
+        _tensor_stream.write_tensors(path, {"a": np.full(3, value, "float32")}, {})
+        path = path.rename(path.with_name(f"{value}")) and path
+    old, new = path.with_name("1.0"), path.with_name("2.0")
+    old.rename(path)
+    real = safetensors.safe_open
+
+    def replaced(*args, **options):
+        if new.exists():
+            new.rename(path)
+        return real(*args, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", replaced)
+    np.testing.assert_array_equal(TensorFile(path).read("a"), np.full(3, 2.0))
+
+
 @pytest.mark.parametrize("kind", HEADERS)
 def test_bad_headers(path, kind):
     path.write_bytes(with_header(HEADERS[kind]))
@@ -201,8 +236,19 @@ def test_dtypes_that_are_not_written(dtype):
         (b"[" * 100_000, "cannot be read as JSON"),
         (b"1" * 10_000, "cannot be read as JSON|holds a int"),
         (b"[1]", "holds a list, no JSON object"),
+        (b'{"a": 1e999}', "cannot be read as JSON: 1e999 is larger than any number"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "JSON: the key 'b' comes twice"),
+        (b'{"a": "\\ud800"}', "cannot be read as JSON"),
+        (b'{"\\udc00": 1}', "cannot be read as JSON"),
+        (b'{"a": "\xed\xa0\x80"}', "cannot be read as JSON"),
+        ('{"a": 1}'.encode("utf-16"), "cannot be read as JSON"),
+        (b'{"a": "\xe9"}', "cannot be read as JSON"),
+        (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, "cannot be read as JSON"),
     ],
-    ids=["empty", "nan", "infinity", "bytes", "deep", "long", "list"],
+    ids=[
+        *("empty", "nan", "infinity", "bytes", "deep", "long", "list", "huge", "twice"),
+        *("half", "half_key", "half_bytes", "utf16", "latin1", "deep_objects"),
+    ],
 )
 def test_bad_settings(tmp_path, content, message):
     path = tmp_path / "a.json"
@@ -214,8 +260,11 @@ def test_bad_settings(tmp_path, content, message):
 def test_settings_come_back(tmp_path):
     path = tmp_path / "a.json"
     value = {"Größe": [1, 2.5, None, True], "nested": {"a": "日本"}}
-    _files.write_text(path, json.dumps(value, ensure_ascii=False))
-    assert _files.read_json(path) == value
+    for text in (json.dumps(value, ensure_ascii=False), json.dumps(value | {"b": "😀"})):
+        _files.write_text(path, text)
+        assert _files.read_json(path) == json.loads(text)
+    path.write_bytes(b"\xef\xbb\xbf{}")  # as some editors begin
+    assert _files.read_json(path) == {}
 
 
 def test_what_is_too_large_for_settings(tmp_path, monkeypatch):

@@ -141,9 +141,12 @@ def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], Ten
         for where, fields in configs.items():
             if _belong_together(where, fields, file):
                 return where, fields, file
-        # Both are read again if another process saved between the two.
-        if old is not None and file.is_same(old):
+        # Both are read again if another process saved between the two. While the arrays had
+        # their name all the time, a config that is in its place is that of the arrays.
+        if folder / CONFIG in configs and old is not None and file.is_same(old):
             break
+        if folder / CONFIG not in configs:
+            time.sleep(_PAUSE)
         old = file
     raise CheckpointError(
         f"{folder / TENSORS} has the digest of another config than {folder / CONFIG}: is "

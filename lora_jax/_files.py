@@ -26,6 +26,7 @@ from jax.core import Tracer
 
 # Settings are kilobytes. What is far beyond that is no settings, and not worth the memory.
 _LARGEST_JSON = 64 * 2**20
+_DEEPEST = 100
 
 # The names that safetensors has for the dtypes of arrays. Those of 8-bit floats are left
 # out: it writes them from NumPy and does not read them back, and no adapter has them.
@@ -294,6 +295,7 @@ def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
             parse_float=_finite,
             object_pairs_hook=_distinct,
         )
+        _check_depth(value)
         if b"\\u" in data:  # half of a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -301,6 +303,20 @@ def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, no JSON object.")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError for what is nested so deeply that it could not be written again."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [
+            inner
+            for each in nested
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    if level:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
 
 
 def _refuse(constant: str) -> Any:

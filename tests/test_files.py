@@ -244,10 +244,11 @@ def test_dtypes_that_are_not_written(dtype):
         ('{"a": 1}'.encode("utf-16"), "cannot be read as JSON"),
         (b'{"a": "\xe9"}', "cannot be read as JSON"),
         (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, "cannot be read as JSON"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "JSON: it is nested more than 100 deep"),
     ],
     ids=[
         *("empty", "nan", "infinity", "bytes", "deep", "long", "list", "huge", "twice"),
-        *("half", "half_key", "half_bytes", "utf16", "latin1", "deep_objects"),
+        *("half", "half_key", "half_bytes", "utf16", "latin1", "deep_objects", "deeper"),
     ],
 )
 def test_bad_settings(tmp_path, content, message):

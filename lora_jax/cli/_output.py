@@ -1,6 +1,7 @@
 """What a command makes appears when it is complete, and not at all if it fails."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -32,9 +33,9 @@ def check_place(
         FileNotFoundError: if there is no directory to write in.
         ValueError: if the path is one of the inputs, or inside of it.
     """
-    place = out.resolve()
+    place = _resolve(out)
     for what, path in inputs.items():
-        given = path.resolve()
+        given = _resolve(path)
         if place == given or given in place.parents:
             raise ValueError(
                 f"OUT {out} is {what} {path} or inside of it, which is never changed: "
@@ -58,6 +59,14 @@ def check_place(
             f"{out} is not what this command writes, so --overwrite does not replace it: "
             "remove it yourself, or give another name."
         )
+
+
+def _resolve(path: pathlib.Path) -> pathlib.Path:
+    """A path without links; before 3.13, Python has no OSError for links without an end."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
 def check_space(folder: pathlib.Path, needed: int) -> None:

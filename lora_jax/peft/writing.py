@@ -162,9 +162,9 @@ def _warn_of_patterns(config: PeftConfig) -> None:
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         if not math.isclose(scale, own, rel_tol=1e-12):
             _LOG.warning(
-                "modules have other scales than lora_alpha and r say, for example %s: "
-                "programs that read neither rank_pattern nor alpha_pattern, such as vLLM, "
-                "would scale all alike. For those save with uniform=True.",
+                "modules have other scales than lora_alpha and r say, for example %s. "
+                "Programs that read neither rank_pattern nor alpha_pattern, such as vLLM, "
+                "would scale all modules alike: for those write a uniform file.",
                 pattern,
             )
             return

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lora_jax.plan import Use
+from lora_jax.plan import Target, Use
 
 Axes = frozenset[int]
 
@@ -17,12 +17,38 @@ class AmbiguousError(UnsuitableError):
     """The axes of a weight cannot be found, and could be given."""
 
 
+class MergedError(UnsuitableError):
+    """Every use of a weight needs it merged.
+
+    Attributes:
+        letters: of its axes, as its uses have them; `"..."` if they do not say.
+    """
+
+    def __init__(self, message: str, letters: str):
+        super().__init__(message)
+        self.letters = letters
+
+
 class Resolved(NamedTuple):
     """The axes of a weight, each group in ascending order."""
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     batch_axes: tuple[int, ...]
+
+
+class Side(NamedTuple):
+    """An axis of a weight in use that a plan has as input or as output.
+
+    Attributes:
+        letter: that of the plan, `i` or `o`.
+        role: what the use does with the axis; see `lora_jax.plan.Use`.
+        size: of the axis.
+    """
+
+    letter: str
+    role: str
+    size: int
 
 
 class _Split(NamedTuple):
@@ -80,6 +106,15 @@ def from_letters(letters: str, shape: tuple[int, ...]) -> Resolved:
             f"it is a vector: as a matrix it is ({sizes[0]}, {sizes[1]}), of rank 1"
         )
     return Resolved(ins, outs, batch)
+
+
+def letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str | None:
+    """The letters of the axes, such as `"bio"`, if the uses of a weight tell them."""
+    try:
+        axes = resolve_axes(shape, uses)
+    except UnsuitableError:
+        return None
+    return "".join("iob"[[i in own for own in axes].index(True)] for i in range(len(shape)))
 
 
 def _batch_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Axes:
@@ -158,3 +193,67 @@ def _ambiguous(reason: str, uses: Iterable[Use]) -> AmbiguousError:
 
 def _listed(uses: Iterable[Use]) -> str:
     return " and ".join(map(str, uses))
+
+
+_READS = {"contracted": "i", "indexed": "i", "kept": "o", "batch": "b", "stacked": "b"}
+
+
+def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
+    """The axes of a weight as one use of it has them, seen through the factors of a plan.
+
+    The batch axes of the plan may be used in any way: a matrix for each index is what they
+    are for any of them.
+
+    Args:
+        target: of the plan.
+        sides: the other axes of the value that is used. They are those of the weight, as
+            long as it has not been reshaped.
+        ndim: the number of axes of the value that are longer than 1.
+
+    Returns:
+        One letter for each axis of the weight, those of the plan if the use agrees with it;
+        None if the use does not say which axes are input and which are output.
+    """
+    found = {letter: {s.role for s in sides if s.letter == letter} for letter in "io"}
+    ins, outs = ({_READS.get(role) for role in found[letter]} for letter in "io")
+    whole = ndim <= sum(size > 1 for size in target.shape)
+    if "b" in ins | outs:
+        if whole:
+            return _with(target, [side for side in sides if _READS.get(side.role) == "b"])
+        return target.axes if "i" in ins and "o" in outs else None
+    known_ins, known_outs = ins & {"i", "o"}, outs & {"i", "o"}
+    if known_ins == {"o"} and known_outs == {"i"}:
+        return turned(target.axes)
+    if "o" not in known_ins | known_outs or "i" not in known_ins | known_outs:
+        return None
+    if whole:
+        others = [s for s in sides if _READS.get(s.role, s.letter) != s.letter]
+        return _with(target, others)
+    return target.axes if "i" in known_ins and "o" in known_outs else None
+
+
+def turned(letters: str) -> str:
+    """The letters of axes with input and output in each other's place."""
+    return letters.translate({ord("i"): "o", ord("o"): "i"})
+
+
+def _with(target: Target, sides: Iterable[Side]) -> str:
+    """The letters of a plan, with those of some axes as their uses have them."""
+    letters, left = list(target.axes), set(range(len(target.axes)))
+    for side in sides:
+        places = [axis for axis in sorted(left) if target.axes[axis] == side.letter]
+        same = [axis for axis in places if target.shape[axis] == side.size]
+        if places:
+            axis = (same or places)[0]
+            letters[axis] = _READS[side.role]
+            left.remove(axis)
+    return "".join(letters)
+
+
+def contradicts(target: Target, use: Use) -> bool:
+    """Whether a recorded use has the axes of a weight otherwise than a plan."""
+    pairs = zip(target.axes, use.roles, target.shape, strict=False)
+    return any(
+        letter != "b" and size > 1 and _READS.get(role, letter) != letter
+        for letter, role, size in pairs
+    )

@@ -6,6 +6,7 @@ are looked at only where they are known: of Python numbers and of arrays outside
 
 import contextlib
 import difflib
+import json
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
+_LARGEST_RANK = 2**31 - 1
 
 
 def is_array(value: Any) -> bool:
@@ -130,19 +132,26 @@ def check_weight_shape(name: str, shape: tuple[int, ...]) -> None:
 
 def check_rank(rank: Any) -> None:
     """Raises unless `rank` is a positive integer."""
-    try:
-        if isinstance(rank, bool | np.bool_):
-            raise TypeError
-        value = operator.index(rank)
-    except TypeError:
-        raise TypeError(
-            f"rank must be a positive integer, got {rank!r} ({type(rank).__name__})."
-        ) from None
+    value = as_index("rank", rank, "a positive integer")
+    if value > _LARGEST_RANK:
+        raise ValueError(f"rank must be below 2**31, got {value}.")
     if value < 1:
         raise ValueError(
             f"rank must be a positive integer, got {value}: to leave a weight without "
             "an adapter, do not make one for it."
         )
+
+
+def as_index(name: str, value: Any, what: str = "an integer") -> int:
+    """An integer as Python's own; raises TypeError for anything else, bools among them."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be {what}, got {value!r:.60} ({type(value).__name__})."
+        ) from None
 
 
 def check_factor_dtype(dtype: Any) -> jnp.dtype:
@@ -258,6 +267,56 @@ def check_fields(what: str, given: Any, allowed: Sequence[str]) -> None:
                 f"{what} has no field {name!r}; the nearest is {near[0]!r}. Was the text "
                 "written by a newer version of lora_jax?"
             )
+
+
+@contextlib.contextmanager
+def reading_json(what: str, text: Any) -> Iterator[Any]:
+    """Yields what a JSON text holds.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if it is no JSON, is nested thousands of times, names a field of an
+            object twice, or has a number that is not finite, for which JSON has no word.
+    """
+    if not isinstance(text, str | bytes | bytearray):
+        raise TypeError(
+            f"{what} must be a text, got {type(text).__name__}: pass what to_json returned."
+        )
+    try:
+        try:
+            value = json.loads(
+                text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{what} cannot be read: {error}. Pass what to_json returned."
+            ) from None
+        yield value
+    except RecursionError:
+        raise ValueError(
+            f"{what} is nested too deeply to be what to_json returned."
+        ) from None
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"an object has the field {name!r:.60} twice")
+        fields[name] = value
+    return fields
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"it has the number {word}, and only finite ones have a meaning")
+
+
+def check_json(name: str, value: Any, kind: type, what: str) -> None:
+    """Raises TypeError unless a value of a JSON text is of a Python type, exactly."""
+    if type(value) is not kind:
+        raise TypeError(
+            f"{name} must be {what}, got {value!r:.60} ({type(value).__name__})."
+        )
 
 
 def check_input(x: Any, weight: jax.Array) -> None:

@@ -1,10 +1,12 @@
 """What differs between the versions of JAX, and what is not public in all of them.
 
 Each guard compares a version, so that raising the floor in `pyproject.toml` shows which
-of them to delete. `jax.extend` is imported here and nowhere else.
+of them to delete. A guard on something that changed in a patch release asks JAX instead,
+and names the version in a comment. `jax.extend` is imported here and nowhere else.
 """
 
 import contextlib
+import os
 import pathlib
 import sysconfig
 import traceback
@@ -18,11 +20,15 @@ from jax.sharding import PartitionSpec
 Literal = core.Literal
 Equation = core.JaxprEqn
 
-_LIBRARIES = (
-    str(pathlib.Path(__file__).parent),
-    sysconfig.get_path("stdlib"),
-    sysconfig.get_path("purelib"),
-    "/site-packages/",
+# Files whose lines are of no interest to the user.
+_HIDDEN = tuple(
+    str(pathlib.Path(file).parent) + os.sep for file in (__file__, jax.__file__)
+)
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
+# Packages of layers and checks, which a model is written with.
+_LAYERS = (
+    *("beartype", "chex", "einops", "equinox", "flax", "haiku", "jaxlib", "jaxtyping"),
+    *("keras", "numpy", "optax", "typeguard"),
 )
 
 
@@ -71,17 +77,50 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
     return inner, list(getattr(jaxpr, "consts", ()))
 
 
+def body_of(equation: Any) -> tuple[Any, list[Any]] | None:
+    """The jaxpr that an equation calls on its operands, and its constants.
+
+    For reading only: what the equation does besides (a derivative, a partition) is not in
+    it. None if there is none, as for a callback, or it is one on references, as a kernel's.
+    """
+    of = equation.params
+    hi = of.get("_prim")
+    found = [of.get(name) for name in ("call_jaxpr", "fun_jaxpr", "jaxpr", "call")]
+    found += [
+        getattr(hi, "jaxpr", None),
+        getattr(getattr(hi, "traced", None), "jaxpr", None),
+    ]
+    operands = [_shape_of(atom) for atom in equation.invars]
+    for candidate in found:
+        jaxpr, constants = open_jaxpr(candidate)
+        arguments = getattr(jaxpr, "invars", None)
+        if arguments is not None and list(map(_shape_of, arguments)) == operands:
+            return jaxpr, constants
+    return None
+
+
+def _shape_of(atom: Any) -> Any:
+    """The shape of an array; of anything else, such as a reference, its type."""
+    aval = atom.aval
+    return type(aval) if hasattr(aval, "inner_aval") else getattr(aval, "shape", None)
+
+
 def bind(equation: Any, values: Sequence[Any]) -> Any:
-    """What the equation's primitive gives for other values."""
+    """Evaluates the equation's primitive on other values.
+
+    A list if the primitive has several results, else the one result.
+    """
     parameters = equation.primitive.get_bind_params(equation.params)
-    if jax.__version_info__ < (0, 10, 0):  # functions were not among the parameters
+    if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions apart
         functions, parameters = parameters
         values = (*functions, *values)
-    return equation.primitive.bind(*values, **parameters)
+    out = equation.primitive.bind(*values, **parameters)
+    # In JAX >= 0.9.2 some primitives return a tree of their results.
+    return list(out) if equation.primitive.multiple_results else out
 
 
 def bind_one(equation: Any, value: Any) -> Any:
-    """What a primitive of one operand and one result gives for another value."""
+    """Evaluates a primitive of one operand and one result on another value."""
     out = bind(equation, [value])
     # In some versions of JAX the one result of some of them comes in a list.
     return out[0] if equation.primitive.multiple_results else out
@@ -97,25 +136,45 @@ def at_equation(equation: Any) -> Iterator[None]:
         yield
 
 
-def source_line(equation: Any) -> str:
-    """Where the user's code asked for the equation, as `file:line (function)`.
+def source_lines(equation: Any) -> list[str]:
+    """Where an equation was asked for, each line as `file:line (function)`.
 
-    The innermost line that is not in an installed package; for a model that is all in
-    installed packages, the innermost that is not JAX's. Empty where JAX has kept none.
+    The innermost line of the user. In front of it, if the model is in an installed
+    package, the line of the model: the innermost that is not in a library of layers. Empty
+    where JAX has kept none: it forgets what is around the function that is traced.
     """
     trace = equation.source_info.traceback
     if trace is None:
-        return ""
+        return []
+    model = layer = ""
     for frame, line in reversed(list(traceback.walk_tb(trace.as_python_traceback()))):
-        code = frame.f_code
-        if not any(library in code.co_filename for library in _LIBRARIES):
-            return f"{_short(code.co_filename)}:{line} ({code.co_name})"
-    return source_info_util.summarize(equation.source_info)
+        file, package = frame.f_code.co_filename, _package(frame.f_code.co_filename)
+        if package == "":
+            continue
+        text = f"{_short(file)}:{line} ({frame.f_code.co_name})"
+        if package is None:
+            return [model, text] if model else [text]
+        layer = layer or text
+        model = model or ("" if package in _LAYERS else text)
+    return [model or layer] if layer else []
+
+
+def _package(file: str) -> str | None:
+    """The installed package of a file; "" for JAX, Python and lora_jax, None for others."""
+    if file.startswith(_HIDDEN):
+        return ""
+    parts = pathlib.PurePath(file).parts
+    for folder in ("site-packages", "dist-packages"):
+        if folder in parts:
+            return parts[parts.index(folder) + 1]
+    return "" if file.startswith((_PYTHON, "<")) else None
 
 
 def _short(file: str) -> str:
-    """A file by its path from here, or else by its last two names."""
+    """A file by its path from here or in its package, or else by its last two names."""
     path, here = pathlib.Path(file), pathlib.Path.cwd()
-    if path.is_relative_to(here):
+    package = _package(file)
+    if package is None and path.is_relative_to(here):
         return str(path.relative_to(here))
-    return "/".join(path.parts[-2:])
+    start = path.parts.index(package) if package else -2
+    return "/".join(path.parts[start:])

@@ -5,8 +5,9 @@ the whole path, in which `*` also stands for `/`; or a regular expression that h
 the whole path: an `re.Pattern`, or a string that starts with `re:`. Patterns are kept as
 text, the latter in the form with `re:`.
 
-The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`. A pattern also
-matches such a path if it matches what is in front of that.
+The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`, those of its
+pure dict do not. A pattern matches both: it may match what is in front of that ending; and
+if it has the ending itself, after a name without wildcards, it may match without it.
 """
 
 import difflib
@@ -26,6 +27,8 @@ Pattern: TypeAlias = str | re.Pattern[str]
 
 _REGEX = "re:"
 _BOXES = ("/value", "/raw_value")
+# Not `*/value`, which is what attention calls its weights.
+_NAME_IN_BOX = re.compile(r"(^|[:/])\w+/(raw_)?value$")
 _FLAGS = {
     re.ASCII: "a",
     re.IGNORECASE: "i",
@@ -164,12 +167,46 @@ def check_matched(
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern, as text, matches a path."""
-    paths = (path, *(path.removesuffix(box) for box in _BOXES if path.endswith(box)))
+    plain = _without_box(path)
+    return any(_matches(pattern, name) for name in dict.fromkeys((path, plain))) or (
+        _NAME_IN_BOX.search(pattern) is not None and _matches(_without_box(pattern), plain)
+    )
+
+
+def _matches(pattern: str, path: str) -> bool:
     if pattern.startswith(_REGEX):
-        regex = re.compile(pattern.removeprefix(_REGEX))
-        return any(regex.fullmatch(path) for path in paths)
+        return re.fullmatch(pattern.removeprefix(_REGEX), path) is not None
     # A path may have brackets in it, and names itself all the same.
-    return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for path in paths)
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
+
+
+def _without_box(path: str) -> str:
+    """A path, or a pattern, without the ending that an `nnx.State` gives it."""
+    return next((path.removesuffix(box) for box in _BOXES if path.endswith(box)), path)
+
+
+def find(path: str, paths: Iterable[str]) -> str:
+    """The one of some paths that is this one, with or without the ending of NNX.
+
+    Returns:
+        The path itself if there is none, or if there are several.
+    """
+    paths = list(paths)
+    if path in paths:
+        return path
+    same = [other for other in paths if _without_box(other) == _without_box(path)]
+    return same[0] if len(same) == 1 else path
+
+
+def without_numbers(path: str) -> str:
+    """A path with `*` for each number in it, as those of layers that are alike have."""
+    return re.sub(r"\d+", "*", path)
+
+
+def listed(paths: list[str]) -> str:
+    """The first of some paths, and how many more there are."""
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(map(repr, paths[:5])) + more
 
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:

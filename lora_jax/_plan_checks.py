@@ -47,8 +47,8 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
     if missing:
         hint = _paths.nearest_hint(missing[0], params_by_path)
         raise KeyError(
-            f"params lack weights that the plan adapts: {_listed(missing)}{hint}. Is the "
-            "plan that of these params? They come first, before the adapters."
+            f"params lack weights that the plan adapts: {_paths.listed(missing)}{hint}. Is "
+            "the plan that of these params? They come first, before the adapters."
         )
     for path, target in plan.targets.items():
         weight = params_by_path[path]
@@ -93,8 +93,8 @@ def check_paths(name: str, given: Any, paths: list[str]) -> None:
         near = difflib.get_close_matches(unknown[0], paths, n=1) if unknown else []
         raise KeyError(
             f"{name} must have the {len(paths)} paths of the plan"
-            + (f"; missing: {_listed(missing)}" if missing else "")
-            + (f"; unknown: {_listed(unknown)}" if unknown else "")
+            + (f"; missing: {_paths.listed(missing)}" if missing else "")
+            + (f"; unknown: {_paths.listed(unknown)}" if unknown else "")
             + (f"; the nearest is {near[0]!r}" if near else "")
             + ". Are they of another plan?"
         )
@@ -133,11 +133,6 @@ def _check_adapter(adapter: Any, target: Target) -> None:
                 f"adapter[{name!r}] must have the shape {shape} that the plan has for "
                 f"rank {target.rank}, got {adapter[name].shape}."
             )
-
-
-def _listed(paths: list[str]) -> str:
-    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-    return ", ".join(map(repr, paths[:5])) + more
 
 
 def check_none_is_shared(

@@ -3,11 +3,12 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 _SHOWN = ("entry_shape", "weight_dtype")  # in every repr as shape and dtype
@@ -19,7 +20,8 @@ class QuantizedTensor(abc.ABC):
     A format is a subclass that is a frozen dataclass with `eq=False` and `repr=False`,
     registered by `jax.tree_util.register_dataclass`. Its array fields are the leaves, and
     optional arrays are None where they are not there; the others have the metadata
-    `static=True` and are strings, numbers, None, or tuples of these. It provides `shape`,
+    `static=True` and are strings, numbers, None, or tuples of these; one that says only
+    how the arrays lie here has a default and `in_files=False`. It provides `shape`,
     `dtype`, `batch_ndim`, `dequantize`, `quantize_like` and `check`; the rest is here.
     `register_format` gives it a name in files.
 
@@ -57,6 +59,24 @@ class QuantizedTensor(abc.ABC):
     @abc.abstractmethod
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings, of any kind, fit each other."""
+
+    def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> Any:
+        """Which mesh axes its arrays are split over, where the dense weight is.
+
+        Arrays of the shape of the weight are split as it is, all others along the axes of
+        the stack. A format whose other arrays can be split further says so.
+
+        Args:
+            spec: the mesh axes of each axis of the weight.
+            sizes: of the mesh axes.
+
+        Returns:
+            A tensor like this one, with a `PartitionSpec` for each array.
+        """
+        del sizes
+        whole = PartitionSpec(*spec)
+        stack = PartitionSpec(*spec[: self.batch_ndim])
+        return jax.tree.map(lambda x: whole if x.shape == self.shape else stack, self)
 
     @property
     def ndim(self) -> int:
@@ -127,7 +147,7 @@ class QuantizedTensor(abc.ABC):
 
 
 def _fields(owner: Any, static: bool) -> list[dataclasses.Field[Any]]:
-    fields = dataclasses.fields(owner)
+    fields = [f for f in dataclasses.fields(owner) if f.metadata.get("in_files", True)]
     return [f for f in fields if f.metadata.get("static", False) == static]
 
 

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from lora_jax import _axes, _checks, _paths
 from lora_jax._frozen import FrozenDict
 from lora_jax.config import ALL_LINEAR, LoraConfig, kept_patterns
-from lora_jax.plan import AdapterPlan, Target, Use
+from lora_jax.plan import (
+    EXCLUDED,
+    NOT_CHOSEN,
+    WITHOUT_FUNCTION,
+    AdapterPlan,
+    Target,
+    Use,
+    alike,
+)
 
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
@@ -59,9 +67,13 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
     if refused:
         raise ValueError(_refusal(refused))
     if not targets:
-        raise ValueError(_nothing(config, skipped))
+        raise ValueError(_nothing(config, arrays, skipped))
     for name in _PER_WEIGHT:
-        _paths.check_matched(name, getattr(config, name), targets, "weight that is adapted")
+        patterns = getattr(config, name)
+        lost = _paths.unmatched(patterns, targets)
+        others = [(p, why) for p, why in skipped.items() if _paths.first_match(lost, p)]
+        hint = f" {others[0][0]!r} has no adapter: {others[0][1]}." if others else ""
+        _paths.check_matched(name, patterns, targets, "weight that is adapted", hint)
     return AdapterPlan(
         config=config,
         targets=FrozenDict(targets),
@@ -92,12 +104,12 @@ def _passed_over(config: LoraConfig, path: str, leaf: Any) -> str | None:
         return f"it is no array: {type(leaf).__name__}"
     excluded = _paths.first_match(kept_patterns(config.exclude), path)
     if excluded is not None:
-        return f"the pattern {excluded!r} of exclude matches it"
+        return f"the pattern {excluded!r} {EXCLUDED}"
     if config.targets == ALL_LINEAR or _paths.first_match(
         kept_patterns(config.targets), path
     ):
         return None
-    return "no pattern of targets matches it"
+    return NOT_CHOSEN
 
 
 def _target(config: LoraConfig, path: str, leaf: Any, uses: Uses | None) -> Target:
@@ -138,8 +150,8 @@ def _axes_without_function(
     letters = _given_axes(config, path, shape)
     if letters is None and len(shape) > 2:
         raise _axes.AmbiguousError(
-            f"it has {len(shape)} axes, {shape}, and without a function only the axes of a "
-            "2-D weight are known: give plan_adapters the function and its arguments"
+            f"it has {len(shape)} axes, {shape}, and {WITHOUT_FUNCTION}: give "
+            "plan_adapters the function and its arguments"
         )
     return _axes.from_letters(letters or "io", shape)
 
@@ -155,25 +167,57 @@ def _axes_of_uses(
     letters = _given_axes(config, path, shape)
     if letters is not None:
         return _axes.from_letters(letters, shape)
-    if not low_rank:
-        raise _axes.UnsuitableError(
-            f"every use of it needs the merged weight: {' and '.join(map(str, uses))}"
+    merged = _letters_of_merged(shape, uses, low_rank)
+    if merged is not None:
+        raise _axes.MergedError(
+            f"every use of it needs the merged weight: {_listed(uses)}", merged
         )
     return _axes.resolve_axes(shape, low_rank)
 
 
+def _letters_of_merged(
+    shape: tuple[int, ...], uses: Sequence[Use], low_rank: Sequence[Use]
+) -> str | None:
+    """The letters of the axes of a weight that only merged uses multiply.
+
+    Returns:
+        The letters, `"..."` if the uses do not tell, or None for any other weight.
+    """
+    if not low_rank:
+        return _axes.letters_of(shape, uses) or "..."
+    if any(map(_multiplies, low_rank)) or not any(map(_multiplies, uses)):
+        return None
+    # What takes an entry of a stack is no use, but looks like one of a table.
+    known, letters = (_axes.letters_of(shape, own) for own in (low_rank, uses))
+    is_stack = letters is not None and "b" in letters and letters != known
+    return letters if known is None or is_stack else None
+
+
+def _multiplies(use: Use) -> bool:
+    return {"contracted", "kept"} <= {*use.roles}
+
+
 def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
     """Raises unless `"all-linear"` takes a weight of these uses."""
-    if not any(use.linear for use in low_rank):
-        raise _axes.UnsuitableError(
-            f"no matrix product uses it, only {' and '.join(map(str, uses))}"
-        )
+    merged = [use for use in uses if use.merged and _multiplies(use)]
+    linear = any(use.linear for use in low_rank)
     added = [use for use in low_rank if use.primitive in ("add", "sub", "add_any")]
-    if added:
+    if added and (linear or merged):
         raise _axes.UnsuitableError(
             f"it is added to something, as a bias or positions are: {added[0]}. Name it in "
             "targets if it is the weight of a product all the same"
         )
+    if merged and not linear:
+        raise _axes.UnsuitableError(
+            f"only what needs the merged weight multiplies it: {_listed(merged)}. Name it "
+            "in targets to see how to adapt it"
+        )
+    if not linear:
+        raise _axes.UnsuitableError(f"no matrix product uses it, only {_listed(uses)}")
+
+
+def _listed(uses: Sequence[Use]) -> str:
+    return " and ".join(map(str, uses))
 
 
 def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | None:
@@ -194,19 +238,56 @@ def _refusal(refused: Mapping[str, _axes.UnsuitableError]) -> str:
     if others:
         lines.append(f"Leave out with exclude={tuple(others)!r}, or narrow the patterns.")
     if ambiguous:
-        letters = ", ".join(f'{path!r}: "..."' for path in ambiguous)
         lines.append(
-            f"Give axes={{{letters}}} with one letter for each axis: i (input), o (output) "
-            "or b (batch)."
+            f"Give axes={_axes_of(dict.fromkeys(ambiguous, '...'))} with one letter for "
+            "each axis: i (input), o (output) or b (batch)."
+        )
+    merged = {
+        path: why.letters
+        for path, why in refused.items()
+        if isinstance(why, _axes.MergedError)
+    }
+    if merged:
+        lines.append(
+            "A weight that every use needs merged can have an adapter if its axes are "
+            f"given and the merges are allowed: axes={_axes_of(merged)}"
+            + _UNKNOWN * ("..." in merged.values())
+            + ", and adapt(fn, plan, on_merge='allow')."
         )
     return "\n".join(lines)
 
 
-def _nothing(config: LoraConfig, skipped: Mapping[str, str]) -> str:
+_UNKNOWN = (
+    ' (for "..." one letter for each axis: i for input, o for output, b for batch, which '
+    "the uses do not tell)"
+)
+
+
+def _axes_of(letters: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f'{path!r}: "{own}"' for path, own in letters.items()) + "}"
+
+
+def _nothing(
+    config: LoraConfig, arrays: Mapping[str, Any], skipped: Mapping[str, str]
+) -> str:
+    """What to say if no weight has an adapter: first of those that look like matrices."""
     lines = [f"nothing is adapted with targets={config.targets!r}:"]
-    lines += [f"  {path!r}: {why}" for path, why in list(skipped.items())[:5]]
-    if len(skipped) > 5:
-        lines.append(f"  and {len(skipped) - 5} more")
+    matrices: dict[tuple[str, str], list[str]] = {}
+    rest: dict[str, dict[str, str]] = {}
+    for path, why in skipped.items():
+        if path in arrays and _is_matrix(arrays[path]):
+            matrices.setdefault((_paths.without_numbers(path), why), []).append(path)
+        else:
+            rest.setdefault(why.partition(",")[0].partition(":")[0], {})[path] = why
+    lines += [f"  {alike(key[0], paths)}: {key[1]}" for key, paths in matrices.items()]
+    for kind, reasons in rest.items():
+        same = len(set(reasons.values())) == 1
+        why = next(iter(reasons.values())) if same else kind
+        lines.append(f"  {_paths.listed(list(reasons))}: {why}")
     if not skipped:
         lines.append("  params has no leaves")
     return "\n".join(lines)
+
+
+def _is_matrix(leaf: Any) -> bool:
+    return len(leaf.shape) >= 2 and _checks.is_floating(leaf.dtype)

@@ -158,15 +158,23 @@ class LoraConfig:
             The config.
 
         Raises:
-            TypeError, ValueError: if the text is no JSON, a field is unknown, or a value
-                is none that the config takes.
+            TypeError, ValueError: if the text is no JSON, a field is unknown or twice
+                there, or a value is none that the config takes.
         """
-        fields = json.loads(text)
-        names = [field.name for field in dataclasses.fields(cls)]
-        _checks.check_fields("a LoraConfig", fields, names)
-        if isinstance(fields.get("init"), list):
-            fields["init"] = tuple(fields["init"])
-        return cls(**fields)
+        with _checks.reading_json("the JSON of a LoraConfig", text) as given:
+            return from_fields(given)
+
+
+def from_fields(given: Any) -> LoraConfig:
+    """The config of a JSON object that was read."""
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    _checks.check_fields("a LoraConfig", given, names)
+    fields = dict(given)
+    if isinstance(fields.get("init"), list):
+        fields["init"] = tuple(fields["init"])
+    if fields.get("dtype") is not None:
+        _checks.check_json("dtype", fields["dtype"], str, "the name of a dtype, or null")
+    return LoraConfig(**fields)
 
 
 def kept_patterns(patterns: Any) -> tuple[str, ...]:

@@ -89,8 +89,8 @@ def plan_adapters(
         >>> plan = lora_jax.plan_adapters(config, params)
         >>> print(plan)
         path        shape     axes  method  rank  scale  parameters     share
-        query       (64, 32)  io    lora       4      4         384  18.182 %
-        total of 1                                              384  18.182 %
+        query       (64, 32)  io    lora       4      4         384  15.385 %
+        total of 1                                              384  15.385 %
         >>> plan.explain("scale")
         'scale: no adapter, because it is a vector, (64,).'
     """

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,23 @@ import jax
 from lora_jax import _checks, _paths
 from lora_jax._frozen import FrozenDict
 from lora_jax._tables import format_table
-from lora_jax.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.config import ALL_LINEAR, LoraConfig, from_fields, kept_patterns
 
 __all__ = ["AdapterPlan", "Target", "Use"]
 
 METHODS = ("lora", "dora")
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
 _NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
+_ROLES = ("contracted", "kept", "batch", "indexed", "stacked", "")
+_LARGEST_SIZE = 2**63 - 1
+
+# Where a use is from that no function has shown, but the kind of a module.
+FROM_CHECKPOINT = "the PEFT checkpoint"
+
+# Reasons why a leaf has no adapter that a printed plan has to tell apart.
+NOT_CHOSEN = "no pattern of targets matches it"
+EXCLUDED = "of exclude matches it"
+WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
 
 
 class Use(NamedTuple):
@@ -27,7 +37,8 @@ class Use(NamedTuple):
     """The name of JAX's primitive, such as `dot_general`."""
     roles: tuple[str, ...]
     """What the use does with each axis of the weight: `contracted`, `kept`, `batch`,
-    `indexed`, `stacked` (scanned over), or an empty string where that is not known."""
+    `indexed`, `stacked` (scanned over), `stopped` (its gradient is), or an empty string
+    where that is not known."""
     where: str = ""
     """The line of the source, where it is known."""
     merged: str = ""
@@ -77,7 +88,7 @@ class Target:
 
     def __post_init__(self) -> None:
         for name in ("shape", "in_axes", "out_axes", "batch_axes"):
-            object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
+            object.__setattr__(self, name, _sizes(name, getattr(self, name)))
         _checks.check_choice("method", self.method, METHODS)
         _checks.check_rank(self.rank)
         _checks.check_number("scale", self.scale)
@@ -131,7 +142,8 @@ class AdapterPlan:
     """The record of what is adapted and how. `print` shows it as a table.
 
     Immutable and hashable; to JAX a static value without leaves. Two plans are equal if
-    their configs and targets are.
+    their configs and targets are. `dataclasses.replace` takes other targets, but no other
+    config for the same targets: that needs a new plan.
 
     Args:
         config: what the plan was made of.
@@ -139,6 +151,10 @@ class AdapterPlan:
         skipped: path to the reason why that leaf has no adapter.
         uses: path to what the function does with that leaf; empty if there was none.
         total: the number of parameters in the params.
+
+    Raises:
+        ValueError: if another config is put in place of the one that the targets were
+            made with, and they differ in more than `init` and `dtype`.
     """
 
     config: LoraConfig
@@ -148,6 +164,14 @@ class AdapterPlan:
         default=FrozenDict(), compare=False
     )
     total: int = dataclasses.field(default=0, compare=False)
+    # The config and targets before `dataclasses.replace`, which hands it on.
+    _made: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        config, targets = self._made or (self.config, self.targets)
+        if config != self.config and targets == self.targets:
+            _check_same_targets(config, self.config)
+        object.__setattr__(self, "_made", (self.config, self.targets))
 
     @property
     def parameters(self) -> int:
@@ -155,27 +179,40 @@ class AdapterPlan:
         return sum(target.parameters for target in self.targets.values())
 
     def __str__(self) -> str:
-        """A row for each target, one for their sum, and what `adapt` would refuse."""
+        """A row for each target, one for their sum, and what else is to be known.
+
+        That is what `adapt` would refuse to merge, and each weight with two axes or more
+        that is left out, though no pattern of the config says so. A share is of all
+        parameters, those of the params and the adapters, as in `count_parameters`.
+        """
+        total = self.total and self.total + self.parameters
         rows: list[tuple[str, ...]] = [_HEADER]
         for path, target in self.targets.items():
             shape, count = str(target.shape), target.parameters
-            numbers = str(target.rank), f"{target.scale:g}", *_counted(count, self.total)
+            numbers = str(target.rank), f"{target.scale:g}", *_counted(count, total)
             rows.append((path, shape, target.axes, target.method, *numbers))
-        total = _counted(self.parameters, self.total)
-        rows.append((f"total of {len(self.targets)}", *[""] * 5, *total))
+        whole = _counted(self.parameters, total)
+        rows.append((f"total of {len(self.targets)}", *[""] * 5, *whole))
         merged = [
             f"to be merged: {path!r}, {use}"
             for path in self.targets
             for use in self.uses.get(path, ())
             if use.merged
         ]
-        return "\n".join([*format_table(rows, _NUMBERS), *merged])
+        stopped = [
+            f"gradient stopped: {path!r}, {use}"
+            for path in self.targets
+            for use in self.uses.get(path, ())
+            if "stopped" in use.roles
+        ]
+        table = format_table(rows, _NUMBERS)
+        return "\n".join([*table, *merged, *stopped, *_left_out(self)])
 
     def explain(self, path: str) -> str:
         """Says why a leaf has an adapter, or why not.
 
         Args:
-            path: of a leaf of the params.
+            path: of a leaf of the params. An ending `/value` of NNX may be left out.
 
         Returns:
             Some lines of text: which pattern chose the leaf, its axes, and each use of it
@@ -184,6 +221,7 @@ class AdapterPlan:
         Raises:
             KeyError: if the params have no such leaf.
         """
+        path = _paths.find(path, [*self.targets, *self.skipped])
         if path in self.skipped:
             lines = [f"{path}: no adapter, because {self.skipped[path]}."]
         elif path in self.targets:
@@ -224,28 +262,47 @@ class AdapterPlan:
             explanations.
 
         Raises:
-            TypeError, ValueError: if the text is no JSON, a field is missing or unknown,
-                or a value is none that the plan takes.
+            TypeError, ValueError: if the text is no JSON, a field is missing or unknown or
+                twice there, or a value is none that the plan takes.
         """
-        given = json.loads(text)
-        fields = _fields(cls, given)
-        uses = {
-            path: tuple(_use(use) for use in uses) for path, uses in fields["uses"].items()
-        }
-        return cls(
-            config=LoraConfig.from_json(json.dumps(fields["config"])),
-            targets=FrozenDict(
-                {p: Target(**_fields(Target, t)) for p, t in fields["targets"].items()}
-            ),
-            skipped=FrozenDict(fields["skipped"]),
-            uses=FrozenDict(uses),
-            total=fields["total"],
-        )
+        with _checks.reading_json("the JSON of a lora_jax AdapterPlan", text) as given:
+            return _read(cls, given)
+
+
+def _read(cls: type[AdapterPlan], given: Any) -> AdapterPlan:
+    fields = _fields(cls, given)
+    for name in ("targets", "skipped", "uses"):
+        _checks.check_json(name, fields[name], dict, "an object with paths as its names")
+    targets, skipped = {}, fields["skipped"]
+    for path, target in fields["targets"].items():
+        with _checks.at_path(path):
+            targets[path] = Target(**_fields(Target, target))
+    for path, reason in skipped.items():
+        _checks.check_json(f"skipped[{path!r}]", reason, str, "a reason")
+    both = [path for path in targets if path in skipped]
+    if both:
+        raise ValueError(f"the path {both[0]!r} must be in one of targets and skipped.")
+    uses = {}
+    for path, given in fields["uses"].items():
+        with _checks.at_path(path):
+            uses[path] = _uses(given, targets.get(path))
+    _checks.check_json("total", fields["total"], int, "a number of parameters")
+    if fields["total"] < 0:
+        raise ValueError(f"total must be at least 0, got {fields['total']}.")
+    return cls(
+        config=from_fields(fields["config"]),
+        targets=FrozenDict(targets),
+        skipped=FrozenDict(skipped),
+        uses=FrozenDict(uses),
+        total=fields["total"],
+    )
 
 
 def _fields(cls: type, given: Any) -> dict[str, Any]:
-    """The fields of a dataclass as they were read: all of them, and no others."""
-    names = [field.name for field in dataclasses.fields(cls)]
+    """The fields of a dataclass or named tuple as they were read: all, and no others."""
+    names = getattr(cls, "_fields", None)
+    names = names or [field.name for field in dataclasses.fields(cls)]
+    names = [name for name in names if not name.startswith("_")]
     what = f"the JSON of a lora_jax {cls.__name__}"
     _checks.check_fields(what, given, names)
     missing = [name for name in names if name not in given]
@@ -254,14 +311,93 @@ def _fields(cls: type, given: Any) -> dict[str, Any]:
     return given
 
 
-def _use(given: Mapping[str, Any]) -> Use:
-    _checks.check_fields("the JSON of a lora_jax Use", given, Use._fields)
-    return Use(**{**given, "roles": tuple(given["roles"])})
+def _uses(given: Any, target: Target | None) -> tuple[Use, ...]:
+    _checks.check_json("uses", given, list, "a list of uses")
+    uses = []
+    for use in given:
+        fields = _fields(Use, use)
+        _checks.check_json("roles", fields["roles"], list, "a list of words")
+        for name in ("primitive", "where", "merged"):
+            _checks.check_json(name, fields[name], str, "a text")
+        _checks.check_json("linear", fields["linear"], bool, "true or false")
+        for role in fields["roles"]:
+            _checks.check_choice("each of roles", role, _ROLES)
+        if target is not None and len(fields["roles"]) != len(target.shape):
+            raise ValueError(
+                f"roles must have a word for each of the {len(target.shape)} axes of the "
+                f"weight, got {len(fields['roles'])}."
+            )
+        uses.append(Use(**{**fields, "roles": tuple(fields["roles"])}))
+    return tuple(uses)
+
+
+def _sizes(name: str, values: Any) -> tuple[int, ...]:
+    """Sizes or axes of a weight, as plain integers."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise TypeError(
+            f"{name} must be a tuple of integers, got {values!r:.60} "
+            f"({type(values).__name__})."
+        )
+    sizes = tuple(_checks.as_index(f"each of {name}", value) for value in values)
+    if sizes and not 0 <= min(sizes) <= max(sizes) <= _LARGEST_SIZE:
+        raise ValueError(f"{name} must be integers from 0 to 2**63 - 1, got {sizes}.")
+    return sizes
+
+
+def _check_same_targets(old: LoraConfig, new: LoraConfig) -> None:
+    """Raises if the targets of a plan that one config made are not those of another."""
+    changed = [
+        f"{field.name} was {getattr(old, field.name)!r}, now {getattr(new, field.name)!r}"
+        for field in dataclasses.fields(LoraConfig)
+        if field.name not in ("init", "dtype")
+        and getattr(old, field.name) != getattr(new, field.name)
+    ]
+    if changed:
+        raise ValueError(
+            "another config would not change the targets of this plan, which were made "
+            f"with the old one ({'; '.join(changed)}): make a new plan, with "
+            "plan_adapters(config, params, fn, *args)."
+        )
 
 
 def _counted(count: int, total: int) -> tuple[str, str]:
-    """A number of parameters, and its share of those of the params."""
+    """A number of parameters, and its share of all of them."""
     return f"{count:,}", f"{100 * count / total:.3f} %" if total else ""
+
+
+def _left_out(plan: AdapterPlan) -> Iterable[str]:
+    """A line for each reason why weights that look like matrices have no adapter."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for path, reason in plan.skipped.items():
+        if looks_like_matrix(plan.uses.get(path), reason):
+            lines.setdefault((_paths.without_numbers(path), reason), []).append(path)
+    for (pattern, reason), paths in lines.items():
+        yield f"left out: {alike(pattern, paths)}: {reason}"
+
+
+def looks_like_matrix(uses: Sequence[Use] | None, reason: str) -> bool:
+    """Whether a weight without an adapter may be one that its user expects to have one.
+
+    Args:
+        uses: of a floating-point weight with two axes or more; None for any other.
+        reason: why it has none.
+    """
+    if uses is None:  # of no such weight, or without a function
+        return WITHOUT_FUNCTION in reason
+    chosen = not reason.endswith((NOT_CHOSEN, EXCLUDED))
+    return chosen and not any(_of_vectors(use.roles) for use in uses)
+
+
+def _of_vectors(roles: tuple[str, ...]) -> bool:
+    """Whether a use runs over a stack of vectors: biases or scales of layers."""
+    return 0 < len(roles) - 1 <= roles.count("stacked")
+
+
+def alike(pattern: str, paths: Sequence[str]) -> str:
+    """Names weights whose paths differ in numbers only."""
+    if len(paths) == 1:
+        return repr(paths[0])
+    return f"{len(paths)} weights {pattern!r}"
 
 
 def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:

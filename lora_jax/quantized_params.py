@@ -19,7 +19,7 @@ from lora_jax.plan import AdapterPlan
 from lora_jax.quant import _inputs
 from lora_jax.quant.fp8 import quantize_fp8
 from lora_jax.quant.int8 import quantize_int8
-from lora_jax.quant.nf4 import quantize_nf4
+from lora_jax.quant.nf4 import BLOCK_SIZE, quantize_nf4, rows_for
 
 __all__ = ["quantize_params"]
 
@@ -75,10 +75,12 @@ def quantize_params(
 
     Returns:
         A tree like `params`, in which those leaves are quantized tensors and all others
-        the same objects. The arrays of a sharded weight keep its sharding along the axes
-        of the stack; those of its own shape (the codes of `"int8"` and `"fp8"`) keep all
-        of it, and along other axes the rest is not sharded. Inside `jax.jit` that is so on
-        a mesh with explicit axes, and else the compiler's choice.
+        the same objects. The arrays of a sharded weight are sharded as it is, from the
+        start: the codes of `"int8"` and `"fp8"` and what goes with each output always;
+        `"nf4"`, and scales of blocks, wherever each shard is a whole number of blocks.
+        Where it is not, NF4 writes a warning to the logger `"lora_jax"` that says which
+        block sizes would do. Inside `jax.jit` that is so on a mesh with explicit axes, and
+        else the compiler's choice.
 
     Raises:
         KeyError: if params lack a weight of the plan.
@@ -222,6 +224,7 @@ def _check_fits(quantize: Quantize, leaf: Any, count: int) -> None:
 
 def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
     """A leaf, quantized."""
+    quantize = _for_sharding(quantize, leaf, count)
 
     def store(weight: jax.Array) -> tuple[QuantizedTensor, tuple[()]]:
         made = quantize(weight, batch_axes=count)
@@ -237,6 +240,20 @@ def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
     if any(_compat.explicit_spec(weight)):  # there the format sees no values
         _inputs.check_weight(weight, count)
     return jax.block_until_ready(_placement.keep_sharding(store, weight)[0])
+
+
+def _for_sharding(quantize: Quantize, leaf: Any, count: int) -> Quantize:
+    """NF4 in rows that can be sharded as the leaf is; any other format as it is.
+
+    The format itself knows the sharding of arrays that have values, and no other.
+    """
+    if not isinstance(quantize, functools.partial) or quantize.func is not quantize_nf4:
+        return quantize
+    if _is_slice(leaf) or quantize.keywords.get("row_axes") is not None:
+        return quantize
+    block = quantize.keywords.get("block_size", BLOCK_SIZE)
+    parts = _placement.parts(leaf)[count:]
+    return functools.partial(quantize, row_axes=rows_for(leaf.shape[count:], block, parts))
 
 
 def _check_made(made: Any, weight: jax.Array) -> None:

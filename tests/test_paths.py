@@ -52,6 +52,14 @@ def test_two_leaves_with_one_path():
         ("a/kernel/value", "a/kernel/value", True),
         ("a/*/value", "a/kernel/value", True),
         ("a/kernel", "a/kernel/other", False),
+        # An ending of NNX in the pattern, and none or the other one in the path.
+        ("*/kernel/value", "a/kernel", True),
+        ("kernel/value", "kernel/raw_value", True),
+        ("re:.*/kernel/raw_value", "a/kernel", True),
+        ("re:kernel/value", "kernel", True),
+        ("*/value", "a/query", False),
+        ("a/*/value", "a/query", False),
+        ("a/query/value", "a/query/kernel", False),
         ("value", "value", True),
     ],
 )
@@ -131,3 +139,11 @@ def test_a_path_with_brackets_names_itself():
     assert _paths.matches("layers[0]/kernel", "layers[0]/kernel")
     assert not _paths.matches("layers[0]/kernel", "layers1/kernel")
     assert _paths.matches("layers[0]/kernel", "layers0/kernel")  # as a glob
+
+
+def test_a_path_is_found_with_and_without_the_ending_of_nnx():
+    assert _paths.find("a/kernel", ["a/kernel/value", "b"]) == "a/kernel/value"
+    assert _paths.find("a/kernel/value", ["a/kernel", "b"]) == "a/kernel"
+    assert _paths.find("a/kernel/value", ["a/kernel/raw_value"]) == "a/kernel/raw_value"
+    assert _paths.find("a/value", ["a/value", "a"]) == "a/value"
+    assert _paths.find("c/value", ["a/value", "b"]) == "c/value"

@@ -63,7 +63,7 @@ adapt(fn, plan, *, on_merge='error', on_unused='error', dropout_key=None,
       column_norms=None)
 merge_adapters(params, adapters, plan, *, donate=False, requantize=False)
 quant.quantize_nf4(weight, block_size=64, scaler_block_size=256, *, codec='torchao',
-      batch_axes=0)
+      batch_axes=0, row_axes=None)
 quant.quantize_int8(weight, *, block_size=None, batch_axes=0)
 quant.quantize_fp8(weight, *, batch_axes=0)
 quant.dequantize(quantized, dtype=None)

@@ -205,10 +205,10 @@ def test_leaves_may_be_those_of_files(tmp_path):
 
 
 def test_nothing_is_donated_if_a_slice_of_a_file_does_not_fit(tmp_path):
-    save_file({"w": np.asarray(draw(5, 5))}, tmp_path / "w.safetensors")
+    save_file({"w": np.arange(4, dtype="int32")}, tmp_path / "w.safetensors")
     with safe_open(tmp_path / "w.safetensors", "numpy") as file:
         params = {"a": draw(8, 16), "b": file.get_slice("w")}
-        with pytest.raises(ValueError, match="at 'b': a weight of 25 entries"):
+        with pytest.raises(TypeError, match="at 'b': weight must be floating"):
             quantize_params(params, "*", donate=True, **SMALL)
     assert not params["a"].is_deleted()
 
@@ -325,13 +325,17 @@ def test_the_arrays_are_sharded_along_the_stack(format, kind):
     sharded = jax.device_put(dense, NamedSharding(mesh, P("x", None, "y")))
     got = quantize_params({"w": sharded}, "w", format, batch_axes=1, **settings)["w"]
     want = quantize(dense, batch_axes=1, **settings)
-    assert_same(jax.device_get(got), jax.device_get(want))
+    assert_same(*(jax.tree.map(np.asarray, q.to_arrays()) for q in (got, want)))
     abstract = jax.ShapeDtypeStruct((4, 8, 16), "float32", sharding=sharded.sharding)
     shapes = quantize_params({"w": abstract}, "w", format, batch_axes=1, **settings)["w"]
-    for array, shape in zip(*map(jax.tree.leaves, (got, shapes)), strict=True):
-        own = P("x", None, "y") if array.shape == (4, 8, 16) else P("x")
-        assert array.sharding.is_equivalent_to(NamedSharding(mesh, own), array.ndim)
-        assert shape.sharding == NamedSharding(mesh, own)
+    # Two shards of 8 outputs: one block of NF4 each. Scales of int8 are (4, 2, 16).
+    own = {"codes": P("x", None, "y"), "scales": P("x", None, "y")}
+    own |= {"scales": P("x", "y")} if format == "fp8" else {}
+    for name, array in got.to_arrays().items():
+        sharding = NamedSharding(mesh, own.get(name, P("x")))
+        array, shape = getattr(got, name), getattr(shapes, name)
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+        assert shape.sharding == sharding
 
 
 def test_all_axes_of_a_stack_keep_their_sharding_and_the_kind_of_memory():
@@ -421,8 +425,8 @@ def test_leaves_that_cannot_be_quantized():
     end = "To keep the leaf as it is, let no pattern match it"
     with pytest.raises(ValueError, match=f"at 'up/bias': int8 has a scale for .*{end}"):
         quantize_params(params, "up/*", "int8")
-    with pytest.raises(ValueError, match=r"at 'up/kernel': .*codec=\"bitsandbytes\""):
-        quantize_params(params, "up/kernel")
+    with pytest.raises(ValueError, match=r"at 'up/kernel': row_axes must be 0, or leave"):
+        quantize_params(params, "up/kernel", row_axes=1)
     with pytest.raises(TypeError, match=f"at 'name': .* an array, got str.*{end}"):
         quantize_params(params, "name")
     with pytest.raises(
@@ -453,8 +457,8 @@ def test_errors_of_a_function_have_the_path():
 
 def test_nothing_is_donated_before_the_checks():
     weight = draw(8, 16)
-    with pytest.raises(ValueError, match="at 'odd': a weight of 9 entries"):
-        quantize_params({"a": weight, "odd": draw(3, 3)}, "*", donate=True, **SMALL)
+    with pytest.raises(ValueError, match="at 'odd': weight has no entries to quantize"):
+        quantize_params({"a": weight, "odd": draw(3, 0)}, "*", donate=True, **SMALL)
     with pytest.raises(ValueError, match=r"array at 'a' is also at 'b', .*donate=False"):
         quantize_params({"a": weight, "b": weight}, "a", donate=True, **SMALL)
     assert not weight.is_deleted()

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax import _paths, _selection
 from lora_jax.config import LoraConfig
-from lora_jax.plan import Use
+from lora_jax.plan import AdapterPlan, Use
 
 ROLES = {"c": "contracted", "k": "kept", "x": "indexed", "s": "stacked", ".": ""}
 
@@ -252,3 +252,44 @@ def test_nothing_to_adapt(params, message):
         plan(params=params)
     with pytest.raises(ValueError, match=message):
         plan(params=params, uses=None)
+
+
+def test_axes_for_a_weight_that_all_linear_leaves_out():
+    message = r"axes matches no .*'layers/sorted' has no adapter: no matrix product uses it"
+    with pytest.raises(ValueError, match=message):
+        plan(axes={"*/sorted": "io"})
+
+
+def test_matrices_are_left_out_with_a_word():
+    left_out = [line for line in str(plan()).splitlines() if line.startswith("left out")]
+    assert [line.split("'")[1] for line in left_out] == [
+        "embed",
+        "head",
+        "layers/conv",
+        "layers/q/bias",
+        "layers/sorted",
+        "unused",
+    ]
+    without = str(plan(uses=None))
+    assert "left out: 'layers/q/kernel': it has 3 axes, (12, 2, 3), and without" in without
+    again = AdapterPlan.from_json(plan().to_json())
+    assert str(again) == str(plan())
+
+
+def test_nothing_to_adapt_lists_matrices_first():
+    params = {f"{i}": {"scale": shaped(4 + i)} for i in range(7)}
+    params |= {"name": "net", "size": 3, "codes": shaped(4, 4, dtype="int8")}
+    params["layers"] = {f"{i}": {"w": shaped(4, 4)} for i in range(3)}
+    params["z"] = shaped(4, 5)
+    uses = {f"layers/{i}/w": (use("..", "sort", merged="no rule"),) for i in range(3)}
+    with pytest.raises(ValueError, match="nothing is adapted") as error:
+        plan(uses=uses, params=params)
+    assert str(error.value).splitlines()[1:] == [
+        "  3 weights 'layers/*/w': no matrix product uses it, only sort at m.py:1 "
+        "(unknown, unknown); merged: no rule",
+        "  'z': the function never uses it",
+        "  '0/scale', '1/scale', '2/scale', '3/scale', '4/scale' and 2 more: it is a "
+        "vector",
+        "  'codes': its dtype int8 is not floating point",
+        "  'name', 'size': it is no array",
+    ]

@@ -1,5 +1,6 @@
 """The model that adapters belong to: one safetensors file, or several with an index."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -85,6 +86,20 @@ def open_base(path: pathlib.Path) -> Base:
             "as safetensors first, or give the file itself."
         )
     return Base(path, {WHOLE: _files.TensorFile(path / WHOLE)})
+
+
+def find_files(path: pathlib.Path) -> set[pathlib.Path]:
+    """The names of the files in a directory that have a model's weights, or say so.
+
+    Whatever else is in an index, or it is damaged: only files in the same directory.
+    """
+    found = {pathlib.Path(name) for name in (WHOLE, INDEX) if (path / name).is_file()}
+    if pathlib.Path(INDEX) in found:
+        with contextlib.suppress(_files.CheckpointError, OSError):
+            weight_map = _files.read_json(path / INDEX).get(_WEIGHT_MAP)
+            parts = weight_map.values() if isinstance(weight_map, dict) else ()
+            found |= {pathlib.Path(part) for part in parts if isinstance(part, str)}
+    return found
 
 
 def _open_parts(path: pathlib.Path) -> Base:

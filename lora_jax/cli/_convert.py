@@ -19,7 +19,7 @@ def convert(options: argparse.Namespace) -> int:
     inputs = {"SRC": source} | (
         {"BASE": pathlib.Path(options.base)} if options.base else {}
     )
-    _output.check_place(out, inputs, overwrite=False, is_own=lambda path: False)
+    _output.check_place(out, inputs, overwrite=False, own=lambda path: set())
     names = _loading.read_names(options.names)
     run = _to_own if options.to == "lora_jax" else _to_peft
     count = run(source, out, names, options)

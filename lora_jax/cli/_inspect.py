@@ -50,7 +50,8 @@ def inspect(options: argparse.Namespace) -> int:
     warnings = list(find_warnings(contents, findings))
     if options.json:
         record = as_record(contents, findings, warnings)
-        print(json.dumps(_terminal.as_json(record), indent=2, allow_nan=False))
+        text = json.dumps(_terminal.as_json(record), indent=2, allow_nan=False)
+        _terminal.print_text(text)
     else:
         _terminal.say(*as_text(contents, findings, warnings))
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from lora_jax.cli import _adapters, _convert, _diff, _inspect, _merge, _terminal
+from lora_jax.cli import _adapters, _convert, _diff, _inspect, _merge, _output, _terminal
 
 _NAME = "lora-jax"
 _SHOWN = 3  # of the problems of an input
@@ -65,21 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if all went well, 1 if the input cannot be used, 2 if the command
         line is wrong, 3 if `diff` found a difference, 130 if it was interrupted.
     """
+    parser = make_parser()
     try:
-        options = make_parser().parse_args(argv)
+        options = parser.parse_args(argv)
     except SystemExit as exit:  # after --help, or an error that has been printed
         return int(exit.code or 0)
+    if options.run is None:
+        _terminal.print_text(parser.format_help())
+        return 0
     try:
         with _as_program() if argv is None else contextlib.nullcontext():
-            code = options.run(options)
-            sys.stdout.flush()
-            return code
+            return options.run(options)
     except KeyboardInterrupt:
         _complain("interrupted")
         return _INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _FAILED
     except Exception as error:
         if options.debug:
             traceback.print_exc()
@@ -96,17 +96,12 @@ def _as_program() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    kept = {number: signal.signal(number, interrupt) for number in _signals()}
+    kept = {number: signal.signal(number, interrupt) for number in _output.signals()}
     try:
         yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-
-
-def _signals() -> list[signal.Signals]:
-    names = ("SIGTERM", "SIGHUP")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _complain(text: str) -> None:
@@ -134,8 +129,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=None)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    package = importlib.import_module("lora_jax")  # above all modules, and has the version
+    version = f"{_NAME} {package.__version__}, jax {jax.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_inspect(commands)
     _add_merge(commands)
     _add_convert(commands)

@@ -57,7 +57,8 @@ def merge(options: argparse.Namespace) -> int:
     source, out = pathlib.Path(options.base), pathlib.Path(options.out)
     directory = pathlib.Path(options.adapter)
     base = _base.open_base(source)
-    _check_out(base, directory, out, options.overwrite)
+    others = _find_others(base, directory)
+    keep = _check_out(base, others, directory, out, options.overwrite)
     contents = _adapters.read_contents(directory)
     note = _loading.check_ties(base, contents.changed)
     names = _loading.read_names(options.names)
@@ -66,12 +67,11 @@ def merge(options: argparse.Namespace) -> int:
     if contents.format == "lora_jax":  # whose own names may be others
         note = _loading.check_ties(base, loaded.plan.targets)
     job = Job(base, loaded, new_entries(base, options.dtype))
-    others = _find_others(base, directory)
     _output.check_space(out.resolve().parent, _size(job, others))
     if not options.quiet:
         _terminal.say(*describe(loaded))
     with _terminal.show_progress(_bytes(base.entries), quiet=options.quiet) as progress:
-        losses = _write(job, others, out, options.dtype, progress)
+        losses = _write(job, others, out, keep, options.dtype, progress)
     _terminal.say(*report(job, losses, others, out))
     if note:
         _terminal.say(f"note: {note}")
@@ -79,12 +79,18 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def _check_out(
-    base: Base, directory: pathlib.Path, out: pathlib.Path, overwrite: bool
-) -> None:
-    def is_model(path: pathlib.Path) -> bool:
+    base: Base,
+    others: Others,
+    directory: pathlib.Path,
+    out: pathlib.Path,
+    overwrite: bool,
+) -> list[pathlib.Path]:
+    def own(place: pathlib.Path) -> set[pathlib.Path]:
+        """The files of the model that is there, and those that will be written."""
         if base.is_file:
-            return path.is_file()
-        return any((path / name).is_file() for name in (_base.WHOLE, _base.INDEX))
+            return {pathlib.Path()} if place.is_file() else set()
+        model = _base.find_files(place)
+        return {*model, *map(pathlib.Path, base.shards), *others.copied} if model else model
 
     if base.is_file and (out.suffix != ".safetensors" or out.is_dir()):
         raise ValueError(
@@ -92,7 +98,7 @@ def _check_out(
             f"in .safetensors, got {out}."
         )
     inputs = {"BASE": base.path, "ADAPTER": directory}
-    _output.check_place(out, inputs, overwrite=overwrite, is_own=is_model)
+    return _output.check_place(out, inputs, overwrite=overwrite, own=own)
 
 
 def new_entries(base: Base, dtype: str | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -138,6 +144,7 @@ def _write(
     job: Job,
     others: Others,
     out: pathlib.Path,
+    keep: list[pathlib.Path],
     dtype: str | None,
     progress: _terminal.Progress,
 ) -> dict[str, Loss]:
@@ -146,7 +153,7 @@ def _write(
         (file,) = job.base.shards.values()
         return _write_shard(job, file, out.resolve(), progress)
     losses = {}
-    with _output.new_directory(out) as new:
+    with _output.new_directory(out, keep) as new:
         for name, file in job.base.shards.items():
             losses |= _write_shard(job, file, new / name, progress)
         if job.base.index is not None:
@@ -208,7 +215,7 @@ def _find_others(base: Base, directory: pathlib.Path) -> Others:
     if base.is_file:
         return others
     own = {*base.shards, _base.INDEX}
-    root, inner = base.path.resolve(), directory.resolve()
+    root, inner = base.path.resolve(), _output.resolve(directory)
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path)
         hidden = any(part.startswith(".") for part in name.parts)

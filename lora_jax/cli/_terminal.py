@@ -5,6 +5,7 @@ Names in files are not trusted: a terminal shows them, and does not act on them.
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -25,7 +26,20 @@ def _escaped(character: str) -> str:
 
 def say(*lines: str) -> None:
     """Prints lines, each of which stays one."""
-    print("\n".join(map(printable, lines)))
+    print_text("\n".join(map(printable, lines)))
+
+
+def print_text(text: str) -> None:
+    """Prints a text; nothing where the output is closed, or nobody reads it any more.
+
+    What a command does, and its exit code, do not depend on that.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def format_table(

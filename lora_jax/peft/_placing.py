@@ -266,7 +266,8 @@ def _placed(
         out_axes=groups["o"],
         batch_axes=groups["b"],
     )
-    return Placed(arrays, target, use_of(kind, site.axes))
+    given = places.gives_axes(site.name) or places.gives_axes(site.module)
+    return Placed(arrays, target, use_of(kind, site.axes, given))
 
 
 def _fill_magnitudes(

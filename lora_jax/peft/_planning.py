@@ -11,9 +11,9 @@ from lora_jax._frozen import FrozenDict
 from lora_jax.config import LoraConfig
 from lora_jax.peft._places import Places
 from lora_jax.peft.config import PeftConfig
-from lora_jax.plan import AdapterPlan, Target, Use
+from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
 
-_WHERE = "the PEFT checkpoint"
+_GIVEN = "the PEFT checkpoint, with the axes that names gives"
 _PRIMITIVES = {"embedding": "gather", "convolution": "conv_general_dilated"}
 _NOT_ADAPTED = "the PEFT checkpoint has no adapter for it"
 
@@ -23,16 +23,20 @@ class Placed(NamedTuple):
 
     arrays: Mapping[str, np.ndarray]
     target: Target
-    use: Use | None
+    use: Use
 
 
-def use_of(kind: str, axes: str) -> Use | None:
-    """What a module of some kind does with its weight, so that it is saved as that."""
-    if kind not in _PRIMITIVES:
-        return None
+def use_of(kind: str, axes: str, given: bool) -> Use:
+    """What a module of some kind does with its weight, so that it is saved as that.
+
+    `given` is whether the caller gave the axes.
+    """
     first = "indexed" if kind == "embedding" else "contracted"
     roles = {"i": first, "o": "kept", "b": "stacked"}
-    return Use(_PRIMITIVES[kind], tuple(roles[letter] for letter in axes), _WHERE)
+    own = tuple(roles[letter] for letter in axes)
+    primitive, where = _PRIMITIVES.get(kind, "dot_general"), FROM_CHECKPOINT
+    linear = kind not in _PRIMITIVES
+    return Use(primitive, own, _GIVEN if given else where, linear=linear)
 
 
 def make_plan(
@@ -44,7 +48,7 @@ def make_plan(
         config=_lora_config(config, targets),
         targets=FrozenDict(targets),
         skipped=FrozenDict({p: _NOT_ADAPTED for p in places.leaves if p not in targets}),
-        uses=FrozenDict({p: (own.use,) for p, own in placed.items() if own.use}),
+        uses=FrozenDict({p: (own.use,) for p, own in placed.items()}),
         total=_selection.count(leaves.values()),
     )
 

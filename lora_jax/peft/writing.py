@@ -99,29 +99,45 @@ def save(
     arrays: Mapping[str, Mapping[str, Any]] = adapters
     if uniform:
         arrays, plan = _uniform(adapters, plan, dtype)
-    _check_names(names, [*plan.targets, *plan.skipped, *(replaced or {})])
+    config, tensors = make_files(
+        arrays, plan, names, layout, replaced or {}, base_model, task_type, dtype
+    )
+    _warn_of_patterns(config)
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder, config, tensors)
+
+
+def make_files(
+    adapters: Mapping[str, Mapping[str, Any]],
+    plan: AdapterPlan,
+    names: SaveNames,
+    layout: Layout = "jax",
+    replaced: Mapping[str, jax.Array] = FrozenDict(),
+    base_model: str | None = None,
+    task_type: str | None = None,
+    dtype: Any = None,
+) -> tuple[PeftConfig, dict[str, np.ndarray]]:
+    """The config and the arrays that `save` writes; the arguments are those of `save`."""
+    _check_names(names, [*plan.targets, *plan.skipped, *replaced])
     modules: list[SavedModule] = []
     for path in plan.targets:
         with _checks.at_path(path):
             adapter = {
                 name: _files.cast(name, _files.to_numpy(name, value), dtype)
-                for name, value in arrays[path].items()
+                for name, value in adapters[path].items()
             }
             modules += saved_modules(path, adapter, plan, names, layout)
     _check_distinct(modules)
     wholes = SavedWholes(plan, names, layout, modules)
-    wholes.check_complete(replaced or {})
-    for path, array in (replaced or {}).items():
+    wholes.check_complete(replaced)
+    for path, array in replaced.items():
         with _checks.at_path(path):
             array = _files.to_numpy("the leaf", array)
             wholes.put(path, _files.cast("the leaf", array, dtype))
     tensors = _tensors(modules, names) | wholes.tensors
     config = _config(modules, plan, wholes, base_model, task_type)
-    _warn_of_patterns(config)
-    folder = pathlib.Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
-    write_checkpoint(folder, config, entries)
+    return config, {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
 
 
 def _uniform(
@@ -150,7 +166,8 @@ def _uniform(
             }
         alike[path] = dataclasses.replace(target, rank=rank, scale=scale)
     config = dataclasses.replace(plan.config, rank_stabilized=False)
-    return filled, dataclasses.replace(plan, config=config, targets=FrozenDict(alike))
+    targets = FrozenDict(alike)
+    return filled, AdapterPlan(config, targets, plan.skipped, plan.uses, plan.total)
 
 
 def _warn_of_patterns(config: PeftConfig) -> None:

@@ -110,6 +110,23 @@ def in_rows(x: jax.Array, width: int) -> jax.Array:
     return pad_last(x, rows * width).reshape(*x.shape[:-1], rows, width)
 
 
+def spread(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
+    """`(*batch, n)` -> `shape`, `(*batch, *rows)`: each entry for `width` in a row.
+
+    Where the last run of equal entries would not fit, it is cut off.
+    """
+    batch, rows = x.shape[:-1], shape[x.ndim - 1 :]
+    if len(rows) == 1:
+        runs = jnp.broadcast_to(x[..., None], (*x.shape, width)).reshape(*batch, -1)
+        return runs[..., : rows[0]]
+    # A reshape of runs to several axes could not be split along any of them.
+    position = jnp.zeros(rows, jnp.int32)
+    for axis in range(len(rows)):
+        stride = math.prod(rows[axis + 1 :])
+        position += lax.broadcasted_iota(jnp.int32, rows, axis) * stride
+    return x.at[..., position // width].get(mode="promise_in_bounds")
+
+
 def thresholds(table: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
     """Where the nearest entry of an ascending table changes.
 

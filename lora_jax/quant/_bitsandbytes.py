@@ -103,14 +103,12 @@ def nest(
 
 
 def unnest(
-    codes: jax.Array, scale: jax.Array, mean: jax.Array, group: int, dtype: DTypeLike
+    codes: jax.Array, scale: jax.Array, mean: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Undoes `nest`: `map[codes] * scale + mean`, `(..., n_blocks)`, float32."""
+    """Undoes `nest`: `map[codes] * scale + mean`, float32, all of shapes that broadcast."""
     del dtype
     table = jnp.asarray(dynamic_map()).at[codes]
     values = table.get(
         mode="promise_in_bounds", out_sharding=_compat.explicit_sharding(codes)
     )
-    rows = _arithmetic.in_rows(values, group) * scale[..., None]
-    flat = rows.reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]]
-    return flat + mean[..., None]
+    return values * scale + mean

@@ -33,7 +33,7 @@ def check_weight(weight: Any, batch_axes: Any) -> jax.Array:
             f"weight must be {', '.join(DTYPES)}, got {array.dtype}: quantization keeps "
             "few bits of it anyway, so cast it with .astype('float32')."
         )
-    axes = _as_integer("batch_axes", batch_axes)
+    axes = as_integer("batch_axes", batch_axes)
     if not 0 <= axes < max(array.ndim, 1):
         raise ValueError(
             f"batch_axes must be at least 0 and below {array.ndim}, the number of axes of "
@@ -82,13 +82,18 @@ def check_count(name: str, value: Any) -> int:
         TypeError: if it is no integer.
         ValueError: if it is not positive.
     """
-    count = _as_integer(name, value)
+    count = as_integer(name, value)
     if count < 1:
         raise ValueError(f"{name} must be a positive integer, got {count}.")
     return count
 
 
-def _as_integer(name: str, value: Any) -> int:
+def as_integer(name: str, value: Any) -> int:
+    """An integer of any kind as Python's.
+
+    Raises:
+        TypeError: if it is none.
+    """
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError

@@ -48,9 +48,8 @@ def nest(
     """Turns the scales of blocks into 8 bits.
 
     Args:
-        absmax: `(..., n_blocks)`, float32 with values of `dtype`; `group` divides
-            `n_blocks`.
-        group: how many blocks share a factor.
+        absmax: `(..., n_blocks)`, float32 with values of `dtype`.
+        group: how many blocks share a factor; the last group may have fewer.
         dtype: of the weight.
 
     Returns:
@@ -64,7 +63,8 @@ def nest(
     steps = _arithmetic.round_to(rest * factor[..., None], dtype)
     steps = jnp.where(jnp.isnan(steps), jnp.zeros_like(steps), steps)
     codes = jnp.clip(jnp.round(steps), -128, 127).astype(SCALES)
-    return codes.reshape(absmax.shape), factor.astype(dtype), mean.astype(dtype)
+    codes = codes.reshape(*absmax.shape[:-1], -1)[..., : absmax.shape[-1]]
+    return codes, factor.astype(dtype), mean.astype(dtype)
 
 
 def _factor(peak: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -75,10 +75,10 @@ def _factor(peak: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def unnest(
-    codes: jax.Array, factor: jax.Array, mean: jax.Array, group: int, dtype: DTypeLike
+    codes: jax.Array, factor: jax.Array, mean: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Undoes `nest`: `codes / factor + mean`, `(..., n_blocks)`, float32."""
-    rows = _arithmetic.in_rows(codes.astype(jnp.float32), group)
-    rest = _arithmetic.divide(rows, factor.astype(jnp.float32)[..., None])
-    rest = _arithmetic.round_to(rest, dtype).reshape(codes.shape)
-    return _arithmetic.round_to(rest + mean.astype(jnp.float32)[..., None], dtype)
+    """Undoes `nest`: `codes / factor + mean`, float32, all of shapes that broadcast."""
+    wide = codes.astype(jnp.float32)
+    rest = _arithmetic.divide(wide, factor.astype(jnp.float32))
+    rest = _arithmetic.round_to(rest, dtype)
+    return _arithmetic.round_to(rest + mean.astype(jnp.float32), dtype)

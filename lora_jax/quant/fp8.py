@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from lora_jax._quantized import QuantizedTensor
@@ -68,6 +70,13 @@ class FP8Tensor(QuantizedTensor):
     def batch_ndim(self) -> int:
         """How many leading axes are those of the stack."""
         return self.scales.ndim - 1
+
+    def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> "FP8Tensor":
+        """Which mesh axes its arrays are split over: see `QuantizedTensor.array_specs`."""
+        del sizes
+        codes: Any = PartitionSpec(*spec)
+        scales: Any = PartitionSpec(*spec[: self.batch_ndim], spec[-1])
+        return dataclasses.replace(self, codes=codes, scales=scales)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The weight, `shape`, in `dtype`."""

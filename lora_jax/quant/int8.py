@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from lora_jax import _placement
 from lora_jax._quantized import QuantizedTensor
 from lora_jax.quant import _channels, _inputs
 from lora_jax.quant.tensors import register_format
@@ -62,6 +65,18 @@ class Int8Tensor(QuantizedTensor):
     def batch_ndim(self) -> int:
         """How many leading axes are those of the stack."""
         return len(self.scales.shape) - (1 if self.block_size is None else 2)
+
+    def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> "Int8Tensor":
+        """Which mesh axes its arrays are split over: see `QuantizedTensor.array_specs`."""
+        n = self.batch_ndim
+        middle: tuple[Any, ...] = ()
+        if self.block_size is not None:
+            n_in = math.prod(self.shape[n:-1])
+            folded = _placement.axes_of_fold(spec[n:-1], n_in, self.block_size, sizes)
+            middle = (folded,)
+        scales: Any = PartitionSpec(*spec[:n], *middle, spec[-1])
+        codes: Any = PartitionSpec(*spec)
+        return dataclasses.replace(self, codes=codes, scales=scales)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The weight, `shape`, in `dtype`."""

@@ -18,7 +18,16 @@ from jax import lax
 from lora_jax import _compat, _quantized
 
 # Applied to one entry of a stack they give that entry of the result.
-_ENTRYWISE = frozenset({"convert_element_type", "copy", "name", "neg", "reduce_precision"})
+_ENTRYWISE = frozenset(
+    {
+        "convert_element_type",
+        "copy",
+        "name",
+        "neg",
+        "reduce_precision",
+        "stop_gradient",
+    }
+)
 # What is put off until the weight is used.
 _MOVES = _ENTRYWISE | {
     "add",

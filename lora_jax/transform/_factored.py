@@ -46,12 +46,15 @@ class Label:
         scale: multiplies the product of the factors.
         dropout: the rate at which entries of the other operand are dropped.
         axis: when axes are being found, the axis of the weight that the term stands for.
+        swapped: for each name whether its `a` and `b` have changed places, so that they
+            fit those of the weights they were stacked with; empty if none has.
     """
 
     names: tuple[str | int, ...]
     scale: float = 1.0
     dropout: float = 0.0
     axis: int | None = None
+    swapped: tuple[bool, ...] = ()
 
 
 @functools.partial(
@@ -120,7 +123,8 @@ class Term:
 
     def named(self, names: tuple[str | int, ...]) -> "Term":
         """The term with its weights called otherwise."""
-        label = dataclasses.replace(self.label, names=names)
+        swapped = self.label.swapped if names else ()
+        label = dataclasses.replace(self.label, names=names, swapped=swapped)
         return dataclasses.replace(self, label=label)
 
 

@@ -21,7 +21,52 @@ _KEEP_GATHERED = frozenset(
         "reshape",
         "slice",
         "squeeze",
+        "stop_gradient",
         "transpose",
+    }
+)
+
+# A vector of a weight, which is merged as well, stays factored through these: where its
+# gradient is stopped, that of its factors may not be.
+_KEEP_VECTOR = frozenset(
+    {
+        "convert_element_type",
+        "dynamic_slice",
+        "gather",
+        "reshape",
+        "slice",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    }
+)
+
+# In the body of a call the axes of a weight are followed through these too.
+_ENTRYWISE = frozenset(
+    {
+        "abs",
+        "add",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "div",
+        "exp",
+        "exp2",
+        "floor",
+        "integer_pow",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "pow",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
     }
 )
 
@@ -60,7 +105,7 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
         if equation.primitive.name == "broadcast_in_dim":
             frame.broadcasts[equation.outvars[0]] = equation
         return _compat.bind(equation, values)
-    values = _merge_gathered(frame, equation, values)
+    values = _merge_gathered(context, equation, values)
     if not any(map(is_factored, values)):
         return _compat.bind(equation, values)
     rule = context.rules.get(equation.primitive.name)
@@ -73,6 +118,8 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
             reason = str(error)
         finally:
             context.callers.pop()
+    if context.probing:
+        return _probe_inside(context, equation, values, reason)
     dense = [
         value.base if isinstance(value, Factored) and not value.terms else value
         for value in values
@@ -80,15 +127,46 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     return _deferred.use(equation, context.merge_all(dense, equation, reason))
 
 
-def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]:
+def _probe_inside(context: Context, equation: Any, values: list[Any], reason: str) -> Any:
+    """Records a use that is merged, with the roles that the body of a call says.
+
+    A custom derivative, for one, is about the dense weight, but the function that it is
+    of says what the axes are. The rule of the derivative is not looked at.
+    """
+    roles: dict[Any, list[Any]] = {}
+    if (body := _compat.body_of(equation)) is not None:
+        if context.reading:
+            return evaluate(context, *body, values)
+        with context.aside() as inside:
+            evaluate(context, *body, values)
+        for sighting in inside:
+            if sighting.roles:
+                roles.setdefault(sighting.name, []).append(sighting.roles)
+    weights = [value for value in values if isinstance(value, Factored)]
+    for value in weights:
+        context.see_merged(value, equation, reason, roles)
+    dense = [merge(value) if isinstance(value, Factored) else value for value in values]
+    out = _deferred.use(equation, dense)
+    if not context.reading or equation.primitive.name not in _ENTRYWISE:
+        return out
+    # Merged or not, the axes are what they were: of a weight that is quantized, say.
+    (base,) = out if isinstance(out, list | tuple) else [out]
+    same = [value for value in weights if value.shape == base.shape]
+    terms = tuple(term for value in same for term in value.terms)
+    return Factored(base, terms) if terms else base
+
+
+def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:
     """Merges rows of tables, once for all their uses, where they do not stay factored."""
+    frame = context.frame
     name = equation.primitive.name
-    if name in _KEEP_GATHERED and not (
-        name == "dot_general" and all(map(is_factored, values))
-    ):
-        return values
+    products = name == "dot_general" and all(map(is_factored, values))
+    keep_gathered = name in _KEEP_GATHERED and not products
     for atom, value in zip(equation.invars, values, strict=True):
-        if isinstance(value, Factored) and value.gathered:
+        if not isinstance(value, Factored):
+            continue
+        rows = value.gathered and not keep_gathered
+        if rows or (name not in _KEEP_VECTOR and context.is_vector(value)):
             frame.values[atom] = merge(value)
     return [frame.read(atom) for atom in equation.invars]
 
@@ -96,10 +174,10 @@ def _merge_gathered(frame: Frame, equation: Any, values: list[Any]) -> list[Any]
 def _settled(context: Context, equation: Any, out: Any) -> Any:
     """Outputs of a rule, of which those stay factored that are of use so.
 
-    Those that are vectors by now are merged: they cost no more than a factor. With dropout
-    they stay, for the product that they are used in. A weight without an adapter that is
-    dense by now is an array.
+    Those that are vectors by now are merged: they cost no more than a factor. A weight
+    without an adapter that is dense by now is an array.
     """
+    moved = equation.primitive.name in _KEEP_VECTOR
     if context.probing:
         return out
     if not isinstance(out, list | tuple):
@@ -108,8 +186,8 @@ def _settled(context: Context, equation: Any, out: Any) -> Any:
     for value in out:
         if isinstance(value, Factored) and not value.terms:
             value = value if isinstance(value.base, Deferred) else merge(value)
-        elif isinstance(value, Factored) and value.is_thin() and not context.drops(value):
+        elif isinstance(value, Factored) and context.is_vector(value):
             context.see(value, equation)
-            value = merge(value)
+            value = value if moved else merge(value)
         settled.append(value)
     return settled

@@ -46,7 +46,8 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
     if len(known) != len(pieces):
         return None
     first = known[0]
-    known = [piece if piece.axes == first.axes else _swapped(piece) for piece in known]
+    turned = [piece.axes != first.axes for piece in known]
+    known = [_swapped(p) if t else p for p, t in zip(known, turned, strict=True)]
     alike = {(piece.axes, piece.dropout) for piece in known}
     if len(alike) != 1:
         return None
@@ -57,10 +58,24 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
     a, b = (
         _join([_side(p, side, scale) for p in parts], values, axis) for side in ("a", "b")
     )
-    names = dict.fromkeys(n for v in values if isinstance(v, Factored) for n in v.names)
-    label = Label(tuple(names), scale, first.dropout)
+    swapped = _names_swapped([v for v in values if isinstance(v, Factored)], turned)
+    flags = tuple(swapped.values()) if any(swapped.values()) else ()
+    label = Label(tuple(swapped), scale, first.dropout, swapped=flags)
     term = Term(from_leading(a), from_leading(b), label)
     return Factored(base, (term,), _columns(values, axis))
+
+
+def _names_swapped(
+    values: Sequence[Factored], turned: Sequence[bool]
+) -> dict[str | int, bool]:
+    """For each weight in some values whether its factors change, or changed, places."""
+    swapped: dict[str | int, bool] = {}
+    for value, now in zip(values, turned, strict=True):
+        for label in (term.label for term in value.terms):
+            before = label.swapped or (False,) * len(label.names)
+            for name, own in zip(label.names, before, strict=True):
+                swapped.setdefault(name, own != now)
+    return swapped
 
 
 def _piece(value: Factored, axis: int) -> _Piece | None:

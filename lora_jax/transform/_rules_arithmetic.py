@@ -12,6 +12,7 @@ from jax import lax
 from lora_jax import _compat, _numerics
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
+from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
     Factored,
     NotFactorableError,
@@ -42,10 +43,23 @@ def convert(context: Context, equation: Any, f: Factored) -> Factored:
     return on_base(context, equation, f)
 
 
+def stop_gradient(context: Context, equation: Any, f: Factored) -> Factored:
+    """Stops the frozen weight alone or, if the user said so, its adapter as well."""
+    if context.probing:
+        context.see(f, equation, ["stopped"] * f.ndim)
+    elif f.terms:
+        context.check_may_stop(f, equation)
+    if context.on_stop_gradient != "all":
+        return on_base(context, equation, f)
+    return on_all(context, equation, f)
+
+
 def on_all(context: Context, equation: Any, f: Factored) -> Factored:
     """What has to hold of the factors as it does of the weight."""
     bind = functools.partial(_compat.bind_one, equation)
-    return f.map(bind(f.base), bind)
+    base = f.base
+    base = _deferred.bind(equation, [base]) if isinstance(base, Deferred) else bind(base)
+    return f.map(base, bind)
 
 
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
@@ -205,7 +219,7 @@ RULES = {
     "reshard": on_base,
     "sharding_constraint": on_base,
     "layout_constraint": on_base,
-    "stop_gradient": on_all,
+    "stop_gradient": stop_gradient,
     "pvary": on_all,
     "pcast": on_all,
     "optimization_barrier": optimization_barrier,

@@ -163,7 +163,18 @@ def custom_derivative(context: Context, equation: Any, *values: Any) -> list[Any
     raise NotFactorableError("its custom derivative is one of the dense weight")
 
 
+def opaque(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """A kernel or a function outside of JAX."""
+    raise NotFactorableError(
+        "it is a kernel or a callback, of which there is no low-rank rule and no body to "
+        "read the axes from"
+    )
+
+
+_OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
+
 RULES = {
+    **dict.fromkeys(_OPAQUE, opaque),
     "jit": jit,
     "checkpoint": checkpoint,
     "remat2": checkpoint,

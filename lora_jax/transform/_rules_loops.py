@@ -86,9 +86,8 @@ class _Stack:
         self.sliced, self.shared, self.tree = value, None, None
         if not isinstance(value, Factored):
             return
-        if context.probing:
-            roles = ["stacked"] + [""] * (value.ndim - 1)
-            context.see(value, equation, roles)
+        roles = ["stacked"] + [""] * (value.ndim - 1)
+        context.see(value, equation, roles, moved=True)
         self.length = value.shape[0]
         if isinstance(value.base, Deferred) and not value.base.batch_ndim:
             value = value.replace(base=form(value.base))

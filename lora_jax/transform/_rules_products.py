@@ -59,9 +59,14 @@ def _product(
     out_names: Names,
     *,
     flipped: bool = False,
+    roles: Sequence[str] | None = None,
 ) -> jax.Array:
-    """A product with a weight; `flipped` if the weight is the first operand."""
-    context.see(f, equation, [_role(name) for name in f_names])
+    """A product with a weight; `flipped` if the weight is the first operand.
+
+    `roles` are what to record of the axes of the weight, if not what the names say.
+    """
+    own = [_role(name) for name in f_names]
+    context.see(f, equation, own if roles is None else roles)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise NotFactorableError(f"the other operand is {x.dtype}")
     contracted = [name for name in f_names if name not in out_names]
@@ -96,9 +101,9 @@ def _product_of_weights(
     context.see(smaller, equation)
     context.check_no_dropout(smaller)
     dense = merge(smaller)
-    if smaller is x:
-        return dot_general(context, equation, dense, y)
-    return dot_general(context, equation, x, dense)
+    # Which of its axes is input of a larger product does not show here.
+    own = (y, axes.y, dense, axes.x) if smaller is x else (x, axes.x, dense, axes.y)
+    return _product(context, equation, *own, axes.out, flipped=smaller is y, roles=())
 
 
 def _role(name: Name) -> str:

@@ -162,8 +162,9 @@ def _see_indexed(
         size != whole and (size == 1 or dynamic)
         for size, whole in zip(sizes, f.shape, strict=True)
     ]
-    if context.probing and any(indexed):
-        context.see(f, equation, ["indexed" if i else "" for i in indexed])
+    if any(indexed):
+        roles = ["indexed" if i else "" for i in indexed]
+        context.see(f, equation, roles, moved=True)
 
 
 def rev(context: Context, equation: Any, f: Factored) -> Factored:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import (
+    _axes,
     _checks,
     _column_norm,
     _layout,
@@ -18,9 +19,9 @@ from lora_jax import (
     _quantized,
     _stacks,
 )
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target
 from lora_jax.transform import _interpreter, _tracing
-from lora_jax.transform._context import Context, Merge
+from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place
 from lora_jax.transform._rules import RULES
@@ -40,6 +41,7 @@ def adapt(
     *,
     on_merge: OnMerge = "error",
     on_unused: Literal["error", "allow"] = "error",
+    on_stop_gradient: OnStopGradient = "error",
     dropout_key: jax.Array | None = None,
     column_norms: Mapping[str, jax.Array] | None = None,
 ) -> Callable[..., Any]:
@@ -71,6 +73,10 @@ def adapt(
             `"allow"` forms it for that use, exactly, and logs a line at the level INFO to
             the logger `"lora_jax"`; a function is called with each `Merge`.
         on_unused: whether adapters of a weight that the function never uses are an error.
+        on_stop_gradient: what `jax.lax.stop_gradient` of an adapted weight, or of a part of
+            it, means: `"error"` raises; `"base"` stops the frozen weight and not its
+            adapter, for models that freeze their base; `"all"` stops both, for weights that
+            a use is not to train (a target network).
         dropout_key: a `jax.random` key for a step of training; each use of a weight, each
             step of a scan and each device of a `shard_map` has a mask of its own. None is
             no dropout.
@@ -90,8 +96,10 @@ def adapt(
         KeyError: if `column_norms` are not those of the plan. From the adapted function: if
             params or adapters lack a path of the plan, or adapters have another.
         ValueError: if an option is unknown. The adapted function: if a shape is not the
-            plan's, also of `column_norms`, a weight would have to be merged, or the
-            function does not use it.
+            plan's, also of `column_norms`, a weight would have to be merged, its gradient
+            is stopped, the function does not use it, or every use of it has other axes as
+            input and output than the plan (a plan without a function takes every matrix
+            for `(in, out)`).
 
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685; Liu et al., 2024,
@@ -117,6 +125,7 @@ def adapt(
     _plan_checks.check_plan(plan)
     report = _reporter(on_merge)
     _checks.check_choice("on_unused", on_unused, ("error", "allow"))
+    _checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
     if dropout_key is not None:
         _checks.check_key("dropout_key", dropout_key)
     if column_norms is not None:
@@ -135,7 +144,14 @@ def adapt(
         _plan_checks.check_adapters(adapters, plan)
         traced = _tracing.trace(fn, params, args, kwargs)
         traced.check_values()
-        context = Context(RULES, report, key=dropout_key if has_dropout else None)
+        key = dropout_key if has_dropout else None
+        context = Context(
+            RULES,
+            report,
+            on_stop_gradient=on_stop_gradient,
+            key=key,
+            targets=plan.targets,
+        )
         values = [
             _factored(path, value, adapters[path], plan.targets[path], norms.get(path))
             if path is not None and path in plan.targets
@@ -146,6 +162,7 @@ def adapt(
         out = context.merge_all(out, None, "the function returns it")
         if on_unused == "error":
             _check_used(context, plan)
+        _check_axes(context, plan)
         return traced.result(out)
 
     adapted.__name__ = adapted.__qualname__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
@@ -211,7 +228,7 @@ def _log(merge: Merge) -> None:
 
 
 def _check_used(context: Context, plan: AdapterPlan) -> None:
-    used = {sighting.name for sighting in context.sightings}
+    used = {sighting.name for sighting in context.sightings if not sighting.moved}
     unused = [path for path in plan.targets if path not in used]
     if unused:
         raise ValueError(
@@ -219,6 +236,54 @@ def _check_used(context: Context, plan: AdapterPlan) -> None:
             "their adapters would have no effect and no gradient. Is the weight taken from "
             "params, and not from a closure? Allow it with on_unused='allow'."
         )
+
+
+def _check_axes(context: Context, plan: AdapterPlan) -> None:
+    """Raises for a weight whose axes the plan has otherwise than every use of it.
+
+    Axes that the user gave are not checked, nor those of a plan that was made with a
+    function that uses the weight in both ways.
+    """
+    wrong: dict[str, Sighting] = {}
+    agreed: set[str] = set()
+    for sighting in context.sightings:
+        path = str(sighting.name)
+        if (
+            not sighting.axes
+            or path in agreed
+            or _may_be_used_as(plan, path, sighting.axes)
+        ):
+            continue
+        if sighting.axes == plan.targets[path].axes:
+            agreed.add(path)
+        else:
+            wrong.setdefault(path, sighting)
+    # A weight that a loop runs over agrees by what is left of it.
+    wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
+    if wrong:
+        lines = ["the function uses weights otherwise than the plan has them:"]
+        lines += [
+            f"  {path!r}: the plan has the axes {plan.targets[path].axes!r} of "
+            f"{plan.targets[path].shape}, the function has {use.axes!r} in "
+            f"`{use.primitive}`" + (f" at {use.where}" if use.where else "")
+            for path, use in wrong.items()
+        ]
+        lines.append(
+            "Make the plan with this function, plan_adapters(config, params, fn, *args); "
+            "or, if the plan is right, say so with LoraConfig(axes={path: letters}) (for a "
+            "PEFT checkpoint with names={module: (path, letters)})."
+        )
+        raise ValueError("\n".join(lines))
+
+
+def _may_be_used_as(plan: AdapterPlan, path: str, letters: str) -> bool:
+    """Whether a use of a weight with other axes than those of the plan is no mistake."""
+    target, uses = plan.targets[path], plan.uses.get(path, ())
+    if any(use.where == FROM_CHECKPOINT for use in uses):
+        # A module is a matrix, of which a function may use the heads, say, one by one.
+        return letters not in (target.axes, _axes.turned(target.axes))
+    given = plan.config.axes_of(path) is not None
+    return given or any(_axes.contradicts(target, use) for use in uses)
 
 
 def _factored(

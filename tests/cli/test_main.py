@@ -1,13 +1,16 @@
 """Exit codes, help, and errors of one line."""
 
 import io
+import os
 import subprocess
 import sys
 import types
 
 import pytest
 
+import lora_jax
 from lora_jax.cli import _inspect, _main, _terminal, main
+from tests.cli import models
 
 COMMANDS = ("inspect", "merge", "convert", "diff")
 
@@ -26,6 +29,33 @@ def test_help_lists_the_commands(capsys):
     assert all(f"    {command} " in text for command in COMMANDS)
 
 
+def test_a_bare_call_prints_the_help(capsys):
+    assert main([]) == 0
+    bare = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert bare.strip() == capsys.readouterr().out.strip()
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"lora-jax {lora_jax.__version__}, jax ")
+
+
+@pytest.mark.parametrize("how", ["closed", "unread"])
+def test_the_work_does_not_depend_on_who_reads_the_output(how, tmp_path, adapter):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "lora_jax", "merge", str(base), str(adapter), str(out)]
+    if how == "closed":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (out / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_command_lines(command):
     lines = _main._EXAMPLES[command].splitlines()[1:]
@@ -39,7 +69,6 @@ def test_examples_are_command_lines(command):
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("frobnicate",),
         ("merge", "a", "b"),
         ("convert", "a", "b"),

@@ -33,6 +33,157 @@ def test_what_exists_is_replaced_only_if_asked(tmp_path, adapter, factors, capsy
     assert "is not what this command writes" in line
 
 
+def contents(folder):
+    """What each file, link and empty directory of a folder is."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_what_is_not_of_the_model_is_not_overwritten(tmp_path, adapter, factors):
+    tensors = models.make_tensors()
+    base = models.write_base(tmp_path / "base", tensors)
+    out = tmp_path / "out"
+    (out / ".git" / "refs").mkdir(parents=True)
+    (out / ".git" / "HEAD").write_text("main")
+    (out / "checkpoint-500" / "deep").mkdir(parents=True)
+    (out / "checkpoint-500" / "deep" / "optimizer.pt").write_text("x")
+    (out / "notes.txt").write_text("years of work")
+    (out / "link").symlink_to("notes.txt")
+    (out / "broken").symlink_to("nowhere")
+    os.chmod(out / "notes.txt", 0o640)
+    kept = contents(out)
+    old = models.write_base(tmp_path / "old", {"a": np.zeros(2), "b": np.zeros(2)}, 2)
+    shutil.copytree(old, out, dirs_exist_ok=True)
+    shutil.rmtree(old)
+    for _ in range(2):
+        assert run(base, adapter, out, "--overwrite") == 0
+        assert contents(out) == contents(out) | kept
+        assert (out / "notes.txt").stat().st_mode & 0o777 == 0o640
+        assert os.readlink(out / "link") == "notes.txt"
+        assert_merged(models.read_model(out), tensors, factors)
+        # The two old parts are gone, and nothing else is there.
+        assert set(contents(out)) == set(kept) | {path.name for path in base.iterdir()}
+        assert len(list(tmp_path.iterdir())) == 3
+    # With the same name in the base it is a file that is written, like the tokenizer.
+    (base / "notes.txt").write_text("new")
+    assert run(base, adapter, out, "--overwrite") == 0
+    assert (out / "notes.txt").read_text() == "new"
+
+
+def test_what_cannot_be_kept_is_not_overwritten(tmp_path, adapter, capsys, monkeypatch):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    out = models.write_base(tmp_path / "out", {"old": np.zeros(2)})
+    (out / "notes.txt").write_text("years of work")
+
+    def refused(*arguments, **options):
+        raise OSError(1, "Operation not permitted")  # a file system without links
+
+    monkeypatch.setattr(os, "link", refused)
+    line = refuse(capsys, base, adapter, out, "--overwrite")
+    assert "notes.txt is not of the model, and cannot be kept" in line
+    assert "Move it away, or give another OUT" in line
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_model_is_replaced_as_well(index, tmp_path, adapter):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "out" / "other.safetensors").write_text("x")
+    assert run(base, adapter, tmp_path / "out", "--overwrite") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"other.safetensors"} | {path.name for path in base.iterdir()}
+
+
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_a_swap_that_fails_loses_nothing(works, tmp_path, monkeypatch):
+    """A file system that goes away, after so many renames that work."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("the old model")
+    replace, calls = os.replace, []
+
+    def failing(a, b):
+        calls.append(a)
+        if len(calls) == works + 1:
+            raise OSError(5, "Input/output error")
+        return replace(a, b)
+
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(_output, "_exchange", lambda a, b: False)
+    if works == 2:
+        with _output.new_directory(out) as new:
+            (new / "model.safetensors").write_text("the new model")
+        assert (out / "model.safetensors").read_text() == "the new model"
+        assert list(tmp_path.iterdir()) == [out]
+        return
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        _output.new_directory(out) as new,
+    ):
+        (new / "model.safetensors").write_text("the new model")
+    (old,) = tmp_path.rglob("model.safetensors")
+    assert old.read_text() == "the old model"
+    assert old.parent == out
+
+
+def test_an_old_model_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("the old model")
+    replace, calls = os.replace, []
+
+    def failing(a, b):
+        calls.append(a)
+        if len(calls) > 1:
+            raise OSError(5, "Input/output error")
+        return replace(a, b)
+
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(_output, "_exchange", lambda a, b: False)
+    match = r"could not be put\s+back: it is kept in .*/old. Move it back"
+    with pytest.raises(OSError, match=match), _output.new_directory(out) as new:
+        (new / "model.safetensors").write_text("the new model")
+    (old,) = tmp_path.rglob("model.safetensors")
+    assert old.read_text() == "the old model"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names")
+def test_two_directories_are_exchanged_at_one_moment(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    monkeypatch.setattr(os, "replace", None)  # never without a directory of that name
+    with _output.new_directory(out) as new:
+        (new / "new").touch()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_second_interrupt_does_not_stop_the_cleaning(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def slow(*arguments, **options):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        remove(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+
+    def interrupted():
+        with _output.new_directory(tmp_path / "out") as new:
+            (new / "model.safetensors").write_text("large")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_base_is_never_written_to(tmp_path, adapter, capsys):
     base = models.write_base(tmp_path / "base", models.make_tensors())
     (tmp_path / "link").symlink_to(base)
@@ -184,6 +335,7 @@ def test_an_interruption_at_any_time_leaves_nothing(
 
         return run
 
+    monkeypatch.setattr(_output, "_exchange", lambda a, b: False)
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     code = run(base, adapter, out, "--overwrite", "--quiet")

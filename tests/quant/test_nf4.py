@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
 from lora_jax.quant import _bitsandbytes, _torchao
@@ -215,9 +218,15 @@ def test_values_are_checked_while_another_function_is_traced():
         (np.ones((4, 8), np.int32), {}, TypeError, "weight must be floating point, got"),
         ([[1.0]], {}, TypeError, "weight must be an array, got list"),
         (np.ones((0, 4), np.float32), {}, ValueError, r"no entries .* shape is \(0, 4\)"),
-        (np.ones((5, 7), np.float32), {}, ValueError, "of 35 entries is no multiple of"),
-        (np.ones((5, 7), np.float32), {}, ValueError, 'or codec="bitsandbytes", where'),
-        (np.ones((64, 64), np.float32), {}, ValueError, "or scaler_block_size=None"),
+        (np.ones((5, 7), np.float32), {"row_axes": 1}, ValueError, "has rows of 7 entri"),
+        (
+            np.ones((4, 64), np.float32),
+            {"row_axes": 2},
+            ValueError,
+            "row_axes must be 0, or",
+        ),
+        (np.ones((4, 64), np.float32), {"row_axes": -1}, ValueError, "row_axes must be at"),
+        (np.ones((4, 64), np.float32), {"row_axes": 0.5}, TypeError, "row_axes must be an"),
         (np.ones(64, np.float32), {"codec": "bnb"}, ValueError, "codec must be one of"),
         (np.ones(64, np.float32), {"block_size": 0}, ValueError, "block_size must be a po"),
         (np.ones(64, np.float32), {"block_size": 3}, ValueError, "block_size must be even"),
@@ -245,6 +254,143 @@ def test_a_quantized_weight_is_not_quantized_again():
         quant.quantize_nf4(q)
 
 
+# ------------------------------------------------------------------ sizes of any kind
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 7), (64, 64), (48, 72), (257, 96)])
+@pytest.mark.parametrize("options", [{}, {"scaler_block_size": None}], ids=["nested", ""])
+@pytest.mark.parametrize("codec", CODECS)
+def test_any_size_is_within_the_bound_with_the_default_settings(shape, options, codec):
+    weight = draw(*shape, seed=5)
+    q = quant.quantize_nf4(weight, codec=codec, **options)
+    q.check()
+    error = np.abs(np.float64(quant.dequantize(q)) - np.float64(weight)).ravel()
+    assert np.all(error <= error_bound(weight, q).ravel()[: error.size])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shorter_group_has_the_bits_of_a_whole_one(dtype):
+    # 6 blocks of 8 in groups of 4: torchao takes the first 4, or groups of 6 or 3.
+    weight = draw(6, 8, dtype=dtype, seed=6)
+    q = quant.quantize_nf4(weight, 8, 4)
+    absmax = np.abs(np.asarray(weight)).max(1)
+    kind = absmax.dtype.type
+    mean = kind(absmax.astype(np.float64).mean())
+    rest = absmax - mean
+    factor = np.array(
+        [kind(256) / (kind(2) * np.abs(rest[i : i + 4]).max()) for i in (0, 4)]
+    )
+    codes = np.round((rest * np.repeat(factor, 4)[:6]).astype(np.float32))
+    np.testing.assert_array_equal(nibbles(q.codes, q.size), torchao_codes(weight, 8))
+    np.testing.assert_array_equal(q.scales, np.clip(codes, -128, 127))
+    np.testing.assert_array_equal(q.group_scales, factor.astype(kind))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("nested", [None, 4])
+@pytest.mark.parametrize("row_axes", [1, 2])
+def test_rows_are_the_same_numbers_in_the_same_order(codec, nested, row_axes):
+    weight = draw(2, 3, 5, 48, seed=7)
+    flat = quant.quantize_nf4(weight, 16, nested, codec=codec, batch_axes=1)
+    rows = quant.quantize_nf4(
+        weight, 16, nested, codec=codec, batch_axes=1, row_axes=row_axes
+    )
+    assert rows.codes.shape[: 1 + row_axes] == weight.shape[: 1 + row_axes]
+    assert (rows.shape, rows.batch_ndim) == (flat.shape, flat.batch_ndim)
+    rows.check()
+    for name, array in flat.to_arrays().items():
+        np.testing.assert_array_equal(getattr(rows, name).reshape(array.shape), array)
+        np.testing.assert_array_equal(rows.to_arrays()[name], array)
+    np.testing.assert_array_equal(quant.dequantize(rows), quant.dequantize(flat))
+    assert rows.settings() == flat.settings()
+    again = rows.quantize_like(weight)
+    assert jax.tree.structure(again) == jax.tree.structure(rows)
+    entry = jax.tree.map(lambda x: x[1], rows)
+    np.testing.assert_array_equal(quant.dequantize(entry), quant.dequantize(flat)[1])
+
+
+# ------------------------------------------------------------------ meshes
+
+
+def on_mesh(shape, spec, kind, dtype="bfloat16"):
+    """A weight on a mesh of 2 times 4 devices."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    return jax.device_put(draw(*shape, dtype=dtype, seed=8), NamedSharding(mesh, P(*spec)))
+
+
+def bytes_on_one_device(tree):
+    device = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for array in jax.tree.leaves(tree)
+        for shard in array.addressable_shards
+        if shard.device == device
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("nested", [None, 4])
+@pytest.mark.parametrize(
+    ("spec", "row_axes", "parts"),
+    [
+        ((None, ("x", "y"), None), 0, 8),
+        ((None, None, ("x", "y")), 1, 8),
+        ((None, "x", "y"), 1, 8),
+        ((None, "y", None), 0, 4),
+        (("x", None, "y"), 1, 8),
+        ((None, None, None), 0, 1),
+    ],
+)
+def test_a_sharded_weight_is_sharded_in_nf4(spec, row_axes, parts, nested, kind):
+    weight = on_mesh((2, 32, 256), spec, kind)
+    q = quant.quantize_nf4(weight, 16, nested, batch_axes=1)
+    assert q.row_axes == row_axes
+    alone = quant.quantize_nf4(np.asarray(weight), 16, nested, batch_axes=1)
+    for name, array in alone.to_arrays().items():
+        np.testing.assert_array_equal(q.to_arrays()[name], array)
+    for name in ("codes", "scales"):
+        share = bytes_on_one_device(getattr(q, name))
+        assert share == getattr(q, name).nbytes // parts
+    dense = jax.jit(quant.dequantize)(q)
+    np.testing.assert_array_equal(dense, quant.dequantize(alone))
+    # Each device has what it needs, but for the scales of groups, which all of them have.
+    if kind == AxisType.Auto:
+        hlo = jax.jit(quant.dequantize).lower(q).compile().as_text()
+        assert not re.search(r"all-gather|all-to-all|collective-permute|all-reduce", hlo)
+        assert dense.sharding.is_equivalent_to(weight.sharding, 3)
+
+
+def test_a_sharded_weight_is_never_whole_on_a_device():
+    weight = on_mesh((64, 512), (None, ("x", "y")), AxisType.Auto, "float32")
+    compiled = jax.jit(functools.partial(quant.quantize_nf4, row_axes=1)).lower(weight)
+    memory = compiled.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < weight.nbytes / 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "message"),
+    [
+        (
+            (8, 96),
+            (None, "y"),
+            r"along axis 1: its 4 shards have runs of 24 .*block_size=24",
+        ),
+        ((8, 20), (None, "y"), "runs of 5 entries.* No even block size divides it"),
+        ((2, 24), ("x", None), r"along axis 0: its 2 shards .* of 24 .*block_size=24"),
+    ],
+)
+def test_a_sharding_that_blocks_do_not_allow_is_reported(shape, spec, message, caplog):
+    q = quant.quantize_nf4(on_mesh(shape, spec, AxisType.Auto), 16, None)
+    assert q.codes.sharding.is_fully_replicated
+    assert re.search(message, caplog.text)
+    np.testing.assert_array_equal(
+        quant.dequantize(q),
+        quant.dequantize(
+            quant.quantize_nf4(draw(*shape, dtype="bfloat16", seed=8), 16, None)
+        ),
+    )
+
+
 # ------------------------------------------------------------------ arrays from a file
 
 BROKEN = {
@@ -258,7 +404,8 @@ BROKEN = {
     "number": (lambda q: {"entry_shape": 7}, "not iterable"),
     "dtype": (lambda q: {"weight_dtype": "float64"}, "weight_dtype must be one of"),
     "codec": (lambda q: {"codec": []}, "codec must be one of"),
-    "block": (lambda q: {"block_size": 10**30}, "no multiple"),
+    "block": (lambda q: {"block_size": 10**30}, "too large for a weight of 384 entries"),
+    "nested": (lambda q: {"scaler_block_size": 10**30}, "are too large for a weight"),
     "plain": (lambda q: {"scaler_block_size": None}, "scales should be float32"),
     "float": (lambda q: {"block_size": 1.5}, "block_size must be an integer"),
 }

@@ -26,6 +26,7 @@ class Case:
         args: shapes of floating-point arguments, or the arguments.
         axes: what the plan finds, by path.
         config: options of the config besides rank and alpha.
+        options: of `adapt`.
     """
 
     fn: Callable[..., Any]
@@ -33,6 +34,7 @@ class Case:
     args: tuple[Any, ...]
     axes: dict[str, str]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _einsum(spec, weight, x, axes):
@@ -260,7 +262,13 @@ CASES = {
     ),
     "cast": _w(lambda p, x: x.astype("float32") @ p["w"].astype("float32"), "io"),
     "barrier": _w(lambda p, x: x @ lax.optimization_barrier((p["w"], x))[0], "io"),
-    "frozen_by_user": _w(lambda p, x: x @ lax.stop_gradient(p["w"]) + x @ p["w"], "io"),
+    "frozen_by_user": Case(
+        lambda p, x: x @ lax.stop_gradient(p["w"]) + x @ p["w"],
+        {"w": (12, 10)},
+        ((5, 12),),
+        {"w": "io"},
+        options={"on_stop_gradient": "all"},
+    ),
     "used_twice": _w(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], "io", (12, 12)),
     "used_both_ways": _w(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, "io"),
     # tables

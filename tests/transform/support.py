@@ -67,8 +67,11 @@ def loss_of(fn):
     return loss
 
 
-def both(fn, params, plan, adapters, *args, **options):
-    """Value, outputs and gradients of the adapted function, and of the merged one."""
+def both(fn, params, plan, adapters, *args, dense=None, **options):
+    """Value, outputs and gradients of the adapted function, and of the merged one.
+
+    The latter is `dense` on the merged params, or else `fn`.
+    """
     params = jax.tree.map(jnp.asarray, params)  # what closes over them may index them
     floating = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
     wrt = (0, *(1 + i for i in floating))
@@ -78,7 +81,7 @@ def both(fn, params, plan, adapters, *args, **options):
         return model(params, adapters, *args)
 
     def reference(adapters, *args):
-        return fn(merged(params, adapters, plan), *args)
+        return (dense or fn)(merged(params, adapters, plan), *args)
 
     def run(f):
         return jax.jit(jax.value_and_grad(loss_of(f), wrt, has_aux=True))(adapters, *args)
@@ -121,13 +124,14 @@ def check(fn, params, *args, config=None, plan=None, tolerance=1e-10, **options)
     return plan
 
 
-def check_values(fn, params, *args, config, tolerance):
+def check_values(fn, params, *args, config, tolerance, **options):
     """`check` without the gradients."""
     params = jax.tree.map(jnp.asarray, params)
     plan = plan_of(fn, params, *args, **config)
     adapters = trained(params, plan)
     with quickly_compiled():
-        got = jax.jit(lora_jax.adapt(fn, plan))(params, adapters, *args)
+        model = lora_jax.adapt(fn, plan, **options)
+        got = jax.jit(model)(params, adapters, *args)
         want = jax.jit(lambda *args: fn(merged(params, adapters, plan), *args))(*args)
     assert_same(got, want, tolerance)
     return plan

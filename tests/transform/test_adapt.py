@@ -590,3 +590,209 @@ def test_norms_that_are_not_the_plans_are_refused():
         lora_jax.adapt(model, plan, column_norms={"w": norms["w"][:3]})
     with pytest.raises(TypeError, match="column_norms must be a dict"):
         lora_jax.adapt(model, plan, column_norms=norms["w"])
+
+
+# ------------------------------------------------- the axes of the plan and of the use
+
+SQUARE, OTHER = normal(12, 12), normal(12, 12, seed=1)
+TWO = {"w": SQUARE, "v": OTHER}
+TOKENS = np.array([3, 1, 4, 1, 5])
+
+
+def many_sines(h, w):
+    for _ in range(30):
+        h = jnp.sin(h)
+    return h @ w.T
+
+
+def along(weights, x, turn=False):
+    return lax.scan(lambda h, w: (h @ (w.T if turn else w), None), x, weights)[0]
+
+
+# Functions that use `w` otherwise than a plan without a function has it, and how.
+TURNED = {
+    "turned": (lambda p, x: x @ p["w"].T, "oi"),
+    "einsum": (lambda p, x: jnp.einsum("bi,oi->bo", x, p["w"]), "oi"),
+    "scaled": (lambda p, x: x @ (p["w"] * 2).T, "oi"),
+    "part": (lambda p, x: x @ p["w"][:4].T, "oi"),
+    "heads": (lambda p, x: jnp.einsum("bd,hkd->bhk", x, p["w"].reshape(3, 4, 12)), "oi"),
+    "columns_of_a_table": (lambda p, x: jnp.take(p["w"], TOKENS, axis=1), "oi"),
+    "checkpoint": (lambda p, x: jax.checkpoint(lambda x, w: x @ w.T)(x, p["w"]), "oi"),
+    "block": (lambda p, x: jax.jit(many_sines)(x, p["w"]), "oi"),
+    "jit": (jax.jit(lambda p, x: x @ p["w"].T), "oi"),
+    "vmap": (jax.vmap(lambda p, x: p["w"] @ x, (None, 0)), "oi"),
+    "cond": (
+        lambda p, x: lax.cond(x[0, 0] > 0, lambda: x @ p["w"].T, lambda: x * 1.0),
+        "oi",
+    ),
+    "fused": (lambda p, x: x @ jnp.concatenate([p["w"], p["w"]]).T, "oi"),
+    "stacked": (lambda p, x: along(jnp.stack([p["w"], p["w"]]), x, turn=True), "oi"),
+    "stack_of_vectors": (
+        lambda p, x: lax.scan(lambda h, b: (h + b[None], None), x, p["w"])[0],
+        "bo",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_plan_with_other_axes_than_the_use_is_refused(name):
+    fn, letters = TURNED[name]
+    with x64():
+        plan = plan_of(None, {"w": SQUARE})
+        adapters = trained({"w": SQUARE}, plan)
+        message = (
+            rf"'w': the plan has the axes 'io' of \(12, 12\), the function has "
+            rf"'{letters}' in `\w+` at .*test_adapt.py:(.|\n)*Make the plan with this "
+            r"function(.|\n)*LoraConfig\(axes="
+        )
+        for one in (plan, lora_jax.AdapterPlan.from_json(plan.to_json())):
+            with pytest.raises(ValueError, match=message):
+                lora_jax.adapt(fn, one)({"w": SQUARE}, adapters, X)
+        if letters != "bo":
+            own = plan_of(fn, {"w": SQUARE}, X, targets="w")
+            assert own.targets["w"].axes == letters
+            check(fn, {"w": SQUARE}, X, plan=own)
+        given = plan_of(None, {"w": SQUARE}, axes={"w": "io"})
+        check(fn, {"w": SQUARE}, X, plan=given, on_merge="allow")
+
+
+# Functions that use the weights as a plan without a function has them, or say nothing.
+AGREEING = {
+    "tied": lambda p, x: (p["w"][TOKENS] + x) @ p["w"].T,
+    "tied_single": lambda p, x: (p["w"][2][None] + x) @ p["w"].T,
+    "tied_dynamic": lambda p, x: (
+        (lax.dynamic_slice_in_dim(p["w"], jnp.int32(2), 1, 0) + x) @ p["w"].T
+    ),
+    "both_ways": lambda p, x: x @ p["w"].T @ p["w"],
+    "sampled": lambda p, x: x @ p["w"][:, TOKENS],
+    "columns": lambda p, x: jnp.stack([x @ p["w"][:, i] for i in range(3)]),
+    "halves": lambda p, x: [x @ part for part in jnp.split(p["w"], 2, axis=1)],
+    "blocks": lambda p, x: x[:, :4] @ p["w"][:4] + x[:, 4:] @ p["w"][4:],
+    "blocks_of_a_loop": lambda p, x: lax.map(
+        lambda i: x @ lax.dynamic_slice_in_dim(p["w"], 4 * i, 4, 1), jnp.arange(3)
+    ),
+    "heads": lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"].reshape(12, 3, 4)),
+    "heads_of_the_input": lambda p, x: jnp.einsum(
+        "bhd,dhk->bhk", jnp.stack([x] * 3, 1), p["w"].reshape(12, 3, 4)
+    ),
+    "absorbed": lambda p, x: jnp.einsum(
+        "bd,dhk,bhk->bh", x, p["w"].reshape(12, 3, 4), x.reshape(5, 3, 4)
+    ),
+    "merged": lambda p, x: x @ jnp.tanh(p["w"]).T,
+    "sum": lambda p, x: x * jnp.sum(p["w"]),
+    "fused": lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1),
+    "chain": lambda p, x: x @ (p["w"] @ p["v"]),
+    "stacked": lambda p, x: along(jnp.stack([p["w"], p["v"]]), x),
+    "chunks": lambda p, x: lax.map(lambda w: x @ w.T, p["w"].T.reshape(3, 4, 12)),
+}
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_a_plan_that_one_use_agrees_with_is_no_mistake(name):
+    params = TWO if name in ("fused", "chain", "stacked") else {"w": SQUARE}
+    with x64():
+        plan = plan_of(None, params)
+        check(AGREEING[name], params, X, plan=plan, on_merge="allow")
+
+
+def test_layers_of_two_layouts_that_the_function_stacks():
+    def fn(params, x):
+        return x @ params["w"] @ params["v"].T
+
+    def stacked(params, x):
+        return along(jnp.stack([params["w"], params["v"].T]), x)
+
+    def wrong(params, x):
+        return along(jnp.stack([params["w"], params["v"]]), x)
+
+    with x64():
+        plan = plan_of(fn, TWO, X)
+        check(stacked, TWO, X, plan=plan)
+        adapters = trained(TWO, plan)
+        with pytest.raises(ValueError, match=r"'v': .* axes 'oi' .*has 'io'") as error:
+            lora_jax.adapt(wrong, plan)(TWO, adapters, X)
+        assert "'w'" not in str(error.value)
+
+
+EXPERTS = {"w": normal(4, 12, 12)}
+
+
+def mixed(params, x):
+    return jnp.einsum("be,bd,edf->bf", x[:, :4], x, params["w"])
+
+
+def apart(params, x):
+    return jnp.einsum("ebd,edf->ebf", jnp.stack([x] * 4), params["w"])
+
+
+@pytest.mark.parametrize(
+    ("fn", "letters"),
+    [(apart, "bio"), (lambda p, x: along(p["w"], x), "bio")],
+    ids=["experts", "layers"],
+)
+def test_a_batch_axis_that_the_plan_has_as_input(fn, letters):
+    with x64():
+        plan = plan_of(mixed, EXPERTS, X)
+        assert plan.targets["w"].axes == "iio"
+        adapters = trained(EXPERTS, plan)
+        with pytest.raises(ValueError, match=f"'iio' of .*, the function has '{letters}'"):
+            lora_jax.adapt(fn, plan)(EXPERTS, adapters, X)
+        # What has a matrix for each index can be used in any way.
+        check(mixed, EXPERTS, X, plan=plan_of(fn, EXPERTS, X))
+
+
+def test_a_part_of_a_function_that_uses_a_weight_both_ways():
+    with x64():
+        plan = plan_of(AGREEING["tied"], {"w": SQUARE}, X, targets="w")
+        assert plan.targets["w"].axes == "io"
+        check(lambda p, x: x @ p["w"].T, {"w": SQUARE}, X, plan=plan)
+
+
+def test_a_checkpoint_in_the_other_layout(tmp_path):
+    from lora_jax import peft
+
+    params = {"layer": {"weight": SQUARE}}
+
+    def fn(params, x):
+        return x @ params["layer"]["weight"].T
+
+    with x64():
+        plan = plan_of(fn, params, X)
+        adapters = trained(params, plan)
+        peft.save(tmp_path, adapters, plan)
+        loaded, plan, *_ = peft.load(tmp_path, params)
+        with pytest.raises(ValueError, match=r"axes 'io' .*, the function has 'oi'"):
+            lora_jax.adapt(fn, plan)(params, loaded, X)
+        for options in (
+            {"layout": "torch"},
+            {"names": {"layer": ("layer/weight", "oi")}},
+        ):
+            loaded, plan, *_ = peft.load(tmp_path, params, **options)
+            check(fn, params, X, plan=plan)
+        given = {"names": {"layer": ("layer/weight", "io")}}
+        loaded, plan, *_ = peft.load(tmp_path, params, **given)
+        check(fn, params, X, plan=plan)
+
+
+def test_the_heads_of_a_module_of_a_checkpoint(tmp_path):
+    from lora_jax import peft
+
+    params = {"layer": {"kernel": normal(12, 3, 4)}}
+
+    def fn(params, x):
+        return jnp.einsum("bd,dhk->bhk", x, params["layer"]["kernel"])
+
+    def each(params, x):
+        return jax.vmap(lambda w: x @ w, 1)(params["layer"]["kernel"])
+
+    def mapped(params, x):
+        rows = jnp.stack([x] * 3)
+        return jax.vmap(lambda x, w: x @ w, (0, 1))(rows, params["layer"]["kernel"])
+
+    with x64():
+        plan = plan_of(fn, params, X)
+        peft.save(tmp_path, trained(params, plan), plan)
+        _, plan, *_ = peft.load(tmp_path, params)
+        assert plan.targets["layer/kernel"].axes == "ioo"
+        for model in (fn, each, mapped):
+            check(model, params, X, plan=plan)

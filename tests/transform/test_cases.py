@@ -48,7 +48,8 @@ def test_agrees_with_the_merged_function(name, method):
         config = {**case.config, "use_dora": method == "dora"}
         tolerance = {"cast": 1e-5}.get(name, 1e-10)
         compare = check if method == "lora" or name in DORA_GRADIENTS else check_values
-        plan = compare(case.fn, params, *args, config=config, tolerance=tolerance)
+        options = {"config": config, "tolerance": tolerance, **case.options}
+        plan = compare(case.fn, params, *args, **options)
     assert {path: target.axes for path, target in plan.targets.items()} == case.axes
 
 
@@ -80,7 +81,7 @@ def compiled_steps(case):
     params, args = inputs(case)
     plan = plan_of(case.fn, params, *args, **case.config)
     adapters = trained(params, plan)
-    model = lora_jax.adapt(case.fn, plan)
+    model = lora_jax.adapt(case.fn, plan, **case.options)
     floating = (i for i, x in enumerate(args, 2) if jnp.issubdtype(x.dtype, jnp.floating))
     wrt = (0, *floating)
 

@@ -1,14 +1,27 @@
 """`adapt` on params with weights in few bits, against the same weights dense."""
 
+import dataclasses
 import functools
+import types
+from contextlib import nullcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax.transform._context import Context
+from lora_jax.transform._deferred import Deferred
+from lora_jax.transform._factored import Factored
+from lora_jax.transform._rules import RULES
 from tests import toy_format
+from tests.support import set_mesh
 from tests.transform.support import assert_same, normal, plan_of, trained
 
 
@@ -283,3 +296,176 @@ def test_params_may_be_mixed_and_need_no_adapter_to_be_quantized():
     adapters = trained(mixed, plan)
     adapted = lora_jax.adapt(with_unadapted, plan)
     assert_same(adapted(mixed, adapters, x), adapted(dense, adapters, x), 1e-6)
+
+
+@jax.custom_jvp
+def odd(w):
+    return 2.0 * w
+
+
+@jax.custom_vjp
+def odd_product(x, w):
+    return x @ w
+
+
+odd.defjvp(lambda primals, tangents: (odd(*primals), 3.0 * tangents[0]))
+odd_product.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
+)
+
+
+def mesh(kind):
+    return jax.make_mesh((1,), ("data",), axis_types=(kind,))
+
+
+def mapped_shards(f, **options):
+    def fn(w, x):
+        specs = {"mesh": mesh(AxisType.Auto), "in_specs": (P("data"), P()), **options}
+        return jax.shard_map(f, out_specs=P(), **specs)(w, x)
+
+    return fn
+
+
+def gathering(w, x):
+    return x @ lax.all_gather(w, "data", axis=0, tiled=True)
+
+
+def varying(w, x):
+    if hasattr(lax, "pcast"):
+        return lax.psum(x @ lax.pcast(w, ("data",), to="varying"), "data")
+    return lax.psum(x @ lax.pvary(w, ("data",)), "data")
+
+
+def resharded(w, x):
+    return x @ jax.sharding.reshard(w, NamedSharding(mesh(AxisType.Explicit), P()))
+
+
+def constrained(w, x):
+    sharding = NamedSharding(mesh(AxisType.Auto), P())
+    return x @ lax.with_sharding_constraint(w, sharding)
+
+
+def stepped(w, x):
+    return lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ w), (0, x))[1]
+
+
+def added(v, w):
+    return jnp.sum(v * w) + 2.0 * jnp.sum(v * w)
+
+
+# For each rule a function of a quantized weight that the rule is applied to.
+BY_RULE = {
+    "transpose": lambda w, x: x @ w.T,
+    "squeeze": lambda w, x: x @ w[None][0],
+    "broadcast_in_dim": lambda w, x: x[None] @ jnp.broadcast_to(w, (2, 12, 12)),
+    "reshape": lambda w, x: jnp.einsum("bi,ijk->bjk", x, w.reshape(12, 3, 4)),
+    "slice": lambda w, x: x @ w[:, 2:7],
+    "dynamic_slice": lambda w, x: x @ lax.dynamic_slice(w, (0, 3), (12, 4)),
+    "rev": lambda w, x: x @ w[::-1],
+    "split": lambda w, x: [x @ v for v in jnp.split(w, 2, axis=1)],
+    "unstack": lambda w, x: [x @ v for v in jnp.unstack(w.reshape(12, 2, 6), axis=1)],
+    "tile": lambda w, x: x @ jnp.tile(w, (1, 2)),
+    "pad": lambda w, x: x @ jnp.pad(w, ((0, 0), (1, 2))),
+    "concatenate": lambda w, x: x @ jnp.concatenate([w, w], axis=1),
+    "stack": lambda w, x: jnp.einsum("bi,nij->nbj", x, jnp.stack([w, 2.0 * w])),
+    "convert_element_type": lambda w, x: x.astype("bfloat16") @ w.astype("bfloat16"),
+    "copy": lambda w, x: x @ jnp.copy(w),
+    "name": lambda w, x: x @ checkpoint_name(w, "weight"),
+    "reduce_precision": lambda w, x: x @ lax.reduce_precision(w, 8, 23),
+    "reshard": resharded,
+    "sharding_constraint": constrained,
+    "layout_constraint": lambda w, x: x @ with_layout_constraint(w, Layout((0, 1))),
+    "stop_gradient": lambda w, x: x @ lax.stop_gradient(w),
+    "pvary": mapped_shards(varying, in_specs=(P(), P())),
+    "optimization_barrier": lambda w, x: x @ lax.optimization_barrier((w, x))[0],
+    "device_put": lambda w, x: x @ jax.device_put(w, jax.devices()[0]),
+    "neg": lambda w, x: x @ -w,
+    "mul": lambda w, x: x @ (w * jnp.arange(12.0)[:, None]),
+    "div": lambda w, x: x @ (w / 3.0),
+    "add": lambda w, x: x @ (w + 1.0),
+    "add_any": lambda w, x: x @ jax.grad(added)(jnp.zeros_like(w), w),
+    "sub": lambda w, x: x @ (1.0 - w),
+    "reduce_sum": lambda w, x: x + jnp.sum(w, axis=0)[None],
+    "dot_general": lambda w, x: w.T @ x.T,
+    "ragged_dot_general": lambda w, x: lax.ragged_dot(x, w[None], jnp.array([5])),
+    "conv_general_dilated": lambda w, x: lax.conv(
+        x[None, None], w.reshape(12, 1, 12, 1), (1, 1), "SAME"
+    ),
+    "gather": lambda w, x: w[jnp.array([3, 0, 3])] + x[:3],
+    "jit": lambda w, x: jax.jit(jnp.matmul)(x, w),
+    "checkpoint": lambda w, x: jax.checkpoint(jnp.matmul)(x, w),
+    "custom_jvp_call": lambda w, x: x @ odd(w),
+    "custom_vjp_call": lambda w, x: odd_product(x, w),
+    "scan": lambda w, x: lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, length=2)[0],
+    "while": stepped,
+    "cond": lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w.T),
+    "shard_map": mapped_shards(lambda w, x: lax.psum(x @ w, "data"), in_specs=(P(), P())),
+    "all_gather": mapped_shards(gathering, check_vma=False),
+}
+# Other names of a rule: those of other versions of JAX.
+SAME_RULE = {
+    "all_gather_invariant": "all_gather",
+    "pcast": "pvary",
+    "remat2": "checkpoint",
+}
+# Primitives that no public function of every JAX gives: their equations are made by hand.
+BY_HAND = {
+    "closed_call": lambda jaxpr: {"call_jaxpr": jaxpr},
+    "call_hi_primitive": lambda jaxpr: {"_prim": RematTraced(jaxpr)},
+}
+NEW_PRIMITIVES = ("stack", "tile", "unstack")  # that the oldest JAX lacks
+
+
+@dataclasses.dataclass
+class RematTraced:
+    """What JAX calls a checkpoint where `jax_remat3` is set."""
+
+    jaxpr: Any
+    policy: Any = None
+    prevent_cse: bool = True
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_takes_a_quantized_weight(name, monkeypatch):
+    if name in SAME_RULE:
+        assert RULES[name] is RULES[SAME_RULE[name]]
+        return
+    rule, calls = RULES[name], []
+
+    def spy(context, equation, *values):
+        calls.append([v for v in values if isinstance(v, Factored)])
+        return rule(context, equation, *values)
+
+    for other in (name, *(k for k, v in SAME_RULE.items() if v == name)):
+        monkeypatch.setitem(RULES, other, spy)
+    stored, dense = params_of({"w": (12, 12)})
+    x = jnp.asarray(normal(5, 12), "float32")
+    if name in BY_HAND:
+        jaxpr = jax.make_jaxpr(jnp.matmul)(x, dense["w"])
+        equation = types.SimpleNamespace(params=BY_HAND[name](jaxpr))
+        weight = Factored(Deferred((stored["w"],)), ())
+        context = Context(RULES, on_merge=pytest.fail)
+        assert_same(spy(context, equation, x, weight), [x @ dense["w"]], 1e-6)
+        return
+
+    def fn(params, x):
+        return BY_RULE[name](params["w"], x)  # a new rule needs a function there
+
+    with set_mesh(mesh(AxisType.Explicit)) if name == "reshard" else nullcontext():
+        got = lora_jax.accept_quantized(fn)(stored, x)
+        if not calls and name in NEW_PRIMITIVES:
+            pytest.skip(f"this JAX has no primitive {name}")
+        assert any(calls)
+        assert_same(got, fn(dense, x), 1e-5)
+        plan = plan_of(None, dense, rank=2)
+        adapters = jax.tree.map(lambda v: 0.3 * v, trained(dense, plan))
+        options: Any = {"on_merge": "allow", "on_stop_gradient": "base"}
+        adapted = lora_jax.adapt(fn, plan, **options)
+
+        def loss(adapters, x, params):
+            out = jax.tree.leaves(adapted(params, adapters, x))
+            return sum(jnp.sum(jnp.sin(leaf.astype("float32"))) for leaf in out)
+
+        run = loss if name == "while" else jax.value_and_grad(loss, argnums=(0, 1))
+        got, want = (jax.jit(run)(adapters, x, params) for params in (stored, dense))
+        assert_same(got, want, 2e-2 if name == "convert_element_type" else 1e-5)

@@ -379,3 +379,197 @@ def test_a_column_of_a_weight_keeps_its_dropout():
     )
     with pytest.raises(ValueError, match="merged or summed"):
         summed({"w": W}, adapters, X)
+
+
+def own_derivative(fn, kind=jax.custom_vjp):
+    """A function with a derivative of its own, whose backward rule is all wrong."""
+    own = kind(fn)
+    if kind is jax.custom_jvp:
+        own.defjvp(lambda x, t: (fn(*x), 2 * jax.jvp(fn, x, t)[1]))
+    else:
+        own.defvjp(
+            lambda x, w: (fn(x, w), (x, w)),
+            lambda kept, g: jax.tree.map(lambda v: 2 * v, jax.vjp(fn, *kept)[1](g)),
+        )
+    return own
+
+
+def in_float8(x, w):
+    scale = jnp.max(jnp.abs(w)) / 448
+    codes = jnp.clip(w / scale, -448, 448).astype("float8_e4m3fn").astype(w.dtype)
+    return (x @ codes) * scale
+
+
+def in_int8(x, w):
+    scale = jnp.max(jnp.abs(w), axis=1, keepdims=True) / 127
+    return (x @ jnp.round(w / scale).astype("int8").astype(x.dtype).T) * scale.T
+
+
+product = own_derivative(lambda x, w: x @ w)
+turned = own_derivative(lambda x, w: x @ w.T)
+SQUARE = normal(12, 12)
+
+
+def batched_product():
+    own = jax.custom_batching.custom_vmap(lambda x, w: x @ w)
+    own.def_vmap(lambda size, batched, x, w: (x @ w, True))
+    return own
+
+
+def backward_only(x, w):
+    """A function that multiplies by the weight in its backward rule alone."""
+    own = jax.custom_vjp(lambda x, w: x + w[0, 0])
+    own.defvjp(lambda x, w: (x + w[0, 0], w), lambda w, g: (g @ w @ w.T, w))
+    return own(x, w)
+
+
+# A function of x and a weight that needs it merged, the weight, and its axes.
+BODIES = {
+    "vjp": (product, W, "io"),
+    "jvp": (own_derivative(lambda x, w: x @ w, jax.custom_jvp), W, "io"),
+    "turned": (turned, W.T, "oi"),
+    "turned_outside": (lambda x, w: product(x, w.T), W.T, "oi"),
+    "heads": (
+        own_derivative(lambda x, w: jnp.einsum("bd,dhk->bhk", x, w)),
+        normal(12, 2, 5),
+        "ioo",
+    ),
+    "nested": (own_derivative(lambda x, w: jnp.sin(product(x, w))), W, "io"),
+    "jit": (own_derivative(jax.jit(lambda x, w: x @ w)), W, "io"),
+    "checkpoint": (jax.checkpoint(lambda x, w: product(x, w)), W, "io"),
+    "groups": (
+        own_derivative(lambda x, w: lax.ragged_dot(x, w, jnp.array([2, 3]))),
+        normal(2, 12, 10),
+        "bio",
+    ),
+    "scanned": (
+        lambda x, w: lax.scan(lambda h, w: (product(h, w), None), x, w)[0],
+        normal(3, 12, 12),
+        "bio",
+    ),
+    "scanned_inside": (
+        own_derivative(
+            lambda x, w: lax.scan(lambda h, w: (h @ w, None), x, w)[0],
+        ),
+        normal(3, 12, 12),
+        "bio",
+    ),
+    "indexed": (lambda x, w: product(product(x, w[0]), w[1]), normal(3, 12, 12), "bio"),
+    "loop": (
+        own_derivative(lambda x, w: lax.fori_loop(0, 3, lambda _, h: h @ w, x)),
+        SQUARE,
+        "io",
+    ),
+    "mapped": (
+        lambda x, w: jax.vmap(product)(jnp.stack([x, x]), w),
+        normal(2, 12, 10),
+        "bio",
+    ),
+    "first_use_decides": (lambda x, w: product(turned(x, w), w), W.T, "oi"),
+    "float8": (own_derivative(in_float8), W, "io"),
+    "int8": (own_derivative(in_int8), W.T, "oi"),
+    "custom_vmap": (batched_product(), W, "io"),
+    "identity": (lambda x, w: x @ own_derivative(lambda _, w: w)(x, w), W, "..."),
+    "backward_only": (backward_only, SQUARE, "..."),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_the_axes_are_read_from_the_body_of_a_call(name):
+    call, weight, letters = BODIES[name]
+    params = {"other": SQUARE, "w": weight}
+
+    def fn(params, x):
+        return call(x @ params["other"], params["w"])
+
+    plan = plan_of(fn, params, X)
+    assert list(plan.targets) == ["other"]
+    (line,) = [line for line in str(plan).splitlines() if line.startswith("left out")]
+    verb = "no matrix product uses it" if letters == "..." else "only what needs the merged"
+    assert line.startswith(f"left out: 'w': {verb}")
+    assert "test_rules.py:" in line
+    with pytest.raises(ValueError, match="every use of it needs the merged") as error:
+        plan_of(fn, params, X, targets="w")
+    assert f"axes={{'w': \"{letters}\"}}" in str(error.value)
+    assert "adapt(fn, plan, on_merge='allow')" in str(error.value)
+    axes = "io" if letters == "..." else letters
+    if name == "custom_vmap":  # which has no derivative
+        return
+    with x64():
+        config = {"targets": "w", "axes": {"w": axes}}
+        plan = check(fn, params, X, config=config, on_merge="allow")
+        assert plan.targets["w"].axes == axes
+        assert "to be merged: 'w', " in str(plan)
+        with pytest.raises(ValueError, match=r"'w' .* reaches `custom_"):
+            lora_jax.adapt(fn, plan)(params, trained(params, plan), X)
+
+
+def test_a_callback_has_no_body_to_read():
+    def fn(params, x):
+        result = jax.ShapeDtypeStruct((5, 10), "float32")
+        y = jax.pure_callback(np.matmul, result, x, params["w"])
+        return y, x @ params["other"]
+
+    params = {"other": SQUARE, "w": W}
+    with pytest.raises(ValueError, match="no body to read the axes from") as error:
+        plan_of(fn, params, X, targets="w")
+    assert 'axes={\'w\': "..."} (for "..." one letter for each axis' in str(error.value)
+
+
+def test_a_kernel_has_no_body_to_read():
+    from jax.experimental import pallas as pl
+
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def fn(params, x):
+        shape = jax.ShapeDtypeStruct((5, 10), "float32")
+        call = pl.pallas_call(kernel, out_shape=shape, interpret=True)
+        return call(x, params["w"]), x @ params["other"]
+
+    params = jax.tree.map(jnp.float32, {"other": SQUARE, "w": W})
+    plan = plan_of(fn, params, jnp.float32(X))
+    assert "left out: 'w': no matrix product uses it, only pallas_call" in str(plan)
+    assert "no body to read the axes from" in str(plan)
+
+
+def test_a_table_with_a_fused_loss_is_one_all_the_same():
+    loss = own_derivative(lambda h, table: jax.nn.logsumexp(h @ table.T, axis=-1))
+
+    def fn(params, x):
+        return loss(params["table"][jnp.arange(5)] + x, params["table"])
+
+    with x64():
+        params, config = {"table": normal(9, 12)}, {"targets": "table"}
+        plan = check(fn, params, X, config=config, on_merge="allow")
+    assert plan.targets["table"].axes == "io"
+
+
+def test_left_out_layers_share_a_line():
+    params = {
+        "layers": [{"up": normal(12, 12, seed=i), "scale": np.ones(12)} for i in range(3)],
+        "stack": {"bias": normal(3, 12), "w": normal(3, 12, 12)},
+        "positions": normal(5, 12),
+        "unused": W,
+        "out": W,
+    }
+
+    def fn(params, x):
+        x = x + params["positions"]
+        for layer in params["layers"]:
+            x = product(x, layer["up"]) * layer["scale"][None]
+        stack = params["stack"]
+        x, _ = lax.scan(lambda h, s: (h @ s["w"] + s["bias"][None], None), x, stack)
+        return x @ params["out"]
+
+    lines = str(plan_of(fn, params, X)).splitlines()
+    left_out = [line.split(" at ")[0] for line in lines if line.startswith("left out")]
+    assert left_out == [
+        "left out: 3 weights 'layers/*/up': only what needs the merged weight multiplies "
+        "it: custom_vjp_call",
+        "left out: 'positions': it is added to something, as a bias or positions are: add",
+        "left out: 'unused': the function never uses it",
+    ]
+    by_name = str(plan_of(fn, params, X, targets="out"))
+    without = str(plan_of(fn, params, X, exclude=("*/up", "positions", "unused")))
+    assert "left out" not in by_name + without

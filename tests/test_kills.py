@@ -90,9 +90,10 @@ def test_a_full_disk(name, size, tmp_path, capsys):
     assert writer.read(tmp_path) == {1}
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 @pytest.mark.parametrize("name", ["save_adapters", "peft.save", "save_quantized"])
-def test_a_step_that_fails(name, call, tmp_path, monkeypatch):
+def test_a_step_that_fails(name, call, error, tmp_path, monkeypatch):
     """Whichever step it is, there are the old files or the new ones, and no others."""
     writer = kills.WRITERS[name]
     outcomes = []
@@ -105,12 +106,12 @@ def test_a_step_that_fails(name, call, tmp_path, monkeypatch):
         def step(*arguments, calls=calls, real=real, number=number):
             calls.append(arguments)
             if len(calls) == number:
-                raise OSError(5, "Input/output error")
+                raise error
             return real(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, step)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(type(error)):
                 writer.write(folder, 1)
         (found,) = writer.read(folder)
         outcomes.append(found)

@@ -63,21 +63,6 @@ class Readable(Protocol):
         ...
 
 
-class Widened:
-    """Arrays in at least float32, so that nothing is computed or trained in less.
-
-    Args:
-        arrays: as they are stored.
-    """
-
-    def __init__(self, arrays: Readable) -> None:
-        self._arrays = arrays
-
-    def read(self, name: str, /) -> np.ndarray:
-        """The array of a name."""
-        return _files.widen(self._arrays.read(name))
-
-
 def check_dtype(dtype: FileDtype) -> FileDtype:
     """The dtype of the adapters that a caller wants of a reader.
 
@@ -97,6 +82,29 @@ class Checkpoint(NamedTuple):
     config: PeftConfig
     arrays: Readable
     entries: Entries
+
+
+class Widened:
+    """Arrays in at least float32, so that nothing is computed or trained in less.
+
+    Args:
+        checkpoint: of the arrays as they are stored.
+        dtype: of those that stand for an array of the model, where it is at least float32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
+        self._arrays, self._where = checkpoint.arrays, checkpoint.where
+        self._wholes = frozenset(checkpoint.entries.wholes.values())
+        self._dtype = dtype if dtype is not None and dtype.itemsize >= 4 else None
+
+    def read(self, name: str, /) -> np.ndarray:
+        """The array of a name."""
+        array = _files.widen(self._arrays.read(name))
+        try:
+            dtype = self._dtype if name in self._wholes else None
+            return _files.cast(repr(name), array, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{self._where}: {error}") from None
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

@@ -109,7 +109,7 @@ def put(
     """
     dtype = check_dtype(dtype)
     if dtype != "file":
-        checkpoint = checkpoint._replace(arrays=Widened(checkpoint.arrays))
+        checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
     places, sites, problems = find_places(checkpoint, params, names, layout)
     _LOG.info("%s\n%s", checkpoint.where, table(places, sites))
     replaced = Replaced(places)

@@ -58,9 +58,9 @@ def load(
         The adapters; their plan; and `replaced`, what the checkpoint holds whole (saved
         modules, biases, embeddings with trained rows, bases that PiSSA or OLoRA left) by
         path, in the layout of the params. `replace_leaves` puts that into the params,
-        before they are used or merged. Leaves of `replaced` are at least float32 too,
-        unless `dtype` is `"file"`; those that only change a leaf of the params (rows, a
-        base, the bias of `lora_bias`) have its dtype.
+        before they are used or merged. Leaves of `replaced` have the dtype of the adapters
+        too, but at least float32, unless `dtype` is `"file"`; those that only change a leaf
+        of the params (rows, a base, the bias of `lora_bias`) have its dtype.
 
     Raises:
         CheckpointError: if a file is not whole or no PEFT adapter; if it uses what is not

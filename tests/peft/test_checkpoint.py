@@ -219,3 +219,18 @@ def test_saves_while_files_are_opened(tmp_path, monkeypatch, saves):
     monkeypatch.setattr(_checkpoint, "_read_configs", slow)
     assert numbers(tmp_path) == (NEW if saves % 2 else OLD)
     assert len(done) == saves
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_a_directory_in_the_place_of_a_file(tmp_path, file):
+    save(tmp_path, 1.0)
+    other = {CONFIG: TENSORS, TENSORS: CONFIG}[file]
+    before = (tmp_path / other).read_bytes()
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()
+    with pytest.raises(OSError, match=file):
+        save(tmp_path, 2.0, 100.0)
+    assert (tmp_path / other).read_bytes() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    with pytest.raises(OSError, match=file):
+        peft.load(tmp_path, PARAMS)

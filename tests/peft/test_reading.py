@@ -160,14 +160,25 @@ def test_a_dtype_that_does_not_hold_a_value(tmp_path):
 def test_64_bits(tmp_path):
     entries = linear("q", 5, 7, 2, dtype="float64")
     folder = write(tmp_path, entries, r=2, target_modules=["q"])
-    params = abstract({"q": (5, 7)})
+    params = abstract({"q": (5, 7), "score": {"scale": (3,)}})
     with pytest.raises(CheckpointError, match="'q:A' is float64, which JAX would narrow"):
         peft.load(folder, params)
+    entries["score.weight"] = draw(3, dtype="float64")
+    folder = write(tmp_path, entries, r=2, target_modules=["q"], modules_to_save=["score"])
     loaded = peft.load(folder, params, dtype="float32")
     want = entries["q.lora_A.weight"].T.astype("float32")
     np.testing.assert_array_equal(loaded.adapters["q"]["A"], want)
+    want = entries["score.weight"].astype("float32")
+    np.testing.assert_array_equal(loaded.replaced["score/scale"], want)
     with x64():
-        assert peft.load(folder, params).adapters["q"]["A"].dtype == "float64"
+        loaded = peft.load(folder, params)
+    assert (
+        loaded.adapters["q"]["A"].dtype == loaded.replaced["score/scale"].dtype == "float64"
+    )
+    entries["score.weight"][1] = 1e300
+    write(tmp_path, entries, r=2, target_modules=["q"], modules_to_save=["score"])
+    with pytest.raises(CheckpointError, match=r"score.weight' has values up to 1e\+300"):
+        peft.load(folder, params, dtype="float32")
 
 
 def test_the_table_is_logged_and_printed(tmp_path, caplog):

@@ -109,9 +109,11 @@ def _open_parts(path: pathlib.Path) -> Base:
     if not isinstance(weight_map, dict) or not weight_map:
         raise _files.CheckpointError(f"{where} has no {_WEIGHT_MAP!r} with names in it.")
     for part in weight_map.values():
-        if not isinstance(part, str) or pathlib.PurePath(part).name != part:
+        beside = isinstance(part, str) and pathlib.PurePath(part).name == part
+        if not beside or not part.endswith(".safetensors"):
             raise _files.CheckpointError(
-                f"{where}: {part!r} is no name of a file in the same directory."
+                f"{where}: {part!r:.80} is no name of a file in the same directory that "
+                "ends in .safetensors."
             )
     parts = sorted(set(weight_map.values()))
     base = Base(path, {part: _files.TensorFile(path / part) for part in parts}, index)

@@ -33,6 +33,8 @@ def _to_own(
     names: _loading.Names,
     options: argparse.Namespace,
 ) -> int:
+    if options.uniform:
+        raise ValueError("--uniform is for --to peft: a plan has all ranks and scales.")
     if options.base is None:
         raise ValueError(
             "adapters of PEFT do not say the shapes of the weights: give the model they "
@@ -40,7 +42,9 @@ def _to_own(
         )
     leaves = _loading.leaves_of(_base.open_base(pathlib.Path(options.base)))
     layout = options.layout or "torch"
-    adapters, plan, replaced = load(source, leaves, names=names, layout=layout)
+    adapters, plan, replaced = load(
+        source, leaves, names=names, layout=layout, dtype="file"
+    )
     if replaced:
         names_of = ", ".join(map(repr, list(replaced)[:3]))
         raise _files.CheckpointError(
@@ -49,7 +53,7 @@ def _to_own(
             "program with lora_jax.peft.load."
         )
     with _output.new_directory(out) as new:
-        save_adapters(new, adapters, plan)
+        save_adapters(new, adapters, plan, dtype=options.dtype)
     return len(plan.targets)
 
 
@@ -63,5 +67,8 @@ def _to_peft(
         raise ValueError("--base is for --to lora_jax: the plan has all shapes.")
     adapters, plan = load_adapters(source)
     with _output.new_directory(out) as new:
-        save(new, adapters, plan, names=names, layout=options.layout or "jax")
+        save(
+            new, adapters, plan, names=names, layout=options.layout or "jax",
+            dtype=options.dtype, uniform=options.uniform,
+        )  # fmt: skip
     return len(plan.targets)

@@ -14,8 +14,9 @@ from lora_jax._tensor_stream import Span
 from lora_jax.checkpoint import load_adapters
 from lora_jax.cli import _adapters, _base
 from lora_jax.lora import Adapter
+from lora_jax.peft._checkpoint import write_checkpoint
 from lora_jax.peft.reading import load, match_names
-from lora_jax.peft.writing import save
+from lora_jax.peft.writing import make_files
 from lora_jax.plan import AdapterPlan
 
 Names = dict[str, Any] | None
@@ -105,8 +106,9 @@ def load_for(
         return Loaded(adapters, plan, {})
     # By way of PEFT's names and layout, which is how such models are written.
     with tempfile.TemporaryDirectory() as temporary:
-        save(temporary, adapters, plan, names=names)
-        return _load_peft(pathlib.Path(temporary), base, None, layout)
+        folder = pathlib.Path(temporary)
+        write_checkpoint(folder, *make_files(adapters, plan, names))
+        return _load_peft(folder, base, None, layout)
 
 
 def _load_peft(

@@ -191,6 +191,17 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--base", help="the model of the adapters, for --to lora_jax: its shapes"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of all arrays in DST; by default as they are",
+    )
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="write one rank and one scale, for --to peft: for programs that read no "
+        "rank_pattern and no alpha_pattern, such as vLLM",
+    )
     _add_names(parser)
 
 

@@ -215,7 +215,7 @@ def _find_others(base: Base, directory: pathlib.Path) -> Others:
     if base.is_file:
         return others
     own = {*base.shards, _base.INDEX}
-    root, inner = base.path.resolve(), directory.resolve()
+    root, inner = base.path.resolve(), _output.resolve(directory)
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path)
         hidden = any(part.startswith(".") for part in name.parts)

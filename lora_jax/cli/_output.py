@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import pathlib
 import shutil
@@ -39,9 +40,9 @@ def check_place(
         FileNotFoundError: if there is no directory to write in.
         ValueError: if the path is one of the inputs, or inside of it.
     """
-    place = out.resolve()
+    place = resolve(out)
     for what, path in inputs.items():
-        given = path.resolve()
+        given = resolve(path)
         if place == given or given in place.parents:
             raise ValueError(
                 f"OUT {out} is {what} {path} or inside of it, which is never changed: "
@@ -69,6 +70,18 @@ def check_place(
             "remove it yourself, or give another name."
         )
     return sorted({path.relative_to(place) for path in place.rglob("*")} - files)
+
+
+def resolve(path: pathlib.Path) -> pathlib.Path:
+    """A path without links.
+
+    Raises:
+        OSError: if links lead to each other. Python has another error before 3.13.
+    """
+    try:
+        return path.resolve()
+    except RuntimeError:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
 def check_space(folder: pathlib.Path, needed: int) -> None:

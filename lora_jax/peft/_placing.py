@@ -12,7 +12,13 @@ from lora_jax import _checks, _files, _paths
 from lora_jax._files import CheckpointError
 from lora_jax.lora import Adapter
 from lora_jax.peft import _arrays, _bases, _names, _replaced, _wholes
-from lora_jax.peft._checkpoint import Checkpoint, check_module
+from lora_jax.peft._checkpoint import (
+    Checkpoint,
+    FileDtype,
+    Widened,
+    check_dtype,
+    check_module,
+)
 from lora_jax.peft._completeness import biased, missing
 from lora_jax.peft._entries import Module, without_wrapper
 from lora_jax.peft._fitting import LAYOUTS, Layout
@@ -84,6 +90,7 @@ def put(
     layout: Layout,
     strict: bool,
     *,
+    dtype: FileDtype = None,
     scales_bias: bool = False,
 ) -> Loaded:
     """Makes of a checkpoint the adapters and the plan of some params.
@@ -94,11 +101,15 @@ def put(
         names: of modules.
         layout: of the params.
         strict: whether what does not fit is an error.
+        dtype: of the adapters; as in `lora_jax.peft.load`.
         scales_bias: whether the adapters multiply the biases of their layers too.
 
     Raises:
         CheckpointError: as `lora_jax.peft.load`.
     """
+    dtype = check_dtype(dtype)
+    if dtype != "file":
+        checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
     places, sites, problems = find_places(checkpoint, params, names, layout)
     _LOG.info("%s\n%s", checkpoint.where, table(places, sites))
     replaced = Replaced(places)
@@ -118,18 +129,27 @@ def put(
     try:
         placed = _put_adapters(checkpoint, places, sites, replaced)
         whole = replaced.finish(checkpoint.where)
-    except CheckpointError as error:
+    except ValueError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     if not placed and not whole:
         raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params.")
     adapters = {
         path: {
-            name: _files.to_jax(checkpoint.where, f"{path}:{name}", array)
+            name: _to_jax(checkpoint.where, f"{path}:{name}", array, dtype)
             for name, array in own.arrays.items()
         }
         for path, own in placed.items()
     }
     return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
+
+
+def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:
+    if dtype not in (None, "file"):
+        try:
+            array = _files.cast(repr(name), array, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+    return _files.to_jax(where, name, array)
 
 
 def _may_lie_as_torch(places: Places, sites: Iterable[Site]) -> bool:

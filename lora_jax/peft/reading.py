@@ -9,7 +9,7 @@ import jax
 
 from lora_jax import _checks, _paths
 from lora_jax.peft import _placing
-from lora_jax.peft._checkpoint import open_checkpoint
+from lora_jax.peft._checkpoint import FileDtype, open_checkpoint
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import NamesArgument
 from lora_jax.peft._placing import Loaded
@@ -25,6 +25,7 @@ def load(
     names: NamesArgument = None,
     layout: Layout = "jax",
     strict: bool = True,
+    dtype: FileDtype = None,
 ) -> Loaded:
     """Reads an adapter that PEFT saved, for some params.
 
@@ -49,18 +50,24 @@ def load(
             `fan_in_fan_out`.
         strict: whether entries without a place, and weights without entries, are errors.
             Otherwise they are left out, and named in a warning.
+        dtype: of the adapters, magnitudes too. None for float32, or float64 where the file
+            has that: training goes on in it, and in 16 bits small steps would be lost.
+            `"file"` for the dtypes that the file has.
 
     Returns:
-        The adapters, with the dtypes of the file; their plan; and `replaced`, what the
-        checkpoint holds whole (saved modules, biases, embeddings with trained rows, bases
-        that PiSSA or OLoRA left) by path, in the layout of the params. `replace_leaves`
-        puts that into the params, before they are used or merged.
+        The adapters; their plan; and `replaced`, what the checkpoint holds whole (saved
+        modules, biases, embeddings with trained rows, bases that PiSSA or OLoRA left) by
+        path, in the layout of the params. `replace_leaves` puts that into the params,
+        before they are used or merged. Leaves of `replaced` have the dtype of the adapters
+        too, but at least float32, unless `dtype` is `"file"`; those that only change a leaf
+        of the params (rows, a base, the bias of `lora_bias`) have its dtype.
 
     Raises:
         CheckpointError: if a file is not whole or no PEFT adapter; if it uses what is not
             supported; if an entry has no place in the params, or more than one; if the
             config targets a weight that the file lacks; if values are needed and there
-            are shapes only. The message names the file and the entry.
+            are shapes only; if `dtype` does not hold a value; if one of the two files is
+            that of another adapter. The message names the file and the entry.
         FileNotFoundError: if there is no such file.
         ModuleNotFoundError: if the package safetensors is not installed.
         TypeError, ValueError: if an argument is none that it may be.
@@ -69,7 +76,8 @@ def load(
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     _checks.check_flags(strict=strict)
-    return _placing.put(open_checkpoint(directory), params, names, layout, strict)
+    checkpoint = open_checkpoint(directory)
+    return _placing.put(checkpoint, params, names, layout, strict, dtype=dtype)
 
 
 def match_names(

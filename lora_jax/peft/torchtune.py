@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import _checks
 from lora_jax._files import CheckpointError, TensorFile
 from lora_jax.peft import _entries, _placing
-from lora_jax.peft._checkpoint import Checkpoint, check_dtypes, sort
+from lora_jax.peft._checkpoint import Checkpoint, FileDtype, check_dtypes, sort
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import NamesArgument
 from lora_jax.peft._placing import Loaded
@@ -49,6 +49,7 @@ def load_torchtune(
     names: NamesArgument = None,
     layout: Layout = "jax",
     strict: bool = True,
+    dtype: FileDtype = None,
 ) -> Loaded:
     """Reads an adapter that torchtune trained, for some params.
 
@@ -69,6 +70,7 @@ def load_torchtune(
         names: as in `load`, from the names that `model` has.
         layout: as in `load`.
         strict: as in `load`.
+        dtype: as in `load`; `"file"` is that of `source`.
 
     Returns:
         As `load`.
@@ -110,8 +112,9 @@ def load_torchtune(
         use_dora=any("m" in module.shapes for module in modules.values()),
     )
     checkpoint = Checkpoint(where, config, state, sort(where, config, shapes))
+    scales = config.use_dora
     return _placing.put(
-        checkpoint, params, names, layout, strict, scales_bias=config.use_dora
+        checkpoint, params, names, layout, strict, dtype=dtype, scales_bias=scales
     )
 
 

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,6 +49,48 @@ def test_there_and_back(tmp_path, base):
     for name, values in want.items():
         np.testing.assert_array_equal(entries[name], values)
     assert main(["diff", str(adapter), str(own)]) == 0
+
+
+def test_dtypes_stay_or_are_asked_for(tmp_path, base, capsys):
+    factors = {
+        n: tuple(x.astype("float16") for x in f) for n, f in models.make_factors().items()
+    }
+    adapter = models.write_adapter(tmp_path / "adapter", factors)
+    for dtype, expected in ((None, "float16"), ("bfloat16", "bfloat16")):
+        options = [f"--dtype={dtype}"] if dtype else []
+        own, back = tmp_path / f"own {dtype}", tmp_path / f"back {dtype}"
+        assert convert(adapter, own, "--to=lora_jax", f"--base={base}", *options) == 0
+        assert convert(own, back, "--to=peft", "--layout=torch", *options) == 0
+        entries = models.read_model(back)
+        assert {x.dtype for x in entries.values()} == {jnp.dtype(expected)}
+        for name, values in models.read_model(adapter).items():
+            np.testing.assert_array_equal(entries[name], values.astype(expected))
+    assert "--uniform is for --to peft" in error(
+        capsys, adapter, tmp_path / "new", "--to=lora_jax", f"--base={base}", "--uniform"
+    )
+
+
+def test_uniform_files(tmp_path, base, caplog):
+    name = "model.layers.0.self_attn.q_proj"
+    factors = models.make_factors()
+    factors |= models.make_factors(2, modules={name: models.LINEARS[name]})
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1.5}}
+    adapter = models.write_adapter(tmp_path / "adapter", factors, **patterns)
+    own, out = tmp_path / "own", tmp_path / "out"
+    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    assert convert(own, tmp_path / "plain", "--to=peft", "--layout=torch") == 0
+    assert "write a uniform file" in caplog.text
+    assert convert(own, out, "--to=peft", "--layout=torch", "--uniform") == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 3
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    entries = models.read_model(out)
+    for module, (a, b) in factors.items():
+        got = [entries[f"base_model.model.{module}.lora_{n}.weight"] for n in "AB"]
+        update = config["lora_alpha"] / 3 * got[1].astype(np.float64) @ got[0]
+        alpha = 1.5 if module.endswith("down_proj") else 6
+        want = alpha / len(a) * b.astype(np.float64) @ a
+        np.testing.assert_allclose(update, want, rtol=1e-6, atol=1e-6)
 
 
 def test_names_of_modules(tmp_path):

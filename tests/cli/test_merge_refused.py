@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from lora_jax.cli import _output, main
+from lora_jax import _files
+from lora_jax.cli import _base, _output, main
 from tests import support
 from tests.cli import models
 from tests.cli.merging import assert_merged, refuse, run
@@ -393,6 +395,58 @@ def test_parts_that_are_not_those_of_the_index(tmp_path, adapter, capsys):
     assert "has no 'weight_map'" in refused([])
     shutil.copy(base / parts["lm_head.weight"], base / "model.safetensors")
     assert "has both model.safetensors and" in refused(parts)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("null", "has no 'weight_map'"),
+        ("[]", "has no 'weight_map'"),
+        ('{"x": null}', "None is no name of a file"),
+        ('{"x": ["a"]}', "is no name of a file"),
+        ('{"x": {}}', "is no name of a file"),
+        ('{"x": ""}', "'' is no name of a file"),
+        ('{"x": "."}', "'.' is no name of a file"),
+        ('{"x": ".."}', "'..' is no name of a file"),
+        ('{"x": "/etc/passwd"}', "is no name of a file"),
+        ('{"x": "config.json"}', "is no name of a file"),
+        ('{"x": "model.safetensors.index.json"}', "is no name of a file"),
+        ('{"x": "a/../b.safetensors"}', "is no name of a file"),
+        ('{"x": "a\\u0000.safetensors"}', "there is no file"),
+        ('{"x": "loop.safetensors"}', "there is no file"),
+        ('{"x": "folder.safetensors"}', "is a directory: give a file"),
+        ('{"x": "a.safetensors", "x": "b.safetensors"}', "the key 'x' comes twice"),
+        ('{"\\ud800": "a.safetensors"}', "cannot be read as JSON"),
+        ("[" * 900 + "]" * 900, "nested more than 100 deep"),
+        ('{}, "metadata": {"total_size": 1e999}', "is larger than any number"),
+        ('{}, "metadata": {"total_size": NaN}', "NaN is no JSON"),
+    ],
+)
+def test_an_index_that_is_none(tmp_path, adapter, capsys, value, message):
+    base = models.write_base(tmp_path / "base", models.make_tensors(), 2)
+    (base / "loop.safetensors").symlink_to("loop.safetensors")
+    (base / "folder.safetensors").mkdir()
+    index = base / "model.safetensors.index.json"
+    index.write_text(f'{{"weight_map": {value}}}')
+    with pytest.raises((_files.CheckpointError, OSError), match=re.escape(message)):
+        _base.open_base(base)
+    assert message in refuse(capsys, base, adapter, tmp_path / "out")
+
+
+def test_links_without_an_end(tmp_path, adapter, capsys):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    loop, out = tmp_path / "loop", tmp_path / "out"
+    loop.symlink_to(loop)
+    for arguments in (
+        (loop, adapter, out),
+        (base, loop, out),
+        (base, adapter, loop),
+        (base, adapter, loop / "inside"),
+        (base, adapter, out, "--names", loop),
+    ):
+        line = refuse(capsys, *arguments)
+        assert str(loop) in line
+        assert "--debug" not in line
 
 
 def test_what_is_no_model(tmp_path, adapter, capsys):

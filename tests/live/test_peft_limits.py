@@ -191,7 +191,7 @@ def test_bfloat16(tmp_path):
         adapted = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
         support.disturb(adapted, 7, trainable=True)
         adapted.save_pretrained(tmp_path)
-    loaded = load(tmp_path, params)
+    loaded = load(tmp_path, params, dtype="file")
     assert {a.dtype for each in loaded.adapters.values() for a in each.values()} == {
         jnp.dtype("bfloat16")
     }

@@ -1,6 +1,8 @@
 """Damaged files end in an error of the file, or are read as what they say."""
 
+import json
 import random
+import re
 import shutil
 
 import jax
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import peft
 from lora_jax._files import CheckpointError
+from lora_jax.peft import _fields
 from tests.peft.support import CONFIG, GOLDEN, LLAMA, TENSORS, draw, linear, write
 
 BASE = {
@@ -124,3 +127,60 @@ def test_a_damaged_file_of_torchtune(tmp_path):
         except CheckpointError as error:
             refused += "adapter.safetensors" in str(error)
     assert 50 < refused <= 100
+
+
+VALUES = [
+    *("null", "true", "false", "0", "1", "-1", "1.5", "1e308", "1e-320", "9" * 400),
+    *('""', '"q"', '"(((("', '"\\u0000"', '"' + "x" * 10_000 + '"'),
+    *("[]", "[null]", "[1]", "[-1]", "[1e300]", "[[]]", '["q"]', '["("]', "[4294967296]"),
+    *("{}", '{"a": 1}', '{"(": 1}', '{"h.0.q": -1}', '{"h.0.q": null}', '{"h.0.q": 1e308}'),
+    *("[" * 90 + "]" * 90, '{"a":' * 90 + "1" + "}" * 90),
+]
+
+
+@pytest.mark.parametrize(
+    "field", [*_fields.CHECKS, *_fields.UNSUPPORTED, *_fields.IGNORED, "unknown", ""]
+)
+def test_any_value_of_any_field(field, tmp_path):
+    entries = {"score.weight": draw(3, 5)}
+    entries["emb.token_adapter.trainable_tokens_delta"] = draw(2, 5)
+    for i in range(2):
+        entries |= linear(f"h.{i}.q", 5, 7, 2, seed=i)
+    fields = {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q"],
+        "modules_to_save": ["score"],
+    }
+    fields |= {"trainable_token_indices": [1, 4], "peft_type": "LORA"}
+    folder = write(tmp_path, entries, **fields)
+    shapes = {"score/kernel": (5, 3), "emb/embedding": (9, 5), "h/q/kernel": (2, 5, 7)}
+    params = {path: jnp.ones(shape) for path, shape in shapes.items()}
+    assert len(peft.load(folder, params).replaced) == 2
+    text = json.dumps({name: value for name, value in fields.items() if name != field})
+    for value in VALUES:
+        (folder / CONFIG).write_text(f"{text[:-1]}, {json.dumps(field)}: {value}}}")
+        try:
+            loaded = peft.load(folder, params)
+        except CheckpointError as error:
+            assert str(folder) in str(error)  # noqa: PT017
+            continue
+        assert loaded.adapters["h/q/kernel"]["A"].shape == (2, 5, 2)
+
+
+def test_what_is_no_file(tmp_path):
+    """Directories, links without an end, and names that no system has."""
+    params = {"q": jnp.ones((5, 7))}
+    for file in (CONFIG, TENSORS):
+        folder = write(tmp_path / file, linear("q", 5, 7, 2), r=2, target_modules=["q"])
+        (folder / file).unlink()
+        (folder / file).mkdir()
+        with pytest.raises(OSError, match=file):
+            peft.load(folder, params)
+        (folder / file).rmdir()
+        (folder / file).symlink_to(folder / file)
+        with pytest.raises(OSError, match=file):
+            peft.load(folder, params)
+    for name in ("a\0b", "x" * 300):
+        with pytest.raises(OSError, match=re.escape(name)):
+            peft.load(tmp_path / name, params)

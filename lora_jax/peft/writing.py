@@ -17,7 +17,7 @@ from lora_jax.lora import Adapter
 from lora_jax.peft import _entries, _names
 from lora_jax.peft._checkpoint import CONFIG, TENSORS
 from lora_jax.peft._fitting import LAYOUTS, Layout
-from lora_jax.peft._modules import SaveNames, position
+from lora_jax.peft._modules import Naming, SaveNames
 from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
 from lora_jax.peft.config import PeftConfig
 from lora_jax.plan import AdapterPlan, Target
@@ -77,17 +77,18 @@ def save(
     _checks.check_choice("layout", layout, LAYOUTS)
     _plan_checks.check_adapters(adapters, plan)
     _check_names(names, [*plan.targets, *plan.skipped, *(replaced or {})])
+    naming = Naming(names)
     modules: list[SavedModule] = []
     for path in plan.targets:
         with _checks.at_path(path):
-            modules += saved_modules(path, adapters[path], plan, names, layout)
+            modules += saved_modules(path, adapters[path], plan, naming, layout)
     _check_distinct(modules)
-    wholes = SavedWholes(plan, names, layout, modules)
+    wholes = SavedWholes(plan, naming, layout, modules)
     wholes.check_complete(replaced or {})
     for path, array in (replaced or {}).items():
         with _checks.at_path(path):
             wholes.put(path, _files.to_numpy("the leaf", array))
-    tensors = _tensors(modules, names) | wholes.tensors
+    tensors = _tensors(modules, naming) | wholes.tensors
     config = _config(modules, plan, wholes, base_model, task_type)
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +109,13 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
             f"paths to names, got {type(names).__name__}."
         )
     paths = list(paths)
+    masks: dict[str, list[str]] = {}
+    for path in paths:
+        masks.setdefault(_names.mask(path), []).append(path)
     for name, value in names.items():
         own = value if isinstance(value, str) else value[0]
-        if own not in paths and not any(_names.numbers_in(own, path) for path in paths):
+        near = masks.get(_names.mask(own), ())
+        if not any(_names.numbers_in(own, path) is not None for path in near):
             raise ValueError(
                 f"names has {own!r} for {name!r}, and neither the plan nor `replaced` has "
                 f"that path{_paths.nearest_hint(own, paths)}."
@@ -128,7 +133,7 @@ def _check_distinct(modules: Iterable[SavedModule]) -> None:
             )
 
 
-def _tensors(modules: list[SavedModule], names: SaveNames) -> dict[str, np.ndarray]:
+def _tensors(modules: list[SavedModule], names: Naming) -> dict[str, np.ndarray]:
     """The arrays of adapters, by name without the prefix of the format."""
     tensors, inner = {}, _inner(modules)
     owners: dict[str, list[SavedModule]] = {}
@@ -143,7 +148,7 @@ def _tensors(modules: list[SavedModule], names: SaveNames) -> dict[str, np.ndarr
         for entry, array in module.arrays.items():
             tensors[name + entries[entry]] = array
     for owner, own in owners.items():
-        own.sort(key=lambda module: position(module.name, names))
+        own.sort(key=lambda module: names.position(module.name))
         # The parameter that is registered first lies innermost.
         for depth, module in enumerate(reversed(own)):
             for entry, array in module.arrays.items():
@@ -200,7 +205,8 @@ def _target_modules(named: tuple[str, ...], plan: AdapterPlan) -> str | tuple[st
     """The names of modules; one expression if a name is the end of one without adapter."""
     others = {".".join(_names.split_path(path).words) for path in plan.skipped}
     others -= set(named)
-    if any(other.endswith(f".{name}") for name in named for other in others):
+    ends = {other[m.end() :] for other in others for m in re.finditer(r"\.", other)}
+    if not ends.isdisjoint(named):
         return "|".join(map(re.escape, named))
     return named
 

@@ -10,11 +10,14 @@ import errno
 import json
 import os
 import pathlib
+import re
 import secrets
 import stat
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +53,9 @@ class CheckpointError(ValueError):
 class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
     """The arrays of a safetensors file by name: shapes and dtypes, and values when asked.
 
+    The file is opened once and its header is read once. All values are those of that file,
+    also if another one gets its name meanwhile.
+
     Args:
         path: of the file.
 
@@ -62,9 +68,17 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
         check_is_file(self.path)
-        with self._opened() as file:
-            self.metadata: dict[str, str] = dict(file.metadata() or {})
-            self._entries = {name: self._entry(file, name) for name in file.keys()}  # noqa: SIM118
+        self._file = self._open()
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()  # of the position in the file
+        length = int.from_bytes(self._file.read(8), "little")
+        header: dict[str, Any] = json.loads(self._file.read(length))
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self._entries = {name: self._entry(name, header[name]) for name in sorted(header)}
+        self.starts = {
+            name: 8 + length + header[name]["data_offsets"][0] for name in self._entries
+        }
+        """Where the values of each array begin, in bytes from the beginning of the file."""
 
     def __getitem__(self, name: str) -> jax.ShapeDtypeStruct:
         return self._entries[name]
@@ -76,31 +90,55 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
         return len(self._entries)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one array. The file is mapped for that time only, so memory holds one."""
-        with self._opened() as file:
-            return file.get_tensor(name)
+        """Reads one array; memory holds no other.
 
-    def _entry(self, file: Any, name: str) -> jax.ShapeDtypeStruct:
-        entry = file.get_slice(name)
-        dtype = entry.get_dtype()
+        Raises:
+            CheckpointError: if the file has become shorter since it was opened.
+        """
+        entry = self._entries[name]
+        array = np.empty(entry.shape, entry.dtype)
+        with self._lock:
+            self._file.seek(self.starts[name])
+            count = self._file.readinto(array.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
+        if count != array.nbytes:
+            raise CheckpointError(
+                f"{self.path} ends too early: did another program change it meanwhile?"
+            )
+        return array
+
+    def is_same(self, other: "TensorFile") -> bool:
+        """Whether another was opened when the same file had the name."""
+        files = (self._file, other._file)
+        return os.path.samestat(*(os.fstat(file.fileno()) for file in files))
+
+    def _entry(self, name: str, fields: dict[str, Any]) -> jax.ShapeDtypeStruct:
+        dtype = fields["dtype"]
         if dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: the entry {name!r} has the dtype {dtype}, and only "
                 f"{', '.join(DTYPES)} are read."
             )
-        return abstract(tuple(entry.get_shape()), DTYPES[dtype])
+        return abstract(tuple(fields["shape"]), DTYPES[dtype])
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _open(self) -> BinaryIO:
+        """Opens the file, whose header the package safetensors has checked."""
         library = load_safetensors()
-        try:
-            with library.safe_open(str(self.path), framework="numpy") as file:
-                yield file
-        except library.SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read as safetensors ({error}): is it another kind "
-                "of file, or was its download or its writing cut off?"
-            ) from None
+        while True:
+            file = self.path.open("rb")
+            try:
+                library.safe_open(str(self.path), framework="numpy")
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file
+            except library.SafetensorError as error:
+                file.close()
+                raise CheckpointError(
+                    f"{self.path} cannot be read as safetensors ({error}): is it another "
+                    "kind of file, or was its download or its writing cut off?"
+                ) from None
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # it was replaced before it was checked
 
 
 def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -142,6 +180,41 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "none"
 
 
+def widen(array: np.ndarray) -> np.ndarray:
+    """A floating-point array in at least float32."""
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize < 4
+    return array.astype(np.float32) if narrow else array
+
+
+def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A floating-point array in another dtype, whose values it has to hold.
+
+    Args:
+        name: of the array, for messages.
+        array: to cast.
+        dtype: floating point; None for the array as it is.
+
+    Raises:
+        ValueError: if a finite value would be infinite, or all values would be 0.
+    """
+    if dtype is None or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        new = array.astype(dtype)
+    info, size = jnp.finfo(dtype), np.abs(array[np.isfinite(array)].astype(np.float64))
+    if np.isfinite(new).sum() != size.size:
+        raise ValueError(
+            f"{name} has values up to {size.max():.3g}, and {jnp.dtype(dtype).name} holds "
+            f"none above {float(info.max):.3g}: choose a wider dtype."
+        )
+    if size.any() and not new.any():
+        raise ValueError(
+            f"{name} has values up to {size.max():.3g}, which are all 0 in "
+            f"{jnp.dtype(dtype).name}: choose a wider dtype."
+        )
+    return new
+
+
 def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
     """An array of a file as JAX's, of the same dtype.
 
@@ -177,6 +250,8 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name} is a jax.random key: save its jax.random.key_data.")
     array = np.ascontiguousarray(value).reshape(np.shape(value))
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.name not in DTYPES.values():
         raise TypeError(
             f"{name} is {array.dtype}, and only {', '.join(DTYPES.values())} are written: "
@@ -199,8 +274,28 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             f"{path} has {size:,} bytes, and settings have at most {_LARGEST_JSON:,}: "
             "is it another kind of file?"
         )
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
+    """Reads one JSON object, which UTF-8 has and whose keys and numbers are what they seem.
+
+    Args:
+        path: of the file, for messages.
+        data: what the file holds.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+    """
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse)
+        value = json.loads(
+            data.decode("utf-8-sig"),
+            parse_constant=_refuse,
+            parse_float=_finite,
+            object_pairs_hook=_distinct,
+        )
+        if b"\\u" in data:  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -212,19 +307,24 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-def write_tensors(
-    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
-) -> None:
-    """Writes arrays to a safetensors file, which replaces an old one when it is whole."""
-    load_safetensors()
-    from safetensors.numpy import save_file
+def _finite(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise ValueError(f"{text:.40} is larger than any number here")
+    return value
 
-    with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata)
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.60} comes twice, so its value is not known")
+    return found
 
 
 def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """What `write_tensors` would write."""
+    """The bytes of a safetensors file."""
     load_safetensors()
     from safetensors.numpy import save
 
@@ -253,20 +353,39 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FileNotFoundError(
             f"there is no directory {path.parent} to write {path.name} in: make it first."
         )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    temporary.touch(exist_ok=False)
-    permissions = stat.S_IMODE(temporary.stat().st_mode)  # what the process' mask leaves
+    temporary = temporary_path(path)
     try:
+        temporary.touch(exist_ok=False)
+        permissions = stat.S_IMODE(
+            temporary.stat().st_mode
+        )  # what the process' mask leaves
         yield temporary
         temporary.chmod(permissions)
-        _synchronize(temporary)
+        synchronize(temporary)
         os.replace(temporary, path)
         synchronize_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _synchronize(path: pathlib.Path) -> None:
+def temporary_path(path: pathlib.Path) -> pathlib.Path:
+    """A name beside a file for what is to replace it, which no other file has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def temporary_paths(folder: pathlib.Path, names: str) -> list[pathlib.Path]:
+    """The temporary files that killed processes left in a directory.
+
+    Args:
+        folder: the directory.
+        names: regular expression of the names that the files were to have.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{16}}\.tmp")
+    return sorted(file for file in folder.iterdir() if pattern.fullmatch(file.name))
+
+
+def synchronize(path: pathlib.Path) -> None:
+    """Waits until a file is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -276,7 +395,7 @@ def _synchronize(path: pathlib.Path) -> None:
 
 def synchronize_directory(path: pathlib.Path) -> None:
     try:
-        _synchronize(path)
+        synchronize(path)
     except OSError as error:
         # Some systems, and some network file systems, do not offer it for directories.
         if error.errno not in (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP):

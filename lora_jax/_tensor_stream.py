@@ -70,17 +70,10 @@ def find_spans(file: _files.TensorFile) -> dict[str, Span]:
     Returns:
         The place of each array by its name, in the order of their places.
     """
-    with file.path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
-    places = {name: header[name]["data_offsets"][0] for name in file}
-    ordered = sorted(file, key=lambda name: (places[name], file[name].size != 0))
+    ordered = sorted(file, key=lambda name: (file.starts[name], file[name].size != 0))
     return {
         name: Span(
-            file.path,
-            8 + length + places[name],
-            file[name].shape,
-            np.dtype(file[name].dtype),
+            file.path, file.starts[name], file[name].shape, np.dtype(file[name].dtype)
         )
         for name in ordered
     }
@@ -160,6 +153,39 @@ def open_writer(
     with _files.replacing(path) as temporary, temporary.open("wb") as file:
         writer = TensorWriter(file, entries, metadata)
         yield writer
+        writer.finish()
+
+
+def write_tensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays to a safetensors file, which replaces an old one when it is whole."""
+    with _files.replacing(path) as temporary:
+        write_arrays(temporary, tensors, metadata)
+
+
+def write_arrays(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays to a safetensors file at once; memory holds no copy of them.
+
+    Args:
+        path: of the file, which has the name from the beginning.
+        tensors: contiguous arrays by name.
+        metadata: texts by name, for the header.
+
+    Raises:
+        ModuleNotFoundError: if the package safetensors is not installed.
+        OSError: if the file cannot be written.
+    """
+    _files.load_safetensors()
+    # Wider entries first, as safetensors has them, so that all lie on multiples of theirs.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries = {n: _files.abstract(tensors[n].shape, tensors[n].dtype) for n in order}
+    with path.open("wb") as file:
+        writer = TensorWriter(file, entries, metadata)
+        for name in order:
+            writer.write(name, tensors[name])
         writer.finish()
 
 

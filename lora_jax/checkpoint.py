@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax import _checks, _files, _plan_checks
 from lora_jax._files import CheckpointError
@@ -35,11 +36,16 @@ _PEFT = "adapter_config.json"
 _TENSORS = re.compile(r"adapters-[0-9a-f]{16}\.safetensors")
 _FORMAT = "lora_jax adapters"
 _VERSION = 1
+_DTYPES = "dtypes"  # in the metadata of the arrays, where they were cast for the file
 _FIELDS = ("format", "version", "plan", "tensors", "sha256", "digest")
 
 
 def save_adapters(
-    directory: str | os.PathLike[str], adapters: Mapping[str, Adapter], plan: AdapterPlan
+    directory: str | os.PathLike[str],
+    adapters: Mapping[str, Adapter],
+    plan: AdapterPlan,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> None:
     """Writes adapters and their plan to a directory, which has them whole or not at all.
 
@@ -51,6 +57,9 @@ def save_adapters(
         adapters: the adapters of the plan, of any floating-point dtypes; each is kept bit
             for bit. Sharded arrays are written whole.
         plan: what `plan_adapters` returned.
+        dtype: of the arrays in the file, for small files: 16 bits round them. The file says
+            which dtypes they had, and `load_adapters` gives these back. None to keep every
+            bit.
 
     Raises:
         KeyError: if the paths or entries of the adapters are not the plan's.
@@ -59,8 +68,8 @@ def save_adapters(
         TypeError: if an array has no values, because it is one of `jax.jit` or a
             `jax.ShapeDtypeStruct`, or no floating-point dtype; or the `init` of the plan's
             config is a function.
-        ValueError: if a shape is not the plan's, or an array is spread over several
-            processes.
+        ValueError: if a shape is not the plan's, an array is spread over several
+            processes, or `dtype` does not hold a value.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -75,8 +84,13 @@ def save_adapters(
     """
     folder = _folder(directory)
     _plan_checks.check_adapters(adapters, plan)
+    dtype = None if dtype is None else _checks.check_factor_dtype(dtype)
     fields = json.loads(plan.to_json())
-    data = _files.tensor_bytes(_arrays(adapters, plan), {"format": _FORMAT})
+    arrays, metadata = _arrays(adapters, plan), {"format": _FORMAT}
+    if dtype is not None:
+        metadata[_DTYPES] = json.dumps({n: array.dtype.name for n, array in arrays.items()})
+        arrays = {name: _files.cast(name, array, dtype) for name, array in arrays.items()}
+    data = _files.tensor_bytes(arrays, metadata)
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"adapters-{sha256[:16]}.safetensors"
     record = {
@@ -94,10 +108,16 @@ def save_adapters(
     for file in folder.iterdir():
         if _TENSORS.fullmatch(file.name) and file.name != name:
             file.unlink(missing_ok=True)
+    names = f"{_TENSORS.pattern}|{re.escape(_RECORD)}"
+    for file in _files.temporary_paths(folder, names):
+        file.unlink(missing_ok=True)
 
 
 def load_adapters(
-    directory: str | os.PathLike[str], *, strict: bool = True
+    directory: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    dtype: DTypeLike | None = None,
 ) -> tuple[dict[str, Adapter], AdapterPlan]:
     """Reads what `save_adapters` wrote.
 
@@ -107,15 +127,17 @@ def load_adapters(
             an array, or have one of a wrong shape or dtype, are left out, of the plan too,
             and arrays that no adapter has are; one warning names them all. Another program
             may have written such files: see the guide to checkpoints.
+        dtype: of the adapters; None for the dtypes that they had when they were saved.
+            Adapters that were in 16 bits then are so again: train on in float32.
 
     Returns:
-        The adapters, as arrays of JAX with the dtypes and bits that were saved, and their
-        plan.
+        The adapters, as arrays of JAX with the bits that were saved, and their plan.
 
     Raises:
         CheckpointError: if the files are not as they were written, a newer version wrote
             them, the arrays are not those of the plan, with `strict=False` if none of the
-            adapters is left, or an array is float64 and JAX is not set to 64 bits.
+            adapters is left, an array is float64 and JAX is not set to 64 bits, or
+            `dtype` does not hold a value.
         OSError: if there are no such files, or they cannot be read.
         ModuleNotFoundError: if the package safetensors is not installed.
         TypeError: if `directory` is no path, or `strict` no bool.
@@ -129,9 +151,12 @@ def load_adapters(
         raise CheckpointError(
             f"{folder} has an adapter that PEFT wrote: read it with lora_jax.peft.load."
         )
-    record = _read_record(folder / _RECORD)
-    plan = _files.checked(folder / _RECORD, lambda: _plan(record))
-    file = _open_tensors(folder / record["tensors"], record["sha256"])
+    dtype = None if dtype is None else _checks.check_factor_dtype(dtype)
+    record, file = _open_files(folder)
+    plan = _files.checked(
+        folder / _RECORD, lambda: AdapterPlan.from_json(json.dumps(record["plan"]))
+    )
+    dtypes = _saved_dtypes(file)
     misfits = _misfits(file, plan)
     if misfits and strict:
         raise CheckpointError(
@@ -143,7 +168,10 @@ def load_adapters(
         warnings.warn(
             f"left out of {file.path}: {_listed(misfits, len(misfits))}.", stacklevel=2
         )
-    adapters = {path: _adapter(file, path, target) for path, target in plan.targets.items()}
+    adapters = {
+        path: _adapter(file, path, target, dtypes, dtype)
+        for path, target in plan.targets.items()
+    }
     _files.checked(file.path, lambda: _plan_checks.check_adapters(adapters, plan))
     return adapters, plan
 
@@ -181,12 +209,32 @@ def _arrays(adapters: Mapping[str, Adapter], plan: AdapterPlan) -> dict[str, np.
     return arrays
 
 
-def _adapter(file: _files.TensorFile, path: str, target: Target) -> Adapter:
+def _adapter(
+    file: _files.TensorFile,
+    path: str,
+    target: Target,
+    dtypes: Mapping[str, Any],
+    dtype: Any,
+) -> Adapter:
     adapter = {}
     for entry in target.adapter_shapes:
         name = _name(path, entry)
-        adapter[entry] = _files.to_jax(file.path, name, file.read(name))
+        try:
+            array = _files.cast(repr(name), file.read(name), dtype or dtypes.get(name))
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {error}") from None
+        adapter[entry] = _files.to_jax(file.path, name, array)
     return adapter
+
+
+def _saved_dtypes(file: _files.TensorFile) -> dict[str, np.dtype]:
+    """The dtypes that the arrays had when they were saved, where the file has others."""
+
+    def read() -> dict[str, np.dtype]:
+        names = _files.parse_json(file.path, file.metadata.get(_DTYPES, "{}").encode())
+        return {name: _checks.check_factor_dtype(dtype) for name, dtype in names.items()}
+
+    return _files.checked(file.path, read)
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -223,8 +271,7 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def _plan(record: Mapping[str, Any]) -> AdapterPlan:
-    """The plan of a record, all of which is checked."""
+def _check_fields(record: Mapping[str, Any]) -> None:
     if set(record) != set(_FIELDS):
         raise ValueError(
             f"expected the fields {', '.join(_FIELDS)}, got {', '.join(record)}."
@@ -234,15 +281,30 @@ def _plan(record: Mapping[str, Any]) -> AdapterPlan:
             f"expected the tensors in a file {_TENSORS.pattern!r} beside it, got "
             f"{record['tensors']!r}."
         )
-    return AdapterPlan.from_json(json.dumps(record["plan"]))
+
+
+def _open_files(folder: pathlib.Path) -> tuple[dict[str, Any], _files.TensorFile]:
+    """A record, and the file of arrays that it names.
+
+    Another process that saves meanwhile replaces the record and deletes the old arrays:
+    then both are read again.
+    """
+    old = None
+    while True:
+        record = _read_record(folder / _RECORD)
+        _files.checked(folder / _RECORD, lambda record=record: _check_fields(record))
+        try:
+            return record, _open_tensors(folder / record["tensors"], record["sha256"])
+        except FileNotFoundError:
+            if record == old:
+                raise CheckpointError(
+                    f"{folder / _RECORD} names {record['tensors']}, which is not beside "
+                    "it: both files are needed."
+                ) from None
+            old = record
 
 
 def _open_tensors(path: pathlib.Path, sha256: str) -> _files.TensorFile:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.with_name(_RECORD)} names {path.name}, which is not beside it: both "
-            "files are needed."
-        )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:

@@ -137,6 +137,107 @@ def test_the_names_of_files_and_entries(tmp_path):
     np.testing.assert_array_equal(arrays["block/w:B"], adapters["block/w"]["B"])
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_a_dtype_for_the_file(tmp_path, stored):
+    """Arrays are rounded once, and those that come back have the dtype that they had."""
+    plan = make_plan(use_dora=True)
+    paths, rng = list(plan.targets), np.random.default_rng(0)
+    adapters = {
+        path: {
+            name: jnp.asarray(
+                rng.normal(size=shape), "bfloat16" if path == paths[0] else "float32"
+            )
+            for name, shape in target.adapter_shapes.items()
+        }
+        for path, target in plan.targets.items()
+    }
+    save_adapters(tmp_path, adapters, plan, dtype=stored)
+    assert {array.dtype for array in stored_arrays(tmp_path).values()} == {
+        jnp.dtype(stored)
+    }
+    loaded, loaded_plan = load_adapters(tmp_path)
+    want = jax.tree.map(lambda x: x.astype(stored).astype(x.dtype), adapters)
+    assert bits(loaded) == bits(want)
+    assert loaded_plan == plan
+    half, _ = load_adapters(tmp_path, dtype="float16")
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float16")}
+
+
+def test_dtypes_that_do_not_hold_the_values(tmp_path):
+    plan = make_plan()
+    adapters = jax.tree.map(lambda x: jnp.full(x.shape, 7e4), make_adapters(plan))
+    with pytest.raises(
+        ValueError, match=r"block/o:A:A has values up to 7e\+04, and float16"
+    ):
+        save_adapters(tmp_path / "new", adapters, plan, dtype="float16")
+    assert not list(tmp_path.iterdir())
+    save_adapters(tmp_path, adapters, plan)
+    with pytest.raises(CheckpointError, match="has values up to 7e"):
+        load_adapters(tmp_path, dtype="float16")
+    for call in (
+        lambda: save_adapters(tmp_path, adapters, plan, dtype="int8"),
+        lambda: load_adapters(tmp_path, dtype="int8"),
+    ):
+        with pytest.raises(TypeError, match="dtype must be floating point"):
+            call()
+
+
+@pytest.mark.parametrize("dtypes", ["[]", "{", '{"block/w:A": 3}', "[" * 100_000])
+def test_dtypes_that_are_none(tmp_path, dtypes):
+    saved(tmp_path)
+    data = _files.tensor_bytes(stored_arrays(tmp_path), {"dtypes": dtypes})
+    tensors = files_of(tmp_path)[1]
+    digest = hashlib.sha256(data).hexdigest()
+    tensors.unlink()
+    name = f"adapters-{digest[:16]}.safetensors"
+    (tmp_path / name).write_bytes(data)
+    rewrite(tmp_path, tensors=name, sha256=digest)
+    with pytest.raises(CheckpointError, match=name):
+        load_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("saves", [1, 4])
+def test_saves_while_files_are_opened(tmp_path, monkeypatch, saves):
+    """A record whose arrays another process has replaced is read again."""
+    plan = saved(tmp_path)[1]
+    real, done = checkpoint._read_record, []
+
+    def slow(path):
+        record = real(path)
+        if len(done) < saves:
+            done.append(make_adapters(plan, seed=len(done) + 1))
+            save_adapters(tmp_path, done[-1], plan)
+        return record
+
+    monkeypatch.setattr(checkpoint, "_read_record", slow)
+    assert bits(load_adapters(tmp_path)[0]) == bits(done[-1])
+    assert len(done) == saves
+
+
+def test_a_save_while_arrays_are_read(tmp_path, monkeypatch):
+    adapters, plan = saved(tmp_path)
+    real, others = _files.TensorFile.read, make_adapters(plan, seed=1)
+
+    def read(self, name):
+        save_adapters(tmp_path, others, plan)
+        return real(self, name)
+
+    monkeypatch.setattr(_files.TensorFile, "read", read)
+    assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    adapters, plan = saved(tmp_path)
+    tensors = files_of(tmp_path)[1].name
+    mine = [f".{tensors}.0123456789abcdef.tmp", ".adapters.json.0123456789abcdef.tmp"]
+    others = [".adapters.json.tmp", ".notes.0123456789abcdef.tmp", "adapters.json.old"]
+    for name in (*mine, *others):
+        (tmp_path / name).touch()
+    save_adapters(tmp_path, adapters, plan)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {tensors, "adapters.json", *others}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("any_plan")

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import _files
+from lora_jax import _files, _tensor_stream
 from lora_jax._files import CheckpointError, TensorFile
 from tests.support import x64
 
@@ -60,7 +60,7 @@ def with_header(header, data=b"\0\0\x80\x3f"):
 def test_every_bit_comes_back(path, dtype):
     arrays = {"a": some(dtype, 5, 3), "b/c:A": some(dtype, 2), "empty": some(dtype, 0, 4)}
     arrays["scalar"] = some(dtype, 1).reshape(())
-    _files.write_tensors(path, arrays, {"who": "a test"})
+    _tensor_stream.write_tensors(path, arrays, {"who": "a test"})
     file = TensorFile(path)
     assert file.metadata == {"who": "a test"}
     assert set(file) == set(arrays)
@@ -73,16 +73,51 @@ def test_every_bit_comes_back(path, dtype):
 
 def test_bytes_are_those_of_the_file(path):
     arrays = {"b": some("float32", 3, 2), "a": some("bfloat16", 7)}
-    _files.write_tensors(path, arrays, {"who": "a test"})
+    _tensor_stream.write_tensors(path, arrays, {"who": "a test"})
     assert _files.tensor_bytes(arrays, {"who": "a test"}) == path.read_bytes()
 
 
 def test_values_outlive_the_file(path):
     array = some("uint32", 1000)
-    _files.write_tensors(path, {"a": array}, {})
+    _tensor_stream.write_tensors(path, {"a": array}, {})
     read = TensorFile(path).read("a")
     path.write_bytes(b"\0" * path.stat().st_size)
     np.testing.assert_array_equal(read, array)
+
+
+def test_values_are_those_of_the_file_that_was_opened(path):
+    arrays = {name: some("float32", 3, 2) for name in "ab"}
+    _tensor_stream.write_tensors(path, arrays, {"who": "old"})
+    file = TensorFile(path)
+    _tensor_stream.write_tensors(path, {"a": some("int8", 99_999)}, {"who": "new"})
+    other = TensorFile(path)
+    assert (file.metadata, other.metadata) == ({"who": "old"}, {"who": "new"})
+    assert file.is_same(file)
+    assert not file.is_same(other)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(file.read(name), array)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="ends too early"):
+        other.read("a")
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(path, monkeypatch):
+    import safetensors
+
+    for value in (1.0, 2.0):
+        _tensor_stream.write_tensors(path, {"a": np.full(3, value, "float32")}, {})
+        path = path.rename(path.with_name(f"{value}")) and path
+    old, new = path.with_name("1.0"), path.with_name("2.0")
+    old.rename(path)
+    real = safetensors.safe_open
+
+    def replaced(*args, **options):
+        if new.exists():
+            new.rename(path)
+        return real(*args, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", replaced)
+    np.testing.assert_array_equal(TensorFile(path).read("a"), np.full(3, 2.0))
 
 
 @pytest.mark.parametrize("kind", HEADERS)
@@ -134,7 +169,7 @@ def test_missing_files_are_missed_by_name(tmp_path):
 def test_without_the_package(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_jax\[checkpoints\]"'):
-        _files.write_tensors(path, {}, {})
+        _tensor_stream.write_tensors(path, {}, {})
     assert not path.exists()
 
 
@@ -166,7 +201,9 @@ def test_to_numpy_makes_arrays_contiguous_and_whole():
 
 
 def test_arrays_of_the_other_byte_order(path):
-    _files.write_tensors(path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {})
+    _tensor_stream.write_tensors(
+        path, {"a": _files.to_numpy("a", np.arange(3.0, dtype=">f4"))}, {}
+    )
     np.testing.assert_array_equal(TensorFile(path).read("a"), np.arange(3, dtype="f4"))
 
 
@@ -199,8 +236,19 @@ def test_dtypes_that_are_not_written(dtype):
         (b"[" * 100_000, "cannot be read as JSON"),
         (b"1" * 10_000, "cannot be read as JSON|holds a int"),
         (b"[1]", "holds a list, no JSON object"),
+        (b'{"a": 1e999}', "cannot be read as JSON: 1e999 is larger than any number"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "JSON: the key 'b' comes twice"),
+        (b'{"a": "\\ud800"}', "cannot be read as JSON"),
+        (b'{"\\udc00": 1}', "cannot be read as JSON"),
+        (b'{"a": "\xed\xa0\x80"}', "cannot be read as JSON"),
+        ('{"a": 1}'.encode("utf-16"), "cannot be read as JSON"),
+        (b'{"a": "\xe9"}', "cannot be read as JSON"),
+        (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, "cannot be read as JSON"),
     ],
-    ids=["empty", "nan", "infinity", "bytes", "deep", "long", "list"],
+    ids=[
+        *("empty", "nan", "infinity", "bytes", "deep", "long", "list", "huge", "twice"),
+        *("half", "half_key", "half_bytes", "utf16", "latin1", "deep_objects"),
+    ],
 )
 def test_bad_settings(tmp_path, content, message):
     path = tmp_path / "a.json"
@@ -212,8 +260,11 @@ def test_bad_settings(tmp_path, content, message):
 def test_settings_come_back(tmp_path):
     path = tmp_path / "a.json"
     value = {"Größe": [1, 2.5, None, True], "nested": {"a": "日本"}}
-    _files.write_text(path, json.dumps(value, ensure_ascii=False))
-    assert _files.read_json(path) == value
+    for text in (json.dumps(value, ensure_ascii=False), json.dumps(value | {"b": "😀"})):
+        _files.write_text(path, text)
+        assert _files.read_json(path) == json.loads(text)
+    path.write_bytes(b"\xef\xbb\xbf{}")  # as some editors begin
+    assert _files.read_json(path) == {}
 
 
 def test_what_is_too_large_for_settings(tmp_path, monkeypatch):
@@ -278,7 +329,7 @@ def test_file_systems_that_cannot_synchronize_directories(tmp_path, monkeypatch)
 
 def test_permissions_are_the_usual_ones(tmp_path):
     (tmp_path / "usual").touch()
-    _files.write_tensors(tmp_path / "a", {"a": some("float32", 3)}, {})
+    _tensor_stream.write_tensors(tmp_path / "a", {"a": some("float32", 3)}, {})
     _files.write_text(tmp_path / "b", "text")
     modes = {file.stat().st_mode for file in tmp_path.iterdir()}
     assert len(modes) == 1

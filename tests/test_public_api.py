@@ -74,11 +74,11 @@ optim.adapter_labels(tree, patterns={}, *, other='other')
 optim.trainable_and_frozen(params, trainable, optimizer)
 unmerge_adapters(params, adapters, plan, *, column_norms=None)
 count_parameters(params, plan)
-save_adapters(directory, adapters, plan)
-load_adapters(directory, *, strict=True)
-peft.load(directory, params, *, names=None, layout='jax', strict=True)
+save_adapters(directory, adapters, plan, *, dtype=None)
+load_adapters(directory, *, strict=True, dtype=None)
+peft.load(directory, params, *, names=None, layout='jax', strict=True, dtype=None)
 peft.save(directory, adapters, plan, *, names=None, layout='jax', replaced=None,
-    base_model=None, task_type=None)
+    base_model=None, task_type=None, dtype=None, uniform=False)
 """
 
 

@@ -12,14 +12,13 @@ import numpy as np
 from lora_jax import _files
 from lora_jax.checkpoint import load_adapters
 from lora_jax.peft import _entries
-from lora_jax.peft._checkpoint import open_checkpoint
+from lora_jax.peft._checkpoint import is_checkpoint, open_checkpoint
 from lora_jax.peft.config import PeftConfig
 
 Format = Literal["peft", "lora_jax"]
 FORMATS = ("peft", "lora_jax")
 
 _PEFT_RECORD = "adapter_config.json"
-_PEFT_TENSORS = "adapter_model.safetensors"
 _OWN_RECORD = "adapters.json"
 
 
@@ -114,16 +113,18 @@ def find_format(directory: pathlib.Path) -> Format:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
-    found = {"peft": _PEFT_RECORD, "lora_jax": _OWN_RECORD}
-    found = {name: file for name, file in found.items() if (directory / file).is_file()}
-    if len(found) == 2:
+    found = {
+        "peft": is_checkpoint(directory),
+        "lora_jax": (directory / _OWN_RECORD).is_file(),
+    }
+    if all(found.values()):
         raise _files.CheckpointError(
             f"{directory} has {_PEFT_RECORD} and {_OWN_RECORD}: keep one adapter in a "
             "directory."
         )
-    if "peft" in found:
+    if found["peft"]:
         return "peft"
-    if "lora_jax" in found:
+    if found["lora_jax"]:
         return "lora_jax"
     inner = sorted(str(file.parent) for file in directory.glob(f"*/{_PEFT_RECORD}"))
     hint = f"; there are adapters in {', '.join(inner)}" if inner else ""
@@ -148,7 +149,8 @@ def read_contents(directory: pathlib.Path) -> Contents:
 def _read_peft(directory: pathlib.Path) -> Contents:
     checkpoint = open_checkpoint(directory)
     config, entries = checkpoint.config, checkpoint.entries
-    file = _files.TensorFile(directory / _PEFT_TENSORS)
+    file = checkpoint.arrays
+    assert isinstance(file, _files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
     wholes = entries.wholes | rows
     return Contents(

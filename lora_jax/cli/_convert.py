@@ -40,7 +40,9 @@ def _to_own(
         )
     leaves = _loading.leaves_of(_base.open_base(pathlib.Path(options.base)))
     layout = options.layout or "torch"
-    adapters, plan, replaced = load(source, leaves, names=names, layout=layout)
+    adapters, plan, replaced = load(
+        source, leaves, names=names, layout=layout, dtype="file"
+    )
     if replaced:
         names_of = ", ".join(map(repr, list(replaced)[:3]))
         raise _files.CheckpointError(

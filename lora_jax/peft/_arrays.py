@@ -4,10 +4,12 @@ PEFT's factors are those of torch: `lora_A (r, in)`, `lora_B (out, r)`. NumPy th
 reading and writing turns axes round, and computes nothing.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from lora_jax import _files
 from lora_jax.peft._entries import Kind
 
 Arrays = Mapping[str, np.ndarray]
@@ -99,7 +101,8 @@ def stack(
             dtypes.setdefault(name, set()).add(value.dtype)
     stacked: dict[str, np.ndarray] = {}
     for index, (arrays, own) in matrices.items():
-        for name, value in _filled_up(arrays, rank, own / scale).items():
+        for name, value in fill_up(arrays, rank, own / scale).items():
+            value = _files.cast(name, value, arrays[name].dtype)
             if name not in stacked:
                 dtype = common_dtype(*dtypes[name])
                 stacked[name] = np.zeros((*sizes, *value.shape), dtype)
@@ -128,15 +131,20 @@ def common_dtype(*dtypes: np.dtype) -> np.dtype:
     return np.result_type(*dtypes)
 
 
-def _filled_up(arrays: Arrays, rank: int, factor: float) -> dict[str, np.ndarray]:
-    """An adapter at a larger rank, with a factor in its `B`."""
+def fill_up(arrays: Arrays, rank: int, factor: float) -> dict[str, np.ndarray]:
+    """An adapter at a larger rank, with a factor in its `B`.
+
+    Args:
+        arrays: the entries.
+        rank: at least that of the adapter; the rest is zeros.
+        factor: of the update. Where it is not 1, `B` is float64, not rounded yet.
+    """
     filled = dict(arrays)
     missing = rank - arrays["A"].shape[-1]
     a, b = arrays["A"], arrays["B"]
     if missing:
         filled["A"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
         filled["B"] = np.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, missing), (0, 0)])
-    if factor != 1:
-        wide = common_dtype(b.dtype, np.dtype(np.float32))
-        filled["B"] = (filled["B"].astype(wide) * wide.type(factor)).astype(b.dtype)
+    if not math.isclose(factor, 1, rel_tol=1e-12):
+        filled["B"] = filled["B"].astype(np.float64) * factor
     return filled

@@ -1,13 +1,26 @@
-"""The two files of a PEFT adapter, before they are compared with any params."""
+"""The two files of a PEFT adapter, before they are compared with any params.
 
+Two files with fixed names cannot be replaced at once. Both are on the disk before either
+has its name. Then the old config is put aside, the arrays get their name, and the config
+gets its own. So a config is never beside the arrays of another save. A program that stops
+in between leaves no config, but it leaves the one that belongs to the arrays under a
+temporary name. The metadata of the arrays has the digest of their config, by which a reader
+finds it.
+"""
+
+import hashlib
+import json
 import os
 import pathlib
+import re
+import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from lora_jax import _checks, _files
+from lora_jax import _checks, _files, _tensor_stream
 from lora_jax._files import CheckpointError, TensorFile
 from lora_jax.config import ALL_LINEAR
 from lora_jax.peft import _entries
@@ -20,6 +33,27 @@ TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _OWN = "adapters.json"  # of lora_jax.checkpoint
 
+_DIGEST = "adapter_config_sha256"
+# Fields of the config that do not say what the arrays mean. They may be edited.
+_NOT_DIGESTED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+_ASIDE = f"{CONFIG}.old"
+_TEMPORARY = "|".join(re.escape(name) for name in (CONFIG, _ASIDE, TENSORS))
+# How often files are read again that another process replaces meanwhile.
+_TRIES = 50
+_IDLE = 3  # tries in a row at which no process was saving
+_PAUSE = 0.002  # seconds
+
+
+# None for at least float32; "file" for that of each array in the file.
+FileDtype: TypeAlias = DTypeLike | Literal["file"] | None
+
 
 class Readable(Protocol):
     """Something that arrays are read from by name."""
@@ -27,6 +61,32 @@ class Readable(Protocol):
     def read(self, name: str, /) -> np.ndarray:
         """The array of a name."""
         ...
+
+
+class Widened:
+    """Arrays in at least float32, so that nothing is computed or trained in less.
+
+    Args:
+        arrays: as they are stored.
+    """
+
+    def __init__(self, arrays: Readable) -> None:
+        self._arrays = arrays
+
+    def read(self, name: str, /) -> np.ndarray:
+        """The array of a name."""
+        return _files.widen(self._arrays.read(name))
+
+
+def check_dtype(dtype: FileDtype) -> FileDtype:
+    """The dtype of the adapters that a caller wants of a reader.
+
+    Raises:
+        TypeError: if there are no adapters of it.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "file"):
+        return dtype
+    return _checks.check_factor_dtype(dtype)
 
 
 class Checkpoint(NamedTuple):
@@ -39,33 +99,170 @@ class Checkpoint(NamedTuple):
     entries: Entries
 
 
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a directory has the config of a PEFT adapter."""
+    return bool(_configs(folder))
+
+
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     """Reads the settings and the names and shapes of the arrays.
 
     Raises:
-        CheckpointError: if a file is not whole, or no PEFT adapter.
+        CheckpointError: if a file is not whole, or no PEFT adapter, or the two files are
+            those of two adapters.
         FileNotFoundError: if one is not there.
     """
     folder = pathlib.Path(directory)
-    if not (folder / CONFIG).is_file() and (folder / _OWN).is_file():
+    if not is_checkpoint(folder) and (folder / _OWN).is_file():
         raise CheckpointError(
             f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
             "lora_jax.load_adapters."
         )
-    fields = _files.read_json(folder / CONFIG)
-    config = _files.checked(
-        folder / CONFIG, lambda: PeftConfig.from_dict(fields, "the config")
+    where, fields, file = _open_files(folder)
+    config = _files.checked(where, lambda: PeftConfig.from_dict(fields, "the config"))
+    check_dtypes(str(file.path), file)
+    shapes = {name: tuple(entry.shape) for name, entry in file.items()}
+    return Checkpoint(str(file.path), config, file, sort(str(file.path), config, shapes))
+
+
+def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:
+    """The path and the fields of a config, and the arrays that were saved with it."""
+    old, idle = None, 0
+    for left in reversed(range(_TRIES)):
+        try:
+            configs = _read_configs(folder)
+            file = _open_arrays(folder)
+        except FileNotFoundError:
+            idle = 0 if _is_being_saved(folder) else idle + 1
+            if not left or idle == _IDLE:
+                raise
+            time.sleep(_PAUSE)
+            continue
+        for where, fields in configs.items():
+            if _belong_together(where, fields, file):
+                return where, fields, file
+        # Both are read again if another process saved between the two. While the arrays had
+        # their name all the time, a config that is in its place is that of the arrays.
+        if folder / CONFIG in configs and old is not None and file.is_same(old):
+            break
+        if folder / CONFIG not in configs:
+            time.sleep(_PAUSE)
+        old = file
+    raise CheckpointError(
+        f"{folder / TENSORS} has the digest of another config than {folder / CONFIG}: is "
+        "one of them from another adapter, or was the config edited? Copy both files "
+        "again. If the config is right as it is, write the arrays without the digest: "
+        "safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)."
     )
+
+
+def _configs(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The config, or what a process that stopped while it saved left in its place."""
+    path = folder / CONFIG
+    if path.is_file():
+        return [path]
+    if not (folder / TENSORS).is_file():
+        return []
+    return _files.temporary_paths(folder, f"{re.escape(CONFIG)}|{re.escape(_ASIDE)}")
+
+
+def _read_configs(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
+    """The fields of each config that there may be."""
+    found = {}
+    for path in _configs(folder):
+        try:
+            found[path] = _files.read_json(path)
+        except CheckpointError:
+            if path.name == CONFIG:
+                raise
+    if not found:
+        _files.check_is_file(folder / CONFIG)
+        raise FileNotFoundError(f"there was no file {folder / CONFIG}.")
+    return found
+
+
+def _open_arrays(folder: pathlib.Path) -> TensorFile:
     path = folder / TENSORS
     if not path.is_file() and (folder / _PICKLE).is_file():
         raise CheckpointError(
             f"{folder / _PICKLE} is a pickle, which runs code when it is read, and is not "
             "read here: load it with PEFT and save it with safe_serialization=True."
         )
-    file = TensorFile(path)
-    check_dtypes(str(path), file)
-    shapes = {name: tuple(entry.shape) for name, entry in file.items()}
-    return Checkpoint(str(path), config, file, sort(str(path), config, shapes))
+    return TensorFile(path)
+
+
+def _is_being_saved(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and bool(_files.temporary_paths(folder, _TEMPORARY))
+
+
+def _belong_together(
+    where: pathlib.Path, fields: Mapping[str, Any], file: TensorFile
+) -> bool:
+    digest = file.metadata.get(_DIGEST)
+    if digest is None:  # another program wrote them, beside the config that was put aside
+        return where.name == CONFIG or where.name.startswith(f".{_ASIDE}")
+    return digest == _digest(fields)
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a config says of its arrays."""
+    own = {name: fields[name] for name in sorted(fields) if name not in _NOT_DIGESTED}
+    return hashlib.sha256(json.dumps(own, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_checkpoint(
+    folder: pathlib.Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the two files of an adapter, which replace old ones when they are whole.
+
+    Args:
+        folder: of the files.
+        config: the settings.
+        tensors: contiguous arrays by name.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    text = config.to_json()
+    metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
+    new = {name: _files.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
+    try:
+        new[CONFIG].write_text(text, encoding="utf-8")
+        _tensor_stream.write_arrays(new[TENSORS], tensors, metadata)
+        for path in new.values():
+            _files.synchronize(path)
+    except BaseException:
+        for path in new.values():
+            path.unlink(missing_ok=True)
+        raise
+    _put_in_place(folder, new[CONFIG], new[TENSORS])
+    for path in _files.temporary_paths(folder, _TEMPORARY):
+        path.unlink(missing_ok=True)
+    _files.synchronize_directory(folder)
+
+
+def _put_in_place(
+    folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path
+) -> None:
+    """Gives both files their names, or leaves the old ones."""
+    place, aside = folder / CONFIG, _files.temporary_path(folder / _ASIDE)
+    try:
+        if place.exists() and place.read_bytes() != config.read_bytes():
+            os.replace(place, aside)
+        os.replace(tensors, folder / TENSORS)
+        os.replace(config, place)
+    except BaseException:
+        # What cannot be renamed stays: it is whole, and it is found by its digest.
+        if tensors.exists():
+            if aside.exists():
+                os.replace(aside, place)
+            tensors.unlink()
+            config.unlink()
+        else:
+            if config.exists():
+                os.replace(config, place)
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:

@@ -135,9 +135,7 @@ class Patterns:
             own = self._names.setdefault(len(text), {}).setdefault(dots, {})
             own.setdefault(_masked(text, dots), position)
 
-    def first(
-        self, parts: Iterable[str], matches: Callable[[str], bool]
-    ) -> str | None:
+    def first(self, parts: Iterable[str], matches: Callable[[str], bool]) -> str | None:
         """The first pattern that a part of a name matches.
 
         Args:

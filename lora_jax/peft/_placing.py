@@ -11,7 +11,13 @@ from lora_jax import _checks, _files
 from lora_jax._files import CheckpointError
 from lora_jax.lora import Adapter
 from lora_jax.peft import _arrays, _bases, _replaced, _ties, _wholes
-from lora_jax.peft._checkpoint import Checkpoint, module_check
+from lora_jax.peft._checkpoint import (
+    Checkpoint,
+    FileDtype,
+    Widened,
+    check_dtype,
+    module_check,
+)
 from lora_jax.peft._completeness import biased, missing
 from lora_jax.peft._entries import Module, without_wrapper
 from lora_jax.peft._places import Places, Problems
@@ -96,6 +102,7 @@ def put(
     placement: Placement,
     strict: bool,
     *,
+    dtype: FileDtype = None,
     scales_bias: bool = False,
     on_tied: OnTied = "error",
 ) -> Loaded:
@@ -104,6 +111,7 @@ def put(
     Args:
         placement: where its adapters belong.
         strict: whether what does not fit is an error.
+        dtype: of the adapters; as in `lora_jax.peft.load`.
         scales_bias: whether the adapters multiply the biases of their layers too.
         on_tied: as in `lora_jax.peft.load`.
 
@@ -111,6 +119,9 @@ def put(
         CheckpointError: as `lora_jax.peft.load`.
     """
     checkpoint, places, sites, problems = placement
+    dtype = check_dtype(dtype)
+    if dtype != "file":
+        checkpoint = checkpoint._replace(arrays=Widened(checkpoint.arrays))
     _LOG.info("%s\n%s", checkpoint.where, placement.table())
     replaced = Replaced(places)
     _put_wholes(checkpoint, places, sites, replaced, problems, on_tied)
@@ -122,18 +133,27 @@ def put(
     try:
         placed = _put_adapters(checkpoint, places, sites, replaced)
         whole = replaced.finish(checkpoint.where)
-    except CheckpointError as error:
+    except ValueError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     if not placed and not whole:
         raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params.")
     adapters = {
         path: {
-            name: _files.to_jax(checkpoint.where, f"{path}:{name}", array)
+            name: _to_jax(checkpoint.where, f"{path}:{name}", array, dtype)
             for name, array in own.arrays.items()
         }
         for path, own in placed.items()
     }
     return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
+
+
+def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:
+    if dtype not in (None, "file"):
+        try:
+            array = _files.cast(repr(name), array, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+    return _files.to_jax(where, name, array)
 
 
 def _put_wholes(

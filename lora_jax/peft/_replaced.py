@@ -19,7 +19,7 @@ class Replaced:
         self._arrays: dict[str, np.ndarray] = {}
         # The axes of the stack, and which indexes were put.
         self._open: dict[str, tuple[Index, set[Index]]] = {}
-        self._owners: dict[tuple[str, Index], tuple[str, np.ndarray]] = {}
+        self._owners: dict[tuple[str, Index], str] = {}
 
     def put(self, spot: Spot, array: np.ndarray) -> None:
         """Puts an array of a checkpoint, in torch's layout, where it belongs.
@@ -31,18 +31,18 @@ class Replaced:
         shape = self._places.shape(spot.path)
         rest = tuple(n for axis, n in enumerate(shape) if axis not in stack)
         own = _wholes.formed(array, rest, form)
-        taken = (self._owners.get((spot.path, index)) for index in ((), spot.indices))
-        other, values = next(filter(None, taken), (spot.name, own))
-        if not same_bits(own, values):
+        other = self._owners.setdefault((spot.path, spot.indices), spot.name)
+        if other == spot.name:
+            self.set(spot.path, spot.indices, own, stack)
+            return
+        values = _wholes.first_axes(self._arrays[spot.path], stack)[spot.indices]
+        if not same_bits(own.astype(values.dtype), values):
             raise CheckpointError(
                 f"{other!r} and {spot.name!r} differ, and both are {spot.path!r}: the leaf "
                 "has room for one. If the embedding and the output head were one array "
                 "before the training, they are two now: give params with a leaf for each, "
                 "and a function that uses both."
             )
-        self._owners[spot.path, spot.indices] = spot.name, own
-        if other == spot.name:
-            self.set(spot.path, spot.indices, own, stack)
 
     def set(self, path: str, index: Index, array: np.ndarray, stack: Index = ()) -> None:
         """Puts an array that lies as the leaf does.
@@ -101,10 +101,10 @@ class Replaced:
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays are equal bit for bit."""
-    if one is other:
-        return True
-    same = one.shape == other.shape and one.dtype == other.dtype
-    return same and one.tobytes() == other.tobytes()
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    bits = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (one, other))
+    return np.array_equal(*bits)
 
 
 def add_bias(

@@ -27,7 +27,7 @@ class Known(NamedTuple):
         uses, axes = self.uses.get(path), self.axes.get(path, "")
         if not uses:
             return None
-        return any("i" == axes[a] for use in uses if _is_look_up(use) for a in _inputs(use))
+        return any(axes[a] == "i" for use in uses if _is_look_up(use) for a in _inputs(use))
 
     def tie(self, path: str) -> tuple[Use, Use] | None:
         """Two uses that have in and out the other way round, as a tied head does."""
@@ -126,7 +126,9 @@ def _inputs(use: Use) -> set[int]:
 
 def _outputs(use: Use) -> set[int]:
     if _is_look_up(use):
-        return {axis for axis, own in enumerate(use.roles) if own not in ("indexed", *_STACKED)}
+        return {
+            axis for axis, own in enumerate(use.roles) if own not in ("indexed", *_STACKED)
+        }
     return {axis for axis, own in enumerate(use.roles) if own == "kept"}
 
 

@@ -61,7 +61,7 @@ class Way(NamedTuple):
     """One way in which an array of a checkpoint may lie in a leaf."""
 
     form: str
-    """The letters of a matrix's axes, without those of a stack; `KERNEL` for the kernel of a
+    """The letters of a matrix's axes, without those of a stack; `KERNEL` for a kernel of a
     convolution that is turned round; empty if the array lies as in torch."""
     stack: tuple[int, ...] = ()
     """The axis of each number in the module's name that is an index of the leaf."""
@@ -131,9 +131,7 @@ def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
             path = given.path
             if key == module and last == _names.BIAS:
                 path = sibling_bias(places, name, path)
-            either = dict.fromkeys(
-                [given.numbers, _names.lacking_fields(module, path), ()]
-            )
+            either = dict.fromkeys([given.numbers, _names.lacking_fields(module, path), ()])
             spots = [
                 _read(places, name, path, numbers, shape, given.axes or "")
                 for numbers in either

@@ -9,7 +9,7 @@ import jax
 
 from lora_jax import _checks, _paths
 from lora_jax.peft import _placing
-from lora_jax.peft._checkpoint import open_checkpoint
+from lora_jax.peft._checkpoint import FileDtype, open_checkpoint
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import NamesArgument, Places
 from lora_jax.peft._placing import Loaded
@@ -31,6 +31,7 @@ def load(
     layout: Layout | None = None,
     on_tied: OnTied = "error",
     strict: bool = True,
+    dtype: FileDtype = None,
 ) -> Loaded:
     """Reads an adapter that PEFT saved, for some params.
 
@@ -71,19 +72,25 @@ def load(
             which leaves are tied.
         strict: whether entries without a place, and weights without entries, are errors.
             Otherwise they are left out, and named in a warning.
+        dtype: of the adapters, magnitudes too. None for float32, or float64 where the file
+            has that: training goes on in it, and in 16 bits small steps would be lost.
+            `"file"` for the dtypes that the file has.
 
     Returns:
-        The adapters, with the dtypes of the file; their plan; and `replaced`, what the
-        checkpoint holds whole (saved modules, biases, embeddings with trained rows, bases
-        that PiSSA or OLoRA left) by path, in the layout of the params. `replace_leaves`
-        puts that into the params, before they are used or merged.
+        The adapters; their plan; and `replaced`, what the checkpoint holds whole (saved
+        modules, biases, embeddings with trained rows, bases that PiSSA or OLoRA left) by
+        path, in the layout of the params. `replace_leaves` puts that into the params,
+        before they are used or merged. Leaves of `replaced` are at least float32 too,
+        unless `dtype` is `"file"`; those that only change a leaf of the params (rows, a
+        base, the bias of `lora_bias`) have its dtype.
 
     Raises:
         CheckpointError: if a file is not whole or no PEFT adapter; if it uses what is not
             supported; if an entry has no place in the params, or more than one, or two
             entries that differ have one; if shapes do not show how a weight lies; if the
             config targets a weight that the file lacks; if values are needed and there
-            are shapes only. The message names the file and the entry.
+            are shapes only; if `dtype` does not hold a value; if one of the two files is
+            that of another adapter. The message names the file and the entry.
         FileNotFoundError: if there is no such file.
         KeyError: if the plan is of other params.
         ModuleNotFoundError: if the package safetensors is not installed.
@@ -95,7 +102,7 @@ def load(
     _checks.check_flags(strict=strict)
     places = _places(params, fn, args, plan, names, layout)
     placement = _placing.find_places(open_checkpoint(directory), places, on_tied=on_tied)
-    return _placing.put(placement, strict, on_tied=on_tied)
+    return _placing.put(placement, strict, dtype=dtype, on_tied=on_tied)
 
 
 def match_names(

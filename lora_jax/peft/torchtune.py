@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import _checks, _paths
 from lora_jax._files import CheckpointError, TensorFile
 from lora_jax.peft import _entries, _placing
-from lora_jax.peft._checkpoint import Checkpoint, check_dtypes, sort
+from lora_jax.peft._checkpoint import Checkpoint, FileDtype, check_dtypes, sort
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import NamesArgument, Places
 from lora_jax.peft._placing import Loaded
@@ -55,6 +55,7 @@ def load_torchtune(
     layout: Layout | None = None,
     on_tied: OnTied = "error",
     strict: bool = True,
+    dtype: FileDtype = None,
 ) -> Loaded:
     """Reads an adapter that torchtune trained, for some params.
 
@@ -79,6 +80,7 @@ def load_torchtune(
         layout: as in `load`.
         on_tied: as in `load`.
         strict: as in `load`.
+        dtype: as in `load`; `"file"` is that of `source`.
 
     Returns:
         As `load`.
@@ -123,7 +125,8 @@ def load_torchtune(
     known = find_known(params, fn, args, plan)
     places = Places(_paths.leaf_paths(params), names, layout, known)
     placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
-    return _placing.put(placement, strict, scales_bias=config.use_dora, on_tied=on_tied)
+    scales = config.use_dora
+    return _placing.put(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)
 
 
 def _check_heads(

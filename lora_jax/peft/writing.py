@@ -1,6 +1,8 @@
 """Writes adapters as Hugging Face PEFT has them."""
 
 import collections
+import dataclasses
+import logging
 import math
 import os
 import pathlib
@@ -10,12 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax import _checks, _files, _paths, _plan_checks
 from lora_jax._frozen import FrozenDict
 from lora_jax.lora import Adapter
-from lora_jax.peft import _entries, _names
-from lora_jax.peft._checkpoint import CONFIG, TENSORS
+from lora_jax.peft import _arrays, _entries, _names
+from lora_jax.peft._checkpoint import write_checkpoint
 from lora_jax.peft._fitting import LAYOUTS, Layout
 from lora_jax.peft._modules import Naming, SaveNames
 from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
@@ -24,6 +27,7 @@ from lora_jax.plan import AdapterPlan, Target
 
 __all__ = ["save"]
 
+_LOG = logging.getLogger("lora_jax.peft")
 _ENTRIES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
 _EMBEDDING = _ENTRIES | {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 _WRAPPED = ".base_layer"
@@ -39,6 +43,8 @@ def save(
     replaced: Mapping[str, jax.Array] | None = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    dtype: DTypeLike | None = None,
+    uniform: bool = False,
 ) -> None:
     """Writes adapters so that PEFT loads them, with the same outputs.
 
@@ -46,9 +52,13 @@ def save(
     `model/layers_0/q_proj/kernel` is `model.layers.0.q_proj`. Ranks and alphas that differ
     become `rank_pattern` and `alpha_pattern`; a stack of layers becomes a module for each.
 
+    An old adapter in the directory stays until the new one is on the disk, and `load` reads
+    one of both, whenever this process stops. PEFT does too, or it misses the config. One
+    process may save to a directory at a time.
+
     Args:
         directory: to write `adapter_config.json` and `adapter_model.safetensors` in. Made
-            if it is not there; each file replaces an old one when it is whole.
+            if it is not there.
         adapters: the adapters of the plan.
         plan: what `plan_adapters` returned, or `load`.
         names: a dict from the names of modules to paths, as `load` takes it and
@@ -62,6 +72,13 @@ def save(
             layers.
         base_model: the name or directory of the base model, for the config.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
+        dtype: of all arrays in the file; None for the dtypes that they have.
+        uniform: whether to write one rank and one scale for all modules, for programs that
+            read neither `rank_pattern` nor `alpha_pattern`, such as vLLM, and would scale
+            every module alike. Smaller ranks are filled up with zeros, and `B` takes up
+            other scales: the update is the same, to the last rounding. `use_rslora` is
+            false in the file then. Without it, a warning to the logger `lora_jax.peft`
+            says so where scales differ.
 
     Raises:
         KeyError: if the adapters' paths or entries are not the plan's.
@@ -69,34 +86,89 @@ def save(
         OSError: if the directory cannot be written to.
         TypeError: if an array has no values, or an argument has the wrong type.
         ValueError: if a shape is not the plan's; if PEFT has no form for an adapter; if
-            names are missing, two leaves have one name, or a name is of no leaf.
+            names are missing, two leaves have one name, or a name is of no leaf; if the
+            dtype does not hold a value.
 
     References:
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     _checks.check_choice("layout", layout, LAYOUTS)
+    _checks.check_flags(uniform=uniform)
+    dtype = None if dtype is None else _checks.check_factor_dtype(dtype)
     _plan_checks.check_adapters(adapters, plan)
+    arrays: Mapping[str, Mapping[str, Any]] = adapters
+    if uniform:
+        arrays, plan = _uniform(adapters, plan, dtype)
     _check_names(names, [*plan.targets, *plan.skipped, *(replaced or {})])
     naming = Naming(names)
     modules: list[SavedModule] = []
     for path in plan.targets:
         with _checks.at_path(path):
-            modules += saved_modules(path, adapters[path], plan, naming, layout)
+            adapter = {
+                name: _files.cast(name, _files.to_numpy(name, value), dtype)
+                for name, value in arrays[path].items()
+            }
+            modules += saved_modules(path, adapter, plan, naming, layout)
     _check_distinct(modules)
     wholes = SavedWholes(plan, naming, layout, modules)
     wholes.check_complete(replaced or {})
     for path, array in (replaced or {}).items():
         with _checks.at_path(path):
-            wholes.put(path, _files.to_numpy("the leaf", array))
+            array = _files.to_numpy("the leaf", array)
+            wholes.put(path, _files.cast("the leaf", array, dtype))
     tensors = _tensors(modules, naming) | wholes.tensors
     config = _config(modules, plan, wholes, base_model, task_type)
+    _warn_of_patterns(config)
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     entries = {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
-    # Both are on the disk before either has its name.
-    with _files.replacing(folder / CONFIG) as file:
-        file.write_text(config.to_json(), encoding="utf-8")
-        _files.write_tensors(folder / TENSORS, entries, {"format": "pt"})
+    write_checkpoint(folder, config, entries)
+
+
+def _uniform(
+    adapters: Mapping[str, Adapter], plan: AdapterPlan, dtype: Any
+) -> tuple[Mapping[str, Mapping[str, Any]], AdapterPlan]:
+    """The same updates with one rank and one scale.
+
+    The scale is the most common one, where that makes alpha a whole number, which some
+    readers need. Otherwise it is 1.
+    """
+    targets = plan.targets
+    rank = max((target.rank for target in targets.values()), default=plan.config.rank)
+    common = _most_common({path: target.scale for path, target in targets.items()}, 1.0)
+    alpha = round(common * rank)
+    if not alpha or not math.isclose(common * rank, alpha, rel_tol=1e-12):
+        alpha = rank
+    scale = alpha / rank
+    filled, alike = {}, {}
+    for path, target in targets.items():
+        arrays = {name: _files.to_numpy(name, v) for name, v in adapters[path].items()}
+        wide = _arrays.fill_up(arrays, rank, target.scale / scale)
+        with _checks.at_path(path):
+            filled[path] = {
+                name: _files.cast(name, value, dtype or arrays[name].dtype)
+                for name, value in wide.items()
+            }
+        alike[path] = dataclasses.replace(target, rank=rank, scale=scale)
+    config = dataclasses.replace(plan.config, rank_stabilized=False)
+    return filled, dataclasses.replace(plan, config=config, targets=FrozenDict(alike))
+
+
+def _warn_of_patterns(config: PeftConfig) -> None:
+    """Says so where a reader that ignores the patterns would scale a module otherwise."""
+    own = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        rank = config.rank_pattern.get(pattern, config.r)
+        alpha = config.alpha_pattern.get(pattern, config.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        if not math.isclose(scale, own, rel_tol=1e-12):
+            _LOG.warning(
+                "modules have other scales than lora_alpha and r say, for example %s: "
+                "programs that read neither rank_pattern nor alpha_pattern, such as vLLM, "
+                "would scale all alike. For those save with uniform=True.",
+                pattern,
+            )
+            return
 
 
 def _check_names(names: SaveNames, paths: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import _checks, _files
+from lora_jax import _checks, _files, _tensor_stream
 from lora_jax._files import CheckpointError
 from lora_jax.quant import tensors
 
@@ -70,7 +70,7 @@ def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
     digest = _Digest(text)
     for name in sorted(arrays):
         digest.add(name, arrays[name])
-    _files.write_tensors(path, arrays, metadata | {"digest": digest.text()})
+    _tensor_stream.write_tensors(path, arrays, metadata | {"digest": digest.text()})
 
 
 def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lora_jax import peft
 from lora_jax._files import CheckpointError
 from tests.peft import support
 from tests.peft.support import GOLDEN, draw, linear, update_of, write
+from tests.support import x64
 
 ROWS = {
     row["name"]: row
@@ -114,15 +115,59 @@ def test_alpha_of_an_odd_quotient(tmp_path):
 def test_dtypes_are_those_of_the_file(dtype, tmp_path):
     entries = linear("q", 5, 7, 2, dtype=dtype)
     folder = write(tmp_path, entries, r=2, target_modules=["q"])
-    loaded = peft.load(folder, abstract({"q": (5, 7)}))
+    loaded = peft.load(folder, abstract({"q": (5, 7)}), dtype="file")
     assert {x.dtype for x in jax.tree.leaves(loaded.adapters)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])
+def test_adapters_are_float32_unless_told_otherwise(stored, dtype, tmp_path):
+    """A stack whose second layer has another scale, magnitudes, and a saved module."""
+    entries = {"score.weight": draw(3, 5, dtype=stored)}
+    for i in range(2):
+        entries |= linear(f"h.{i}.q", 5, 7, 2, i, dora=True, dtype=stored)
+    folder = write(
+        tmp_path, entries, r=2, lora_alpha=2, target_modules=["q"], use_dora=True,
+        modules_to_save=["score"], alpha_pattern={"h.1.q": 5},
+    )  # fmt: skip
+    params = abstract({"h": {"q": {"kernel": (2, 5, 7)}}, "score": {"kernel": (5, 3)}})
+    loaded = peft.load(folder, params, dtype=dtype)
+    adapter = loaded.adapters["h/q/kernel"]
+    assert {x.dtype for x in adapter.values()} == {jnp.dtype(dtype or "float32")}
+    assert loaded.replaced["score/kernel"].dtype == "float32"
+    for i, factor in enumerate((1, 2.5)):
+        b = entries[f"h.{i}.q.lora_B.weight"].astype(np.float64) * factor
+        rounded = b.T.astype(np.float32).astype(dtype or "float32")
+        np.testing.assert_array_equal(adapter["B"][i], rounded)
+        m = entries[f"h.{i}.q.lora_magnitude_vector"].astype(np.float32)
+        np.testing.assert_array_equal(adapter["m"][i], m.astype(dtype or "float32"))
+
+
+def test_a_dtype_that_does_not_hold_a_value(tmp_path):
+    entries = linear("q", 5, 7, 2)
+    entries["q.lora_B.weight"][3, 1] = 7e4
+    folder = write(tmp_path, entries, r=2, target_modules=["q"])
+    params = abstract({"q": (5, 7)})
+    with pytest.raises(
+        CheckpointError, match=r"'q:B' has values up to 7e\+04, and float16"
+    ):
+        peft.load(folder, params, dtype="float16")
+    for dtype in ("int8", "float8_e5m2", "16 bits"):
+        with pytest.raises(TypeError, match="dtype must be"):
+            peft.load(folder, params, dtype=dtype)
 
 
 def test_64_bits(tmp_path):
     entries = linear("q", 5, 7, 2, dtype="float64")
     folder = write(tmp_path, entries, r=2, target_modules=["q"])
+    params = abstract({"q": (5, 7)})
     with pytest.raises(CheckpointError, match="'q:A' is float64, which JAX would narrow"):
-        peft.load(folder, abstract({"q": (5, 7)}))
+        peft.load(folder, params)
+    loaded = peft.load(folder, params, dtype="float32")
+    want = entries["q.lora_A.weight"].T.astype("float32")
+    np.testing.assert_array_equal(loaded.adapters["q"]["A"], want)
+    with x64():
+        assert peft.load(folder, params).adapters["q"]["A"].dtype == "float64"
 
 
 def test_the_table_is_logged_and_printed(tmp_path, caplog):

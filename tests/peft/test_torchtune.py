@@ -126,3 +126,12 @@ ONE = {k: v for k, v in STATE.items() if k.startswith(ATTENTION)}
 def test_what_is_refused(state, options, error, message):
     with pytest.raises(error, match=message):
         load(state, **options)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_adapters_are_float32_unless_told_otherwise(stored):
+    state = {name: value.astype(stored) for name, value in STATE.items()}
+    for dtype, expected in ((None, "float32"), ("file", stored), ("bfloat16", "bfloat16")):
+        loaded = load(state, dtype=dtype)
+        leaves = jax.tree.leaves(loaded.adapters)
+        assert {x.dtype for x in leaves} == {jnp.dtype(expected)}

@@ -93,7 +93,7 @@ def test_the_file_says_what_it_is(tmp_path):
     plan, adapters = plan_of({LAYER: (5, 7)})
     peft.save(tmp_path / "new" / "one", adapters, plan, base_model="me/model")
     header = (tmp_path / "new" / "one" / support.TENSORS).read_bytes()[8:60]
-    assert b'"__metadata__":{"format":"pt"}' in header
+    assert b'"__metadata__":{"format":"pt",' in header
     assert (
         support.read(tmp_path / "new" / "one")[1]["base_model_name_or_path"] == "me/model"
     )
@@ -223,6 +223,123 @@ def test_what_is_saved_is_loaded(drawn, tmp_path):
     peft.save(tmp_path, again.adapters, again.plan, names=table, layout=layout)
     third = peft.load(tmp_path, params, names=searched, layout=layout)
     support.same_updates(plan, third.plan, adapters, third.adapters)
+
+
+@hypothesis.settings(
+    max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(drawn=plans())
+def test_uniform_files_have_one_rank_and_one_scale(drawn, tmp_path):
+    layout, paths, config = drawn
+    shapes = {path: KINDS[kind][0] for kind, path in paths.items()}
+    axes = {path: KINDS[kind][1] for kind, path in paths.items()}
+    plan, adapters = plan_of(shapes, axes, **config)
+    names = {named(kind)[1]: (path, axes[path]) for kind, path in paths.items()}
+    peft.save(tmp_path, adapters, plan, names=names, layout=layout, uniform=True)
+    fields = support.read(tmp_path)[1]
+    assert fields["rank_pattern"] == fields["alpha_pattern"] == {}
+    assert fields["use_rslora"] is False
+    assert fields["r"] == max(target.rank for target in plan.targets.values())
+    assert isinstance(fields["lora_alpha"], int)
+    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
+    searched = {
+        name: value
+        for kind, (name, value) in zip(paths, names.items(), strict=True)
+        if kind == "experts_as_modules" or (kind in MOE and layout == "torch")
+    }
+    again = peft.load(tmp_path, params, names=searched, layout=layout)
+    for path, target in plan.targets.items():
+        a, b = (np.asarray(adapters[path][n], np.float64) for n in "AB")
+        # As a reader has it that knows one scale for all modules.
+        scale = fields["lora_alpha"] / fields["r"]
+        got = np.asarray(again.adapters[path]["A"], np.float64)
+        got = scale * got @ np.asarray(again.adapters[path]["B"], np.float64)
+        terms = abs(target.scale) * np.abs(a) @ np.abs(b)
+        assert (np.abs(got - target.scale * a @ b) <= 2.0**-24 * 1.001 * terms).all()
+        if target.method == "dora":
+            np.testing.assert_array_equal(again.adapters[path]["m"], adapters[path]["m"])
+
+
+def test_uniform_files_of_dora_merge_alike(tmp_path):
+    shapes = {"a/q": (5, 7), "b/q": (5, 7), "c/q": (5, 7)}
+    plan, adapters = plan_of(
+        shapes, use_dora=True, rank_stabilized=True, rank_pattern={"a/q": 4, "b/q": 3},
+        alpha_pattern={"c/q": 0.7},
+    )  # fmt: skip
+    params = {path: jnp.asarray(draw(*shape)) for path, shape in shapes.items()}
+    peft.save(tmp_path, adapters, plan, uniform=True)
+    again = support.merged(params, peft.load(tmp_path, params))
+    for path, want in lora_jax.merge_adapters(params, adapters, plan).items():
+        np.testing.assert_allclose(again[path], want, rtol=2e-6, atol=2e-6)
+
+
+def test_uniform_files_keep_what_is_uniform(tmp_path):
+    """Scales that are alike stay, and no bit of a factor changes."""
+    plan, adapters = plan_of({"q": (5, 7), "k": (5, 7)}, rank=3, alpha=12)
+    for uniform in (False, True):
+        peft.save(tmp_path / str(uniform), adapters, plan, uniform=uniform)
+    one, other = (tmp_path / str(uniform) for uniform in (False, True))
+    for file in (support.CONFIG, support.TENSORS):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_files_that_other_programs_would_scale_otherwise_are_named(tmp_path, caplog):
+    shapes = {"q": (5, 7), "k": (5, 7)}
+    for config, warned in (
+        ({"rank_pattern": {"k": 1}}, True),
+        ({"rank_pattern": {"k": 1}, "rank_stabilized": True}, True),
+        ({"alpha_pattern": {"k": 7}}, True),
+        ({"rank_pattern": {"k": 1}, "alpha_pattern": {"k": 2}}, False),  # one scale
+        ({}, False),
+    ):
+        plan, adapters = plan_of(shapes, **config)
+        caplog.clear()
+        peft.save(tmp_path, adapters, plan)
+        assert ("save with uniform=True" in caplog.text) is warned
+        caplog.clear()
+        peft.save(tmp_path, adapters, plan, uniform=True)
+        assert not caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", jnp.float32, None])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_dtype_of_the_file(dtype, uniform, tmp_path):
+    shapes = {"q": (5, 7), "k": (5, 7), "v": (5, 7)}
+    plan, adapters = plan_of(shapes, use_dora=True, alpha_pattern={"k": 5})
+    replaced = {"score/kernel": jnp.asarray(draw(5, 3))}
+    peft.save(tmp_path, adapters, plan, replaced=replaced, dtype=dtype, uniform=uniform)
+    tensors = support.read(tmp_path)[0]
+    assert {x.dtype for x in tensors.values()} == {jnp.dtype(dtype or "float32")}
+    assert len(tensors) == 10
+    # Rounded once: also where B takes up a scale.
+    b = np.asarray(adapters["k"]["B"], np.float64) * (5 / 4 if uniform else 1)
+    want = b.astype(dtype or "float32").T
+    np.testing.assert_array_equal(tensors[PREFIX + "k.lora_B.weight"], want)
+
+
+def test_dtypes_that_do_not_hold_the_values(tmp_path):
+    shapes = {"q": (5, 7), "k": (5, 7), "v": (5, 7)}
+    plan, adapters = plan_of(shapes, alpha_pattern={"k": 4e5})
+    large = {"q": adapters["q"] | {"A": adapters["q"]["A"].at[1, 0].set(-7e4)}}
+    for changed, options, message in (
+        (large, {}, r"at 'q': A has values up to 7e\+04, and float16 holds none above"),
+        ({}, {"uniform": True}, r"at 'k': B has values up to .*, and float16 holds none"),
+        ({"q": jax.tree.map(lambda x: x * 1e-10, adapters["q"])}, {}, "which are all 0 in"),
+        (
+            {}, {"replaced": {"s/kernel": jnp.full((5, 3), 1e6)}},
+            "at 's/kernel': the leaf has values up to",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            peft.save(
+                tmp_path / "new", adapters | changed, plan, dtype="float16", **options
+            )
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="dtype must be floating point"):
+        peft.save(tmp_path, adapters, plan, dtype="int8")
+    # What is infinite stays so.
+    infinite = {"q": adapters["q"] | {"A": adapters["q"]["A"].at[1, 0].set(jnp.inf)}}
+    peft.save(tmp_path, adapters | infinite, plan, dtype="float16")
 
 
 @pytest.mark.parametrize("ranks", [{}, {"*/up": 4}, {"*/down": 4}])

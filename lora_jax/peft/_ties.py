@@ -125,6 +125,11 @@ def without_twins(
     return {name: array for name, array in arrays.items() if name not in twins}
 
 
+def may_be_tied(module: str, kind: Kind) -> bool:
+    """Whether an adapter is that of an embedding of tokens, as far as names say."""
+    return kind == "embedding" and not _NO_TOKEN.search(_last(module))
+
+
 def side(module: str, path: str, config: PeftConfig) -> str:
     """Which side of a tie a module may be, by its name; empty if none."""
     last = _last(module)

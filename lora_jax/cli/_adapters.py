@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax import _files
+from lora_jax import _files, _paths
 from lora_jax.checkpoint import load_adapters
+from lora_jax.config import LoraConfig
 from lora_jax.peft import _entries
 from lora_jax.peft._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from lora_jax.peft._ties import may_be_tied
@@ -21,6 +22,7 @@ FORMATS = ("peft", "lora_jax")
 
 _PEFT_RECORD = "adapter_config.json"
 _OWN_RECORD = "adapters.json"
+_GLOB = frozenset("*?[")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,13 +238,13 @@ def _read_own(directory: pathlib.Path) -> Contents:
     adapters, plan = load_adapters(directory)
     config = plan.config
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
-    read = {}
+    read, rank_of = {}, _ranks(config)
     for path, target in plan.targets.items():
         arrays = {name: np.asarray(value) for name, value in adapters[path].items()}
         read[path] = Adapter(
             method=target.method,
             rank=target.rank,
-            configured_rank=config.rank_of(path),
+            configured_rank=rank_of(path),
             scale=target.scale,
             shapes={name: value.shape for name, value in arrays.items()},
             dtypes={name: value.dtype for name, value in arrays.items()},
@@ -255,3 +257,20 @@ def _read_own(directory: pathlib.Path) -> Contents:
         adapters=read,
         wholes={},
     )
+
+
+def _ranks(config: LoraConfig) -> Callable[[str], int]:
+    """The rank that a config has for a path, for many of both.
+
+    Of thousands of patterns that are paths only those are tried that a path begins with.
+    """
+    order = {pattern: place for place, pattern in enumerate(config.rank_pattern)}
+    globs = [p for p in order if p.startswith("re:") or not _GLOB.isdisjoint(p)]
+
+    def rank_of(path: str) -> int:
+        starts = (path[:end] for end in range(1, len(path) + 1))
+        near = {*globs, *(start for start in starts if start in order)}
+        own = {p: config.rank_pattern[p] for p in sorted(near, key=order.__getitem__)}
+        return _paths.look_up(own, path, config.rank)
+
+    return rank_of

@@ -16,7 +16,7 @@ from lora_jax.cli import _base
 from lora_jax.cli._adapters import Contents
 from lora_jax.lora import Adapter
 from lora_jax.peft import _placing
-from lora_jax.peft._checkpoint import Checkpoint, open_checkpoint
+from lora_jax.peft._checkpoint import Checkpoint, FileDtype, open_checkpoint
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import Places
 from lora_jax.peft._ties import EMBEDDINGS, HEADS
@@ -90,6 +90,7 @@ def load_for(
     base: _base.Base,
     names: Names,
     layout: Layout,
+    dtype: FileDtype = None,
 ) -> Loaded:
     """Loads adapters for a model's files.
 
@@ -99,6 +100,7 @@ def load_for(
         base: the model.
         names: from modules to paths, where the names alone do not tell.
         layout: how the weights of the model lie: `"torch"` or `"jax"`.
+        dtype: of adapters that PEFT wrote, as `lora_jax.peft.load` takes it.
 
     Returns:
         The adapters; paths are names of arrays of the model.
@@ -107,24 +109,28 @@ def load_for(
         CheckpointError: if they do not fit the model.
     """
     if contents.checkpoint is not None:
-        return _load_peft(contents.checkpoint, base, names, layout)
+        return _load_peft(contents.checkpoint, base, names, layout, dtype)
     adapters, plan = load_adapters(directory)
     if names is None and set(plan.targets) <= set(base.entries):
         return Loaded(adapters, plan, {})
     # By way of PEFT's names and layout, which is how such models are written.
     with tempfile.TemporaryDirectory() as temporary:
         save(temporary, adapters, plan, names=names)
-        return _load_peft(open_checkpoint(temporary), base, None, layout)
+        return _load_peft(open_checkpoint(temporary), base, None, layout, dtype)
 
 
 def _load_peft(
-    checkpoint: Checkpoint, base: _base.Base, names: Names, layout: Layout
+    checkpoint: Checkpoint,
+    base: _base.Base,
+    names: Names,
+    layout: Layout,
+    dtype: FileDtype,
 ) -> Loaded:
     places = Places(leaves_of(base), names, layout)
     # `check_ties` has asked the model's own settings.
     placement = _placing.find_places(checkpoint, places, on_tied="allow")
     rows = placement.table().rows
-    loaded = _placing.put(placement, True, on_tied="allow")
+    loaded = _placing.put(placement, True, dtype=dtype, on_tied="allow")
     modules = {row.module: row.path for row in rows}
     return Loaded(*loaded, modules, {row.path: row.letters for row in rows})
 

@@ -19,7 +19,7 @@ from lora_jax.peft import _placing
 from lora_jax.peft._checkpoint import Checkpoint, FileDtype, open_checkpoint
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import Places
-from lora_jax.peft._ties import EMBEDDINGS, HEADS
+from lora_jax.peft._wholes import EMBEDDINGS, HEADS
 from lora_jax.peft.writing import save
 from lora_jax.plan import AdapterPlan
 

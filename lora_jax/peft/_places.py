@@ -238,8 +238,9 @@ class Places:
         other = "torch" if self.layout == "jax" else "jax"
         return CheckpointError(
             f"no leaf of the params fits {name!r}, which needs {fits} in "
-            f"layout={self.layout!r}; {hint}. Give names={{{name!r}: path}}, or "
-            f"layout={other!r} if weights lie the other way, or the right params."
+            f"layout={self.layout!r}; {hint}. Give names={{{name!r}: path}}, or the "
+            f"function (fn, *args), or layout={other!r} if weights lie the other way, or "
+            "the right params."
         )
 
     def axes_of(self, path: str) -> str:

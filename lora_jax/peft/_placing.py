@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax import _checks, _files
 from lora_jax._files import CheckpointError
 from lora_jax.lora import Adapter
-from lora_jax.peft import _arrays, _bases, _replaced, _ties, _wholes
+from lora_jax.peft import _arrays, _bases, _names, _replaced, _ties, _wholes
 from lora_jax.peft._checkpoint import (
     Checkpoint,
     FileDtype,
@@ -58,6 +58,9 @@ class Placement(NamedTuple):
         for site in self.sites.values():
             given = site.path in self.places.known.axes
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
+            # As names of modules have them, so that the table can be given as `names`.
+            numbers = _names.lacking_fields(site.name, site.path)
+            same = tuple(number for _, number in numbers) == site.indices
             rows[site.name] = Row(
                 module=site.name,
                 path=site.path,
@@ -66,7 +69,7 @@ class Placement(NamedTuple):
                 axes=site.axes,
                 given=given or site.stack != tuple(sorted(site.stack)),
                 stack=site.stack,
-                fields=site.fields,
+                fields=tuple(field for field, _ in numbers) if same else site.fields,
             )
         return NameTable.of(rows)
 
@@ -94,7 +97,9 @@ def find_places(
     sites = find_sites(places, modules, config, problems)
     if on_tied == "error":
         kinds = {name: module.kind for name, module in modules.items()}
-        problems.lines += _ties.of_adapters(places, sites.values(), kinds, config)
+        wrong = _ties.of_adapters(places, sites.values(), kinds, config)
+        problems.lines += wrong.values()
+        sites = {name: site for name, site in sites.items() if name not in wrong}
     return Placement(checkpoint, places, sites, problems)
 
 
@@ -124,7 +129,8 @@ def put(
         checkpoint = checkpoint._replace(arrays=Widened(checkpoint.arrays))
     _LOG.info("%s\n%s", checkpoint.where, placement.table())
     replaced = Replaced(places)
-    _put_wholes(checkpoint, places, sites, replaced, problems, on_tied)
+    twice = _put_wholes(checkpoint, places, sites, replaced, problems, on_tied)
+    sites = {name: site for name, site in sites.items() if name not in twice}
     problems.lines[:0] = places.unused_names()
     problems.lines += missing(checkpoint.config, checkpoint.entries, places, sites.values())
     if scales_bias:
@@ -163,13 +169,22 @@ def _put_wholes(
     replaced: Replaced,
     problems: Problems,
     on_tied: OnTied,
-) -> None:
-    """Collects what the checkpoint holds whole, then what changes such leaves."""
+) -> set[str]:
+    """Collects what the checkpoint holds whole, then what changes such leaves.
+
+    Returns:
+        The modules whose adapters have to be left out, because their leaves are taken.
+    """
     config, read = checkpoint.config, checkpoint.arrays.read
     arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
     arrays = _ties.without_twins(places, arrays)
     shapes = {name: array.shape for name, array in arrays.items()}
     spots = _wholes.find_spots(places, shapes, problems)
+    if on_tied == "error":
+        twins = checkpoint.entries.wholes.keys() - arrays.keys()
+        wrong = _ties.of_wholes(places, spots, twins, config)
+        problems.lines += wrong.values()
+        spots = {name: spot for name, spot in spots.items() if name not in wrong}
     for name, spot in spots.items():
         with problems.collecting():
             replaced.put(spot, arrays[name])
@@ -178,10 +193,9 @@ def _put_wholes(
         with problems.collecting():
             indexes = _token_indexes(config, name)
             rows[name] = _replaced.put_rows(replaced, places, name, read(key), indexes)
-    problems.lines += _ties.of_two(sites.values(), spots, rows)
-    if on_tied == "error":
-        twins = checkpoint.entries.wholes.keys() - arrays.keys()
-        problems.lines += _ties.of_wholes(places, spots, twins, config)
+    twice = dict(_ties.of_two(sites.values(), spots, rows))
+    problems.lines += twice.values()
+    return set(twice)
 
 
 def _token_indexes(config: PeftConfig, module: str) -> tuple[int, ...]:

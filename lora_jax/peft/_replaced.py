@@ -103,8 +103,8 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two arrays are equal bit for bit."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    bits = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (one, other))
-    return np.array_equal(*bits)
+    first, second = (np.ascontiguousarray(each).reshape(-1) for each in (one, other))
+    return np.array_equal(first.view(np.uint8), second.view(np.uint8))
 
 
 def add_bias(

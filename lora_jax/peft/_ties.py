@@ -15,16 +15,12 @@ from lora_jax.peft._entries import Kind
 from lora_jax.peft._places import Places
 from lora_jax.peft._replaced import same_bits
 from lora_jax.peft._sites import Site
-from lora_jax.peft._wholes import Spot
+from lora_jax.peft._wholes import EMBEDDINGS, HEADS, Spot, last_word
 from lora_jax.peft.config import PeftConfig
 
 OnTied = Literal["error", "allow"]
 ON_TIED = ("error", "allow")
 
-EMBEDDINGS = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
-)
-HEADS = frozenset({"lm_head", "embed_out"})
 # What leaves of an output head are called besides these.
 _HEAD = re.compile(r"head|logits|^output$|unembed|embed_out", re.IGNORECASE)
 # Embeddings of what is no token are never tied to a head.
@@ -34,20 +30,21 @@ _WITH_A_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 def of_adapters(
     places: Places, sites: Iterable[Site], kinds: Mapping[str, Kind], config: PeftConfig
-) -> list[str]:
-    """What is wrong with adapters of one side of a tied leaf, or what may be one."""
-    lines: list[str] = []
+) -> dict[str, str]:
+    """What is wrong with adapters of one side of a tied leaf, by the modules."""
+    lines: dict[str, str] = {}
     for site in sites:
         kind = kinds[site.module]
         if kind in ("embedding", "linear"):
-            lines += _wrong(places, site.name, site.path, kind == "embedding", config)
+            wrong = _wrong(places, site.name, site.path, kind == "embedding", config)
+            lines.update((site.module, line) for line in wrong)
     return lines
 
 
 def of_wholes(
     places: Places, spots: Mapping[str, Spot], twins: Collection[str], config: PeftConfig
-) -> list[str]:
-    """The same for arrays that are held whole.
+) -> dict[str, str]:
+    """The same for arrays that are held whole, by the names of parameters.
 
     Args:
         places: the leaves.
@@ -58,26 +55,30 @@ def of_wholes(
     owners: dict[str, list[str]] = {}
     for name, spot in spots.items():
         owners.setdefault(spot.path, []).append(name)
-    lines: list[str] = []
+    lines: dict[str, str] = {}
     for path, names in owners.items():
         module = names[0].rpartition(".")[0]
         if len(names) > 1 or len(places.shape(path)) < 2:
             continue  # both sides are there, and equal
         if not (twins and side(module, path, config)):
             embedding = _wholes.is_embedding(module, path)
-            lines += _wrong(places, module, path, embedding, config)
+            wrong = _wrong(places, module, path, embedding, config)
+            lines.update((names[0], line) for line in wrong)
     return lines
 
 
 def of_two(
     sites: Iterable[Site], spots: Mapping[str, Spot], rows: Mapping[str, str]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     """Leaves that an adapter and an array of another module both go to.
 
     Args:
         sites: of the adapters.
         spots: of the arrays that are held whole.
         rows: the paths of leaves that have rows replaced, by the modules.
+
+    Yields:
+        The module that comes second, as the checkpoint has it, and what is wrong.
     """
     owners = {
         (spot.path, spot.indices): name.rpartition(".")[0] for name, spot in spots.items()
@@ -85,13 +86,13 @@ def of_two(
     for module, path in rows.items():
         other = owners.setdefault((path, ()), module)
         if other != module:
-            yield _both(other, module, path)
+            yield module, _both(other, module, path)
     for site in sites:
         other = owners.get((site.path, site.indices), site.name)
         if other not in (site.name, site.name.rpartition(".")[0]) and (
             site.path not in rows.values()
         ):
-            yield _both(other, site.name, site.path)
+            yield site.module, _both(other, site.name, site.path)
 
 
 def _both(one: str, other: str, path: str) -> str:
@@ -115,7 +116,7 @@ def without_twins(
         keys = name, name.rpartition(".")[0]
         return any(map(places.given, keys)) or bool(places.search(words, (leaf,)))
 
-    ends = {n: array for n, array in arrays.items() if _last(n) in EMBEDDINGS | HEADS}
+    ends = {n: array for n, array in arrays.items() if last_word(n) in EMBEDDINGS | HEADS}
     placed = {name: array for name, array in ends.items() if has_place(name)}
     twins = {
         name
@@ -127,12 +128,12 @@ def without_twins(
 
 def may_be_tied(module: str, kind: Kind) -> bool:
     """Whether an adapter is that of an embedding of tokens, as far as names say."""
-    return kind == "embedding" and not _NO_TOKEN.search(_last(module))
+    return kind == "embedding" and not _NO_TOKEN.search(last_word(module))
 
 
 def side(module: str, path: str, config: PeftConfig) -> str:
     """Which side of a tie a module may be, by its name; empty if none."""
-    last = _last(module)
+    last = last_word(module)
     if last in HEADS:
         return "output head"
     if last in EMBEDDINGS:
@@ -161,7 +162,7 @@ def _wrong(
         return
     other = "output head" if own == "embedding" else "embedding"
     lies_as = "embedding" if _wholes.is_embedding("", path) else ""
-    lies_as = "output head" if _HEAD.search(_last(path)) else lies_as
+    lies_as = "output head" if _HEAD.search(last_word(path)) else lies_as
     if lies_as == other or (own == "embedding") != embedding:
         yield (
             f"{module!r} is an {own}, and {path!r} an {other}: if one leaf is both, what "
@@ -185,11 +186,7 @@ def _is_other(places: Places, leaf: str, path: str, own: str) -> bool:
         return False
     embedding = _wholes.is_embedding(".".join(_names.split_path(leaf).words), leaf)
     if own == "embedding":
-        return bool(_HEAD.search(_last(leaf))) or (sizes <= set(shape) and not embedding)
+        return bool(_HEAD.search(last_word(leaf))) or (
+            sizes <= set(shape) and not embedding
+        )
     return embedding and sizes <= set(shape)
-
-
-def _last(name: str) -> str:
-    """What a module or the module of a leaf is called."""
-    words = [word for word in _names.split_path(name).words if not word.isdecimal()]
-    return words[-1] if words else ""

@@ -26,6 +26,17 @@ _CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
 _SWAPPED = str.maketrans("io", "oi")
 
 KERNEL = "kernel"
+# What embeddings of tokens and output heads are called.
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
+)
+HEADS = frozenset({"lm_head", "embed_out"})
+
+
+def last_word(name: str) -> str:
+    """What a module or the module of a leaf is called."""
+    words = [word for word in _names.split_path(name).words if not word.isdecimal()]
+    return words[-1] if words else ""
 
 
 def values(path: str, leaf: Any, why: str) -> np.ndarray:
@@ -155,7 +166,14 @@ def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
             f"give names={{{name!r}: path}}."
         )
     if not fitting:
-        raise places.not_found(name, found, f"a leaf of the shape {shape}")
+        error = places.not_found(name, found, f"a leaf of the shape {shape}")
+        if not found and last_word(module) in HEADS:
+            error = CheckpointError(
+                f"{error} If the model has one leaf for its embedding and its output head "
+                "(tied), the head was trained apart from it: give params with a leaf for "
+                "each, and a function that uses both."
+            )
+        raise error
     return fitting[0]
 
 
@@ -198,11 +216,12 @@ def _read(
     own, known = places.shape(path), axes or places.known.axes.get(path, "")
     if len(known) != len(own):
         known = ""
+    stacked = "b" if known.count("b") >= len(numbers) else "b?"
     ways: dict[object, Way] = {}
     turned: dict[object, Way] = {}
     for stack in itertools.permutations(range(len(own)), len(numbers)):
         room = all(n < own[a] for (_, n), a in zip(numbers, stack, strict=True))
-        if not room or any(known[axis] not in "b?" for axis in stack if known):
+        if not room or any(known[axis] not in stacked for axis in stack if known):
             continue
         rest = tuple(n for axis, n in enumerate(own) if axis not in stack)
         letters = "".join(x for axis, x in enumerate(known) if axis not in stack)

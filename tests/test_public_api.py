@@ -76,7 +76,8 @@ unmerge_adapters(params, adapters, plan, *, column_norms=None)
 count_parameters(params, plan)
 save_adapters(directory, adapters, plan, *, dtype=None)
 load_adapters(directory, *, strict=True, dtype=None)
-peft.load(directory, params, *, names=None, layout='jax', strict=True, dtype=None)
+peft.load(directory, params, fn=None, *args, plan=None, names=None, layout=None,
+    on_tied='error', strict=True, dtype=None)
 peft.save(directory, adapters, plan, *, names=None, layout='jax', replaced=None,
     base_model=None, task_type=None, dtype=None, uniform=False)
 """

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax import _files
+from lora_jax import _files, _paths
 from lora_jax.checkpoint import load_adapters
+from lora_jax.config import LoraConfig
 from lora_jax.peft import _entries
-from lora_jax.peft._checkpoint import is_checkpoint, open_checkpoint
+from lora_jax.peft._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from lora_jax.peft._ties import may_be_tied
 from lora_jax.peft.config import PeftConfig
 
 Format = Literal["peft", "lora_jax"]
@@ -20,6 +22,7 @@ FORMATS = ("peft", "lora_jax")
 
 _PEFT_RECORD = "adapter_config.json"
 _OWN_RECORD = "adapters.json"
+_GLOB = frozenset("*?[")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Contents:
         wholes: arrays that stand for those of the model, by name.
         rows: the names of those arrays that are but rows of an embedding.
         changes_base: how the adapters were made, if that changed the base weights.
+        checkpoint: what PEFT wrote; None for the format of this library.
     """
 
     format: Format
@@ -94,6 +98,13 @@ class Contents:
     wholes: dict[str, Whole]
     rows: frozenset[str] = frozenset()
     changes_base: str = ""
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def embeddings(self) -> list[str]:
+        """The names of adapters that are those of embeddings of tokens."""
+        modules = self.checkpoint.entries.modules if self.checkpoint else {}
+        return [n for n, module in modules.items() if may_be_tied(n, module.kind)]
 
     @property
     def changed(self) -> list[str]:
@@ -153,6 +164,7 @@ def _read_peft(directory: pathlib.Path) -> Contents:
     assert isinstance(file, _files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
     wholes = entries.wholes | rows
+    parameters = _entries.Parameters(config.target_parameters or ())
     return Contents(
         format="peft",
         settings=json.loads(config.to_json()),
@@ -163,26 +175,35 @@ def _read_peft(directory: pathlib.Path) -> Contents:
             "use_dora": config.use_dora,
             "dropout": config.lora_dropout,
         },
-        adapters={n: _of_module(file, m, config) for n, m in entries.modules.items()},
+        adapters={
+            name: _of_module(file, module, config, parameters)
+            for name, module in entries.modules.items()
+        },
         wholes={name: _whole(file, key) for name, key in wholes.items()},
         rows=frozenset(rows),
         changes_base=str(config.init_lora_weights) if config.changes_base else "",
+        checkpoint=checkpoint,
     )
 
 
-def _configured(module: _entries.Module, config: PeftConfig) -> str:
+def _configured(
+    module: _entries.Module, config: PeftConfig, parameters: _entries.Parameters
+) -> str:
     """What the config calls the module, or the first parameter that it can be."""
     owner, _ = _entries.nesting(module.name)
     if module.kind != "experts":
         return _entries.without_wrapper(module.name)
-    names = _entries.parameter_names(owner, config.target_parameters or ())
+    names = parameters.of(owner)
     return next((n for n in names if config.rank_of(n) == module.rank), owner)
 
 
 def _of_module(
-    file: _files.TensorFile, module: _entries.Module, config: PeftConfig
+    file: _files.TensorFile,
+    module: _entries.Module,
+    config: PeftConfig,
+    parameters: _entries.Parameters,
 ) -> Adapter:
-    name = _configured(module, config)
+    name = _configured(module, config, parameters)
 
     def read() -> dict[str, np.ndarray]:
         stored = {name: file.read(key) for name, key in module.keys.items()}
@@ -217,13 +238,13 @@ def _read_own(directory: pathlib.Path) -> Contents:
     adapters, plan = load_adapters(directory)
     config = plan.config
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
-    read = {}
+    read, rank_of = {}, _ranks(config)
     for path, target in plan.targets.items():
         arrays = {name: np.asarray(value) for name, value in adapters[path].items()}
         read[path] = Adapter(
             method=target.method,
             rank=target.rank,
-            configured_rank=config.rank_of(path),
+            configured_rank=rank_of(path),
             scale=target.scale,
             shapes={name: value.shape for name, value in arrays.items()},
             dtypes={name: value.dtype for name, value in arrays.items()},
@@ -236,3 +257,20 @@ def _read_own(directory: pathlib.Path) -> Contents:
         adapters=read,
         wholes={},
     )
+
+
+def _ranks(config: LoraConfig) -> Callable[[str], int]:
+    """The rank that a config has for a path, for many of both.
+
+    Of thousands of patterns that are paths only those are tried that a path begins with.
+    """
+    order = {pattern: place for place, pattern in enumerate(config.rank_pattern)}
+    globs = [p for p in order if p.startswith("re:") or not _GLOB.isdisjoint(p)]
+
+    def rank_of(path: str) -> int:
+        starts = (path[:end] for end in range(1, len(path) + 1))
+        near = {*globs, *(start for start in starts if start in order)}
+        own = {p: config.rank_pattern[p] for p in sorted(near, key=order.__getitem__)}
+        return _paths.look_up(own, path, config.rank)
+
+    return rank_of

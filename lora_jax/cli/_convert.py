@@ -6,7 +6,6 @@ import pathlib
 from lora_jax import _files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal
-from lora_jax.peft.reading import load
 from lora_jax.peft.writing import save
 
 
@@ -40,11 +39,13 @@ def _to_own(
             "adapters of PEFT do not say the shapes of the weights: give the model they "
             "are for, with --base."
         )
-    leaves = _loading.leaves_of(_base.open_base(pathlib.Path(options.base)))
-    layout = options.layout or "torch"
-    adapters, plan, replaced = load(
-        source, leaves, names=names, layout=layout, dtype="file"
+    base = _base.open_base(pathlib.Path(options.base))
+    contents = _adapters.read_contents(source)
+    _loading.check_ties(base, contents.changed, contents.embeddings)
+    loaded = _loading.load_for(
+        contents, source, base, names, options.layout or "torch", dtype="file"
     )
+    adapters, plan, replaced = loaded[:3]
     if replaced:
         names_of = ", ".join(map(repr, list(replaced)[:3]))
         raise _files.CheckpointError(

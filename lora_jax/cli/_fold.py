@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax._frozen import FrozenDict
 from lora_jax.cli import _blocks
+from lora_jax.config import LoraConfig
 from lora_jax.lora import Adapter
 from lora_jax.model import merge_adapters, merge_losses
 from lora_jax.plan import AdapterPlan
@@ -18,6 +19,8 @@ from lora_jax.plan import AdapterPlan
 # How many entries are merged at once: some arrays of so many float32 are held then, and a
 # processor's cache holds most of them.
 BLOCK = 2**20
+# Hashed at each call, and not asked.
+_CONFIG = LoraConfig()
 _ANY = "weight"
 
 
@@ -94,7 +97,7 @@ def _fold(
     target = plan.targets[name]
     if target.method == "lora":
         # Of one name, so that all weights of a kind have one compiled program.
-        own = AdapterPlan(plan.config, FrozenDict({_ANY: target}))
+        own = AdapterPlan(_CONFIG, FrozenDict({_ANY: target}))
         merged, vanished, largest, finite = _fold_lora(values, adapter, own, dtype)
         if bool(finite):
             return np.asarray(merged), Loss(int(vanished), rows.size, float(largest))

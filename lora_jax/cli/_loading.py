@@ -3,7 +3,7 @@
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,19 +12,24 @@ import numpy as np
 from lora_jax import _files, _plan_checks
 from lora_jax._tensor_stream import Span
 from lora_jax.checkpoint import load_adapters
-from lora_jax.cli import _adapters, _base
+from lora_jax.cli import _base
+from lora_jax.cli._adapters import Contents
 from lora_jax.lora import Adapter
-from lora_jax.peft._checkpoint import write_checkpoint
-from lora_jax.peft.reading import load, match_names
+from lora_jax.peft import _placing
+from lora_jax.peft._checkpoint import (
+    Checkpoint,
+    FileDtype,
+    open_checkpoint,
+    write_checkpoint,
+)
+from lora_jax.peft._fitting import Layout
+from lora_jax.peft._places import Places
+from lora_jax.peft._wholes import EMBEDDINGS, HEADS
 from lora_jax.peft.writing import make_files
 from lora_jax.plan import AdapterPlan
 
 Names = dict[str, Any] | None
 
-_EMBEDDINGS = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
-)
-_HEADS = frozenset({"lm_head", "embed_out"})
 _LEAVES = frozenset({"weight", "kernel", "embedding", "value"})
 _TIED = "tie_word_embeddings"
 _NOTE = (
@@ -42,6 +47,8 @@ class Loaded(NamedTuple):
     replaced: Mapping[str, jax.Array]
     modules: Mapping[str, str] = {}
     """The path of each module's weight, for adapters that PEFT wrote."""
+    axes: Mapping[str, str] = {}
+    """By path, the letters of axes, `{layers}` for one that is the index of layers."""
 
 
 class LazyArray:
@@ -83,15 +90,22 @@ def leaves_of(base: _base.Base) -> dict[str, Any]:
 
 
 def load_for(
-    directory: pathlib.Path, base: _base.Base, names: Names, layout: str
+    contents: Contents,
+    directory: pathlib.Path,
+    base: _base.Base,
+    names: Names,
+    layout: Layout,
+    dtype: FileDtype = None,
 ) -> Loaded:
     """Loads adapters for a model's files.
 
     Args:
+        contents: of the directory.
         directory: of adapters in either format.
         base: the model.
         names: from modules to paths, where the names alone do not tell.
         layout: how the weights of the model lie: `"torch"` or `"jax"`.
+        dtype: of adapters that PEFT wrote, as `lora_jax.peft.load` takes it.
 
     Returns:
         The adapters; paths are names of arrays of the model.
@@ -99,8 +113,8 @@ def load_for(
     Raises:
         CheckpointError: if they do not fit the model.
     """
-    if _adapters.find_format(directory) == "peft":
-        return _load_peft(directory, base, names, layout)
+    if contents.checkpoint is not None:
+        return _load_peft(contents.checkpoint, base, names, layout, dtype)
     adapters, plan = load_adapters(directory)
     if names is None and set(plan.targets) <= set(base.entries):
         return Loaded(adapters, plan, {})
@@ -108,16 +122,23 @@ def load_for(
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         write_checkpoint(folder, *make_files(adapters, plan, names))
-        return _load_peft(folder, base, None, layout)
+        return _load_peft(open_checkpoint(folder), base, None, layout, dtype)
 
 
 def _load_peft(
-    directory: pathlib.Path, base: _base.Base, names: Names, layout: Any
+    checkpoint: Checkpoint,
+    base: _base.Base,
+    names: Names,
+    layout: Layout,
+    dtype: FileDtype,
 ) -> Loaded:
-    leaves = leaves_of(base)
-    table = match_names(directory, leaves, names=names, layout=layout)
-    modules = {row.module: row.path for row in table.rows}
-    return Loaded(*load(directory, leaves, names=names, layout=layout), modules)
+    places = Places(leaves_of(base), names, layout)
+    # `check_ties` has asked the model's own settings.
+    placement = _placing.find_places(checkpoint, places, on_tied="allow")
+    rows = placement.table().rows
+    loaded = _placing.put(placement, True, dtype=dtype, on_tied="allow")
+    modules = {row.module: row.path for row in rows}
+    return Loaded(*loaded, modules, {row.path: row.letters for row in rows})
 
 
 def check_fit(base: _base.Base, loaded: Loaded) -> None:
@@ -149,25 +170,39 @@ def _check_widths(base: _base.Base, plan: AdapterPlan) -> None:
         )
 
 
-def check_ties(base: _base.Base, names: Iterable[str]) -> str:
+def check_ties(
+    base: _base.Base, names: Iterable[str], embeddings: Collection[str] = ()
+) -> str:
     """Raises if adapters change one of two arrays that a model has as one.
 
     Args:
         base: the model.
         names: of what the adapters change: modules, or arrays.
+        embeddings: those of the names that are embeddings whatever they are called.
 
     Returns:
         What to say about it at the end; empty if there is nothing to say.
 
     Raises:
-        CheckpointError: if so.
+        CheckpointError: if so, or if the model's files do not say.
     """
-    touched = [name for name in names if _last_word(name) in _EMBEDDINGS | _HEADS]
+    touched = [
+        name
+        for name in names
+        if name in embeddings or _last_word(name) in EMBEDDINGS | HEADS
+    ]
     tied = _ties(base.settings)
     if not touched or tied is False:
         return ""
-    if any(_last_word(name) in _HEADS for name in base.entries):
+    if any(_last_word(name) in HEADS for name in base.entries):
         return _NOTE if tied else ""
+    if tied is None and not base.settings.get("architectures"):
+        raise _files.CheckpointError(
+            f"the adapter changes {touched[0]!r}, and the model has no lm_head.weight: if "
+            "its embedding and its output head are one array, merging would change both. "
+            f"No config.json beside the weights says it: write {_TIED} into one, false if "
+            "the model has no such head."
+        )
     if tied is None and not _is_language_model(base.settings):
         return ""
     raise _files.CheckpointError(

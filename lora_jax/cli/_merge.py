@@ -60,9 +60,10 @@ def merge(options: argparse.Namespace) -> int:
     others = _find_others(base, directory)
     keep = _check_out(base, others, directory, out, options.overwrite)
     contents = _adapters.read_contents(directory)
-    note = _loading.check_ties(base, contents.changed)
+    note = _loading.check_ties(base, contents.changed, contents.embeddings)
     names = _loading.read_names(options.names)
-    loaded = _loading.load_for(directory, base, names, options.layout or "torch")
+    layout = options.layout or "torch"
+    loaded = _loading.load_for(contents, directory, base, names, layout)
     _loading.check_fit(base, loaded)
     if contents.format == "lora_jax":  # whose own names may be others
         note = _loading.check_ties(base, loaded.plan.targets)
@@ -132,7 +133,8 @@ def describe(loaded: Loaded) -> list[str]:
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         numbers = str(target.rank), f"{target.scale:g}"
         shape = _terminal.format_shape(target.shape)
-        rows.append((own[0] + more, path, shape, target.axes, target.method, *numbers))
+        axes = loaded.axes.get(path, target.axes)
+        rows.append((own[0] + more, path, shape, axes, target.method, *numbers))
     for path, array in loaded.replaced.items():
         shape = _terminal.format_shape(array.shape)
         rows.append(("", path, shape, "", "replaced", "", ""))

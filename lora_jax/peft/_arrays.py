@@ -95,14 +95,33 @@ def stack(
     """
     scale = next(iter(matrices.values()))[1]
     rank = max(arrays["A"].shape[-1] for arrays, _ in matrices.values())
+    dtypes: dict[str, set[np.dtype]] = {}
+    for arrays, _ in matrices.values():
+        for name, value in arrays.items():
+            dtypes.setdefault(name, set()).add(value.dtype)
     stacked: dict[str, np.ndarray] = {}
     for index, (arrays, own) in matrices.items():
         for name, value in fill_up(arrays, rank, own / scale).items():
             value = _files.cast(name, value, arrays[name].dtype)
-            dtypes = (own_arrays[name].dtype for own_arrays, _ in matrices.values())
-            zeros = np.zeros((*sizes, *value.shape), common_dtype(*dtypes))
-            stacked.setdefault(name, zeros)[index] = value
+            if name not in stacked:
+                dtype = common_dtype(*dtypes[name])
+                stacked[name] = np.zeros((*sizes, *value.shape), dtype)
+            stacked[name][index] = value
     return stacked, scale
+
+
+def in_order(arrays: Arrays, batch: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The entries of a stack with their first axes in the order of a weight's.
+
+    Args:
+        arrays: with the axes of the stack in front.
+        batch: which axis of the weight each of these is.
+    """
+    order = [*map(int, np.argsort(batch))]
+    return {
+        name: value.transpose(*order, *range(len(order), value.ndim))
+        for name, value in arrays.items()
+    }
 
 
 def common_dtype(*dtypes: np.dtype) -> np.dtype:

@@ -43,12 +43,11 @@ def change(
         if modules[site.module].kind != "linear":
             raise _not_repeatable(config, name, f"it is no matrix, {site.axes!r}")
         why = f"init_lora_weights={config.init_lora_weights!r} changed the base of {name!r}"
-        stack = _wholes.stack_axes(site.axes, site.indices)
-        weight = replaced.current(site.path, site.indices, why, stack)
+        weight = replaced.current(site.path, site.indices, why, site.stack)
         axes = site.axes.replace("b", "")
         base = _base(config, name, _wholes.to_matrix(weight, axes))
         own = _wholes.from_matrix(base, weight.shape, axes).astype(weight.dtype)
-        replaced.set(site.path, site.indices, own, stack)
+        replaced.set(site.path, site.indices, own, site.stack)
 
 
 def _is_olora(config: PeftConfig) -> bool:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -26,7 +26,7 @@ from lora_jax.config import ALL_LINEAR
 from lora_jax.peft import _entries
 from lora_jax.peft._entries import Entries, Module, without_wrapper
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.matching import matched
+from lora_jax.peft.matching import Rules
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -310,20 +310,30 @@ def chooses_by_name(config: PeftConfig) -> bool:
     return bool(targets) and not whole
 
 
-def check_module(config: PeftConfig, module: Module) -> None:
-    """Raises unless the config of a checkpoint agrees with the adapter of a module.
+def module_check(config: PeftConfig) -> Callable[[Module], None]:
+    """What raises unless the config of a checkpoint agrees with the adapter of a module.
 
     Raises:
-        CheckpointError: if PEFT would not load it, or not as it is.
+        CheckpointError: from the result, if PEFT would not load it, or not as it is.
     """
-    name = without_wrapper(module.name)
-    targeted = chooses_by_name(config) and module.kind != "experts"
-    inside = module.name.rpartition(".base_layer.")[0]  # of torch.nn.MultiheadAttention
-    if targeted and not any(matched(config, each) for each in (name, inside) if each):
-        raise CheckpointError(
-            f"the module {name!r} has an adapter, but the config's target_modules, "
-            "exclude_modules and layers_to_transform do not choose it"
-        )
+    rules = Rules(config)
+
+    def check(module: Module) -> None:
+        name = without_wrapper(module.name)
+        inside = module.name.rpartition(".base_layer.")[0]  # of torch.nn.MultiheadAttention
+        targeted = chooses_by_name(config) and module.kind != "experts"
+        if targeted and not any(rules.matched(each) for each in (name, inside) if each):
+            raise CheckpointError(
+                f"the module {name!r} has an adapter, but the config's target_modules, "
+                "exclude_modules and layers_to_transform do not choose it"
+            )
+        _check_numbers(config, module, name)
+
+    return check
+
+
+def _check_numbers(config: PeftConfig, module: Module, name: str) -> None:
+    """Raises unless the ranks and the entries of a module are those of the config."""
     # That of experts goes by the name of the parameter.
     if module.kind != "experts" and module.rank != config.rank_of(name):
         raise CheckpointError(

@@ -1,18 +1,17 @@
 """What a checkpoint should have and lacks: by its config, and by the params."""
 
-import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from lora_jax.peft import _fields, _names, _wholes
 from lora_jax.peft._checkpoint import chooses_by_name
-from lora_jax.peft._entries import Entries, nesting, parameter_names
+from lora_jax.peft._entries import Entries, Parameters, nesting
 from lora_jax.peft._names import Words
 from lora_jax.peft._places import Places
 from lora_jax.peft._sites import Site
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.matching import matched, verdict
+from lora_jax.peft.matching import Rules
 
 
 def missing(
@@ -20,11 +19,12 @@ def missing(
 ) -> list[str]:
     """The weights that the config adapts, and the arrays it saves, that are not there."""
     sites = list(sites)
+    rules, ends = Rules(config), {_numberless(site.name) for site in sites}
     adapters = [
         f"the config targets {name!r}, which is {path!r} {places.shape(path)}, and there "
         "is no adapter for it: is the file whole?"
         for name, path in _unadapted(places, sites)
-        if _is_targeted(config, name, sites)
+        if _is_targeted(rules, name, ends)
     ]
     return [*adapters, *_missing_wholes(config, entries, places, sites)]
 
@@ -39,6 +39,8 @@ def _unadapted(places: Places, sites: list[Site]) -> Iterator[tuple[str, str]]:
         shape, words = places.shape(path), _names.split_path(path)
         if path in by_path:
             yield from ((name, path) for name in _other_indices(shape, by_path[path]))
+            continue
+        if path in places.claimed:
             continue
         sibling = families.get(_family(words))
         if sibling is not None:
@@ -80,25 +82,29 @@ def _other_indices(shape: tuple[int, ...], sites: list[Site]) -> list[str]:
         varied = [p for p in numbers if int(words[0][p]) in first.indices]
     if len(varied) != len(first.indices):
         return []
-    stack = _wholes.stack_axes(first.axes, first.indices)
     present = {site.indices for site in sites}
     names = []
-    for index in np.ndindex(*(shape[axis] for axis in stack)):
+    for index in np.ndindex(*(shape[axis] for axis in first.stack)):
         if index not in present:
             other = dict(zip(varied, map(str, index), strict=True))
             names.append(".".join(other.get(p, word) for p, word in enumerate(words[0])))
     return names
 
 
-def _is_targeted(config: PeftConfig, name: str, sites: list[Site]) -> bool:
-    """Whether PEFT would have given a module, or a parameter of one, an adapter."""
-    if any(name == p or name.endswith(f".{p}") for p in config.target_parameters or ()):
+def _is_targeted(rules: Rules, name: str, ends: set[str]) -> bool:
+    """Whether PEFT would have given a module, or a parameter of one, an adapter.
+
+    Args:
+        rules: of the config.
+        name: of the module, or of the parameter.
+        ends: the names with adapters, without their numbers.
+    """
+    if rules.targets_parameter(name):
         return True
-    if chooses_by_name(config):
-        return matched(config, name)
+    if chooses_by_name(rules.config):
+        return rules.matched(name)
     # "all-linear" goes by classes: what has an adapter in one layer has it in all of them.
-    ends = {_numberless(site.name) for site in sites}
-    return _numberless(name) in ends and verdict(config, (name,), name) == "matched"
+    return _numberless(name) in ends and rules.verdict(name, (name,)) == "matched"
 
 
 def _numberless(name: str) -> str:
@@ -110,10 +116,7 @@ def _missing_wholes(
 ) -> Iterator[str]:
     """What the config says is there whole, and is not."""
     modules = [name.rpartition(".")[0] for name in entries.wholes]
-    saved = {
-        name: any(re.match(_fields.saved_regex(name), module) for module in modules)
-        for name in config.modules_to_save or ()
-    }
+    saved = _fields.saved_in(config.modules_to_save or (), modules)
     for name, present in saved.items():
         # A config may list the names that heads have in several models.
         if not present and (not any(saved.values()) or _has(places, name)):
@@ -138,8 +141,9 @@ def _missing_parameters(config: PeftConfig, entries: Entries) -> Iterator[str]:
             owners[owner] = owners.get(owner, 0) + 1
     if parameters and not owners:
         yield f"the config targets the parameter {parameters[0]!r}, and the file has none"
+    named = Parameters(parameters)
     for owner, count in owners.items():
-        names = parameter_names(owner, parameters)
+        names = named.of(owner)
         if count != len(names):
             yield (
                 f"the config targets {len(names)} parameters of {owner!r}, "

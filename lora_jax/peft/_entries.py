@@ -188,13 +188,30 @@ def nesting(name: str) -> tuple[str, int]:
     return name, depth
 
 
+class Parameters:
+    """The parameters that a config's `target_parameters` name, to look owners up in.
+
+    Args:
+        names: as the config has them.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_parent: dict[str, list[tuple[int, str]]] = {}
+        for place, name in enumerate(names):
+            parent, _, last = name.rpartition(".")
+            self._by_parent.setdefault(parent, []).append((place, last))
+
+    def of(self, owner: str) -> list[str]:
+        """The names of those that a module has, in the order of the config."""
+        starts = [place + 1 for place, each in enumerate(owner) if each == "."]
+        ends = dict.fromkeys(["", *(owner[start:] for start in (0, *starts))])
+        found = sorted(pair for end in ends for pair in self._by_parent.get(end, ()))
+        return [f"{owner}.{last}" if owner else last for _, last in found]
+
+
 def parameter_names(owner: str, parameters: Iterable[str]) -> list[str]:
     """The parameters of a module that a config's `target_parameters` name."""
-    return [
-        f"{owner}.{last}" if owner else last
-        for parent, _, last in (name.rpartition(".") for name in parameters)
-        if not parent or owner == parent or owner.endswith(f".{parent}")
-    ]
+    return Parameters(parameters).of(owner)
 
 
 def as_experts(
@@ -217,13 +234,13 @@ def as_experts(
     Raises:
         CheckpointError: if the ranks of the config do not divide those of the factors.
     """
-    parameters, marked = tuple(parameters), dict(modules)
+    named, marked = Parameters(parameters), dict(modules)
     owners: dict[str, list[Module]] = {}
     for module in modules.values():
         if module.kind == "linear":
             owners.setdefault(nesting(module.name)[0], []).append(module)
     for owner, own in owners.items():
-        ranks = {rank_of(name) for name in parameter_names(owner, parameters)}
+        ranks = {rank_of(name) for name in named.of(owner)}
         counts = _experts(where, own, ranks) if ranks else []
         for module, experts in zip(own, counts, strict=False):
             marked[module.name] = dataclasses.replace(

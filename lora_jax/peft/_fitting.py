@@ -1,8 +1,10 @@
 """Which axes of a weight are those of a module: by the shapes of both."""
 
+import functools
+import itertools
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
 
 from lora_jax.peft._entries import Dims, Kind
 
@@ -11,6 +13,70 @@ LAYOUTS = ("jax", "torch")
 
 # Axes that a checkpoint has a module for each index of: layers, and layers with experts.
 _MOST_STACKED = 2
+
+
+class Reading(NamedTuple):
+    """One way to see a weight as that of a module."""
+
+    axes: str
+    """The letters of the weight's axes, as in `LoraConfig.axes`."""
+    stack: tuple[int, ...] = ()
+    """The axis of each number in the module's name that is an index of the weight."""
+
+    def fields(self, names: Iterable[str]) -> str:
+        """The letters, with `{name}` for the axis of each index if there are several `b`.
+
+        Args:
+            names: of the fields, in the order of `stack`.
+        """
+        if self.axes.count("b") < 2:
+            return self.axes
+        fields = dict(zip(self.stack, names, strict=True))
+        return "".join(
+            f"{{{fields[axis]}}}" if axis in fields else letter
+            for axis, letter in enumerate(self.axes)
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def readings(
+    shape: tuple[int, ...],
+    kind: Kind,
+    dims: Dims,
+    layout: Layout,
+    *,
+    fan_in_fan_out: bool = False,
+    count: int = 0,
+) -> tuple[Reading, ...]:
+    """All ways to see a weight as that of a module.
+
+    Args:
+        shape: of the weight.
+        kind: of the module.
+        dims: the sizes that the module has.
+        layout: `"jax"` or `"torch"`.
+        fan_in_fan_out: what decides where a square torch weight may lie either way.
+        count: how many numbers of the module's name are indexes of the weight.
+
+    Returns:
+        The ways that differ in more than an axis of size 1. An index may be of any axis;
+        several are of the first axes, in any order, if that fits.
+    """
+    found: dict[object, Reading] = {}
+    for stack in _stacks(len(shape), count):
+        rest = tuple(n for axis, n in enumerate(shape) if axis not in stack)
+        for letters in _unstacked(rest, kind, dims, layout, fan_in_fan_out):
+            own = iter(letters)
+            axes = "".join("b" if a in stack else next(own) for a in range(len(shape)))
+            found.setdefault(_essence(shape, axes, stack), Reading(axes, stack))
+    first = [each for each in found.values() if max(each.stack, default=0) < count]
+    return tuple(first if count > 1 and first else found.values())
+
+
+def _essence(shape: tuple[int, ...], axes: str, stack: tuple[int, ...]) -> object:
+    """What two readings that see the same matrices have in common."""
+    letters = tuple((a, axes[a]) for a, n in enumerate(shape) if n > 1 and a not in stack)
+    return letters, tuple(axis if shape[axis] > 1 else None for axis in stack)
 
 
 def fitting_axes(
@@ -22,27 +88,47 @@ def fitting_axes(
     fan_in_fan_out: bool = False,
     stacked: int = 0,
 ) -> str | None:
-    """One letter for each axis of a weight, if it can be that of a module.
+    """The letters of the first of `readings`; None if there is none.
 
     Args:
-        shape: of the weight.
+        shape: as in `readings`, as are the next four.
         kind: of the module.
         dims: the sizes that the module has.
         layout: `"jax"` or `"torch"`.
         fan_in_fan_out: what decides where a square torch weight may lie either way.
-        stacked: how many axes the weight has that are indexes of modules. They are in
-            front, or if there is one, wherever the shape leaves it.
-
-    Returns:
-        The letters of `LoraConfig.axes`; None if the shape does not fit.
+        stacked: how many axes the weight has that are indexes of modules.
     """
-    for positions in _positions(len(shape), stacked):
-        rest = tuple(n for axis, n in enumerate(shape) if axis not in positions)
-        letters = _unstacked(rest, kind, dims, layout, fan_in_fan_out)
-        if letters is not None:
-            own = iter(letters)
-            return "".join("b" if a in positions else next(own) for a in range(len(shape)))
-    return None
+    found = readings(
+        shape, kind, dims, layout, fan_in_fan_out=fan_in_fan_out, count=stacked
+    )
+    if kind == "experts" and layout == "torch" and len({each.axes for each in found}) > 1:
+        return None
+    return found[0].axes if found else None
+
+
+@functools.lru_cache(maxsize=4096)
+def known_readings(
+    shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, count: int
+) -> tuple[Reading, ...]:
+    """The ways to see a weight as that of a module, if the letters of its axes are known.
+
+    Args:
+        shape: of the weight.
+        axes: one letter for each axis, as in `LoraConfig.axes`.
+        kind: of the module.
+        dims: the sizes that the module has.
+        count: how many numbers of the module's name are indexes of the weight.
+    """
+    batch = [axis for axis, letter in enumerate(axes) if letter == "b"]
+    found: dict[object, Reading] = {}
+    if len(axes) != len(shape):
+        return ()
+    for stack in itertools.permutations(batch, count):
+        if _sizes_fit(shape, axes, dims, stack) and _kernel_fits(
+            shape, axes, kind, dims, stack
+        ):
+            found.setdefault(_essence(shape, axes, stack), Reading(axes, stack))
+    return tuple(found.values())
 
 
 def axes_fit(shape: tuple[int, ...], axes: str, dims: Dims, stacked: int) -> bool:
@@ -54,12 +140,18 @@ def axes_fit(shape: tuple[int, ...], axes: str, dims: Dims, stacked: int) -> boo
         dims: the sizes that the module has.
         stacked: how many of the batch axes, the first, are indexes of modules.
     """
-    if len(axes) != len(shape):
-        return False
-    sizes = {letter: [] for letter in "iob"}
-    for letter, size in zip(axes, shape, strict=True):
-        sizes[letter].append(size)
-    experts = sizes["b"][stacked:]
+    batch = tuple(axis for axis, letter in enumerate(axes) if letter == "b")
+    return len(axes) == len(shape) and _sizes_fit(shape, axes, dims, batch[:stacked])
+
+
+def _sizes_fit(
+    shape: tuple[int, ...], axes: str, dims: Dims, stack: tuple[int, ...]
+) -> bool:
+    sizes: dict[str, list[int]] = {letter: [] for letter in "iob"}
+    for axis, (letter, size) in enumerate(zip(axes, shape, strict=True)):
+        if axis not in stack:
+            sizes[letter].append(size)
+    experts = sizes["b"]
     return (
         math.prod(sizes["i"]) == dims.n_in * math.prod(dims.kernel)
         and math.prod(sizes["o"]) == dims.n_out
@@ -67,28 +159,60 @@ def axes_fit(shape: tuple[int, ...], axes: str, dims: Dims, stacked: int) -> boo
     )
 
 
-def _positions(ndim: int, stacked: int) -> Iterator[tuple[int, ...]]:
-    if stacked > _MOST_STACKED or stacked >= ndim:
-        return
-    yield tuple(range(stacked))
-    if stacked == 1:
-        yield from ((axis,) for axis in range(1, ndim))
+def _kernel_fits(
+    shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, stack: tuple[int, ...]
+) -> bool:
+    """Whether the kernel of a convolution lies as its factors are turned to."""
+    if kind != "convolution":
+        return True
+    own = [(n, axes[a]) for a, n in enumerate(shape) if a not in stack]
+    inner = tuple(n for n, letter in own if letter == "i")
+    if own[-1][1] == "o":
+        return inner == (*dims.kernel, dims.n_in)
+    return own[0][1] == "o" and inner == (dims.n_in, *dims.kernel)
+
+
+def _stacks(ndim: int, count: int) -> Iterator[tuple[int, ...]]:
+    """The axes that as many indexes may be of; those in front first."""
+    if count <= _MOST_STACKED and count < ndim:
+        yield from itertools.permutations(range(ndim), count)
 
 
 def _unstacked(
     shape: tuple[int, ...], kind: Kind, dims: Dims, layout: Layout, fan_in_fan_out: bool
-) -> str | None:
-    """The letters of a weight of one module."""
+) -> list[str]:
+    """The letters that the weight of one module may have."""
     if kind == "convolution":
-        return _convolution(shape, dims, layout)
+        return _only(_convolution(shape, dims, layout))
     if kind == "experts":
         return _experts(shape, dims, layout)
     if kind == "embedding" or layout == "jax":
-        return _in_out(shape, dims)
+        return _only(_in_out(shape, dims))
     straight, turned = _in_out(shape, dims), _out_in(shape, dims)
     if straight and turned:
-        return straight if fan_in_fan_out else turned
-    return straight or turned
+        return [straight if fan_in_fan_out else turned]
+    return _only(straight or turned)
+
+
+def turned_readings(
+    shape: tuple[int, ...], kind: Kind, dims: Dims, count: int
+) -> tuple[Reading, ...]:
+    """The readings of a weight that lies the other way than `layout="jax"` says."""
+    if kind == "linear":
+        swapped = str.maketrans("io", "oi")
+        other = Dims(dims.n_out, dims.n_in)
+        found = readings(shape, "linear", other, "jax", count=count)
+        return tuple(each._replace(axes=each.axes.translate(swapped)) for each in found)
+    if kind == "convolution":
+        return readings(shape, kind, dims, "torch", count=count)
+    if kind == "experts":
+        found = readings(shape, kind, dims, "torch", count=count)
+        return tuple(each for each in found if each.axes.find("o") < each.axes.find("i"))
+    return ()
+
+
+def _only(letters: str | None) -> list[str]:
+    return [] if letters is None else [letters]
 
 
 def _in_out(shape: tuple[int, ...], dims: Dims) -> str | None:
@@ -111,20 +235,17 @@ def _convolution(shape: tuple[int, ...], dims: Dims, layout: Layout) -> str | No
     return "o" + inner if shape == (dims.n_out, dims.n_in, *dims.kernel) else None
 
 
-def _experts(shape: tuple[int, ...], dims: Dims, layout: Layout) -> str | None:
+def _experts(shape: tuple[int, ...], dims: Dims, layout: Layout) -> list[str]:
     """`(experts, in, out)`, or `(experts, out, in)` in torch; one expert may have no axis.
 
     PEFT takes `(experts, out, in)` unless the module says that it is transposed, which a
-    checkpoint does not: where both fit, none does.
+    checkpoint does not.
     """
     if dims.experts == 1 and len(shape) == 2:
-        shape = (1, *shape)
-        letters = _experts(shape, dims, layout)
-        return letters and letters[1:]
-    straight = shape == (dims.experts, dims.n_in, dims.n_out)
-    if layout == "jax":
-        return "bio" if straight else None
-    turned = shape == (dims.experts, dims.n_out, dims.n_in)
-    if straight == turned:
-        return None
-    return "bio" if straight else "boi"
+        return [letters[1:] for letters in _experts((1, *shape), dims, layout)]
+    found = []
+    if shape == (dims.experts, dims.n_in, dims.n_out):
+        found.append("bio")
+    if layout == "torch" and shape == (dims.experts, dims.n_out, dims.n_in):
+        found.append("boi")
+    return found

@@ -6,6 +6,7 @@ The numbers in both have to be the same, but for those of modules whose weights 
 in one array.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ _LEAVES = {
 _BOXES = ("value", "raw_value")
 _COLLECTION = "params"
 _NUMBERED = re.compile(r"(.*[^_\d])_?(\d+)")
+_FIELD = re.compile(r"\{([A-Za-z_]\w*)?\}")
+_MASKED = re.compile(r"\d+|\{(?:[A-Za-z_]\w*)?\}")
 # Words that say which of two things a name is of, and parts of words that do; of these the
 # first counts.
 _SIDES = (
@@ -51,8 +54,11 @@ class Words(NamedTuple):
     leaf: str = ""
 
 
-Index: TypeAlias = dict[str, list[tuple[str, Words]]]
-"""Paths and their words, by the last of those."""
+Index: TypeAlias = dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]]
+"""Paths by what the leaf is called, the numbers in them, and each end of their words."""
+
+Numbers: TypeAlias = tuple[tuple[str, int], ...]
+"""Numbers of a module's name, each with the name of its field."""
 
 
 class Found(NamedTuple):
@@ -63,6 +69,7 @@ class Found(NamedTuple):
     """Where in the stacked axes of the leaf, if there are any."""
 
 
+@functools.lru_cache(maxsize=2**17)
 def split_path(path: str, *, numbers_apart: bool = True) -> Words:
     """The words of the path of a leaf, without what the leaf itself is called.
 
@@ -87,6 +94,7 @@ def leaf_word(path: str) -> str:
     return next((word for word in reversed(words) if word not in _BOXES), "")
 
 
+@functools.lru_cache(maxsize=2**17)
 def split_name(name: str) -> tuple[str, ...]:
     """The words of the name of a module."""
     return tuple(_numbers_apart(name.split(".")))
@@ -99,18 +107,18 @@ def _numbers_apart(words: Iterable[str]) -> Iterator[str]:
 
 
 def index_paths(paths: Iterable[str]) -> Index:
-    """Paths of leaves, by their last words, for `candidates`."""
+    """Paths of leaves by the ends of their words, for `search`."""
     index: Index = {}
     for path in paths:
-        words = split_path(path)
-        index.setdefault(words.words[-1], []).append((path, words))
+        own, leaf = split_path(path)
+        numbers = tuple(_numbers(own))
+        for start in range(len(own)):
+            index.setdefault((leaf, numbers, own[start:]), []).append(path)
     return index
 
 
-def candidates(
-    words: tuple[str, ...], leaves: tuple[str, ...], index: Index
-) -> dict[Found, tuple[int, bool]]:
-    """The leaves that a name may be that of.
+def search(words: tuple[str, ...], leaves: tuple[str, ...], index: Index) -> list[Found]:
+    """The leaves whose paths have the longest common end with a name.
 
     Args:
         words: of the name.
@@ -119,24 +127,33 @@ def candidates(
         index: of the paths to search.
 
     Returns:
-        Each with the number of words at the end that are the same, and whether these are
-        all of the path.
+        Of several with one such end, one that is the whole path.
     """
     found: dict[Found, tuple[int, bool]] = {}
     for rest, numbers in _without_indexes(words):
-        for path, own in index.get(rest[-1], ()) if rest else ():
-            if own.leaf not in leaves or _numbers(own.words) != _numbers(rest):
-                continue
-            same = _common(rest, own.words)
-            if not _opposite(rest[:-same], own.words[:-same]):
-                found[Found(path, numbers)] = same, same == len(own.words)
-    return found
-
-
-def best(found: Mapping[Found, tuple[int, bool]]) -> list[Found]:
-    """Those with the longest common end; of these, one that is the whole path."""
+        for path, same in _longest(rest, leaves, index).items():
+            each = Found(path, numbers)
+            found[each] = max(same, found.get(each, same))
     most = max(found.values(), default=None)
     return [each for each, same in found.items() if same == most]
+
+
+def _longest(
+    words: tuple[str, ...], leaves: tuple[str, ...], index: Index
+) -> dict[str, tuple[int, bool]]:
+    """The paths with the longest common end, its length, and whether it is all of them."""
+    numbers = tuple(_numbers(words))
+    for start in range(len(words)):
+        found = {}
+        for leaf in leaves:
+            for path in index.get((leaf, numbers, words[start:]), ()):
+                own = split_path(path).words
+                same = _common(words, own)
+                if not _opposite(words[:-same], own[:-same]):
+                    found[path] = same, same == len(own)
+        if found:
+            return found
+    return {}
 
 
 def _without_indexes(
@@ -184,18 +201,76 @@ def _parts(words: tuple[str, ...]) -> set[str]:
 
 def lacking(name: str, path: str) -> tuple[int, ...]:
     """The numbers of a module's name that a path lacks: which of a stack it is."""
-    numbers = _numbers(split_name(name))
-    for number in _numbers(split_path(path).words):
-        if number in numbers:
-            numbers.remove(number)
-    return tuple(map(int, numbers))
+    return tuple(number for _, number in lacking_fields(name, path))
+
+
+def lacking_fields(name: str, path: str) -> Numbers:
+    """The numbers of a module's name that a path lacks, with their fields."""
+    words = split_name(name)
+    values = [int(word) for word in words if word.isdecimal()]
+    left = [*zip(name_fields(name), values, strict=True)]
+    for number in map(int, _numbers(split_path(path).words)):
+        first = next((each for each in left if each[1] == number), None)
+        if first is not None:
+            left.remove(first)
+    return tuple(left)
+
+
+def name_fields(name: str) -> tuple[str, ...]:
+    """What the numbers in a name are called: each by the word in front of it."""
+    found, word = [], ""
+    for each in split_name(name):
+        if each.isdecimal():
+            found.append(word)
+        else:
+            word = each
+    return _distinct(found)
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """What the fields of a template are called: `{layer}`, or `{}` by the word before."""
+    found = []
+    for match in _FIELD.finditer(template):
+        words = re.split(r"[./]", template[: match.start()].rstrip("./_"))
+        found.append(match[1] or _FIELD.sub("", words[-1]))
+    return _distinct(found)
+
+
+def _distinct(fields: list[str]) -> tuple[str, ...]:
+    """Names of fields, those that come again with how often."""
+    return tuple(
+        f"{field}{count + 1}" if (count := fields[:place].count(field)) else field
+        for place, field in enumerate(fields)
+    )
+
+
+def is_template(text: str) -> bool:
+    """Whether a text has fields, `{}` or `{layer}`."""
+    return _FIELD.search(text) is not None
+
+
+def mask(text: str) -> str:
+    """A name or a template with `{}` for each number and each field."""
+    return _MASKED.sub("{}", text)
 
 
 def numbers_in(template: str, name: str) -> tuple[int, ...] | None:
-    """The numbers in a name where a template has `{}`; None if it is another name."""
-    parts = [re.escape(part) for part in template.split("{}")]
-    match = re.fullmatch(r"(\d+)".join(parts), name)
+    """The numbers in a name where a template has fields; None if it is another name."""
+    if not is_template(template):
+        return () if template == name else None
+    match = _template_regex(template).fullmatch(name)
     return match and tuple(map(int, match.groups()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _template_regex(template: str) -> re.Pattern[str]:
+    """What matches the names of a template."""
+    return re.compile(r"(\d+)".join(map(re.escape, template_parts(template))))
+
+
+def template_parts(template: str) -> list[str]:
+    """What is in a template before, between and after its fields."""
+    return _FIELD.split(template)[::2]
 
 
 def fill(template: str, numbers: Iterable[int]) -> str:
@@ -203,3 +278,20 @@ def fill(template: str, numbers: Iterable[int]) -> str:
     for number in numbers:
         template = template.replace("{}", str(number), 1)
     return template
+
+
+def fill_fields(template: str, numbers: Numbers) -> tuple[str, Numbers]:
+    """Fills a path: fields by their names, then `{}` in order.
+
+    Returns:
+        The path, and the numbers that it did not take.
+    """
+    left = dict(numbers)
+    named = [match[1] for match in _FIELD.finditer(template) if match[1]]
+    for field in named:
+        if field in left:
+            template = template.replace(f"{{{field}}}", str(left[field]))
+    left = {field: number for field, number in left.items() if field not in named}
+    count = template.count("{}")
+    template = fill(template, list(left.values())[:count])
+    return template, tuple(left.items())[count:]

@@ -4,29 +4,28 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import chex
 import jax
 import numpy as np
 
-from lora_jax import _checks, _files, _paths
+from lora_jax import _checks, _files
 from lora_jax._files import CheckpointError
 from lora_jax.lora import Adapter
-from lora_jax.peft import _arrays, _bases, _names, _replaced, _wholes
+from lora_jax.peft import _arrays, _bases, _names, _replaced, _ties, _wholes
 from lora_jax.peft._checkpoint import (
     Checkpoint,
     FileDtype,
     Widened,
     check_dtype,
-    check_module,
+    module_check,
 )
 from lora_jax.peft._completeness import biased, missing
 from lora_jax.peft._entries import Module, without_wrapper
-from lora_jax.peft._fitting import LAYOUTS, Layout
-from lora_jax.peft._places import NamesArgument, Places, Problems
+from lora_jax.peft._places import Places, Problems
 from lora_jax.peft._planning import Placed, make_plan, use_of
 from lora_jax.peft._replaced import Replaced
 from lora_jax.peft._sites import Site, find_sites
 from lora_jax.peft._table import NameTable, Row
+from lora_jax.peft._ties import OnTied
 from lora_jax.peft.config import PeftConfig
 from lora_jax.plan import AdapterPlan, Target
 
@@ -44,88 +43,99 @@ class Loaded(NamedTuple):
     """Path to value, for the leaves that the checkpoint holds whole."""
 
 
+class Placement(NamedTuple):
+    """Where what a checkpoint has belongs in some params."""
+
+    checkpoint: Checkpoint
+    places: Places
+    sites: Mapping[str, Site]
+    """By the names of the modules in the checkpoint."""
+    problems: Problems
+
+    def table(self) -> NameTable:
+        """The modules of the checkpoint and their weights."""
+        rows = {}
+        for site in self.sites.values():
+            given = site.path in self.places.known.axes
+            given |= any(map(self.places.gives_axes, {site.name, site.module}))
+            # As names of modules have them, so that the table can be given as `names`.
+            numbers = _names.lacking_fields(site.name, site.path)
+            same = tuple(number for _, number in numbers) == site.indices
+            rows[site.name] = Row(
+                module=site.name,
+                path=site.path,
+                indices=site.indices,
+                shape=self.places.shape(site.path),
+                axes=site.axes,
+                given=given or site.stack != tuple(sorted(site.stack)),
+                stack=site.stack,
+                fields=tuple(field for field, _ in numbers) if same else site.fields,
+            )
+        return NameTable.of(rows)
+
+
 def find_places(
-    checkpoint: Checkpoint, params: chex.ArrayTree, names: NamesArgument, layout: Layout
-) -> tuple[Places, dict[str, Site], Problems]:
+    checkpoint: Checkpoint, places: Places, *, on_tied: OnTied = "error"
+) -> Placement:
     """Finds the weight of each module of a checkpoint.
 
+    Args:
+        checkpoint: what was read.
+        places: of the params.
+        on_tied: as in `lora_jax.peft.load`.
+
     Raises:
-        TypeError, ValueError: if `names` or `layout` is none that it may be.
+        ValueError: if `on_tied` is none that it may be.
     """
-    _checks.check_choice("layout", layout, LAYOUTS)
-    if names is not None and not callable(names) and not isinstance(names, Mapping):
-        raise TypeError(
-            "names must be a dict from the names of modules to paths, or a function, got "
-            f"{type(names).__name__}."
-        )
-    places, problems = Places(_paths.leaf_paths(params), names, layout), Problems()
-    config, modules = checkpoint.config, {}
+    _checks.check_choice("on_tied", on_tied, _ties.ON_TIED)
+    problems, config, modules = Problems(), checkpoint.config, {}
+    check = module_check(config)
     for name, module in checkpoint.entries.modules.items():
         with problems.collecting():
-            check_module(config, module)
+            check(module)
             modules[name] = module
-    return places, find_sites(places, modules, config, problems), problems
-
-
-def table(places: Places, sites: Mapping[str, Site]) -> NameTable:
-    """The modules of a checkpoint and their weights."""
-    rows = {
-        site.name: Row(
-            module=site.name,
-            path=site.path,
-            indices=site.indices,
-            shape=places.shape(site.path),
-            axes=site.axes,
-            given=places.gives_axes(site.name) or places.gives_axes(site.module),
-        )
-        for site in sites.values()
-    }
-    return NameTable.of(rows)
+    sites = find_sites(places, modules, config, problems)
+    if on_tied == "error":
+        kinds = {name: module.kind for name, module in modules.items()}
+        wrong = _ties.of_adapters(places, sites.values(), kinds, config)
+        problems.lines += wrong.values()
+        sites = {name: site for name, site in sites.items() if name not in wrong}
+    return Placement(checkpoint, places, sites, problems)
 
 
 def put(
-    checkpoint: Checkpoint,
-    params: chex.ArrayTree,
-    names: NamesArgument,
-    layout: Layout,
+    placement: Placement,
     strict: bool,
     *,
     dtype: FileDtype = None,
     scales_bias: bool = False,
+    on_tied: OnTied = "error",
 ) -> Loaded:
     """Makes of a checkpoint the adapters and the plan of some params.
 
     Args:
-        checkpoint: what was read.
-        params: as in `lora_jax.peft.load`, as are the next three.
-        names: of modules.
-        layout: of the params.
+        placement: where its adapters belong.
         strict: whether what does not fit is an error.
         dtype: of the adapters; as in `lora_jax.peft.load`.
         scales_bias: whether the adapters multiply the biases of their layers too.
+        on_tied: as in `lora_jax.peft.load`.
 
     Raises:
         CheckpointError: as `lora_jax.peft.load`.
     """
+    checkpoint, places, sites, problems = placement
     dtype = check_dtype(dtype)
     if dtype != "file":
         checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
-    places, sites, problems = find_places(checkpoint, params, names, layout)
-    _LOG.info("%s\n%s", checkpoint.where, table(places, sites))
+    _LOG.info("%s\n%s", checkpoint.where, placement.table())
     replaced = Replaced(places)
-    _put_wholes(checkpoint, places, replaced, problems)
+    twice = _put_wholes(checkpoint, places, sites, replaced, problems, on_tied)
+    sites = {name: site for name, site in sites.items() if name not in twice}
     problems.lines[:0] = places.unused_names()
     problems.lines += missing(checkpoint.config, checkpoint.entries, places, sites.values())
     if scales_bias:
         problems.lines += biased(places, sites.values())
     problems.settle(checkpoint.where, strict)
-    if layout == "jax" and _may_lie_as_torch(places, sites.values()):
-        _LOG.warning(
-            "%s: all weights are square and called weight, as in PyTorch, where they lie "
-            "(out, in), and they are taken as (in, out): if that is wrong, give "
-            "layout='torch'.",
-            checkpoint.where,
-        )
     try:
         placed = _put_adapters(checkpoint, places, sites, replaced)
         whole = replaced.finish(checkpoint.where)
@@ -152,30 +162,40 @@ def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.A
     return _files.to_jax(where, name, array)
 
 
-def _may_lie_as_torch(places: Places, sites: Iterable[Site]) -> bool:
-    """Whether neither shapes nor names show that weights lie as JAX has them."""
-    shapes = [places.shape(site.path)[len(site.indices) :] for site in sites]
-    leaves = {_names.leaf_word(site.path) for site in sites}
-    square = all(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
-    return bool(shapes) and square and leaves == {_names.WEIGHT}
-
-
 def _put_wholes(
     checkpoint: Checkpoint,
     places: Places,
+    sites: Mapping[str, Site],
     replaced: Replaced,
     problems: Problems,
-) -> None:
-    """Collects what the checkpoint holds whole, then what changes such leaves."""
+    on_tied: OnTied,
+) -> set[str]:
+    """Collects what the checkpoint holds whole, then what changes such leaves.
+
+    Returns:
+        The modules whose adapters have to be left out, because their leaves are taken.
+    """
     config, read = checkpoint.config, checkpoint.arrays.read
-    for name, key in checkpoint.entries.wholes.items():
+    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
+    arrays = _ties.without_twins(places, arrays)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    spots = _wholes.find_spots(places, shapes, problems)
+    if on_tied == "error":
+        twins = checkpoint.entries.wholes.keys() - arrays.keys()
+        wrong = _ties.of_wholes(places, spots, twins, config)
+        problems.lines += wrong.values()
+        spots = {name: spot for name, spot in spots.items() if name not in wrong}
+    for name, spot in spots.items():
         with problems.collecting():
-            array = read(key)
-            replaced.put(name, _wholes.place(places, name, array.shape), array)
+            replaced.put(spot, arrays[name])
+    rows: dict[str, str] = {}
     for name, key in checkpoint.entries.tokens.items():
         with problems.collecting():
             indexes = _token_indexes(config, name)
-            _replaced.put_rows(replaced, places, name, read(key), indexes)
+            rows[name] = _replaced.put_rows(replaced, places, name, read(key), indexes)
+    twice = dict(_ties.of_two(sites.values(), spots, rows))
+    problems.lines += twice.values()
+    return set(twice)
 
 
 def _token_indexes(config: PeftConfig, module: str) -> tuple[int, ...]:
@@ -217,8 +237,7 @@ def _put_adapters(
             bias = arrays.pop("B_bias", None)
             if bias is not None:
                 _replaced.add_bias(replaced, places, site, bias, scale)
-            axes = own_axes(site)
-            own = _arrays.from_peft(module.kind, axes, module.experts, arrays)
+            own = _arrays.from_peft(module.kind, site.own_axes, module.experts, arrays)
             matrices[site.indices] = own, scale
         _bases.change(config, places, by_path[path], modules, replaced)
         kind = modules[by_path[path][0].module].kind
@@ -229,11 +248,6 @@ def _put_adapters(
 def _configured(module: Module, site: Site) -> str:
     """What the patterns of the config are about: a module, or a parameter of one."""
     return site.name if module.kind == "experts" else without_wrapper(module.name)
-
-
-def own_axes(site: Site) -> str:
-    """The letters of the axes of a module's own weight, without those of the stack."""
-    return site.axes.replace("b", "", len(site.indices))
 
 
 def _placed(
@@ -250,10 +264,12 @@ def _placed(
         for letter in "iob"
     }
     if site.indices:
-        sizes = tuple(shape[axis] for axis in groups["b"][: len(site.indices)])
+        sizes = tuple(shape[axis] for axis in site.stack)
         arrays, scale = _arrays.stack(matrices, sizes)
         if "m" in arrays:
             _fill_magnitudes(arrays, places, site, set(matrices), sizes)
+        inner = (axis for axis in groups["b"] if axis not in site.stack)
+        arrays = _arrays.in_order(arrays, (*site.stack, *inner))
     else:
         ((arrays, scale),) = matrices.values()
     target = Target(
@@ -283,8 +299,8 @@ def _fill_magnitudes(
         return
     leaf = places.leaves[site.path]
     weight = _wholes.values(site.path, leaf, "some layers of the stack have no magnitude")
-    inner = tuple(axis for axis, own in enumerate(own_axes(site)) if own == "i")
+    inner = tuple(axis for axis, own in enumerate(site.own_axes) if own == "i")
     for index in absent:
-        layer = _wholes.layer(weight, site.axes, index).astype(np.float64)
+        layer = _wholes.layer(weight, site.stack, index).astype(np.float64)
         norm = np.sqrt(np.square(layer).sum(inner))
         arrays["m"][index] = norm.reshape(arrays["m"][index].shape)

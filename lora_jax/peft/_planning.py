@@ -48,7 +48,10 @@ def make_plan(
         config=_lora_config(config, targets),
         targets=FrozenDict(targets),
         skipped=FrozenDict({p: _NOT_ADAPTED for p in places.leaves if p not in targets}),
-        uses=FrozenDict({p: (own.use,) for p, own in placed.items()}),
+        uses=FrozenDict(
+            dict(places.known.uses)
+            | {path: (own.use,) for path, own in placed.items() if own.use}
+        ),
         total=_selection.count(leaves.values()),
     )
 

@@ -9,7 +9,7 @@ from lora_jax import _files
 from lora_jax.peft import _arrays, _modules, _names, _wholes
 from lora_jax.peft._entries import Kind
 from lora_jax.peft._fitting import Layout
-from lora_jax.peft._modules import SaveNames
+from lora_jax.peft._modules import Naming
 from lora_jax.plan import AdapterPlan, Target
 
 _WRAPPED = ".base_layer"
@@ -32,7 +32,7 @@ def saved_modules(
     path: str,
     adapter: Mapping[str, object],
     plan: AdapterPlan,
-    names: SaveNames,
+    names: Naming,
     layout: Layout,
 ) -> list[SavedModule]:
     """The modules that an adapter becomes.
@@ -51,13 +51,17 @@ def saved_modules(
     sizes = tuple(target.shape[axis] for axis in target.batch_axes)
     arrays = {name: _files.to_numpy(name, value) for name, value in adapter.items()}
     modules = []
-    for name, indices in _modules.names_of(path, names, sizes, layout):
-        stacked = target.batch_axes[: len(indices)]
+    for named in _modules.names_of(path, names, sizes, layout):
+        name, indices = named.name, named.indices
+        stacked = [target.batch_axes[each] for each in named.stack]
         own = [axis for axis in range(len(target.shape)) if axis not in stacked]
         axes = "".join(target.axes[axis] for axis in own)
         shape = tuple(target.shape[axis] for axis in own)
         kind = _kind(path, name, axes, plan, layout)
-        entries = {entry: value[indices] for entry, value in arrays.items()}
+        entries = {
+            entry: _wholes.layer(value, named.stack, indices)
+            for entry, value in arrays.items()
+        }
         modules.append(
             SavedModule(
                 name=name,
@@ -123,7 +127,7 @@ class SavedWholes:
     def __init__(
         self,
         plan: AdapterPlan,
-        names: SaveNames,
+        names: Naming,
         layout: Layout,
         adapted: Iterable[SavedModule],
     ) -> None:
@@ -186,7 +190,8 @@ class SavedWholes:
         owner = path
         if words.leaf == _names.BIAS:
             owner = self._weights.get(words.words, path)
-        for name, indices in self._names_of(owner, array):
+        for named in self._names_of(owner, array):
+            name, indices = named.name, named.indices
             adapted = name in self._adapted
             if adapted and self._adapted[name].kind == "experts":
                 raise ValueError("PEFT has no form for a stack of experts that is whole.")
@@ -194,8 +199,9 @@ class SavedWholes:
                 own = array[indices].reshape(-1)
                 self._biased[name] = None
             else:
-                axes = self._plan.targets[path].axes if path in self._plan.targets else ""
-                own = _wholes.layer(array, axes or "b" * len(indices), indices)
+                batch = self._batch_axes(path, array.ndim)
+                stack = tuple(batch[each] for each in named.stack)
+                own = _wholes.layer(array, stack, indices)
                 own = self._as_torch(path, name, own)
                 if not adapted:
                     self.modules[name] = None
@@ -204,13 +210,22 @@ class SavedWholes:
 
     def _names_of(self, owner: str, array: np.ndarray) -> list[_modules.Named]:
         """The modules of a leaf, by the names that its weight has."""
-        sizes = array.shape
+        shape = array.shape
         if owner in self._plan.targets:
-            target = self._plan.targets[owner]
-            sizes = tuple(target.shape[axis] for axis in target.batch_axes)
-        elif not _modules.is_given(owner, self._names):
+            shape = self._plan.targets[owner].shape
+        sizes = tuple(shape[axis] for axis in self._batch_axes(owner, len(shape)))
+        if owner not in self._plan.targets and not self._names.has(owner):
             sizes = ()
         return _modules.names_of(owner, self._names, sizes, self._layout)
+
+    def _batch_axes(self, path: str, ndim: int) -> tuple[int, ...]:
+        """The axes of a leaf that may be indexes of modules."""
+        if path in self._plan.targets:
+            return self._plan.targets[path].batch_axes
+        axes = self._names.axes(path)
+        if axes is None or len(axes) != ndim:
+            return tuple(range(ndim))
+        return tuple(axis for axis, letter in enumerate(axes) if letter == "b")
 
     def _as_torch(self, path: str, name: str, array: np.ndarray) -> np.ndarray:
         """A weight as torch has it."""
@@ -223,7 +238,7 @@ class SavedWholes:
             axes = module.target.axes.replace("b", "")
             return _wholes.to_matrix(array, axes).T
         if array.ndim == 3 and module is None and not self._convolves(path, name):
-            axes = _modules.given_axes(path, self._names)
+            axes = self._names.axes(path)
             if axes is None:
                 raise ValueError(
                     "the leaf has three axes and may be the kernel of a convolution or a "
@@ -238,5 +253,5 @@ class SavedWholes:
         uses = self._plan.uses.get(path, ())
         if uses:
             return any(use.primitive == "conv_general_dilated" for use in uses)
-        given = _modules.given_axes(path, self._names) is not None
+        given = self._names.axes(path) is not None
         return not given and _wholes.is_convolution(name)

@@ -1,7 +1,10 @@
 """Leaves that a checkpoint holds whole: saved modules, biases, rows of embeddings."""
 
+import contextlib
+import itertools
 import re
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -10,9 +13,9 @@ from jax.core import Tracer
 from lora_jax._files import CheckpointError
 from lora_jax.peft import _names
 from lora_jax.peft._entries import Dims
-from lora_jax.peft._fitting import Layout, fitting_axes
-from lora_jax.peft._names import Found
-from lora_jax.peft._places import Places
+from lora_jax.peft._fitting import readings
+from lora_jax.peft._names import Numbers
+from lora_jax.peft._places import Places, Problems
 
 # What modules are called whose weights are (entries, width) in every framework.
 _EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
@@ -20,6 +23,20 @@ _EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
 Index: TypeAlias = tuple[int, ...]
 
 _CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
+_SWAPPED = str.maketrans("io", "oi")
+
+KERNEL = "kernel"
+# What embeddings of tokens and output heads are called.
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
+)
+HEADS = frozenset({"lm_head", "embed_out"})
+
+
+def last_word(name: str) -> str:
+    """What a module or the module of a leaf is called."""
+    words = [word for word in _names.split_path(name).words if not word.isdecimal()]
+    return words[-1] if words else ""
 
 
 def values(path: str, leaf: Any, why: str) -> np.ndarray:
@@ -51,7 +68,63 @@ def is_convolution(name: str) -> bool:
     return any(map(_CONVOLUTION.search, last))
 
 
-def place(places: Places, name: str, shape: tuple[int, ...]) -> Found:
+class Way(NamedTuple):
+    """One way in which an array of a checkpoint may lie in a leaf."""
+
+    form: str
+    """The letters of a matrix's axes, without those of a stack; `KERNEL` for a kernel of a
+    convolution that is turned round; empty if the array lies as in torch."""
+    stack: tuple[int, ...] = ()
+    """The axis of each number in the module's name that is an index of the leaf."""
+
+
+class Spot(NamedTuple):
+    """Where an array of a checkpoint belongs."""
+
+    name: str
+    """Of the parameter: `"score.weight"`."""
+    path: str
+    numbers: Numbers
+    ways: tuple[Way, ...]
+    turned: tuple[Way, ...] = ()
+    """Further ways, if the leaf lies the other way round."""
+
+    @property
+    def indices(self) -> Index:
+        """The numbers in the name that are indexes of the leaf."""
+        return tuple(number for _, number in self.numbers)
+
+
+def find_spots(
+    places: Places,
+    shapes: Mapping[str, tuple[int, ...]],
+    problems: Problems | None = None,
+) -> dict[str, Spot]:
+    """Where arrays of a checkpoint belong, each with the one way in which it lies there.
+
+    Args:
+        places: where to look.
+        shapes: of the arrays, by the names of the parameters.
+        problems: what takes note of arrays that have no place, or more than one.
+
+    Raises:
+        CheckpointError: of these, if there is nothing that takes note of them.
+    """
+    collecting = problems.collecting if problems else contextlib.nullcontext
+    by_path: dict[str, list[Spot]] = {}
+    for name, shape in shapes.items():
+        with collecting():
+            spot = find_spot(places, name, shape)
+            by_path.setdefault(spot.path, []).append(spot)
+    settled: dict[str, Spot] = {}
+    for spots in by_path.values():
+        with collecting():
+            way = _settle(places, spots)
+            settled |= {spot.name: spot._replace(ways=(way,)) for spot in spots}
+    return {name: settled[name] for name in shapes if name in settled}
+
+
+def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
     """Where an array of a checkpoint belongs.
 
     Args:
@@ -66,40 +139,202 @@ def place(places: Places, name: str, shape: tuple[int, ...]) -> Found:
     for key in (name, module):
         given = places.given(key)
         if given is not None:
-            path = given[0].path
+            path = given.path
             if key == module and last == _names.BIAS:
                 path = sibling_bias(places, name, path)
-            return Found(path, given[0].indices)
+            either = dict.fromkeys([given.numbers, _names.lacking_fields(module, path), ()])
+            spots = [
+                _read(places, name, path, numbers, shape, given.axes or "")
+                for numbers in either
+            ]
+            fitting = [spot for spot in spots if spot.ways]
+            if not fitting:
+                raise _misfit(places, name, path, shape)
+            return fitting[0]
     words = _names.split_path(name)
     found = places.search(words.words, (words.leaf,))
-    fitting = [each for each in found if _fits(places, each, name, shape)]
+    fitting = []
+    for path, indices in found:
+        numbers = _names.lacking_fields(module, path)
+        if tuple(number for _, number in numbers) != indices:
+            numbers = tuple((f"index{i}", n) for i, n in enumerate(indices))
+        spot = _read(places, name, path, numbers, shape)
+        fitting += [spot] if spot.ways else []
     if len(fitting) > 1:
         raise CheckpointError(
-            f"{name!r} may be any of {', '.join(repr(each.path) for each in fitting)}: "
+            f"{name!r} may be any of {', '.join(repr(each.path) for each in fitting[:8])}: "
             f"give names={{{name!r}: path}}."
         )
     if not fitting:
-        raise places.not_found(name, found, f"a leaf of the shape {shape}")
+        error = places.not_found(name, found, f"a leaf of the shape {shape}")
+        if not found and last_word(module) in HEADS:
+            error = CheckpointError(
+                f"{error} If the model has one leaf for its embedding and its output head "
+                "(tied), the head was trained apart from it: give params with a leaf for "
+                "each, and a function that uses both."
+            )
+        raise error
     return fitting[0]
 
 
-def _fits(places: Places, found: Found, name: str, shape: tuple[int, ...]) -> bool:
-    if not places.holds(found):
-        return False
-    own = places.shape(found.path)[len(found.indices) :]
-    array = np.broadcast_to(np.zeros(()), shape)
-    embedding = is_embedding(name.rpartition(".")[0], found.path)
-    return turned(array, own, places.layout, embedding) is not None
+def bias_spot(
+    places: Places, module: str, path: str, numbers: Numbers, shape: tuple[int, ...]
+) -> Spot:
+    """Where the bias of a module's adapter belongs, in the bias of its layer.
+
+    Raises:
+        CheckpointError: if it does not fit.
+    """
+    spot = _read(places, f"{module}.bias", path, numbers, shape)
+    if not spot.ways:
+        raise CheckpointError(
+            f"{module!r} has a bias of {size_of(shape)} entries, and {path!r} has the "
+            f"shape {places.shape(path)}: it is no bias of that layer."
+        )
+    return spot._replace(ways=(_settle(places, [spot]),))
+
+
+def _misfit(
+    places: Places, name: str, path: str, shape: tuple[int, ...]
+) -> CheckpointError:
+    return CheckpointError(
+        f"{name!r} has the shape {shape}, and {path!r} has {places.shape(path)}"
+        f"{places.axes_of(path)}: was the model resized (its vocabulary, its classes) "
+        "before it was trained? Give params of that size."
+    )
+
+
+def _read(
+    places: Places,
+    name: str,
+    path: str,
+    numbers: Numbers,
+    shape: tuple[int, ...],
+    axes: str = "",
+) -> Spot:
+    """The ways in which an array lies in a leaf; none if it does not fit."""
+    own, known = places.shape(path), axes or places.known.axes.get(path, "")
+    if len(known) != len(own):
+        known = ""
+    stacked = "b" if known.count("b") >= len(numbers) else "b?"
+    ways: dict[object, Way] = {}
+    turned: dict[object, Way] = {}
+    for stack in itertools.permutations(range(len(own)), len(numbers)):
+        room = all(n < own[a] for (_, n), a in zip(numbers, stack, strict=True))
+        if not room or any(known[axis] not in stacked for axis in stack if known):
+            continue
+        rest = tuple(n for axis, n in enumerate(own) if axis not in stack)
+        letters = "".join(x for axis, x in enumerate(known) if axis not in stack)
+        key = tuple(axis if own[axis] > 1 else None for axis in stack)
+        forms = _forms(places, name, path, rest, shape, letters)
+        for found, form in zip((ways, turned), forms, strict=False):
+            found.setdefault(key, Way(form, stack))
+    count = len(numbers)
+    first = {key: way for key, way in ways.items() if max(way.stack, default=0) < count}
+    if count > 1 and first:  # several indexes are of the first axes, if that fits
+        ways = first
+        turned = {key: way for key, way in turned.items() if key in first}
+    return Spot(name, path, numbers, tuple(ways.values()), tuple(turned.values()))
+
+
+def _forms(
+    places: Places,
+    name: str,
+    path: str,
+    rest: tuple[int, ...],
+    shape: tuple[int, ...],
+    known: str,
+) -> list[str]:
+    """The form of an array in a leaf, and that which it may have as well; or none."""
+    if len(shape) < 2:
+        return [""] if size_of(rest) == size_of(shape) and (shape or not rest) else []
+    if places.given_layout == "torch" and not known:
+        return [""] if shape == rest else []
+    if len(shape) > 2:
+        moved = (*shape[2:], shape[1], shape[0])
+        forms = [KERNEL] if moved == rest else []
+        forms += [""] if shape == rest else []
+        if known.startswith("o"):
+            forms.reverse()
+        settled = bool(known)
+    else:
+        forms, settled = _matrix_forms(places, name, path, rest, shape, known)
+    open_ = places.given_layout is None and not settled
+    return forms if open_ and not places.lies_in_out(path) else forms[:1]
+
+
+def _matrix_forms(
+    places: Places,
+    name: str,
+    path: str,
+    rest: tuple[int, ...],
+    shape: tuple[int, ...],
+    known: str,
+) -> tuple[list[str], bool]:
+    """The letters of a matrix `(out, in)` in a leaf, and whether more than sizes say so."""
+    if known and set(known) <= set("io"):
+        letters = known
+        if places.known.looked_up(path):  # of rows, which are the outputs of a head
+            letters = known.translate(_SWAPPED)
+        return ([letters] if _sizes(rest, letters) == shape else []), True
+    rows, columns = shape
+    straight = readings(rest, "embedding", Dims(rows, columns), "jax")
+    across = readings(rest, "linear", Dims(columns, rows), "jax")
+    as_is = [each.axes.translate(_SWAPPED) for each in straight]
+    transposed = [each.axes for each in across]
+    if is_embedding(name.rpartition(".")[0], path):
+        return as_is + transposed, True
+    return transposed + as_is, False
+
+
+def _sizes(shape: tuple[int, ...], letters: str) -> tuple[int, int]:
+    """How many outputs and inputs a weight has."""
+    outs, ins = (
+        size_of(tuple(n for n, own in zip(shape, letters, strict=True) if own == letter))
+        for letter in "oi"
+    )
+    return outs, ins
+
+
+def _settle(places: Places, spots: list[Spot]) -> Way:
+    """The one way in which the arrays of a leaf lie."""
+    first, shape = spots[0], places.shape(spots[0].path)
+    most = [max(column) for column in zip(*(s.indices for s in spots), strict=False)]
+    counts = {len(spot.numbers) for spot in spots}
+
+    def shared(own: list[tuple[Way, ...]]) -> list[Way]:
+        distinct = dict.fromkeys(own)
+        return [
+            way
+            for way in own[0]
+            if all(way in other for other in distinct)
+            and all(n < shape[a] for n, a in zip(most, way.stack, strict=True))
+        ]
+
+    ways = shared([spot.ways for spot in spots]) if len(counts) == 1 else []
+    turned = shared([spot.turned for spot in spots]) if len(counts) == 1 else []
+    if not ways:
+        raise CheckpointError(
+            f"{', '.join(repr(spot.name) for spot in spots[:8])} all go to {first.path!r} "
+            f"{shape}, and no way to see it fits all: give names={{parameter: path}}."
+        )
+    found = [*ways, *turned]
+    if len(found) > 1:
+        stacks_, forms = {way.stack for way in found}, [way.form for way in found]
+        what = [f"the index on the axis {way.stack}" for way in found]
+        if len(stacks_) == 1:
+            what = [repr(form) if form else "as it is in torch" for form in forms]
+        raise CheckpointError(
+            f"{first.name!r} fits {first.path!r} {shape} in {len(found)} ways, "
+            f"{' and '.join(what)}: shapes do not say which. Give the function (fn, *args) "
+            "or plan=" + (", or layout='jax' or layout='torch'." if turned else ".")
+        )
+    return ways[0]
 
 
 def find_bias(places: Places, path: str) -> str | None:
     """The path of the bias beside a weight, if there is one."""
-    own = _names.split_path(path).words
-    for other in places.leaves:
-        words = _names.split_path(other)
-        if words.leaf == _names.BIAS and words.words == own:
-            return other
-    return None
+    return places.biases.get(_names.split_path(path).words)
 
 
 def sibling_bias(places: Places, name: str, path: str) -> str:
@@ -117,56 +352,31 @@ def sibling_bias(places: Places, name: str, path: str) -> str:
     return bias
 
 
-def turned(
-    array: np.ndarray, shape: tuple[int, ...], layout: Layout, embedding: bool
-) -> np.ndarray | None:
-    """An array of torch in the shape of a leaf; None if it does not fit.
+def formed(array: np.ndarray, shape: tuple[int, ...], form: str) -> np.ndarray:
+    """An array of torch as it lies in a leaf.
 
     Args:
         array: `(out, in)`, `(entries, width)`, `(out, in, *kernel)` or a vector.
-        shape: of the leaf.
-        layout: of the leaf.
-        embedding: whether it is that of an embedding.
+        shape: of the leaf, without the axes of a stack.
+        form: as that of a `Way`.
     """
-    if array.ndim == 2:
-        across = lies_across(array.shape, shape, layout, embedding)
-        if across is None:
-            return None
-        return (array.T if across else array).reshape(shape)
-    if layout == "jax" and array.ndim > 2:
-        array = np.moveaxis(array, (0, 1), (-1, -2))
-    fits = array.shape == shape or (array.ndim == 1 and array.size == size_of(shape))
-    return array.reshape(shape) if fits else None
+    if form == KERNEL:
+        return np.moveaxis(array, (0, 1), (-1, -2))
+    return from_matrix(array.T, shape, form) if form else array.reshape(shape)
 
 
-def lies_across(
-    matrix: tuple[int, ...], shape: tuple[int, ...], layout: Layout, embedding: bool
-) -> bool | None:
-    """Whether a leaf has a matrix of torch the other way round; None if it has another."""
-    if layout == "torch":
-        return False if matrix == shape else None
-    rows, columns = matrix
-    straight, across = Dims(rows, columns), Dims(columns, rows)
-    as_is = fitting_axes(shape, "embedding", straight, "jax") is not None
-    transposed = fitting_axes(shape, "linear", across, "jax") is not None
-    if as_is and (embedding or not transposed):
-        return False
-    return True if transposed else None
+def to_torch(array: np.ndarray, form: str) -> np.ndarray:
+    """Undoes `formed` for a matrix: `(out, in)`."""
+    return to_matrix(array, form).T if form else array
 
 
 def size_of(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
-def stack_axes(axes: str, index: Index) -> Index:
-    """The axes of a weight that some indexes of modules are of: the first batch axes."""
-    stacked = [axis for axis, letter in enumerate(axes) if letter == "b"]
-    return tuple(stacked[: len(index)])
-
-
-def layer(weight: np.ndarray, axes: str, index: Index) -> np.ndarray:
-    """One of the weights that are stacked along the first batch axes."""
-    return first_axes(weight, stack_axes(axes, index))[index]
+def layer(weight: np.ndarray, stack: Index, index: Index) -> np.ndarray:
+    """One of the weights that are stacked along some axes."""
+    return first_axes(weight, stack)[index]
 
 
 def to_matrix(weight: np.ndarray, axes: str) -> np.ndarray:

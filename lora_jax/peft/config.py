@@ -5,6 +5,7 @@ What a file holds is not trusted: whatever it is, the outcome is a `PeftConfig`,
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -132,13 +133,21 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
-        key = _fields.pattern_key(self.rank_pattern, module)
+        key = _fields.pattern_key(self.rank_pattern, module, self._ranks)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module's adapter."""
-        key = _fields.pattern_key(self.alpha_pattern, module)
+        key = _fields.pattern_key(self.alpha_pattern, module, self._alphas)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
+
+    @functools.cached_property
+    def _ranks(self) -> _fields.Patterns:
+        return _fields.Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self) -> _fields.Patterns:
+        return _fields.Patterns(self.alpha_pattern)
 
     def scale_of(self, module: str) -> float:
         """What multiplies a module's update: `alpha / rank`, or `alpha / sqrt(rank)`."""

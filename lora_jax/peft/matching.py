@@ -6,6 +6,7 @@ trust can keep the program busy.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -109,8 +110,9 @@ def select_modules(
     targets = _targets(config)
     if _is_all_linear(targets):
         targets = _all_linear(config, modules, output_embedding)
+    rules, own = Rules(config), _Names(targets)
     verdicts: dict[str, Verdict] = {
-        name: verdict(config, targets, name) for name in modules if name
+        name: rules.verdict(name, own) for name in modules if name
     }
     matching = [name for name, found in verdicts.items() if found == "matched"]
     if not matching:
@@ -118,21 +120,82 @@ def select_modules(
     return matching
 
 
-def matched(config: PeftConfig, name: str) -> bool:
-    """Whether a module has an adapter, as far as its name says.
+class _Names:
+    """Names, ends of names, or a regular expression for whole names."""
 
-    Raises:
-        ValueError: if the config targets `"all-linear"`, or does not say what.
+    def __init__(self, targets: Targets) -> None:
+        self._regex = re.compile(targets) if isinstance(targets, str) else None
+        self._names = frozenset(() if isinstance(targets, str) else targets)
+
+    def match(self, name: str) -> bool:
+        """Whether they have a name, or the end of it after a dot."""
+        if self._regex is not None:
+            return self._regex.fullmatch(name) is not None
+        starts = (0, *(match.end() for match in re.finditer(r"\.", name)))
+        return any(name[start:] in self._names for start in starts)
+
+    def pass_over_layers(self, name: str) -> bool:
+        """Whether `layers_to_transform` is not asked: for whole names, and for regexes."""
+        return self._regex is not None or name in self._names
+
+
+class Rules:
+    """The rules of PEFT for a config, to be asked about many modules.
+
+    Args:
+        config: of an adapter.
     """
-    if config.target_parameters and not config.target_modules:
-        return False
-    targets = _targets(config)
-    if _is_all_linear(targets):
-        raise ValueError(
-            f"target_modules={targets!r} goes by the classes of a model's modules, not by "
-            "one name: use match_modules."
-        )
-    return verdict(config, targets, name) == "matched"
+
+    def __init__(self, config: PeftConfig) -> None:
+        self.config = config
+        self._excluded = _Names(config.exclude_modules or ())
+        self._saved = _fields.Patterns(config.modules_to_save or ())
+        self._parameters = _Names(config.target_parameters or ())
+
+    def matched(self, name: str) -> bool:
+        """Whether a module has an adapter, as far as its name says.
+
+        Raises:
+            ValueError: if the config targets `"all-linear"`, or does not say what.
+        """
+        if self.config.target_parameters and not self.config.target_modules:
+            return False
+        return self.verdict(name, self._targets) == "matched"
+
+    @functools.cached_property
+    def _targets(self) -> _Names:
+        targets = _targets(self.config)
+        if _is_all_linear(targets):
+            raise ValueError(
+                f"target_modules={targets!r} goes by the classes of a model's modules, not "
+                "by one name: use match_modules."
+            )
+        return _Names(targets)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` has a name, or the end of it after a dot."""
+        return self._parameters.match(name)
+
+    def verdict(self, name: str, targets: _Names | Targets) -> Verdict:
+        """What the rules say of one module, for targets that are not "all-linear"."""
+        targets = targets if isinstance(targets, _Names) else _Names(targets)
+        if self._excluded.match(name) or _fields.is_saved(self._saved, name):
+            return "excluded"
+        if not targets.match(name):
+            return "unmatched"
+        if not targets.pass_over_layers(name) and not _in_layers(self.config, name):
+            return "other layer"
+        return "matched"
+
+
+def matched(config: PeftConfig, name: str) -> bool:
+    """Whether a module has an adapter, as far as its name says; see `Rules.matched`."""
+    return Rules(config).matched(name)
+
+
+def verdict(config: PeftConfig, targets: Targets, name: str) -> Verdict:
+    """What the rules say of one module; see `Rules.verdict`."""
+    return Rules(config).verdict(name, targets)
 
 
 def _check_modules(modules: Any) -> None:
@@ -168,7 +231,7 @@ def _all_linear(
 ) -> tuple[str, ...]:
     """The names that "all-linear" stands for in a model."""
     head = _LOGITS if output_embedding is None else output_embedding
-    left_out = {name for name in modules if _ends_with(name, (head,))}
+    left_out = set(filter(_Names((head,)).match, modules))
     if not left_out and output_embedding is not None:
         raise KeyError(
             f"there is no module {output_embedding!r} to leave out"
@@ -179,36 +242,6 @@ def _all_linear(
     return tuple(
         name for name, kind in modules.items() if kind in _LINEAR and name not in left_out
     )
-
-
-def verdict(config: PeftConfig, targets: Targets, name: str) -> Verdict:
-    """What the rules say of one module, for targets that are not "all-linear"."""
-    if _is_excluded(config, name):
-        return "excluded"
-    if not _is_targeted(targets, name):
-        return "unmatched"
-    # Whole names are not filtered by layer; for a regular expression there is no filter.
-    if isinstance(targets, tuple) and name not in targets and not _in_layers(config, name):
-        return "other layer"
-    return "matched"
-
-
-def _is_excluded(config: PeftConfig, name: str) -> bool:
-    if config.exclude_modules and _is_targeted(config.exclude_modules, name):
-        return True
-    saved = map(_fields.saved_regex, config.modules_to_save or ())
-    return any(re.match(regex, name) for regex in saved)
-
-
-def _is_targeted(targets: Targets, name: str) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return _ends_with(name, targets)
-
-
-def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
-    parts = name.split(".")
-    return not {".".join(parts[i:]) for i in range(len(parts))}.isdisjoint(ends)
 
 
 def _in_layers(config: PeftConfig, name: str) -> bool:
@@ -230,7 +263,7 @@ def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdi
     excluded = [
         name
         for name, found in verdicts.items()
-        if found == "excluded" and _is_targeted(targets, name)
+        if found == "excluded" and _Names(targets).match(name)
     ]
     elsewhere = [name for name, found in verdicts.items() if found == "other layer"]
     if elsewhere:

@@ -3,20 +3,23 @@
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import chex
 import numpy as np
 
-from lora_jax import _checks
+from lora_jax import _checks, _paths
 from lora_jax._files import CheckpointError, TensorFile
 from lora_jax.peft import _entries, _placing
 from lora_jax.peft._checkpoint import Checkpoint, FileDtype, check_dtypes, sort
 from lora_jax.peft._fitting import Layout
-from lora_jax.peft._places import NamesArgument
+from lora_jax.peft._places import NamesArgument, Places
 from lora_jax.peft._placing import Loaded
+from lora_jax.peft._ties import OnTied
+from lora_jax.peft._uses import find_known
 from lora_jax.peft.config import PeftConfig
+from lora_jax.plan import AdapterPlan
 
 __all__ = ["load_torchtune"]
 
@@ -41,13 +44,16 @@ _RENAMED = {
 def load_torchtune(
     source: str | os.PathLike[str] | Mapping[str, Any],
     params: chex.ArrayTree,
-    *,
+    fn: Callable[..., Any] | None = None,
+    *args: Any,
     alpha: float,
     num_heads: int,
     num_kv_heads: int | None = None,
     model: Literal["hf", "torchtune"] = "hf",
+    plan: AdapterPlan | None = None,
     names: NamesArgument = None,
-    layout: Layout = "jax",
+    layout: Layout | None = None,
+    on_tied: OnTied = "error",
     strict: bool = True,
     dtype: FileDtype = None,
 ) -> Loaded:
@@ -61,14 +67,18 @@ def load_torchtune(
         source: a safetensors file, or the state dict of the adapter as arrays:
             `layers.0.attn.q_proj.lora_a.weight` and so on.
         params: as in `load`.
+        fn: as in `load`.
+        args: as in `load`.
         alpha: of the adapter; the state dict does not have it. The update is multiplied by
             `alpha / rank`.
         num_heads: of queries.
         num_kv_heads: of keys; None if as many as of queries.
         model: what the params are of: `"hf"`, with the names and the rotary order of
             Hugging Face; `"torchtune"`, with those of torchtune.
+        plan: as in `load`.
         names: as in `load`, from the names that `model` has.
         layout: as in `load`.
+        on_tied: as in `load`.
         strict: as in `load`.
         dtype: as in `load`; `"file"` is that of `source`.
 
@@ -79,7 +89,7 @@ def load_torchtune(
         CheckpointError: as `load`; also if an entry is none of torchtune's, if heads do
             not divide its width, or if DoRA is on a layer with a bias, which torchtune
             multiplies by the magnitude and others do not.
-        FileNotFoundError, ModuleNotFoundError: as `load`.
+        FileNotFoundError, KeyError, ModuleNotFoundError: as `load`.
         TypeError, ValueError: if an argument is none that it may be.
 
     References:
@@ -112,10 +122,11 @@ def load_torchtune(
         use_dora=any("m" in module.shapes for module in modules.values()),
     )
     checkpoint = Checkpoint(where, config, state, sort(where, config, shapes))
+    known = find_known(params, fn, args, plan)
+    places = Places(_paths.leaf_paths(params), names, layout, known)
+    placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
     scales = config.use_dora
-    return _placing.put(
-        checkpoint, params, names, layout, strict, dtype=dtype, scales_bias=scales
-    )
+    return _placing.put(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)
 
 
 def _check_heads(

@@ -20,7 +20,7 @@ from lora_jax.lora import Adapter
 from lora_jax.peft import _arrays, _entries, _names
 from lora_jax.peft._checkpoint import write_checkpoint
 from lora_jax.peft._fitting import LAYOUTS, Layout
-from lora_jax.peft._modules import SaveNames, position
+from lora_jax.peft._modules import Naming, SaveNames
 from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
 from lora_jax.peft.config import PeftConfig
 from lora_jax.plan import AdapterPlan, Target
@@ -120,6 +120,7 @@ def make_files(
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
     """The config and the arrays that `save` writes; the arguments are those of `save`."""
     _check_names(names, [*plan.targets, *plan.skipped, *replaced])
+    naming = Naming(names)
     modules: list[SavedModule] = []
     for path in plan.targets:
         with _checks.at_path(path):
@@ -127,15 +128,15 @@ def make_files(
                 name: _files.cast(name, _files.to_numpy(name, value), dtype)
                 for name, value in adapters[path].items()
             }
-            modules += saved_modules(path, adapter, plan, names, layout)
+            modules += saved_modules(path, adapter, plan, naming, layout)
     _check_distinct(modules)
-    wholes = SavedWholes(plan, names, layout, modules)
+    wholes = SavedWholes(plan, naming, layout, modules)
     wholes.check_complete(replaced)
     for path, array in replaced.items():
         with _checks.at_path(path):
             array = _files.to_numpy("the leaf", array)
             wholes.put(path, _files.cast("the leaf", array, dtype))
-    tensors = _tensors(modules, names) | wholes.tensors
+    tensors = _tensors(modules, naming) | wholes.tensors
     config = _config(modules, plan, wholes, base_model, task_type)
     return config, {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
 
@@ -197,9 +198,13 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
             f"paths to names, got {type(names).__name__}."
         )
     paths = list(paths)
+    masks: dict[str, list[str]] = {}
+    for path in paths:
+        masks.setdefault(_names.mask(path), []).append(path)
     for name, value in names.items():
         own = value if isinstance(value, str) else value[0]
-        if own not in paths and not any(_names.numbers_in(own, path) for path in paths):
+        near = masks.get(_names.mask(own), ())
+        if not any(_names.numbers_in(own, path) is not None for path in near):
             raise ValueError(
                 f"names has {own!r} for {name!r}, and neither the plan nor `replaced` has "
                 f"that path{_paths.nearest_hint(own, paths)}."
@@ -217,7 +222,7 @@ def _check_distinct(modules: Iterable[SavedModule]) -> None:
             )
 
 
-def _tensors(modules: list[SavedModule], names: SaveNames) -> dict[str, np.ndarray]:
+def _tensors(modules: list[SavedModule], names: Naming) -> dict[str, np.ndarray]:
     """The arrays of adapters, by name without the prefix of the format."""
     tensors, inner = {}, _inner(modules)
     owners: dict[str, list[SavedModule]] = {}
@@ -232,7 +237,7 @@ def _tensors(modules: list[SavedModule], names: SaveNames) -> dict[str, np.ndarr
         for entry, array in module.arrays.items():
             tensors[name + entries[entry]] = array
     for owner, own in owners.items():
-        own.sort(key=lambda module: position(module.name, names))
+        own.sort(key=lambda module: names.position(module.name))
         # The parameter that is registered first lies innermost.
         for depth, module in enumerate(reversed(own)):
             for entry, array in module.arrays.items():
@@ -289,7 +294,8 @@ def _target_modules(named: tuple[str, ...], plan: AdapterPlan) -> str | tuple[st
     """The names of modules; one expression if a name is the end of one without adapter."""
     others = {".".join(_names.split_path(path).words) for path in plan.skipped}
     others -= set(named)
-    if any(other.endswith(f".{name}") for name in named for other in others):
+    ends = {other[m.end() :] for other in others for m in re.finditer(r"\.", other)}
+    if not ends.isdisjoint(named):
         return "|".join(map(re.escape, named))
     return named
 

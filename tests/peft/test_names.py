@@ -1,14 +1,14 @@
 import pytest
 
-from lora_jax.peft import _modules, _names
-from lora_jax.peft._modules import Named, names_of
+from lora_jax.peft import _names
+from lora_jax.peft._modules import Named, Naming, names_of
 from lora_jax.peft._names import BIAS, WEIGHT, Found
 
 
 def find(name, *paths, leaf=WEIGHT):
     index = _names.index_paths(paths)
     words = _names.split_name(name)
-    return _names.best(_names.candidates(words, (leaf, ""), index))
+    return _names.search(words, (leaf, ""), index)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,9 @@ def test_a_function_has_to_give_names():
 
 def test_the_order_of_names():
     names = {"m.up": "h/up", "l.{}.down": "h/down"}
-    assert [_modules.position(n, names) for n in ("m.up", "l.3.down", "?")] == [0, 1, 0]
-    assert _modules.position("m.up", None) == 0
-    assert _modules.given_axes("h/q", {"m": ("h/q", "oi"), "n": "h/k"}) == "oi"
-    assert _modules.given_axes("h/k", {"m": ("h/q", "oi"), "n": "h/k"}) is None
+    naming = Naming(names)
+    assert [naming.position(n) for n in ("m.up", "l.3.down", "?")] == [0, 1, 0]
+    assert Naming(None).position("m.up") == 0
+    given = Naming({"m": ("h/q", "oi"), "n": "h/k"})
+    assert given.axes("h/q") == "oi"
+    assert given.axes("h/k") is None

@@ -600,14 +600,16 @@ def test_the_same_weight_of_another_part_is_not_taken(tmp_path, module, path):
     assert list(peft.load(folder, abstract({path: (5, 7), own: (5, 7)})).adapters) == [own]
 
 
-def test_square_weights_that_may_be_those_of_torch(tmp_path, caplog):
+def test_square_weights_that_may_be_those_of_torch(tmp_path):
     folder = checkpoint(tmp_path, ("m.q", 5, 5))
-    with caplog.at_level(logging.WARNING, "lora_jax.peft"):
-        peft.load(folder, abstract({"m.q.weight": (5, 5)}), layout="torch")
-        peft.load(folder, abstract({"m": {"q": {"kernel": (5, 5)}}}))
-        assert not caplog.records
-        peft.load(folder, abstract({"m.q.weight": (5, 5)}))
-    assert "give layout='torch'" in caplog.text
+    square = abstract({"m.q.weight": (5, 5)})
+    for layout, axes in (("torch", "oi"), ("jax", "io")):
+        plan = peft.load(folder, square, layout=layout).plan
+        assert plan.targets["m.q.weight"].axes == axes
+    plan = peft.load(folder, abstract({"m": {"q": {"kernel": (5, 5)}}})).plan
+    assert plan.targets["m/q/kernel"].axes == "io"
+    with pytest.raises(CheckpointError, match=r"'io' .*'oi' .*or layout='torch'"):
+        peft.load(folder, square)
 
 
 def test_the_directory_of_the_other_format(tmp_path):

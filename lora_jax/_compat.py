@@ -138,10 +138,10 @@ def retyped(x: Any, sharding: NamedSharding) -> Any:
     if kind == sharding:
         return x
     if jax.__version_info__ < (0, 8, 0):  # `reshard` did not change kinds of axes
-        from jax._src.pjit import mesh_cast
+        from jax._src import pjit
 
         if kind.mesh.axis_names and kind.mesh.axis_types != sharding.mesh.axis_types:
-            return mesh_cast(x, sharding)
+            return getattr(pjit, "mesh_cast")(x, sharding)  # noqa: B009
     return jax.sharding.reshard(x, sharding)
 
 

@@ -6,6 +6,7 @@ and names the version in a comment. `jax.extend` is imported here and nowhere el
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import sysconfig
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import compute_on as _compute_on
 from jax.extend import core, source_info_util
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -151,6 +153,18 @@ def varying_axes(x: jax.Array) -> tuple[str, ...]:
     if jax.__version_info__ < (0, 10, 0):
         return tuple(sorted(aval.vma))
     return tuple(sorted(aval.manual_axis_type.varying))
+
+
+def compute_on(function: Callable[..., Any], equation: Any) -> Callable[..., Any]:
+    """The function, computed where an equation of `jax.experimental.compute_on` is."""
+    parameters = dict(equation.params)
+    del parameters["jaxpr"]
+    options = parameters.pop("compiler_options_json", None)
+    if options is not None:
+        parameters["compiler_options"] = json.loads(options)
+    # JAX < (0, 11, 1): a context manager has the name
+    at: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
+    return at(function, **parameters)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:

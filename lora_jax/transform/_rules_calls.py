@@ -1,4 +1,4 @@
-"""Primitives that call a jaxpr once: `jit`, `checkpoint`, custom derivatives."""
+"""Primitives that call a jaxpr once: `jit`, `checkpoint`, `compute_on`, own derivatives."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -155,6 +155,17 @@ def _checkpointed(
     return jax.checkpoint(body, **options)(context.make_key(), list(values))
 
 
+def compute_on(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Stays on the host, or where it was; a weight that it returns is merged there."""
+
+    def body(key, values):
+        with context.using_key(key):
+            out = evaluate_closed(context, parameter(equation, "jaxpr"), values)
+            return tuple(context.merge_all(out, equation, "compute_on returns it"))
+
+    return list(_compat.compute_on(body, equation)(context.make_key(), list(values)))
+
+
 def closed_call(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Evaluated in place."""
     return evaluate_closed(context, parameter(equation, "call_jaxpr"), values)
@@ -182,6 +193,7 @@ RULES = {
     "remat2": checkpoint,
     "call_hi_primitive": call_hi_primitive,
     "closed_call": closed_call,
+    "compute_on": compute_on,
     "custom_jvp_call": custom_derivative,
     "custom_vjp_call": custom_derivative,
 }

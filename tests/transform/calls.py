@@ -232,11 +232,13 @@ def _has_host_context():
     return "out_memory_spaces" not in inspect.signature(host.compute_on).parameters
 
 
+_COMPUTE_ON = "compute_on2" if _has_host_context() else "compute_on"
+
+
 def _on_host_called(x, w):
     """By a function, in the versions of JAX that have it."""
-    at = getattr(host, "compute_on2", None if _has_host_context() else host.compute_on)
     options = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Device}
-    return at(lambda x, w: jnp.tanh(x @ w), **options)(x, w)
+    return getattr(host, _COMPUTE_ON)(lambda x, w: jnp.tanh(x @ w), **options)(x, w)
 
 
 def _sparse(x, w):
@@ -406,7 +408,9 @@ CALLS = {
     ),
     "pallas": Call(_pallas, "pallas_call", gradient=False),
     "compute_on": Call(_on_host),
-    "compute_on_called": Call(_on_host_called, "compute_on.*", needs="memory"),
+    "compute_on_called": Call(
+        _on_host_called, needs=f"experimental.compute_on.{_COMPUTE_ON}"
+    ),
     # derivatives and mappings of their own
     "custom_jvp": Call(_with_jvp, "custom_jvp_call"),
     "custom_vjp": Call(_with_vjp, "custom_vjp_call"),

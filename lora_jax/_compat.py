@@ -98,7 +98,7 @@ def automatically(function: Callable[..., T], mesh: AbstractMesh, *values: Any) 
     if not mesh.axis_names:
         return function(*values)
     with on_mesh(automatic_mesh(mesh)):
-        return function(*jax.tree.map(as_automatic, values))
+        return function(*jax.tree.map(lambda x: as_automatic(x, mesh), values))
 
 
 def explicit_mesh(equation: Any) -> AbstractMesh | None:
@@ -120,11 +120,16 @@ def automatic_mesh(mesh: AbstractMesh) -> AbstractMesh:
     return mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
 
 
-def as_automatic(x: Any) -> Any:
-    """An array with the explicit axes in its type automatic. It stays where it lies."""
-    if not isinstance(x, jax.Array) or not has_explicit_axes(mesh_of(jax.typeof(x))):
+def as_automatic(x: Any, mesh: AbstractMesh) -> Any:
+    """An array on a mesh without explicit axes. It stays where it lies.
+
+    One of another mesh stays as it is, unless that has explicit axes, or no axes.
+    """
+    if not isinstance(x, jax.Array):
         return x
-    return replicated(x, automatic_mesh(mesh_of(jax.typeof(x))))
+    own = mesh_of(jax.typeof(x))
+    is_other = own.axis_names and not has_explicit_axes(own)
+    return x if is_other else replicated(x, automatic_mesh(mesh))
 
 
 def replicated(x: Any, mesh: AbstractMesh) -> Any:

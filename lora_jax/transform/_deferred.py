@@ -152,9 +152,7 @@ def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
         out = _bind(equation, [_compat.retyped(v, atom.aval.sharding) for v, atom in pairs])
     if not automatic:
         return out
-    return jax.tree.map(
-        _compat.as_automatic, out, is_leaf=lambda x: isinstance(x, Deferred)
-    )
+    return jax.tree.map(_compat.as_current, out, is_leaf=lambda x: isinstance(x, Deferred))
 
 
 def _bind(equation: Any, values: Sequence[Any]) -> Any:

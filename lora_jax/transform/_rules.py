@@ -39,7 +39,7 @@ def _on_any_mesh(rule: Rule) -> Rule:
         if mesh is None:
             return rule(context, equation, *values)
         with _compat.on_mesh(_compat.automatic_mesh(mesh)):
-            out = rule(context, equation, *_as_automatic(values))
+            out = rule(context, equation, *_as_automatic(values, mesh))
         outputs = out if isinstance(out, list | tuple) else [out]
         kinds = [atom.aval for atom in equation.outvars]
         return list(map(retyped, outputs, kinds))
@@ -47,9 +47,11 @@ def _on_any_mesh(rule: Rule) -> Rule:
     return run
 
 
-def _as_automatic(values: Any) -> Any:
+def _as_automatic(values: Any, mesh: Any) -> Any:
     return jax.tree.map(
-        _compat.as_automatic, values, is_leaf=lambda x: isinstance(x, Deferred)
+        lambda x: _compat.as_automatic(x, mesh),
+        values,
+        is_leaf=lambda x: isinstance(x, Deferred),
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import lora_jax
+from lora_jax.transform._rules import RULES
 from tests.support import x64
 from tests.transform.support import check, normal, plan_of, trained
 
@@ -607,3 +608,27 @@ def test_left_out_layers_share_a_line():
     by_name = str(plan_of(fn, params, X, targets="out"))
     without = str(plan_of(fn, params, X, exclude=("*/up", "positions", "unused")))
     assert "left out" not in by_name + without
+
+
+def fails(context, equation, *values):
+    raise TypeError("no rule for\nthis")
+
+
+def test_weights_whose_rule_fails_are_left_out_unless_named(monkeypatch):
+    monkeypatch.setitem(RULES, "transpose", fails)
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"].T
+
+    params = {"up": jnp.ones((4, 6)), "down": jnp.ones((5, 6))}
+    plan = plan_of(fn, params, jnp.ones((3, 4)))
+    assert list(plan.targets) == ["up"]
+    assert "transpose at tests/transform/test_rules.py" in plan.skipped["down"]
+    assert "TypeError: no rule for" in plan.explain("down")
+    assert list(plan_of(fn, params, jnp.ones((3, 4)), targets="up").targets) == ["up"]
+    with pytest.raises(ValueError, match=r"'down': .* cannot be followed .* TypeError"):
+        plan_of(fn, params, jnp.ones((3, 4)), targets="*")
+    given = plan_of(fn, params, jnp.ones((3, 4)), targets="*", axes={"down": "oi"})
+    assert given.targets["down"].axes == "oi"
+    with pytest.raises(TypeError, match="no rule for"):
+        lora_jax.adapt(fn, given)(params, trained(params, given), jnp.ones((3, 4)))

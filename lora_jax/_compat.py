@@ -95,10 +95,13 @@ def as_current(x: Any) -> Any:
 
 def automatically(function: Callable[..., T], mesh: AbstractMesh, *values: Any) -> T:
     """`function(*values)` on a mesh, with the explicit axes of that automatic."""
-    if not mesh.axis_names:
-        return function(*values)
-    with on_mesh(automatic_mesh(mesh)):
-        return function(*jax.tree.map(lambda x: as_automatic(x, mesh), values))
+    if has_explicit_axes(mesh):
+        with on_mesh(automatic_mesh(mesh)):
+            return function(*jax.tree.map(lambda x: as_automatic(x, mesh), values))
+    if mesh.axis_names and has_explicit_axes(jax.sharding.get_abstract_mesh()):
+        with on_mesh(mesh):
+            return function(*values)
+    return function(*values)
 
 
 def explicit_mesh(equation: Any) -> AbstractMesh | None:
@@ -147,7 +150,7 @@ def retyped(x: Any, sharding: NamedSharding) -> Any:
     if jax.__version_info__ < (0, 8, 0):  # `reshard` did not change kinds of axes
         from jax._src import pjit
 
-        if kind.mesh.axis_names and kind.mesh.axis_types != sharding.mesh.axis_types:
+        if kind.mesh.axis_types != sharding.mesh.axis_types:
             return getattr(pjit, "mesh_cast")(x, sharding)  # noqa: B009
     return jax.sharding.reshard(x, sharding)
 

@@ -33,11 +33,8 @@ def map_entries(
         return function(_quantized.as_dense(weight), adapter, target)
     entry = _entry(target)
 
-    def each(weight: Any, adapter: Any) -> Any:
-        def one(own: tuple[Any, Any]) -> Any:
-            return map_entries(function, own[0], own[1], entry)
-
-        return jax.lax.map(one, (weight, adapter))
+    def each(*of: Any) -> Any:
+        return jax.lax.map(lambda own: map_entries(function, own[0], own[1], entry), of)
 
     # The stack may be sharded, which JAX maps over on automatic axes only.
     mesh = _compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))

@@ -148,8 +148,12 @@ def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
     """`bind` on the mesh of the equation, also where its axes are automatic here."""
     automatic = _compat.is_automatic()
     with _compat.on_mesh_of_equation(equation):
-        pairs = zip(values, equation.invars, strict=True)
-        out = _bind(equation, [_compat.retyped(v, atom.aval.sharding) for v, atom in pairs])
+        # A value that the program has on no mesh may be on this one here.
+        own = [
+            _compat.as_current(_compat.retyped(value, atom.aval.sharding))
+            for value, atom in zip(values, equation.invars, strict=True)
+        ]
+        out = _bind(equation, own)
     if not automatic:
         return out
     return jax.tree.map(_compat.as_current, out, is_leaf=lambda x: isinstance(x, Deferred))

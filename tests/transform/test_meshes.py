@@ -313,8 +313,11 @@ def check_on_mesh(
 
 
 def skip_where_jax_cannot(name):
-    if name == "scan" and jax.__version_info__ < (0, 8, 0):
-        pytest.skip("JAX 0.7 keeps nothing on automatic axes for a scan's backward pass")
+    if jax.__version_info__ < (0, 8, 0):
+        if name in ("scan", "branches"):
+            pytest.skip("JAX 0.7 keeps nothing on automatic axes for loops and branches")
+        if name == "shards_along_one_axis":
+            pytest.skip("JAX 0.7 aborts where a mesh is partly manual")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -331,6 +334,8 @@ def test_dora_on_explicit_axes(name):
 
 @pytest.mark.parametrize("name", [*SOME, *SHARDS])
 def test_sharded_adapters_on_explicit_axes(name):
+    skip_where_jax_cannot(name)
+
     def shard(mesh, v):
         spec = [None] * v.ndim
         if v.shape[-2] % 2 == 0:
@@ -355,6 +360,7 @@ def test_explicit_axes_without_jit(name):
 
 @pytest.mark.parametrize("name", ["column_parallel", "fused", "mapped", "branches"])
 def test_explicit_and_automatic_axes(name):
+    skip_where_jax_cannot(name)
     kinds = AxisType.Explicit, AxisType.Auto
     check_on_mesh(name, mesh=jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds))
 

@@ -7,7 +7,7 @@ text, the latter in the form with `re:`.
 
 The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`, those of its
 pure dict do not. A pattern matches both: it may match what is in front of that ending; and
-if it has the ending itself, after a name without wildcards, it may match without it.
+if it has the ending itself, after a letter and not a wildcard, it may match without it.
 """
 
 import difflib
@@ -28,7 +28,7 @@ Pattern: TypeAlias = str | re.Pattern[str]
 _REGEX = "re:"
 _BOXES = ("/value", "/raw_value")
 # Not `*/value`, which is what attention calls its weights.
-_NAME_IN_BOX = re.compile(r"(^|[:/])\w+/(raw_)?value$")
+_NAME_IN_BOX = re.compile(r"\w/(raw_)?value$")
 _FLAGS = {
     re.ASCII: "a",
     re.IGNORECASE: "i",

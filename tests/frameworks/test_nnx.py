@@ -108,3 +108,38 @@ def test_convolutions():
     model = made(Images, checks.normal((2, 6, 7, 3)))
     axes = {"conv/kernel/value": "iiio", "head/kernel/value": "iio"}
     checks.check_training(model, axes, "*/kernel")
+
+
+@pytest.mark.parametrize("ending", ["", "/value"])
+@pytest.mark.parametrize("form", ["state", "pure_dict"])
+def test_paths_with_and_without_their_ending(form, ending):
+    graphdef, state = nnx.split(nnx.Linear(6, 9, rngs=nnx.Rngs(0)))
+    params = state if form == "state" else nnx.to_pure_dict(state)
+
+    def fn(params, x):
+        if form == "state":
+            return nnx.merge(graphdef, params)(x)
+        return x @ params["kernel"] + params["bias"][None]
+
+    config = lora_jax.LoraConfig(
+        2,
+        targets=f"*kernel{ending}",
+        exclude=f"bias{ending}",
+        rank_pattern={f"kernel{ending}": 3},
+        axes={f"kernel{ending}": "io"},
+        use_dora=True,
+    )
+    plan = lora_jax.plan_adapters(config, params, fn, jnp.ones((4, 6)))
+    (path,) = plan.targets
+    assert path == ("kernel/value" if form == "state" else "kernel")
+    assert plan.targets[path].rank == 3
+    for other in ("kernel", "kernel/value"):
+        assert plan.explain(other) == plan.explain(path)
+    assert "of exclude matches it" in plan.explain(f"bias{ending}")
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    norms = lora_jax.adapted_column_norms(params, adapters, plan)
+    wrong = {
+        f"{name}/value" if form != "state" else "kernel": norms[name] for name in norms
+    }
+    with pytest.raises(KeyError, match=f"the nearest is '{path}'"):
+        lora_jax.adapt(fn, plan, column_norms=wrong)

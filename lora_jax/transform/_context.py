@@ -244,6 +244,8 @@ class Context:
         found: dict[str | int, dict[int, str]] = {name: {} for name in value.names}
         if self.probing:
             found = _roles_by_weight(value, roles)
+            before = [term.label.merged for term in value.terms if term.label.merged]
+            merged = merged or (before[0] if before else "")
         as_used = self._axes_as_used(value, roles) if roles and self.targets else {}
         for weight, axes in found.items():
             shape, letters = tuple(value.shape), as_used.get(weight, "")

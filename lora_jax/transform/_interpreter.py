@@ -1,5 +1,6 @@
 """Evaluates a jaxpr in which some values are factored."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,11 +166,12 @@ def _probe_inside(context: Context, equation: Any, values: list[Any], reason: st
     of says what the axes are. The rule of the derivative is not looked at.
     """
     roles: dict[Any, list[Any]] = {}
+    passed: list[Any] = []
     if (body := _compat.body_of(equation)) is not None:
         if context.reading:
             return evaluate(context, *body, values)
         with context.aside() as inside:
-            evaluate(context, *body, values)
+            passed = evaluate(context, *body, values)
         for sighting in inside:
             if sighting.roles:
                 roles.setdefault(sighting.name, []).append(sighting.roles)
@@ -178,6 +180,9 @@ def _probe_inside(context: Context, equation: Any, values: list[Any], reason: st
         context.see_merged(value, equation, reason, roles)
     dense = [merge(value) if isinstance(value, Factored) else value for value in values]
     out = _deferred.use(equation, dense)
+    if any(map(is_factored, passed)):  # a weight that goes through, such as a rounded one
+        pairs = zip(out, passed, strict=True)
+        return [_merged_before(reason, base, value) for base, value in pairs]
     if not context.reading or equation.primitive.name not in _ENTRYWISE:
         return out
     # Merged or not, the axes are what they were: of a weight that is quantized, say.
@@ -196,6 +201,15 @@ def _not_followed(
     for value in filter(is_factored, values):
         context.see(value, equation, merged=reason)
     return _compat.bind(equation, ())
+
+
+def _merged_before(reason: str, base: Any, value: Any) -> Any:
+    """What a merged call returns: if it is a weight, its later uses are of a merged one."""
+    if not isinstance(value, Factored):
+        return base
+    labels = [dataclasses.replace(term.label, merged=reason) for term in value.terms]
+    terms = zip(value.terms, labels, strict=True)
+    return Factored(base, tuple(dataclasses.replace(t, label=own) for t, own in terms))
 
 
 def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:

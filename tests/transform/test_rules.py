@@ -504,7 +504,17 @@ BODIES = {
     "float8": (own_derivative(in_float8), W, "io"),
     "int8": (own_derivative(in_int8), W.T, "oi"),
     "custom_vmap": (batched_product(), W, "io"),
-    "identity": (lambda x, w: x @ own_derivative(lambda _, w: w)(x, w), W, "..."),
+    "identity": (lambda x, w: x @ own_derivative(lambda _, w: w)(x, w), W, "io"),
+    "straight_through": (
+        lambda x, w: x @ own_derivative(lambda _, w: jnp.round(w))(x, w).T,
+        W.T,
+        "oi",
+    ),
+    "two_results": (
+        lambda x, w: x @ own_derivative(lambda x, w: (x * 2, w * jnp.max(w)))(x, w)[1],
+        W,
+        "io",
+    ),
     "backward_only": (backward_only, SQUARE, "..."),
 }
 

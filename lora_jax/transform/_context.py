@@ -459,8 +459,9 @@ class Context:
             f"the function stops the gradient of the adapted weight {names} (here of shape "
             f"{tuple(value.shape)}) with `stop_gradient`, at {self._where(equation)}: the "
             "adapter would get no gradient through this use. If only the base weight is "
-            "frozen there, set on_stop_gradient='base': the adapter is trained. If nothing "
-            "is trained through this use (a target network), set on_stop_gradient='all'."
+            "frozen there, set on_stop_gradient='base': the adapter is trained. If the "
+            "adapter is not to be trained by this use either (a target network, a "
+            "straight-through estimator), set on_stop_gradient='all'."
         )
 
     def is_vector(self, value: Factored) -> bool:

@@ -218,6 +218,11 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
     name = equation.primitive.name
     weights = [value for value in values if isinstance(value, Factored)]
     kinds = {value.gathered for value in weights}
+    # Parts of one weight that DoRA scales alike stay alike where they are joined.
+    joined = name == "concatenate" and any(
+        value.columns and not context.is_vector(value) for value in weights
+    )
+    keep_vectors = joined or name in _KEEP_VECTOR
     for i, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
         if not isinstance(value, Factored):
             continue
@@ -236,7 +241,7 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
                 and not (i == 0 and name in _KERNELS)
             )
         rows = value.gathered and not keep
-        if rows or (name not in _KEEP_VECTOR and context.is_vector(value)):
+        if rows or (not keep_vectors and context.is_vector(value)):
             context.use_rows(value)
             if not rows:
                 context.see(value, equation)

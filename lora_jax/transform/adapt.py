@@ -84,8 +84,9 @@ def adapt(
         on_unused: whether adapters of a weight that the function never uses are an error.
         on_stop_gradient: what `jax.lax.stop_gradient` of an adapted weight, or of a part of
             it, means: `"error"` raises; `"base"` stops the frozen weight and not its
-            adapter, for models that freeze their base; `"all"` stops both, for weights that
-            a use is not to train (a target network).
+            adapter, for models that freeze their base; `"all"` stops both, as the function
+            has it, for weights that a use is not to train (a target network), and for
+            straight-through estimators.
         dropout_key: a `jax.random` key for a step of training; each use of a weight, each
             step of a scan and each device of a `shard_map` has a mask of its own. None is
             no dropout.

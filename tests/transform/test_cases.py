@@ -80,12 +80,13 @@ MERGED = {
     "conv, tiled, axis 0",
 }
 SOME = [n for n in list(GRID)[::13] if n not in MERGED]
+SOME += ["x @ m, rolled by one, axis 0", "m @ x, permuted, axis 1"]  # columns are shared
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        n if i % 3 == 0 else pytest.param(n, marks=pytest.mark.slow)
+        n if i % 3 == 0 or i > len(SOME) - 3 else pytest.param(n, marks=pytest.mark.slow)
         for i, n in enumerate(SOME)
     ],
 )

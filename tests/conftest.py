@@ -28,7 +28,7 @@ QUICK = (
     *("tests.test_initializers", "tests.test_properties", "tests.test_quantized_params"),
     *("tests.quant.test_files", "tests.quant.test_tensors"),
     "tests.quantized",
-    *("tests.quant.test_nf4", "tests.training", "tests.transform.test_fuzz"),
+    *("tests.public", "tests.quant.test_nf4", "tests.training", "tests.transform.test_fuzz"),
     *("tests.transform.test_calls", "tests.transform.test_meshes"),
     "tests.transform.test_quantized",
     *("tests.transform.test_rules", "tests.transform.test_surroundings"),

@@ -44,8 +44,8 @@ def check_dora(model, targets):
     plan = model.plan(targets, use_dora=True)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     adapted = lora_jax.adapt(fn, plan)
-    run = _compiled(lambda adapters, params, args: adapted(params, adapters, *args))
-    plain = _compiled(lambda params, args: fn(params, *args))
+    run = compiled(lambda adapters, params, args: adapted(params, adapters, *args))
+    plain = compiled(lambda params, args: fn(params, *args))
     assert_close(run(adapters, params, args), plain(params, args), ULPS)
 
     adapters = jax.tree.map(jnp.add, adapters, drawn(adapters))
@@ -67,7 +67,7 @@ def check_training(model, axes, targets="all-linear"):
     def merged(params, adapters, *args):
         return fn(lora_jax.merge_adapters(params, adapters, plan), *args)
 
-    plain = _compiled(lambda params, args: fn(params, *args))(params, args)
+    plain = compiled(lambda params, args: fn(params, *args))(params, args)
     target = plain + normal(plain.shape)
     step, reference = (
         functools.partial(_step_of(function), params=params, args=args, target=target)
@@ -112,14 +112,14 @@ def _step_of(model):
         updates, _ = optimizer.update(grads, optimizer.init(adapters))
         return _Step(output, value, grads, optax.apply_updates(adapters, updates))
 
-    return _compiled(step)
+    return compiled(step)
 
 
-def _compiled(function):
+def compiled(function):
     """`jax.jit(function)`, where leaves that are no arrays stay static."""
 
     @functools.partial(jax.jit, static_argnums=1)
-    def compiled(arrays, static):
+    def run(arrays, static):
         leaves, treedef = static
         leaves = (arrays.get(i, leaf) for i, leaf in enumerate(leaves))
         args, kwargs = treedef.unflatten(leaves)
@@ -129,7 +129,7 @@ def _compiled(function):
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = {i: leaf for i, leaf in enumerate(leaves) if _is_array(leaf)}
         static = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
-        return compiled(arrays, (static, treedef))
+        return run(arrays, (static, treedef))
 
     return call
 

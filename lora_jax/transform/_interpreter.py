@@ -126,9 +126,9 @@ def evaluate_closed(context: Context, jaxpr: Any, arguments: Sequence[Any]) -> l
 def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     """What the equation gives: by its rule, or with its operands merged."""
     frame = context.frame
+    if equation.primitive.name == "broadcast_in_dim":
+        frame.broadcasts[equation.outvars[0]] = equation
     if not any(map(is_factored, values)):
-        if equation.primitive.name == "broadcast_in_dim":
-            frame.broadcasts[equation.outvars[0]] = equation
         return _compat.bind(equation, values)
     values = _merge_gathered(context, equation, values)
     if not any(map(is_factored, values)):

@@ -23,6 +23,7 @@ from lora_jax.transform._factored import (
     base_of,
     full,
     is_factored,
+    merge,
     place,
     squeeze,
     times,
@@ -252,7 +253,7 @@ def _negative(term: Term) -> Term:
 def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Times a scalar, or something that varies along the axes of one factor only."""
     if isinstance(x, Factored) and isinstance(y, Factored):
-        raise NotFactorableError("it is a product of adapted weights, entry by entry")
+        x, y = _merge_the_scale(context, equation, x, y)
     f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
     compact = _before_broadcast(context, equation, position, other)
     base = _deferred.bind(equation, [base_of(x), base_of(y)])
@@ -262,10 +263,32 @@ def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
 def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """By a scalar, or something that varies along the axes of one factor only."""
     if isinstance(y, Factored):
-        raise NotFactorableError("it divides by the weight")
+        if not isinstance(x, Factored):
+            raise NotFactorableError("it divides by the weight")
+        y = context.merge(y, equation, "it divides another weight by this one")
     compact = _before_broadcast(context, equation, 1, y)
     wide = compact.astype(_numerics.accumulation_dtype(compact.dtype))
     return _scaled(context, x, _deferred.bind(equation, [x.base, y]), 1 / wide)
+
+
+def _merge_the_scale(
+    context: Context, equation: Any, x: Factored, y: Factored
+) -> tuple[Any, Any]:
+    """Two weights, of which the one that is broadcast to the other's shape is merged.
+
+    Usually it has no adapter, as the scale of a matrix has none, and this only finds axes.
+    """
+    shape, known = equation.outvars[0].aval.shape, context.frame.broadcasts
+    broadcast = [
+        value.shape != shape or atom in known
+        for value, atom in zip((x, y), equation.invars, strict=True)
+    ]
+    reason = "it multiplies another weight, entry by entry"
+    if broadcast == [True, False]:
+        return context.merge(x, equation, reason), y
+    if broadcast == [False, True]:
+        return x, context.merge(y, equation, reason)
+    raise NotFactorableError("it is a product of adapted weights, entry by entry")
 
 
 def _before_broadcast(
@@ -280,7 +303,9 @@ def _before_broadcast(
         atom = steps[-1].invars[0]
     if not steps:
         raise NotFactorableError("the other operand varies along all axes of the weight")
-    value = jnp.asarray(_compat.as_current(frame.read(atom)))
+    source = frame.read(atom)
+    value = merge(source) if isinstance(source, Factored) else jnp.asarray(source)
+    value = _compat.as_current(value)
     for step in reversed(steps):
         shape = [1] * len(step.params["shape"])
         positions = step.params["broadcast_dimensions"]

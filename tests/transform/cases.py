@@ -295,6 +295,35 @@ CASES = {
         ((5, 12), (10,)),
         {"w": "io"},
     ),
+    # Scales among the params, which have the axes of a matrix and are none.
+    "column_scales": Case(
+        lambda p, x: x @ (p["w"] * p["up"] / p["down"]),
+        {"w": (12, 10), "up": (1, 10), "down": (1, 10)},
+        ((5, 12),),
+        {"w": "io"},
+    ),
+    "row_scales": Case(
+        lambda p, x: x @ (p["scale"] * p["w"]),
+        {"w": (12, 10), "scale": (12, 1)},
+        ((5, 12),),
+        {"w": "io"},
+    ),
+    "scales_of_heads": Case(
+        lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"] * p["scale"][None]),
+        {"w": (12, 2, 4), "scale": (2, 4)},
+        ((5, 12),),
+        {"w": "ioo"},
+    ),
+    "scales_of_layers": Case(
+        lambda p, x: lax.scan(
+            lambda h, layer: (jnp.tanh(h @ (layer[0] * layer[1])), None),
+            x,
+            (p["w"], p["s"]),
+        )[0],
+        {"w": (3, 12, 12), "s": (3, 1, 12)},
+        ((5, 12),),
+        {"w": "bio"},
+    ),
     "cast": _w(lambda p, x: x.astype("float32") @ p["w"].astype("float32"), "io"),
     "barrier": _w(lambda p, x: x @ lax.optimization_barrier((p["w"], x))[0], "io"),
     "frozen_by_user": Case(

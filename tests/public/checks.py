@@ -134,7 +134,9 @@ def with_gradients(function):
 
 def floating(tree):
     """The arrays of a tree that are floating point or complex."""
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return [
+        leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
 
 
 def is_floating(leaf):
@@ -143,7 +145,7 @@ def is_floating(leaf):
 
 
 def drawn_like(leaf, seed=0):
-    """Normal values of the size of weights: a matrix of them keeps the size of its input."""
+    """Normal values: a matrix of them about keeps the size of its input."""
     rng = np.random.default_rng([seed, *leaf.shape])
     return jnp.asarray(rng.normal(0, max(leaf.size, 1) ** -0.25, leaf.shape), leaf.dtype)
 
@@ -172,4 +174,3 @@ def normal(*shape, seed=0):
 def tokens(*shape, below=11):
     """Tokens, all of which differ from their neighbors."""
     return jnp.arange(np.prod(shape)).reshape(shape) * 3 % below
-

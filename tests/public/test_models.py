@@ -3,26 +3,19 @@
 `tests/public/run.py` makes the environments that have them, and runs these tests there.
 """
 
-import importlib
-
 import pytest
 
 from tests.public import checks, language, science, vision
-from tests.public.building import BUILDERS
+from tests.public.building import MODELS
 
 pytestmark = pytest.mark.public
 
-MODULES = (language, science, vision)
-
-
-def built(name):
-    packages, build = BUILDERS[name]
-    for package in packages:
-        pytest.importorskip(package)
-    return build()
+FAMILIES = (language, science, vision)  # each enters its models when it is imported
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_adapted_is_merged(name, method):
-    checks.check(built(name), use_dora=method == "dora")
+    package, build = MODELS[name]
+    pytest.importorskip(package)
+    checks.check(build(), use_dora=method == "dora")

@@ -289,7 +289,7 @@ def numpyro_autoregressive():
     return Model(apply, drawn(params), (normal(5, 4),), config=config, merged=("*",))
 
 
-# Equations, physics, control
+# Equations, physics
 
 
 @public("diffrax")
@@ -354,12 +354,3 @@ def netket_autoregressive():
     config = {"targets": "*/kernel", "axes": {"*": "io"}}
     spins = jnp.where(normal(4, 6) > 0, 1.0, -1.0)
     return of_linen(model, spins, config=config, left_out=("*/bias",), merged=("*",))
-
-
-@public("brax")
-def brax_policy():
-    from brax.training.agents.ppo import networks
-
-    policy = networks.make_ppo_networks(6, 3, (8, 8)).policy_network
-    params = drawn(policy.init(jax.random.key(0)))
-    return Model(lambda p, x: policy.apply(None, p, x), params, (normal(4, 6),))

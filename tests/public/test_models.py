@@ -8,7 +8,8 @@ import pytest
 from tests.public import checks, language, science, vision
 from tests.public.building import MODELS
 
-pytestmark = pytest.mark.public
+# What the packages warn of, and what they are warned of, is theirs.
+pytestmark = [pytest.mark.public, pytest.mark.filterwarnings("ignore")]
 
 FAMILIES = (language, science, vision)  # each enters its models when it is imported
 

@@ -36,7 +36,6 @@ ENVIRONMENTS = {
         "e3x": ("e3x==1.0.2",),
         "equimo": ("equimo==1.1.0",),
         "jax_resnet": ("jax-resnet==0.0.4",),
-        "jimm": ("jax-image-models==0.4.0",),
         "jraphx": ("jraphx==0.1.0",),
         "long_range_models": ("long-range-models==0.0.1",),
         "mamba2_jax": ("mamba2-jax==1.1.2",),
@@ -63,9 +62,8 @@ def run(name: str, folder: pathlib.Path, arguments: list[str]) -> bool:
     steps = (
         [sys.executable, "-m", "venv", folder],
         [python, "-m", "pip", "install", "--quiet", *wanted, *TOOLS, "-e", "."],
-        # Without one of these its tests would be skipped.
         [python, "-c", f"import jax, {', '.join(packages)}; print('JAX', jax.__version__)"],
-        [python, "-m", "pytest", *tests, *arguments],
+        [python, "-m", "pytest", *tests, "--packages", ",".join(packages), *arguments],
     )
     settings = {**os.environ, "KERAS_BACKEND": "jax", "NETKET_SHARDING": "0"}
     return all(

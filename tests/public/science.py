@@ -219,7 +219,7 @@ def e3x_equivariant_attention():
             radial = e3x.nn.exponential_bernstein
             basis = e3x.nn.basis(r, max_degree=1, num=4, radial_fn=radial)
             attention = e3x.nn.MultiHeadAttention(num_heads=2)
-            x = attention(x, basis, dst_idx=RECEIVERS, src_idx=SENDERS, num_segments=5)
+            x = attention(x, x, basis, dst_idx=RECEIVERS, src_idx=SENDERS, num_segments=5)
             return e3x.nn.TensorDense(5, max_degree=1)(x)
 
     # The weights of tensor products multiply entry by entry.
@@ -272,11 +272,13 @@ def flowjax_masked_autoregressive_flow():
 def bijx_real_nvp():
     import bijx
 
-    return of_nnx(
+    model = of_nnx(
         lambda rngs: bijx.realnvp_flow(4, n_coupling_layers=2, width=7, rngs=rngs),
-        normal(5, 4) / 9,
+        normal(5, 4),
         call=lambda flow, x: flow.forward(x, jnp.zeros(5)),
     )
+    smaller = jax.tree.map(lambda leaf: leaf / 4, model.params)  # it exponentiates
+    return model._replace(params=smaller)
 
 
 @public("numpyro")

@@ -2,7 +2,7 @@
 
 import jax
 
-from tests.public.building import of_equinox, of_haiku, of_linen, of_nnx, public
+from tests.public.building import of_equinox, of_haiku, of_linen, public
 from tests.public.checks import normal
 
 EVERY_KERNEL = {"targets": "*/kernel"}  # "all-linear" leaves convolutions out
@@ -13,10 +13,11 @@ def haiku_resnet():
     import haiku as hk
 
     def images(is_training, x):
-        net = hk.nets.ResNet((1, 1), 5, channels_per_group=(8, 12))
+        channels = (8, 8, 12, 12)
+        net = hk.nets.ResNet((1,) * 4, 5, bottleneck=False, channels_per_group=channels)
         return net(x, is_training=is_training)
 
-    return of_haiku(images, normal(2, 16, 16, 3), config={"targets": "*/w"})
+    return of_haiku(images, normal(2, 32, 32, 3), config={"targets": "*/w"})
 
 
 @public("haiku")
@@ -28,25 +29,6 @@ def haiku_mobilenet():
         return net(x, is_training=is_training)
 
     return of_haiku(images, normal(2, 32, 32, 3), config={"targets": "*/w"})
-
-
-@public("jimm")
-def jimm_vision_transformer():
-    from jimm.models.vit.vit_model import VisionTransformer
-
-    def make(rngs):
-        return VisionTransformer(
-            num_classes=5,
-            img_size=8,
-            patch_size=4,
-            num_layers=2,
-            num_heads=2,
-            mlp_dim=16,
-            hidden_size=12,
-            rngs=rngs,
-        )
-
-    return of_nnx(make, normal(2, 8, 8, 3))
 
 
 @public("equimo")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import peft
+from lora_jax import _files, peft
 from lora_jax._files import CheckpointError
+from lora_jax.peft import _names
 from tests.peft import support
 from tests.peft.support import GOLDEN, draw, linear, update_of, write
 from tests.support import x64
@@ -618,3 +620,48 @@ def test_the_directory_of_the_other_format(tmp_path):
         peft.load(tmp_path, {})
     with pytest.raises(NotADirectoryError, match=r"adapters\.json is a file"):
         peft.load(tmp_path / "adapters.json", {})
+
+
+def counted(monkeypatch, owner, name, counts):
+    """Counts the calls of a function."""
+    function = getattr(owner, name)
+
+    def run(*args, **kwargs):
+        counts[name] = counts.get(name, 0) + 1
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, run)
+
+
+@pytest.mark.parametrize("config", ["ends", "names", "ranks"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_work_grows_with_the_number_of_modules(stacked, config, tmp_path, monkeypatch):
+    """A name is compared with the paths that end as it does, and with no other."""
+    counts, work = {}, []
+    counted(monkeypatch, _names, "_common", counts)
+    counted(monkeypatch, _names, "numbers_in", counts)
+    counted(monkeypatch, re, "match", counts)
+    counted(monkeypatch, re, "fullmatch", counts)
+    counted(monkeypatch, _files.load_safetensors(), "safe_open", counts)
+    for layers in (2, 4, 8):
+        names = [f"h.{i}.experts.{j}.up" for i in range(layers) for j in range(3)]
+        targets = {"target_modules": ["up"] if config == "ends" else names}
+        if config == "ranks":
+            targets["rank_pattern"] = {name.replace(".", r"\."): 2 for name in names}
+            targets["r"] = 3
+        modules = [(name, 5, 7) for name in names]
+        folder = checkpoint(tmp_path / f"{layers}", *modules, **targets)
+        given = None
+        if stacked:
+            params = {"h": {"experts": {"up": (layers, 3, 5, 7)}}}
+            given = {"h.{}.experts.{}.up": "h/experts/up"}
+        else:
+            params = {"h": [{"experts": [{"up": (5, 7)}] * 3} for _ in range(layers)]}
+        counts.clear()
+        peft.load(folder, abstract(params), names=given)
+        assert counts["safe_open"] == 1
+        work.append({name: n for name, n in counts.items() if name != "safe_open"})
+    first, second, third = work
+    assert first.keys() == second.keys() == third.keys()
+    for name, count in second.items():
+        assert third[name] - count <= 2 * (count - first[name]), name

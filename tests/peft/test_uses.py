@@ -1,0 +1,383 @@
+"""What a function, a plan or names say of axes that shapes leave open."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import peft
+from lora_jax._files import CheckpointError
+from lora_jax.peft._uses import agrees, find_known
+from tests.peft.support import draw, linear, merged, update_of, write
+
+LAYERS = HEADS = 3
+SIZE, WIDTH = 2, 6
+OUT = "decoder/layers/out/kernel"
+
+
+def attention(axis):
+    """Output kernels of as many layers as heads, scanned over an axis, and a function."""
+    shape = [HEADS, SIZE, WIDTH]
+    shape.insert(axis, LAYERS)
+    params = {"decoder": {"layers": {"out": {"kernel": jnp.asarray(draw(*shape) / 4)}}}}
+
+    def apply(params, x):
+        kernels = jnp.moveaxis(params["decoder"]["layers"]["out"]["kernel"], axis, 0)
+
+        def layer(x, kernel):
+            heads = jnp.tanh(x).reshape(-1, HEADS, SIZE)
+            return x + jnp.einsum("bhk,hkd->bd", heads, kernel), None
+
+        return jax.lax.scan(layer, x, kernels)[0]
+
+    return params, apply, jnp.asarray(draw(5, WIDTH))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("axis", "axes"), [(0, "biio"), (1, "ibio")])
+def test_layers_that_are_as_many_as_heads(axis, axes, use_dora, tmp_path):
+    params, apply, x = attention(axis)
+    config = lora_jax.LoraConfig(rank=2, use_dora=use_dora)
+    plan = lora_jax.plan_adapters(config, params, apply, x)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapters = jax.tree.map(lambda a: a + draw(*a.shape), adapters)
+    want = lora_jax.adapt(apply, plan)(params, adapters, x)
+    names = {"model.layers.{}.o_proj": OUT}
+    peft.save(tmp_path, adapters, plan, names=names)
+    with pytest.raises(CheckpointError, match="axes 'biio' and 'ibio': shapes do not say"):
+        peft.load(tmp_path, params, names=names)
+    table = peft.match_names(tmp_path, params, apply, x, names=names)
+    letters = {"model.layers.{layer}.o_proj": (OUT, axes.replace("b", "{layer}"))}
+    for loaded in (
+        peft.load(tmp_path, params, apply, x, names=names),
+        peft.load(tmp_path, params, plan=plan, names=names),
+        peft.load(tmp_path, params, names={"model.layers.{}.o_proj": (OUT, axes)}),
+        peft.load(tmp_path, params, names=letters),
+        peft.load(tmp_path, params, names=table),
+    ):
+        assert loaded.plan.targets[OUT].axes == axes
+        got = apply(merged(params, loaded), x)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Mlp(eqx.Module):
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __call__(self, x):
+        return self.down(jnp.tanh(self.up(x)))
+
+
+def test_square_weights_of_equinox(tmp_path):
+    keys = jax.random.split(jax.random.key(0), 2)
+    model = Mlp(*(eqx.nn.Linear(6, 6, key=key) for key in keys))
+    params, static = eqx.partition(model, eqx.is_array)
+    apply = lambda params, x: jax.vmap(eqx.combine(params, static))(x)  # noqa: E731
+    x = jnp.asarray(draw(5, 6))
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params, apply, x)
+    adapters = lora_jax.init_adapters(keys[0], params, plan)
+    adapters = jax.tree.map(lambda a: a + draw(*a.shape), adapters)
+    want = lora_jax.adapt(apply, plan)(params, adapters, x)
+    peft.save(tmp_path, adapters, plan)
+    with pytest.raises(
+        CheckpointError, match=r"'up/weight' \(6, 6\) fits 'up' .*'io'.*'oi'"
+    ):
+        peft.load(tmp_path, params)
+    for loaded in (
+        peft.load(tmp_path, params, apply, x),
+        peft.load(tmp_path, params, plan=plan),
+        peft.load(tmp_path, params, layout="torch"),
+    ):
+        got = apply(merged(params, loaded), x)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_other_weights_show_how_square_ones_lie(tmp_path):
+    entries = linear("m.q", 5, 5, 2) | linear("m.up", 5, 7, 2)
+    folder = write(tmp_path, entries, r=2, target_modules=["q", "up"])
+    params = {"m": {"q": jnp.zeros((5, 5)), "up": jnp.zeros((5, 7))}}
+    assert peft.load(folder, params).plan.targets["m/q"].axes == "io"
+    # An embedding lies alike in all layouts, and shows nothing.
+    entries = linear("m.q", 5, 5, 2) | {
+        "m.e.lora_embedding_A": draw(2, 9),
+        "m.e.lora_embedding_B": draw(5, 2),
+    }
+    folder = write(tmp_path / "own", entries, r=2, target_modules=["q", "e"])
+    params = {"m": {"q": {"weight": jnp.zeros((5, 5))}, "e": {"weight": jnp.zeros((9, 5))}}}
+    with pytest.raises(CheckpointError, match="'io' .*'oi'"):
+        peft.load(folder, params)
+
+
+NAME = "model.layers.{}.mlp.experts.{}.up"
+WI = "layers/experts/up/kernel"
+NAMED = {"model.layers.{layer}.mlp.experts.{expert}.up": (WI, "{expert}{layer}io")}
+
+
+def experts_first(experts, layers=3):
+    entries = {}
+    for layer in range(layers):
+        for expert in range(experts):
+            name = NAME.format(layer, expert)
+            entries |= linear(name, 5, 7, 2, seed=10 * layer + expert)
+    kernel = jnp.asarray(draw(experts, layers, 5, 7))
+    return entries, {"layers": {"experts": {"up": {"kernel": kernel}}}}
+
+
+def check_experts(loaded, params, entries):
+    old = np.asarray(params["layers"]["experts"]["up"]["kernel"])
+    new = np.asarray(merged(params, loaded)["layers"]["experts"]["up"]["kernel"])
+    for expert, layer in np.ndindex(*old.shape[:2]):
+        want = old[expert, layer] + update_of(entries, NAME.format(layer, expert), 2.0)
+        np.testing.assert_allclose(new[expert, layer], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        NAMED,
+        {NAME: (WI, "{experts}{layers}io")},
+        {"model.layers.{}.mlp.experts.{e}.up": (WI, "{e}{layers}io")},
+    ],
+)
+@pytest.mark.parametrize("experts", [3, 4])
+def test_experts_in_front_of_layers(experts, names, tmp_path):
+    entries, params = experts_first(experts)
+    folder = write(tmp_path / "in", entries, r=2, lora_alpha=4, target_modules=["up"])
+    loaded = peft.load(folder, params, names=names)
+    check_experts(loaded, params, entries)
+    table = peft.match_names(folder, params, names=names)
+    line = next(
+        line for line in str(table).splitlines() if "layers.1.mlp.experts.2" in line
+    )
+    assert line.split() == [
+        "model.layers.1.mlp.experts.2.up", f"{WI}[2,", "1]", f"({experts},", "3,", "5,",
+        "7)", "{experts}{layers}io",
+    ]  # fmt: skip
+    check_experts(peft.load(folder, params, names=table), params, entries)
+    for own in (names, table):
+        peft.save(tmp_path / "out", loaded.adapters, loaded.plan, names=own)
+        check_experts(peft.load(tmp_path / "out", params, names=names), params, entries)
+
+
+def test_an_order_that_shapes_leave_open(tmp_path):
+    entries, params = experts_first(3)
+    folder = write(tmp_path, entries, r=2, lora_alpha=4, target_modules=["up"])
+
+    def apply(params, x):
+        kernels = jnp.moveaxis(params["layers"]["experts"]["up"]["kernel"], 1, 0)
+        layer = lambda x, k: (jnp.einsum("ebd,edf->ebf", x, k)[..., :5], None)  # noqa: E731
+        return jax.lax.scan(layer, x, kernels)[0]
+
+    for names in (None, {NAME: WI}, {NAME: (WI, "bbio")}):
+        for more in ((), (apply, jnp.zeros((3, 2, 5)))):
+            with pytest.raises(
+                CheckpointError, match="'{layers}{experts}io' and '{experts}{layers}io'"
+            ):
+                peft.load(folder, params, *more, names=names)
+    loaded = peft.load(folder, params, apply, jnp.zeros((3, 2, 5)), names=NAMED)
+    check_experts(loaded, params, entries)
+    # With another number of experts, one order has no room for all indexes.
+    entries, params = experts_first(4)
+    folder = write(tmp_path / "own", entries, r=2, lora_alpha=4, target_modules=["up"])
+    check_experts(peft.load(folder, params), params, entries)
+
+
+@pytest.mark.parametrize("axes", ["b{layer}io", "{layer}bio"])
+def test_stacks_of_experts_in_a_stack_of_layers(axes, tmp_path):
+    n, entries = 3, {}
+    for layer in range(n):
+        name = f"model.layers.{layer}.experts"
+        entries |= {f"{name}.lora_A.weight": draw(2 * n, 5, seed=layer)}
+        entries |= {f"{name}.lora_B.weight": draw(7, 2 * n, seed=layer)}
+    config = {"r": 2, "lora_alpha": 4, "target_parameters": ["experts.up"]}
+    folder = write(tmp_path / "in", entries, **config)
+    params = {"layers": {"experts": {"up": jnp.zeros((n, n, 5, 7))}}}
+    with pytest.raises(CheckpointError, match="'{layers}bio' and 'b{layers}io'"):
+        peft.load(folder, params)
+    names = {"model.layers.{layer}.experts.up": ("layers/experts/up", axes)}
+    loaded = peft.load(folder, params, names=names)
+    peft.save(tmp_path / "out", loaded.adapters, loaded.plan, names=names)
+    for each in (loaded, peft.load(tmp_path / "out", params, names=names)):
+        got = np.asarray(merged(params, each)["layers"]["experts"]["up"])
+        got = got if axes.startswith("{") else got.swapaxes(0, 1)
+        for layer in range(n):
+            name = f"model.layers.{layer}.experts.lora_"
+            a = entries[f"{name}A.weight"].reshape(n, 2, 5)
+            b = entries[f"{name}B.weight"].reshape(7, 2, n)
+            want = 2 * np.einsum("ore,eri->eio", b.astype(float), a)
+            np.testing.assert_allclose(got[layer], want, rtol=1e-5, atol=1e-5)
+
+
+def convolve(numbers, params, x):
+    kernel = params["c"]["weight"]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=numbers
+    )
+
+
+CONVOLUTIONS = [
+    (("NHWC", "HWIO", "NHWC"), (1, 4, 4, 3), (2, 3, 1, 0)),
+    (("NCHW", "OIHW", "NCHW"), (1, 3, 4, 4), (0, 1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("numbers", "x", "order"), CONVOLUTIONS)
+def test_convolutions_of_equal_sizes(numbers, x, order, tmp_path):
+    a, b = draw(2, 3, 3, 3), draw(3, 2, 1, 1)
+    folder = write(
+        tmp_path, {"c.lora_A.weight": a, "c.lora_B.weight": b}, r=2, lora_alpha=4,
+        target_modules=["c"],
+    )  # fmt: skip
+    params = {"c": {"weight": jnp.zeros((3, 3, 3, 3))}}
+    with pytest.raises(CheckpointError, match="'iiio' .*'oiii'"):
+        peft.load(folder, params)
+    apply = functools.partial(convolve, numbers)
+    loaded = peft.load(folder, params, apply, jax.ShapeDtypeStruct(x, "float32"))
+    want = 2 * np.einsum("or,rihw->oihw", b[:, :, 0, 0].astype(float), a)
+    got = merged(params, loaded)["c"]["weight"]
+    np.testing.assert_allclose(got, want.transpose(order), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("numbers", "x", "order"), CONVOLUTIONS)
+def test_saved_convolutions_of_equal_sizes(numbers, x, order, tmp_path):
+    kernel = draw(3, 3, 3, 3)
+    entries = {"c.weight": kernel} | linear("q", 5, 7, 2)
+    folder = write(tmp_path, entries, r=2, target_modules=["q"], modules_to_save=["c"])
+    params = {"c": {"weight": jnp.zeros((3, 3, 3, 3))}, "q": {"kernel": jnp.zeros((5, 7))}}
+    with pytest.raises(CheckpointError, match="'c.weight' fits 'c/weight' .* in 2 ways"):
+        peft.load(folder, params)
+
+    def apply(params, x):
+        return convolve(numbers, params, x), jnp.zeros((1, 5)) @ params["q"]["kernel"]
+
+    loaded = peft.load(folder, params, apply, jax.ShapeDtypeStruct(x, "float32"))
+    np.testing.assert_array_equal(loaded.replaced["c/weight"], kernel.transpose(order))
+
+
+@pytest.mark.parametrize(("equation", "axes"), [("io", "bio"), ("oi", "boi")])
+def test_experts_as_wide_as_long(equation, axes, tmp_path):
+    entries = {"m.lora_A.weight": draw(6, 5), "m.lora_B.weight": draw(5, 6)}
+    folder = write(tmp_path, entries, r=2, target_parameters=["m.w"])
+    params = {"m.w": jnp.zeros((3, 5, 5))}
+    with pytest.raises(CheckpointError, match="'bio' and 'boi'"):
+        peft.load(folder, params, layout="torch")
+    apply = lambda params, x: jnp.einsum(f"ebi,e{equation}->ebo", x, params["m.w"])  # noqa: E731
+    for layout in (None, "jax", "torch"):
+        loaded = peft.load(folder, params, apply, jnp.zeros((3, 2, 5)), layout=layout)
+        assert loaded.plan.targets["m.w"].axes == axes
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "axes"),
+    [
+        ("btd,ndh->btnh", (2, 6, 3), "oio"),
+        ("btd,nhd->btnh", (2, 3, 6), "ooi"),
+        ("btd,dnh->btnh", (6, 2, 3), "ioo"),
+    ],
+)
+def test_heads_wherever_they_are(equation, shape, axes, tmp_path):
+    entries = linear("q", 6, 6, 2)
+    folder = write(tmp_path, entries, r=2, lora_alpha=4, target_modules=["q"])
+    params = {"q": {"w": jnp.zeros(shape)}}
+    apply = lambda params, x: jnp.einsum(equation, x, params["q"]["w"])  # noqa: E731
+    x = jnp.asarray(draw(1, 4, 6))
+    loaded = peft.load(folder, params, apply, x)
+    assert loaded.plan.targets["q/w"].axes == axes
+    got = apply(merged(params, loaded), x).reshape(4, 6)
+    np.testing.assert_allclose(
+        got, x[0] @ update_of(entries, "q", 2.0), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_norms_and_biases_that_are_stacked_behind(tmp_path):
+    n, entries = 3, {}
+    for i in range(n):
+        entries |= linear(f"h.{i}.q", 5, 6, 2, seed=i)
+        entries |= {f"h.{i}.q.lora_B.bias": draw(6, seed=i)}
+        entries |= {f"h.{i}.norm.weight": draw(n, seed=i)}
+    folder = write(
+        tmp_path, entries, r=2, lora_alpha=2, lora_bias=True, target_modules=["q"],
+        modules_to_save=["norm"],
+    )  # fmt: skip
+    shapes = {
+        "q": {"kernel": (5, n, n, 2), "bias": (n, n, 2)},
+        "norm": {"scale": (n, n)},
+    }
+    params = {"h": jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))}
+
+    def apply(params, x, y):
+        own = params["h"]
+        kernel, bias = (jnp.moveaxis(own["q"][k], 1, 0) for k in ("kernel", "bias"))
+
+        def layer(carry, layer):
+            kernel, bias, scale = layer
+            return carry, (jnp.einsum("bd,dhk->bhk", x, kernel) + bias[None], y * scale)
+
+        return jax.lax.scan(layer, 0.0, (kernel, bias, own["norm"]["scale"].T))[1]
+
+    with pytest.raises(CheckpointError, match=r"norm/scale' \(3, 3\) in 2 ways"):
+        peft.load(folder, params)
+    loaded = peft.load(folder, params, apply, jnp.zeros((2, 5)), jnp.zeros(n))
+    assert loaded.plan.targets["h/q/kernel"].axes == "iboo"
+    for i in range(n):
+        got = loaded.replaced["h/norm/scale"][:, i]
+        np.testing.assert_array_equal(got, entries[f"h.{i}.norm.weight"])
+        got = loaded.replaced["h/q/bias"][:, i].reshape(-1)
+        np.testing.assert_allclose(got, entries[f"h.{i}.q.lora_B.bias"], rtol=1e-6)
+
+
+def test_a_square_head_lies_as_the_function_uses_it(tmp_path):
+    weight = draw(5, 5)
+    entries = {"score.weight": weight} | linear("q", 5, 7, 2)
+    folder = write(tmp_path, entries, r=2, target_modules=["q"], modules_to_save=["score"])
+    params = {"score": {"weight": jnp.zeros((5, 5))}, "q": {"kernel": jnp.zeros((5, 7))}}
+    with pytest.raises(CheckpointError, match=r"'score.weight' fits .* in 2 ways"):
+        peft.load(folder, params)
+    for equation, want in (("bi,io->bo", weight.T), ("bi,oi->bo", weight)):
+
+        def apply(params, x, equation=equation):
+            y = jnp.einsum(equation, x, params["score"]["weight"])
+            return y, x @ params["q"]["kernel"]
+
+        loaded = peft.load(folder, params, apply, jnp.zeros((2, 5)))
+        np.testing.assert_array_equal(loaded.replaced["score/weight"], want)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((None, 1), {}, TypeError, "there are arguments and no function"),
+        ((3,), {}, TypeError, "fn must be a function, got int"),
+        ((), {"plan": 3}, TypeError, "plan must be an AdapterPlan, got int"),
+        ((), {"on_tied": "ask"}, ValueError, "on_tied must be"),
+    ],
+)
+def test_arguments(args, options, error, message, tmp_path):
+    folder = write(tmp_path, linear("q", 5, 7, 2), r=2, target_modules=["q"])
+    params = {"q": jnp.zeros((5, 7))}
+    with pytest.raises(error, match=message):
+        peft.load(folder, params, *args, **options)
+
+
+def test_a_plan_and_a_function(tmp_path):
+    folder = write(tmp_path, linear("q", 5, 7, 2), r=2, target_modules=["q"])
+    params = {"q": jnp.zeros((5, 7))}
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
+    with pytest.raises(TypeError, match="both fn and plan say what the axes are"):
+        peft.load(folder, params, lambda params: params, plan=plan)
+    with pytest.raises(KeyError, match="'q'"):
+        peft.load(folder, {"k": jnp.zeros((5, 7))}, plan=plan)
+
+
+def test_letters_as_far_as_they_are_known():
+    shape = jax.ShapeDtypeStruct((3, 5), "float32")
+    known = find_known({"w": shape}, lambda params: params["w"] * 2, (), None)
+    assert known.axes["w"] in ("??", "--")
+    assert agrees("bio", "b??")
+    assert agrees("bio", "b--")
+    assert not agrees("bio", "?b?")
+    assert not agrees("bio", "-??")

@@ -233,6 +233,32 @@ def test_tied_embeddings(tmp_path, config, head, refused, capsys):
     support.assert_close(got, want, 4)
 
 
+@pytest.mark.parametrize("module", ["model.embed_tokens", "model.tok"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_that_does_not_say_whether_it_is_tied(tmp_path, module, whole, capsys):
+    tensors = models.make_tensors()
+    del tensors["lm_head.weight"]
+    tensors[f"{module}.weight"] = tensors.pop("model.embed_tokens.weight")
+    base = models.write_base(tmp_path / "base", tensors)
+    (base / "config.json").unlink()
+    entries = {
+        f"{module}.lora_embedding_A": models.draw((2, models.ENTRIES), 1),
+        f"{module}.lora_embedding_B": models.draw((models.WIDTH, 2), 2),
+    }
+    last = module.rpartition(".")[2]
+    adapter = models.write_adapter(
+        tmp_path / "adapter", {}, entries, r=2, target_modules=[last]
+    )
+    out = tmp_path / "out"
+    if whole:
+        base, out = base / "model.safetensors", tmp_path / "out.safetensors"
+    line = refuse(capsys, base, adapter, out)
+    assert f"changes {module!r}, and the model has no lm_head.weight" in line
+    config = tmp_path / "base" / "config.json"
+    config.write_text('{"tie_word_embeddings": false}')
+    assert run(base, adapter, out) == 0
+
+
 def test_an_adapted_head_that_is_tied(tmp_path, capsys):
     tensors = models.make_tensors()
     del tensors["lm_head.weight"]

@@ -5,6 +5,7 @@ What is read is not trusted: whatever a file holds, the outcome is its content o
 only when it is complete.
 """
 
+import codecs
 import contextlib
 import errno
 import json
@@ -290,7 +291,7 @@ def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            data.decode("utf-8-sig"),
+            data.removeprefix(codecs.BOM_UTF8).decode(),
             parse_constant=_refuse,
             parse_float=_finite,
             object_pairs_hook=_distinct,

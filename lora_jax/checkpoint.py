@@ -18,7 +18,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -88,7 +88,10 @@ def save_adapters(
     fields = json.loads(plan.to_json())
     arrays, metadata = _arrays(adapters, plan), {"format": _FORMAT}
     if dtype is not None:
-        metadata[_DTYPES] = json.dumps({n: array.dtype.name for n, array in arrays.items()})
+        dtypes = {
+            n: array.dtype.name for n, array in arrays.items() if array.dtype != dtype
+        }
+        metadata |= {_DTYPES: json.dumps(dtypes)} if dtypes else {}
         arrays = {name: _files.cast(name, array, dtype) for name, array in arrays.items()}
     data = _files.tensor_bytes(arrays, metadata)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -117,7 +120,7 @@ def load_adapters(
     directory: str | os.PathLike[str],
     *,
     strict: bool = True,
-    dtype: DTypeLike | None = None,
+    dtype: DTypeLike | Literal["file"] | None = None,
 ) -> tuple[dict[str, Adapter], AdapterPlan]:
     """Reads what `save_adapters` wrote.
 
@@ -128,7 +131,8 @@ def load_adapters(
             and arrays that no adapter has are; one warning names them all. Another program
             may have written such files: see the guide to checkpoints.
         dtype: of the adapters; None for the dtypes that they had when they were saved.
-            Adapters that were in 16 bits then are so again: train on in float32.
+            Adapters that were in 16 bits then are so again: train on in float32. `"file"`
+            for the dtypes that the file has, which are others if it was saved with `dtype`.
 
     Returns:
         The adapters, as arrays of JAX with the bits that were saved, and their plan.
@@ -151,12 +155,13 @@ def load_adapters(
         raise CheckpointError(
             f"{folder} has an adapter that PEFT wrote: read it with lora_jax.peft.load."
         )
-    dtype = None if dtype is None else _checks.check_factor_dtype(dtype)
+    as_stored = isinstance(dtype, str) and dtype == "file"
+    given = None if dtype is None or as_stored else _checks.check_factor_dtype(dtype)
     record, file = _open_files(folder)
     plan = _files.checked(
         folder / _RECORD, lambda: AdapterPlan.from_json(json.dumps(record["plan"]))
     )
-    dtypes = _saved_dtypes(file)
+    dtypes = {} if as_stored else _saved_dtypes(file)
     misfits = _misfits(file, plan)
     if misfits and strict:
         raise CheckpointError(
@@ -169,7 +174,7 @@ def load_adapters(
             f"left out of {file.path}: {_listed(misfits, len(misfits))}.", stacklevel=2
         )
     adapters = {
-        path: _adapter(file, path, target, dtypes, dtype)
+        path: _adapter(file, path, target, dtypes, given)
         for path, target in plan.targets.items()
     }
     _files.checked(file.path, lambda: _plan_checks.check_adapters(adapters, plan))

@@ -159,8 +159,10 @@ def test_a_dtype_for_the_file(tmp_path, stored):
     want = jax.tree.map(lambda x: x.astype(stored).astype(x.dtype), adapters)
     assert bits(loaded) == bits(want)
     assert loaded_plan == plan
-    half, _ = load_adapters(tmp_path, dtype="float16")
-    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("float16")}
+    for dtype in ("float16", "file"):
+        leaves = jax.tree.leaves(load_adapters(tmp_path, dtype=dtype)[0])
+        expected = stored if dtype == "file" else dtype
+        assert {x.dtype for x in leaves} == {jnp.dtype(expected)}
 
 
 def test_dtypes_that_do_not_hold_the_values(tmp_path):

@@ -235,7 +235,7 @@ def _whole(file: _files.TensorFile, key: str) -> Whole:
 
 
 def _read_own(directory: pathlib.Path) -> Contents:
-    adapters, plan = load_adapters(directory)
+    adapters, plan = load_adapters(directory, dtype="file")
     config = plan.config
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
     read, rank_of = {}, _ranks(config)

@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+import numpy as np
+
 from lora_jax import _files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal
@@ -42,9 +44,8 @@ def _to_own(
     base = _base.open_base(pathlib.Path(options.base))
     contents = _adapters.read_contents(source)
     _loading.check_ties(base, contents.changed, contents.embeddings)
-    loaded = _loading.load_for(
-        contents, source, base, names, options.layout or "torch", dtype="file"
-    )
+    layout = options.layout or "torch"
+    loaded = _loading.load_for(contents, source, base, names, layout, dtype=None)
     adapters, plan, replaced = loaded[:3]
     if replaced:
         names_of = ", ".join(map(repr, list(replaced)[:3]))
@@ -54,8 +55,15 @@ def _to_own(
             "program with lora_jax.peft.load."
         )
     with _output.new_directory(out) as new:
-        save_adapters(new, adapters, plan, dtype=options.dtype)
+        save_adapters(new, adapters, plan, dtype=options.dtype or _dtype(contents))
     return len(plan.targets)
+
+
+def _dtype(contents: _adapters.Contents) -> np.dtype | None:
+    """The dtype of all arrays of adapters; None if they have several."""
+    adapters = contents.adapters.values()
+    dtypes = {dtype for adapter in adapters for dtype in adapter.dtypes.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _to_peft(
@@ -66,7 +74,7 @@ def _to_peft(
 ) -> int:
     if options.base is not None:
         raise ValueError("--base is for --to lora_jax: the plan has all shapes.")
-    adapters, plan = load_adapters(source)
+    adapters, plan = load_adapters(source, dtype="file")
     with _output.new_directory(out) as new:
         save(
             new, adapters, plan, names=names, layout=options.layout or "jax",

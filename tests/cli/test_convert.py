@@ -60,6 +60,9 @@ def test_dtypes_stay_or_are_asked_for(tmp_path, base, capsys):
         options = [f"--dtype={dtype}"] if dtype else []
         own, back = tmp_path / f"own {dtype}", tmp_path / f"back {dtype}"
         assert convert(adapter, own, "--to=lora_jax", f"--base={base}", *options) == 0
+        # What is trained further is float32, as if PEFT's files were loaded.
+        leaves = jax.tree.leaves(checkpoint.load_adapters(own)[0])
+        assert {x.dtype for x in leaves} == {jnp.dtype("float32")}
         assert convert(own, back, "--to=peft", "--layout=torch", *options) == 0
         entries = models.read_model(back)
         assert {x.dtype for x in entries.values()} == {jnp.dtype(expected)}

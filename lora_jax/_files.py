@@ -193,25 +193,27 @@ def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
 
     Args:
         name: of the array, for messages.
-        array: to cast.
+        array: to cast; integers are returned as they are.
         dtype: floating point; None for the array as it is.
 
     Raises:
         ValueError: if a finite value would be infinite, or all values would be 0.
     """
-    if dtype is None or array.dtype == dtype:
+    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        new = array.astype(dtype)
-    info, size = jnp.finfo(dtype), np.abs(array[np.isfinite(array)].astype(np.float64))
-    if np.isfinite(new).sum() != size.size:
+        new = array.astype(dtype, copy=False)
+    lost = np.isfinite(array) & ~np.isfinite(new)
+    if lost.any():
+        largest = np.abs(array[lost].astype(np.float64)).max()
         raise ValueError(
-            f"{name} has values up to {size.max():.3g}, and {jnp.dtype(dtype).name} holds "
-            f"none above {float(info.max):.3g}: choose a wider dtype."
+            f"{name} has values up to {largest:.3g}, and {jnp.dtype(dtype).name} holds "
+            f"none above {float(jnp.finfo(dtype).max):.3g}: choose a wider dtype."
         )
-    if size.any() and not new.any():
+    if array.any() and not new.any():
+        largest = np.abs(array.astype(np.float64)).max()
         raise ValueError(
-            f"{name} has values up to {size.max():.3g}, which are all 0 in "
+            f"{name} has values up to {largest:.3g}, which are all 0 in "
             f"{jnp.dtype(dtype).name}: choose a wider dtype."
         )
     return new

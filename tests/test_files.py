@@ -223,6 +223,55 @@ def test_dtypes_that_are_not_written(dtype):
         _files.to_numpy("a", np.ones(3, dtype))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_casts_that_hold_the_values(dtype):
+    array = np.array([1 / 3, -65504, 6e-8, 0, np.inf, -np.inf, np.nan])
+    got = _files.cast("a", array, dtype)
+    assert (got.dtype, got.tobytes()) == (dtype, array.astype(dtype).tobytes())
+    assert _files.cast("a", array, None) is array
+    numbers = np.arange(5)
+    assert _files.cast("a", numbers, dtype) is numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype", "message"),
+    [
+        (65520.0, "float32", "float16", r"a has values up to 6.55e\+04, and float16 holds"),
+        (
+            -7e4,
+            "bfloat16",
+            "float16",
+            r"values up to 7.01e\+04, and float16 holds none above",
+        ),
+        (
+            3.4e38,
+            "float32",
+            "bfloat16",
+            r"3.4e\+38, and bfloat16 holds none above 3.39e\+38",
+        ),
+        (1e39, "float64", "float32", r"values up to 1e\+39, and float32 holds none above"),
+        (1e-9, "float32", "float16", "values up to 1e-09, which are all 0 in float16"),
+        (-1e-60, "float64", "bfloat16", "values up to 1e-60, which are all 0 in bfloat16"),
+    ],
+)
+def test_casts_that_do_not(value, stored, dtype, message):
+    array = np.array([0, value, 0]).astype(stored)
+    with pytest.raises(ValueError, match=message):
+        _files.cast("a", array, dtype)
+    array = np.array([np.nan, value, np.inf]).astype(stored)
+    if abs(value) > 1:
+        with pytest.raises(ValueError, match="choose a wider dtype"):
+            _files.cast("a", array, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int8"])
+def test_widened_arrays(dtype):
+    array = some(dtype, 4, 3)
+    wide = _files.widen(array)
+    assert wide.dtype == (dtype if dtype not in ("bfloat16", "float16") else "float32")
+    np.testing.assert_array_equal(wide.astype(dtype), array)
+
+
 # ---------------------------------------------------------------------------- settings
 
 

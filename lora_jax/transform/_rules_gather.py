@@ -37,9 +37,8 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     taken = frozenset(indexed)
     fills = fills and not context.probing
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
-    # What is filled in may be scaled as DoRA scales the weight if it is 0 or NaN.
-    fill = equation.params.get("fill_value")
-    stays = fill is None or fill == 0 or fill != fill
+    # What is filled in may be scaled as DoRA scales the weight if it is 0.
+    stays = equation.params.get("fill_value") == 0
 
     def factor(p, owns):  # zero where the base is filled
         out = _gather(equation, f, p, indices, base.ndim, 0.0)

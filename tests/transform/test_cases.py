@@ -80,7 +80,10 @@ MERGED = {
     "conv, tiled, axis 0",
 }
 SOME = [n for n in list(GRID)[::13] if n not in MERGED]
-SOME += ["x @ m, rolled by one, axis 0", "m @ x, permuted, axis 1"]  # columns are shared
+SOME += [
+    "x @ m, rolled by one, axis 0",
+    "m @ x, rolled by one, axis 1",
+]  # columns are shared
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,8 @@ SOME += ["x @ m, rolled by one, axis 0", "m @ x, permuted, axis 1"]  # columns a
 @pytest.mark.parametrize("method", METHODS)
 def test_a_moved_weight_agrees_with_the_merged_one(name, method):
     case = GRID[name]
-    if method == "dora" and "padded" in name:
+    # `jnp.take` has a fill value, too, for indices out of bounds.
+    if method == "dora" and ("padded" in name or name == "m @ x, permuted, axis 1"):
         pytest.skip("refused: DoRA would scale the fill value")
     with x64():
         params, args = inputs(case)

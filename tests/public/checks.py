@@ -27,6 +27,7 @@ class Model(NamedTuple):
         config: fields of the `LoraConfig`; targets are `"all-linear"` if it has none.
         left_out: patterns of the matrices that have no adapter, each of which matches.
         merged: patterns of the weights that are merged for some use.
+        no_dora: why DoRA is not tried; empty if it is.
         dtype: in which the model computes, where it is not float64.
         ulps: the rounding units of that dtype that results may differ by.
     """
@@ -37,6 +38,7 @@ class Model(NamedTuple):
     config: Mapping[str, Any] = {}
     left_out: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    no_dora: str = ""
     dtype: str = "float64"
     ulps: int = ULPS
 

@@ -39,7 +39,12 @@ def equinox_weight_norm():
         return eqx.nn.Sequential([normed, eqx.nn.Linear(5, 3, key=key)])
 
     # The matrix itself stays low-rank; its norm needs the merged one.
-    return of_equinox(make, normal(4), merged=("layers/0/layer/weight",))
+    return of_equinox(
+        make,
+        normal(4),
+        merged=("layers/0/layer/weight",),
+        no_dora="the norm of the layer undoes DoRA's magnitude, which has no gradient",
+    )
 
 
 @public("haiku")

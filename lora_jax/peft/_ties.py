@@ -23,6 +23,8 @@ ON_TIED = ("error", "allow")
 
 # What leaves of an output head are called besides these.
 _HEAD = re.compile(r"head|logits|^output$|unembed|embed_out", re.IGNORECASE)
+# What embeddings of tokens with an adapter are called.
+_TOKENS = re.compile(r"embed|token|tok_|word|wte|shared", re.IGNORECASE)
 # Embeddings of what is no token are never tied to a head.
 _NO_TOKEN = re.compile(r"pos|wpe|type|segment|rel|time|patch", re.IGNORECASE)
 _WITH_A_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -36,7 +38,11 @@ def of_adapters(
     for site in sites:
         kind = kinds[site.module]
         if kind in ("embedding", "linear"):
-            wrong = _wrong(places, site.name, site.path, kind == "embedding", config)
+            own = side(site.name, site.path, config)
+            last = last_word(site.name)
+            if kind == "embedding" and _TOKENS.search(last) and not _NO_TOKEN.search(last):
+                own = own or "embedding"
+            wrong = _wrong(places, site.name, site.path, own, kind == "embedding", config)
             lines.update((site.module, line) for line in wrong)
     return lines
 
@@ -60,9 +66,10 @@ def of_wholes(
         module = names[0].rpartition(".")[0]
         if len(names) > 1 or len(places.shape(path)) < 2:
             continue  # both sides are there, and equal
-        if not (twins and side(module, path, config)):
+        own = side(module, path, config)
+        if not (twins and own):
             embedding = _wholes.is_embedding(module, path)
-            wrong = _wrong(places, module, path, embedding, config)
+            wrong = _wrong(places, module, path, own, embedding, config)
             lines.update((names[0], line) for line in wrong)
     return lines
 
@@ -143,8 +150,23 @@ def side(module: str, path: str, config: PeftConfig) -> str:
 
 
 def _wrong(
-    places: Places, module: str, path: str, embedding: bool, config: PeftConfig
+    places: Places,
+    module: str,
+    path: str,
+    own: str,
+    embedding: bool,
+    config: PeftConfig,
 ) -> Iterator[str]:
+    """What is wrong with what a checkpoint has for a module, if one leaf is two modules.
+
+    Args:
+        places: the leaves.
+        module: the name of the module.
+        path: of the leaf.
+        own: which side of a tie the module may be.
+        embedding: whether the checkpoint sees it as an embedding.
+        config: of the checkpoint.
+    """
     tie = places.known.tie(path)
     advice = (
         "Give params in which the embedding and the output head are two leaves, and a "
@@ -157,7 +179,6 @@ def _wrong(
             f"has would act on both. {advice}it is to act on both"
         )
         return
-    own = side(module, path, config)
     if not own or places.known.uses:
         return
     other = "output head" if own == "embedding" else "embedding"

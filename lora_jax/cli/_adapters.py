@@ -14,7 +14,9 @@ from lora_jax.checkpoint import load_adapters
 from lora_jax.config import LoraConfig
 from lora_jax.peft import _entries
 from lora_jax.peft._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from lora_jax.peft._replaced import same_bits
 from lora_jax.peft._ties import may_be_tied
+from lora_jax.peft._wholes import EMBEDDINGS, HEADS, last_word
 from lora_jax.peft.config import PeftConfig
 
 Format = Literal["peft", "lora_jax"]
@@ -110,9 +112,14 @@ class Contents:
     def changed(self) -> list[str]:
         """What the adapters change of one array and not of those that are tied to it.
 
-        PEFT puts rows into all of them.
+        PEFT puts rows into all of them, and has the embedding and the head of a model that
+        is tied, where both are saved whole, as two arrays that are equal.
         """
-        return [*self.adapters, *(name for name in self.wholes if name not in self.rows)]
+        ends = [n for n in self.wholes if last_word(n) in EMBEDDINGS | HEADS]
+        arrays = [self.wholes[name].read() for name in ends] if len(ends) == 2 else []
+        equal = ends if arrays and same_bits(*arrays) else []
+        wholes = (n for n in self.wholes if n not in self.rows and n not in equal)
+        return [*self.adapters, *wholes]
 
 
 def find_format(directory: pathlib.Path) -> Format:

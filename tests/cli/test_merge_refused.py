@@ -259,6 +259,27 @@ def test_a_model_that_does_not_say_whether_it_is_tied(tmp_path, module, whole, c
     assert run(base, adapter, out) == 0
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_model_of_which_both_arrays_are_saved(tmp_path, equal, factors, capsys):
+    tensors = models.make_tensors()
+    del tensors["lm_head.weight"]
+    base = models.write_base(tmp_path / "base", tensors, tie_word_embeddings=True)
+    shape = models.ENTRIES, models.WIDTH
+    one, other = models.draw(shape, 1), models.draw(shape, 1 if equal else 2)
+    extra = {"model.embed_tokens.weight": one, "lm_head.weight": other}
+    saved = ["embed_tokens", "lm_head"]
+    adapter = models.write_adapter(
+        tmp_path / "adapter", factors, extra, modules_to_save=saved
+    )
+    if not equal:
+        line = refuse(capsys, base, adapter, tmp_path / "out")
+        assert "the embedding and the output head of this model are one array" in line
+        return
+    assert run(base, adapter, tmp_path / "out") == 0
+    tensors["model.embed_tokens.weight"] = one
+    assert_merged(models.read_model(tmp_path / "out"), tensors, factors)
+
+
 def test_an_adapted_head_that_is_tied(tmp_path, capsys):
     tensors = models.make_tensors()
     del tensors["lm_head.weight"]

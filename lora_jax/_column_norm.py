@@ -7,17 +7,20 @@ Below, the *summed* axis of the weight is the one that the squares are summed ov
 *kept* axis the other; `left` is the factor with the summed axis and `right
 (*batch, rank, kept)` the other one, times the scale.
 
-The sum cancels where the update nearly undoes a column; the columns are then formed
-directly, block by block.
+The factored sum is wrong where it cancels, because the update nearly undoes a column, and
+where a square leaves the range of its dtype. The columns are then formed directly, block by
+block, each divided by a power of two.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from lora_jax import _numerics, _quantized
+from lora_jax import _compat, _numerics, _quantized
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -25,15 +28,8 @@ _HIGHEST = lax.Precision.HIGHEST
 # it has lost at the most 8 of its 24 bits.
 _TRUSTED = 2.0**-8
 
-# Rows or columns of the weight that `_direct` forms at a time, at the most.
+# Rows or columns of the weight that `_direct_square` forms at a time, at the most.
 _BLOCK = 128
-
-
-def norm(squared: jax.Array) -> jax.Array:
-    """Square root with a zero gradient, not an infinite one, at zero."""
-    zero = squared == 0  # not `> 0`: a NaN has to come out as one
-    root = jnp.sqrt(jnp.where(zero, jnp.ones_like(squared), squared))
-    return jnp.where(zero, jnp.zeros_like(root), root)
 
 
 def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
@@ -46,8 +42,14 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
 
 def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
     """`|W|^2` over `axis`, wide. The 16-bit weight is widened as it is read."""
-    wide = weight.astype(_numerics.accumulation_dtype(weight.dtype))
-    return jnp.sum(jnp.square(wide), axis=axis)
+    return jnp.sum(jnp.square(_wide(weight)), axis=axis)
+
+
+def weight_norm(weight: jax.Array, axis: int, update: jax.Array | None = None) -> jax.Array:
+    """`|W|` over `axis` (-2 or -1), or `|W + update|`, wide; differentiable."""
+    summed = weight if update is None else (weight, update)
+    base = jnp.sum(jnp.square(_wide(summed)), axis=axis)
+    return _norm(Matrix(summed), lax.stop_gradient(base), axis).value
 
 
 def adapted_norm(
@@ -71,23 +73,11 @@ def adapted_norm(
     Returns:
         `(*batch, kept)`, wide.
     """
-    dtype = _numerics.accumulation_dtype(weight.dtype)
     if base is None:
         base = weight_norm_squared(weight, axis)
-    else:
-        base = lax.stop_gradient(jnp.asarray(base, dtype))
-    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
-    left, right = (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
-    right = _numerics.multiply(right, scale)
-    gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
-    cross = jnp.sum(_product_with_weight(left, weight, axis) * right, axis=-2)
-    own = jnp.sum(jnp.matmul(gram, right, precision=_HIGHEST) * right, axis=-2)
-    squared = base + 2 * cross + own
-    # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
-    energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / right.shape[-2]
-    terms = base + own + energy[..., None] * jnp.sum(jnp.square(right), axis=-2)
-    correction = _correction(squared, terms, weight, left, right, axis=axis)
-    return norm(jnp.maximum(squared + correction, 0))
+    base = jnp.asarray(base, _numerics.accumulation_dtype(weight.dtype))
+    matrix = Matrix(weight, *sides(a, b, scale, axis, weight.dtype))
+    return _norm(matrix, lax.stop_gradient(base), axis).value
 
 
 def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
@@ -104,38 +94,231 @@ def _frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
     return adapted_norm(weight, a, b, scale, base, axis)
 
 
-@functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
-def _correction(
-    squared: jax.Array,
-    terms: jax.Array,
-    weight: jax.Array,
-    left: jax.Array,
-    right: jax.Array,
-    axis: int,
-) -> jax.Array:
-    """What the factored squares lack where they cancel; a constant to differentiation.
+class Matrix(NamedTuple):
+    """The matrix `columns * weight + left @ right`, of which norms are formed.
 
-    The gradient of the factored form cancels less than its value and is kept.
+    Attributes:
+        weight: `(*batch, in, out)`; or a pair of arrays, whose sum it is.
+        left: the factor with the summed axis, where the weight has it: `(*batch, in, rank)`
+            for the norms of columns, `(*batch, rank, out)` for those of rows. Wide.
+        right: the other factor, times the scale, `(*batch, rank, kept)`. Wide. Without
+            factors both are None.
+        columns: what multiplies the weight, `(*batch, kept)`, wide; None for nothing.
     """
-    squared, terms, weight, left, right = lax.stop_gradient(
-        (squared, terms, weight, left, right)
-    )
+
+    weight: Any
+    left: Any = None
+    right: Any = None
+    columns: Any = None
+
+
+def sides(
+    a: jax.Array, b: jax.Array, scale: float | jax.Array, axis: int, *dtypes: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`left` and `right` of factors `(*batch, in, rank)` and `(*batch, rank, out)`."""
+    dtype = _numerics.accumulation_dtype(*dtypes)
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    left, right = (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
+    return left, _numerics.multiply(right, scale)
+
+
+def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
+    """The norms of a matrix over `axis`, `(*batch, kept)`, without a gradient."""
+    matrix = lax.stop_gradient(matrix)
+    base = weight_norm_squared(matrix.weight, axis)
+    squares = _factored_squares(matrix, _gained(base, matrix), axis)
+    root = _root_of(squares)
     return lax.cond(
-        jnp.any(squared < _TRUSTED * terms),
-        lambda: _direct(squared, weight, left, right, axis) - squared,
-        lambda: jnp.zeros_like(squared),
+        jnp.all(_is_right(squares, matrix, axis)),
+        lambda: root,
+        lambda: _direct(matrix, base, root, axis).value,
     )
 
 
-def _direct(
-    like: jax.Array, weight: jax.Array, left: jax.Array, right: jax.Array, axis: int
-) -> jax.Array:
-    """`|W + scale * A @ B|^2` over `axis`, from a block along that axis at a time.
+class _Norm(NamedTuple):
+    """Norms, and the powers of two that columns are divided by before they are squared.
+
+    Attributes:
+        value: `(*batch, kept)`.
+        unit: of the columns, as `value`; 1 where the factored squares are right.
+    """
+
+    value: jax.Array
+    unit: jax.Array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _norm(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
+    """The norms over `axis`; `base` is `|W|^2` over it, without `columns`."""
+    squares = _factored_squares(matrix, _gained(base, matrix), axis)
+    return _correction(squares, base, matrix, axis=axis)
+
+
+@functools.partial(_norm.defjvp, symbolic_zeros=True)
+def _norm_jvp(axis: int, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
+    """The derivative of the factored square: it cancels less than the square itself."""
+    matrix, base = primals
+    norm = _norm(matrix, base, axis)
+    leaves, tree = jax.tree.flatten(matrix)
+    changes = jax.tree.leaves(tangents[0], is_leaf=lambda t: isinstance(t, SymbolicZero))
+    moving = [i for i, t in enumerate(changes) if not isinstance(t, SymbolicZero)]
+    zeros = jax.tree.map(jnp.zeros_like, norm)
+    if not moving:
+        return norm, zeros
+
+    def square(*values):
+        new = dict(zip(moving, values, strict=True))
+        changed = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
+        scaled = _balanced(_scaled(jax.tree.unflatten(tree, changed), norm.unit))
+        return _factored_squares(scaled, _gained_square(scaled, axis), axis).value
+
+    old, change = ([values[i] for i in moving] for values in (leaves, changes))
+    _, change = jax.jvp(square, old, change)
+    zero = norm.value == 0  # not `> 0`: a NaN has to come out as one
+    twice = 2 * (jnp.where(zero, jnp.ones_like(zeros.value), norm.value) / norm.unit)
+    change = jnp.where(zero, zeros.value, change / twice * norm.unit)
+    return norm, zeros._replace(value=change)
+
+
+class _Squares(NamedTuple):
+    """Factored squares of norms, and how far to trust them. All are `(*batch, kept)`.
+
+    Attributes:
+        value: of the squares.
+        terms: what they are a sum of, without cancellation.
+        lost: what underflow may have taken from that, in smallest normal numbers for each
+            entry of a column.
+    """
+
+    value: jax.Array
+    terms: jax.Array
+    lost: jax.Array
+
+
+def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
+    """The squares; `base` is that of `columns * weight`."""
+    weight, left, right, columns = matrix
+    if left is None or right is None:
+        return _Squares(base, base, jnp.ones_like(base))
+    gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
+    cross = jnp.sum(_product_with_weight(left, weight, axis) * right, axis=-2)
+    if columns is not None:
+        cross = cross * columns
+    own = jnp.sum(jnp.matmul(gram, right, precision=_HIGHEST) * right, axis=-2)
+    squared = base + 2 * cross + own
+    # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
+    rank = right.shape[-2]
+    energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / rank
+    right_squared = jnp.sum(jnp.square(right), axis=-2)
+    terms = base + own + energy[..., None] * right_squared
+    return _Squares(squared, terms, rank * (1 + right_squared))
+
+
+def _gained(base: jax.Array, matrix: Matrix) -> jax.Array:
+    """`|columns * W|^2`, of `|W|^2`."""
+    return base if matrix.columns is None else base * jnp.square(matrix.columns)
+
+
+def _root_of(squares: _Squares) -> jax.Array:
+    return jnp.sqrt(jnp.maximum(squares.value, 0))
+
+
+def _is_right(squares: _Squares, matrix: Matrix, axis: int) -> jax.Array:
+    """Of each square, whether it neither cancels nor leaves the range of its dtype."""
+    least, most = _range(matrix, axis)
+    terms = squares.terms
+    in_range = (terms >= least * squares.lost) & (terms <= most)
+    return (squares.value >= _TRUSTED * terms) & in_range
+
+
+@functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
+def _correction(squares: _Squares, base: jax.Array, matrix: Matrix, axis: int) -> _Norm:
+    """Roots of the factored squares; the norms of formed columns if any is wrong."""
+    root = _root_of(squares)
+    return lax.cond(
+        jnp.all(_is_right(squares, matrix, axis)),
+        lambda: _Norm(root, jnp.ones_like(root)),
+        lambda: _direct(matrix, base, root, axis),
+    )
+
+
+def _direct(matrix: Matrix, base: jax.Array, like: jax.Array, axis: int) -> _Norm:
+    """The norms of the columns themselves, which are formed block by block."""
+    unit = _compat.retyped(_unit(matrix, base, axis), jax.typeof(like).sharding)
+    scaled = _scaled(matrix, unit)
+    if matrix.left is None:
+        squared = _gained_square(scaled, axis)
+    else:
+        squared = _direct_square(scaled, axis, like)
+    return _Norm(jnp.sqrt(squared) * unit, unit)
+
+
+def _unit(matrix: Matrix, base: jax.Array, axis: int) -> jax.Array:
+    """Powers of two about as large as the columns.
+
+    Where the square of a column of the weight is out of range, one unit does for all
+    columns on that side of the range.
+    """
+    info = jnp.finfo(base.dtype)
+    large, small = 2.0 ** (info.maxexp * 3 // 4), 2.0 ** (-info.maxexp * 2 // 3)
+    least, most = _range(matrix, axis)
+    largest = jnp.where(base > most, large, jnp.sqrt(base))
+    largest = jnp.where(base < least, small, largest)
+    if matrix.columns is not None:
+        largest = largest * jnp.abs(matrix.columns)
+    if matrix.left is not None and matrix.right is not None:
+        of_left = jnp.max(jnp.abs(matrix.left), axis=(-2, -1))
+        of_right = jnp.sum(jnp.abs(matrix.right), axis=-2)
+        largest = jnp.maximum(largest, of_left[..., None] * of_right)
+    return _power_of_two(largest)
+
+
+def _range(matrix: Matrix, axis: int) -> tuple[float, float]:
+    """The squares of norms that lose nothing to underflow, and do not overflow."""
+    weight = jax.tree.leaves(matrix.weight)[0]
+    info = jnp.finfo(_numerics.accumulation_dtype(weight.dtype))
+    return weight.shape[axis] * float(info.tiny) / float(info.eps), float(info.max) / 16
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two near `x >= 0`, far enough from the largest number for products."""
+    info = jnp.finfo(x.dtype)
+    most = 2.0 ** (info.maxexp * 25 // 32)
+    x = lax.clamp(jnp.full_like(x, info.tiny), x, jnp.full_like(x, most))
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=0)
+
+
+def _scaled(matrix: Matrix, unit: jax.Array) -> Matrix:
+    """The matrix with its columns divided by powers of two."""
+    _, _, right, columns = matrix
+    columns = 1 / unit if columns is None else columns / unit
+    right = None if right is None else right / unit[..., None, :]
+    return matrix._replace(right=right, columns=columns)
+
+
+def _balanced(matrix: Matrix) -> Matrix:
+    """The same matrix, with entries of `left` that are not far above 1."""
+    if matrix.left is None or matrix.right is None:
+        return matrix
+    largest = jnp.max(jnp.abs(lax.stop_gradient(matrix.left)), axis=(-2, -1), keepdims=True)
+    unit = _power_of_two(jnp.maximum(largest, 1))
+    return matrix._replace(left=matrix.left / unit, right=matrix.right * unit)
+
+
+def _gained_square(matrix: Matrix, axis: int) -> jax.Array:
+    """`|columns * W|^2` over `axis`."""
+    columns = jnp.expand_dims(matrix.columns, axis)
+    return jnp.sum(jnp.square(_wide(matrix.weight) * columns), axis=axis)
+
+
+def _direct_square(matrix: Matrix, axis: int, like: jax.Array) -> jax.Array:
+    """The squares over `axis`, from a block along that axis at a time.
 
     A block is every `count`-th row (or column), not a run of them: cutting it out of a
     weight that is sharded along that axis moves nothing between devices. The size of a
     block divides the axis, so an axis of prime length takes as many steps as it is long.
     """
+    weight, left, right, columns = matrix
     n = weight.shape[axis]
     size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
     count = n // size
@@ -149,12 +332,21 @@ def _direct(
         a, b = cut(left, i), right
         if axis == -1:
             a, b = jnp.swapaxes(b, -1, -2), a
-        adapted = cut(weight, i).astype(total.dtype)
-        adapted = adapted + jnp.matmul(a, b, precision=_HIGHEST)
-        return total + jnp.sum(jnp.square(adapted), axis=axis)
+        block = cut(weight, i).astype(total.dtype) * jnp.expand_dims(columns, axis)
+        block = block + jnp.matmul(a, b, precision=_HIGHEST)
+        return total + jnp.sum(jnp.square(block), axis=axis)
 
+    if count == 1:
+        return add_block(0, jnp.zeros_like(like))
     # Not jnp.zeros: on a mesh the sum has to start sharded as the result `like` is.
     return lax.fori_loop(0, count, add_block, jnp.zeros_like(like))
+
+
+def _wide(weight: Any) -> jax.Array:
+    """A weight, or a pair's sum, in at least float32."""
+    parts = jax.tree.leaves(weight)
+    dtype = _numerics.accumulation_dtype(*(part.dtype for part in parts))
+    return functools.reduce(jnp.add, [part.astype(dtype) for part in parts])
 
 
 def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:

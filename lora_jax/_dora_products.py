@@ -96,7 +96,10 @@ def scale_inputs(
         base_input = (
             rows * factor if dropout.keeps_base else rows + for_base * (factor - 1) / keep
         )
-        return u, _numerics.frozen_product(base_input, weight, dtype)
+        unit = _numerics.range_unit(dtype, base_input)
+        if unit is None:
+            return u, _numerics.frozen_product(base_input, weight, dtype)
+        return u, _numerics.frozen_product(base_input / unit, weight, dtype) * unit
 
     project = jax.checkpoint(project) if dropout.rate else _numerics.keep_arguments(project)
     u, base = project(x, weight, adapter["A"], factor, dropout.key)

@@ -83,7 +83,10 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
 def magnitude(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
-    """The DoRA magnitude, `(*batch, out)`, that makes the adapter act as a LoRA one."""
+    """The DoRA magnitude, `(*batch, out)`, that makes the adapter act as a LoRA one.
+
+    The adapter may be empty if its update is zero.
+    """
     return column_norm(weight, adapter, target)
 
 
@@ -98,12 +101,11 @@ def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -
 def _column_norm(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
-    return dora_column_norm(
-        _layout.to_matrix(weight, target),
-        _layout.matrix_adapter(adapter, target),
-        target.alpha,
-        norm_axis=_layout.norm_axis(target),
-    )
+    matrix, axis = _layout.to_matrix(weight, target), _layout.norm_axis(target)
+    if not adapter:
+        return dora_column_norm(matrix, norm_axis=axis)
+    adapter = _layout.matrix_adapter(adapter, target)
+    return dora_column_norm(matrix, adapter, target.alpha, norm_axis=axis)
 
 
 @_automatic(keeps=True)
@@ -169,12 +171,17 @@ def _merge_loss(
     vanished = (update != 0) & (merged == matrix)
     size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
     ratio = jnp.where(vanished, jnp.abs(update) / size, zero)
-    norm, lost = jnp.linalg.norm(update.ravel()), jnp.linalg.norm(error.ravel())
+    norm, lost = (_frobenius(x) for x in (update, error))
     return MergeLoss(
         vanished=jnp.mean(vanished.astype(update.dtype)),
         largest_vanished=jnp.max(ratio),
         relative_error=jnp.where(norm == 0, norm, lost / jnp.where(norm == 0, 1, norm)),
     )
+
+
+def _frobenius(x: jax.Array) -> jax.Array:
+    """The Frobenius norm."""
+    return dora_column_norm(x.reshape(-1, 1))[0]
 
 
 def _update(

@@ -34,6 +34,27 @@ def accumulation_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     return promote(jnp.float32, *dtypes)
 
 
+def factor_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of products with factors, where those with the weight are in `dtype`.
+
+    float32 for float16: `x @ A` may be out of its range where `x @ (A @ B)` is not.
+    """
+    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
+
+
+def range_unit(dtype: DTypeLike, *arrays: jax.Array) -> jax.Array | None:
+    """A power of two that brings a product of arrays into the range of `dtype`.
+
+    A scalar, 1 for products that are in range; None if the range is that of float32.
+    """
+    if jnp.dtype(dtype) != jnp.float16:
+        return None
+    sizes = [jnp.max(jnp.abs(x.astype(jnp.float32)), initial=0.0) for x in arrays]
+    over = lax.stop_gradient(functools.reduce(jnp.multiply, sizes)) / 2.0**15
+    unit = lax.reduce_precision(2 * over, exponent_bits=8, mantissa_bits=0)
+    return jnp.where(over > 1, unit, jnp.ones_like(unit))
+
+
 def adapter_scale(
     alpha: float | jax.Array, rank: int, rank_stabilized: bool, dtype: DTypeLike
 ) -> float | jax.Array:
@@ -141,11 +162,12 @@ def _frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
 def project_down(x: jax.Array, a: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`(*batch, *tokens, in), (*batch, in, rank)` -> wide `(*batch, *rows, rank)`.
 
-    `x @ A`, multiplied in `dtype`, with a gradient of `A` that is formed as `v.T @ x`, in
-    `(rank, in)`. XLA on the CPU does that 3 to 4 times as fast as the `x.T @ v`, in
-    `(in, rank)`, that `x @ A` leads to; without the barrier it would undo the transpose.
-    Elsewhere the barrier costs a copy of `A` at the most.
+    `x @ A`, multiplied in `factor_dtype(dtype)`, with a gradient of `A` that is formed as
+    `v.T @ x`, in `(rank, in)`. XLA on the CPU does that 3 to 4 times as fast as the
+    `x.T @ v`, in `(in, rank)`, that `x @ A` leads to; without the barrier it would undo the
+    transpose. Elsewhere the barrier costs a copy of `A` at the most.
     """
+    dtype = factor_dtype(dtype)
     rows = fold(x.astype(dtype), a.ndim - 2)
     transposed = lax.optimization_barrier(jnp.swapaxes(a.astype(dtype), -1, -2))
     return contract(rows, transposed, a.ndim - 1)
@@ -154,8 +176,9 @@ def project_down(x: jax.Array, a: jax.Array, dtype: DTypeLike) -> jax.Array:
 def project_up(u: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`(*batch, *rows, rank), (*batch, rank, out)` -> wide `(*batch, *rows, out)`.
 
-    `u @ B`, multiplied in `dtype`.
+    `u @ B`, multiplied in `factor_dtype(dtype)`.
     """
+    dtype = factor_dtype(dtype)
     return contract(u.astype(dtype), b.astype(dtype), b.ndim - 2)
 
 

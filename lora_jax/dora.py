@@ -19,8 +19,11 @@ and `A^T A`. For 16-bit weights too, its relative error is at the most `4 eps k^
 entry): a few rounding units unless the update nearly undoes a column. If it leaves less
 than 1/16 of the norm of any column's terms, all norms of the weight are formed directly
 instead, from blocks of at most 128 rows of `V`, with an error of `4 eps k`. That branch is
-compiled in and skipped at run time, except under `jax.vmap`, which runs both. Columns
-with norms from 1e-15 to 1e18 are in range.
+compiled in and skipped at run time, except under `jax.vmap`, which runs both. It also
+runs where the square of a norm is out of the range of float32 (below about 1e-13 or above
+1e18), divides each column by a power of two, and so is right for all columns whose norms
+are normal numbers. A column of zeros takes it as well, because a square that is zero may
+be one that underflowed.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies
@@ -179,8 +182,7 @@ def dora_column_norm(
     _checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     if adapter is None:
         dense = jnp.asarray(_quantized.as_dense(weight))
-        squared = _column_norm.weight_norm_squared(dense, _axis(norm_axis))
-        return _column_norm.norm(squared)
+        return _column_norm.weight_norm(dense, _axis(norm_axis))
     _adapter_checks.check_adapter(
         adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS
     )
@@ -342,8 +344,8 @@ def merge_dora_weight(
     delta = _numerics.wide_delta(adapter, alpha, rank_stabilized, frozen_weight.dtype)
     weight = jnp.asarray(_quantized.as_dense(frozen_weight))
     adapted = weight.astype(delta.dtype) + delta
-    squared = jnp.sum(jnp.square(adapted), axis=_axis(norm_axis))
-    factor = _column_norm.factor(adapter["m"], _column_norm.norm(squared))
+    norm = _column_norm.weight_norm(weight, _axis(norm_axis), delta)
+    factor = _column_norm.factor(adapter["m"], norm)
     return (adapted * _along(factor, norm_axis, delta.dtype)).astype(weight.dtype)
 
 

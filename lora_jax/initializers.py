@@ -5,12 +5,14 @@ An *initializer* is a function `(key, shape, dtype) -> array`, as in
 for `B`, so the fans are the last two axes and leading axes are independent draws.
 """
 
+import functools
+import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal, variance_scaling
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from lora_jax import _checks, _numerics
@@ -60,7 +62,12 @@ def gaussian(std: float = _DEFAULT_STD) -> Initializer:
     _checks.check_number("std", std)
     if std < 0:
         raise ValueError(f"std must not be negative, got {std}.")
-    return normal(std)
+
+    def initializer(key, shape, dtype=jnp.float32):
+        dtype = _numerics.promote(dtype)
+        return _draw("normal", key, shape, dtype, jnp.array(std, dtype))
+
+    return initializer
 
 
 def kaiming_uniform(
@@ -83,7 +90,7 @@ def kaiming_uniform(
         He et al., 2015, equation 15, https://arxiv.org/abs/1502.01852: the bound is
         `sqrt(6 / ((1 + a^2) fan_in))`.
     """
-    return _variance_scaling(1 / 3, "fan_in", "uniform", key, shape, dtype)
+    return _draw("uniform", key, shape, dtype, _bound(1 / 3, shape[-2], dtype))
 
 
 def xavier_uniform(
@@ -103,7 +110,7 @@ def xavier_uniform(
         Glorot and Bengio, 2010, equation 16,
         https://proceedings.mlr.press/v9/glorot10a.html.
     """
-    return _variance_scaling(1.0, "fan_avg", "uniform", key, shape, dtype)
+    return _draw("uniform", key, shape, dtype, _bound(1.0, sum(shape[-2:]) / 2, dtype))
 
 
 def xavier_normal(
@@ -124,7 +131,8 @@ def xavier_normal(
         Glorot and Bengio, 2010, equation 12,
         https://proceedings.mlr.press/v9/glorot10a.html.
     """
-    return _variance_scaling(1.0, "fan_avg", "normal", key, shape, dtype)
+    variance = jnp.array(1.0 / (sum(shape[-2:]) / 2), _numerics.promote(dtype))
+    return _draw("normal", key, shape, dtype, jnp.sqrt(variance))
 
 
 def zeros(
@@ -245,8 +253,8 @@ def init_factors(
     else:
         pair = init if isinstance(init, tuple) and len(init) == 2 else (init, "zeros")
         init_a, init_b = pair
-        a = _draw(init_a, std, key_a, a_shape, wide)
-        b = _draw(init_b, std, key_b, b_shape, wide)
+        a = _make(init_a, std, key_a, a_shape, wide)
+        b = _make(init_b, std, key_b, b_shape, wide)
     return a.astype(dtype), b.astype(dtype)
 
 
@@ -258,12 +266,50 @@ def check_init(init: Init) -> None:
         _initializer(one, _DEFAULT_STD)
 
 
-def _variance_scaling(scale, mode, distribution, key, shape, dtype):
-    batch_axes = tuple(range(len(shape) - 2))
-    initializer = variance_scaling(
-        scale, mode, distribution, in_axis=-2, out_axis=-1, batch_axis=batch_axes
-    )
-    return initializer(key, shape, dtype)
+def _bound(scale: float, fan: float, dtype: DTypeLike) -> jax.Array:
+    """Of the uniform distribution of variance `scale / fan`."""
+    return jnp.sqrt(3 * jnp.array(scale / fan, _numerics.promote(dtype)))
+
+
+def _draw(
+    distribution: Literal["normal", "uniform"],
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    by: jax.Array,
+) -> jax.Array:
+    """Numbers of variance 1, or between -1 and 1, times `by`.
+
+    Outside a trace, the numbers are drawn for the next power of two of them, and those that
+    are too many cut off: drawing is what takes long to compile, and so it is compiled for
+    few sizes instead of for every shape. The n-th number is the same.
+    """
+    dtype = _numerics.promote(dtype)
+    draw = _normal if distribution == "normal" else _uniform
+    size = math.prod(shape)
+    if isinstance(key, Tracer) or size == 0 or not _drawn_by_place(key):
+        return draw(key, tuple(shape), dtype) * by
+    rounded = 1 << (size - 1).bit_length()
+    return _cut(draw(key, (rounded,), dtype), by, tuple(shape))
+
+
+def _drawn_by_place(key: jax.Array) -> bool:
+    """Whether each number depends on the key and on its own place only."""
+    is_threefry = str(jax.random.key_impl(key)) == "threefry2x32"
+    return is_threefry and bool(jax.config.jax_threefry_partitionable)  # pyright: ignore
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.random.normal(key, shape, dtype)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(numbers: jax.Array, by: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return numbers[: math.prod(shape)].reshape(shape) * by
 
 
 def _check_dtype(dtype: DTypeLike) -> None:
@@ -286,7 +332,7 @@ def _check_std_is_used(init: Init, std: float) -> None:
         )
 
 
-def _draw(
+def _make(
     init: Init,
     std: float,
     key: jax.Array,

@@ -13,7 +13,8 @@ Dtypes, in every function of this module:
 - The factors are cast to the dtype of `x @ W` for the products, which accumulate in at
   least float32. Base, update and bias are added in at least float32 and rounded once.
   A merge casts nothing down: it adds in the widest dtype at hand and rounds once.
-- float16 products saturate: `scale * (x @ A)` above 65504 is infinite.
+- Next to a float16 layer the products with the factors run in float32, since `x @ A` may be
+  out of the range of float16 where `x @ (A @ B)` is not.
 - Gradients of `A` and `B` have the dtypes of `A` and `B`. The products that form them run
   in the dtype of `x @ W`, so float32 adapters on bfloat16 weights, the usual case, train
   at the speed of bfloat16 products and keep float32 values.

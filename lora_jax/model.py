@@ -167,7 +167,9 @@ def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Ad
     )
     if target.method == "dora":
         _checks.check_array("the weight", weight)
-        adapter["m"] = _merging.magnitude(weight, adapter, target)
+        init = config.init
+        zero = not isinstance(init, tuple) and init != "orthogonal"  # B, and so A @ B
+        adapter["m"] = _merging.magnitude(weight, {} if zero else adapter, target)
     return adapter
 
 

@@ -1,5 +1,7 @@
 """The accuracy law that the docstring of `lora_jax.dora` states, against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from lora_jax import _column_norm
 from tests import reference, support
 
 EPS = float(np.finfo(np.float32).eps)
+KEY = jax.random.key(0)
 N_IN, N_OUT, RANK = 1024, 48, 16
 
 
@@ -181,3 +184,98 @@ def test_norm_of_a_weight_alone(norm_axis):
     support.assert_close(got, reference.norms(reference.f64(weight), norm_axis), 4)
     grad = jax.grad(lambda w: lora_jax.dora_column_norm(w).sum())(weight.at[0].set(0.0))
     assert jnp.isfinite(grad).all()
+
+
+# A column of each size that an entry of the dtype can have, beside ordinary ones.
+EXTREMES = {
+    "float16": [1.0, 6e-8, 3e4, 0.0],
+    "bfloat16": [1.0, 1e30, 1e-30, 1e37, 0.0],
+    "float32": [1e20, 1e-20, 1.0, 1e-22, 1e-36, 1e37, 0.0],
+    "float64": [1e200, 1e-200, 1.0, 1e300, 1e-300, 0.0],
+}
+
+
+def extreme_case(dtype, norm_axis, batch=()):
+    """A weight and adapter with updates as large as the columns; the scale is 1."""
+    rng = np.random.default_rng(2)
+    sizes = np.array(EXTREMES[dtype])
+    weight = rng.normal(size=(*batch, 33, len(sizes))) * sizes
+    a = rng.normal(size=(*batch, 33, RANK))
+    b = rng.normal(size=(*batch, RANK, len(sizes))) * sizes
+    wide = "float64" if dtype == "float64" else "float32"
+    arrays = jnp.asarray(weight, dtype), jnp.asarray(a, wide), jnp.asarray(b, wide)
+    if norm_axis == "in":
+        weight, a, b = (jnp.swapaxes(v, -1, -2) for v in arrays)
+        return weight, {"A": b, "B": a}
+    return arrays[0], {"A": arrays[1], "B": arrays[2]}
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("norm_axis", ["out", "in"])
+@pytest.mark.parametrize("dtype", EXTREMES)
+def test_columns_of_any_size(dtype, norm_axis, batch):
+    with support.x64():
+        weight, adapter = extreme_case(dtype, norm_axis, batch)
+        norm = jax.jit(lora_jax.dora_column_norm, static_argnames="norm_axis")
+        axis = -2 if norm_axis == "out" else -1
+        wide = jnp.dtype("float64" if dtype == "float64" else "float32")
+        eps = float(jnp.finfo(wide).eps)
+        for factors in (None, adapter):
+            exact = np.asarray(weight, np.longdouble)
+            if factors is not None:
+                exact = exact + np.asarray(adapter["A"], np.longdouble) @ np.asarray(
+                    adapter["B"], np.longdouble
+                )
+            want = np.sqrt((exact**2).sum(axis))
+            got = norm(weight, factors, float(RANK), norm_axis=norm_axis)
+            assert got.dtype == wide
+            error = np.abs(np.asarray(got, np.longdouble) - want)
+            assert (error <= 32 * eps * want).all(), error / want
+
+
+@pytest.mark.parametrize("norm_axis", ["out", "in"])
+def test_gradients_of_columns_of_any_size(norm_axis):
+    weight, adapter = extreme_case("float32", norm_axis)
+    # Without the smallest column, whose products with A underflow.
+    weight = jnp.where(jnp.abs(weight) < 1e-30, 0, weight)
+    adapter = {name: jnp.where(jnp.abs(v) < 1e-30, 0, v) for name, v in adapter.items()}
+    norm = functools.partial(lora_jax.dora_column_norm, norm_axis=norm_axis)
+    by_factors = jax.grad(lambda f: norm(weight, f, float(RANK)).sum())(adapter)
+    v = reference.f64(weight) + reference.f64(adapter["A"]) @ reference.f64(adapter["B"])
+    kept = "B" if norm_axis == "out" else "A"
+    axis = -2 if norm_axis == "out" else -1
+    want = np.sqrt((v**2).sum(axis, keepdims=True))
+    unit = v / np.where(want == 0, 1, want)
+    other = reference.f64(adapter["A" if kept == "B" else "B"])
+    want = other.T @ unit if kept == "B" else unit @ other.T
+    support.assert_close(by_factors[kept], want, 512, scale=np.abs(want).max())
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(by_factors))
+    of_weight = jax.grad(lambda w: norm(w).sum())(weight)
+    w = reference.f64(weight)
+    want = np.sqrt((w**2).sum(axis, keepdims=True))
+    support.assert_close(of_weight, w / np.where(want == 0, 1, want), 16, scale=1.0)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-21, 1e37])
+def test_merge_and_unmerge_of_large_and_small_columns(size):
+    rng = np.random.default_rng(3)
+    weight = jnp.asarray(rng.normal(size=(33, 6)) * size, "float32")
+    adapter = lora_jax.init_dora_adapter(KEY, weight, 4)
+    norms = lora_jax.dora_column_norm(weight, adapter)
+    adapter["m"] = adapter["m"] * 2
+    merged = lora_jax.merge_dora_weight(weight, adapter)
+    support.assert_close(merged, 2 * reference.f64(weight), 8)
+    back = lora_jax.unmerge_dora_weight(merged, adapter, norms)
+    support.assert_close(back, reference.f64(weight), 16)
+    x = jnp.asarray(rng.normal(size=(5, 33)) * min(1, 1e3 / size), "float32")
+    got = lora_jax.dora_linear(x, weight, adapter)
+    want = 2 * reference.f64(x) @ reference.f64(weight)
+    support.assert_close(got, want, 64, scale=np.abs(want).max())
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_what_is_not_finite_stays_so(bad):
+    weight = support.make_case("rows").weight.at[1, 2].set(bad)
+    norm = np.asarray(lora_jax.dora_column_norm(weight))
+    assert not np.isfinite(norm[2])
+    assert np.isfinite(np.delete(norm, 2)).all()

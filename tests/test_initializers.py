@@ -154,3 +154,38 @@ def test_orthogonal_pair_in_half_precision_is_rounded():
     full = initializers.orthogonal_pair(KEY, (8, 4), (4, 6))
     for a, b in zip(half, full, strict=True):
         np.testing.assert_array_equal(a, b.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (33, 7), (3, 17, 5), (1, 1)], ids=str)
+def test_numbers_are_those_of_jax(shape):
+    # Also where more of them are drawn than the shape has, to compile for fewer sizes.
+    batch = tuple(range(len(shape) - 2))
+
+    def scaled(scale, mode, distribution):
+        return jax.nn.initializers.variance_scaling(
+            scale, mode, distribution, in_axis=-2, out_axis=-1, batch_axis=batch
+        )
+
+    for own, of_jax in (
+        (initializers.gaussian(0.02), jax.nn.initializers.normal(0.02)),
+        (initializers.kaiming_uniform, scaled(1 / 3, "fan_in", "uniform")),
+        (initializers.xavier_uniform, scaled(1.0, "fan_avg", "uniform")),
+        (initializers.xavier_normal, scaled(1.0, "fan_avg", "normal")),
+    ):
+        for key in (KEY, jax.random.PRNGKey(1), jax.random.key(2, impl="rbg")):
+            got, want = own(key, shape, jnp.float32), of_jax(key, shape, jnp.float32)
+            # One unit: with other options of the compiler, vectors and the rest of a loop
+            # are rounded in two ways.
+            eps = float(jnp.finfo("float32").eps)
+            np.testing.assert_allclose(got, want, rtol=eps, atol=0)
+
+
+def test_numbers_are_drawn_for_few_sizes(monkeypatch):
+    sizes = set()
+    draw = initializers._uniform
+    monkeypatch.setattr(
+        initializers, "_uniform", lambda key, n, dtype: sizes.add(n) or draw(key, n, dtype)
+    )
+    for width in range(9, 24):
+        initializers.kaiming_uniform(KEY, (width, 4))
+    assert sizes == {(64,), (128,)}

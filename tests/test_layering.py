@@ -36,7 +36,7 @@ ROOMS = {
         {"__init__", "_deferred"},
         {"_factored"},
         {"_choosing", "_context", "_joining", "_parameters"},
-        {"_interpreter", "_products", "_tracing"},
+        {"_interpreter", "_norms", "_products", "_tracing"},
         {
             "_rules_arithmetic",
             "_rules_calls",

@@ -117,12 +117,13 @@ def project(
     dtype: Any,
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`scale * multiply(x, factor)` in `dtype`, with entries of `x` dropped.
+    """`scale * multiply(x, factor)` in `factor_dtype(dtype)`, with entries of `x` dropped.
 
     The first of the two products with the factors of a term, where that is not a
     `lax.dot_general`.
     """
     rate, key = context.dropout(term.label, x)
+    dtype = _numerics.factor_dtype(dtype)
 
     @jax.checkpoint  # draws the mask again
     def project(x, factor, key):
@@ -131,6 +132,15 @@ def project(
 
     scale = term.label.scale / (1.0 - rate)
     return _numerics.multiply(project(x, factor, key), scale).astype(dtype)
+
+
+def precision_for(precision: Any, x: jax.Array, dtype: Any) -> Any:
+    """The precision of products that the equation has in another dtype than `dtype`.
+
+    An algorithm is one for certain dtypes.
+    """
+    known = isinstance(precision, lax.Precision | tuple)
+    return precision if known or x.dtype == dtype else None
 
 
 def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
@@ -160,7 +170,8 @@ def _update(
     f: Factored, term: Term, key: jax.Array | None, x: Named, product: Product
 ) -> Named:
     """`scale * (x * first factor) * second factor`, wide."""
-    dtype = _numerics.promote(x.array.dtype, f.dtype)
+    dtype = _numerics.factor_dtype(_numerics.promote(x.array.dtype, f.dtype))
+    product = product._replace(precision=precision_for(product.precision, x.array, dtype))
     a, b = (_owned(f, p, product.weight_names) for p in (term.a, term.b))
     x = _sum_unowned(x, product, {*a.names, *b.names})
     first, second = (a, b) if _a_is_first(x, a, b, product.out_names) else (b, a)

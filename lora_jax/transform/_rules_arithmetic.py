@@ -81,7 +81,12 @@ def complex_(context: Context, equation: Any, x: Any, y: Any) -> Factored:
 
 
 def _times(term: Term, by: jax.Array) -> Term:
-    return Term(term.a.map(lambda p: times(p, by)), term.b, term.label)
+    return Term(term.a.map(lambda p: _in_range(p, by)), term.b, term.label)
+
+
+def _in_range(p: jax.Array, by: jax.Array) -> jax.Array:
+    """A factor times `by`. In float16 that may be out of range, so it is float32 then."""
+    return times(p.astype(_numerics.factor_dtype(p.dtype)), by)
 
 
 def part(context: Context, equation: Any, f: Factored) -> Factored:
@@ -330,7 +335,7 @@ def _scaled_term(f: Factored, term: Term, by: jax.Array) -> Term:
     if not along & (of_b - of_a):
         return _times(term, by)
     if not along & (of_a - of_b):
-        return Term(term.a, term.b.map(lambda p: times(p, by)), term.label)
+        return Term(term.a, term.b.map(lambda p: _in_range(p, by)), term.label)
     raise NotFactorableError("the other operand varies along inputs and outputs")
 
 

@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from lora_jax import _compat
+from lora_jax.transform import _norms
 from lora_jax.transform._context import Context, Sighting
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
@@ -67,6 +68,8 @@ def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
     Its shardings become constraints. Its donations are dropped: the operands belong to
     the function that is adapted.
     """
+    if (axis := _norms.norm_axis(equation)) is not None:
+        return _norms.adapted(context, equation, axis, *values)
     jaxpr, constants = _compat.open_jaxpr(parameter(equation, "jaxpr"))
     operands = _constrained(context, values, equation.params.get("in_shardings"))
     name = str(equation.params.get("name") or "call")

@@ -60,7 +60,7 @@ def _update(
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
     kernel, mix = _sides(f, term, out_axis)
     rank = kernel.shape[0]
-    dtype = _numerics.promote(x.dtype, f.dtype)
+    dtype = _numerics.factor_dtype(_numerics.promote(x.dtype, f.dtype))
     # (rank, *axes with 1 for the features) -> (*axes with rank for the features)
     kernel = jnp.moveaxis(lax.squeeze(kernel, [1 + out_axis]), 0, out_axis)
     # Each group sees its own features of x through the same kernel.
@@ -102,9 +102,10 @@ def _convolve(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         "precision",
         "preferred_element_type",
     )
-    return lax.conv_general_dilated(
-        x, kernel, **{name: parameter(equation, name) for name in names}
-    )
+    options = {name: parameter(equation, name) for name in names}
+    if x.dtype != equation.invars[0].aval.dtype:
+        options["preferred_element_type"] = None
+    return lax.conv_general_dilated(x, kernel, **options)
 
 
 RULES = {"conv_general_dilated": conv_general_dilated}

@@ -1,5 +1,6 @@
 """Products that contract a weight: `dot_general` and `ragged_dot`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,11 @@ def _product(
     before, after = _columns(f, f_names, contracted)
     _check_operand(context, f, x, scaled=bool(before))
     for column in before:
-        x = times(x, place(column.array, column.names, x_names))
+        unit, by = _numerics.range_unit(x.dtype, x, column.array), column.array
+        if unit is not None:
+            by = by / unit
+            after.append(Named(unit, (), ()))
+        x = times(x, place(by, column.names, x_names))
     base = _deferred.bind(equation, [f.base, x] if flipped else [x, f.base])
     if context.probing or not f.terms:
         return base
@@ -171,6 +176,10 @@ def ragged_dot(
             raise NotFactorableError("DoRA scales contracted and kept axes of it")
         rows = _rows_of_groups(f, column, sizes, x.shape[0])
         if 1 in f.owned(column):
+            unit = _numerics.range_unit(x.dtype, x, rows)
+            if unit is not None:
+                rows = rows / unit
+                after.append(unit)
             x = times(x, rows)
         else:
             after.append(rows)
@@ -181,6 +190,9 @@ def ragged_dot(
     total = out.astype(wide)
     for term in f.terms:
         total = total + _ragged_update(context, equation, x, f, term, sizes).astype(wide)
+    if out.dtype == jnp.float16:  # a sum out of its range may be in it when scaled
+        total = functools.reduce(times, after, total)
+        after = []
     out = total.astype(out.dtype)
     for rows in after:
         out = times(out, rows)
@@ -214,12 +226,14 @@ def _ragged_update(
     first, second = (term.a, term.b) if 2 in f.owned(term.b) else (term.b, term.a)
     if 2 in f.owned(first) or 1 in f.owned(second):
         raise NotFactorableError("its factors mix inputs with outputs")
-    dtype = _numerics.promote(x.dtype, f.dtype)
+    dtype = _numerics.factor_dtype(_numerics.promote(x.dtype, f.dtype))
     down = jnp.moveaxis(lax.squeeze(first.leading(), [3]), 0, -1)  # (groups or 1, in, rank)
     up = jnp.moveaxis(lax.squeeze(second.leading(), [2]), 0, 1)  # (groups or 1, rank, out)
     options = {
         name: equation.params.get(name) for name in ("precision", "preferred_element_type")
     }
+    if dtype != x.dtype:
+        options["preferred_element_type"] = None
 
     def multiply(v, weight):
         if weight.shape[0] == f.shape[0]:

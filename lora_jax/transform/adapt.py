@@ -14,14 +14,12 @@ from lora_jax import (
     _checks,
     _column_norm,
     _compat,
-    _layout,
     _paths,
     _plan_checks,
     _quantized,
-    _stacks,
 )
 from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target
-from lora_jax.transform import _interpreter, _tracing
+from lora_jax.transform import _interpreter, _norms, _tracing
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
@@ -61,6 +59,13 @@ def adapt(
     contracted, the factors are, one after the other. With `jax.jit` around it all that
     happens once, and what is compiled is what a model written with `lora_linear` compiles
     to; without `jax.jit` it happens, slowly, in every call.
+
+    With `B = 0` and without `jax.jit` the result is that of `fn` bit for bit. Under
+    `jax.jit` the compiler may fuse the operations of the two programs in different ways:
+    results may differ by a few rounding units.
+
+    `fn` may be an adapted function. `adapt(adapt(fn, p1), p2)(params, a2, a1, *args)` is
+    `fn` with the weights of `merge_adapters(merge_adapters(params, a2, p2), a1, p1)`.
 
     DoRA's norms are formed once a call, or given, and held constant in the backward pass,
     as in section 4.3 of its paper. Dropout is that of the adapter's input alone, also with
@@ -347,7 +352,7 @@ def _with_terms(
     if target.method == "lora":
         return Factored(base, (term,))
     axes = (*batch, *outs)
-    known = _norm(weight, dict(adapter), target) if norm is None else norm
+    known = _norms.constant_norm(weight, adapter, target) if norm is None else norm
     column = _column_norm.factor(adapter["m"], jax.lax.stop_gradient(known))
     column = column.reshape([sizes[axis] for axis in axes])
     return Factored(base, (term,), (place(column, axes, range(ndim)),))
@@ -363,18 +368,3 @@ def _base(weight: Any) -> jax.Array | Deferred:
 def _unadapted(value: Any) -> Any:
     """A value that has no adapter; a quantized one is formed where it is used."""
     return Factored(_base(value), ()) if _quantized.is_quantized(value) else value
-
-
-@functools.partial(jax.jit, static_argnums=2)  # traced once for all like it
-def _norm(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
-    """`|W + scale * A @ B|` by columns, `(*batch, out)`, held constant."""
-
-    def norm(weight, adapter, target):
-        factors = _layout.matrix_adapter(adapter, target)
-        matrix = _layout.to_matrix(weight, target)
-        axis = -1 if _layout.is_flipped(target) else -2
-        a, b = factors["A"], factors["B"]
-        return _column_norm.adapted_norm(matrix, a, b, target.scale, None, axis)
-
-    factors = {name: adapter[name] for name in ("A", "B")}
-    return _stacks.map_entries(norm, *jax.lax.stop_gradient((weight, factors)), target)

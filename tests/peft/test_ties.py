@@ -118,7 +118,7 @@ def test_without_a_function_a_tie_is_asked_for(entries, config, asked, tmp_path)
     folder = adapter(tmp_path, *entries, saved=saved, **config)
     if asked:
         with pytest.raises(
-            CheckpointError, match="no leaf of the params is an output head: if this one"
+            CheckpointError, match=r"no leaf of the params is an output head: if this one"
         ):
             peft.load(folder, PARAMS)
     else:
@@ -136,7 +136,9 @@ def test_embeddings_of_positions_are_not_asked_for(tmp_path):
 def test_names_that_make_a_head_of_an_embedding(tmp_path):
     folder = adapter(tmp_path, Q, HEAD)
     names = {"lm_head": (TABLE, "oi")}
-    with pytest.raises(CheckpointError, match="'lm_head' is an output head, and .* an emb"):
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head' is an output head, and .* an emb"
+    ):
         peft.load(folder, PARAMS, names=names)
     loaded = peft.load(folder, PARAMS, tied, TOKENS, names=names, on_tied="allow")
     want = PARAMS["model"]["embed_tokens"]["embedding"]
@@ -170,13 +172,13 @@ def test_two_arrays_that_are_one_leaf(names, more, tmp_path):
 @pytest.mark.parametrize("more", [(), (tied, TOKENS)])
 def test_one_array_of_a_leaf_that_is_two(more, tmp_path):
     folder = adapter(tmp_path / "embedding", Q, {EMBED: ONE}, saved=["embed_tokens"])
-    with pytest.raises(CheckpointError, match="what the file has would act on both"):
+    with pytest.raises(CheckpointError, match=r"what the file has would act on both"):
         peft.load(folder, PARAMS, *more)
     folder = adapter(tmp_path / "head", Q, {HEAD_WEIGHT: ONE}, saved=["lm_head"])
-    with pytest.raises(CheckpointError, match="the head was trained apart from it"):
+    with pytest.raises(CheckpointError, match=r"the head was trained apart from it"):
         peft.load(folder, PARAMS, *more)
     names = {HEAD_WEIGHT: TABLE}
-    with pytest.raises(CheckpointError, match="what the file has would act on both"):
+    with pytest.raises(CheckpointError, match=r"what the file has would act on both"):
         peft.load(folder, PARAMS, *more, names=names)
     loaded = peft.load(folder, PARAMS, *more, names=names, on_tied="allow")
     np.testing.assert_array_equal(loaded.replaced[TABLE], ONE)
@@ -186,7 +188,7 @@ def test_an_array_and_an_adapter_that_are_one_leaf(tmp_path):
     folder = adapter(tmp_path, Q, EMBEDDING, {HEAD_WEIGHT: ONE}, saved=["lm_head"])
     names = {HEAD_WEIGHT: TABLE}
     with pytest.raises(
-        CheckpointError, match="the file changes 'lm_head' and 'model.embed"
+        CheckpointError, match=r"the file changes 'lm_head' and 'model.embed"
     ):
         peft.load(folder, PARAMS, names=names, on_tied="allow")
 

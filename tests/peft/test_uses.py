@@ -47,7 +47,7 @@ def test_layers_that_are_as_many_as_heads(axis, axes, use_dora, tmp_path):
     want = lora_jax.adapt(apply, plan)(params, adapters, x)
     names = {"model.layers.{}.o_proj": OUT}
     peft.save(tmp_path, adapters, plan, names=names)
-    with pytest.raises(CheckpointError, match="axes 'biio' and 'ibio': shapes do not say"):
+    with pytest.raises(CheckpointError, match=r"axes 'biio' and 'ibio': shapes do not say"):
         peft.load(tmp_path, params, names=names)
     table = peft.match_names(tmp_path, params, apply, x, names=names)
     letters = {"model.layers.{layer}.o_proj": (OUT, axes.replace("b", "{layer}"))}
@@ -103,7 +103,7 @@ def test_other_weights_show_how_square_ones_lie(tmp_path):
     }
     folder = write(tmp_path / "own", entries, r=2, target_modules=["q", "e"])
     params = {"m": {"q": {"weight": jnp.zeros((5, 5))}, "e": {"weight": jnp.zeros((9, 5))}}}
-    with pytest.raises(CheckpointError, match="'io' .*'oi'"):
+    with pytest.raises(CheckpointError, match=r"'io' .*'oi'"):
         peft.load(folder, params)
 
 
@@ -170,7 +170,7 @@ def test_an_order_that_shapes_leave_open(tmp_path):
     for names in (None, {NAME: WI}, {NAME: (WI, "bbio")}):
         for more in ((), (apply, jnp.zeros((3, 2, 5)))):
             with pytest.raises(
-                CheckpointError, match="'{layers}{experts}io' and '{experts}{layers}io'"
+                CheckpointError, match=r"'{layers}{experts}io' and '{experts}{layers}io'"
             ):
                 peft.load(folder, params, *more, names=names)
     loaded = peft.load(folder, params, apply, jnp.zeros((3, 2, 5)), names=NAMED)
@@ -191,7 +191,7 @@ def test_stacks_of_experts_in_a_stack_of_layers(axes, tmp_path):
     config = {"r": 2, "lora_alpha": 4, "target_parameters": ["experts.up"]}
     folder = write(tmp_path / "in", entries, **config)
     params = {"layers": {"experts": {"up": jnp.zeros((n, n, 5, 7))}}}
-    with pytest.raises(CheckpointError, match="'{layers}bio' and 'b{layers}io'"):
+    with pytest.raises(CheckpointError, match=r"'{layers}bio' and 'b{layers}io'"):
         peft.load(folder, params)
     names = {"model.layers.{layer}.experts.up": ("layers/experts/up", axes)}
     loaded = peft.load(folder, params, names=names)
@@ -228,7 +228,7 @@ def test_convolutions_of_equal_sizes(numbers, x, order, tmp_path):
         target_modules=["c"],
     )  # fmt: skip
     params = {"c": {"weight": jnp.zeros((3, 3, 3, 3))}}
-    with pytest.raises(CheckpointError, match="'iiio' .*'oiii'"):
+    with pytest.raises(CheckpointError, match=r"'iiio' .*'oiii'"):
         peft.load(folder, params)
     apply = functools.partial(convolve, numbers)
     loaded = peft.load(folder, params, apply, jax.ShapeDtypeStruct(x, "float32"))
@@ -243,7 +243,7 @@ def test_saved_convolutions_of_equal_sizes(numbers, x, order, tmp_path):
     entries = {"c.weight": kernel} | linear("q", 5, 7, 2)
     folder = write(tmp_path, entries, r=2, target_modules=["q"], modules_to_save=["c"])
     params = {"c": {"weight": jnp.zeros((3, 3, 3, 3))}, "q": {"kernel": jnp.zeros((5, 7))}}
-    with pytest.raises(CheckpointError, match="'c.weight' fits 'c/weight' .* in 2 ways"):
+    with pytest.raises(CheckpointError, match=r"'c.weight' fits 'c/weight' .* in 2 ways"):
         peft.load(folder, params)
 
     def apply(params, x):
@@ -258,7 +258,7 @@ def test_experts_as_wide_as_long(equation, axes, tmp_path):
     entries = {"m.lora_A.weight": draw(6, 5), "m.lora_B.weight": draw(5, 6)}
     folder = write(tmp_path, entries, r=2, target_parameters=["m.w"])
     params = {"m.w": jnp.zeros((3, 5, 5))}
-    with pytest.raises(CheckpointError, match="'bio' and 'boi'"):
+    with pytest.raises(CheckpointError, match=r"'bio' and 'boi'"):
         peft.load(folder, params, layout="torch")
     apply = lambda params, x: jnp.einsum(f"ebi,e{equation}->ebo", x, params["m.w"])  # noqa: E731
     for layout in (None, "jax", "torch"):
@@ -362,9 +362,9 @@ def test_a_plan_and_a_function(tmp_path):
     folder = write(tmp_path, linear("q", 5, 7, 2), r=2, target_modules=["q"])
     params = {"q": jnp.zeros((5, 7))}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
-    with pytest.raises(TypeError, match="both fn and plan say what the axes are"):
+    with pytest.raises(TypeError, match=r"both fn and plan say what the axes are"):
         peft.load(folder, params, lambda params: params, plan=plan)
-    with pytest.raises(KeyError, match="'q'"):
+    with pytest.raises(KeyError, match=r"'q'"):
         peft.load(folder, {"k": jnp.zeros((5, 7))}, plan=plan)
 
 

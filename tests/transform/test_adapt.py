@@ -799,3 +799,179 @@ def test_the_heads_of_a_module_of_a_checkpoint(tmp_path):
         assert plan.targets["layer/kernel"].axes == "ioo"
         for model in (fn, each, mapped):
             check(model, params, X, plan=plan)
+
+
+DORA_OR_LORA = pytest.mark.parametrize("methods", ["ll", "ld", "dl", "dd", "ddd", "dld"])
+
+
+def nested(methods, fn, params, *args, **options):
+    """`adapt` once for each letter, the innermost first, and the weights merged alike."""
+    function, weights, adapters = fn, params, []
+    made = []
+    for i, method in enumerate(methods):
+        plan = plan_of(fn, params, *args, use_dora=method == "d", rank=i + 2)
+        made.append((plan, trained(params, plan, seed=i)))
+    for plan, _ in made:
+        function = lora_jax.adapt(function, plan, **options)
+    for plan, own in reversed(made):
+        weights = lora_jax.merge_adapters(weights, own, plan)
+        adapters.append(own)
+    return function, adapters, weights
+
+
+@pytest.mark.parametrize("layout", ["io", "oi", "scan"])
+@DORA_OR_LORA
+def test_adapted_functions_are_adapted_again(methods, layout):
+    fn, w = model, W
+    if layout == "oi":
+        fn, w = lambda params, x: jnp.tanh(x @ params["w"].T), W.T
+    if layout == "scan":
+        fn, w = layers, normal(3, 12, 12) / 4
+    params, x = {"w": jnp.asarray(w, "float32")}, jnp.asarray(X, "float32")
+    function, adapters, weights = nested(methods, fn, params, x)
+    got = jax.jit(function)(params, *adapters, x)
+    np.testing.assert_allclose(got, fn(weights, x), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("methods", ["ld", "dl", "dd"])
+def test_gradients_of_nested_adapters(methods):
+    with x64():
+        params, x = {"w": jnp.asarray(W)}, jnp.asarray(X)
+        function, adapters, _ = nested(methods, model, params, x)
+        grads = jax.grad(lambda own: jnp.sum(function(params, *own, x) ** 2))(adapters)
+        norm = lambda v: lax.stop_gradient(jnp.linalg.norm(v, axis=0))  # noqa: E731
+
+        def by_hand(adapters):
+            w = params["w"]
+            for own in adapters:
+                w = w + 6.0 / own["w"]["A"].shape[1] * own["w"]["A"] @ own["w"]["B"]
+                if "m" in own["w"]:
+                    w = w * (own["w"]["m"] / norm(w))[None]
+            return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+        want = jax.grad(by_hand)(adapters)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), grads, want)
+
+
+def test_nested_adapters_on_a_quantized_stack():
+    dense = jnp.asarray(normal(3, 12, 12) / 4, "float32")
+    params = {"w": lora_jax.quant.quantize_int8(dense, batch_axes=1)}
+    like, x = {"w": lora_jax.quant.dequantize(params["w"])}, jnp.asarray(X, "float32")
+    function, adapters, weights = nested("dd", layers, like, x)
+    got = jax.jit(function)(params, *adapters, x)
+    np.testing.assert_allclose(got, layers(weights, x), rtol=0, atol=2e-5)
+
+
+def test_nested_dropout_leaves_the_norms_alone():
+    params, x = {"w": jnp.asarray(W, "float32")}, jnp.asarray(X, "float32")
+    inner = plan_of(model, params, x, use_dora=True)
+    outer = plan_of(model, params, x, dropout=0.5)
+    own = [trained(params, plan, seed=i) for i, plan in enumerate((outer, inner))]
+    function = lora_jax.adapt(model, inner)
+    function = lora_jax.adapt(function, outer, dropout_key=jax.random.key(0))
+    # A magnitude that makes the factor 1 says what the norm is.
+    first = lora_jax.merge_adapters(params, own[0], outer)
+    norms = lora_jax.adapted_column_norms(first, own[1], inner)
+    own[1]["w"]["m"] = norms["w"]
+    dropped = lora_jax.adapt(model, outer, dropout_key=jax.random.key(0))
+    own[1]["w"]["B"] = jnp.zeros_like(own[1]["w"]["B"])
+    own[1]["w"]["m"] = lora_jax.adapted_column_norms(first, own[1], inner)["w"]
+    got, want = function(params, *own, x), dropped(params, own[0], x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_norms_of_weights_of_one_shape_are_one_function():
+    def deep(params, x):
+        for w in params["w"]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params = {"w": [jnp.asarray(normal(12, 12, seed=i), "float32") for i in range(6)]}
+    x = jnp.asarray(X, "float32")
+    plan = plan_of(deep, params, x, use_dora=True)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    text = jax.jit(lora_jax.adapt(deep, plan)).lower(params, adapters, x).as_text()
+    assert text.count("func.func private @lora_jax_column_norms") == 1
+    assert text.count("call @lora_jax_column_norms") == 6
+
+
+def coupling_flow(params, x):
+    total = 0.0
+    for layer in params:
+        a, b = jnp.split(x, 2, axis=-1)
+        log_scale = jnp.tanh(jnp.tanh(a @ layer["up"]) @ layer["scale"])
+        b = b * jnp.exp(log_scale) + a @ layer["shift"]
+        x, total = jnp.concatenate([b, a], axis=-1), total + log_scale.sum(-1)
+    return x, total
+
+
+def test_new_adapters_of_a_flow_change_no_bit_and_under_jit_roundings():
+    shapes = {"up": (6, 16), "scale": (16, 6), "shift": (6, 6)}
+    params = [
+        {name: jnp.asarray(normal(*s, seed=i) / 3, "float32") for name, s in shapes.items()}
+        for i in range(3)
+    ]
+    x = jnp.asarray(normal(5, 12), "float32")
+    plan = plan_of(coupling_flow, params, x)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapted = lora_jax.adapt(coupling_flow, plan)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        adapted(params, adapters, x),
+        coupling_flow(params, x),
+    )
+    eps = float(jnp.finfo("float32").eps)
+    for got, want in zip(
+        jax.jit(adapted)(params, adapters, x),
+        jax.jit(coupling_flow)(params, x),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=0, atol=16 * eps * np.abs(want).max())
+
+
+OUT_OF_RANGE = {
+    "matmul": (lambda p, x: x @ p["w"], (12, 10)),
+    "transposed": (lambda p, x: x @ p["w"].T, (10, 12)),
+    "scaled": (lambda p, x: x @ (p["w"] * 2.0), (12, 10)),
+    "heads": (lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]), (12, 2, 5)),
+    "experts": (
+        lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([2, 3], "int32")),
+        (2, 12, 10),
+    ),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            x[None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+        (3, 12, 10),
+    ),
+    "table": (lambda p, x: p["w"][jnp.array([1, 3])], (12, 10)),
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_large_a_and_small_b_in_float16(name, use_dora):
+    fn, shape = OUT_OF_RANGE[name]
+    params, x = {"w": jnp.asarray(normal(*shape), "float16")}, jnp.asarray(X, "float16")
+    plan = plan_of(fn, params, x, targets="*", use_dora=use_dora)
+    adapters = trained(params, plan)
+    adapters["w"]["A"] *= 1e6
+    adapters["w"]["B"] *= 1e-6
+    wide, x_wide = ({"w": params["w"].astype("float32")}, x.astype("float32"))
+    function = lora_jax.adapt(fn, plan)
+    c = normal(*jax.eval_shape(fn, params, x).shape) / 8
+
+    def loss(adapters, params, x):
+        return jnp.sum(function(params, adapters, x).astype("float32") * jnp.float32(c))
+
+    got = function(params, adapters, x)
+    want = np.float64(fn(merged(wide, adapters, plan), x_wide))
+    assert got.dtype == jnp.float16
+    eps = float(jnp.finfo("float16").eps)
+    np.testing.assert_allclose(
+        np.float64(got), want, rtol=0, atol=4 * eps * abs(want).max()
+    )
+    grads, wanted = (jax.grad(loss)(adapters, *a) for a in ((params, x), (wide, x_wide)))
+    for own, other in zip(*map(jax.tree.leaves, (grads, wanted)), strict=True):
+        bound = 4 * eps * np.abs(other).max()
+        np.testing.assert_allclose(own, other, rtol=0, atol=bound)

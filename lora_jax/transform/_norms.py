@@ -1,0 +1,158 @@
+"""DoRA's norms in an adapted function, and their rule.
+
+`adapt` may be applied to an adapted function. For the outer `adapt`, the weight of an inner
+norm is a factored value. Its terms and those of the inner adapter are one sum of terms, so
+that the norm is formed without merging any. The outer one finds the norms in the program as
+calls of the functions in `_CALLS`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _column_norm, _layout, _quantized, _stacks
+from lora_jax._column_norm import Matrix
+from lora_jax.plan import Target
+from lora_jax.transform import _deferred
+from lora_jax.transform._context import Context
+from lora_jax.transform._deferred import Deferred, form
+from lora_jax.transform._factored import (
+    Factored,
+    NotFactorableError,
+    Term,
+    base_of,
+    is_factored,
+)
+
+
+def constant_norm(
+    weight: Any, adapter: Mapping[str, jax.Array], target: Target
+) -> jax.Array:
+    """`|W + scale * A @ B|` by columns, `(*batch, out)`, without a gradient.
+
+    Args:
+        weight: dense or quantized.
+        adapter: of the weight.
+        target: of the weight.
+    """
+    factors = {name: lax.stop_gradient(adapter[name]) for name in ("A", "B")}
+    form_norm = _of_quantized if _quantized.is_quantized(weight) else _of_dense
+    return form_norm(weight, factors, target)
+
+
+def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of one weight."""
+    matrix = _layout.to_matrix(jnp.asarray(weight), target)
+    factors = _layout.matrix_adapter(adapter, target)
+    axis = -1 if _layout.is_flipped(target) else -2
+    sides = _column_norm.sides(factors["A"], factors["B"], target.scale, axis, matrix.dtype)
+    return _CALLS[axis](Matrix(matrix, *sides))
+
+
+# Traced once for all weights of one shape. The gradient of the weight is stopped inside:
+# outside, that would be a use of it in the program of an outer `adapt`.
+@jax.jit
+def lora_jax_column_norms(matrix: Matrix) -> jax.Array:
+    """The norms of the columns of a matrix, constants."""
+    return _column_norm.constant_norm(matrix, axis=-2)
+
+
+@jax.jit
+def lora_jax_row_norms(matrix: Matrix) -> jax.Array:
+    """The norms of its rows."""
+    return _column_norm.constant_norm(matrix, axis=-1)
+
+
+_CALLS = {-2: lora_jax_column_norms, -1: lora_jax_row_norms}
+# By the names that their calls have in a program.
+_AXES = {"lora_jax_column_norms": -2, "lora_jax_row_norms": -1}
+
+
+@jax.jit
+def _of_quantized(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of a quantized weight, an entry of a stack at a time."""
+    return _stacks.map_entries(_of_dense, weight, adapter, target)
+
+
+def norm_axis(equation: Any) -> int | None:
+    """The axis that an equation forms norms over, if it is a call that does."""
+    return _AXES.get(str(equation.params.get("name")))
+
+
+def adapted(context: Context, equation: Any, axis: int, *values: Any) -> list[jax.Array]:
+    """What a call of one of the functions above gives for a factored weight."""
+    matrix, out = Matrix(*values), equation.outvars[0].aval.shape
+    if not isinstance(matrix.weight, Factored) or any(map(is_factored, values[1:])):
+        raise NotFactorableError("a factor of a DoRA adapter is an adapted weight")
+    if not _is_matrix(matrix, axis, out):
+        raise NotFactorableError("the norms of its DoRA adapter are mapped over")
+    if context.probing:  # not a use of the weight
+        return _deferred.use(equation, list(map(base_of, values)))
+    return [_norm(_with_terms(matrix.weight, matrix, axis), axis)]
+
+
+def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
+    """Whether the arrays have the shapes of `Matrix`, which `jax.vmap` changes."""
+    weight, left, right = matrix.weight, matrix.left, matrix.right
+    kept = -1 if axis == -2 else -2
+    batch, rank = weight.shape[:-2], right.shape[-2]
+    of_left = [0, 0]
+    of_left[axis], of_left[kept] = weight.shape[axis], rank
+    columns = (*batch, weight.shape[kept])
+    known = () if matrix.columns is None else (tuple(matrix.columns.shape),)
+    return (
+        tuple(left.shape) == (*batch, *of_left)
+        and tuple(right.shape) == (*batch, rank, weight.shape[kept])
+        and {tuple(out), *known} == {columns}
+    )
+
+
+def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
+    """The matrix of which the weight is a factored value."""
+    summed = f.ndim + axis
+    kept = f.ndim - 1 if axis == -2 else f.ndim - 2
+    gain = matrix.columns
+    for column in f.columns:
+        if summed in f.owned(column):
+            raise NotFactorableError("another DoRA adapter scales what its norm sums over")
+        shape = [size for i, size in enumerate(f.shape) if i != summed]
+        column = jnp.broadcast_to(lax.squeeze(column, [summed]), shape)
+        gain = column if gain is None else gain * column
+    lefts, rights = [], []
+    for term in f.terms:
+        left, right = _term_sides(f, term, summed, kept, matrix.left.dtype)
+        lefts.append(jnp.moveaxis(left, 0, kept))
+        right = jnp.moveaxis(right, 0, -2)  # (*batch, rank, kept)
+        rights.append(right if gain is None else right * gain[..., None, :])
+    left = jnp.concatenate([*lefts, matrix.left], axis=kept)
+    right = jnp.concatenate([*rights, matrix.right], axis=-2)
+    return Matrix(f.base, left, right, gain)  # pyright: ignore
+
+
+def _term_sides(
+    f: Factored, term: Term, summed: int, kept: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`(rank, *batch, summed)` and, times the scale, `(rank, *batch, kept)`."""
+    for a, b in ((term.a, term.b), (term.b, term.a)):
+        if kept not in f.owned(a) and summed not in f.owned(b):
+            left, right = a.leading(dtype), b.leading(dtype)
+
+            def whole(x, gone):
+                shape = [size for i, size in enumerate(f.shape) if i != gone]
+                x = lax.squeeze(x, [1 + gone])
+                return jnp.broadcast_to(x, (x.shape[0], *shape))
+
+            return whole(left, kept), whole(right, summed) * term.label.scale
+    raise NotFactorableError("its adapters have other inputs and outputs")
+
+
+def _norm(matrix: Matrix, axis: int) -> jax.Array:
+    """The norms of a weight; of a quantized stack, an entry at a time."""
+    weight = matrix.weight
+    if isinstance(weight, Deferred) and weight.batch_ndim:
+        return lax.map(lambda entry: _norm(entry, axis), matrix)
+    # The same call again, for the `adapt` around this one.
+    return _CALLS[axis](matrix._replace(weight=form(weight)))

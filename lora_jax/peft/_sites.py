@@ -209,7 +209,9 @@ def _open_error(places: Places, claim: Claim, found: list[Reading]) -> Checkpoin
     template = claim.name
     for field, number in claim.numbers:
         template = template.replace(f".{number}.", f".{{{field}}}.", 1)
-    function = "" if places.known.source else "the function (fn, *args) or plan=, or "
+    # A function shows the axes, and not which number is the index of which.
+    open_ = len({each.axes for each in found}) > 1 and not places.known.source
+    function = "the function (fn, *args) or plan=, or " if open_ else ""
     return CheckpointError(
         f"{claim.path!r} {places.shape(claim.path)} fits {claim.name!r} with the axes "
         f"{' and '.join(ways)}: shapes do not say which. Give {function}"

@@ -5,11 +5,12 @@ multiplies entry by entry and sums over the rank: one product with `W` that is `
 high. Rows (the norm of each input) are the same with `W^T`, `B^T`, `A^T` for `W`, `A`, `B`.
 Below, the *summed* axis of the weight is the one that the squares are summed over, and the
 *kept* axis the other; `left` is the factor with the summed axis and `right
-(*batch, rank, kept)` the other one, times the scale.
+(*batch, rank, kept)` the other one.
 
 The factored sum is wrong where it cancels, because the update nearly undoes a column, and
 where a square leaves the range of its dtype. The columns are then formed directly, block by
-block, each divided by a power of two.
+block, each divided by a power of two. That is a branch for each weight, and compiling it
+counts in models of many layers that are not scanned: hence its few operations.
 """
 
 import functools
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax import _compat, _numerics, _quantized
+from lora_jax import _numerics, _quantized
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -28,7 +29,7 @@ _HIGHEST = lax.Precision.HIGHEST
 # it has lost at the most 8 of its 24 bits.
 _TRUSTED = 2.0**-8
 
-# Rows or columns of the weight that `_direct_square` forms at a time, at the most.
+# Rows or columns of the weight that `_direct` forms at a time, at the most.
 _BLOCK = 128
 
 
@@ -36,8 +37,9 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
     """`m / n`, DoRA's factor, wide; 1, with a zero gradient, where `n` is zero."""
     dtype = _numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
     magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
-    one = jnp.ones_like(norm)
-    return jnp.where(norm == 0, one, magnitude / jnp.where(norm == 0, one, norm))
+    # A norm is not negative. So only one array is made of it, which has the zeros marked.
+    safe = jnp.where(norm == 0, -jnp.ones_like(norm), norm)
+    return jnp.where(safe < 0, jnp.ones_like(norm), magnitude / safe)
 
 
 def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
@@ -76,7 +78,7 @@ def adapted_norm(
     if base is None:
         base = weight_norm_squared(weight, axis)
     base = jnp.asarray(base, _numerics.accumulation_dtype(weight.dtype))
-    matrix = Matrix(weight, *sides(a, b, scale, axis, weight.dtype))
+    matrix = Matrix(weight, *sides(a, b, axis, weight.dtype), scale)
     return _norm(matrix, lax.stop_gradient(base), axis).value
 
 
@@ -95,44 +97,56 @@ def _frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
 
 
 class Matrix(NamedTuple):
-    """The matrix `columns * weight + left @ right`, of which norms are formed.
+    """The matrix `columns * weight + scale * left @ right`, of which norms are formed.
 
     Attributes:
         weight: `(*batch, in, out)`; or a pair of arrays, whose sum it is.
         left: the factor with the summed axis, where the weight has it: `(*batch, in, rank)`
             for the norms of columns, `(*batch, rank, out)` for those of rows. Wide.
-        right: the other factor, times the scale, `(*batch, rank, kept)`. Wide. Without
-            factors both are None.
+        right: the other factor, `(*batch, rank, kept)`. Wide. Without factors both are
+            None, and the scale too.
+        scale: scalar.
         columns: what multiplies the weight, `(*batch, kept)`, wide; None for nothing.
     """
 
     weight: Any
     left: Any = None
     right: Any = None
+    scale: Any = None
     columns: Any = None
 
 
 def sides(
-    a: jax.Array, b: jax.Array, scale: float | jax.Array, axis: int, *dtypes: Any
+    a: jax.Array, b: jax.Array, axis: int, *dtypes: Any
 ) -> tuple[jax.Array, jax.Array]:
     """`left` and `right` of factors `(*batch, in, rank)` and `(*batch, rank, out)`."""
     dtype = _numerics.accumulation_dtype(*dtypes)
     a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
-    left, right = (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
-    return left, _numerics.multiply(right, scale)
+    return (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
 
 
 def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
     """The norms of a matrix over `axis`, `(*batch, kept)`, without a gradient."""
     matrix = lax.stop_gradient(matrix)
+    if _is_one_block(matrix, axis):
+        return _direct(matrix, axis).value
+    matrix = _with_scale_in_right(matrix)
     base = weight_norm_squared(matrix.weight, axis)
     squares = _factored_squares(matrix, _gained(base, matrix), axis)
     root = _root_of(squares)
     return lax.cond(
-        jnp.all(_is_right(squares, matrix, axis)),
+        _are_right(squares),
         lambda: root,
-        lambda: _direct(matrix, base, root, axis).value,
+        lambda: _direct(matrix, axis, root).value,
     )
+
+
+def _with_scale_in_right(matrix: Matrix) -> Matrix:
+    """The same matrix: a branch then has no scale of its own among its operands."""
+    if matrix.right is None:
+        return matrix
+    right = _numerics.multiply(matrix.right, matrix.scale)
+    return matrix._replace(right=right, scale=1.0)
 
 
 class _Norm(NamedTuple):
@@ -150,8 +164,11 @@ class _Norm(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _norm(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
     """The norms over `axis`; `base` is `|W|^2` over it, without `columns`."""
+    if _is_one_block(matrix, axis):
+        return _direct(matrix, axis)
+    matrix = _with_scale_in_right(matrix)
     squares = _factored_squares(matrix, _gained(base, matrix), axis)
-    return _correction(squares, base, matrix, axis=axis)
+    return _correction(squares, matrix, axis=axis)
 
 
 @functools.partial(_norm.defjvp, symbolic_zeros=True)
@@ -181,37 +198,39 @@ def _norm_jvp(axis: int, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
 
 
 class _Squares(NamedTuple):
-    """Factored squares of norms, and how far to trust them. All are `(*batch, kept)`.
+    """Factored squares of norms, `(*batch, kept)`.
 
     Attributes:
         value: of the squares.
-        terms: what they are a sum of, without cancellation.
-        lost: what underflow may have taken from that, in smallest normal numbers for each
-            entry of a column.
+        least: what a square has to reach to be right: a part of the terms that it is the
+            sum of, if they do not cancel, and of what underflow may take from them.
     """
 
     value: jax.Array
-    terms: jax.Array
-    lost: jax.Array
+    least: jax.Array
 
 
 def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
     """The squares; `base` is that of `columns * weight`."""
-    weight, left, right, columns = matrix
+    weight, left, right, scale, columns = matrix
+    n = jax.tree.leaves(weight)[0].shape[axis]
+    info = jnp.finfo(base.dtype)
+    # Each of the n products of a sum may lose a smallest normal number.
+    lost = n * float(info.tiny) / float(info.eps)
     if left is None or right is None:
-        return _Squares(base, base, jnp.ones_like(base))
+        return _Squares(base, jnp.full_like(base, lost))
+    right = _numerics.multiply(right, scale)
     gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
-    cross = jnp.sum(_product_with_weight(left, weight, axis) * right, axis=-2)
+    cross = _product_with_weight(left, weight, axis)
     if columns is not None:
-        cross = cross * columns
-    own = jnp.sum(jnp.matmul(gram, right, precision=_HIGHEST) * right, axis=-2)
-    squared = base + 2 * cross + own
-    # What `own` would be without cancellation within A @ B: |A|^2 / rank * |B_j|^2.
-    rank = right.shape[-2]
-    energy = jnp.sum(jnp.square(left), axis=(-2, -1)) / rank
-    right_squared = jnp.sum(jnp.square(right), axis=-2)
-    terms = base + own + energy[..., None] * right_squared
-    return _Squares(squared, terms, rank * (1 + right_squared))
+        cross = cross * columns[..., None, :]
+    own = jnp.matmul(gram, right, precision=_HIGHEST)
+    value = base + jnp.sum((2 * cross + own) * right, axis=-2)
+    # |A_r|^2 B_rj^2, summed: what `own` would be without cancellation within A @ B.
+    each = jnp.sum(jnp.square(left), axis=axis)[..., None]  # (*batch, rank, 1)
+    lost = right.shape[-2] * lost
+    apart = jnp.sum((_TRUSTED * each + lost) * jnp.square(right), axis=-2)
+    return _Squares(value, _TRUSTED * base + apart + lost)
 
 
 def _gained(base: jax.Array, matrix: Matrix) -> jax.Array:
@@ -223,61 +242,107 @@ def _root_of(squares: _Squares) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares.value, 0))
 
 
-def _is_right(squares: _Squares, matrix: Matrix, axis: int) -> jax.Array:
-    """Of each square, whether it neither cancels nor leaves the range of its dtype."""
-    least, most = _range(matrix, axis)
-    terms = squares.terms
-    in_range = (terms >= least * squares.lost) & (terms <= most)
-    return (squares.value >= _TRUSTED * terms) & in_range
+def _are_right(squares: _Squares) -> jax.Array:
+    """Whether no square cancels or leaves the range of its dtype."""
+    most = float(jnp.finfo(squares.value.dtype).max) / 16
+    return jnp.all((squares.value >= squares.least) & (squares.value <= most))
 
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
-def _correction(squares: _Squares, base: jax.Array, matrix: Matrix, axis: int) -> _Norm:
+def _correction(squares: _Squares, matrix: Matrix, axis: int) -> _Norm:
     """Roots of the factored squares; the norms of formed columns if any is wrong."""
     root = _root_of(squares)
     return lax.cond(
-        jnp.all(_is_right(squares, matrix, axis)),
+        _are_right(squares),
         lambda: _Norm(root, jnp.ones_like(root)),
-        lambda: _direct(matrix, base, root, axis),
+        lambda: _direct(matrix, axis, root),
     )
 
 
-def _direct(matrix: Matrix, base: jax.Array, like: jax.Array, axis: int) -> _Norm:
-    """The norms of the columns themselves, which are formed block by block."""
-    unit = _compat.retyped(_unit(matrix, base, axis), jax.typeof(like).sharding)
-    scaled = _scaled(matrix, unit)
-    if matrix.left is None:
-        squared = _gained_square(scaled, axis)
-    else:
-        squared = _direct_square(scaled, axis, like)
-    return _Norm(jnp.sqrt(squared) * unit, unit)
+def _is_one_block(matrix: Matrix, axis: int) -> bool:
+    """Whether the columns are so short that `_direct` forms them at once.
 
-
-def _unit(matrix: Matrix, base: jax.Array, axis: int) -> jax.Array:
-    """Powers of two about as large as the columns.
-
-    Where the square of a column of the weight is out of range, one unit does for all
-    columns on that side of the range.
+    Then it is no more work than the factored square, has no branch, and is always right.
     """
-    info = jnp.finfo(base.dtype)
-    large, small = 2.0 ** (info.maxexp * 3 // 4), 2.0 ** (-info.maxexp * 2 // 3)
-    least, most = _range(matrix, axis)
-    largest = jnp.where(base > most, large, jnp.sqrt(base))
-    largest = jnp.where(base < least, small, largest)
-    if matrix.columns is not None:
-        largest = largest * jnp.abs(matrix.columns)
-    if matrix.left is not None and matrix.right is not None:
-        of_left = jnp.max(jnp.abs(matrix.left), axis=(-2, -1))
-        of_right = jnp.sum(jnp.abs(matrix.right), axis=-2)
-        largest = jnp.maximum(largest, of_left[..., None] * of_right)
-    return _power_of_two(largest)
+    return jax.tree.leaves(matrix.weight)[0].shape[axis] <= _BLOCK
 
 
-def _range(matrix: Matrix, axis: int) -> tuple[float, float]:
-    """The squares of norms that lose nothing to underflow, and do not overflow."""
-    weight = jax.tree.leaves(matrix.weight)[0]
-    info = jnp.finfo(_numerics.accumulation_dtype(weight.dtype))
-    return weight.shape[axis] * float(info.tiny) / float(info.eps), float(info.max) / 16
+def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
+    """The norms of the columns themselves, from a block along the summed axis at a time.
+
+    On a mesh with explicit axes a loop over blocks needs `like`, sharded as the result.
+
+    Each column is divided by a power of two about as large as its largest entry so far.
+
+    A block is every `count`-th row (or column), not a run of them: cutting it out of a
+    weight that is sharded along that axis moves nothing between devices. The size of a
+    block divides the axis, so an axis of prime length takes as many steps as it is long.
+    """
+    weight, left, right, scale, columns = matrix
+    n = jax.tree.leaves(weight)[0].shape[axis]
+    size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
+    count = n // size if left is not None else 1
+
+    def cut(x, i):  # (..., n, ...) -> (..., size, ...)
+        if count == 1:
+            return x
+        position = x.ndim + axis
+        blocks = x.reshape(*x.shape[:position], size, count, *x.shape[position + 1 :])
+        return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
+
+    def form(i):
+        block = _wide(jax.tree.map(lambda x: cut(x, i), weight))
+        if columns is not None:
+            block = block * jnp.expand_dims(columns, axis)
+        if left is None or right is None:
+            return block
+        a, b = cut(left, i), right
+        if axis == -1:
+            a, b = jnp.swapaxes(b, -1, -2), a
+        update = jnp.matmul(a, b, precision=_HIGHEST)
+        return block + _numerics.multiply(update, scale)
+
+    if count == 1 or like is None:
+        sums = _sums(form(0), axis)
+    else:
+        # Not jnp.zeros: on a mesh the sums have to start sharded as the result is.
+        start = (jnp.zeros_like(like),) * 3
+        add = lambda i, sums: tuple(map(jnp.add, sums, _sums(form(i), axis)))  # noqa: E731
+        sums = lax.fori_loop(0, count, add, start)
+    return _safe_root(sums, n)
+
+
+def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+    """The sums over `axis` of the squares of small, of ordinary and of large entries.
+
+    They are of all entries, multiplied by powers of two that bring those into the range of
+    the dtype: Blue's accumulators.
+    """
+    step = _step(block.dtype)
+    scaled = [jnp.square(block * by) for by in (step, 1.0, 1 / step)]
+    zeros = (jnp.zeros((), block.dtype),) * 3
+
+    def add(x, y):
+        return tuple(map(jnp.add, x, y))
+
+    return tuple(lax.reduce(tuple(scaled), zeros, add, (block.ndim + axis,)))
+
+
+def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
+    """The norms of columns of `n` entries, from the sum that is in range."""
+    small, ordinary, large = sums
+    info, step = jnp.finfo(ordinary.dtype), _step(ordinary.dtype)
+    one = jnp.ones_like(ordinary)
+    is_large = ordinary > float(info.max) / 16
+    is_small = ordinary < n * float(info.tiny) / float(info.eps)
+    total = jnp.where(is_large, large, jnp.where(is_small, small, ordinary))
+    unit = jnp.where(is_large, step * one, jnp.where(is_small, one / step, one))
+    return _Norm(jnp.sqrt(total) * unit, unit)
+
+
+def _step(dtype: Any) -> float:
+    """The square root of the range of a dtype, a power of two."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 2)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
@@ -290,7 +355,7 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 def _scaled(matrix: Matrix, unit: jax.Array) -> Matrix:
     """The matrix with its columns divided by powers of two."""
-    _, _, right, columns = matrix
+    _, _, right, _, columns = matrix
     columns = 1 / unit if columns is None else columns / unit
     right = None if right is None else right / unit[..., None, :]
     return matrix._replace(right=right, columns=columns)
@@ -309,37 +374,6 @@ def _gained_square(matrix: Matrix, axis: int) -> jax.Array:
     """`|columns * W|^2` over `axis`."""
     columns = jnp.expand_dims(matrix.columns, axis)
     return jnp.sum(jnp.square(_wide(matrix.weight) * columns), axis=axis)
-
-
-def _direct_square(matrix: Matrix, axis: int, like: jax.Array) -> jax.Array:
-    """The squares over `axis`, from a block along that axis at a time.
-
-    A block is every `count`-th row (or column), not a run of them: cutting it out of a
-    weight that is sharded along that axis moves nothing between devices. The size of a
-    block divides the axis, so an axis of prime length takes as many steps as it is long.
-    """
-    weight, left, right, columns = matrix
-    n = weight.shape[axis]
-    size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
-    count = n // size
-
-    def cut(x, i):  # (..., n, ...) -> (..., size, ...)
-        position = x.ndim + axis
-        blocks = x.reshape(*x.shape[:position], size, count, *x.shape[position + 1 :])
-        return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
-
-    def add_block(i, total):
-        a, b = cut(left, i), right
-        if axis == -1:
-            a, b = jnp.swapaxes(b, -1, -2), a
-        block = cut(weight, i).astype(total.dtype) * jnp.expand_dims(columns, axis)
-        block = block + jnp.matmul(a, b, precision=_HIGHEST)
-        return total + jnp.sum(jnp.square(block), axis=axis)
-
-    if count == 1:
-        return add_block(0, jnp.zeros_like(like))
-    # Not jnp.zeros: on a mesh the sum has to start sharded as the result `like` is.
-    return lax.fori_loop(0, count, add_block, jnp.zeros_like(like))
 
 
 def _wide(weight: Any) -> jax.Array:

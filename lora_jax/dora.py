@@ -21,9 +21,10 @@ than 1/16 of the norm of any column's terms, all norms of the weight are formed 
 instead, from blocks of at most 128 rows of `V`, with an error of `4 eps k`. That branch is
 compiled in and skipped at run time, except under `jax.vmap`, which runs both. It also
 runs where the square of a norm is out of the range of float32 (below about 1e-13 or above
-1e18), divides each column by a power of two, and so is right for all columns whose norms
-are normal numbers. A column of zeros takes it as well, because a square that is zero may
-be one that underflowed.
+1e18), scales the entries by powers of two, and so is right for all columns whose norms
+and products of `A` and `B` are normal numbers. A column of zeros takes it as well, because
+a square that is zero may be one that underflowed. Columns of at most 128 entries are
+always formed directly, which is as little work and has no branch to compile.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _column_norm, _layout, _quantized, _stacks
+from lora_jax import _column_norm, _layout, _numerics, _quantized, _stacks
 from lora_jax._column_norm import Matrix
 from lora_jax.plan import Target
 from lora_jax.transform import _deferred
@@ -48,8 +48,8 @@ def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax
     matrix = _layout.to_matrix(jnp.asarray(weight), target)
     factors = _layout.matrix_adapter(adapter, target)
     axis = -1 if _layout.is_flipped(target) else -2
-    sides = _column_norm.sides(factors["A"], factors["B"], target.scale, axis, matrix.dtype)
-    return _CALLS[axis](Matrix(matrix, *sides))
+    sides = _column_norm.sides(factors["A"], factors["B"], axis, matrix.dtype)
+    return _CALLS[axis](Matrix(matrix, *sides, target.scale))
 
 
 # Traced once for all weights of one shape. The gradient of the weight is stopped inside:
@@ -122,14 +122,15 @@ def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
         column = jnp.broadcast_to(lax.squeeze(column, [summed]), shape)
         gain = column if gain is None else gain * column
     lefts, rights = [], []
+    own = _numerics.multiply(matrix.right, matrix.scale)
     for term in f.terms:
         left, right = _term_sides(f, term, summed, kept, matrix.left.dtype)
         lefts.append(jnp.moveaxis(left, 0, kept))
         right = jnp.moveaxis(right, 0, -2)  # (*batch, rank, kept)
         rights.append(right if gain is None else right * gain[..., None, :])
     left = jnp.concatenate([*lefts, matrix.left], axis=kept)
-    right = jnp.concatenate([*rights, matrix.right], axis=-2)
-    return Matrix(f.base, left, right, gain)  # pyright: ignore
+    right = jnp.concatenate([*rights, own], axis=-2)
+    return Matrix(f.base, left, right, jnp.ones_like(matrix.scale), gain)
 
 
 def _term_sides(
@@ -153,6 +154,7 @@ def _norm(matrix: Matrix, axis: int) -> jax.Array:
     """The norms of a weight; of a quantized stack, an entry at a time."""
     weight = matrix.weight
     if isinstance(weight, Deferred) and weight.batch_ndim:
-        return lax.map(lambda entry: _norm(entry, axis), matrix)
+        alone, scale = matrix._replace(scale=None), matrix.scale
+        return lax.map(lambda entry: _norm(entry._replace(scale=scale), axis), alone)
     # The same call again, for the `adapt` around this one.
     return _CALLS[axis](matrix._replace(weight=form(weight)))

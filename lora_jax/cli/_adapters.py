@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -107,6 +107,15 @@ class Contents:
         return [n for n, module in modules.items() if may_be_tied(n, module.kind)]
 
     @property
+    def ignored(self) -> list[str]:
+        """What to say of the fields of the config that are in use and ignored."""
+        fields = self.checkpoint.ignored if self.checkpoint else {}
+        return [
+            f"ignored, as --allow-field says: {name} {json.dumps(value):.80}"
+            for name, value in fields.items()
+        ]
+
+    @property
     def changed(self) -> list[str]:
         """What the adapters change of one array and not of those that are tied to it.
 
@@ -145,20 +154,24 @@ def find_format(directory: pathlib.Path) -> Format:
     )
 
 
-def read_contents(directory: pathlib.Path) -> Contents:
+def read_contents(directory: pathlib.Path, allow_fields: Collection[str] = ()) -> Contents:
     """Reads what a directory of adapters has in it.
+
+    Args:
+        directory: of either format.
+        allow_fields: of PEFT's config, to ignore; as in `lora_jax.peft.load`.
 
     Raises:
         CheckpointError: if the files are not what they should be.
         OSError: if they cannot be read.
     """
     if find_format(directory) == "peft":
-        return _read_peft(directory)
+        return _read_peft(directory, allow_fields)
     return _read_own(directory)
 
 
-def _read_peft(directory: pathlib.Path) -> Contents:
-    checkpoint = open_checkpoint(directory)
+def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Contents:
+    checkpoint = open_checkpoint(directory, allow_fields)
     config, entries = checkpoint.config, checkpoint.entries
     file = checkpoint.arrays
     assert isinstance(file, _files.TensorFile)

@@ -45,7 +45,8 @@ class Finding(NamedTuple):
 
 def inspect(options: argparse.Namespace) -> int:
     """Runs the command."""
-    contents = _adapters.read_contents(pathlib.Path(options.directory))
+    directory = pathlib.Path(options.directory)
+    contents = _adapters.read_contents(directory, options.allow_field)
     findings = {name: examine(each) for name, each in contents.adapters.items()}
     warnings = list(find_warnings(contents, findings))
     if options.json:
@@ -96,6 +97,7 @@ def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterat
     for name, adapter in contents.adapters.items():
         yield from _about_numbers(name, adapter, *findings[name].sizes)
     yield from _about_dtypes(contents)
+    yield from contents.ignored
     if contents.changes_base:
         yield (
             f"init {contents.changes_base!r} changed the base weights when the adapters "

@@ -12,7 +12,16 @@ from typing import Any, NoReturn
 
 import jax
 
-from lora_jax.cli import _adapters, _convert, _diff, _inspect, _merge, _output, _terminal
+from lora_jax.cli import (
+    _adapters,
+    _convert,
+    _diff,
+    _inspect,
+    _merge,
+    _messages,
+    _output,
+    _terminal,
+)
 
 _NAME = "lora-jax"
 _SHOWN = 3  # of the problems of an input
@@ -114,10 +123,10 @@ def _complain(text: str) -> None:
 def _describe(error: Exception) -> str:
     """An error in words. Those of the library say what to do; others are its own fault."""
     if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
+        return _messages.translate(str(error.args[0]))
     known = OSError | ValueError | TypeError | ArithmeticError | ModuleNotFoundError
     if isinstance(error, known) and str(error):
-        return str(error)
+        return _messages.translate(str(error))
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
@@ -162,6 +171,7 @@ def _add_inspect(commands: Any) -> None:
     parser = _add(commands, _inspect.inspect, "show what adapters there are in a directory")
     parser.add_argument("directory", metavar="DIR", help="of PEFT, or of this library")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_allow_field(parser)
 
 
 def _add_merge(commands: Any) -> None:
@@ -179,6 +189,7 @@ def _add_merge(commands: Any) -> None:
         help="of all floating-point tensors of at least 16 bits; by default as they are",
     )
     _add_names(parser)
+    _add_fit(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
 
@@ -203,6 +214,7 @@ def _add_convert(commands: Any) -> None:
         "rank_pattern and no alpha_pattern, such as vLLM",
     )
     _add_names(parser)
+    _add_fit(parser)
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +228,33 @@ def _add_names(parser: argparse.ArgumentParser) -> None:
         choices=("torch", "jax"),
         help="how the weights lie: torch, (out, in), the default for those of a model's "
         "files; or jax, (in, out), the default for --to peft",
+    )
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help="of the names of weights that are looked at, for adapters of a part of a "
+        "model: language_model",
+    )
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether what does not fit is an error (the default), or left out and listed",
+    )
+    _add_allow_field(parser)
+
+
+def _add_allow_field(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-field",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="field of PEFT's config to ignore, of a newer version or not supported; may "
+        "be given several times",
     )
 
 

@@ -71,6 +71,7 @@ ROOMS = {
     "cli": (
         {"_adapters", "_base", "_blocks", "_messages", "_terminal"},
         {"_fold", "_loading", "_output"},
+        {"_effects"},
         {"_convert", "_diff", "_inspect", "_merge"},
         {"_main"},
         {"__init__"},

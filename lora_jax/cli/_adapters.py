@@ -16,6 +16,7 @@ from lora_jax.peft import _entries
 from lora_jax.peft._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from lora_jax.peft._ties import may_be_tied
 from lora_jax.peft.config import PeftConfig
+from lora_jax.plan import AdapterPlan
 
 Format = Literal["peft", "lora_jax"]
 FORMATS = ("peft", "lora_jax")
@@ -89,6 +90,7 @@ class Contents:
         rows: the names of those arrays that are but rows of an embedding.
         changes_base: how the adapters were made, if that changed the base weights.
         checkpoint: what PEFT wrote; None for the format of this library.
+        plan: of the adapters in the format of this library; None for PEFT's.
     """
 
     format: Format
@@ -99,6 +101,7 @@ class Contents:
     rows: frozenset[str] = frozenset()
     changes_base: str = ""
     checkpoint: Checkpoint | None = None
+    plan: AdapterPlan | None = None
 
     @property
     def embeddings(self) -> list[str]:
@@ -189,7 +192,7 @@ def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Conten
             "dropout": config.lora_dropout,
         },
         adapters={
-            name: _of_module(file, module, config, parameters)
+            name: of_module(file, module, config, parameters)
             for name, module in entries.modules.items()
         },
         wholes={name: _whole(file, key) for name, key in wholes.items()},
@@ -210,12 +213,20 @@ def _configured(
     return next((n for n in names if config.rank_of(n) == module.rank), owner)
 
 
-def _of_module(
-    file: _files.TensorFile,
+def of_module(
+    file: Any,
     module: _entries.Module,
     config: PeftConfig,
     parameters: _entries.Parameters,
 ) -> Adapter:
+    """The adapter of a module of PEFT.
+
+    Args:
+        file: of the arrays: `read(name)` gives one, and `file[name]` has its dtype.
+        module: which one.
+        config: of the adapter.
+        parameters: those that the config has adapters of.
+    """
     name = _configured(module, config, parameters)
 
     def read() -> dict[str, np.ndarray]:
@@ -269,6 +280,7 @@ def _read_own(directory: pathlib.Path) -> Contents:
         shared={name: getattr(config, name) for name in names},
         adapters=read,
         wholes={},
+        plan=plan,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax import _checks
 from lora_jax.cli import _adapters, _terminal
 from lora_jax.cli._adapters import Adapter, Contents
+from lora_jax.cli._effects import update_norm
 
 # Beyond these a scale is more often a slip than a wish: common ones are 0.25 to 32.
 _HUGE_SCALE = 100.0
@@ -66,22 +67,6 @@ def examine(adapter: Adapter) -> Finding:
     norm = math.nan if bad else update_norm(entries["A"], entries["B"], adapter.scale)
     sizes = entries["A"].shape[-2], entries["B"].shape[-1]
     return Finding(norm, zero, bad, sizes)
-
-
-def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
-    """The Frobenius norm of `scale * A @ B`, without the product.
-
-    With `A = Q R` and `B^T = P S` it is that of `R S^T`, `(rank, rank)`: the root of
-    `trace((A^T A)(B B^T))`, without the squares that cost half of the digits.
-
-    Args:
-        a: `(*batch, in, rank)`, float64.
-        b: `(*batch, rank, out)`, float64.
-        scale: what multiplies the product.
-    """
-    r: Any = np.linalg.qr(a, mode="r")
-    s: Any = np.linalg.qr(b.swapaxes(-1, -2), mode="r")
-    return abs(scale) * float(np.linalg.norm(np.ravel(r @ s.swapaxes(-1, -2))))
 
 
 def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterator[str]:

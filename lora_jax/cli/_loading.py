@@ -1,11 +1,12 @@
 """Adapters, by the names of the arrays of a model's files."""
 
 import argparse
+import contextlib
 import difflib
 import pathlib
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,8 @@ class InMemory:
     def read(self, name: str, /) -> np.ndarray:
         """The array of a name."""
         return self._arrays[name]
+
+    __getitem__ = read
 
 
 class LazyArray:
@@ -194,12 +197,19 @@ def _load_peft(
     placement = _placing.find_places(checkpoint, places, on_tied="allow")
     _check_any(placement, directory, base, way)
     rows = placement.table().rows
-    with warnings.catch_warnings():  # of what is left out, which the report lists
-        warnings.filterwarnings("ignore", r"(?s).*\nIt was left out\.$")
+    with leaving_out():
         loaded = _placing.put(placement, way.strict, dtype=dtype, on_tied="allow")
     modules = {row.module: row.path for row in rows}
     axes = {row.path: row.letters for row in rows}
     return Loaded(*loaded, modules, axes, placement.problems.lines)
+
+
+@contextlib.contextmanager
+def leaving_out() -> Iterator[None]:
+    """Keeps quiet about what does not fit, for those who list it themselves."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*\nIt was left out\.$")
+        yield
 
 
 def _check_any(
@@ -217,7 +227,11 @@ def _check_any(
     name = places.unplaced[0]
     near = _paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
     n_in, n_out = modules[name].dims[:2]
-    where = f"{base.path}, under --prefix {way.prefix}," if way.prefix else str(base.path)
+    where = (
+        f"{base.path} under --prefix {way.prefix.rstrip('.')}"
+        if way.prefix
+        else str(base.path)
+    )
     raise _files.CheckpointError(
         f"nothing of {directory} fits {where}: for example, no tensor fits {name!r}, with "
         f"{n_in} in and {n_out} out, and the nearest name is {near[0]!r} "

@@ -116,7 +116,8 @@ def _as_program() -> Iterator[None]:
 def _complain(text: str) -> None:
     first, *others = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     more = f"; and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-    line = " ".join([first, "; ".join(others[:_SHOWN]) + more]).strip()
+    shown = "; ".join(each.removesuffix(".") for each in others[:_SHOWN])
+    line = f"{first} {shown}{more}".strip()
     print(f"{_NAME}: error: {_terminal.printable(line)}", file=sys.stderr)
 
 
@@ -267,7 +268,13 @@ def _add_diff(commands: Any) -> None:
     parser.add_argument(
         "--tolerance",
         type=_diff.check_tolerance,
-        default=0.0,
         metavar="X",
-        help="largest difference over the largest entry that counts as equal; default 0",
+        help="largest difference over the largest entry that counts as equal; of updates, "
+        "in the Frobenius norm. Default 0, and 1e-6 for updates",
     )
+    parser.add_argument(
+        "--names",
+        metavar="FILE.json",
+        help="from names of PEFT's modules to paths of weights, where they do not tell",
+    )
+    _add_allow_field(parser)

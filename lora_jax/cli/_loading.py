@@ -224,6 +224,8 @@ def _check_any(
     problems = placement.problems.lines
     if placement.sites or not modules or len(problems) != len(places.unplaced):
         return
+    if placement.checkpoint.entries.wholes and not way.strict:
+        return  # these may fit
     name = places.unplaced[0]
     near = _paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
     n_in, n_out = modules[name].dims[:2]

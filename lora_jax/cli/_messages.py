@@ -21,6 +21,10 @@ _ARGUMENTS = (
     (r"; or give on_tied='allow' if ", "; or load it with lora_jax.peft.load if "),
     (r"layout='(\w+)'", r"--layout \1"),
     (rf"(may be any of .*?: give {_DICT})", r"\1, or --prefix"),
+    (
+        r"there is no adapter for it: is the file whole\?",
+        r"\g<0> For an adapter of a part of the model there is --prefix.",
+    ),
     (r"strict=False", "--no-strict"),
     (r"allow_fields=\('?([^',]*)'?,\)", r"--allow-field \1"),
     (r"allow_fields has", "--allow-field has"),

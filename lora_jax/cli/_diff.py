@@ -17,6 +17,7 @@ _PIECE = 2**20
 _WIDEST = 60  # characters of a setting
 _UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _UNCOMPARED = ("peft_version", "inference_mode")
+_SCALE = "scale of "
 # Settings that change what an adapter does, and no array of it.
 _ACTING = ("lora_dropout", "dropout", "trainable_token_indices")
 # What rounding to float32 leaves of the difference of two updates, over their norm.
@@ -45,6 +46,8 @@ class _Effects(NamedTuple):
 
     same: bool = False
     """Whether they do the same all the same."""
+    by_plan: bool = False
+    """Whether names and paths were matched, so that they do not have to be the same."""
     rows: Sequence[tuple[str, ...]] = ()
     lines: tuple[str, ...] = ()
 
@@ -85,28 +88,29 @@ def diff(options: argparse.Namespace) -> int:
         if name not in other.entries
     ]
     found = _Effects()
-    if contents is not None and (settings or rows or only):
+    differ = bool(settings or rows or only)
+    if contents is not None and differ:
         names = _loading.read_names(options.names)
         acting = [line for line in settings if line[0] in _ACTING]
         found = _compare_effects(contents, paths, names, options.tolerance, bool(acting))
+    if found.by_plan:
+        settings = [line for line in settings if not line[0].startswith(_SCALE)]
+    right = ("largest difference", "relative", "norm in A", "norm in B")
+    entry = ("entry", "shape", "dtype", "largest difference", "relative")
     for header, lines in (
         (("setting", "A", "B"), settings),
-        (("where", "entry"), [] if found.same else only),
-        (
-            ("entry", "shape", "dtype", "largest difference", "relative"),
-            [] if found.same else rows,
-        ),
+        (("where", "entry"), [] if found.same or found.by_plan else only),
+        (entry, [] if found.same else rows),
         (("effect", "norm in A", "norm in B", "what differs", "relative"), found.rows),
     ):
         if lines:
-            right = ("largest difference", "relative", "norm in A", "norm in B")
             _terminal.say(*_terminal.format_table(header, lines, right), "")
     _terminal.say(
         f"{len(settings)} settings differ; of the entries {equal} are equal, {len(rows)} "
         f"differ, {len(only)} are in one only.",
         *found.lines,
     )
-    return DIFFERENT if (settings or rows or only) and not found.same else 0
+    return DIFFERENT if differ and not found.same else 0
 
 
 def _compare_effects(
@@ -131,6 +135,7 @@ def _compare_effects(
         first, *others = _messages.translate(str(error.args[0])).splitlines()
         why = " ".join([first, *(line.strip() for line in others[:1])])
         return _Effects(lines=(f"What they do was not compared: {why}",))
+    by_plan = not _effects.are_alike(*contents)
     limit = _ROUNDING if tolerance is None else tolerance
     rows = [
         (
@@ -144,12 +149,14 @@ def _compare_effects(
     ]
     count = f"of {len(found)} updates and arrays"
     if rows:
-        return _Effects(False, rows, (f"What they do differs: {len(rows)} {count}.",))
+        line = f"What they do differs: {len(rows)} {count}."
+        return _Effects(by_plan=by_plan, rows=rows, lines=(line,))
     largest = _terminal.format_number(max((e.relative for e in found), default=0.0))
     same = f"{count} none differs by more than {limit:g} of its norm (largest: {largest})"
     if acting:
-        return _Effects(lines=(f"{same[0].upper()}{same[1:]}; the settings do.",))
-    return _Effects(True, (), (f"They do the same: {same}.",))
+        line = f"{same[0].upper()}{same[1:]}; the settings do."
+        return _Effects(by_plan=by_plan, lines=(line,))
+    return _Effects(True, by_plan, lines=(f"They do the same: {same}.",))
 
 
 def _read_both(
@@ -202,7 +209,7 @@ def _adapter_side(contents: Contents, shared: bool) -> Side:
     entries = {}
     for path, adapter in contents.adapters.items():
         name = path.removesuffix(".weight")
-        settings[f"scale of {name}"] = adapter.scale
+        settings[f"{_SCALE}{name}"] = adapter.scale
         for entry, values in adapter.read().items():
             entries[f"{name} {entry}"] = _of_array(values)
     for name, whole in contents.wholes.items():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lora_jax._files import CheckpointError
 from lora_jax.cli import _adapters, _loading
 from lora_jax.cli._adapters import Contents, Whole
 from lora_jax.peft import _names, _placing
@@ -73,8 +74,7 @@ def compare(
     Raises:
         CheckpointError, ValueError: if modules and paths do not tell which are the same.
     """
-    both = a.adapters.keys() == b.adapters.keys()
-    if (a.plan is None and b.plan is None) or (both and a.format == b.format):
+    if are_alike(a, b):
         effects = _own_effects(a), _own_effects(b)
     elif a.plan is None or (b.plan and len(a.adapters) > len(b.adapters)):
         effects = _like(a, paths[0], b, names), _own_effects(b)
@@ -85,6 +85,13 @@ def compare(
         _apart(name, *(each.get(name, nothing) for each in effects))
         for name in dict.fromkeys([*effects[0], *effects[1]])
     ]
+
+
+def are_alike(a: Contents, b: Contents) -> bool:
+    """Whether what has one name is the same, so that no names have to be matched."""
+    if a.plan is None or b.plan is None:
+        return a.format == b.format
+    return a.adapters.keys() == b.adapters.keys()
 
 
 def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
@@ -161,8 +168,11 @@ def _put(
     own = checkpoint._replace(entries=entries)
     placement = _placing.find_places(own, places, on_tied="allow")
     left = [name for name in entries.modules if name not in placement.sites]
-    if not placement.sites:
-        placement.problems.settle(checkpoint.where, strict=True)
+    if left and not placement.sites:
+        raise CheckpointError(
+            f"no path of the plan is that of a module, for example {next(iter(leaves))!r} "
+            f"and {left[0]!r}: if names do not tell, give --names."
+        )
     with _loading.leaving_out():
         return _placing.put(placement, False, dtype="file", on_tied="allow"), left
 
@@ -201,7 +211,7 @@ def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> f
     if entry == "A":
         shapes = [(x["A"].shape[:-1], x["B"].shape[:-2], x["B"].shape[-1]) for x in (a, b)]
         if shapes[0] != shapes[1]:
-            return np.inf if max(norms) else 0.0
+            return np.inf if all(norms) else float(any(norms))
         both = np.concatenate([a["A"], b["A"]], -1), np.concatenate([a["B"], -b["B"]], -2)
         return _over(update_norm(*both, 1.0), max(norms))
     left, right = a[entry], b[entry]
@@ -210,7 +220,7 @@ def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> f
     if left.shape != right.shape:
         return np.inf
     same = (left == right) | (np.isnan(left) & np.isnan(right))
-    largest = max(np.linalg.norm(left.ravel()), np.linalg.norm(right.ravel()))
+    largest = max(float(np.linalg.norm(each.ravel())) for each in (left, right))
     return _over(float(np.linalg.norm(np.where(same, 0, left - right).ravel())), largest)
 
 

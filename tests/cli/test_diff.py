@@ -242,7 +242,7 @@ def test_names_that_do_not_tell(tmp_path, capsys):
     code, text = diff(capsys, peft, tmp_path / "own")
     assert code == 3
     assert "What they do was not compared" in text
-    assert "Give --names FILE.json with" in text
+    assert "'body/first' and 'model.layers.0.mlp.up': if names do not tell" in text
     names = tmp_path / "names.json"
     names.write_text('{"model.layers.0.mlp.up": "body/first"}')
     for pair in ((peft, tmp_path / "own"), (tmp_path / "own", peft)):

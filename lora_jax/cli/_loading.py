@@ -20,6 +20,7 @@ from lora_jax.cli._adapters import Contents
 from lora_jax.lora import Adapter
 from lora_jax.peft import _placing
 from lora_jax.peft._checkpoint import Checkpoint, FileDtype, new_checkpoint
+from lora_jax.peft._entries import without_wrapper
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import Places
 from lora_jax.peft._wholes import EMBEDDINGS, HEADS
@@ -122,13 +123,14 @@ def leaves_of(base: _base.Base, prefix: str = "") -> dict[str, Any]:
     Raises:
         CheckpointError: if no name does.
     """
-    spans, start = base.spans(), f"{prefix.rstrip('.')}."
+    leaves = {name: LazyArray(span) for name, span in base.spans().items()}
     if not prefix:
-        return {name: LazyArray(span) for name, span in spans.items()}
-    found = {n: LazyArray(span) for n, span in spans.items() if n.startswith(start)}
+        return leaves
+    words = re.compile(rf"{re.escape(prefix.rstrip('./'))}(?:[./]|$)")
+    found = {name: leaf for name, leaf in leaves.items() if words.match(name)}
     if not found:
-        words = (name.split(".") for name in spans)
-        starts = {".".join(own[:i]): None for own in words for i in range(1, len(own))}
+        ends = ((name, end.start()) for name in leaves for end in re.finditer("[./]", name))
+        starts = {name[:end]: None for name, end in ends}
         near = difflib.get_close_matches(prefix, starts, n=3) or list(starts)[:3]
         raise _files.CheckpointError(
             f"no tensor of {base.path} has a name that starts with --prefix {prefix}; the "
@@ -227,6 +229,8 @@ def _check_any(
     if placement.checkpoint.entries.wholes and not way.strict:
         return  # these may fit
     name = places.unplaced[0]
+    if name not in modules or places.given(without_wrapper(name)):
+        return
     near = _paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
     n_in, n_out = modules[name].dims[:2]
     where = (
@@ -238,7 +242,7 @@ def _check_any(
         f"nothing of {directory} fits {where}: for example, no tensor fits {name!r}, with "
         f"{n_in} in and {n_out} out, and the nearest name is {near[0]!r} "
         f"{places.shape(near[0])}; is it the adapter of another model, or does it need "
-        "--prefix or --names?"
+        "--prefix, --names or --layout?"
     )
 
 

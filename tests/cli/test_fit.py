@@ -28,7 +28,7 @@ def text_only():
     return models.make_factors(modules={f"model.{Q}": shape})
 
 
-@pytest.mark.parametrize("prefix", [TEXT, f"{TEXT}.", f"{TEXT}.model", VISION])
+@pytest.mark.parametrize("prefix", [TEXT, f"{TEXT}.", f"{TEXT}.model.{Q}.weight", VISION])
 def test_an_adapter_of_a_part(tmp_path, capsys, text_only, prefix):
     tensors, base = multimodal(tmp_path / "base")
     adapter = models.write_adapter(tmp_path / "adapter", text_only)
@@ -36,8 +36,7 @@ def test_an_adapter_of_a_part(tmp_path, capsys, text_only, prefix):
     assert f"the config targets '{VISION}.{Q}'" in line
     assert "For an adapter of a part of the model there is --prefix" in line
     assert run(base, adapter, tmp_path / "out", f"--prefix={prefix}") == 0
-    name = f"{prefix.strip('.')}.model".replace(".model.model", ".model")
-    name = prefix if prefix == VISION else name
+    name = VISION if prefix == VISION else f"{TEXT}.model"
     factors = {f"{name}.{Q}": text_only[f"model.{Q}"]}
     assert_merged(models.read_model(tmp_path / "out"), tensors, factors)
     own = tmp_path / "own"
@@ -136,8 +135,13 @@ def test_nothing_fits(tmp_path, capsys):
         assert f"error: nothing of {each} fits {base}: for example, no tensor fits" in line
         assert "'model.layers.0.mlp.up_proj', with 40 in and 50 out" in line
         assert "the nearest name is 'model.layers.0.mlp.up_proj.weight' (20, 12)" in line
-        assert "the adapter of another model, or does it need --prefix or --names?" in line
+        assert "or does it need --prefix, --names or --layout?" in line
         assert "layers.1" not in line
+    # What the user gave is not called the adapter of another model.
+    names = tmp_path / "names.json"
+    names.write_text('{"model.layers.0.mlp.up_proj": "model.norm.weight"}')
+    line = refuse(capsys, base, adapter, tmp_path / "out", f"--names={names}")
+    assert "by its name it is 'model.norm.weight' (12,)" in line
 
 
 def test_saved_arrays_may_fit_alone(tmp_path, capsys):

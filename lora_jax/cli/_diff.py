@@ -3,7 +3,7 @@
 import argparse
 import math
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -65,14 +65,14 @@ class Distance(NamedTuple):
 def diff(options: argparse.Namespace) -> int:
     """Runs the command."""
     paths = pathlib.Path(options.a), pathlib.Path(options.b)
-    contents = _read_both(*paths, options.allow_field)
+    contents = _read_both(*paths, options)
     if contents is None:
         sides = [_model_side(path) for path in paths]
     else:
         shared = contents[0].format != contents[1].format
         sides = [_adapter_side(each, shared) for each in contents]
     a, b = sides
-    tolerance = options.tolerance or 0.0
+    tolerance, given = options.tolerance or 0.0, _loading.read_names(options.names)
     names = [name for name in a.entries if name in b.entries]
     rows, equal = [], 0
     for name in names:
@@ -90,9 +90,8 @@ def diff(options: argparse.Namespace) -> int:
     found = _Effects()
     differ = bool(settings or rows or only)
     if contents is not None and differ:
-        names = _loading.read_names(options.names)
         acting = [line for line in settings if line[0] in _ACTING]
-        found = _compare_effects(contents, paths, names, options.tolerance, bool(acting))
+        found = _compare_effects(contents, paths, given, options.tolerance, bool(acting))
     if found.by_plan:
         settings = [line for line in settings if not line[0].startswith(_SCALE)]
     right = ("largest difference", "relative", "norm in A", "norm in B")
@@ -160,7 +159,7 @@ def _compare_effects(
 
 
 def _read_both(
-    a: pathlib.Path, b: pathlib.Path, allow_fields: Collection[str]
+    a: pathlib.Path, b: pathlib.Path, options: argparse.Namespace
 ) -> tuple[Contents, Contents] | None:
     """Two directories of adapters; None for two models."""
     kinds = [_is_model(path) for path in (a, b)]
@@ -171,8 +170,10 @@ def _read_both(
             "of adapters."
         )
     if kinds[0]:
+        if options.names or options.allow_field:
+            raise ValueError("--names and --allow-field are for adapters, not for models.")
         return None
-    left, right = (_adapters.read_contents(path, allow_fields) for path in (a, b))
+    left, right = (_adapters.read_contents(path, options.allow_field) for path in (a, b))
     _terminal.say(*left.ignored, *right.ignored)
     return left, right
 

@@ -26,6 +26,9 @@ _ARGUMENTS = (
         r"\g<0> For an adapter of a part of the model there is --prefix.",
     ),
     (r"strict=False", "--no-strict"),
+    # What is written lies under such names until it is complete.
+    (r"(^|/)\.([^/\n]+)\.\w{8}\.tmp/new\b", r"\1\2"),
+    (r"(^|/)\.([^/\n]+)\.[0-9a-f]{16}\.tmp\b", r"\1\2"),
     (r"allow_fields=\('?([^',]*)'?,\)", r"--allow-field \1"),
     (r"allow_fields has", "--allow-field has"),
     (r"dtype=", "--dtype "),

@@ -303,3 +303,12 @@ def test_magnitudes_and_saved_arrays(tmp_path, capsys):
     assert code == 3
     (line,) = (x.split() for x in text.splitlines() if " whole " in x)
     assert (line[0], line[-1]) == ("lm_head", "0.5")
+
+
+def test_options_that_are_for_adapters(tmp_path, capsys):
+    a = save(tmp_path / "a.safetensors", x=np.zeros(2))
+    for option in ("--names=names.json", "--allow-field=x"):
+        (tmp_path / "names.json").write_text("{}")
+        option = option.replace("names.json", str(tmp_path / "names.json"))
+        assert main(["diff", str(a), str(a), option]) == 1
+        assert "are for adapters, not for models" in capsys.readouterr().err

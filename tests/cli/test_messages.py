@@ -1,12 +1,15 @@
 """The errors of the library name the options of the command line."""
 
 import ast
+import errno
+import os
 import pathlib
 import re
 
 import pytest
 
 import lora_jax
+from lora_jax import _files
 from lora_jax.cli import _messages, main
 from tests.cli import models
 from tests.cli.merging import refuse
@@ -100,3 +103,27 @@ def test_no_temporary_path_is_shown(tmp_path, capsys, adapter):
     line = refuse(capsys, less, own, tmp_path / "out")
     assert line.startswith(f"lora-jax: error: {own} does not fit: no tensor of the model")
     assert set(re.findall(r"/tmp\S*", line)) <= {own}
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "convert to peft", "one file"])
+def test_no_temporary_name_is_shown(tmp_path, capsys, adapter, monkeypatch, command):
+    base = models.write_base(tmp_path / "base", models.make_tensors())
+    own, out = str(tmp_path / "own"), tmp_path / "out"
+    convert = ["convert", str(adapter), own, "--to=lora_jax", f"--base={base}"]
+    if command == "convert to peft":
+        assert main(convert) == 0
+        convert = ["convert", own, str(out), "--to=peft"]
+    convert[2] = str(out)
+    arguments = convert if "convert" in command else ["merge", base, adapter, out]
+    if command == "one file":
+        arguments[1], arguments[3] = base / "model.safetensors", f"{out}.safetensors"
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(_files, "synchronize", full)
+    assert main([*map(str, arguments)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert f"'{out}" in line
+    assert ".tmp" not in line

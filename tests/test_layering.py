@@ -69,8 +69,9 @@ ROOMS = {
         {"__init__"},
     ),
     "cli": (
-        {"_adapters", "_base", "_blocks", "_terminal"},
+        {"_adapters", "_base", "_blocks", "_messages", "_terminal"},
         {"_fold", "_loading", "_output"},
+        {"_effects"},
         {"_convert", "_diff", "_inspect", "_merge"},
         {"_main"},
         {"__init__"},

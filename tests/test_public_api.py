@@ -77,7 +77,7 @@ count_parameters(params, plan)
 save_adapters(directory, adapters, plan, *, dtype=None)
 load_adapters(directory, *, strict=True, dtype=None)
 peft.load(directory, params, fn=None, *args, plan=None, names=None, layout=None,
-    on_tied='error', strict=True, dtype=None)
+    on_tied='error', strict=True, dtype=None, allow_fields=())
 peft.save(directory, adapters, plan, *, names=None, layout='jax', replaced=None,
     base_model=None, task_type=None, dtype=None, uniform=False)
 """

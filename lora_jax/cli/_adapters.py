@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from lora_jax.peft._replaced import same_bits
 from lora_jax.peft._ties import may_be_tied
 from lora_jax.peft._wholes import EMBEDDINGS, HEADS, last_word
 from lora_jax.peft.config import PeftConfig
+from lora_jax.plan import AdapterPlan
 
 Format = Literal["peft", "lora_jax"]
 FORMATS = ("peft", "lora_jax")
@@ -91,6 +92,7 @@ class Contents:
         rows: the names of those arrays that are but rows of an embedding.
         changes_base: how the adapters were made, if that changed the base weights.
         checkpoint: what PEFT wrote; None for the format of this library.
+        plan: of the adapters in the format of this library; None for PEFT's.
     """
 
     format: Format
@@ -101,12 +103,22 @@ class Contents:
     rows: frozenset[str] = frozenset()
     changes_base: str = ""
     checkpoint: Checkpoint | None = None
+    plan: AdapterPlan | None = None
 
     @property
     def embeddings(self) -> list[str]:
         """The names of adapters that are those of embeddings of tokens."""
         modules = self.checkpoint.entries.modules if self.checkpoint else {}
         return [n for n, module in modules.items() if may_be_tied(n, module.kind)]
+
+    @property
+    def ignored(self) -> list[str]:
+        """What to say of the fields of the config that are in use and ignored."""
+        fields = self.checkpoint.ignored if self.checkpoint else {}
+        return [
+            f"ignored, as --allow-field says: {name} {json.dumps(value):.80}"
+            for name, value in fields.items()
+        ]
 
     @property
     def changed(self) -> list[str]:
@@ -152,20 +164,24 @@ def find_format(directory: pathlib.Path) -> Format:
     )
 
 
-def read_contents(directory: pathlib.Path) -> Contents:
+def read_contents(directory: pathlib.Path, allow_fields: Collection[str] = ()) -> Contents:
     """Reads what a directory of adapters has in it.
+
+    Args:
+        directory: of either format.
+        allow_fields: of PEFT's config, to ignore; as in `lora_jax.peft.load`.
 
     Raises:
         CheckpointError: if the files are not what they should be.
         OSError: if they cannot be read.
     """
     if find_format(directory) == "peft":
-        return _read_peft(directory)
+        return _read_peft(directory, allow_fields)
     return _read_own(directory)
 
 
-def _read_peft(directory: pathlib.Path) -> Contents:
-    checkpoint = open_checkpoint(directory)
+def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Contents:
+    checkpoint = open_checkpoint(directory, allow_fields)
     config, entries = checkpoint.config, checkpoint.entries
     file = checkpoint.arrays
     assert isinstance(file, _files.TensorFile)
@@ -183,7 +199,7 @@ def _read_peft(directory: pathlib.Path) -> Contents:
             "dropout": config.lora_dropout,
         },
         adapters={
-            name: _of_module(file, module, config, parameters)
+            name: of_module(file, module, config, parameters)
             for name, module in entries.modules.items()
         },
         wholes={name: _whole(file, key) for name, key in wholes.items()},
@@ -204,12 +220,20 @@ def _configured(
     return next((n for n in names if config.rank_of(n) == module.rank), owner)
 
 
-def _of_module(
-    file: _files.TensorFile,
+def of_module(
+    file: Any,
     module: _entries.Module,
     config: PeftConfig,
     parameters: _entries.Parameters,
 ) -> Adapter:
+    """The adapter of a module of PEFT.
+
+    Args:
+        file: of the arrays: `read(name)` gives one, and `file[name]` has its dtype.
+        module: which one.
+        config: of the adapter.
+        parameters: those that the config has adapters of.
+    """
     name = _configured(module, config, parameters)
 
     def read() -> dict[str, np.ndarray]:
@@ -263,6 +287,7 @@ def _read_own(directory: pathlib.Path) -> Contents:
         shared={name: getattr(config, name) for name in names},
         adapters=read,
         wholes={},
+        plan=plan,
     )
 
 

@@ -21,19 +21,15 @@ def convert(options: argparse.Namespace) -> int:
         {"BASE": pathlib.Path(options.base)} if options.base else {}
     )
     _output.check_place(out, inputs, overwrite=False, own=lambda path: set())
-    names = _loading.read_names(options.names)
     run = _to_own if options.to == "lora_jax" else _to_peft
-    count = run(source, out, names, options)
-    _terminal.say(f"{out}: {count} adapters in the format {options.to}.")
+    count, omissions = run(source, out, options)
+    _terminal.say(f"{out}: {count} adapters in the format {options.to}.", *omissions)
     return 0
 
 
 def _to_own(
-    source: pathlib.Path,
-    out: pathlib.Path,
-    names: _loading.Names,
-    options: argparse.Namespace,
-) -> int:
+    source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace
+) -> tuple[int, list[str]]:
     if options.uniform:
         raise ValueError("--uniform is for --to peft: a plan has all ranks and scales.")
     if options.base is None:
@@ -42,21 +38,23 @@ def _to_own(
             "are for, with --base."
         )
     base = _base.open_base(pathlib.Path(options.base))
-    contents = _adapters.read_contents(source)
+    contents = _adapters.read_contents(source, options.allow_field)
     _loading.check_ties(base, contents.changed, contents.embeddings)
-    layout = options.layout or "torch"
-    loaded = _loading.load_for(contents, source, base, names, layout, dtype=None)
+    way = _loading.read_way(options)
+    loaded = _loading.load_for(contents, source, base, way, dtype=None)
     adapters, plan, replaced = loaded[:3]
-    if replaced:
+    if replaced and (way.strict or not plan.targets):
         names_of = ", ".join(map(repr, list(replaced)[:3]))
         raise _files.CheckpointError(
             f"{source} has arrays of the model besides the adapters, and the format "
             f"lora_jax has no place for them: {names_of}. Merge it, or load it in a "
-            "program with lora_jax.peft.load."
+            "program with lora_jax.peft.load, or leave them out with --no-strict."
         )
+    more = [f"the format lora_jax has no place for {name!r}." for name in replaced]
+    loaded = loaded._replace(left_out=[*loaded.left_out, *more])
     with _output.new_directory(out) as new:
         save_adapters(new, adapters, plan, dtype=options.dtype or _dtype(contents))
-    return len(plan.targets)
+    return len(plan.targets), _loading.report_omissions(contents, loaded)
 
 
 def _dtype(contents: _adapters.Contents) -> np.dtype | None:
@@ -67,17 +65,19 @@ def _dtype(contents: _adapters.Contents) -> np.dtype | None:
 
 
 def _to_peft(
-    source: pathlib.Path,
-    out: pathlib.Path,
-    names: _loading.Names,
-    options: argparse.Namespace,
-) -> int:
+    source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace
+) -> tuple[int, list[str]]:
     if options.base is not None:
         raise ValueError("--base is for --to lora_jax: the plan has all shapes.")
+    for name in ("--prefix", "--no-strict"):
+        given = options.prefix if name == "--prefix" else not options.strict
+        if given:
+            raise ValueError(f"{name} is for --to lora_jax: it is about the model.")
+    names = _loading.read_names(options.names)
     adapters, plan = load_adapters(source, dtype="file")
     with _output.new_directory(out) as new:
         save(
             new, adapters, plan, names=names, layout=options.layout or "jax",
             dtype=options.dtype, uniform=options.uniform,
         )  # fmt: skip
-    return len(plan.targets)
+    return len(plan.targets), []

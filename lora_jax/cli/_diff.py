@@ -3,13 +3,13 @@
 import argparse
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.cli import _adapters, _base, _terminal
+from lora_jax.cli import _adapters, _base, _effects, _loading, _messages, _terminal
 from lora_jax.cli._adapters import Contents
 
 # How many entries of an array are compared at once.
@@ -17,6 +17,11 @@ _PIECE = 2**20
 _WIDEST = 60  # characters of a setting
 _UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _UNCOMPARED = ("peft_version", "inference_mode")
+_SCALE = "scale of "
+# Settings that change what an adapter does, and no array of it.
+_ACTING = ("lora_dropout", "dropout", "trainable_token_indices")
+# What rounding to float32 leaves of the difference of two updates, over their norm.
+_ROUNDING = 1e-6
 DIFFERENT = 3
 
 
@@ -36,6 +41,17 @@ class Side(NamedTuple):
     entries: dict[str, Entry]
 
 
+class _Effects(NamedTuple):
+    """What is said of two adapters that are not written alike."""
+
+    same: bool = False
+    """Whether they do the same all the same."""
+    by_plan: bool = False
+    """Whether names and paths were matched, so that they do not have to be the same."""
+    rows: Sequence[tuple[str, ...]] = ()
+    lines: tuple[str, ...] = ()
+
+
 class Distance(NamedTuple):
     """How far two arrays are apart."""
 
@@ -49,11 +65,18 @@ class Distance(NamedTuple):
 def diff(options: argparse.Namespace) -> int:
     """Runs the command."""
     paths = pathlib.Path(options.a), pathlib.Path(options.b)
-    a, b = _read_both(*paths)
+    contents = _read_both(*paths, options)
+    if contents is None:
+        sides = [_model_side(path) for path in paths]
+    else:
+        shared = contents[0].format != contents[1].format
+        sides = [_adapter_side(each, shared) for each in contents]
+    a, b = sides
+    tolerance, given = options.tolerance or 0.0, _loading.read_names(options.names)
     names = [name for name in a.entries if name in b.entries]
     rows, equal = [], 0
     for name in names:
-        cells = _compare(a.entries[name], b.entries[name], options.tolerance)
+        cells = _compare(a.entries[name], b.entries[name], tolerance)
         equal += cells is None
         if cells is not None:
             rows.append((name, *cells))
@@ -64,23 +87,81 @@ def diff(options: argparse.Namespace) -> int:
         for name in own.entries
         if name not in other.entries
     ]
+    found = _Effects()
+    differ = bool(settings or rows or only)
+    if contents is not None and differ:
+        acting = [line for line in settings if line[0] in _ACTING]
+        found = _compare_effects(contents, paths, given, options.tolerance, bool(acting))
+    if found.by_plan:
+        settings = [line for line in settings if not line[0].startswith(_SCALE)]
+    right = ("largest difference", "relative", "norm in A", "norm in B")
+    entry = ("entry", "shape", "dtype", "largest difference", "relative")
     for header, lines in (
         (("setting", "A", "B"), settings),
-        (("where", "entry"), only),
-        (("entry", "shape", "dtype", "largest difference", "relative"), rows),
+        (("where", "entry"), [] if found.same or found.by_plan else only),
+        (entry, [] if found.same else rows),
+        (("effect", "norm in A", "norm in B", "what differs", "relative"), found.rows),
     ):
         if lines:
-            right = ("largest difference", "relative")
             _terminal.say(*_terminal.format_table(header, lines, right), "")
     _terminal.say(
         f"{len(settings)} settings differ; of the entries {equal} are equal, {len(rows)} "
-        f"differ, {len(only)} are in one only."
+        f"differ, {len(only)} are in one only.",
+        *found.lines,
     )
-    return DIFFERENT if settings or rows or only else 0
+    return DIFFERENT if differ and not found.same else 0
 
 
-def _read_both(a: pathlib.Path, b: pathlib.Path) -> tuple[Side, Side]:
-    """Both sides, which have to be of one kind."""
+def _compare_effects(
+    contents: tuple[Contents, Contents],
+    paths: tuple[pathlib.Path, pathlib.Path],
+    names: _loading.Names,
+    tolerance: float | None,
+    acting: bool,
+) -> _Effects:
+    """What adapters do that are not written alike.
+
+    Args:
+        contents: of both directories.
+        paths: of both.
+        names: of `--names`.
+        tolerance: as the option; None for what rounding to float32 leaves.
+        acting: whether settings differ that the arrays do not say.
+    """
+    try:
+        found = _effects.compare(*contents, paths, names)
+    except (KeyError, TypeError, ValueError) as error:
+        first, *others = _messages.translate(str(error.args[0])).splitlines()
+        why = " ".join([first, *(line.strip() for line in others[:1])])
+        return _Effects(lines=(f"What they do was not compared: {why}",))
+    by_plan = not _effects.are_alike(*contents)
+    limit = _ROUNDING if tolerance is None else tolerance
+    rows = [
+        (
+            each.name.removesuffix(".weight"),
+            *map(_terminal.format_number, each.norms),
+            each.what,
+            _terminal.format_number(each.relative),
+        )
+        for each in found
+        if not each.relative <= limit
+    ]
+    count = f"of {len(found)} updates and arrays"
+    if rows:
+        line = f"What they do differs: {len(rows)} {count}."
+        return _Effects(by_plan=by_plan, rows=rows, lines=(line,))
+    largest = _terminal.format_number(max((e.relative for e in found), default=0.0))
+    same = f"{count} none differs by more than {limit:g} of its norm (largest: {largest})"
+    if acting:
+        line = f"{same[0].upper()}{same[1:]}; the settings do."
+        return _Effects(by_plan=by_plan, lines=(line,))
+    return _Effects(True, by_plan, lines=(f"They do the same: {same}.",))
+
+
+def _read_both(
+    a: pathlib.Path, b: pathlib.Path, options: argparse.Namespace
+) -> tuple[Contents, Contents] | None:
+    """Two directories of adapters; None for two models."""
     kinds = [_is_model(path) for path in (a, b)]
     if kinds[0] != kinds[1]:
         model, adapter = (a, b) if kinds[0] else (b, a)
@@ -89,10 +170,11 @@ def _read_both(a: pathlib.Path, b: pathlib.Path) -> tuple[Side, Side]:
             "of adapters."
         )
     if kinds[0]:
-        return _model_side(a), _model_side(b)
-    contents = [_adapters.read_contents(path) for path in (a, b)]
-    shared = contents[0].format != contents[1].format
-    left, right = (_adapter_side(each, shared) for each in contents)
+        if options.names or options.allow_field:
+            raise ValueError("--names and --allow-field are for adapters, not for models.")
+        return None
+    left, right = (_adapters.read_contents(path, options.allow_field) for path in (a, b))
+    _terminal.say(*left.ignored, *right.ignored)
     return left, right
 
 
@@ -128,7 +210,7 @@ def _adapter_side(contents: Contents, shared: bool) -> Side:
     entries = {}
     for path, adapter in contents.adapters.items():
         name = path.removesuffix(".weight")
-        settings[f"scale of {name}"] = adapter.scale
+        settings[f"{_SCALE}{name}"] = adapter.scale
         for entry, values in adapter.read().items():
             entries[f"{name} {entry}"] = _of_array(values)
     for name, whole in contents.wholes.items():

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax import _checks
 from lora_jax.cli import _adapters, _terminal
 from lora_jax.cli._adapters import Adapter, Contents
+from lora_jax.cli._effects import update_norm
 
 # Beyond these a scale is more often a slip than a wish: common ones are 0.25 to 32.
 _HUGE_SCALE = 100.0
@@ -45,7 +46,8 @@ class Finding(NamedTuple):
 
 def inspect(options: argparse.Namespace) -> int:
     """Runs the command."""
-    contents = _adapters.read_contents(pathlib.Path(options.directory))
+    directory = pathlib.Path(options.directory)
+    contents = _adapters.read_contents(directory, options.allow_field)
     findings = {name: examine(each) for name, each in contents.adapters.items()}
     warnings = list(find_warnings(contents, findings))
     if options.json:
@@ -67,22 +69,6 @@ def examine(adapter: Adapter) -> Finding:
     return Finding(norm, zero, bad, sizes)
 
 
-def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
-    """The Frobenius norm of `scale * A @ B`, without the product.
-
-    With `A = Q R` and `B^T = P S` it is that of `R S^T`, `(rank, rank)`: the root of
-    `trace((A^T A)(B B^T))`, without the squares that cost half of the digits.
-
-    Args:
-        a: `(*batch, in, rank)`, float64.
-        b: `(*batch, rank, out)`, float64.
-        scale: what multiplies the product.
-    """
-    r: Any = np.linalg.qr(a, mode="r")
-    s: Any = np.linalg.qr(b.swapaxes(-1, -2), mode="r")
-    return abs(scale) * float(np.linalg.norm(np.ravel(r @ s.swapaxes(-1, -2))))
-
-
 def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterator[str]:
     """What a user of the adapters may not expect, one line each."""
     for name, finding in findings.items():
@@ -96,6 +82,7 @@ def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterat
     for name, adapter in contents.adapters.items():
         yield from _about_numbers(name, adapter, *findings[name].sizes)
     yield from _about_dtypes(contents)
+    yield from contents.ignored
     if contents.changes_base:
         yield (
             f"init {contents.changes_base!r} changed the base weights when the adapters "

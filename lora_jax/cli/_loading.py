@@ -1,27 +1,26 @@
 """Adapters, by the names of the arrays of a model's files."""
 
+import argparse
+import contextlib
+import difflib
 import pathlib
 import re
-import tempfile
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from lora_jax import _files, _plan_checks
+from lora_jax import _files, _paths, _plan_checks
 from lora_jax._tensor_stream import Span
 from lora_jax.checkpoint import load_adapters
-from lora_jax.cli import _base
+from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
 from lora_jax.lora import Adapter
 from lora_jax.peft import _placing
-from lora_jax.peft._checkpoint import (
-    Checkpoint,
-    FileDtype,
-    open_checkpoint,
-    write_checkpoint,
-)
+from lora_jax.peft._checkpoint import Checkpoint, FileDtype, new_checkpoint
+from lora_jax.peft._entries import without_wrapper
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import Places
 from lora_jax.peft._wholes import EMBEDDINGS, HEADS
@@ -49,6 +48,30 @@ class Loaded(NamedTuple):
     """The path of each module's weight, for adapters that PEFT wrote."""
     axes: Mapping[str, str] = {}
     """By path, the letters of axes, `{layers}` for one that is the index of layers."""
+    left_out: Sequence[str] = ()
+    """What does not fit, a line each."""
+
+
+class Way(NamedTuple):
+    """How adapters are put into a model: what the options say."""
+
+    names: Names
+    layout: Layout
+    strict: bool
+    prefix: str
+
+
+class InMemory:
+    """Arrays in memory, to be read like those of a file."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def read(self, name: str, /) -> np.ndarray:
+        """The array of a name."""
+        return self._arrays[name]
+
+    __getitem__ = read
 
 
 class LazyArray:
@@ -84,17 +107,43 @@ def read_names(path: str | None) -> Names:
     return names
 
 
-def leaves_of(base: _base.Base) -> dict[str, Any]:
-    """The arrays of a model by name, as `LazyArray`s."""
-    return {name: LazyArray(span) for name, span in base.spans().items()}
+def read_way(options: argparse.Namespace) -> Way:
+    """Reads the options that say how adapters are put into a model."""
+    layout = options.layout or "torch"
+    return Way(read_names(options.names), layout, options.strict, options.prefix or "")
+
+
+def leaves_of(base: _base.Base, prefix: str = "") -> dict[str, Any]:
+    """The arrays of a model by name, as `LazyArray`s.
+
+    Args:
+        base: the model.
+        prefix: what the names start with, whole words of them.
+
+    Raises:
+        CheckpointError: if no name does.
+    """
+    leaves = {name: LazyArray(span) for name, span in base.spans().items()}
+    if not prefix:
+        return leaves
+    words = re.compile(rf"{re.escape(prefix.rstrip('./'))}(?:[./]|$)")
+    found = {name: leaf for name, leaf in leaves.items() if words.match(name)}
+    if not found:
+        ends = ((name, end.start()) for name in leaves for end in re.finditer("[./]", name))
+        starts = {name[:end]: None for name, end in ends}
+        near = difflib.get_close_matches(prefix, starts, n=3) or list(starts)[:3]
+        raise _files.CheckpointError(
+            f"no tensor of {base.path} has a name that starts with --prefix {prefix}; the "
+            f"nearest are {', '.join(near) or 'none'}."
+        )
+    return found
 
 
 def load_for(
     contents: Contents,
     directory: pathlib.Path,
     base: _base.Base,
-    names: Names,
-    layout: Layout,
+    way: Way,
     dtype: FileDtype = None,
 ) -> Loaded:
     """Loads adapters for a model's files.
@@ -103,8 +152,7 @@ def load_for(
         contents: of the directory.
         directory: of adapters in either format.
         base: the model.
-        names: from modules to paths, where the names alone do not tell.
-        layout: how the weights of the model lie: `"torch"` or `"jax"`.
+        way: the names, the layout, and what else the options say.
         dtype: of adapters that PEFT wrote, as `lora_jax.peft.load` takes it.
 
     Returns:
@@ -113,32 +161,96 @@ def load_for(
     Raises:
         CheckpointError: if they do not fit the model.
     """
+    leaves = leaves_of(base, way.prefix)
     if contents.checkpoint is not None:
-        return _load_peft(contents.checkpoint, base, names, layout, dtype)
+        return _load_peft(contents.checkpoint, directory, base, leaves, way, dtype)
     adapters, plan = load_adapters(directory)
-    if names is None and set(plan.targets) <= set(base.entries):
+    targets = plan.targets.items()
+    there = way.names is None and plan.targets.keys() <= leaves.keys()
+    if there and (way.strict or all(leaves[n].shape == t.shape for n, t in targets)):
         return Loaded(adapters, plan, {})
     # By way of PEFT's names and layout, which is how such models are written.
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        write_checkpoint(folder, *make_files(adapters, plan, names))
-        return _load_peft(open_checkpoint(folder), base, None, layout, dtype)
+    checkpoint = as_checkpoint(directory, adapters, plan, way.names)
+    by_name = way._replace(names=None)
+    return _load_peft(checkpoint, directory, base, leaves, by_name, dtype)
+
+
+def as_checkpoint(
+    directory: pathlib.Path,
+    adapters: Mapping[str, Adapter],
+    plan: AdapterPlan,
+    names: Names,
+) -> Checkpoint:
+    """What PEFT would have of the adapters in a directory, in memory."""
+    config, tensors = make_files(adapters, plan, names)
+    return new_checkpoint(str(directory), config, InMemory(tensors), tensors)
 
 
 def _load_peft(
     checkpoint: Checkpoint,
+    directory: pathlib.Path,
     base: _base.Base,
-    names: Names,
-    layout: Layout,
+    leaves: Mapping[str, LazyArray],
+    way: Way,
     dtype: FileDtype,
 ) -> Loaded:
-    places = Places(leaves_of(base), names, layout)
+    places = Places(leaves, way.names, way.layout)
     # `check_ties` has asked the model's own settings.
     placement = _placing.find_places(checkpoint, places, on_tied="allow")
+    _check_any(placement, directory, base, way)
     rows = placement.table().rows
-    loaded = _placing.put(placement, True, dtype=dtype, on_tied="allow")
+    with leaving_out():
+        loaded = _placing.put(placement, way.strict, dtype=dtype, on_tied="allow")
     modules = {row.module: row.path for row in rows}
-    return Loaded(*loaded, modules, {row.path: row.letters for row in rows})
+    axes = {row.path: row.letters for row in rows}
+    return Loaded(*loaded, modules, axes, placement.problems.lines)
+
+
+@contextlib.contextmanager
+def leaving_out() -> Iterator[None]:
+    """Keeps quiet about what does not fit, for those who list it themselves."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*\nIt was left out\.$")
+        yield
+
+
+def _check_any(
+    placement: _placing.Placement, directory: pathlib.Path, base: _base.Base, way: Way
+) -> None:
+    """Raises one sentence if no adapter has a place, in place of one for each.
+
+    Raises:
+        CheckpointError: if so.
+    """
+    modules, places = placement.checkpoint.entries.modules, placement.places
+    problems = placement.problems.lines
+    if placement.sites or not modules or len(problems) != len(places.unplaced):
+        return
+    if placement.checkpoint.entries.wholes and not way.strict:
+        return  # these may fit
+    name = places.unplaced[0]
+    if name not in modules or places.given(without_wrapper(name)):
+        return
+    near = _paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
+    n_in, n_out = modules[name].dims[:2]
+    where = (
+        f"{base.path} under --prefix {way.prefix.rstrip('.')}"
+        if way.prefix
+        else str(base.path)
+    )
+    raise _files.CheckpointError(
+        f"nothing of {directory} fits {where}: for example, no tensor fits {name!r}, with "
+        f"{n_in} in and {n_out} out, and the nearest name is {near[0]!r} "
+        f"{places.shape(near[0])}; is it the adapter of another model, or does it need "
+        "--prefix, --names or --layout?"
+    )
+
+
+def report_omissions(contents: Contents, loaded: Loaded) -> list[str]:
+    """What to say at the end of all that was left out."""
+    lines = [f"  {_messages.translate(line)}" for line in loaded.left_out]
+    head = [f"left out, because of --no-strict: {len(lines)}"] if lines else []
+    return [*contents.ignored, *head, *lines]
 
 
 def check_fit(base: _base.Base, loaded: Loaded) -> None:

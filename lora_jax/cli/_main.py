@@ -12,7 +12,16 @@ from typing import Any, NoReturn
 
 import jax
 
-from lora_jax.cli import _adapters, _convert, _diff, _inspect, _merge, _output, _terminal
+from lora_jax.cli import (
+    _adapters,
+    _convert,
+    _diff,
+    _inspect,
+    _merge,
+    _messages,
+    _output,
+    _terminal,
+)
 
 _NAME = "lora-jax"
 _SHOWN = 3  # of the problems of an input
@@ -107,17 +116,18 @@ def _as_program() -> Iterator[None]:
 def _complain(text: str) -> None:
     first, *others = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     more = f"; and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-    line = " ".join([first, "; ".join(others[:_SHOWN]) + more]).strip()
+    shown = "; ".join(each.removesuffix(".") for each in others[:_SHOWN])
+    line = f"{first} {shown}{more}".strip()
     print(f"{_NAME}: error: {_terminal.printable(line)}", file=sys.stderr)
 
 
 def _describe(error: Exception) -> str:
     """An error in words. Those of the library say what to do; others are its own fault."""
     if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
+        return _messages.translate(str(error.args[0]))
     known = OSError | ValueError | TypeError | ArithmeticError | ModuleNotFoundError
     if isinstance(error, known) and str(error):
-        return str(error)
+        return _messages.translate(str(error))
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 
@@ -162,6 +172,7 @@ def _add_inspect(commands: Any) -> None:
     parser = _add(commands, _inspect.inspect, "show what adapters there are in a directory")
     parser.add_argument("directory", metavar="DIR", help="of PEFT, or of this library")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_allow_field(parser)
 
 
 def _add_merge(commands: Any) -> None:
@@ -179,6 +190,7 @@ def _add_merge(commands: Any) -> None:
         help="of all floating-point tensors of at least 16 bits; by default as they are",
     )
     _add_names(parser)
+    _add_fit(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
     parser.add_argument("--quiet", action="store_true", help="print the report only")
 
@@ -203,6 +215,7 @@ def _add_convert(commands: Any) -> None:
         "rank_pattern and no alpha_pattern, such as vLLM",
     )
     _add_names(parser)
+    _add_fit(parser)
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +232,33 @@ def _add_names(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help="of the names of weights that are looked at, for adapters of a part of a "
+        "model: language_model",
+    )
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether what does not fit is an error (the default), or left out and listed",
+    )
+    _add_allow_field(parser)
+
+
+def _add_allow_field(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-field",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="field of PEFT's config to ignore, of a newer version or not supported; may "
+        "be given several times",
+    )
+
+
 def _add_diff(commands: Any) -> None:
     parser = _add(
         commands, _diff.diff, "compare two directories of adapters, or two models"
@@ -228,7 +268,13 @@ def _add_diff(commands: Any) -> None:
     parser.add_argument(
         "--tolerance",
         type=_diff.check_tolerance,
-        default=0.0,
         metavar="X",
-        help="largest difference over the largest entry that counts as equal; default 0",
+        help="largest difference over the largest entry that counts as equal; of updates, "
+        "in the Frobenius norm. Default 0, and 1e-6 for updates",
     )
+    parser.add_argument(
+        "--names",
+        metavar="FILE.json",
+        help="from names of PEFT's modules to paths of weights, where they do not tell",
+    )
+    _add_allow_field(parser)

@@ -59,11 +59,9 @@ def merge(options: argparse.Namespace) -> int:
     base = _base.open_base(source)
     others = _find_others(base, directory)
     keep = _check_out(base, others, directory, out, options.overwrite)
-    contents = _adapters.read_contents(directory)
+    contents = _adapters.read_contents(directory, options.allow_field)
     note = _loading.check_ties(base, contents.changed, contents.embeddings)
-    names = _loading.read_names(options.names)
-    layout = options.layout or "torch"
-    loaded = _loading.load_for(contents, directory, base, names, layout)
+    loaded = _loading.load_for(contents, directory, base, _loading.read_way(options))
     _loading.check_fit(base, loaded)
     if contents.format == "lora_jax":  # whose own names may be others
         note = _loading.check_ties(base, loaded.plan.targets)
@@ -73,7 +71,8 @@ def merge(options: argparse.Namespace) -> int:
         _terminal.say(*describe(loaded))
     with _terminal.show_progress(_bytes(base.entries), quiet=options.quiet) as progress:
         losses = _write(job, others, out, keep, options.dtype, progress)
-    _terminal.say(*report(job, losses, others, out))
+    more = _loading.report_omissions(contents, loaded)
+    _terminal.say(*report(job, losses, others, out), *more)
     if note:
         _terminal.say(f"note: {note}")
     return 0

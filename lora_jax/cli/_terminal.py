@@ -26,7 +26,8 @@ def _escaped(character: str) -> str:
 
 def say(*lines: str) -> None:
     """Prints lines, each of which stays one."""
-    print_text("\n".join(map(printable, lines)))
+    if lines:
+        print_text("\n".join(map(printable, lines)))
 
 
 def print_text(text: str) -> None:

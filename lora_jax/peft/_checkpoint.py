@@ -10,11 +10,12 @@ finds it.
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -23,10 +24,12 @@ from jax.typing import DTypeLike
 from lora_jax import _checks, _files, _tensor_stream
 from lora_jax._files import CheckpointError, TensorFile
 from lora_jax.config import ALL_LINEAR
-from lora_jax.peft import _entries
+from lora_jax.peft import _entries, _fields
 from lora_jax.peft._entries import Entries, Module, without_wrapper
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.matching import Rules
+
+_LOG = logging.getLogger("lora_jax.peft")
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -82,6 +85,8 @@ class Checkpoint(NamedTuple):
     config: PeftConfig
     arrays: Readable
     entries: Entries
+    ignored: Mapping[str, Any] = {}
+    """The fields of the config that would matter, and that the caller allowed."""
 
 
 class Widened:
@@ -112,8 +117,14 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
     return bool(_configs(folder))
 
 
-def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    directory: str | os.PathLike[str], allow_fields: Collection[str] = ()
+) -> Checkpoint:
     """Reads the settings and the names and shapes of the arrays.
+
+    Args:
+        directory: of the two files.
+        allow_fields: as in `lora_jax.peft.load`.
 
     Raises:
         CheckpointError: if a file is not whole, or no PEFT adapter, or the two files are
@@ -126,11 +137,25 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
             "lora_jax.load_adapters."
         )
+    allowed = _fields.check_allowed(allow_fields)
     where, fields, file = _open_files(folder)
-    config = _files.checked(where, lambda: PeftConfig.from_dict(fields, "the config"))
+    config = _files.checked(
+        where, lambda: PeftConfig.from_dict(fields, "the config", allowed)
+    )
+    ignored = {n: v for n, v in fields.items() if n in allowed and not _fields.is_off(n, v)}
+    if ignored:
+        shown = ", ".join(f"{name}={_fields.shown(v)}" for name, v in ignored.items())
+        _LOG.info("%s: ignored, as the caller allows: %s", where, shown)
     check_dtypes(str(file.path), file)
-    shapes = {name: tuple(entry.shape) for name, entry in file.items()}
-    return Checkpoint(str(file.path), config, file, sort(str(file.path), config, shapes))
+    return new_checkpoint(str(file.path), config, file, file)._replace(ignored=ignored)
+
+
+def new_checkpoint(
+    where: str, config: PeftConfig, arrays: Readable, entries: Mapping[str, Any]
+) -> Checkpoint:
+    """A checkpoint of arrays, with what has their shapes by name."""
+    shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
+    return Checkpoint(where, config, arrays, sort(where, config, shapes))
 
 
 def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:

@@ -24,7 +24,7 @@ def missing(
         f"the config targets {name!r}, which is {path!r} {places.shape(path)}, and there "
         "is no adapter for it: is the file whole?"
         for name, path in _unadapted(places, sites)
-        if _is_targeted(rules, name, ends)
+        if name not in entries.modules and _is_targeted(rules, name, ends)
     ]
     return [*adapters, *_missing_wholes(config, entries, places, sites)]
 

@@ -455,21 +455,45 @@ def _check_regex(name: str, pattern: str, regex: str) -> None:
         ) from None
 
 
+def check_allowed(allow_fields: Any) -> tuple[str, ...]:
+    """The names of fields that a caller allows, checked.
+
+    Raises:
+        TypeError: if they are no names.
+        ValueError: if one is that of a field that is read.
+    """
+    names = _items("allow_fields", allow_fields, _name)
+    for name in names:
+        if name in CHECKS:
+            raise ValueError(
+                f"allow_fields has {name!r}, which is read and never ignored: name fields "
+                "that are not supported."
+            )
+    return names
+
+
+def is_off(name: Any, value: Any) -> bool:
+    """Whether a field changes no adapter, or has a place in a `PeftConfig`."""
+    if name in CHECKS or name in IGNORED or name in _NOT_WRITTEN:
+        return True
+    if value is None or value is False:
+        return True
+    if name in UNSUPPORTED:
+        return value == UNSUPPORTED[name][0]
+    return isinstance(value, str | list | tuple | dict) and not value
+
+
 def check_is_off(name: Any, value: Any) -> None:
     """Raises if a field that has no place in a `PeftConfig` would change the adapter."""
-    if name in CHECKS or name in IGNORED or name in _NOT_WRITTEN:
-        return
-    if value is None or value is False:
+    if is_off(name, value):
         return
     if name in UNSUPPORTED:
-        default, advice = UNSUPPORTED[name]
-        if value != default:
-            raise ValueError(f"{name} is {shown(value)}, which is not supported: {advice}")
-    elif not isinstance(value, str | list | tuple | dict) or value:
-        near = difflib.get_close_matches(str(name), CHECKS, n=1)
-        raise ValueError(
-            f"there is no field {shown(name)}, which is {shown(value)}"
-            + (f"; did you mean {near[0]!r}?" if near else ".")
-            + " If a newer version of PEFT wrote it, set it to null in the file where the "
-            "adapter does not need it."
-        )
+        _, advice = UNSUPPORTED[name]
+        raise ValueError(f"{name} is {shown(value)}, which is not supported: {advice}")
+    near = difflib.get_close_matches(str(name), CHECKS, n=1)
+    raise ValueError(
+        f"there is no field {shown(name)}, which is {shown(value)}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+        + " If a newer version of PEFT wrote it, and the adapter does not need it, "
+        f"ignore it with allow_fields=({shown(name)},)."
+    )

@@ -113,6 +113,8 @@ class Places:
         """The families of leaves whose shapes show that they lie (in, out)."""
         self.claimed: set[str] = set()
         """The leaves that are the weights of modules, whether or not it is clear how."""
+        self.unplaced: list[str] = []
+        """The names for which there is no place."""
 
     @functools.cached_property
     def biases(self) -> dict[tuple[str, ...], str]:
@@ -223,6 +225,7 @@ class Places:
 
     def not_found(self, name: str, near: Iterable[Found], fits: str) -> CheckpointError:
         """The error about a name for which there is no place."""
+        self.unplaced.append(name)
         listed = [f"{path!r} {self.shape(path)}{self.axes_of(path)}" for path, _ in near]
         if listed:
             hint = f"by its name it is {' or '.join(listed[:_SHOWN])}"

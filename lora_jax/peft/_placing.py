@@ -142,7 +142,8 @@ def put(
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     if not placed and not whole:
-        raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params.")
+        why = problems.lines[0] if problems.lines else "it has nothing to put there."
+        raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params: {why}")
     adapters = {
         path: {
             name: _to_jax(checkpoint.where, f"{path}:{name}", array, dtype)

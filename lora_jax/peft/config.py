@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from lora_jax import _checks
@@ -102,16 +102,19 @@ class PeftConfig:
         _check_together(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], where: str) -> "PeftConfig":
+    def from_dict(
+        cls, fields: Mapping[str, Any], where: str, allow_fields: Collection[str] = ()
+    ) -> "PeftConfig":
         """Reads the fields of an `adapter_config.json`.
 
         Args:
             fields: the JSON object. What it lacks has its default, as in older files.
             where: what the messages of errors call the file.
+            allow_fields: the names of fields that are ignored, whatever they say.
 
         Raises:
-            TypeError, ValueError: if a value is none that its field takes, a field of
-                another method is in use, or an unknown one is.
+            TypeError, ValueError: if a value is none that its field takes, or a field of
+                another method or an unknown one is in use, and not allowed.
         """
         with _checks.at_path(where):
             if not isinstance(fields, Mapping):
@@ -119,7 +122,8 @@ class PeftConfig:
             # First, because other methods have other fields.
             _fields.peft_type("peft_type", fields.get("peft_type", "LORA"))
             for name, value in fields.items():
-                _fields.check_is_off(name, value)
+                if name not in allow_fields:
+                    _fields.check_is_off(name, value)
             return cls(**{name: fields[name] for name in _fields.CHECKS if name in fields})
 
     @property

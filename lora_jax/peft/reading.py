@@ -1,7 +1,7 @@
 """Reads adapters that Hugging Face PEFT saved."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import chex
@@ -32,6 +32,7 @@ def load(
     on_tied: OnTied = "error",
     strict: bool = True,
     dtype: FileDtype = None,
+    allow_fields: Collection[str] = (),
 ) -> Loaded:
     """Reads an adapter that PEFT saved, for some params.
 
@@ -75,6 +76,9 @@ def load(
         dtype: of the adapters, magnitudes too. None for float32, or float64 where the file
             has that: training goes on in it, and in 16 bits small steps would be lost.
             `"file"` for the dtypes that the file has.
+        allow_fields: names of fields of the config that are not supported, or not known
+            because a newer version of PEFT wrote them, and are ignored nevertheless. Those
+            that are in use go to the logger `lora_jax.peft` at the level INFO.
 
     Returns:
         The adapters; their plan; and `replaced`, what the checkpoint holds whole (saved
@@ -101,7 +105,8 @@ def load(
     """
     _checks.check_flags(strict=strict)
     places = _places(params, fn, args, plan, names, layout)
-    placement = _placing.find_places(open_checkpoint(directory), places, on_tied=on_tied)
+    checkpoint = open_checkpoint(directory, allow_fields)
+    placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
     return _placing.put(placement, strict, dtype=dtype, on_tied=on_tied)
 
 
@@ -114,6 +119,7 @@ def match_names(
     names: NamesArgument = None,
     layout: Layout | None = None,
     on_tied: OnTied = "error",
+    allow_fields: Collection[str] = (),
 ) -> NameTable:
     """Finds the path of each module of a PEFT adapter, and reads no values.
 
@@ -126,6 +132,7 @@ def match_names(
         names: as in `load`.
         layout: as in `load`.
         on_tied: as in `load`.
+        allow_fields: as in `load`.
 
     Returns:
         An immutable dict from the names of modules to paths, which `load` and `save` take
@@ -137,7 +144,7 @@ def match_names(
         CheckpointError, FileNotFoundError, KeyError, ModuleNotFoundError, TypeError,
             ValueError: as `load`.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, allow_fields)
     places = _places(params, fn, args, plan, names, layout)
     placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
     for name in (*checkpoint.entries.wholes, *checkpoint.entries.tokens):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import lora_jax
+from lora_jax import checkpoint
 from lora_jax.cli import _diff, main
 from tests.cli import models
 
@@ -122,3 +124,191 @@ def test_a_model_is_no_adapter(tmp_path, capsys):
     adapter = models.write_adapter(tmp_path / "adapter", models.make_factors())
     assert main(["diff", str(adapter), str(base)]) == 1
     assert f"{base} is a model and {adapter} is not" in capsys.readouterr().err
+
+
+def stacked(folder, factors):
+    """This library's form of an adapter of two layers: one stack for each weight."""
+    names = {name.rpartition(".")[2] for name in factors}
+    params, adapters = {}, {}
+    for name in names:
+        own = [factors[f"model.layers.{i}.mlp.{name}"] for i in (0, 1)]
+        a, b = (np.stack([each[k].T for each in own]) for k in (0, 1))
+        params[name] = {"kernel": np.zeros((2, a.shape[1], b.shape[2]), "float32")}
+        adapters[f"model/layers/mlp/{name}/kernel"] = {"A": a, "B": b}
+    params = {"model": {"layers": {"mlp": params}}}
+    axes = dict.fromkeys(adapters, "bio")
+    config = lora_jax.LoraConfig(rank=3, alpha=6, targets=tuple(adapters), axes=axes)
+    plan = lora_jax.plan_adapters(config, params)
+    checkpoint.save_adapters(folder, adapters, plan)
+    return folder
+
+
+LAYERS = {
+    f"model.layers.{i}.mlp.{name}": shape
+    for i in (0, 1)
+    for name, shape in (("up", (20, 12)), ("down", (12, 20)))
+}
+
+
+def other_form(form, factors):
+    """The same adapter written in another way: the factors and the config."""
+    rng = np.random.default_rng(7)
+    if form == "folded":
+        return {n: (a, 2 * b) for n, (a, b) in factors.items()}, {"lora_alpha": 3}
+    if form == "turned":
+        turns = {name: rng.normal(size=(3, 3)) + 3 * np.eye(3) for name in factors}
+        return {
+            n: (turns[n] @ a, b @ np.linalg.inv(turns[n])) for n, (a, b) in factors.items()
+        }, {}
+    if form == "wider":
+        wide = {
+            n: (np.pad(a, ((0, 2), (0, 0))), np.pad(b, ((0, 0), (0, 2))))
+            for n, (a, b) in factors.items()
+        }
+        return wide, {"lora_alpha": 10}
+    if form == "patterns":
+        name = "model.layers.1.mlp.up"
+        a, b = factors[name]
+        more = {name: (np.pad(a, ((0, 1), (0, 0))), np.pad(b, ((0, 0), (0, 1))))}
+        return factors | more, {
+            "r": 3, "rank_pattern": {"layers.1.mlp.up": 4},
+            "alpha_pattern": {"layers.1.mlp.up": 8},
+        }  # fmt: skip
+    assert form == "stabilized"
+    return factors, {"lora_alpha": 6 / 3**0.5, "use_rslora": True}
+
+
+@pytest.mark.parametrize("form", ["folded", "turned", "wider", "patterns", "stabilized"])
+@pytest.mark.parametrize("own", ["", "one by one", "stacked"])
+def test_two_forms_of_one_adapter(tmp_path, capsys, form, own):
+    factors = models.make_factors(modules=LAYERS)
+    a = models.write_adapter(tmp_path / "a", factors)
+    if own == "stacked":
+        a = stacked(tmp_path / "own", factors)
+    elif own:
+        shapes = {f"{name}.weight": np.zeros(s, "float32") for name, s in LAYERS.items()}
+        base = models.write_base(tmp_path / "base", shapes)
+        convert = ["convert", str(a), str(tmp_path / "own"), "--to=lora_jax"]
+        assert main([*convert, f"--base={base}"]) == 0
+        a = tmp_path / "own"
+    capsys.readouterr()
+    other, config = other_form(form, factors)
+    other = {n: tuple(x.astype("float32") for x in pair) for n, pair in other.items()}
+    b = models.write_adapter(tmp_path / "b", other, **config)
+    for pair in ((a, b), (b, a)):
+        code, text = diff(capsys, *pair)
+        assert "They do the same: of " in text
+        assert code == 0
+    name = "model.layers.1.mlp.down"
+    other[name] = other[name][0], other[name][1] * np.float32(1.001)
+    c = models.write_adapter(tmp_path / "c", other, **config)
+    code, text = diff(capsys, a, c)
+    assert code == 3
+    count = 2 if own == "stacked" else 4
+    assert f"What they do differs: 1 of {count} updates and arrays." in text
+    path = "model/layers/mlp/down/kernel" if own == "stacked" else name
+    (line,) = (x.split() for x in text.splitlines() if " update " in x)
+    assert line[0] == path
+    updates = [factors[n][1] @ factors[n][0] for n in LAYERS if n.endswith("down")]
+    norm = np.linalg.norm(updates if own == "stacked" else updates[1])
+    want = 1e-3 * np.linalg.norm(updates[1]) / norm
+    assert float(line[-1]) == pytest.approx(want, rel=3e-3)
+    assert diff(capsys, a, c, "--tolerance=0.0011")[0] == 0
+    assert diff(capsys, a, b, "--tolerance=0")[0] == (3 if form == "turned" else 0)
+
+
+def test_stacked_and_one_by_one_of_this_library(tmp_path, capsys):
+    factors = models.make_factors(modules=LAYERS)
+    a = stacked(tmp_path / "a", factors)
+    shapes = {f"{name}.weight": np.zeros(s, "float32") for name, s in LAYERS.items()}
+    base = models.write_base(tmp_path / "base", shapes)
+    peft = models.write_adapter(tmp_path / "peft", factors)
+    convert = ["convert", str(peft), str(tmp_path / "b"), "--to=lora_jax"]
+    assert main([*convert, f"--base={base}"]) == 0
+    for pair in ((a, tmp_path / "b"), (tmp_path / "b", a)):
+        code, text = diff(capsys, *pair)
+        assert code == 0
+        assert "They do the same: of 2 updates" in text
+
+
+def test_names_that_do_not_tell(tmp_path, capsys):
+    factors = models.make_factors(modules={"model.layers.0.mlp.up": (20, 12)})
+    peft = models.write_adapter(tmp_path / "peft", factors)
+    ((a, b),) = factors.values()
+    params = {"body": {"first": np.zeros((12, 20), "float32")}}
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=3, alpha=6), params)
+    adapters = {"body/first": {"A": a.T, "B": b.T}}
+    checkpoint.save_adapters(tmp_path / "own", adapters, plan)
+    code, text = diff(capsys, peft, tmp_path / "own")
+    assert code == 3
+    assert "What they do was not compared" in text
+    assert "'body/first' and 'model.layers.0.mlp.up': if names do not tell" in text
+    names = tmp_path / "names.json"
+    names.write_text('{"model.layers.0.mlp.up": "body/first"}')
+    for pair in ((peft, tmp_path / "own"), (tmp_path / "own", peft)):
+        code, text = diff(capsys, *pair, f"--names={names}")
+        assert code == 0
+        assert "They do the same: of 1 updates" in text
+
+
+def test_what_the_arrays_do_not_say(tmp_path, capsys):
+    factors = models.make_factors()
+    a = models.write_adapter(tmp_path / "a", factors)
+    b = models.write_adapter(tmp_path / "b", factors, lora_dropout=0.5)
+    code, text = diff(capsys, a, b)
+    assert code == 3
+    assert "; the settings do." in text
+    c = models.write_adapter(tmp_path / "c", factors, task_type="CAUSAL_LM")
+    code, text = diff(capsys, a, c)
+    assert code == 0
+    assert "task_type" in text
+    # An adapter that does nothing is none; one that does is in one only.
+    name = "model.layers.1.mlp.up_proj"
+    for size in (0, 1):
+        more = models.make_factors(modules={name: (20, 12)})
+        more = {n: (x, size * y) for n, (x, y) in more.items()}
+        d = models.write_adapter(tmp_path / f"d{size}", factors | more)
+        code, text = diff(capsys, a, d)
+        assert code == 3 * size
+        assert (" update " in text) == bool(size)
+
+
+def test_magnitudes_and_saved_arrays(tmp_path, capsys):
+    factors = models.make_factors()
+    head = models.draw((models.ENTRIES, models.WIDTH), 3)
+    magnitudes = {
+        f"{name}.lora_magnitude_vector": models.draw((n_out,), 5)
+        for name, (n_out, _) in models.LINEARS.items()
+    }
+    config = {"use_dora": True, "modules_to_save": ["lm_head"]}
+
+    def write(folder, alpha, extra):
+        own = {n: (a, b * np.float32(6 / alpha)) for n, (a, b) in factors.items()}
+        extra = magnitudes | {"lm_head.weight": head} | extra
+        return models.write_adapter(folder, own, extra, lora_alpha=alpha, **config)
+
+    a, b = write(tmp_path / "a", 6, {}), write(tmp_path / "b", 3, {})
+    code, text = diff(capsys, a, b)
+    assert code == 0
+    assert "of 4 updates and arrays none differs" in text
+    name = "model.layers.0.mlp.up_proj"
+    other = 1.5 * magnitudes[f"{name}.lora_magnitude_vector"]
+    c = write(tmp_path / "c", 3, {f"{name}.lora_magnitude_vector": other})
+    code, text = diff(capsys, a, c)
+    assert code == 3
+    (line,) = (x.split() for x in text.splitlines() if " magnitude " in x)
+    assert (line[0], line[-1]) == (name, "0.3333")
+    d = write(tmp_path / "d", 3, {"lm_head.weight": 2 * head})
+    code, text = diff(capsys, a, d)
+    assert code == 3
+    (line,) = (x.split() for x in text.splitlines() if " whole " in x)
+    assert (line[0], line[-1]) == ("lm_head", "0.5")
+
+
+def test_options_that_are_for_adapters(tmp_path, capsys):
+    a = save(tmp_path / "a.safetensors", x=np.zeros(2))
+    for option in ("--names=names.json", "--allow-field=x"):
+        (tmp_path / "names.json").write_text("{}")
+        option = option.replace("names.json", str(tmp_path / "names.json"))
+        assert main(["diff", str(a), str(a), option]) == 1
+        assert "are for adapters, not for models" in capsys.readouterr().err

@@ -162,6 +162,15 @@ def test_unknown_fields_have_to_be_off():
         read(lora_alfa=4)
 
 
+def test_unknown_fields_are_ignored_if_the_caller_says_so():
+    fields = {"r": 4, "tucker": 0, "velora_config": {"a": 1}, "newer": True}
+    allowed = ["tucker", "velora_config"]
+    with pytest.raises(ValueError, match=r"'newer', .* allow_fields=\('newer',\)"):
+        PeftConfig.from_dict(fields, "x", allowed)
+    config = PeftConfig.from_dict(fields, "x", [*allowed, "newer"])
+    assert config == PeftConfig(r=4)
+
+
 @pytest.mark.parametrize("method", ["LOHA", "IA3", None, 3])
 def test_other_methods_are_named(method):
     with pytest.raises(ValueError, match=f"peft_type must be 'LORA', got {method!r}"):

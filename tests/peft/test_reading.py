@@ -199,6 +199,30 @@ def test_the_table_is_logged_and_printed(tmp_path, caplog):
     ]
 
 
+def test_fields_that_are_not_known(tmp_path, caplog):
+    more = {"use_new": {"depth": 2}, "velora_config": {"a": 1}, "unused": None}
+    folder = checkpoint(tmp_path, ("q", 5, 7), **more)
+    params = abstract({"q": {"kernel": (5, 7)}})
+    for read in (peft.load, peft.match_names):
+        with pytest.raises(CheckpointError, match=r"allow_fields=\('use_new',\)"):
+            read(folder, params)
+        with pytest.raises(CheckpointError, match="velora_config is"):
+            read(folder, params, allow_fields=["use_new"])
+        for wrong, error in (("use_new", TypeError), (["r"], ValueError), ([3], TypeError)):
+            with pytest.raises(error, match="allow_fields"):
+                read(folder, params, allow_fields=wrong)
+    allowed = ("use_new", "velora_config", "unused", "absent")
+    with caplog.at_level(logging.INFO, "lora_jax.peft"):
+        loaded = peft.load(folder, params, allow_fields=allowed)
+    assert list(loaded.adapters) == ["q/kernel"]
+    assert (
+        "ignored, as the caller allows: use_new={'depth': 2}, velora_config" in caplog.text
+    )
+    assert "unused" not in caplog.text
+    table = peft.match_names(folder, params, allow_fields=allowed)
+    assert dict(table) == {"q": "q/kernel"}
+
+
 NAMED = abstract({"x": {"up": (5, 7), "down": (7, 5)}, "layers": {"w": (3, 5, 7)}})
 
 

@@ -763,7 +763,7 @@ def test_a_checkpoint_in_the_other_layout(tmp_path):
         plan = plan_of(fn, params, X)
         adapters = trained(params, plan)
         peft.save(tmp_path, adapters, plan)
-        loaded, plan, *_ = peft.load(tmp_path, params)
+        loaded, plan, *_ = peft.load(tmp_path, params, layout="jax")
         with pytest.raises(ValueError, match=r"axes 'io' .*, the function has 'oi'"):
             lora_jax.adapt(fn, plan)(params, loaded, X)
         for options in (

@@ -286,7 +286,7 @@ def _draw(
     """
     dtype = _numerics.promote(dtype)
     draw = _normal if distribution == "normal" else _uniform
-    size = math.prod(shape)
+    size = int(math.prod(shape))
     if isinstance(key, Tracer) or size == 0 or not _drawn_by_place(key):
         return draw(key, tuple(shape), dtype) * by
     rounded = 1 << (size - 1).bit_length()

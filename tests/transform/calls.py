@@ -235,7 +235,11 @@ def _has_host_context():
 _COMPUTE_ON = "compute_on2" if _has_host_context() else "compute_on"
 
 
-def _on_host_called(x, w):
+def has_host_call():
+    return hasattr(host, _COMPUTE_ON) and hasattr(jax, "memory")
+
+
+def on_host_called(x, w):
     """By a function, in the versions of JAX that have it."""
     options = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Device}
     return getattr(host, _COMPUTE_ON)(lambda x, w: jnp.tanh(x @ w), **options)(x, w)
@@ -409,7 +413,7 @@ CALLS = {
     "pallas": Call(_pallas, "pallas_call", gradient=False),
     "compute_on": Call(_on_host),
     "compute_on_called": Call(
-        _on_host_called, needs=f"experimental.compute_on.{_COMPUTE_ON}"
+        on_host_called, needs=f"experimental.compute_on.{_COMPUTE_ON}"
     ),
     # derivatives and mappings of their own
     "custom_jvp": Call(_with_jvp, "custom_jvp_call"),

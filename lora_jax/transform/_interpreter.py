@@ -177,7 +177,9 @@ def _probe_inside(context: Context, equation: Any, values: list[Any], reason: st
                 roles.setdefault(sighting.name, []).append(sighting.roles)
     weights = [value for value in values if isinstance(value, Factored)]
     for value in weights:
-        context.see_merged(value, equation, reason, roles)
+        context.use_rows(value)
+        if not value.gathered:
+            context.see_merged(value, equation, reason, roles)
     dense = [merge(value) if isinstance(value, Factored) else value for value in values]
     out = _deferred.use(equation, dense)
     if any(map(is_factored, passed)):  # a weight that goes through, such as a rounded one

@@ -38,8 +38,8 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
     dtype = _numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
     magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
     # A norm is not negative. So only one array is made of it, which has the zeros marked.
-    safe = jnp.where(norm == 0, -jnp.ones_like(norm), norm)
-    return jnp.where(safe < 0, jnp.ones_like(norm), magnitude / safe)
+    safe = lax.select(norm == 0, lax.full_like(norm, -1), norm)
+    return lax.select(safe < 0, lax.full_like(safe, 1), magnitude / safe)
 
 
 def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
@@ -319,7 +319,7 @@ def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     the dtype: Blue's accumulators.
     """
     step = _step(block.dtype)
-    scaled = [jnp.square(block * by) for by in (step, 1.0, 1 / step)]
+    scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
     zeros = (jnp.zeros((), block.dtype),) * 3
 
     def add(x, y):
@@ -332,11 +332,12 @@ def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
     """The norms of columns of `n` entries, from the sum that is in range."""
     small, ordinary, large = sums
     info, step = jnp.finfo(ordinary.dtype), _step(ordinary.dtype)
-    one = jnp.ones_like(ordinary)
+    ones = lax.full_like(ordinary, 1)
     is_large = ordinary > float(info.max) / 16
     is_small = ordinary < n * float(info.tiny) / float(info.eps)
-    total = jnp.where(is_large, large, jnp.where(is_small, small, ordinary))
-    unit = jnp.where(is_large, step * one, jnp.where(is_small, one / step, one))
+    total = lax.select(is_large, large, lax.select(is_small, small, ordinary))
+    unit = lax.select(is_small, lax.full_like(ones, 1 / step), ones)
+    unit = lax.select(is_large, lax.full_like(ones, step), unit)
     return _Norm(jnp.sqrt(total) * unit, unit)
 
 

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import lora_jax
+from tests import support
+
 pytestmark = pytest.mark.slow  # for developers of the library
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -296,3 +299,26 @@ def test_bench_quant_keeps_16_bits(bench_quant):
         assert x.dtype == target.dtype == params["layers"]["up"].dtype == jnp.bfloat16
         _, gradients = jax.eval_shape(setup.step, *setup.arguments)
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))
+
+
+def test_compile_times_are_of_every_contestant(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    bench_compile = importlib.import_module("bench_compile")
+    file = tmp_path / "result.json"
+    bench_compile.main(["--layers=1", "--width=8", "--rounds=1", f"--json={file}"])
+    rows = json.loads(file.read_text())["rows"]
+    assert list(rows) == [
+        f"{method}, {name}"
+        for method in bench_compile.METHODS
+        for name in bench_compile.CONTESTANTS
+    ]
+    assert all(rows[f"{method}, by hand"]["lines"] == 1 for method in bench_compile.METHODS)
+    assert all(f"\n{name} " in capsys.readouterr().out for name in list(rows)[:1])
+    params, x = bench_compile.make_params(1, 8), jnp.ones((8, 8))
+    config = lora_jax.LoraConfig(8, 16.0, use_dora=True)
+    plan = lora_jax.plan_adapters(config, params, bench_compile.plain, x)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapters = jax.tree.map(lambda v: v + 0.1, adapters)
+    got = lora_jax.adapt(bench_compile.plain, plan)(params, adapters, x)
+    want = bench_compile.by_hand(params, adapters, x)
+    support.assert_close(got, want, 64)

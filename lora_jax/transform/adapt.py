@@ -269,7 +269,9 @@ def _check_axes(context: Context, plan: AdapterPlan) -> None:
         path, letters = str(sighting.name), sighting.axes
         if letters and letters == plan.targets[path].axes:
             agreed.add(path)
-        elif letters and not _is_of_module(plan, path, letters):
+        elif letters and not (
+            _is_of_module(plan, path, letters) or _is_reordered(plan, path, sighting)
+        ):
             wrong.setdefault(path, sighting)
     # A weight that a loop runs over agrees by what is left of it.
     wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
@@ -287,6 +289,16 @@ def _check_axes(context: Context, plan: AdapterPlan) -> None:
             "PEFT checkpoint with names={module: (path, letters)})."
         )
         raise ValueError("\n".join(lines))
+
+
+def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
+    """Whether a look-up is one that a product explains, as the plan has found.
+
+    A product with the rows of a look-up may be merged here, and then tells nothing.
+    """
+    return sighting.primitive == "gather" and any(
+        "moved" in use.roles for use in plan.uses.get(path, ())
+    )
 
 
 def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:

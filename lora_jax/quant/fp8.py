@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from lora_jax import _placement
 from lora_jax._quantized import QuantizedTensor
 from lora_jax.quant import _channels, _inputs
 from lora_jax.quant.tensors import register_format
@@ -79,8 +80,9 @@ class FP8Tensor(QuantizedTensor):
         return dataclasses.replace(self, codes=codes, scales=scales)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, `shape`, in `dtype`."""
-        return _dequantize(self, jnp.dtype(dtype).name)
+        """The weight, `shape`, in `dtype`, sharded as its codes are."""
+        function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
+        return _placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "FP8Tensor":
         """A weight of the same shape, with the settings of this one."""
@@ -135,7 +137,11 @@ def quantize_fp8(weight: Any, *, batch_axes: int = 0) -> FP8Tensor:
         FP8Tensor(shape=(64, 32), dtype=float32)
     """
     array = _inputs.check_matrix(weight, batch_axes, "fp8")
-    return _quantize(array, int(batch_axes))
+
+    def quantize(w: jax.Array) -> tuple[FP8Tensor, tuple[()]]:
+        return _quantize(w, int(batch_axes)), ()
+
+    return _placement.keep_sharding(quantize, array)[0]
 
 
 @functools.partial(jax.jit, static_argnames="batch_axes", inline=True)

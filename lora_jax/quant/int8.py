@@ -79,8 +79,9 @@ class Int8Tensor(QuantizedTensor):
         return dataclasses.replace(self, codes=codes, scales=scales)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, `shape`, in `dtype`."""
-        return _dequantize(self, jnp.dtype(dtype).name)
+        """The weight, `shape`, in `dtype`, sharded as its codes are."""
+        function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
+        return _placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "Int8Tensor":
         """A weight of the same shape, with the settings of this one."""
@@ -141,7 +142,11 @@ def quantize_int8(
     if block_size is not None:
         block_size = _inputs.check_count("block_size", block_size)
     array = _inputs.check_matrix(weight, batch_axes, "int8")
-    return _quantize(array, block_size, int(batch_axes))
+
+    def quantize(w: jax.Array) -> tuple[Int8Tensor, tuple[()]]:
+        return _quantize(w, block_size, int(batch_axes)), ()
+
+    return _placement.keep_sharding(quantize, array)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("block", "batch_axes"), inline=True)

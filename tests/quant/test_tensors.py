@@ -258,13 +258,17 @@ def test_a_nan_of_a_large_weight_is_not_lost(name, dtype):
     assert jnp.isnan(got[3, 4])
 
 
-@pytest.mark.parametrize("name", ["torchao", "bitsandbytes"])
-def test_a_weight_sharded_across_blocks_with_explicit_axes(name):
-    weight = draw(16, 24)
-    mesh = jax.make_mesh((8,), ("out",), axis_types=(AxisType.Explicit,))
+@pytest.mark.parametrize("axes", [(None, "x"), ("x", None), (None, None, "x"), ("x",)])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "sign"])
+def test_a_weight_with_explicit_axes(name, axes):
+    weight = draw(16, 24) if len(axes) == 2 else draw(8, 2, 24)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    whole = ALL[name](weight)
     with set_mesh(mesh):
-        q = ALL[name](jax.device_put(weight, NamedSharding(mesh, P(None, "out"))))
-    assert_same(np.asarray(q.codes), np.asarray(ALL[name](weight).codes))
+        q = ALL[name](jax.device_put(weight, NamedSharding(mesh, P(*axes))))
+        dense = quant.dequantize(q)
+    assert_same(np.asarray(q.codes), np.asarray(whole.codes))
+    assert_same(np.asarray(dense), np.asarray(quant.dequantize(whole)))
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,11 @@ def retyped(x: Any, sharding: NamedSharding) -> Any:
     return jax.sharding.reshard(x, sharding)
 
 
+def pads_sharded_axes() -> bool:
+    """Whether XLA keeps the order of entries of a sharded axis that a program pads."""
+    return jax.__version_info__ >= (0, 9, 0)  # that of 0.7.0 does not
+
+
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
     """The mesh axes along which `x` differs inside `jax.shard_map`, as far as is known."""
     aval: Any = jax.typeof(x)

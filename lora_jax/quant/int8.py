@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax import _placement
+from lora_jax import _compat, _placement
 from lora_jax._quantized import QuantizedTensor
 from lora_jax.quant import _channels, _inputs
 from lora_jax.quant.tensors import register_format
@@ -142,11 +142,25 @@ def quantize_int8(
     if block_size is not None:
         block_size = _inputs.check_count("block_size", block_size)
     array = _inputs.check_matrix(weight, batch_axes, "int8")
+    _check_padding(array, block_size, int(batch_axes))
 
     def quantize(w: jax.Array) -> tuple[Int8Tensor, tuple[()]]:
         return _quantize(w, block_size, int(batch_axes)), ()
 
     return _placement.keep_sharding(quantize, array)[0]
+
+
+def _check_padding(weight: jax.Array, block: int | None, batch_axes: int) -> None:
+    """Raises if XLA would mix up the entries of the last block, which is padded."""
+    n_in = math.prod(weight.shape[batch_axes:-1])
+    if block is None or n_in % block == 0 or _compat.pads_sharded_axes():
+        return
+    if max(_placement.parts(weight)[batch_axes:-1]) > 1:
+        raise ValueError(
+            f"with JAX {jax.__version__}, block_size must divide the inputs of a weight "
+            f"that is sharded along them, got {block} for {n_in} inputs: choose another "
+            "size, or use JAX 0.9 or newer."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("block", "batch_axes"), inline=True)

@@ -150,7 +150,9 @@ def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
     with _compat.on_mesh_of_equation(equation):
         # A value that the program has on no mesh may be on this one here.
         own = [
-            _compat.as_current(_compat.retyped(value, atom.aval.sharding))
+            _compat.retyped(value, atom.aval.sharding)
+            if _compat.mesh_of(atom.aval).axis_names
+            else _compat.as_current(value)
             for value, atom in zip(values, equation.invars, strict=True)
         ]
         out = _bind(equation, own)

@@ -364,12 +364,14 @@ class Context:
         """Records a product with a weight, `other` being what it is multiplied with.
 
         It says what the axes are that were indexed on the way. Rows of a table that are
-        multiplied with a constant are the activation of that product.
+        multiplied with a constant, or entry by entry, are the activation of that product.
         """
         looked_up = _looked_up(value) if self.probing else {}
         found = _roles_by_weight(value, roles)
         rows = any(self.lookups[n].rows for t in value.terms for n in t.label.lookups)
-        if looked_up and rows and self.is_constant(other) and not is_weight(value, roles):
+        by_constant = rows and self.is_constant(other) and not is_weight(value, roles)
+        # Without a contraction it is entry by entry, as in a norm of rows.
+        if looked_up and (by_constant or "contracted" not in roles):
             self.use_rows(value)
             return
         start, told = len(self.sightings), {}

@@ -51,7 +51,9 @@ def check(model: Model, **config) -> None:
     assert_matched(model.left_out, matrices_without_adapter(params, plan))
 
     merges = []
-    adapted = lora_jax.adapt(fn, plan, on_merge=merges.append)
+    # As the model is written, which is what the merged weights compute.
+    options: Any = {"on_merge": merges.append, "on_stop_gradient": "all"}
+    adapted = lora_jax.adapt(fn, plan, **options)
 
     def run(params, adapters, args):
         return adapted(params, adapters, *args)

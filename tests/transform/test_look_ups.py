@@ -47,6 +47,14 @@ TABLE, WEIGHT = (20, 12), (12, 10)
 # Function, the shapes of its params, its other arguments, the axes.
 READINGS = {
     # Rows that become activations.
+    "columns scaled entry by entry, tied": (
+        lambda p, x, i: (
+            jnp.einsum("td,td->td", jnp.take(p["e"].T, i, axis=1).T, x) @ p["e"].T
+        ),
+        {"e": TABLE},
+        (f32(3, 12), i32(3)),
+        {"e": "io"},
+    ),
     "rows times a weight": (
         lambda p, i: (p["e"][i] * 3.0) @ p["w"],
         {"e": TABLE, "w": WEIGHT},

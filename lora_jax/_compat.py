@@ -147,11 +147,12 @@ def retyped(x: Any, sharding: NamedSharding) -> Any:
     kind: Any = jax.typeof(x).sharding
     if kind == sharding:
         return x
-    if jax.__version_info__ < (0, 8, 0):  # `reshard` did not change kinds of axes
+    if jax.__version_info__ < (0, 7, 2):  # `reshard` did not change kinds of axes
         from jax._src import pjit
 
-        if kind.mesh.axis_types != sharding.mesh.axis_types:
-            return getattr(pjit, "mesh_cast")(x, sharding)  # noqa: B009
+        mesh_cast = getattr(pjit, "mesh_cast", None)
+        if mesh_cast is not None and kind.mesh.axis_types != sharding.mesh.axis_types:
+            return mesh_cast(x, sharding)
     return jax.sharding.reshard(x, sharding)
 
 

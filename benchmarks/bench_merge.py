@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _tensor_stream
+from lora_jax._io import tensor_streams
 
 MIB = 2**20
 LIMIT_MIB = 256
@@ -94,7 +94,7 @@ def write_model(
     for i, names in enumerate(split(shapes, shard_bytes)):
         file = f"model-{i:05}.safetensors"
         entries = {name: jax.ShapeDtypeStruct(shapes[name], jnp.bfloat16) for name in names}
-        with _tensor_stream.open_writer(folder / file, entries, {}) as writer:
+        with tensor_streams.open_writer(folder / file, entries, {}) as writer:
             for name in names:
                 left = math.prod(shapes[name])
                 while left:
@@ -124,7 +124,7 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config))
     entries = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in tensors.items()}
     path = folder / "adapter_model.safetensors"
-    with _tensor_stream.open_writer(path, entries, {}) as writer:
+    with tensor_streams.open_writer(path, entries, {}) as writer:
         for name, values in tensors.items():
             writer.write(name, values)
 

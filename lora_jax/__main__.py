@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_jax.cli._main import main
+from lora_jax.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,11 +23,13 @@ from typing import Any, Literal
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _files, _plan_checks
-from lora_jax._files import CheckpointError
-from lora_jax._frozen import FrozenDict
-from lora_jax.lora import Adapter
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax._core import checks
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.layers.lora import Adapter
+from lora_jax.plan import plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 __all__ = ["CheckpointError", "load_adapters", "save_adapters"]
 
@@ -83,8 +85,8 @@ def save_adapters(
         (True, {'query': {'A': Array(True, dtype=bool), 'B': Array(True, dtype=bool)}})
     """
     folder = _folder(directory)
-    _plan_checks.check_adapters(adapters, plan)
-    dtype = None if dtype is None else _checks.check_factor_dtype(dtype)
+    plan_checks.check_adapters(adapters, plan)
+    dtype = None if dtype is None else checks.check_factor_dtype(dtype)
     fields = json.loads(plan.to_json())
     arrays, metadata = _arrays(adapters, plan), {"format": _FORMAT}
     if dtype is not None:
@@ -92,8 +94,10 @@ def save_adapters(
             n: array.dtype.name for n, array in arrays.items() if array.dtype != dtype
         }
         metadata |= {_DTYPES: json.dumps(dtypes)} if dtypes else {}
-        arrays = {name: _files.cast(name, array, dtype) for name, array in arrays.items()}
-    data = _files.tensor_bytes(arrays, metadata)
+        arrays = {
+            name: tensor_files.cast(name, array, dtype) for name, array in arrays.items()
+        }
+    data = tensor_files.tensor_bytes(arrays, metadata)
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"adapters-{sha256[:16]}.safetensors"
     record = {
@@ -106,13 +110,13 @@ def save_adapters(
     record["digest"] = _digest(record)
 
     folder.mkdir(parents=True, exist_ok=True)
-    _files.write_bytes(folder / name, data)
-    _files.write_text(folder / _RECORD, json.dumps(record, indent=2))
+    tensor_files.write_bytes(folder / name, data)
+    tensor_files.write_text(folder / _RECORD, json.dumps(record, indent=2))
     for file in folder.iterdir():
         if _TENSORS.fullmatch(file.name) and file.name != name:
             file.unlink(missing_ok=True)
     names = f"{_TENSORS.pattern}|{re.escape(_RECORD)}"
-    for file in _files.temporary_paths(folder, names):
+    for file in tensor_files.temporary_paths(folder, names):
         file.unlink(missing_ok=True)
 
 
@@ -149,16 +153,16 @@ def load_adapters(
     Example:
         See `save_adapters`.
     """
-    _checks.check_flags(strict=strict)
+    checks.check_flags(strict=strict)
     folder = _folder(directory)
     if not (folder / _RECORD).is_file() and (folder / _PEFT).is_file():
         raise CheckpointError(
             f"{folder} has an adapter that PEFT wrote: read it with lora_jax.peft.load."
         )
     as_stored = isinstance(dtype, str) and dtype == "file"
-    given = None if dtype is None or as_stored else _checks.check_factor_dtype(dtype)
+    given = None if dtype is None or as_stored else checks.check_factor_dtype(dtype)
     record, file = _open_files(folder)
-    plan = _files.checked(
+    plan = tensor_files.checked(
         folder / _RECORD, lambda: AdapterPlan.from_json(json.dumps(record["plan"]))
     )
     dtypes = {} if as_stored else _saved_dtypes(file)
@@ -177,7 +181,7 @@ def load_adapters(
         path: _adapter(file, path, target, dtypes, given)
         for path, target in plan.targets.items()
     }
-    _files.checked(file.path, lambda: _plan_checks.check_adapters(adapters, plan))
+    tensor_files.checked(file.path, lambda: plan_checks.check_adapters(adapters, plan))
     return adapters, plan
 
 
@@ -210,12 +214,12 @@ def _arrays(adapters: Mapping[str, Adapter], plan: AdapterPlan) -> dict[str, np.
     for path in plan.targets:
         for entry, value in adapters[path].items():
             name = _name(path, entry)
-            arrays[name] = _files.to_numpy(name, value)
+            arrays[name] = tensor_files.to_numpy(name, value)
     return arrays
 
 
 def _adapter(
-    file: _files.TensorFile,
+    file: tensor_files.TensorFile,
     path: str,
     target: Target,
     dtypes: Mapping[str, Any],
@@ -225,21 +229,25 @@ def _adapter(
     for entry in target.adapter_shapes:
         name = _name(path, entry)
         try:
-            array = _files.cast(repr(name), file.read(name), dtype or dtypes.get(name))
+            array = tensor_files.cast(
+                repr(name), file.read(name), dtype or dtypes.get(name)
+            )
         except ValueError as error:
             raise CheckpointError(f"{file.path}: {error}") from None
-        adapter[entry] = _files.to_jax(file.path, name, array)
+        adapter[entry] = tensor_files.to_jax(file.path, name, array)
     return adapter
 
 
-def _saved_dtypes(file: _files.TensorFile) -> dict[str, np.dtype]:
+def _saved_dtypes(file: tensor_files.TensorFile) -> dict[str, np.dtype]:
     """The dtypes that the arrays had when they were saved, where the file has others."""
 
     def read() -> dict[str, np.dtype]:
-        names = _files.parse_json(file.path, file.metadata.get(_DTYPES, "{}").encode())
-        return {name: _checks.check_factor_dtype(dtype) for name, dtype in names.items()}
+        names = tensor_files.parse_json(
+            file.path, file.metadata.get(_DTYPES, "{}").encode()
+        )
+        return {name: checks.check_factor_dtype(dtype) for name, dtype in names.items()}
 
-    return _files.checked(file.path, read)
+    return tensor_files.checked(file.path, read)
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -250,7 +258,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
     """Reads a record that is as it was written."""
-    record = _files.read_json(path)
+    record = tensor_files.read_json(path)
     if record.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path} was not written by save_adapters: its format should be {_FORMAT!r}, "
@@ -288,7 +296,7 @@ def _check_fields(record: Mapping[str, Any]) -> None:
         )
 
 
-def _open_files(folder: pathlib.Path) -> tuple[dict[str, Any], _files.TensorFile]:
+def _open_files(folder: pathlib.Path) -> tuple[dict[str, Any], tensor_files.TensorFile]:
     """A record, and the file of arrays that it names.
 
     Another process that saves meanwhile replaces the record and deletes the old arrays:
@@ -297,7 +305,7 @@ def _open_files(folder: pathlib.Path) -> tuple[dict[str, Any], _files.TensorFile
     old = None
     while True:
         record = _read_record(folder / _RECORD)
-        _files.checked(folder / _RECORD, lambda record=record: _check_fields(record))
+        tensor_files.checked(folder / _RECORD, lambda record=record: _check_fields(record))
         try:
             return record, _open_tensors(folder / record["tensors"], record["sha256"])
         except FileNotFoundError:
@@ -309,7 +317,7 @@ def _open_files(folder: pathlib.Path) -> tuple[dict[str, Any], _files.TensorFile
             old = record
 
 
-def _open_tensors(path: pathlib.Path, sha256: str) -> _files.TensorFile:
+def _open_tensors(path: pathlib.Path, sha256: str) -> tensor_files.TensorFile:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -318,10 +326,10 @@ def _open_tensors(path: pathlib.Path, sha256: str) -> _files.TensorFile:
             f"{sha256}. Was it edited, or damaged? Save the adapters anew, or copy them "
             "again."
         )
-    return _files.TensorFile(path)
+    return tensor_files.TensorFile(path)
 
 
-def _misfits(file: _files.TensorFile, plan: AdapterPlan) -> dict[str, str]:
+def _misfits(file: tensor_files.TensorFile, plan: AdapterPlan) -> dict[str, str]:
     """What is wrong with the arrays of a file, by their names."""
     wrong = {}
     expected: dict[str, tuple[int, ...]] = {}
@@ -332,7 +340,7 @@ def _misfits(file: _files.TensorFile, plan: AdapterPlan) -> dict[str, str]:
             wrong[name] = "is missing"
         elif file[name].shape != shape:
             wrong[name] = f"has the shape {file[name].shape} instead of {shape}"
-        elif not _checks.is_floating(file[name].dtype):
+        elif not checks.is_floating(file[name].dtype):
             wrong[name] = f"is {file[name].dtype}, not floating point"
     unexpected = dict.fromkeys(file.keys() - expected.keys(), "is of no adapter")
     return wrong | dict(sorted(unexpected.items()))

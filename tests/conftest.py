@@ -27,7 +27,7 @@ QUICK = (
     *("tests.test_dora", "tests.test_lora", "tests.test_model", "tests.test_column_norm"),
     *("tests.test_initializers", "tests.test_properties", "tests.test_quantized_params"),
     *("tests.quant.test_files", "tests.quant.test_tensors"),
-    "tests.quantized",
+    "tests.qlora",
     *("tests.public", "tests.quant.test_nf4", "tests.training"),
     "tests.transform.test_fuzz",
     *("tests.transform.test_calls", "tests.transform.test_meshes"),

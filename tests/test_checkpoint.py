@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import _files, checkpoint
-from lora_jax._frozen import FrozenDict
+from lora_jax import checkpoint
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._io import tensor_files
 from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
-from lora_jax.config import LoraConfig
-from lora_jax.model import plan_adapters
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax.model.adapters import plan_adapters
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.config import LoraConfig
 from tests.support import x64
 
 SHAPES = {"w": (12, 9), "q": (12, 2, 3), "stack": (3, 12, 9), "o:A": (9, 12)}
@@ -80,7 +81,7 @@ def rewrite(folder, arrays=None, **fields):
     record = json.loads(path.read_text()) | fields
     del record["digest"]
     if arrays is not None:
-        data = _files.tensor_bytes(arrays, {})
+        data = tensor_files.tensor_bytes(arrays, {})
         record["sha256"] = hashlib.sha256(data).hexdigest()
         record["tensors"] = f"adapters-{record['sha256'][:16]}.safetensors"
         tensors.unlink()
@@ -100,7 +101,7 @@ def outcome(folder, **options):
 
 
 def stored_arrays(folder):
-    file = _files.TensorFile(files_of(folder)[1])
+    file = tensor_files.TensorFile(files_of(folder)[1])
     return {name: file.read(name) for name in file}
 
 
@@ -187,7 +188,7 @@ def test_dtypes_that_do_not_hold_the_values(tmp_path):
 @pytest.mark.parametrize("dtypes", ["[]", "{", '{"block/w:A": 3}', "[" * 100_000])
 def test_dtypes_that_are_none(tmp_path, dtypes):
     saved(tmp_path)
-    data = _files.tensor_bytes(stored_arrays(tmp_path), {"dtypes": dtypes})
+    data = tensor_files.tensor_bytes(stored_arrays(tmp_path), {"dtypes": dtypes})
     tensors = files_of(tmp_path)[1]
     digest = hashlib.sha256(data).hexdigest()
     tensors.unlink()
@@ -218,13 +219,13 @@ def test_saves_while_files_are_opened(tmp_path, monkeypatch, saves):
 
 def test_a_save_while_arrays_are_read(tmp_path, monkeypatch):
     adapters, plan = saved(tmp_path)
-    real, others = _files.TensorFile.read, make_adapters(plan, seed=1)
+    real, others = tensor_files.TensorFile.read, make_adapters(plan, seed=1)
 
     def read(self, name):
         save_adapters(tmp_path, others, plan)
         return real(self, name)
 
-    monkeypatch.setattr(_files.TensorFile, "read", read)
+    monkeypatch.setattr(tensor_files.TensorFile, "read", read)
     assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
 
 
@@ -455,7 +456,7 @@ def test_failing_at_any_step_leaves_old_or_new(tmp_path, monkeypatch, error):
 def test_a_first_save_that_fails_leaves_no_record(tmp_path, monkeypatch):
     plan = make_plan()
     with monkeypatch.context() as patch:
-        patch.setattr(_files, "write_text", lambda *args: 1 / 0)
+        patch.setattr(tensor_files, "write_text", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError, match="division"):
             save_adapters(tmp_path, make_adapters(plan), plan)
     with pytest.raises(FileNotFoundError, match=r"no file .*adapters\.json"):
@@ -645,7 +646,7 @@ def test_long_lists_are_cut(tmp_path):
 
 def test_nothing_that_runs_code_is_imported():
     text = pathlib.Path(checkpoint.__file__).read_text()
-    text += pathlib.Path(_files.__file__).read_text()
+    text += pathlib.Path(tensor_files.__file__).read_text()
     assert not any(f"import {name}" in text for name in ("pickle", "shelve", "marshal"))
     assert "allow_pickle" not in text
 

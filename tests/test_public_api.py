@@ -1,5 +1,6 @@
 """Each public name has one address, the design's signature, and a full docstring."""
 
+import functools
 import importlib
 import inspect
 import operator
@@ -17,6 +18,7 @@ MODULES = [
     for info in pkgutil.walk_packages(lora_jax.__path__, "lora_jax.")
     if not info.ispkg and "._" not in info.name and info.name != "lora_jax.__main__"
 ]
+MODULES = [module for module in MODULES if hasattr(module, "__all__")]
 # Names that are used through a module or package, as those of jax.nn.initializers.
 NAMESPACES = ("lora_jax.initializers", "lora_jax.optim", "lora_jax.peft", "lora_jax.quant")
 NAMES = [(module, name) for module in MODULES for name in module.__all__]
@@ -27,7 +29,7 @@ FUNCTIONS = [
 
 def address(module):
     """The module or package that users find a module's names in."""
-    name = module.__name__
+    name = module.__name__.replace(".layers.initializers", ".initializers")
     return next((n for n in NAMESPACES if f"{name}.".startswith(f"{n}.")), "lora_jax")
 
 
@@ -94,7 +96,7 @@ def test_each_name_is_at_one_address():
     top = {name for module, name in NAMES if address(module) == "lora_jax"}
     assert handed_on == top
     for module, name in NAMES:
-        owner = importlib.import_module(address(module))
+        owner = functools.reduce(getattr, address(module).split(".")[1:], lora_jax)
         assert getattr(owner, name) is getattr(module, name)
 
 

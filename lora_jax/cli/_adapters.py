@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax import _files, _paths
+from lora_jax._core import tree_paths
+from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters
-from lora_jax.config import LoraConfig
 from lora_jax.peft import _entries
 from lora_jax.peft._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from lora_jax.peft._replaced import same_bits
 from lora_jax.peft._ties import may_be_tied
 from lora_jax.peft._wholes import EMBEDDINGS, HEADS, last_word
 from lora_jax.peft.config import PeftConfig
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.config import LoraConfig
 
 Format = Literal["peft", "lora_jax"]
 FORMATS = ("peft", "lora_jax")
@@ -148,7 +149,7 @@ def find_format(directory: pathlib.Path) -> Format:
         "lora_jax": (directory / _OWN_RECORD).is_file(),
     }
     if all(found.values()):
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"{directory} has {_PEFT_RECORD} and {_OWN_RECORD}: keep one adapter in a "
             "directory."
         )
@@ -158,7 +159,7 @@ def find_format(directory: pathlib.Path) -> Format:
         return "lora_jax"
     inner = sorted(str(file.parent) for file in directory.glob(f"*/{_PEFT_RECORD}"))
     hint = f"; there are adapters in {', '.join(inner)}" if inner else ""
-    raise _files.CheckpointError(
+    raise tensor_files.CheckpointError(
         f"{directory} has neither {_PEFT_RECORD} nor {_OWN_RECORD}: it is no directory of "
         f"adapters{hint}."
     )
@@ -184,7 +185,7 @@ def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Conten
     checkpoint = open_checkpoint(directory, allow_fields)
     config, entries = checkpoint.config, checkpoint.entries
     file = checkpoint.arrays
-    assert isinstance(file, _files.TensorFile)
+    assert isinstance(file, tensor_files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
     wholes = entries.wholes | rows
     parameters = _entries.Parameters(config.target_parameters or ())
@@ -261,7 +262,7 @@ def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.nda
     return {"A": a.swapaxes(-1, -2), "B": b.swapaxes(-1, -2)}
 
 
-def _whole(file: _files.TensorFile, key: str) -> Whole:
+def _whole(file: tensor_files.TensorFile, key: str) -> Whole:
     return Whole(file[key].shape, np.dtype(file[key].dtype), lambda: file.read(key))
 
 
@@ -303,6 +304,6 @@ def _ranks(config: LoraConfig) -> Callable[[str], int]:
         starts = (path[:end] for end in range(1, len(path) + 1))
         near = {*globs, *(start for start in starts if start in order)}
         own = {p: config.rank_pattern[p] for p in sorted(near, key=order.__getitem__)}
-        return _paths.look_up(own, path, config.rank)
+        return tree_paths.look_up(own, path, config.rank)
 
     return rank_of

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from lora_jax import _files, _paths, _tensor_stream
+from lora_jax._core import tree_paths
+from lora_jax._io import tensor_files, tensor_streams
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,7 +28,7 @@ class Base:
     """
 
     path: pathlib.Path
-    shards: dict[str, _files.TensorFile]
+    shards: dict[str, tensor_files.TensorFile]
     index: dict[str, Any] | None = None
 
     @property
@@ -45,14 +46,14 @@ class Base:
         """What `config.json` beside the weights says; nothing if there is none."""
         folder = self.path.parent if self.is_file else self.path
         file = folder / "config.json"
-        return _files.read_json(file) if file.is_file() else {}
+        return tensor_files.read_json(file) if file.is_file() else {}
 
-    def spans(self) -> dict[str, _tensor_stream.Span]:
+    def spans(self) -> dict[str, tensor_streams.Span]:
         """Where each array lies."""
         return {
             name: span
             for file in self.shards.values()
-            for name, span in _tensor_stream.find_spans(file).items()
+            for name, span in tensor_streams.find_spans(file).items()
         }
 
 
@@ -68,12 +69,12 @@ def open_base(path: pathlib.Path) -> Base:
         FileNotFoundError: if there is nothing at the path, or a part is missing.
     """
     if path.is_file():
-        return Base(path, {path.name: _files.TensorFile(path)})
+        return Base(path, {path.name: tensor_files.TensorFile(path)})
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory or file {path}.")
     whole, index = ((path / name).is_file() for name in (WHOLE, INDEX))
     if whole and index:
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"{path} has both {WHOLE} and {INDEX}: remove the one that is out of date, or "
             "give the file itself."
         )
@@ -81,11 +82,11 @@ def open_base(path: pathlib.Path) -> Base:
         return _open_parts(path)
     if not whole:
         names = sorted(entry.name for entry in path.iterdir())
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"{path} has neither {WHOLE} nor {INDEX}, but {_listed(names)}: save the model "
             "as safetensors first, or give the file itself."
         )
-    return Base(path, {WHOLE: _files.TensorFile(path / WHOLE)})
+    return Base(path, {WHOLE: tensor_files.TensorFile(path / WHOLE)})
 
 
 def find_files(path: pathlib.Path) -> set[pathlib.Path]:
@@ -95,8 +96,8 @@ def find_files(path: pathlib.Path) -> set[pathlib.Path]:
     """
     found = {pathlib.Path(name) for name in (WHOLE, INDEX) if (path / name).is_file()}
     if pathlib.Path(INDEX) in found:
-        with contextlib.suppress(_files.CheckpointError, OSError):
-            weight_map = _files.read_json(path / INDEX).get(_WEIGHT_MAP)
+        with contextlib.suppress(tensor_files.CheckpointError, OSError):
+            weight_map = tensor_files.read_json(path / INDEX).get(_WEIGHT_MAP)
             parts = weight_map.values() if isinstance(weight_map, dict) else ()
             found |= {pathlib.Path(part) for part in parts if isinstance(part, str)}
     return found
@@ -104,19 +105,21 @@ def find_files(path: pathlib.Path) -> set[pathlib.Path]:
 
 def _open_parts(path: pathlib.Path) -> Base:
     where = path / INDEX
-    index = _files.read_json(where)
+    index = tensor_files.read_json(where)
     weight_map = index.get(_WEIGHT_MAP)
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _files.CheckpointError(f"{where} has no {_WEIGHT_MAP!r} with names in it.")
+        raise tensor_files.CheckpointError(
+            f"{where} has no {_WEIGHT_MAP!r} with names in it."
+        )
     for part in weight_map.values():
         beside = isinstance(part, str) and pathlib.PurePath(part).name == part
         if not beside or not part.endswith(".safetensors"):
-            raise _files.CheckpointError(
+            raise tensor_files.CheckpointError(
                 f"{where}: {part!r:.80} is no name of a file in the same directory that "
                 "ends in .safetensors."
             )
     parts = sorted(set(weight_map.values()))
-    base = Base(path, {part: _files.TensorFile(path / part) for part in parts}, index)
+    base = Base(path, {part: tensor_files.TensorFile(path / part) for part in parts}, index)
     _check_parts(where, weight_map, base)
     return base
 
@@ -127,10 +130,12 @@ def _check_parts(where: pathlib.Path, weight_map: dict[str, str], base: Base) ->
     missing = [pair for pair in weight_map.items() if pair not in actual]
     if missing:
         name, part = missing[0]
-        raise _files.CheckpointError(f"{where} says that {name!r} is in {part}: it is not.")
+        raise tensor_files.CheckpointError(
+            f"{where} says that {name!r} is in {part}: it is not."
+        )
     extra = sorted(name for name, part in actual if weight_map.get(name) != part)
     if extra:
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"{where} does not have what the files it names have: {_listed(extra)}."
         )
 
@@ -144,7 +149,7 @@ def new_index(base: Base, entries: dict[str, jax.ShapeDtypeStruct]) -> dict[str,
     """
     index = dict(base.index or {})
     metadata = index.get("metadata")
-    total = sum(map(_tensor_stream.count_bytes, entries.values()))
+    total = sum(map(tensor_streams.count_bytes, entries.values()))
     index["metadata"] = {**(metadata if isinstance(metadata, dict) else {})}
     index["metadata"]["total_size"] = total
     return index
@@ -159,8 +164,8 @@ def check_has(base: Base, names: list[str]) -> None:
     entries = base.entries
     missing = [name for name in names if name not in entries]
     if missing:
-        hint = _paths.nearest_hint(missing[0], entries)
-        raise _files.CheckpointError(
+        hint = tree_paths.nearest_hint(missing[0], entries)
+        raise tensor_files.CheckpointError(
             f"the adapter is for {_listed(missing)}, which no file of {base.path} has"
             f"{hint}: is it of another model, or does it need --names?"
         )

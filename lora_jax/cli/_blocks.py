@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.lora import Adapter
-from lora_jax.plan import Target
+from lora_jax.layers.lora import Adapter
+from lora_jax.plan.adapter_plan import Target
 
 
 class Block(NamedTuple):

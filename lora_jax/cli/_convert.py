@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from lora_jax import _files
+from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal
 from lora_jax.peft.writing import save
@@ -45,7 +45,7 @@ def _to_own(
     adapters, plan, replaced = loaded[:3]
     if replaced and (way.strict or not plan.targets):
         names_of = ", ".join(map(repr, list(replaced)[:3]))
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"{source} has arrays of the model besides the adapters, and the format "
             f"lora_jax has no place for them: {names_of}. Merge it, or load it in a "
             "program with lora_jax.peft.load, or leave them out with --no-strict."

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading
 from lora_jax.cli._adapters import Contents, Whole
 from lora_jax.peft import _names, _placing
@@ -19,7 +19,7 @@ from lora_jax.peft._checkpoint import Checkpoint
 from lora_jax.peft._entries import Parameters
 from lora_jax.peft._places import Places
 from lora_jax.peft._uses import Known
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan
 
 # What the norms themselves are rounded to, in float64.
 _ROUNDING = 1e-14

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._frozen import FrozenDict
+from lora_jax._core.immutable import FrozenDict
 from lora_jax.cli import _blocks
-from lora_jax.config import LoraConfig
-from lora_jax.lora import Adapter
-from lora_jax.model import merge_adapters, merge_losses
-from lora_jax.plan import AdapterPlan
+from lora_jax.layers.lora import Adapter
+from lora_jax.model.adapters import merge_adapters, merge_losses
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.config import LoraConfig
 
 # How many entries are merged at once: some arrays of so many float32 are held then, and a
 # processor's cache holds most of them.

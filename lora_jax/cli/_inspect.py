@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax import _checks
+from lora_jax._core import checks
 from lora_jax.cli import _adapters, _terminal
 from lora_jax.cli._adapters import Adapter, Contents
 from lora_jax.cli._effects import update_norm
@@ -75,7 +75,7 @@ def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterat
         for entry in finding.bad:
             yield f"{entry} of {name} has an infinity or a NaN in it."
     for name, whole in contents.wholes.items():
-        floating = _checks.is_floating(whole.dtype)
+        floating = checks.is_floating(whole.dtype)
         if floating and not np.isfinite(whole.read().astype(np.float32)).all():
             yield f"{name} has an infinity or a NaN in it."
     yield from _about_zeros(findings)

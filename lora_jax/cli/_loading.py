@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import _files, _paths, _plan_checks
-from lora_jax._tensor_stream import Span
+from lora_jax._core import tree_paths
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_streams import Span
 from lora_jax.checkpoint import load_adapters
 from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
-from lora_jax.lora import Adapter
+from lora_jax.layers.lora import Adapter
 from lora_jax.peft import _placing
 from lora_jax.peft._checkpoint import Checkpoint, FileDtype, new_checkpoint
 from lora_jax.peft._entries import without_wrapper
@@ -25,7 +26,8 @@ from lora_jax.peft._fitting import Layout
 from lora_jax.peft._places import Places
 from lora_jax.peft._wholes import EMBEDDINGS, HEADS
 from lora_jax.peft.writing import make_files
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan import plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan
 
 Names = dict[str, Any] | None
 
@@ -96,10 +98,10 @@ def read_names(path: str | None) -> Names:
     if path is None:
         return None
     names = {}
-    for module, given in _files.read_json(pathlib.Path(path)).items():
+    for module, given in tensor_files.read_json(pathlib.Path(path)).items():
         pair = isinstance(given, list) and len(given) == 2
         if not all(isinstance(each, str) for each in (given if pair else [given])):
-            raise _files.CheckpointError(
+            raise tensor_files.CheckpointError(
                 f"{path}: {module!r} must have the path of a weight, or a list of that and "
                 f"the letters of its axes, got {given!r:.60}."
             )
@@ -132,7 +134,7 @@ def leaves_of(base: _base.Base, prefix: str = "") -> dict[str, Any]:
         ends = ((name, end.start()) for name in leaves for end in re.finditer("[./]", name))
         starts = {name[:end]: None for name, end in ends}
         near = difflib.get_close_matches(prefix, starts, n=3) or list(starts)[:3]
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"no tensor of {base.path} has a name that starts with --prefix {prefix}; the "
             f"nearest are {', '.join(near) or 'none'}."
         )
@@ -231,14 +233,14 @@ def _check_any(
     name = places.unplaced[0]
     if name not in modules or places.given(without_wrapper(name)):
         return
-    near = _paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
+    near = tree_paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
     n_in, n_out = modules[name].dims[:2]
     where = (
         f"{base.path} under --prefix {way.prefix.rstrip('.')}"
         if way.prefix
         else str(base.path)
     )
-    raise _files.CheckpointError(
+    raise tensor_files.CheckpointError(
         f"nothing of {directory} fits {where}: for example, no tensor fits {name!r}, with "
         f"{n_in} in and {n_out} out, and the nearest name is {near[0]!r} "
         f"{places.shape(near[0])}; is it the adapter of another model, or does it need "
@@ -262,8 +264,8 @@ def check_fit(base: _base.Base, loaded: Loaded) -> None:
         ValueError: if a shape is another one.
     """
     _base.check_has(base, [*loaded.plan.targets, *loaded.replaced])
-    _plan_checks.check_params(base.entries, loaded.plan)
-    _plan_checks.check_adapters(loaded.adapters, loaded.plan)
+    plan_checks.check_params(base.entries, loaded.plan)
+    plan_checks.check_adapters(loaded.adapters, loaded.plan)
     _check_widths(base, loaded.plan)
     for name, array in loaded.replaced.items():
         if array.shape != base.entries[name].shape:
@@ -309,7 +311,7 @@ def check_ties(
     if any(_last_word(name) in HEADS for name in base.entries):
         return _NOTE if tied else ""
     if tied is None and not base.settings.get("architectures"):
-        raise _files.CheckpointError(
+        raise tensor_files.CheckpointError(
             f"the adapter changes {touched[0]!r}, and the model has no lm_head.weight: if "
             "its embedding and its output head are one array, merging would change both. "
             f"No config.json beside the weights says it: write {_TIED} into one, false if "
@@ -317,7 +319,7 @@ def check_ties(
         )
     if tied is None and not _is_language_model(base.settings):
         return ""
-    raise _files.CheckpointError(
+    raise tensor_files.CheckpointError(
         f"the adapter changes {touched[0]!r}, but the embedding and the output head of "
         f"this model are one array ({_TIED}, and no lm_head.weight): merging would change "
         f"both. Save the base with a lm_head.weight of its own and {_TIED}: false in "

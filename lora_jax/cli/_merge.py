@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _checks, _files, _tensor_stream
+from lora_jax._core import checks
+from lora_jax._io import tensor_files, tensor_streams
 from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal
 from lora_jax.cli._base import Base
 from lora_jax.cli._fold import Loss
@@ -109,7 +110,7 @@ def new_entries(base: Base, dtype: str | None) -> dict[str, jax.ShapeDtypeStruct
         dtype: of the floating-point arrays of at least 16 bits; None for those they have.
     """
     return {
-        name: _files.abstract(entry.shape, dtype)
+        name: tensor_files.abstract(entry.shape, dtype)
         if dtype and _is_wide(entry.dtype)
         else entry
         for name, entry in base.entries.items()
@@ -118,7 +119,7 @@ def new_entries(base: Base, dtype: str | None) -> dict[str, jax.ShapeDtypeStruct
 
 def _is_wide(dtype: np.dtype) -> bool:
     """Whether an array is floating point, and no mere code for numbers."""
-    return _checks.is_floating(dtype) and jnp.dtype(dtype).itemsize >= 2
+    return checks.is_floating(dtype) and jnp.dtype(dtype).itemsize >= 2
 
 
 def describe(loaded: Loaded) -> list[str]:
@@ -159,25 +160,28 @@ def _write(
             losses |= _write_shard(job, file, new / name, progress)
         if job.base.index is not None:
             index = _base.new_index(job.base, job.entries)
-            _files.write_text(new / _base.INDEX, json.dumps(index, indent=2) + "\n")
+            tensor_files.write_text(new / _base.INDEX, json.dumps(index, indent=2) + "\n")
         for path in others.copied:
             _copy_other(job.base.path / path, new / path, dtype)
     return losses
 
 
 def _write_shard(
-    job: Job, file: _files.TensorFile, path: pathlib.Path, progress: _terminal.Progress
+    job: Job,
+    file: tensor_files.TensorFile,
+    path: pathlib.Path,
+    progress: _terminal.Progress,
 ) -> dict[str, Loss]:
     if not any(map(job.changes, file)):
-        for count in _tensor_stream.copy_file(file.path, path, _PIECE):
+        for count in tensor_streams.copy_file(file.path, path, _PIECE):
             progress.update(count)
         return {}
-    spans = _tensor_stream.find_spans(file)
+    spans = tensor_streams.find_spans(file)
     # Wider entries first, as safetensors has them, so that all lie on multiples of theirs.
     order = sorted(spans, key=lambda name: -jnp.dtype(job.entries[name].dtype).itemsize)
     entries = {name: job.entries[name] for name in order}
     losses: dict[str, Loss] = {}
-    with _tensor_stream.open_writer(path, entries, file.metadata) as writer:
+    with tensor_streams.open_writer(path, entries, file.metadata) as writer:
         for name in order:
             for values, loss in _pieces(job, name, spans[name]):
                 if loss is not None:
@@ -188,7 +192,7 @@ def _write_shard(
 
 
 def _pieces(
-    job: Job, name: str, span: _tensor_stream.Span
+    job: Job, name: str, span: tensor_streams.Span
 ) -> Iterator[tuple[np.ndarray, Loss | None]]:
     """The new values of an array, piece by piece, and what a merge lost."""
     dtype = np.dtype(job.entries[name].dtype)
@@ -231,18 +235,18 @@ def _find_others(base: Base, directory: pathlib.Path) -> Others:
 def _copy_other(source: pathlib.Path, path: pathlib.Path, dtype: str | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if dtype and path.name == _CONFIG:
-        fields = _files.read_json(source)
+        fields = tensor_files.read_json(source)
         fields |= {
             name: dtype for name in _DTYPE_FIELDS if isinstance(fields.get(name), str)
         }
-        _files.write_text(path, json.dumps(fields, indent=2) + "\n")
+        tensor_files.write_text(path, json.dumps(fields, indent=2) + "\n")
         return
-    for _ in _tensor_stream.copy_file(source, path, _PIECE):
+    for _ in tensor_streams.copy_file(source, path, _PIECE):
         pass
 
 
 def _bytes(entries: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    return sum(map(_tensor_stream.count_bytes, entries.values()))
+    return sum(map(tensor_streams.count_bytes, entries.values()))
 
 
 def _size(job: Job, others: Others) -> int:

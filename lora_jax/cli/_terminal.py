@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from lora_jax import _tables
+from lora_jax._core import tables
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -55,7 +55,7 @@ def format_table(
     """
     lines = [[printable(cell) for cell in row] for row in (header, *rows)]
     own = set(right)
-    return _tables.format_table(lines, [i for i, n in enumerate(header) if n in own])
+    return tables.format_table(lines, [i for i, n in enumerate(header) if n in own])
 
 
 def format_size(count: float) -> str:

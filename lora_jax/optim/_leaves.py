@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from lora_jax import _paths
-from lora_jax._quantized import is_quantized
+from lora_jax._core import tree_paths
+from lora_jax._core.quantized import is_quantized
 
 ENTRIES = ("A", "B", "m", "A_bias", "B_bias")
 
@@ -94,9 +94,11 @@ def choose(name: str, patterns: Iterable[str], leaves: list[Leaf]) -> list[str |
     patterns = tuple(patterns)
     paths = list(dict.fromkeys(path for leaf in leaves for path in leaf.names))
     if leaves:
-        _paths.check_matched(name, patterns, paths, "leaf", _masked(leaves))
+        tree_paths.check_matched(name, patterns, paths, "leaf", _masked(leaves))
     return [
-        next((p for p in patterns if any(_paths.matches(p, n) for n in leaf.names)), None)
+        next(
+            (p for p in patterns if any(tree_paths.matches(p, n) for n in leaf.names)), None
+        )
         for leaf in leaves
     ]
 

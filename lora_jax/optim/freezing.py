@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax import _paths
-from lora_jax._quantized import is_quantized
+from lora_jax._core import tree_paths
+from lora_jax._core.quantized import is_quantized
 from lora_jax.optim import _leaves
 
 __all__ = ["trainable_and_frozen"]
@@ -64,7 +64,7 @@ def trainable_and_frozen(
         [0. 0.] [-1. -1.]
     """
     check_optimizer("optimizer", optimizer)
-    paths, structure = _paths.flatten(params)
+    paths, structure = tree_paths.flatten(params)
     is_trained = _chosen(trainable, list(paths))
     if not any(is_trained):
         raise ValueError(
@@ -114,7 +114,7 @@ def _with_integers() -> optax.GradientTransformation:
 def _chosen(trainable: Any, paths: list[str]) -> list[bool]:
     """Whether each path is one to train."""
     if not callable(trainable):
-        patterns = _paths.as_texts("trainable", trainable)
+        patterns = tree_paths.as_texts("trainable", trainable)
         leaves = [_leaves.Leaf(path, path) for path in paths]
         return [p is not None for p in _leaves.choose("trainable", patterns, leaves)]
     chosen = [trainable(path) for path in paths]

@@ -7,8 +7,8 @@ from typing import Any
 import chex
 import numpy as np
 
-from lora_jax import _paths
-from lora_jax._frozen import FrozenDict
+from lora_jax._core import tree_paths
+from lora_jax._core.immutable import FrozenDict
 from lora_jax.optim import _leaves
 
 __all__ = ["adapter_labels", "weight_decay_mask"]
@@ -70,7 +70,7 @@ def adapter_labels(
         ... )
         >>> state = optimizer.init(adapters)
     """
-    by_pattern = _paths.as_entries("patterns", patterns)
+    by_pattern = tree_paths.as_entries("patterns", patterns)
     for label in (*by_pattern.values(), other):
         if not isinstance(label, str):
             raise TypeError(
@@ -130,7 +130,7 @@ def weight_decay_mask(
         {'bias': False, 'kernel': True}
         >>> optimizer = optax.adamw(1e-3, mask=optim.weight_decay_mask)
     """
-    patterns = _paths.as_texts("exclude", exclude)
+    patterns = tree_paths.as_texts("exclude", exclude)
     leaves, structure = _leaves.flatten(tree)
     chosen = _leaves.choose("exclude", patterns, leaves)
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from lora_jax import _checks, _paths
+from lora_jax._core import checks, tree_paths
 from lora_jax.optim import _leaves
 from lora_jax.optim.freezing import FROZEN, TRAINED, check_optimizer, freezing
 from lora_jax.optim.labels import NO_PATTERNS, adapter_labels, labels_by
 from lora_jax.optim.preconditioning import Number, check_damping, on_factors, solve_gram
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["lora_fa", "lora_plus"]
 
@@ -69,10 +69,10 @@ def lora_plus(
         [-0.5]
     """
     _check_learning_rate("learning_rate", learning_rate)
-    _checks.check_number("ratio", ratio)
+    checks.check_number("ratio", ratio)
     if not isinstance(ratio, Tracer) and not ratio > 0:
         raise ValueError(f"ratio must be positive, got {ratio}.")
-    by_pattern = _paths.as_entries("rates", rates)
+    by_pattern = tree_paths.as_entries("rates", rates)
     for pattern, rate in by_pattern.items():
         _check_learning_rate(f"rates[{pattern!r}]", rate)
     # Labels of entries have no bracket in them.
@@ -95,7 +95,7 @@ def lora_plus(
 
 def _check_learning_rate(name: str, rate: Any) -> None:
     if not callable(rate):
-        _checks.check_number(name, rate)
+        checks.check_number(name, rate)
 
 
 def _scaled(learning_rate: LearningRate, ratio: float) -> LearningRate:
@@ -194,7 +194,7 @@ def _check_scale(scale: Any) -> None:
             "scale must be a number or an AdapterPlan, got "
             f"{scale!r} ({type(scale).__name__})."
         )
-    _checks.check_number("scale", scale)
+    checks.check_number("scale", scale)
     if not isinstance(scale, Tracer) and scale == 0:
         raise ValueError("scale must not be 0: the adapter would never act.")
 
@@ -206,5 +206,5 @@ def _scale_of(scale: Number | AdapterPlan, leaf: _leaves.Leaf) -> Number:
     for path in (leaf.adapter, leaf.weight):
         if path is not None and path in scale.targets:
             return scale.targets[path].scale
-    hint = _paths.nearest_hint(leaf.weight, scale.targets)
+    hint = tree_paths.nearest_hint(leaf.weight, scale.targets)
     raise KeyError(f"the plan has no weight {leaf.weight!r}{hint}.")

@@ -16,7 +16,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from lora_jax import _adapter_checks, _checks, _compat, _numerics
+from lora_jax._core import checks, compat, numerics
+from lora_jax.layers import adapter_checks
 from lora_jax.optim import _leaves
 
 __all__ = ["scale_by_riemannian"]
@@ -78,7 +79,7 @@ def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
 
 def check_damping(damping: Any) -> None:
     """Raises unless `damping` is a positive number or scalar array."""
-    _checks.check_number("damping", damping)
+    checks.check_number("damping", damping)
     if not isinstance(damping, Tracer) and not damping > 0:
         raise ValueError(
             f"damping must be positive, got {damping}: it is what can be divided by where "
@@ -116,7 +117,7 @@ def on_factors(
         def changed(leaf: _leaves.Leaf) -> Any:
             if leaf.entry not in entries or _leaves.is_gap(leaf.value):
                 return leaf.value
-            with _checks.at_path(str(leaf.adapter)):
+            with checks.at_path(str(leaf.adapter)):
                 a, b = _factors(name, leaf, adapters.get(str(leaf.adapter), {}))
             return precondition(leaf, a, b).astype(leaf.value.dtype)
 
@@ -146,7 +147,7 @@ def _factors(
             "missing or masked: put it in front of what masks them, as in "
             f"optax.chain({name}(...), optax.partition(...))."
         )
-    _adapter_checks.check_adapter(factors, None)
+    adapter_checks.check_adapter(factors, None)
     expected = factors[gradient.entry].shape
     if gradient.value.shape != expected:
         raise ValueError(
@@ -172,18 +173,18 @@ def solve_gram(factor: jax.Array, gradient: jax.Array, damping: Number) -> jax.A
         `(*batch, rank, k)`, wide.
     """
     arrays = jnp.asarray(factor), jnp.asarray(gradient), jnp.asarray(damping)
-    explicit = [array for array in arrays if any(_compat.explicit_spec(array))]
+    explicit = [array for array in arrays if any(compat.explicit_spec(array))]
     if not explicit:
         return _solve_gram(*arrays)
     # On a mesh with explicit axes each intermediate would need a sharding.
-    out: Any = PartitionSpec(*_compat.explicit_spec(arrays[1]))
-    with _compat.on_mesh_of(explicit[0]):
+    out: Any = PartitionSpec(*compat.explicit_spec(arrays[1]))
+    with compat.on_mesh_of(explicit[0]):
         inner: Any = jax.sharding.auto_axes(_solve_gram, out_sharding=out)
         return jax.jit(inner)(*arrays)
 
 
 def _solve_gram(factor: jax.Array, gradient: jax.Array, damping: jax.Array) -> jax.Array:
-    dtype = _numerics.accumulation_dtype(factor.dtype, gradient.dtype)
+    dtype = numerics.accumulation_dtype(factor.dtype, gradient.dtype)
     f = factor.astype(dtype)
     gram = jnp.matmul(f, _transpose(f), precision=lax.Precision.HIGHEST)
     rank = gram.shape[-1]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax import _files
+from lora_jax._io import tensor_files
 from lora_jax.peft._entries import Kind
 
 Arrays = Mapping[str, np.ndarray]
@@ -102,7 +102,7 @@ def stack(
     stacked: dict[str, np.ndarray] = {}
     for index, (arrays, own) in matrices.items():
         for name, value in fill_up(arrays, rank, own / scale).items():
-            value = _files.cast(name, value, arrays[name].dtype)
+            value = tensor_files.cast(name, value, arrays[name].dtype)
             if name not in stacked:
                 dtype = common_dtype(*dtypes[name])
                 stacked[name] = np.zeros((*sizes, *value.shape), dtype)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._files import CheckpointError
-from lora_jax.decomposed import init_olora_adapter, init_pissa_adapter
+from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft import _wholes
 from lora_jax.peft._entries import Module, without_wrapper
 from lora_jax.peft._places import Places

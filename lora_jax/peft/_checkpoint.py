@@ -21,13 +21,14 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _files, _tensor_stream
-from lora_jax._files import CheckpointError, TensorFile
-from lora_jax.config import ALL_LINEAR
+from lora_jax._core import checks
+from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io.tensor_files import CheckpointError, TensorFile
 from lora_jax.peft import _entries, _fields
 from lora_jax.peft._entries import Entries, Module, without_wrapper
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.matching import Rules
+from lora_jax.plan.config import ALL_LINEAR
 
 _LOG = logging.getLogger("lora_jax.peft")
 
@@ -74,7 +75,7 @@ def check_dtype(dtype: FileDtype) -> FileDtype:
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "file"):
         return dtype
-    return _checks.check_factor_dtype(dtype)
+    return checks.check_factor_dtype(dtype)
 
 
 class Checkpoint(NamedTuple):
@@ -104,10 +105,10 @@ class Widened:
 
     def read(self, name: str, /) -> np.ndarray:
         """The array of a name."""
-        array = _files.widen(self._arrays.read(name))
+        array = tensor_files.widen(self._arrays.read(name))
         try:
             dtype = self._dtype if name in self._wholes else None
-            return _files.cast(repr(name), array, dtype)
+            return tensor_files.cast(repr(name), array, dtype)
         except ValueError as error:
             raise CheckpointError(f"{self._where}: {error}") from None
 
@@ -139,7 +140,7 @@ def open_checkpoint(
         )
     allowed = _fields.check_allowed(allow_fields)
     where, fields, file = _open_files(folder)
-    config = _files.checked(
+    config = tensor_files.checked(
         where, lambda: PeftConfig.from_dict(fields, "the config", allowed)
     )
     ignored = {n: v for n, v in fields.items() if n in allowed and not _fields.is_off(n, v)}
@@ -196,7 +197,7 @@ def _configs(folder: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     if not (folder / TENSORS).is_file():
         return []
-    return _files.temporary_paths(folder, f"{re.escape(CONFIG)}|{re.escape(_ASIDE)}")
+    return tensor_files.temporary_paths(folder, f"{re.escape(CONFIG)}|{re.escape(_ASIDE)}")
 
 
 def _read_configs(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
@@ -204,12 +205,12 @@ def _read_configs(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
     found = {}
     for path in _configs(folder):
         try:
-            found[path] = _files.read_json(path)
+            found[path] = tensor_files.read_json(path)
         except CheckpointError:
             if path.name == CONFIG:
                 raise
     if not found:
-        _files.check_is_file(folder / CONFIG)
+        tensor_files.check_is_file(folder / CONFIG)
         raise FileNotFoundError(f"there was no file {folder / CONFIG}.")
     return found
 
@@ -225,7 +226,7 @@ def _open_arrays(folder: pathlib.Path) -> TensorFile:
 
 
 def _is_being_saved(folder: pathlib.Path) -> bool:
-    return folder.is_dir() and bool(_files.temporary_paths(folder, _TEMPORARY))
+    return folder.is_dir() and bool(tensor_files.temporary_paths(folder, _TEMPORARY))
 
 
 def _belong_together(
@@ -258,27 +259,27 @@ def write_checkpoint(
     """
     text = config.to_json()
     metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
-    new = {name: _files.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
+    new = {name: tensor_files.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
     try:
         new[CONFIG].write_text(text, encoding="utf-8")
-        _tensor_stream.write_arrays(new[TENSORS], tensors, metadata)
+        tensor_streams.write_arrays(new[TENSORS], tensors, metadata)
         for path in new.values():
-            _files.synchronize(path)
+            tensor_files.synchronize(path)
     except BaseException:
         for path in new.values():
             path.unlink(missing_ok=True)
         raise
     _put_in_place(folder, new[CONFIG], new[TENSORS])
-    for path in _files.temporary_paths(folder, _TEMPORARY):
+    for path in tensor_files.temporary_paths(folder, _TEMPORARY):
         path.unlink(missing_ok=True)
-    _files.synchronize_directory(folder)
+    tensor_files.synchronize_directory(folder)
 
 
 def _put_in_place(
     folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path
 ) -> None:
     """Gives both files their names, or leaves the old ones."""
-    place, aside = folder / CONFIG, _files.temporary_path(folder / _ASIDE)
+    place, aside = folder / CONFIG, tensor_files.temporary_path(folder / _ASIDE)
     try:
         if place.exists() and place.read_bytes() != config.read_bytes():
             os.replace(place, aside)
@@ -306,7 +307,7 @@ def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
     """
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", None)
-        if dtype is None or not _checks.is_floating(dtype) or dtype.itemsize < 2:
+        if dtype is None or not checks.is_floating(dtype) or dtype.itemsize < 2:
             raise CheckpointError(
                 f"{where}: the entry {name!r} is {dtype or type(array).__name__}, and must "
                 "be an array, floating point of at least 16 bits."

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 
 PREFIX = "base_model.model."
 

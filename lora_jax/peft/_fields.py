@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import _checks
-from lora_jax._frozen import FrozenDict
+from lora_jax._core import checks
+from lora_jax._core.immutable import FrozenDict
 
 # Nothing in a model is longer or numbered higher, and float32 holds nothing larger.
 _LARGEST_INTEGER = 2**31 - 1
@@ -272,7 +272,7 @@ def _text(name: str, value: Any) -> str | None:
 def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
     if not isinstance(value, str):
         raise wrong(name, "a string", value)
-    _checks.check_choice(name, value, tuple(choices))
+    checks.check_choice(name, value, tuple(choices))
     return value
 
 
@@ -306,9 +306,7 @@ def _init(name: str, value: Any) -> bool | str:
         return value
     if not isinstance(value, str):
         raise wrong(name, "true, false or the name of an initialization", value)
-    _checks.check_choice(
-        f"{name}, where not true or false,", init_word(value), tuple(INITS)
-    )
+    checks.check_choice(f"{name}, where not true or false,", init_word(value), tuple(INITS))
     return value
 
 

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from lora_jax import _checks, _paths
-from lora_jax._files import CheckpointError
+from lora_jax._core import checks, tree_paths
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _names
 from lora_jax.peft._fitting import LAYOUTS, Layout
 from lora_jax.peft._names import Found, Numbers
@@ -93,9 +93,9 @@ class Places:
         tied: bool | None = None,
     ) -> None:
         if layout is not None:
-            _checks.check_choice("layout", layout, LAYOUTS)
+            checks.check_choice("layout", layout, LAYOUTS)
         if tied is not None:
-            _checks.check_flags(tied=tied)
+            checks.check_flags(tied=tied)
         if names is not None and not callable(names) and not isinstance(names, Mapping):
             raise TypeError(
                 "names must be a dict from the names of modules to paths, or a function, "
@@ -206,7 +206,7 @@ class Places:
     def hint(self, path: str) -> str:
         """The end of a message about a path; empty for messages that are not shown."""
         self._hints += 1
-        return _paths.nearest_hint(path, self.leaves) if self._hints <= _SHOWN else ""
+        return tree_paths.nearest_hint(path, self.leaves) if self._hints <= _SHOWN else ""
 
     def _has(self, path: str) -> bool:
         """Whether params have a leaf at a path, or at one of a template."""

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import _checks, _files
-from lora_jax._files import CheckpointError
-from lora_jax.lora import Adapter
+from lora_jax._core import checks
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.layers.lora import Adapter
 from lora_jax.peft import _arrays, _bases, _names, _replaced, _ties, _wholes
 from lora_jax.peft._checkpoint import (
     Checkpoint,
@@ -27,7 +28,7 @@ from lora_jax.peft._sites import Site, find_sites
 from lora_jax.peft._table import NameTable, Row
 from lora_jax.peft._ties import OnTied
 from lora_jax.peft.config import PeftConfig
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 _LOG = logging.getLogger("lora_jax.peft")
 
@@ -87,7 +88,7 @@ def find_places(
     Raises:
         ValueError: if `on_tied` is none that it may be.
     """
-    _checks.check_choice("on_tied", on_tied, _ties.ON_TIED)
+    checks.check_choice("on_tied", on_tied, _ties.ON_TIED)
     problems, config, modules = Problems(), checkpoint.config, {}
     check = module_check(config)
     for name, module in checkpoint.entries.modules.items():
@@ -157,10 +158,10 @@ def put(
 def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:
     if dtype not in (None, "file"):
         try:
-            array = _files.cast(repr(name), array, dtype)
+            array = tensor_files.cast(repr(name), array, dtype)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from None
-    return _files.to_jax(where, name, array)
+    return tensor_files.to_jax(where, name, array)
 
 
 def _put_wholes(

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax import _checks, _selection
-from lora_jax._frozen import FrozenDict
-from lora_jax.config import LoraConfig
+from lora_jax._core import checks
+from lora_jax._core.immutable import FrozenDict
 from lora_jax.peft._places import Places
 from lora_jax.peft.config import PeftConfig
-from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
+from lora_jax.plan import selection
+from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
+from lora_jax.plan.config import LoraConfig
 
 _GIVEN = "the PEFT checkpoint, with the axes that names gives"
 _PRIMITIVES = {"embedding": "gather", "convolution": "conv_general_dilated"}
@@ -43,7 +44,7 @@ def make_plan(
     config: PeftConfig, places: Places, placed: Mapping[str, Placed]
 ) -> AdapterPlan:
     targets = {path: own.target for path, own in placed.items()}
-    leaves = {path: leaf for path, leaf in places.leaves.items() if _checks.is_array(leaf)}
+    leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     return AdapterPlan(
         config=_lora_config(config, targets),
         targets=FrozenDict(targets),
@@ -52,7 +53,7 @@ def make_plan(
             dict(places.known.uses)
             | {path: (own.use,) for path, own in placed.items() if own.use}
         ),
-        total=_selection.count(leaves.values()),
+        total=selection.count(leaves.values()),
     )
 
 

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from lora_jax import _files
-from lora_jax._files import CheckpointError
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _arrays, _names, _wholes
 from lora_jax.peft._places import Places
 from lora_jax.peft._sites import Site
@@ -95,7 +95,8 @@ class Replaced:
                         _wholes.first_axes(own, stack)[index]
                     )
         return {
-            path: _files.to_jax(where, path, array) for path, array in self._arrays.items()
+            path: tensor_files.to_jax(where, path, array)
+            for path, array in self._arrays.items()
         }
 
 

@@ -5,12 +5,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lora_jax import _files
+from lora_jax._io import tensor_files
 from lora_jax.peft import _arrays, _modules, _names, _wholes
 from lora_jax.peft._entries import Kind
 from lora_jax.peft._fitting import Layout
 from lora_jax.peft._modules import Naming
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 _WRAPPED = ".base_layer"
 
@@ -49,7 +49,7 @@ def saved_modules(
     """
     target = plan.targets[path]
     sizes = tuple(target.shape[axis] for axis in target.batch_axes)
-    arrays = {name: _files.to_numpy(name, value) for name, value in adapter.items()}
+    arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
     modules = []
     for named in _modules.names_of(path, names, sizes, layout):
         name, indices = named.name, named.indices

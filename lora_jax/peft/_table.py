@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from lora_jax._frozen import FrozenDict
-from lora_jax._tables import format_table
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._core.tables import format_table
 from lora_jax.peft._fitting import Reading
 
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import chex
 
-from lora_jax import _axes, _checks, _paths, _plan_checks
-from lora_jax.plan import AdapterPlan, Use
-from lora_jax.transform import _discovery
+from lora_jax._core import checks, tree_paths
+from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Use
+from lora_jax.transform import discovery
 
 _STACKED = ("batch", "stacked")
 
@@ -70,14 +71,14 @@ def find_known(
         raise TypeError(f"plan must be an AdapterPlan, got {type(plan).__name__}.")
     if fn is not None and plan is not None:
         raise TypeError("both fn and plan say what the axes are: give one of them.")
-    leaves = _paths.leaf_paths(params)
+    leaves = tree_paths.leaf_paths(params)
     if plan is not None:
-        _plan_checks.check_params(leaves, plan)
+        plan_checks.check_params(leaves, plan)
         targets = {path: target.axes for path, target in plan.targets.items()}
         return Known(_letters(leaves, plan.uses) | targets, plan.uses, "the plan")
     if fn is None:
         return Known()
-    uses = _discovery.find_uses(fn, params, args, {})
+    uses = discovery.find_uses(fn, params, args, {})
     return Known(_letters(leaves, uses), uses, "the function")
 
 
@@ -88,7 +89,7 @@ def _letters(
     return {
         path: _letters_of(tuple(leaves[path].shape), own)
         for path, own in uses.items()
-        if own and path in leaves and _checks.is_array(leaves[path])
+        if own and path in leaves and checks.is_array(leaves[path])
     }
 
 
@@ -96,8 +97,8 @@ def _letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str:
     roles = [{use.roles[axis] for use in uses} - {""} for axis in range(len(shape))]
     known = [use for use in uses if not use.merged]
     try:
-        found = _axes.resolve_axes(shape, known)
-    except _axes.UnsuitableError:
+        found = axis_roles.resolve_axes(shape, known)
+    except axis_roles.UnsuitableError:
         return "".join(map(_letter, roles))
     groups = zip("iob", found, strict=True)
     letters = {axis: letter for letter, axes in groups for axis in axes}

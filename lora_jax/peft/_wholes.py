@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _names
 from lora_jax.peft._entries import Dims
 from lora_jax.peft._fitting import readings

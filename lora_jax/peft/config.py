@@ -11,8 +11,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from lora_jax import _checks
-from lora_jax._frozen import FrozenDict
+from lora_jax._core import checks
+from lora_jax._core.immutable import FrozenDict
 from lora_jax.peft import _fields
 
 __all__ = ["PeftConfig"]
@@ -116,7 +116,7 @@ class PeftConfig:
             TypeError, ValueError: if a value is none that its field takes, or a field of
                 another method or an unknown one is in use, and not allowed.
         """
-        with _checks.at_path(where):
+        with checks.at_path(where):
             if not isinstance(fields, Mapping):
                 raise _fields.wrong("the content", "a JSON object", fields)
             # First, because other methods have other fields.

@@ -6,11 +6,11 @@ from typing import Any
 
 import chex
 
-from lora_jax import _paths
-from lora_jax.config import LoraConfig
+from lora_jax._core import tree_paths
 from lora_jax.peft import _fields, _names, _wholes
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.matching import match_modules
+from lora_jax.plan.config import LoraConfig
 
 __all__ = ["to_lora_config"]
 
@@ -82,7 +82,7 @@ def to_lora_config(
 def _weights(params: chex.ArrayTree) -> dict[str, tuple[str, ...]]:
     """The words of the paths of what may be the weights of modules."""
     found = {}
-    for path, leaf in _paths.leaf_paths(params).items():
+    for path, leaf in tree_paths.leaf_paths(params).items():
         words = _names.split_path(path)
         named = [word for word in words.words if not word.isdecimal()]
         vector = words.leaf == _names.BIAS or any(map(_NORM.search, named[-1:]))

@@ -7,7 +7,7 @@ from typing import Any
 import chex
 import jax
 
-from lora_jax import _checks, _paths
+from lora_jax._core import checks, tree_paths
 from lora_jax.peft import _placing
 from lora_jax.peft._checkpoint import FileDtype, open_checkpoint
 from lora_jax.peft._fitting import Layout
@@ -16,7 +16,7 @@ from lora_jax.peft._placing import Loaded
 from lora_jax.peft._table import NameTable
 from lora_jax.peft._ties import OnTied
 from lora_jax.peft._uses import find_known
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["Loaded", "NameTable", "load", "match_names", "replace_leaves"]
 
@@ -103,7 +103,7 @@ def load(
     References:
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
-    _checks.check_flags(strict=strict)
+    checks.check_flags(strict=strict)
     places = _places(params, fn, args, plan, names, layout)
     checkpoint = open_checkpoint(directory, allow_fields)
     placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
@@ -164,7 +164,7 @@ def _places(
     layout: Layout | None,
 ) -> Places:
     known = find_known(params, fn, args, plan)
-    return Places(_paths.leaf_paths(params), names, layout, known)
+    return Places(tree_paths.leaf_paths(params), names, layout, known)
 
 
 def replace_leaves(params: chex.ArrayTree, replaced: Mapping[str, jax.Array]) -> Any:
@@ -182,18 +182,18 @@ def replace_leaves(params: chex.ArrayTree, replaced: Mapping[str, jax.Array]) ->
         KeyError: if params have no leaf at a path.
         ValueError: if a shape is another.
     """
-    leaves, treedef = _paths.flatten(params)
+    leaves, treedef = tree_paths.flatten(params)
     for path, array in replaced.items():
         if path not in leaves:
-            hint = _paths.nearest_hint(path, leaves)
+            hint = tree_paths.nearest_hint(path, leaves)
             raise KeyError(f"params have no leaf at {path!r}{hint}.")
-        with _checks.at_path(path):
+        with checks.at_path(path):
             leaves[path] = _like(leaves[path], array)
     return treedef.unflatten(leaves.values())
 
 
 def _like(leaf: Any, array: jax.Array) -> jax.Array:
-    if not _checks.is_array(leaf) or tuple(leaf.shape) != array.shape:
+    if not checks.is_array(leaf) or tuple(leaf.shape) != array.shape:
         raise ValueError(
             f"the leaf must be an array of the shape {array.shape}, got "
             f"{getattr(leaf, 'shape', type(leaf).__name__)}."

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import chex
 import numpy as np
 
-from lora_jax import _checks, _paths
-from lora_jax._files import CheckpointError, TensorFile
+from lora_jax._core import checks, tree_paths
+from lora_jax._io.tensor_files import CheckpointError, TensorFile
 from lora_jax.peft import _entries, _placing
 from lora_jax.peft._checkpoint import Checkpoint, FileDtype, check_dtypes, sort
 from lora_jax.peft._fitting import Layout
@@ -19,7 +19,7 @@ from lora_jax.peft._placing import Loaded
 from lora_jax.peft._ties import OnTied
 from lora_jax.peft._uses import find_known
 from lora_jax.peft.config import PeftConfig
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["load_torchtune"]
 
@@ -96,9 +96,9 @@ def load_torchtune(
         `torchtune.modules.peft`, and `tune_to_peft_adapter_weights` in
         https://github.com/pytorch/torchtune, which leaves the magnitudes as they are.
     """
-    _checks.check_flags(strict=strict)
-    _checks.check_choice("model", model, MODELS)
-    _checks.check_number("alpha", alpha)
+    checks.check_flags(strict=strict)
+    checks.check_choice("model", model, MODELS)
+    checks.check_number("alpha", alpha)
     heads = {"q": num_heads, "k": num_heads if num_kv_heads is None else num_kv_heads}
     for name, count in zip(("num_heads", "num_kv_heads"), heads.values(), strict=True):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -123,7 +123,7 @@ def load_torchtune(
     )
     checkpoint = Checkpoint(where, config, state, sort(where, config, shapes))
     known = find_known(params, fn, args, plan)
-    places = Places(_paths.leaf_paths(params), names, layout, known)
+    places = Places(tree_paths.leaf_paths(params), names, layout, known)
     placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
     scales = config.use_dora
     return _placing.put(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)

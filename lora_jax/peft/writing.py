@@ -14,16 +14,18 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _files, _paths, _plan_checks
-from lora_jax._frozen import FrozenDict
-from lora_jax.lora import Adapter
+from lora_jax._core import checks, tree_paths
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._io import tensor_files
+from lora_jax.layers.lora import Adapter
 from lora_jax.peft import _arrays, _entries, _names
 from lora_jax.peft._checkpoint import write_checkpoint
 from lora_jax.peft._fitting import LAYOUTS, Layout
 from lora_jax.peft._modules import Naming, SaveNames
 from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
 from lora_jax.peft.config import PeftConfig
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax.plan import plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 __all__ = ["save"]
 
@@ -92,10 +94,10 @@ def save(
     References:
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
-    _checks.check_choice("layout", layout, LAYOUTS)
-    _checks.check_flags(uniform=uniform)
-    dtype = None if dtype is None else _checks.check_factor_dtype(dtype)
-    _plan_checks.check_adapters(adapters, plan)
+    checks.check_choice("layout", layout, LAYOUTS)
+    checks.check_flags(uniform=uniform)
+    dtype = None if dtype is None else checks.check_factor_dtype(dtype)
+    plan_checks.check_adapters(adapters, plan)
     arrays: Mapping[str, Mapping[str, Any]] = adapters
     if uniform:
         arrays, plan = _uniform(adapters, plan, dtype)
@@ -123,9 +125,9 @@ def make_files(
     naming = Naming(names)
     modules: list[SavedModule] = []
     for path in plan.targets:
-        with _checks.at_path(path):
+        with checks.at_path(path):
             adapter = {
-                name: _files.cast(name, _files.to_numpy(name, value), dtype)
+                name: tensor_files.cast(name, tensor_files.to_numpy(name, value), dtype)
                 for name, value in adapters[path].items()
             }
             modules += saved_modules(path, adapter, plan, naming, layout)
@@ -133,9 +135,9 @@ def make_files(
     wholes = SavedWholes(plan, naming, layout, modules)
     wholes.check_complete(replaced)
     for path, array in replaced.items():
-        with _checks.at_path(path):
-            array = _files.to_numpy("the leaf", array)
-            wholes.put(path, _files.cast("the leaf", array, dtype))
+        with checks.at_path(path):
+            array = tensor_files.to_numpy("the leaf", array)
+            wholes.put(path, tensor_files.cast("the leaf", array, dtype))
     tensors = _tensors(modules, naming) | wholes.tensors
     config = _config(modules, plan, wholes, base_model, task_type)
     return config, {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
@@ -158,11 +160,13 @@ def _uniform(
     scale = alpha / rank
     filled, alike = {}, {}
     for path, target in targets.items():
-        arrays = {name: _files.to_numpy(name, v) for name, v in adapters[path].items()}
+        arrays = {
+            name: tensor_files.to_numpy(name, v) for name, v in adapters[path].items()
+        }
         wide = _arrays.fill_up(arrays, rank, target.scale / scale)
-        with _checks.at_path(path):
+        with checks.at_path(path):
             filled[path] = {
-                name: _files.cast(name, value, dtype or arrays[name].dtype)
+                name: tensor_files.cast(name, value, dtype or arrays[name].dtype)
                 for name, value in wide.items()
             }
         alike[path] = dataclasses.replace(target, rank=rank, scale=scale)
@@ -207,7 +211,7 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
         if not any(_names.numbers_in(own, path) is not None for path in near):
             raise ValueError(
                 f"names has {own!r} for {name!r}, and neither the plan nor `replaced` has "
-                f"that path{_paths.nearest_hint(own, paths)}."
+                f"that path{tree_paths.nearest_hint(own, paths)}."
             )
 
 

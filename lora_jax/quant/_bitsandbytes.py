@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax import _compat
+from lora_jax._core import compat
 from lora_jax.quant import _arithmetic, _packing
 
 SCALES = jnp.uint8
@@ -109,6 +109,6 @@ def unnest(
     del dtype
     table = jnp.asarray(dynamic_map()).at[codes]
     values = table.get(
-        mode="promise_in_bounds", out_sharding=_compat.explicit_sharding(codes)
+        mode="promise_in_bounds", out_sharding=compat.explicit_sharding(codes)
     )
     return values * scale + mean

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import _checks, _files, _tensor_stream
-from lora_jax._files import CheckpointError
+from lora_jax._core import checks
+from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import tensors
 
 __all__ = ["load_quantized", "save_quantized"]
@@ -64,13 +65,15 @@ def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
                 f"two arrays would have the name {(clash or [name])[0]!r}: rename a key."
             )
         record[name] = entry
-        arrays |= {part: _files.to_numpy(part, array) for part, array in parts.items()}
+        arrays |= {
+            part: tensor_files.to_numpy(part, array) for part, array in parts.items()
+        }
     text = json.dumps(record, separators=(",", ":"))
     metadata = {"format": _FORMAT, "version": _VERSION, "record": text}
     digest = _Digest(text)
     for name in sorted(arrays):
         digest.add(name, arrays[name])
-    _tensor_stream.write_tensors(path, arrays, metadata | {"digest": digest.text()})
+    tensor_streams.write_tensors(path, arrays, metadata | {"digest": digest.text()})
 
 
 def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
         See `save_quantized`.
     """
     path = _path(file)
-    source = _files.TensorFile(path)
+    source = tensor_files.TensorFile(path)
     record = _read_record(source)
     expected = {part for name, entry in record.items() for part in _names(name, entry)}
     if expected != set(source):
@@ -107,7 +110,7 @@ def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
     for name in sorted(source):
         values = source.read(name)
         digest.add(name, values)
-        arrays[name] = _files.to_jax(path, name, values)
+        arrays[name] = tensor_files.to_jax(path, name, values)
     if digest.text() != source.metadata["digest"]:
         raise CheckpointError(
             f"{path} is not as it was written, its digest is another one: was it edited, "
@@ -128,7 +131,7 @@ def _path(file: Any) -> pathlib.Path:
 def _parts(name: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The entry of a leaf in the record, and its arrays by their names in the file."""
     if not tensors.is_quantized(value):
-        if not _checks.is_array(value):
+        if not checks.is_array(value):
             raise TypeError(
                 f"at {name!r}: expected an array or a quantized tensor, got "
                 f"{type(value).__name__}."
@@ -168,7 +171,7 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def _read_record(source: _files.TensorFile) -> dict[str, Any]:
+def _read_record(source: tensor_files.TensorFile) -> dict[str, Any]:
     """The record of a file, each entry of which has the fields of one."""
     path, metadata = source.path, source.metadata
     if metadata.get("format") != _FORMAT:
@@ -226,10 +229,10 @@ def _rebuilt(
     own = {part: arrays[f"{name}:{part}"] for part in entry["arrays"]}
 
     def build() -> tensors.QuantizedTensor:
-        with _checks.at_path(name):
+        with checks.at_path(name):
             return cls.from_arrays(own, entry["settings"])
 
-    return _files.checked(path, build)
+    return tensor_files.checked(path, build)
 
 
 def _listed(names: set[str]) -> str:

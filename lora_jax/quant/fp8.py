@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax import _placement
-from lora_jax._quantized import QuantizedTensor
-from lora_jax.quant import _channels, _inputs
+from lora_jax._core import placement
+from lora_jax._core.quantized import QuantizedTensor
+from lora_jax.quant import _channels, inputs
 from lora_jax.quant.tensors import register_format
 
 __all__ = ["FP8Tensor", "quantize_fp8"]
@@ -82,7 +82,7 @@ class FP8Tensor(QuantizedTensor):
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The weight, `shape`, in `dtype`, sharded as its codes are."""
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
-        return _placement.automatic(function, self, like=self.codes, ndim=self.ndim)
+        return placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "FP8Tensor":
         """A weight of the same shape, with the settings of this one."""
@@ -90,16 +90,16 @@ class FP8Tensor(QuantizedTensor):
 
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings fit each other."""
-        _inputs.check_weight_dtype(self.weight_dtype)
-        _inputs.check_present(codes=self.codes, scales=self.scales)
+        inputs.check_weight_dtype(self.weight_dtype)
+        inputs.check_present(codes=self.codes, scales=self.scales)
         shape, batch_axes = self.shape, len(self.scales.shape) - 1
         if not 0 <= batch_axes <= len(shape) - 2 or 0 in shape:
             raise ValueError(
                 f"codes of the shape {shape} do not fit scales of {self.scales.shape}."
             )
         scales = (*shape[:batch_axes], shape[-1])
-        _inputs.check_leaf("codes", self.codes, shape, jnp.uint8)
-        _inputs.check_leaf("scales", self.scales, scales, jnp.float32)
+        inputs.check_leaf("codes", self.codes, shape, jnp.uint8)
+        inputs.check_leaf("scales", self.scales, scales, jnp.float32)
 
 
 register_format(FP8Tensor, "fp8_e4m3fn")
@@ -136,12 +136,12 @@ def quantize_fp8(weight: Any, *, batch_axes: int = 0) -> FP8Tensor:
         >>> lora_jax.quant.quantize_fp8(jnp.ones((64, 32)))
         FP8Tensor(shape=(64, 32), dtype=float32)
     """
-    array = _inputs.check_matrix(weight, batch_axes, "fp8")
+    array = inputs.check_matrix(weight, batch_axes, "fp8")
 
     def quantize(w: jax.Array) -> tuple[FP8Tensor, tuple[()]]:
         return _quantize(w, int(batch_axes)), ()
 
-    return _placement.keep_sharding(quantize, array)[0]
+    return placement.keep_sharding(quantize, array)[0]
 
 
 @functools.partial(jax.jit, static_argnames="batch_axes", inline=True)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax import _compat, _placement
-from lora_jax._quantized import QuantizedTensor
-from lora_jax.quant import _channels, _inputs
+from lora_jax._core import compat, placement
+from lora_jax._core.quantized import QuantizedTensor
+from lora_jax.quant import _channels, inputs
 from lora_jax.quant.tensors import register_format
 
 __all__ = ["Int8Tensor", "quantize_int8"]
@@ -72,7 +72,7 @@ class Int8Tensor(QuantizedTensor):
         middle: tuple[Any, ...] = ()
         if self.block_size is not None:
             n_in = math.prod(self.shape[n:-1])
-            folded = _placement.axes_of_fold(spec[n:-1], n_in, self.block_size, sizes)
+            folded = placement.axes_of_fold(spec[n:-1], n_in, self.block_size, sizes)
             middle = (folded,)
         scales: Any = PartitionSpec(*spec[:n], *middle, spec[-1])
         codes: Any = PartitionSpec(*spec)
@@ -81,7 +81,7 @@ class Int8Tensor(QuantizedTensor):
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The weight, `shape`, in `dtype`, sharded as its codes are."""
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
-        return _placement.automatic(function, self, like=self.codes, ndim=self.ndim)
+        return placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "Int8Tensor":
         """A weight of the same shape, with the settings of this one."""
@@ -89,8 +89,8 @@ class Int8Tensor(QuantizedTensor):
 
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings fit each other."""
-        _inputs.check_weight_dtype(self.weight_dtype)
-        _inputs.check_present(codes=self.codes, scales=self.scales)
+        inputs.check_weight_dtype(self.weight_dtype)
+        inputs.check_present(codes=self.codes, scales=self.scales)
         shape = self.shape
         batch_axes = self.batch_ndim
         if not 0 <= batch_axes <= len(shape) - 2 or 0 in shape:
@@ -100,13 +100,13 @@ class Int8Tensor(QuantizedTensor):
         middle: tuple[int, ...] = ()
         if self.block_size is not None:
             try:
-                block = _inputs.check_count("block_size", self.block_size)
+                block = inputs.check_count("block_size", self.block_size)
             except TypeError as error:
                 raise ValueError(*error.args) from None
             middle = (math.ceil(math.prod(shape[batch_axes:-1]) / block),)
         scales = (*shape[:batch_axes], *middle, shape[-1])
-        _inputs.check_leaf("codes", self.codes, shape, jnp.int8)
-        _inputs.check_leaf("scales", self.scales, scales, jnp.float32)
+        inputs.check_leaf("codes", self.codes, shape, jnp.int8)
+        inputs.check_leaf("scales", self.scales, scales, jnp.float32)
 
 
 register_format(Int8Tensor, "int8")
@@ -140,22 +140,22 @@ def quantize_int8(
         Int8Tensor(shape=(64, 32), dtype=float32, block_size=None)
     """
     if block_size is not None:
-        block_size = _inputs.check_count("block_size", block_size)
-    array = _inputs.check_matrix(weight, batch_axes, "int8")
+        block_size = inputs.check_count("block_size", block_size)
+    array = inputs.check_matrix(weight, batch_axes, "int8")
     _check_padding(array, block_size, int(batch_axes))
 
     def quantize(w: jax.Array) -> tuple[Int8Tensor, tuple[()]]:
         return _quantize(w, block_size, int(batch_axes)), ()
 
-    return _placement.keep_sharding(quantize, array)[0]
+    return placement.keep_sharding(quantize, array)[0]
 
 
 def _check_padding(weight: jax.Array, block: int | None, batch_axes: int) -> None:
     """Raises if XLA would mix up the entries of the last block, which is padded."""
     n_in = math.prod(weight.shape[batch_axes:-1])
-    if block is None or n_in % block == 0 or _compat.pads_sharded_axes():
+    if block is None or n_in % block == 0 or compat.pads_sharded_axes():
         return
-    if max(_placement.parts(weight)[batch_axes:-1]) > 1:
+    if max(placement.parts(weight)[batch_axes:-1]) > 1:
         raise ValueError(
             f"with JAX {jax.__version__}, block_size must divide the inputs of a weight "
             f"that is sharded along them, got {block} for {n_in} inputs: choose another "

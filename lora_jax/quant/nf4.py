@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax import _checks, _placement
-from lora_jax._quantized import QuantizedTensor
-from lora_jax.quant import _arithmetic, _bitsandbytes, _inputs, _packing, _torchao
+from lora_jax._core import checks, placement
+from lora_jax._core.quantized import QuantizedTensor
+from lora_jax.quant import _arithmetic, _bitsandbytes, _packing, _torchao, inputs
 from lora_jax.quant.tensors import register_format
 
 __all__ = ["Codec", "NF4Tensor", "quantize_nf4"]
@@ -130,7 +130,7 @@ class NF4Tensor(QuantizedTensor):
         n = self.batch_ndim
         rows = [*spec[n : n + self.row_axes]]
         n_rest = math.prod(self.entry_shape[self.row_axes :])
-        last = _placement.axes_of_fold(
+        last = placement.axes_of_fold(
             spec[n + self.row_axes :], n_rest, self.block_size, sizes
         )
         split, stack = PartitionSpec(*spec[:n], *rows, last), PartitionSpec(*spec[:n])
@@ -153,7 +153,7 @@ class NF4Tensor(QuantizedTensor):
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         """The weight, `shape`, in `dtype`, sharded as its codes are."""
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
-        return _placement.automatic(function, self, like=self.codes, ndim=self.ndim)
+        return placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "NF4Tensor":
         """A weight of the same shape, with the settings of this one."""
@@ -168,13 +168,13 @@ class NF4Tensor(QuantizedTensor):
 
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings fit each other."""
-        _inputs.check_present(codes=self.codes)
+        inputs.check_present(codes=self.codes)
         try:
-            entry = tuple(_inputs.check_count("entry_shape", n) for n in self.entry_shape)
+            entry = tuple(inputs.check_count("entry_shape", n) for n in self.entry_shape)
             _check_settings(self.block_size, self.scaler_block_size, self.codec)
         except TypeError as error:
             raise ValueError(*error.args) from None
-        _inputs.check_weight_dtype(self.weight_dtype)
+        inputs.check_weight_dtype(self.weight_dtype)
         n, codec, nested = math.prod(entry), _CODECS[self.codec], self.scaler_block_size
         # What is formed of codes and scales has whole blocks, and groups of them.
         if max(self.block_size, nested or 0) > max(n, _LARGEST_PADDING):
@@ -190,15 +190,15 @@ class NF4Tensor(QuantizedTensor):
         n_blocks = math.ceil(n / self.block_size)
         scales = jnp.float32 if nested is None else codec.SCALES
         in_row = math.ceil(n_row / 2), math.ceil(n_row / self.block_size)
-        _inputs.check_leaf("codes", self.codes, (*rows, in_row[0]), jnp.uint8)
-        _inputs.check_leaf("scales", self.scales, (*rows, in_row[1]), scales)
+        inputs.check_leaf("codes", self.codes, (*rows, in_row[0]), jnp.uint8)
+        inputs.check_leaf("scales", self.scales, (*rows, in_row[1]), scales)
         if nested is None:
             if self.group_scales is not None or self.mean is not None:
                 raise ValueError("group_scales and mean belong to nested scales.")
             return
         dtype, n_groups = codec.group_dtype(self.dtype), math.ceil(n_blocks / nested)
-        _inputs.check_leaf("group_scales", self.group_scales, (*batch, n_groups), dtype)
-        _inputs.check_leaf("mean", self.mean, batch, dtype)
+        inputs.check_leaf("group_scales", self.group_scales, (*batch, n_groups), dtype)
+        inputs.check_leaf("mean", self.mean, batch, dtype)
 
 
 register_format(NF4Tensor, "nf4")
@@ -261,10 +261,10 @@ def quantize_nf4(
         dtype('float32')
     """
     block, nested = _check_settings(block_size, scaler_block_size, codec)
-    array = _inputs.check_weight(weight, batch_axes)
+    array = inputs.check_weight(weight, batch_axes)
     entry = array.shape[batch_axes:]
     if row_axes is None:
-        row_axes = rows_for(entry, block, _placement.parts(array)[batch_axes:])
+        row_axes = rows_for(entry, block, placement.parts(array)[batch_axes:])
     _check_rows(row_axes, entry, block)
     quantize = functools.partial(
         _quantize,
@@ -275,21 +275,21 @@ def quantize_nf4(
         row_axes=int(row_axes),
     )
     # With explicit mesh axes a block may reach across the devices.
-    return _placement.keep_sharding(lambda w: (quantize(w), ()), array)[0]
+    return placement.keep_sharding(lambda w: (quantize(w), ()), array)[0]
 
 
 def _check_settings(block: Any, nested: Any, codec: Any) -> tuple[int, int | None]:
-    _checks.check_choice("codec", codec, tuple(_CODECS))
-    block = _inputs.check_count("block_size", block)
+    checks.check_choice("codec", codec, tuple(_CODECS))
+    block = inputs.check_count("block_size", block)
     if block % 2:
         raise ValueError(f"block_size must be even, got {block}: two codes share a byte.")
     if nested is not None:
-        nested = _inputs.check_count("scaler_block_size", nested)
+        nested = inputs.check_count("scaler_block_size", nested)
     return block, nested
 
 
 def _check_rows(row_axes: Any, entry: tuple[int, ...], block: int) -> None:
-    if _inputs.as_integer("row_axes", row_axes) < 0:
+    if inputs.as_integer("row_axes", row_axes) < 0:
         raise ValueError(f"row_axes must be at least 0, got {row_axes}.")
     rest = math.prod(entry[row_axes:])
     if row_axes and (row_axes >= len(entry) or rest % block):

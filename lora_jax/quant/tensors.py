@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from lora_jax import _checks
-from lora_jax._quantized import QuantizedTensor
+from lora_jax._core import checks
+from lora_jax._core.quantized import QuantizedTensor
 
 __all__ = ["QuantizedTensor", "dequantize", "is_quantized", "register_format"]
 
@@ -61,7 +61,7 @@ def dequantize(quantized: QuantizedTensor, dtype: DTypeLike | None = None) -> ja
             "ask is_quantized first."
         )
     given = jnp.dtype(quantized.dtype if dtype is None else dtype)
-    if not _checks.is_floating(given) or given.itemsize < 2:
+    if not checks.is_floating(given) or given.itemsize < 2:
         raise TypeError(
             f"dtype must be floating point and of at least 16 bits, got {given}: the codes "
             "themselves are the arrays of the quantized tensor."

@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
-from lora_jax import _axes, _compat
-from lora_jax._axes import Side
-from lora_jax.plan import Target
+from lora_jax._core import compat
+from lora_jax.plan import axis_roles
+from lora_jax.plan.adapter_plan import Target
+from lora_jax.plan.axis_roles import Side
 from lora_jax.transform._factored import Factored, Label, Term, merge
 
 Rule = Callable[..., Any]
@@ -183,7 +184,7 @@ class Frame:
 
     def read(self, atom: Any) -> Any:
         """The value of a variable or a literal."""
-        return atom.val if isinstance(atom, _compat.Literal) else self.values[atom]
+        return atom.val if isinstance(atom, compat.Literal) else self.values[atom]
 
 
 @dataclasses.dataclass
@@ -270,7 +271,7 @@ class Context:
                 if target is None:
                     continue
                 sides = _sides(value, term, roles, own)
-                letters = _axes.as_used(target, sides, ndim)
+                letters = axis_roles.as_used(target, sides, ndim)
                 if letters is not None:
                     found[name] = letters
         return found
@@ -307,7 +308,7 @@ class Context:
 
     def is_constant_atom(self, atom: Any, value: Any) -> bool:
         """The same of an operand of an equation, which may be a literal."""
-        return isinstance(atom, _compat.Literal) or self.is_constant(value)
+        return isinstance(atom, compat.Literal) or self.is_constant(value)
 
     def look_up(
         self,
@@ -493,9 +494,9 @@ class Context:
         JAX traces a function of its own once for all its callers, and keeps the line of
         the first: then only the second of these lines is right.
         """
-        lines = _compat.source_lines(equation)
+        lines = compat.source_lines(equation)
         if self.callers:
-            lines += _compat.source_lines(self.callers[0])
+            lines += compat.source_lines(self.callers[0])
         return ", called at ".join(dict.fromkeys(lines))
 
     def _path(self, name: str | int) -> str:
@@ -519,8 +520,8 @@ class Context:
         if self.key is None:
             return None
         self._keys_made += 1
-        key = jax.random.fold_in(_compat.as_current(self.key), self._keys_made)
-        for axis in () if x is None else _compat.varying_axes(x):
+        key = jax.random.fold_in(compat.as_current(self.key), self._keys_made)
+        for axis in () if x is None else compat.varying_axes(x):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         return key
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _compat, _placement, _quantized
+from lora_jax._core import compat, placement, quantized
 
 # Applied to one entry of a stack they give that entry of the result.
 _ENTRYWISE = frozenset(
@@ -91,7 +91,7 @@ class Deferred:
     @functools.cached_property
     def _abstract(self) -> jax.ShapeDtypeStruct:
         if self.step is None:
-            return _quantized.as_abstract(self.operands[0])
+            return quantized.as_abstract(self.operands[0])
         return jax.eval_shape(form, self)
 
     @property
@@ -127,10 +127,10 @@ def form(value: Any) -> Any:
     if not isinstance(value, Deferred):
         return value
     if value.step is None:
-        return _placement.as_dense(value.operands[0])
+        return placement.as_dense(value.operands[0])
     equation = value.step.equation
-    with _compat.at_equation(equation):
-        out = _compat.bind(equation, [form(operand) for operand in value.operands])
+    with compat.at_equation(equation):
+        out = compat.bind(equation, [form(operand) for operand in value.operands])
     return out[value.step.output] if isinstance(out, list | tuple) else out
 
 
@@ -139,31 +139,31 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
     The result is deferred, too, if the primitive is one that only moves it about.
     """
-    if isinstance(equation, _compat.Unrun) or _compat.explicit_mesh(equation) is None:
+    if isinstance(equation, compat.Unrun) or compat.explicit_mesh(equation) is None:
         return _bind(equation, values)
     return _in_its_types(equation, values)
 
 
 def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
     """`bind` on the mesh of the equation, also where its axes are automatic here."""
-    automatic = _compat.is_automatic()
-    with _compat.on_mesh_of_equation(equation):
+    automatic = compat.is_automatic()
+    with compat.on_mesh_of_equation(equation):
         # A value that the program has on no mesh may be on this one here.
         own = [
-            _compat.retyped(value, atom.aval.sharding)
-            if _compat.mesh_of(atom.aval).axis_names
-            else _compat.as_current(value)
+            compat.retyped(value, atom.aval.sharding)
+            if compat.mesh_of(atom.aval).axis_names
+            else compat.as_current(value)
             for value, atom in zip(values, equation.invars, strict=True)
         ]
         out = _bind(equation, own)
     if not automatic:
         return out
-    return jax.tree.map(_compat.as_current, out, is_leaf=lambda x: isinstance(x, Deferred))
+    return jax.tree.map(compat.as_current, out, is_leaf=lambda x: isinstance(x, Deferred))
 
 
 def _bind(equation: Any, values: Sequence[Any]) -> Any:
     if not any(isinstance(value, Deferred) for value in values):
-        return _compat.bind(equation, values)
+        return compat.bind(equation, values)
     if equation.primitive.name not in _MOVES:
         return use(equation, values)
     if (entries := _entries(equation, *values)) is not None:
@@ -175,10 +175,10 @@ def _bind(equation: Any, values: Sequence[Any]) -> Any:
 def use(equation: Any, values: Sequence[Any]) -> Any:
     """What the equation's primitive gives, with deferred values formed for it alone."""
     if not any(isinstance(value, Deferred) for value in values):
-        return _compat.bind(equation, values)
+        return compat.bind(equation, values)
 
     def used(values):
-        return _compat.bind(equation, [form(value) for value in values])
+        return compat.bind(equation, [form(value) for value in values])
 
     # jax.checkpoint refuses or repeats what has effects, and old versions of JAX cannot
     # compile pmap inside it.

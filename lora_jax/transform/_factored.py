@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import _compat, _numerics
+from lora_jax._core import compat, numerics
 from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
@@ -258,17 +258,17 @@ def retyped(value: Any, kind: Any) -> Any:
 
     Of a factored one the factors and columns are, along the axes that they own.
     """
-    mesh = _compat.mesh_of(kind)
+    mesh = compat.mesh_of(kind)
     if not mesh.axis_names:
         return value
     if not isinstance(value, Factored):
-        return _compat.retyped(value, kind.sharding)
+        return compat.retyped(value, kind.sharding)
     # A deferred weight has that type when it is formed.
     deferred = isinstance(value.base, Deferred)
-    base = value.base if deferred else _compat.retyped(value.base, kind.sharding)
+    base = value.base if deferred else compat.retyped(value.base, kind.sharding)
     places = specs(value, kind.sharding.spec)
     factors = jax.tree.map(
-        lambda p, spec: _compat.retyped(p, NamedSharding(mesh, spec)),
+        lambda p, spec: compat.retyped(p, NamedSharding(mesh, spec)),
         (value.terms, value.columns),
         (places.terms, places.columns),
     )
@@ -281,18 +281,18 @@ def merge(value: Factored) -> jax.Array:
     if not value.terms and not value.columns:
         return base
     kind = jax.typeof(base)
-    mesh = _compat.mesh_of(kind)
-    out = _compat.automatically(_merge, mesh, value.replace(base=base))
-    return out if _compat.is_automatic() else _compat.retyped(out, kind.sharding)
+    mesh = compat.mesh_of(kind)
+    out = compat.automatically(_merge, mesh, value.replace(base=base))
+    return out if compat.is_automatic() else compat.retyped(out, kind.sharding)
 
 
 def _merge(value: Factored) -> jax.Array:
-    dtype = _numerics.accumulation_dtype(
+    dtype = numerics.accumulation_dtype(
         value.dtype, *(p.array.dtype for term in value.terms for p in (term.a, term.b))
     )
     out = jnp.asarray(value.base).astype(dtype)
     for term in value.terms:
-        out = out + _numerics.multiply(product(value, term, dtype), term.label.scale)
+        out = out + numerics.multiply(product(value, term, dtype), term.label.scale)
     for column in value.columns:
         out = out * column.astype(dtype)
     return jnp.broadcast_to(out, value.shape).astype(value.dtype)
@@ -332,6 +332,6 @@ def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
 
 def times(x: jax.Array, by: jax.Array) -> jax.Array:
     """`x * by`, multiplied wide, in the dtype of `x`, or a complex one if `by` is."""
-    wide = _numerics.accumulation_dtype(x.dtype, by.dtype)
+    wide = numerics.accumulation_dtype(x.dtype, by.dtype)
     out = x.astype(wide) * by.astype(wide)
     return out if jnp.iscomplexobj(by) else out.astype(x.dtype)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _compat
-from lora_jax.plan import NOT_FOLLOWED
+from lora_jax._core import compat
+from lora_jax.plan.adapter_plan import NOT_FOLLOWED
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
@@ -96,16 +96,16 @@ def evaluate(
     """The outputs of a jaxpr, any of which may be factored."""
     frame, outer = Frame(), context.frame
     if context.probing:
-        constants = [_compat.zeros(atom.aval) for atom in jaxpr.constvars]
+        constants = [compat.zeros(atom.aval) for atom in jaxpr.constvars]
     if context.closed_over_is_constant:
         context.add_constants(constants)
     frame.values.update(zip(jaxpr.constvars, constants, strict=True))
     frame.values.update(zip(jaxpr.invars, arguments, strict=True))
     context.frame = frame
     try:
-        for equation in map(_compat.Unrun, jaxpr.eqns) if context.probing else jaxpr.eqns:
+        for equation in map(compat.Unrun, jaxpr.eqns) if context.probing else jaxpr.eqns:
             values = [frame.read(atom) for atom in equation.invars]
-            with _compat.at_equation(equation):
+            with compat.at_equation(equation):
                 out = _apply(context, equation, values)
             # A rule may return its only result alone, also where JAX has it in a list.
             outputs = out if isinstance(out, list | tuple) else [out]
@@ -119,7 +119,7 @@ def evaluate(
 
 def evaluate_closed(context: Context, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
     """`evaluate` for a jaxpr that has its constants with it."""
-    inner, constants = _compat.open_jaxpr(jaxpr)
+    inner, constants = compat.open_jaxpr(jaxpr)
     return evaluate(context, inner, constants, arguments)
 
 
@@ -129,10 +129,10 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     if equation.primitive.name == "broadcast_in_dim":
         frame.broadcasts[equation.outvars[0]] = equation
     if not any(map(is_factored, values)):
-        return _compat.bind(equation, values)
+        return compat.bind(equation, values)
     values = _merge_gathered(context, equation, values)
     if not any(map(is_factored, values)):
-        return _compat.bind(equation, values)
+        return compat.bind(equation, values)
     rule = context.rules.get(equation.primitive.name)
     reason = "there is no low-rank rule for it"
     if equation.primitive.name in _NOT_LINEAR:
@@ -167,7 +167,7 @@ def _probe_inside(context: Context, equation: Any, values: list[Any], reason: st
     """
     roles: dict[Any, list[Any]] = {}
     passed: list[Any] = []
-    if (body := _compat.body_of(equation)) is not None:
+    if (body := compat.body_of(equation)) is not None:
         if context.reading:
             return evaluate(context, *body, values)
         with context.aside() as inside:
@@ -202,7 +202,7 @@ def _not_followed(
     reason = f"{NOT_FOLLOWED}: {type(error).__name__}: {line}"
     for value in filter(is_factored, values):
         context.see(value, equation, merged=reason)
-    return _compat.bind(equation, ())
+    return compat.bind(equation, ())
 
 
 def _merged_before(reason: str, base: Any, value: Any) -> Any:

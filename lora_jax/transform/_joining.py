@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _numerics
+from lora_jax._core import numerics
 from lora_jax.transform._factored import Factored, Label, Term, from_leading, full
 
 
@@ -91,14 +91,14 @@ def _piece(value: Factored, axis: int) -> _Piece | None:
     scale = scales.pop() if len(scales) == 1 else 1.0
     a = [_scaled(t.a.leading(), t.label.scale / scale) for t in value.terms]
     b = [term.b.leading() for term in value.terms]
-    dtype = _numerics.promote(*(factor.dtype for factor in (*a, *b)))
+    dtype = numerics.promote(*(factor.dtype for factor in (*a, *b)))
     a, b = (jnp.concatenate([p.astype(dtype) for p in side]) for side in (a, b))
     axes = of_a - {axis}, of_b - {axis}
     return _Piece(a, b, axes, scale, dropouts.pop())
 
 
 def _scaled(array: jax.Array, by: float) -> jax.Array:
-    return array if by == 1.0 else _numerics.multiply(array, by)
+    return array if by == 1.0 else numerics.multiply(array, by)
 
 
 def _swapped(piece: _Piece) -> _Piece:
@@ -120,7 +120,7 @@ def _join(
     """`(rank, *axes)` factors, joined: their ranks made alike with zeros."""
     known = [factor for factor in factors if factor is not None]
     rank = max(factor.shape[0] for factor in known)
-    dtype = _numerics.promote(*(factor.dtype for factor in known))
+    dtype = numerics.promote(*(factor.dtype for factor in known))
     others = [max(f.shape[i] for f in known) for i in range(known[0].ndim)]
     parts = []
     for factor, value in zip(factors, values, strict=True):
@@ -140,7 +140,7 @@ def _columns(values: Sequence[Any], axis: int) -> tuple[jax.Array, ...]:
     known = [column for own in columns for column in own]
     if not known:
         return ()
-    dtype = _numerics.promote(*(column.dtype for column in known))
+    dtype = numerics.promote(*(column.dtype for column in known))
     others = [max(c.shape[i] for c in known) for i in range(known[0].ndim)]
     parts = []
     for own, value in zip(columns, values, strict=True):

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _column_norm, _layout, _numerics, _quantized, _stacks
-from lora_jax._column_norm import Matrix
-from lora_jax.plan import Target
+from lora_jax._core import numerics, quantized
+from lora_jax.lowrank import weight_norms
+from lora_jax.lowrank.weight_norms import Matrix
+from lora_jax.plan import layout, stacks
+from lora_jax.plan.adapter_plan import Target
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
@@ -39,16 +41,16 @@ def constant_norm(
         target: of the weight.
     """
     factors = {name: lax.stop_gradient(adapter[name]) for name in ("A", "B")}
-    form_norm = _of_quantized if _quantized.is_quantized(weight) else _of_dense
+    form_norm = _of_quantized if quantized.is_quantized(weight) else _of_dense
     return form_norm(weight, factors, target)
 
 
 def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """The norms of one weight."""
-    matrix = _layout.to_matrix(jnp.asarray(weight), target)
-    factors = _layout.matrix_adapter(adapter, target)
-    axis = -1 if _layout.is_flipped(target) else -2
-    sides = _column_norm.sides(factors["A"], factors["B"], axis, matrix.dtype)
+    matrix = layout.to_matrix(jnp.asarray(weight), target)
+    factors = layout.matrix_adapter(adapter, target)
+    axis = -1 if layout.is_flipped(target) else -2
+    sides = weight_norms.sides(factors["A"], factors["B"], axis, matrix.dtype)
     return _CALLS[axis](Matrix(matrix, *sides, target.scale))
 
 
@@ -57,13 +59,13 @@ def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax
 @jax.jit
 def lora_jax_column_norms(matrix: Matrix) -> jax.Array:
     """The norms of the columns of a matrix, constants."""
-    return _column_norm.constant_norm(matrix, axis=-2)
+    return weight_norms.constant_norm(matrix, axis=-2)
 
 
 @jax.jit
 def lora_jax_row_norms(matrix: Matrix) -> jax.Array:
     """The norms of its rows."""
-    return _column_norm.constant_norm(matrix, axis=-1)
+    return weight_norms.constant_norm(matrix, axis=-1)
 
 
 _CALLS = {-2: lora_jax_column_norms, -1: lora_jax_row_norms}
@@ -74,7 +76,7 @@ _AXES = {"lora_jax_column_norms": -2, "lora_jax_row_norms": -1}
 @jax.jit
 def _of_quantized(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """The norms of a quantized weight, an entry of a stack at a time."""
-    return _stacks.map_entries(_of_dense, weight, adapter, target)
+    return stacks.map_entries(_of_dense, weight, adapter, target)
 
 
 def norm_axis(equation: Any) -> int | None:
@@ -122,7 +124,7 @@ def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
         column = jnp.broadcast_to(lax.squeeze(column, [summed]), shape)
         gain = column if gain is None else gain * column
     lefts, rights = [], []
-    own = _numerics.multiply(matrix.right, matrix.scale)
+    own = numerics.multiply(matrix.right, matrix.scale)
     for term in f.terms:
         left, right = _term_sides(f, term, summed, kept, matrix.left.dtype)
         lefts.append(jnp.moveaxis(left, 0, kept))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _numerics
+from lora_jax._core import numerics
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import RANK, Factor, Factored, Term, place
 
@@ -99,7 +99,7 @@ def _add_terms(
     rows, out_names = _fold(product, x)
     sizes = dict(zip(product.out_names, base.shape, strict=True))
     folded = [math.prod(sizes[(name,)] for name in run) for run in out_names]
-    wide = _numerics.accumulation_dtype(base.dtype)
+    wide = numerics.accumulation_dtype(base.dtype)
     out = base.astype(wide).reshape(folded)
     for term, key in zip(terms, keys, strict=True):
         update = _update(f, term, key, rows, product._replace(out_names=out_names))
@@ -123,15 +123,15 @@ def project(
     `lax.dot_general`.
     """
     rate, key = context.dropout(term.label, x)
-    dtype = _numerics.factor_dtype(dtype)
+    dtype = numerics.factor_dtype(dtype)
 
     @jax.checkpoint  # draws the mask again
     def project(x, factor, key):
-        dropped = _numerics.drop(x, rate, key) if rate else x
+        dropped = numerics.drop(x, rate, key) if rate else x
         return multiply(dropped.astype(dtype), factor.astype(dtype))
 
     scale = term.label.scale / (1.0 - rate)
-    return _numerics.multiply(project(x, factor, key), scale).astype(dtype)
+    return numerics.multiply(project(x, factor, key), scale).astype(dtype)
 
 
 def precision_for(precision: Any, x: jax.Array, dtype: Any) -> Any:
@@ -170,7 +170,7 @@ def _update(
     f: Factored, term: Term, key: jax.Array | None, x: Named, product: Product
 ) -> Named:
     """`scale * (x * first factor) * second factor`, wide."""
-    dtype = _numerics.factor_dtype(_numerics.promote(x.array.dtype, f.dtype))
+    dtype = numerics.factor_dtype(numerics.promote(x.array.dtype, f.dtype))
     product = product._replace(precision=precision_for(product.precision, x.array, dtype))
     a, b = (_owned(f, p, product.weight_names) for p in (term.a, term.b))
     x = _sum_unowned(x, product, {*a.names, *b.names})
@@ -185,7 +185,7 @@ def _update(
     else:
         array = _multiply_dropped(x.array, first.array, key, term.label.dropout, static)
         scale = scale / (1.0 - term.label.dropout)
-    array = _numerics.multiply(array, scale).astype(dtype)
+    array = numerics.multiply(array, scale).astype(dtype)
     down = Named(array, names, array.shape)
     options, names = _options(down, second, {*product.out_names}, product.precision)
     static = _Static(down.shape, second.gone, None, dtype, options)
@@ -266,17 +266,17 @@ class _Static(NamedTuple):
     gone: tuple[int, ...]
     rank_axis: int | None
     dtype: Any
-    options: _numerics.Dot
+    options: numerics.Dot
 
 
-@functools.partial(_numerics.keep_arguments, static=2)
+@functools.partial(numerics.keep_arguments, static=2)
 def _multiply(x: jax.Array, factor: jax.Array, static: _Static) -> jax.Array:
     """One product, wide. The barrier is that of `_numerics.project_down`."""
     rows = x.reshape(static.x_shape).astype(static.dtype)
     factor = lax.squeeze(factor, static.gone).astype(static.dtype)
     if static.rank_axis is not None:
         factor = lax.optimization_barrier(jnp.moveaxis(factor, static.rank_axis, 0))
-    return _numerics.dot(rows, factor, static.options)
+    return numerics.dot(rows, factor, static.options)
 
 
 def _multiply_dropped(
@@ -287,14 +287,14 @@ def _multiply_dropped(
     # A function of its own each time: JAX would use its trace on other meshes, too.
     @jax.checkpoint  # draws the mask again
     def multiply(x, factor, key):
-        return _multiply(_numerics.drop(x, rate, key), factor, static)
+        return _multiply(numerics.drop(x, rate, key), factor, static)
 
     return multiply(x, factor, key)
 
 
 def _options(
     x: Named, factor: _Owned, keep: set[Name], precision: Any
-) -> tuple[_numerics.Dot, Names]:
+) -> tuple[numerics.Dot, Names]:
     """The options of a product, and the names of the axes of its result.
 
     Names that both have are batch axes if they are in `keep`, else contracted.
@@ -311,4 +311,4 @@ def _options(
         (axes(x.names, batch), axes(factor.names, batch)),
     )
     rest = [name for name in (*x.names, *factor.names) if name not in shared]
-    return _numerics.Dot(dimensions, precision), (*batch, *rest)
+    return numerics.Dot(dimensions, precision), (*batch, *rest)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lora_jax import _compat
+from lora_jax._core import compat
 from lora_jax.transform import (
     _rules_arithmetic,
     _rules_calls,
@@ -35,10 +35,10 @@ def _on_any_mesh(rule: Rule) -> Rule:
 
     @functools.wraps(rule)
     def run(context: Context, equation: Any, *values: Any) -> Any:
-        mesh = None if context.probing else _compat.explicit_mesh(equation)
+        mesh = None if context.probing else compat.explicit_mesh(equation)
         if mesh is None:
             return rule(context, equation, *values)
-        with _compat.on_mesh(_compat.automatic_mesh(mesh)):
+        with compat.on_mesh(compat.automatic_mesh(mesh)):
             out = rule(context, equation, *_as_automatic(values, mesh))
         outputs = out if isinstance(out, list | tuple) else [out]
         kinds = [atom.aval for atom in equation.outvars]
@@ -49,7 +49,7 @@ def _on_any_mesh(rule: Rule) -> Rule:
 
 def _as_automatic(values: Any, mesh: Any) -> Any:
     return jax.tree.map(
-        lambda x: _compat.as_automatic(x, mesh),
+        lambda x: compat.as_automatic(x, mesh),
         values,
         is_leaf=lambda x: isinstance(x, Deferred),
     )

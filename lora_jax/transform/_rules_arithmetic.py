@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax import _compat, _numerics
+from lora_jax._core import compat, numerics
 from lora_jax.transform import _deferred
 from lora_jax.transform._choosing import common_form, in_form
 from lora_jax.transform._context import Context
@@ -61,7 +61,7 @@ def stop_gradient(context: Context, equation: Any, f: Factored) -> Factored:
 
 def on_all(context: Context, equation: Any, f: Factored) -> Factored:
     """What has to hold of the factors as it does of the weight."""
-    bind = functools.partial(_compat.bind_one, equation)
+    bind = functools.partial(compat.bind_one, equation)
     base = f.base
     base = _deferred.bind(equation, [base]) if isinstance(base, Deferred) else bind(base)
     return f.map(base, bind)
@@ -86,7 +86,7 @@ def _times(term: Term, by: jax.Array) -> Term:
 
 def _in_range(p: jax.Array, by: jax.Array) -> jax.Array:
     """A factor times `by`. In float16 that may be out of range, so it is float32 then."""
-    return times(p.astype(_numerics.factor_dtype(p.dtype)), by)
+    return times(p.astype(numerics.factor_dtype(p.dtype)), by)
 
 
 def part(context: Context, equation: Any, f: Factored) -> Factored:
@@ -123,7 +123,7 @@ def conj(context: Context, equation: Any, f: Factored) -> Factored:
 def cumsum(context: Context, equation: Any, f: Factored) -> Factored:
     """Sums along one axis: those of the one factor that varies along it."""
     axis = parameter(equation, "axis")
-    bind = functools.partial(_compat.bind_one, equation)
+    bind = functools.partial(compat.bind_one, equation)
     return along_axis(context, equation, f, axis, f.base, bind)
 
 
@@ -171,9 +171,9 @@ def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factore
     axis = f.ndim - (2 if parameter(equation, "left_side") else 1)
 
     def solved(p):
-        wide = _numerics.accumulation_dtype(a.dtype, p.dtype)
+        wide = numerics.accumulation_dtype(a.dtype, p.dtype)
         p = jnp.broadcast_to(p.astype(wide), (*a.shape[:-2], *p.shape[-2:]))
-        return _compat.bind(equation, [a.astype(wide), p])
+        return compat.bind(equation, [a.astype(wide), p])
 
     return along_axis(context, equation, f, axis, f.base, solved, a)
 
@@ -272,7 +272,7 @@ def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
             raise NotFactorableError("it divides by the weight")
         y = context.merge(y, equation, "it divides another weight by this one")
     compact = _before_broadcast(context, equation, 1, y)
-    wide = compact.astype(_numerics.accumulation_dtype(compact.dtype))
+    wide = compact.astype(numerics.accumulation_dtype(compact.dtype))
     return _scaled(context, x, _deferred.bind(equation, [x.base, y]), 1 / wide)
 
 
@@ -303,14 +303,14 @@ def _before_broadcast(
     if np.ndim(value) == 0 or 1 in value.shape:
         return jnp.asarray(value)
     frame, atom, steps = context.frame, equation.invars[position], []
-    while not isinstance(atom, _compat.Literal) and atom in frame.broadcasts:
+    while not isinstance(atom, compat.Literal) and atom in frame.broadcasts:
         steps.append(frame.broadcasts[atom])
         atom = steps[-1].invars[0]
     if not steps:
         raise NotFactorableError("the other operand varies along all axes of the weight")
     source = frame.read(atom)
     value = merge(source) if isinstance(source, Factored) else jnp.asarray(source)
-    value = _compat.as_current(value)
+    value = compat.as_current(value)
     for step in reversed(steps):
         shape = [1] * len(step.params["shape"])
         positions = step.params["broadcast_dimensions"]
@@ -372,12 +372,12 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
     axes = parameter(equation, "axes")
     context.see(f, equation)
     base = _deferred.bind(equation, [f.base])
-    dtype = _numerics.accumulation_dtype(base.dtype)
+    dtype = numerics.accumulation_dtype(base.dtype)
     kept = [axis for axis in range(f.ndim) if axis not in axes]
     out = base.astype(dtype)
     for term in f.terms:
         update = _summed(f, term, axes, kept, dtype)
-        out = out + _numerics.multiply(update, term.label.scale)
+        out = out + numerics.multiply(update, term.label.scale)
     return out.astype(base.dtype)
 
 

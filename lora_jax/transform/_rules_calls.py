@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _compat
+from lora_jax._core import compat
 from lora_jax.transform import _norms
 from lora_jax.transform._context import Context, Sighting
 from lora_jax.transform._deferred import Deferred
@@ -70,7 +70,7 @@ def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
     """
     if (axis := _norms.norm_axis(equation)) is not None:
         return _norms.adapted(context, equation, axis, *values)
-    jaxpr, constants = _compat.open_jaxpr(parameter(equation, "jaxpr"))
+    jaxpr, constants = compat.open_jaxpr(parameter(equation, "jaxpr"))
     operands = _constrained(context, values, equation.params.get("in_shardings"))
     name = str(equation.params.get("name") or "call")
     if context.probing or constants or len(jaxpr.eqns) < _SMALL:
@@ -166,7 +166,7 @@ def compute_on(context: Context, equation: Any, *values: Any) -> list[Any]:
             out = evaluate_closed(context, parameter(equation, "jaxpr"), values)
             return tuple(context.merge_all(out, equation, "compute_on returns it"))
 
-    return list(_compat.compute_on(body, equation)(context.make_key(), list(values)))
+    return list(compat.compute_on(body, equation)(context.make_key(), list(values)))
 
 
 def closed_call(context: Context, equation: Any, *values: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _numerics
+from lora_jax._core import numerics
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, NotFactorableError, Term, merge
@@ -32,7 +32,7 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     if _is_cheaper_merged(equation, f) and not context.drops(f):
         return _deferred.bind(equation, [x, merge(f)])
     base = _deferred.bind(equation, [x, f.base])
-    wide = _numerics.accumulation_dtype(base.dtype)
+    wide = numerics.accumulation_dtype(base.dtype)
     out = base.astype(wide)
     for term in f.terms:
         out = out + _update(context, equation, x, f, term).astype(wide)
@@ -60,7 +60,7 @@ def _update(
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
     kernel, mix = _sides(f, term, out_axis)
     rank = kernel.shape[0]
-    dtype = _numerics.factor_dtype(_numerics.promote(x.dtype, f.dtype))
+    dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
     # (rank, *axes with 1 for the features) -> (*axes with rank for the features)
     kernel = jnp.moveaxis(lax.squeeze(kernel, [1 + out_axis]), 0, out_axis)
     # Each group sees its own features of x through the same kernel.
@@ -71,8 +71,8 @@ def _update(
     rows = jnp.moveaxis(down, feature_axis, -1)  # (..., groups * rank)
     rows = rows.reshape(*rows.shape[:-1], groups, rank)
     dimensions = (((rows.ndim - 1,), (0,)), ((rows.ndim - 2,), (1,)))
-    options = _numerics.Dot(dimensions, equation.params.get("precision"))
-    up = _numerics.dot(rows, mix.astype(dtype), options)  # (groups, ..., features)
+    options = numerics.Dot(dimensions, equation.params.get("precision"))
+    up = numerics.dot(rows, mix.astype(dtype), options)  # (groups, ..., features)
     up = jnp.moveaxis(up, 0, -2)
     up = up.reshape(*up.shape[:-2], -1)
     return jnp.moveaxis(up, -1, feature_axis)

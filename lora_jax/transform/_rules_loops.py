@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _compat
+from lora_jax._core import compat
 from lora_jax.transform._choosing import Form, common_form, in_form
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
@@ -29,7 +29,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
     A carry that the body hands on unchanged is a constant. Another carry is merged, before
     the loop and after each step.
     """
-    body, constants = _compat.open_jaxpr(parameter(equation, "jaxpr"))
+    body, constants = compat.open_jaxpr(parameter(equation, "jaxpr"))
     n_constants, n_carry = _scan_counts(equation, body)
     length = parameter(equation, "length")
     fixed, carry = values[:n_constants], values[n_constants : n_constants + n_carry]
@@ -179,7 +179,7 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
     n_condition = parameter(equation, "cond_nconsts")
     n_body = parameter(equation, "body_nconsts")
     condition_jaxpr = parameter(equation, "cond_jaxpr")
-    body, constants = _compat.open_jaxpr(parameter(equation, "body_jaxpr"))
+    body, constants = compat.open_jaxpr(parameter(equation, "body_jaxpr"))
     for_condition, rest = values[:n_condition], values[n_condition:]
     for_body, carry = rest[:n_body], rest[n_body:]
     kept = _invariant(body, carry, n_body)
@@ -235,7 +235,7 @@ def _forms(
     context: Context, jaxprs: Sequence[Any], key: Any, values: list[Any]
 ) -> list[Form | None]:
     """The form of each output that is a weight in some branches; None for all others."""
-    n_outputs = len(_compat.open_jaxpr(jaxprs[0])[0].outvars)
+    n_outputs = len(compat.open_jaxpr(jaxprs[0])[0].outvars)
     if not any(_may_return_weight(context, jaxpr, values) for jaxpr in jaxprs):
         return [None] * n_outputs
 
@@ -262,7 +262,7 @@ def _forms(
 
 def _may_return_weight(context: Context, jaxpr: Any, values: Sequence[Any]) -> bool:
     """Whether a weight may reach an output of a branch, as far as its rules tell."""
-    inner, _ = _compat.open_jaxpr(jaxpr)
+    inner, _ = compat.open_jaxpr(jaxpr)
     reached = {
         variable
         for variable, value in zip(inner.invars, values, strict=True)
@@ -270,7 +270,7 @@ def _may_return_weight(context: Context, jaxpr: Any, values: Sequence[Any]) -> b
     }
 
     def is_reached(atom: Any) -> bool:
-        return not isinstance(atom, _compat.Literal) and atom in reached
+        return not isinstance(atom, compat.Literal) and atom in reached
 
     for equation in inner.eqns:
         name = equation.primitive.name

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _numerics
+from lora_jax._core import numerics
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, is_weight
 from lora_jax.transform._factored import (
@@ -72,7 +72,7 @@ def _product(
     before, after = _columns(f, f_names, contracted)
     _check_operand(context, f, x, scaled=bool(before))
     for column in before:
-        unit, by = _numerics.range_unit(x.dtype, x, column.array), column.array
+        unit, by = numerics.range_unit(x.dtype, x, column.array), column.array
         if unit is not None:
             by = by / unit
             after.append(Named(unit, (), ()))
@@ -176,7 +176,7 @@ def ragged_dot(
             raise NotFactorableError("DoRA scales contracted and kept axes of it")
         rows = _rows_of_groups(f, column, sizes, x.shape[0])
         if 1 in f.owned(column):
-            unit = _numerics.range_unit(x.dtype, x, rows)
+            unit = numerics.range_unit(x.dtype, x, rows)
             if unit is not None:
                 rows = rows / unit
                 after.append(unit)
@@ -186,7 +186,7 @@ def ragged_dot(
     out = _deferred.bind(equation, [x, f.base, sizes])
     if context.probing:
         return out
-    wide = _numerics.accumulation_dtype(out.dtype)
+    wide = numerics.accumulation_dtype(out.dtype)
     total = out.astype(wide)
     for term in f.terms:
         total = total + _ragged_update(context, equation, x, f, term, sizes).astype(wide)
@@ -226,7 +226,7 @@ def _ragged_update(
     first, second = (term.a, term.b) if 2 in f.owned(term.b) else (term.b, term.a)
     if 2 in f.owned(first) or 1 in f.owned(second):
         raise NotFactorableError("its factors mix inputs with outputs")
-    dtype = _numerics.factor_dtype(_numerics.promote(x.dtype, f.dtype))
+    dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
     down = jnp.moveaxis(lax.squeeze(first.leading(), [3]), 0, -1)  # (groups or 1, in, rank)
     up = jnp.moveaxis(lax.squeeze(second.leading(), [2]), 0, 1)  # (groups or 1, rank, out)
     options = {

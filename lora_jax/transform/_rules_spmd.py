@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax import _compat
+from lora_jax._core import compat
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
 from lora_jax.transform._factored import (
@@ -38,7 +38,7 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
             return tuple(context.merge_all(out, equation, "shard_map returns it"))
 
     mesh = parameter(equation, "mesh")
-    if _compat.has_explicit_axes(mesh, without=axes):
+    if compat.has_explicit_axes(mesh, without=axes):
         # JAX keeps nothing for the backward pass there but the arguments.
         body = jax.checkpoint(body)
     mapped = jax.shard_map(
@@ -55,23 +55,23 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
 def _of_one_shard(context: Context, equation: Any, operands: Sequence[Any]) -> list[Any]:
     """What the body makes of values of the sizes of a shard, when axes are being found."""
     jaxpr = parameter(equation, "jaxpr")
-    inner, _ = _compat.open_jaxpr(jaxpr)
+    inner, _ = compat.open_jaxpr(jaxpr)
     kinds = [atom.aval for atom in inner.invars]
     out = evaluate_closed(context, jaxpr, list(map(_shard, operands, kinds)))
     context.merge_all(out, equation, "shard_map returns it")
-    return _compat.bind(equation, ())
+    return compat.bind(equation, ())
 
 
 def _shard(value: Any, kind: Any) -> Any:
     """A value made as small as its part on one device."""
     if not isinstance(value, Factored):
-        return _compat.zeros(kind)
+        return compat.zeros(kind)
 
     def part(p: jax.Array) -> jax.Array:
         owned = map(min, p.shape, kind.shape)
         return lax.slice(p, [0] * p.ndim, list(owned))
 
-    return value.map(_compat.zeros(kind), part)
+    return value.map(compat.zeros(kind), part)
 
 
 def _spec(value: Any, spec: Sequence[Any]) -> Any:
@@ -86,7 +86,7 @@ def all_gather(context: Context, equation: Any, f: Factored) -> Factored:
         raise NotFactorableError("it gathers along a new axis")
 
     def gather(p):
-        return _compat.bind_one(equation, p) if p.shape[axis] == f.shape[axis] else p
+        return compat.bind_one(equation, p) if p.shape[axis] == f.shape[axis] else p
 
     return f.map(gather(f.base), gather)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax import _checks, _compat, _paths, _placement, _quantized
+from lora_jax._core import checks, compat, placement, quantized, tree_paths
 
 Function = Callable[..., Any]
 
@@ -32,12 +32,12 @@ class Traced(NamedTuple):
     def check_values(self) -> None:
         """Raises if an argument has no values to compute with."""
         for name, value in zip(self.names, self.arguments, strict=True):
-            _checks.check_has_values(name, value)
+            checks.check_has_values(name, value)
 
     @property
     def types(self) -> list[Any]:
         """The types of the arguments in the program."""
-        jaxpr, _ = _compat.open_jaxpr(self.jaxpr)
+        jaxpr, _ = compat.open_jaxpr(self.jaxpr)
         return [atom.aval for atom in jaxpr.invars]
 
 
@@ -47,7 +47,7 @@ def is_array(value: Any) -> bool:
     Neither are NumPy arrays of objects, strings or dates, of which JAX has none.
     """
     if isinstance(value, np.ndarray):
-        return _checks.has_jax_dtype(value)
+        return checks.has_jax_dtype(value)
     return isinstance(value, jax.Array | jax.ShapeDtypeStruct)
 
 
@@ -73,20 +73,18 @@ def trace(
     Raises:
         TypeError: if an array has a byte order that JAX does not take.
     """
-    by_path = _paths.leaf_paths(params)
+    by_path = tree_paths.leaf_paths(params)
     with_keys, tree = jax.tree_util.tree_flatten_with_path(
-        (params, args, dict(kwargs)), is_leaf=_quantized.is_quantized
+        (params, args, dict(kwargs)), is_leaf=quantized.is_quantized
     )
     leaves = [leaf for _, leaf in with_keys]
     positions = [
-        i
-        for i, leaf in enumerate(leaves)
-        if is_array(leaf) or _quantized.is_quantized(leaf)
+        i for i, leaf in enumerate(leaves) if is_array(leaf) or quantized.is_quantized(leaf)
     ]
     paths = [*by_path, *[None] * (len(leaves) - len(by_path))]
     names = [paths[i] or _name(key) for i, (key, _) in enumerate(with_keys)]
     for i in positions:
-        _checks.check_byte_order(names[i], leaves[i])
+        checks.check_byte_order(names[i], leaves[i])
     returned: list[tuple[Any, list[Any]]] = []
 
     def flat(*arrays):
@@ -102,7 +100,7 @@ def trace(
     arguments = [leaves[i] for i in positions]
     try:
         with jax.disable_jit(False):  # else control flow would need values
-            jaxpr = jax.make_jaxpr(flat)(*map(_placement.as_abstract, arguments))
+            jaxpr = jax.make_jaxpr(flat)(*map(placement.as_abstract, arguments))
     except _NEEDS_VALUES as error:
         error.add_note(_HINT)
         raise

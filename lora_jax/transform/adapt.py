@@ -9,16 +9,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from lora_jax import (
-    _axes,
-    _checks,
-    _column_norm,
-    _compat,
-    _paths,
-    _plan_checks,
-    _quantized,
-)
-from lora_jax.plan import FROM_CHECKPOINT, AdapterPlan, Target
+from lora_jax._core import checks, compat, quantized, tree_paths
+from lora_jax.lowrank import weight_norms
+from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target
 from lora_jax.transform import _interpreter, _norms, _tracing
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
 from lora_jax.transform._deferred import Deferred
@@ -137,14 +131,14 @@ def adapt(
             f"fn must be a function fn(params, *args), got {type(fn).__name__}: the order "
             "is adapt(fn, plan)."
         )
-    _plan_checks.check_plan(plan)
+    plan_checks.check_plan(plan)
     report = _reporter(on_merge)
-    _checks.check_choice("on_unused", on_unused, ("error", "allow"))
-    _checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
+    checks.check_choice("on_unused", on_unused, ("error", "allow"))
+    checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
     if dropout_key is not None:
-        _checks.check_key("dropout_key", dropout_key)
+        checks.check_key("dropout_key", dropout_key)
     if column_norms is not None:
-        _plan_checks.check_column_norms(column_norms, plan)
+        plan_checks.check_column_norms(column_norms, plan)
     norms = column_norms or {}
     compared = _to_be_compared(plan)
     has_dropout = any(target.dropout for target in plan.targets.values())
@@ -156,8 +150,8 @@ def adapt(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        _plan_checks.check_params(_paths.leaf_paths(params), plan)
-        _plan_checks.check_adapters(adapters, plan)
+        plan_checks.check_params(tree_paths.leaf_paths(params), plan)
+        plan_checks.check_adapters(adapters, plan)
         traced = _tracing.trace(fn, params, args, kwargs)
         traced.check_values()
         key = dropout_key if has_dropout else None
@@ -231,7 +225,7 @@ def accept_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _reporter(on_merge: OnMerge) -> Callable[[Merge], None]:
     if callable(on_merge):
         return on_merge
-    _checks.check_choice("on_merge", on_merge, ("error", "allow"))
+    checks.check_choice("on_merge", on_merge, ("error", "allow"))
     return _refuse if on_merge == "error" else _log
 
 
@@ -309,7 +303,7 @@ def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
         if _is_of_checkpoint(plan, path)
         or not (
             plan.config.axes_of(path)
-            or any(_axes.contradicts(target, use) for use in plan.uses.get(path, ()))
+            or any(axis_roles.contradicts(target, use) for use in plan.uses.get(path, ()))
         )
     }
 
@@ -320,7 +314,7 @@ def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
 
 def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
     """Whether a use is one of parts of a module, such as its heads, that is a matrix."""
-    turned = _axes.turned(plan.targets[path].axes)
+    turned = axis_roles.turned(plan.targets[path].axes)
     return _is_of_checkpoint(plan, path) and letters != turned
 
 
@@ -333,9 +327,9 @@ def _factored(
     norm: jax.Array | None,
 ) -> Factored:
     """The value that the weight is evaluated as, sharded as `kind`, the weight's type."""
-    target, mesh = plan.targets[path], _compat.mesh_of(kind)
+    target, mesh = plan.targets[path], compat.mesh_of(kind)
     make = functools.partial(_with_terms, path, target)
-    value = _compat.automatically(make, mesh, weight, dict(adapter), norm)
+    value = compat.automatically(make, mesh, weight, dict(adapter), norm)
     return retyped(value.replace(base=_base(weight)), kind)
 
 
@@ -365,18 +359,18 @@ def _with_terms(
         return Factored(base, (term,))
     axes = (*batch, *outs)
     known = _norms.constant_norm(weight, adapter, target) if norm is None else norm
-    column = _column_norm.factor(adapter["m"], jax.lax.stop_gradient(known))
+    column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(known))
     column = column.reshape([sizes[axis] for axis in axes])
     return Factored(base, (term,), (place(column, axes, range(ndim)),))
 
 
 def _base(weight: Any) -> jax.Array | Deferred:
     """The weight as the program has it; if it is stored in few bits, it stays so."""
-    if not _quantized.is_quantized(weight):
+    if not quantized.is_quantized(weight):
         return jnp.asarray(weight)
     return Deferred((jax.tree.map(jnp.asarray, weight),))
 
 
 def _unadapted(value: Any) -> Any:
     """A value that has no adapter; a quantized one is formed where it is used."""
-    return Factored(_base(value), ()) if _quantized.is_quantized(value) else value
+    return Factored(_base(value), ()) if quantized.is_quantized(value) else value

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli import _blocks
-from lora_jax.plan import Target
+from lora_jax.plan.adapter_plan import Target
 
 SIZES = {"i": 3, "o": 5, "b": 7}
 RANK = 2

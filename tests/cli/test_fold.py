@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import _tensor_stream
-from lora_jax._frozen import FrozenDict
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._io import tensor_streams
 from lora_jax.cli import _fold
-from lora_jax.config import LoraConfig
-from lora_jax.plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.config import LoraConfig
 from tests import support
 
 N_IN, N_OUT, RANK, SCALE = 24, 40, 3, 0.5
@@ -148,6 +148,6 @@ def test_a_nan_of_a_large_weight_is_an_error():
 def test_rows_of_a_span_are_those_of_an_array(tmp_path):
     values = np.arange(12, dtype="float32").reshape(4, 3)
     values.tofile(tmp_path / "raw")
-    span = _tensor_stream.Span(tmp_path / "raw", 0, values.shape, values.dtype)
+    span = tensor_streams.Span(tmp_path / "raw", 0, values.shape, values.dtype)
     for source in (span, _fold.Array(values)):
         np.testing.assert_array_equal(source.read_rows(1, 3), values[1:3])

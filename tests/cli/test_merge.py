@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax import _files, _tensor_stream, checkpoint
+from lora_jax import checkpoint
+from lora_jax._io import tensor_files, tensor_streams
 from lora_jax.cli import _fold, main
 from tests import support
 from tests.cli import models
@@ -52,7 +53,7 @@ def test_every_entry_of_every_shard(tmp_path, adapter, factors, dtype, shards, c
     assert {path.name for path in out.iterdir()} == {path.name for path in base.iterdir()}
     for file in base.glob("*.safetensors"):
         assert list(load_file(file)) == list(load_file(out / file.name))
-        assert _files.TensorFile(out / file.name).metadata == {"format": "pt"}
+        assert tensor_files.TensorFile(out / file.name).metadata == {"format": "pt"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -69,7 +70,7 @@ def test_dtype_casts_what_is_floating_point(tmp_path, adapter, factors, source, 
     assert index["metadata"]["kept"] == "yes"
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == dtype
     for file in out.glob("*.safetensors"):
-        for span in _tensor_stream.find_spans(_files.TensorFile(file)).values():
+        for span in tensor_streams.find_spans(tensor_files.TensorFile(file)).values():
             assert span.start % span.dtype.itemsize == 0
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from lora_jax import _files
+from lora_jax._io import tensor_files
 from lora_jax.cli import _base, _output, main
 from tests import support
 from tests.cli import models
@@ -402,9 +402,10 @@ def test_a_terminated_process_leaves_nothing(tmp_path, adapter):
     # It stops before the index is written, and waits there to be terminated.
     slow = (
         "import sys, time\n"
-        "from lora_jax import _files, cli\n"
+        "from lora_jax import cli\n"
+        "from lora_jax._io import tensor_files\n"
         "def wait(*_): print('here', flush=True); time.sleep(60)\n"
-        "_files.write_text = wait\n"
+        "tensor_files.write_text = wait\n"
         "sys.argv[1:] = ['merge', *sys.argv[1:]]\n"
         "sys.exit(cli.main())\n"
     )
@@ -475,7 +476,7 @@ def test_an_index_that_is_none(tmp_path, adapter, capsys, value, message):
     (base / "folder.safetensors").mkdir()
     index = base / "model.safetensors.index.json"
     index.write_text(f'{{"weight_map": {value}}}')
-    with pytest.raises((_files.CheckpointError, OSError), match=re.escape(message)):
+    with pytest.raises((tensor_files.CheckpointError, OSError), match=re.escape(message)):
         _base.open_base(base)
     assert message in refuse(capsys, base, adapter, tmp_path / "out")
 

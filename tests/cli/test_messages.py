@@ -9,7 +9,7 @@ import re
 import pytest
 
 import lora_jax
-from lora_jax import _files
+from lora_jax._io import tensor_files
 from lora_jax.cli import _messages, main
 from tests.cli import models
 from tests.cli.merging import refuse
@@ -18,8 +18,9 @@ PACKAGE = pathlib.Path(lora_jax.__file__).parent
 # What the commands call; `_uses` and `torchtune` read arguments that no command gives.
 MODULES = [
     *(f for f in PACKAGE.glob("peft/*.py") if f.stem not in ("_uses", "torchtune")),
-    *(PACKAGE / f"{name}.py" for name in ("_files", "checkpoint", "_plan_checks")),
-    *(PACKAGE / f"{name}.py" for name in ("_adapter_checks", "_paths", "_checks")),
+    *(PACKAGE / f"_core/{name}.py" for name in ("checks", "tree_paths")),
+    *(PACKAGE / name for name in ("_io/tensor_files.py", "checkpoint.py")),
+    *(PACKAGE / name for name in ("layers/adapter_checks.py", "plan/plan_checks.py")),
 ]
 ARGUMENT = re.compile(
     r"\b(names|layout|strict|on_tied|plan|dtype|fn|allow_fields|uniform)=|\(fn\b"
@@ -121,7 +122,7 @@ def test_no_temporary_name_is_shown(tmp_path, capsys, adapter, monkeypatch, comm
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(_files, "synchronize", full)
+    monkeypatch.setattr(tensor_files, "synchronize", full)
     assert main([*map(str, arguments)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

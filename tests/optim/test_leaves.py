@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lora_jax import _paths
+from lora_jax._core import tree_paths
 from lora_jax.optim import _leaves
 from tests.optim import support
 
@@ -83,20 +83,20 @@ def test_tree_without_leaves_has_nothing_to_match():
 
 
 def test_patterns_as_text():
-    assert _paths.as_texts("exclude", re.compile("a+")) == ("re:a+",)
-    assert _paths.as_texts("exclude", ["a", "b"]) == ("a", "b")
-    assert _paths.as_entries("rates", {re.compile("a"): 1, "re:a": 2}) == {"re:a": 1}
+    assert tree_paths.as_texts("exclude", re.compile("a+")) == ("re:a+",)
+    assert tree_paths.as_texts("exclude", ["a", "b"]) == ("a", "b")
+    assert tree_paths.as_entries("rates", {re.compile("a"): 1, "re:a": 2}) == {"re:a": 1}
 
 
 def test_what_is_no_pattern():
     with pytest.raises(TypeError, match=r"exclude must be a pattern or a tuple .* got 3"):
-        _paths.as_texts("exclude", 3)
+        tree_paths.as_texts("exclude", 3)
     with pytest.raises(TypeError, match=r"rates must be a dict from patterns .* got list"):
-        _paths.as_entries("rates", ["a"])
+        tree_paths.as_entries("rates", ["a"])
     with pytest.raises(ValueError, match="a pattern in rates is empty"):
-        _paths.as_entries("rates", {"": 1})
+        tree_paths.as_entries("rates", {"": 1})
     with pytest.raises(ValueError, match=r"'re:\(' in exclude is no regular expression"):
-        _paths.as_texts("exclude", "re:(")
+        tree_paths.as_texts("exclude", "re:(")
 
 
 def test_tree_without_adapters():

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LLAMA = GOLDEN / "checkpoints" / "llama_lora_patterns"

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax import _files, cli, peft
-from lora_jax._files import CheckpointError
+from lora_jax import cli, peft
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _checkpoint
 from tests.peft.support import CONFIG, TENSORS, linear, write
 
@@ -189,7 +190,7 @@ def test_files_of_another_program_have_no_digest(tmp_path):
 def test_a_save_while_arrays_are_read(tmp_path, monkeypatch):
     """All of them are those of the file that was opened."""
     save(tmp_path, 1.0)
-    real, calls = _files.TensorFile.read, []
+    real, calls = tensor_files.TensorFile.read, []
 
     def read(self, name):
         calls.append(name)
@@ -197,7 +198,7 @@ def test_a_save_while_arrays_are_read(tmp_path, monkeypatch):
             save(tmp_path, 2.0, 100.0)
         return real(self, name)
 
-    monkeypatch.setattr(_files.TensorFile, "read", read)
+    monkeypatch.setattr(tensor_files.TensorFile, "read", read)
     assert numbers(tmp_path) == OLD
     assert len(calls) == 12
     assert numbers(tmp_path) == NEW

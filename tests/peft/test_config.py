@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from lora_jax._frozen import FrozenDict
+from lora_jax._core.immutable import FrozenDict
 from lora_jax.peft._fields import IGNORED, UNSUPPORTED
 from lora_jax.peft.config import PeftConfig
 

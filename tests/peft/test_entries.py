@@ -1,6 +1,6 @@
 import pytest
 
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _entries
 from lora_jax.peft._entries import Dims, as_experts, nesting, sort_entries, without_wrapper
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import peft
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _fields
 from tests.peft.support import CONFIG, GOLDEN, LLAMA, TENSORS, draw, linear, write
 

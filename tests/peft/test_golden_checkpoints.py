@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import peft
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 from tests.peft import support
 from tests.peft.support import GOLDEN, LLAMA, PREFIX, check
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import _files, peft
-from lora_jax._files import CheckpointError
+from lora_jax import peft
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _names
 from tests.peft import support
 from tests.peft.support import GOLDEN, draw, linear, update_of, write
@@ -666,7 +667,7 @@ def test_work_grows_with_the_number_of_modules(stacked, config, tmp_path, monkey
     counted(monkeypatch, _names, "numbers_in", counts)
     counted(monkeypatch, re, "match", counts)
     counted(monkeypatch, re, "fullmatch", counts)
-    counted(monkeypatch, _files.load_safetensors(), "safe_open", counts)
+    counted(monkeypatch, tensor_files.load_safetensors(), "safe_open", counts)
     for layers in (2, 4, 8):
         names = [f"h.{i}.experts.{j}.up" for i in range(layers) for j in range(3)]
         targets = {"target_modules": ["up"] if config == "ends" else names}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora_jax import peft
-from lora_jax._files import CheckpointError
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import _wholes
 from tests.peft import support
 from tests.peft.support import draw, linear, write

@@ -12,8 +12,8 @@ import pytest
 
 import lora_jax
 from lora_jax import peft
-from lora_jax._frozen import FrozenDict
-from lora_jax.plan import Use
+from lora_jax._core.immutable import FrozenDict
+from lora_jax.plan.adapter_plan import Use
 from tests.peft import support
 from tests.peft.support import GOLDEN, PREFIX, draw
 

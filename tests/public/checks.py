@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax import _paths
+from lora_jax._core import tree_paths
 from tests.frameworks.checks import compiled
 from tests.support import assert_close
 from tests.transform.support import merged
@@ -82,9 +82,9 @@ def check(model: Model, **config) -> None:
 
     whole = lora_jax.merge_adapters(params, adapters, plan)
     expected = merged(params, adapters, plan)
-    for path, weight in _paths.leaf_paths(whole).items():
+    for path, weight in tree_paths.leaf_paths(whole).items():
         if path in plan.targets:
-            assert_close(weight, _paths.leaf_paths(expected)[path], 2**8)
+            assert_close(weight, tree_paths.leaf_paths(expected)[path], 2**8)
 
 
 def same(model, got, want, what="the output"):
@@ -113,7 +113,7 @@ def matrices_without_adapter(params, plan):
     """Paths of the floating-point weights that "all-linear" or the patterns leave out."""
     return {
         path
-        for path, leaf in _paths.leaf_paths(params).items()
+        for path, leaf in tree_paths.leaf_paths(params).items()
         if path in plan.skipped and is_floating(leaf) and np.squeeze(leaf).ndim >= 2
     }
 

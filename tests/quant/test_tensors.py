@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import _compat, quant
+from lora_jax import quant
+from lora_jax._core import compat
 from tests.quant import support
 from tests.quant.support import ALL, SHAPE, SignTensor, assert_same, draw
 from tests.support import assert_close, count_traces, set_mesh, x64
@@ -264,7 +265,7 @@ def test_a_weight_with_explicit_axes(name, axes):
     weight = draw(16, 24) if len(axes) == 2 else draw(8, 2, 24)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     whole = ALL[name](weight)
-    if name == "int8_blocks" and axes[0] and not _compat.pads_sharded_axes():
+    if name == "int8_blocks" and axes[0] and not compat.pads_sharded_axes():
         with pytest.raises(ValueError, match="block_size must divide the inputs"):
             ALL[name](jax.device_put(weight, NamedSharding(mesh, P(*axes))))
         return

@@ -1,0 +1,170 @@
+"""Where the arrays of a quantized weight lie, of how the dense weight is sharded."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax._core import compat, quantized
+from lora_jax._core.quantized import is_quantized
+
+T = TypeVar("T")
+
+
+def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Array) -> Any:
+    """Shards what a function makes of a weight as the weight is.
+
+    On a mesh with explicit axes, those inside of the function are automatic.
+
+    Args:
+        function: gives the weight in another form, as an array of its shape or as a
+            quantized tensor, and anything besides.
+        weight: dense, traced or not.
+
+    Returns:
+        Both. The arrays of a quantized tensor are sharded by its `array_specs`.
+    """
+    spec = compat.explicit_spec(weight)
+    if any(spec):
+        with compat.on_mesh_of(weight):
+            whole: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
+            sizes = jax.typeof(weight).sharding.mesh.shape
+            out: Any = (
+                _specs(jax.eval_shape(whole, weight)[0], spec, sizes),
+                PartitionSpec(),
+            )
+            inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
+            return jax.jit(inner)(weight)
+    stored, rest = function(weight)
+    places = shardings(stored, getattr(weight, "sharding", None))
+    return stored if places is None else jax.device_put(stored, places), rest
+
+
+def automatic(
+    function: Callable[[Any], jax.Array], value: Any, *, like: jax.Array, ndim: int
+) -> jax.Array:
+    """Applies a function inside of which no mesh axis is explicit.
+
+    Args:
+        function: of one argument.
+        value: its argument.
+        like: an array whose axes are the leading axes of the result, as far as mesh axes
+            are concerned.
+        ndim: of the result.
+    """
+    spec = compat.explicit_spec(like)
+    if not any(spec):
+        return function(value)
+    mesh = compat.mesh_of(jax.typeof(like))
+    dense = compat.automatically(function, mesh, value)
+    return compat.retyped(dense, NamedSharding(mesh, PartitionSpec(*_padded(spec, ndim))))
+
+
+def as_abstract(value: Any) -> Any:
+    """The shape, dtype and explicit sharding of a quantized weight; else the value."""
+    kind = quantized.as_abstract(value)
+    if kind is value:
+        return value
+    array, n = value.array_with_axes()
+    mesh = compat.mesh_of(jax.typeof(array))
+    if not compat.has_explicit_axes(mesh):
+        return kind
+    spec = _padded(compat.explicit_spec(array)[:n], value.ndim)
+    return kind.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def as_dense(value: Any) -> Any:
+    """A quantized weight as an array without a gradient; any other value as it is.
+
+    On a mesh with explicit axes it is sharded in its type as `as_abstract` says.
+    """
+    sharding = getattr(as_abstract(value), "sharding", None)
+    if not is_quantized(value) or sharding is None:
+        return quantized.as_dense(value)
+    dense = compat.automatically(quantized.as_dense, sharding.mesh, value)
+    return compat.retyped(dense, sharding)
+
+
+def shardings(stored: Any, sharding: Any) -> Any:
+    """The sharding of each array of a weight, of that of the dense weight; or None."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    place = functools.partial(NamedSharding, memory_kind=sharding.memory_kind)
+    specs = _specs(stored, sharding.spec, sharding.mesh.shape)
+    return jax.tree.map(
+        lambda spec: place(sharding.mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def parts(weight: Any) -> tuple[int, ...]:
+    """How many parts each axis of a weight is split into, as far as that is known."""
+    placed = _placed(weight)
+    if placed is None:
+        return (1,) * len(weight.shape)
+    spec, sizes = placed
+    return tuple(_count(axes, sizes) for axes in spec)
+
+
+def axes_of_fold(
+    spec: Sequence[Any], n_entries: int, block: int, sizes: Mapping[Any, int]
+) -> Any:
+    """The mesh axes of an axis that has the blocks of several axes of a weight, folded.
+
+    Args:
+        spec: the mesh axes of those axes.
+        n_entries: of them together.
+        block: how many entries share an entry of the result.
+        sizes: of the mesh axes.
+
+    Returns:
+        Those of the first axis, if each part of it is a whole number of blocks; else None.
+    """
+    first = spec[0] if spec else None
+    return first if n_entries % (block * _count(first, sizes)) == 0 else None
+
+
+def _count(axes: Any, sizes: Mapping[Any, int]) -> int:
+    """How many parts an axis is split into by some mesh axes."""
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(sizes[name] for name in names if name is not None)
+
+
+def _placed(weight: Any) -> tuple[tuple[Any, ...], Mapping[Any, int]] | None:
+    """The mesh axes of each axis of a weight and the sizes of them, where it is sharded."""
+    if isinstance(weight, Tracer):
+        spec = compat.explicit_spec(weight)
+        return (spec, jax.typeof(weight).sharding.mesh.shape) if any(spec) else None
+    sharding = getattr(weight, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return _padded(sharding.spec, len(weight.shape)), sharding.mesh.shape
+
+
+def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
+    axes = tuple(spec)
+    return (*axes, *[None] * (ndim - len(axes)))
+
+
+def _specs(stored: Any, spec: Iterable[Any], sizes: Mapping[Any, int]) -> Any:
+    """The mesh axes of each array of a weight, of those of the dense weight."""
+    if not is_quantized(stored):
+        return PartitionSpec(*spec)
+    return jax.tree.map(
+        _trimmed,
+        stored.array_specs(_padded(spec, stored.ndim), sizes),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def _trimmed(spec: PartitionSpec) -> PartitionSpec:
+    """The spec without axes at its end that are not split."""
+    axes = list(spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)

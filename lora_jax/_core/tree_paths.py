@@ -1,0 +1,249 @@
+"""Paths of the leaves of a tree, and patterns that choose among them.
+
+A path is `jax.tree_util.keystr(path, simple=True, separator="/")`. A pattern is a glob on
+the whole path, in which `*` also stands for `/`; or a regular expression that has to match
+the whole path: an `re.Pattern`, or a string that starts with `re:`. Patterns are kept as
+text, the latter in the form with `re:`.
+
+The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`, those of its
+pure dict do not. A pattern matches both: it may match what is in front of that ending; and
+if it has the ending itself, after a letter and not a wildcard, it may match without it.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from lora_jax._core import quantized
+
+Pattern: TypeAlias = str | re.Pattern[str]
+"""A glob, a string `"re:..."`, or a compiled regular expression."""
+
+_REGEX = "re:"
+_BOXES = ("/value", "/raw_value")
+# Not `*/value`, which is what attention calls its weights.
+_NAME_IN_BOX = re.compile(r"\w/(raw_)?value$")
+_FLAGS = {
+    re.ASCII: "a",
+    re.IGNORECASE: "i",
+    re.MULTILINE: "m",
+    re.DOTALL: "s",
+    re.VERBOSE: "x",
+}
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """Splits a tree into its leaves by path, in order, and its structure.
+
+    A quantized weight is one leaf, at the path that the dense one would have.
+
+    Raises:
+        ValueError: if two leaves have one path.
+    """
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=quantized.is_quantized
+    )
+    leaves, keys = {}, {}
+    for key, leaf in with_paths:
+        path = jax.tree_util.keystr(key, simple=True, separator="/")
+        if path in leaves:
+            both = [jax.tree_util.keystr(k) for k in (keys[path], key)]
+            raise ValueError(
+                f"two leaves have the path {path!r}: {both[0]} and {both[1]}. Rename a key "
+                "with a '/' in it."
+            )
+        leaves[path], keys[path] = leaf, key
+    return leaves, treedef
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, in the order of `jax.tree.leaves`."""
+    return flatten(tree)[0]
+
+
+def fold_in(key: jax.Array, path: str) -> jax.Array:
+    """The `jax.random` key of one path, the same in every process."""
+    digest = hashlib.sha256(path.encode()).digest()
+    for word in np.frombuffer(digest[:8], "<u4"):
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+def as_text(name: str, pattern: Any) -> str:
+    """A pattern in the form it is kept in, checked.
+
+    Args:
+        name: of the argument that the pattern was given in, for the messages.
+        pattern: a glob, `"re:..."`, or an `re.Pattern` of text.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if it is empty, or no regular expression.
+    """
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        return _REGEX + _with_inline_flags(pattern)
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"a pattern in {name} must be a string or an re.Pattern of text, got "
+            f"{pattern!r} ({type(pattern).__name__})."
+        )
+    if pattern in ("", _REGEX):
+        raise ValueError(f"a pattern in {name} is empty: '*' matches every path.")
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern.removeprefix(_REGEX))
+        except re.error as error:
+            raise ValueError(
+                f"the pattern {pattern!r} in {name} is no regular expression: {error}."
+            ) from None
+    return pattern
+
+
+def _with_inline_flags(pattern: re.Pattern[str]) -> str:
+    """The text of a compiled pattern, with the flags it was compiled with in front."""
+    if re.compile(pattern.pattern).flags == pattern.flags:
+        return pattern.pattern
+    letters = [letter for flag, letter in _FLAGS.items() if pattern.flags & flag]
+    return f"(?{''.join(letters)}){pattern.pattern}"
+
+
+def as_texts(name: str, patterns: Any) -> tuple[str, ...]:
+    """One pattern or several in the form they are kept in, checked.
+
+    Raises:
+        TypeError: if it is neither a pattern nor a tuple or list of them.
+        ValueError: as `as_text`.
+    """
+    if isinstance(patterns, str | re.Pattern):
+        patterns = (patterns,)
+    if not isinstance(patterns, tuple | list):
+        raise TypeError(
+            f"{name} must be a pattern or a tuple of patterns, got "
+            f"{patterns!r:.60} ({type(patterns).__name__})."
+        )
+    return tuple(as_text(name, pattern) for pattern in patterns)
+
+
+def as_entries(name: str, entries: Any) -> dict[str, Any]:
+    """A mapping from patterns, as they are kept; of equal ones the first counts.
+
+    Raises:
+        TypeError: if it is no mapping.
+        ValueError: as `as_text`.
+    """
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            f"{name} must be a dict from patterns to values, got {type(entries).__name__}."
+        )
+    kept: dict[str, Any] = {}
+    for pattern, value in entries.items():
+        kept.setdefault(as_text(name, pattern), value)
+    return kept
+
+
+def check_matched(
+    name: str, patterns: Iterable[str], paths: Iterable[str], what: str, hint: str = ""
+) -> None:
+    """Raises unless each pattern matches a path; `hint` ends the message.
+
+    Raises:
+        ValueError: that names the patterns, and the paths nearest to them.
+    """
+    paths = list(paths)
+    lost = unmatched(patterns, paths)
+    if lost:
+        hints = [f"{pattern!r}{nearest_hint(pattern, paths)}" for pattern in lost]
+        raise ValueError(
+            f"a pattern of {name} matches no {what}: {'. '.join(hints)}. A pattern is a "
+            f"glob on the whole path, or 're:...' for a regular expression.{hint}"
+        )
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern, as text, matches a path."""
+    plain = _without_box(path)
+    return any(_matches(pattern, name) for name in dict.fromkeys((path, plain))) or (
+        _NAME_IN_BOX.search(pattern) is not None and _matches(_without_box(pattern), plain)
+    )
+
+
+def _matches(pattern: str, path: str) -> bool:
+    if pattern.startswith(_REGEX):
+        return re.fullmatch(pattern.removeprefix(_REGEX), path) is not None
+    # A path may have brackets in it, and names itself all the same.
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
+
+
+def _without_box(path: str) -> str:
+    """A path, or a pattern, without the ending that an `nnx.State` gives it."""
+    return next((path.removesuffix(box) for box in _BOXES if path.endswith(box)), path)
+
+
+def find(path: str, paths: Iterable[str]) -> str:
+    """The one of some paths that is this one, with or without the ending of NNX.
+
+    Returns:
+        The path itself if there is none, or if there are several.
+    """
+    paths = list(paths)
+    if path in paths:
+        return path
+    same = [other for other in paths if _without_box(other) == _without_box(path)]
+    return same[0] if len(same) == 1 else path
+
+
+def without_numbers(path: str) -> str:
+    """A path with `*` for each number in it, as those of layers that are alike have."""
+    return re.sub(r"\d+", "*", path)
+
+
+def listed(paths: list[str]) -> str:
+    """The first of some paths, and how many more there are."""
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(map(repr, paths[:5])) + more
+
+
+def first_match(patterns: Iterable[str], path: str) -> str | None:
+    """The first of some patterns that matches a path, or None."""
+    return next((pattern for pattern in patterns if matches(pattern, path)), None)
+
+
+def look_up(values: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern in a mapping that matches a path."""
+    pattern = first_match(values, path)
+    return default if pattern is None else values[pattern]
+
+
+def unmatched(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The patterns that match none of some paths."""
+    paths = list(paths)
+    return [p for p in patterns if not any(matches(p, path) for path in paths)]
+
+
+def nearest(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Up to three paths that the writer of a pattern may have had in mind."""
+    paths = list(paths)
+    literal = pattern.replace("*", "")
+    if pattern.startswith(_REGEX):
+        literal = re.sub(r"[\\^$.|?*+()\[\]{}]", "", pattern.removeprefix(_REGEX))
+    segments = [segment for segment in literal.split("/") if segment]
+    close = difflib.get_close_matches(literal, paths, n=3, cutoff=0.5)
+    if segments:
+        last = segments[-1].lower()
+        close += [path for path in paths if last in path.lower()]
+    return list(dict.fromkeys(close))[:3]
+
+
+def nearest_hint(pattern: str, paths: Iterable[str]) -> str:
+    """The end of a message about a pattern or path that is not there."""
+    paths = list(paths)
+    near = nearest(pattern, paths)
+    if near:
+        return f"; the nearest paths are {', '.join(map(repr, near))}"
+    return f"; the first paths are {', '.join(map(repr, paths[:3])) or 'none'}"

@@ -1,0 +1,144 @@
+"""Checks of adapters: which entries they have, and that their shapes fit."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._core import checks
+
+# How others call the entries of an adapter; used in messages only.
+_OTHER_NAMES = {
+    "a": "A",
+    "lora_a": "A",
+    "lora_embedding_a": "A",
+    "b": "B",
+    "lora_b": "B",
+    "lora_embedding_b": "B",
+    "magnitude": "m",
+    "lora_magnitude_vector": "m",
+    "weight_magnitude": "m",
+    "bias": "B_bias",
+}
+
+# The biases that an adapter may have, and the entries that a function which has no place
+# for them refuses, with what to do instead.
+TORCH_NAMES = ("lora_A", "lora_a", "lora_B", "lora_b")
+BIASES: tuple[str, ...] = ("A_bias", "B_bias")
+LOSES_BIAS = dict.fromkeys(
+    BIASES,
+    "it shifts the layer's bias, so use merge_lora_layer or unmerge_lora_layer, or "
+    "lora_bias_delta for the shift alone.",
+)
+LOSES_MAGNITUDE = {
+    "m": "it is the magnitude of a DoRA adapter, so use dora_linear, merge_dora_weight or "
+    "unmerge_dora_weight, or leave it out on purpose: "
+    "{name: adapter[name] for name in 'AB'}."
+}
+
+
+def check_adapter(
+    adapter: Any,
+    weight_shape: tuple[int, ...] | None,
+    *,
+    required: Sequence[str] = ("A", "B"),
+    optional: Sequence[str] = (),
+    refused: Mapping[str, str] | None = None,
+) -> None:
+    """Raises unless `adapter` has the entries a function needs, and no others.
+
+    Args:
+        adapter: what the caller gave.
+        weight_shape: `(*batch, in, out)`, or None if no weight is at hand: then `A` and
+            `B` have to fit each other.
+        required: names that must be there.
+        optional: names that may be there.
+        refused: names that the function would lose, with what to do instead.
+    """
+    _check_names(adapter, required, optional, refused or {})
+    for name, value in adapter.items():
+        checks.check_array(f"adapter[{name!r}]", value)
+    a, b = adapter["A"], adapter["B"]
+    if weight_shape is None:
+        _check_factors_together(a, b)
+        weight_shape = (*a.shape[:-1], b.shape[-1])
+    _check_factors(a, b, weight_shape)
+    batch, widths = weight_shape[:-2], {"A_bias": a.shape[-1], "B_bias": b.shape[-1]}
+    for name, width in widths.items():
+        if name in adapter:
+            checks.check_vector(
+                f"adapter[{name!r}]",
+                adapter[name],
+                (*batch, width),
+                f"for A {a.shape} and B {b.shape}",
+            )
+
+
+def _check_names(
+    adapter: Any,
+    required: Sequence[str],
+    optional: Sequence[str],
+    refused: Mapping[str, str],
+) -> None:
+    if not isinstance(adapter, Mapping):
+        raise TypeError(
+            f"adapter must be a dict of arrays with the entries "
+            f"{', '.join(required)}, got {type(adapter).__name__}."
+        )
+    for name, advice in refused.items():
+        if name in adapter:
+            raise ValueError(f"the adapter's entry {name!r} would be lost here: {advice}")
+    allowed = (*required, *optional)
+    missing = [name for name in required if name not in adapter]
+    unknown = [name for name in adapter if name not in allowed]
+    if missing or unknown:
+        hints = [
+            f"{name!r} is called {_OTHER_NAMES[str(name).lower()]!r} here"
+            for name in unknown
+            if str(name).lower() in _OTHER_NAMES
+        ]
+        raise KeyError(
+            f"the adapter must have the entries {', '.join(required)}"
+            + (f" and may have {', '.join(optional)}" if optional else "")
+            + f", got {', '.join(map(str, adapter)) or 'none'}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(map(str, unknown))}" if unknown else "")
+            + "".join(f"; {hint}" for hint in hints)
+            + "."
+        )
+
+
+def _check_factors_together(a: jax.Array, b: jax.Array) -> None:
+    fit = (
+        min(a.ndim, b.ndim) >= 2
+        and a.shape[:-2] == b.shape[:-2]
+        and a.shape[-1] == b.shape[-2]
+    )
+    if not fit:
+        swapped = a.ndim == b.ndim and a.ndim >= 2 and a.shape[-2] == b.shape[-1]
+        raise ValueError(
+            f"A and B do not fit each other: expected A (*batch, in, rank) and B "
+            f"(*batch, rank, out), got A {a.shape} and B {b.shape}."
+            + (" They look swapped or transposed." if swapped else "")
+        )
+
+
+def _check_factors(a: jax.Array, b: jax.Array, weight_shape: tuple[int, ...]) -> None:
+    *batch, n_in, n_out = weight_shape
+    rank = a.shape[-1] if a.ndim else 0
+    if a.shape == (*batch, n_in, rank) and b.shape == (*batch, rank, n_out) and rank:
+        return
+    hint = ""
+    if a.ndim == b.ndim == len(weight_shape):
+        ends = (a.shape[-2:], b.shape[-2:])
+        r = a.shape[-2]
+        if ends == ((r, n_out), (n_in, r)):
+            hint = " A and B look swapped."
+        elif ends == ((r, n_in), (n_out, r)):
+            hint = " They look transposed, as PyTorch stores them: pass A.T and B.T."
+    lead = "".join(f"{n}, " for n in batch)
+    raise ValueError(
+        f"the factors do not fit a weight of shape {tuple(weight_shape)}: expected A "
+        f"({lead}{n_in}, rank) and B ({lead}rank, {n_out}) with rank >= 1, got A "
+        f"{a.shape} and B {b.shape}.{hint}"
+    )

@@ -1,0 +1,432 @@
+"""Initializers that take a part out of the weight, and the way back to plain adapters.
+
+PiSSA and OLoRA split a weight into a *base* and an adapter that is not zero,
+`W = W_base + scale * A @ B`, so that the adapter starts where the weight does most. LoftQ,
+and PiSSA with a base that is quantized (QPiSSA), do so only nearly; their base may stay in
+few bits, as a `lora_jax.quant.QuantizedTensor`. **Such an adapter belongs to that base.**
+On the original weight it would add its part a second time, and nothing in the arrays shows
+that. Whoever saves it has two choices:
+
+- save the base as well, and load the adapter on that; or
+- keep the adapter as it was initialized too, and convert with `to_plain_adapter`: the
+  result is an ordinary adapter of twice the rank for the original weight.
+
+To make the base anew at loading, as peft does, is right only where the decomposition comes
+out the same: not with a randomized one. `lora_jax.decomposed_params` has the same for a
+whole model.
+
+All functions are pure: they return the new base and leave the weight, which is dense, as
+it is. Weights are `(*batch, in, out)`, and `scale` is `alpha / rank`, or
+`alpha / sqrt(rank)` if `rank_stabilized`. Decompositions and sums run in float32, or
+float64 if the weight or the factors are; the base is rounded once to the dtype of the
+weight. It is formed with the factors as they are stored, so what rounding *them* loses
+stays in the base. What remains is the rounding of the base: `W_base + scale * A @ B` is `W`
+to half a unit in the last place of `W_base`, 1 part in 512 for bfloat16.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from lora_jax._core import checks, numerics, quantized
+from lora_jax.layers import adapter_checks, decompositions
+from lora_jax.layers.initializers import init_factors
+from lora_jax.layers.lora import Adapter, unmerge_lora_weight
+
+__all__ = [
+    "init_loftq_adapter",
+    "init_olora_adapter",
+    "init_orthogonal_adapter",
+    "init_pissa_adapter",
+    "to_plain_adapter",
+]
+
+Base = jax.Array | quantized.QuantizedTensor
+Quantize = Callable[[jax.Array], Any]
+
+_NO_BIASES = dict.fromkeys(
+    adapter_checks.BIASES,
+    "it shifts the layer's bias, so fold it into that with lora_bias_delta, and leave it "
+    "out.",
+)
+
+
+def init_pissa_adapter(
+    weight: jax.Array,
+    rank: int,
+    alpha: float | jax.Array = 1.0,
+    dtype: DTypeLike | None = None,
+    *,
+    rank_stabilized: bool = False,
+    key: jax.Array | None = None,
+    iterations: int | None = None,
+    quantize: Quantize | None = None,
+) -> tuple[Base, Adapter]:
+    """Moves the largest singular values of a weight into an adapter (PiSSA).
+
+    `scale * A @ B` is the best approximation of `W` of that rank, and `A` and `B` have a
+    square root of the singular values each. A term whose singular value is zero cannot
+    train. For DoRA add `"m"` with `lora_jax.init_dora_magnitude(base, adapter, alpha)`.
+
+    With `quantize` the base is quantized (QPiSSA), and `W_base + scale * A @ B` is *near*
+    `W`: nearer than `quantize(W)` where the base, without the largest terms, has smaller
+    entries. LoftQ makes its adapter of the loss instead.
+
+    Args:
+        weight: `(*batch, in, out)`, floating point.
+        rank: of the adapter, from 1 to `min(in, out)`.
+        alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
+        dtype: of the factors. None is the weight's, but at least float32.
+        rank_stabilized: see `lora_jax.lora_delta`.
+        key: a `jax.random` key, for the randomized SVD.
+        iterations: how many steps of subspace iteration the randomized SVD takes, at least
+            1. It costs a few products with `rank + 10` columns and not an SVD of the whole
+            weight. The 10 are there to make few steps do: torch's `svd_lowrank`, as peft
+            calls it, has none, and takes 4 steps or 16 to come close. With neither `key`
+            nor `iterations` the SVD is exact.
+        quantize: a function that quantizes the base; see `init_loftq_adapter`.
+
+    Returns:
+        The base `W - scale * A @ B`, `(*batch, in, out)` in the dtype of the weight, or
+        what `quantize` made of that; and
+        `{"A": (*batch, in, rank), "B": (*batch, rank, out)}`.
+
+    Raises:
+        TypeError: if `weight` is not a dense floating-point array, `quantize` does not
+            return an array or a quantized tensor of the right dtype, or another argument
+            has the wrong type.
+        ValueError: if the rank is out of its range, `alpha` is 0, only one of `key` and
+            `iterations` is given, or `quantize` changes the shape.
+
+    References:
+        Meng et al., 2024, equations 2 to 4, https://arxiv.org/abs/2404.02948. The division
+        by the scale is peft's: without it `W_base + scale * A @ B` would not be `W`.
+        QPiSSA is in the same paper. The randomized SVD: Halko et al., 2011,
+        https://arxiv.org/abs/0909.4061.
+    """
+    _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
+    _check_nonzero(alpha)
+    if quantize is not None:
+        check_quantize(quantize)
+    if (key is None) != (iterations is None):
+        raise ValueError(
+            "key and iterations go together: give both for a randomized SVD, or neither "
+            f"for an exact one, got key={key!r} and iterations={iterations!r}."
+        )
+    dtype = _factor_dtype(weight, dtype)
+    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
+    if key is None or iterations is None:
+        svd = decompositions.exact(wide, rank)
+    else:
+        checks.check_key("key", key)
+        svd = decompositions.randomized(key, wide, rank, _steps(iterations))
+    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
+    adapter = _rounded(decompositions.factors(svd, scale), dtype)
+    base = _residual(weight, adapter, alpha, rank_stabilized)
+    return base if quantize is None else stored(quantize, base), adapter
+
+
+def init_olora_adapter(
+    weight: jax.Array,
+    rank: int,
+    alpha: float | jax.Array = 1.0,
+    dtype: DTypeLike | None = None,
+    *,
+    rank_stabilized: bool = False,
+) -> tuple[jax.Array, Adapter]:
+    """Takes the first part of a QR decomposition out of a weight (OLoRA).
+
+    With `W^T = Q R`, the rows of `B` are the first `rank` columns of `Q`, orthonormal, and
+    `A` is the transpose of the first rows of `R`. As in peft the factors are **not**
+    divided by the scale: what is taken out is `scale * A @ B`, which is `R_r^T Q_r^T` only
+    at a scale of 1.
+
+    Args:
+        weight: `(*batch, in, out)`, floating point.
+        rank: of the adapter, from 1 to `min(in, out)`.
+        alpha: see `lora_jax.lora_delta`.
+        dtype: see `init_pissa_adapter`.
+        rank_stabilized: see `lora_jax.lora_delta`.
+
+    Returns:
+        The base and the adapter, as `init_pissa_adapter`.
+
+    Raises:
+        TypeError: as `init_pissa_adapter`.
+        ValueError: if the rank is out of its range.
+
+    References:
+        Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775, section 3. The paper's `W` is
+        our `W^T`.
+    """
+    _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
+    dtype = _factor_dtype(weight, dtype)
+    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
+    adapter = _rounded(decompositions.qr_factors(wide, rank), dtype)
+    return _residual(weight, adapter, alpha, rank_stabilized), adapter
+
+
+def init_orthogonal_adapter(
+    key: jax.Array,
+    weight: jax.Array,
+    rank: int,
+    alpha: float | jax.Array = 1.0,
+    dtype: DTypeLike | None = None,
+    *,
+    rank_stabilized: bool = False,
+) -> tuple[jax.Array, Adapter]:
+    """Makes factors that are both non-zero and whose product is zero.
+
+    The same as `init_lora_adapter(key, weight, rank, dtype=dtype, init="orthogonal")`, in
+    the form of its siblings. The weight stays as it is, so this adapter needs no
+    conversion.
+
+    Args:
+        key: a `jax.random` key.
+        weight: `(*batch, in, out)`, floating point.
+        rank: of the adapter, even; it may exceed `in` and `out`.
+        alpha: see `lora_jax.lora_delta`. Checked, and without effect on the factors.
+        dtype: see `init_pissa_adapter`.
+        rank_stabilized: as `alpha`.
+
+    Returns:
+        `weight` itself; and the adapter, as `init_pissa_adapter`. `A @ B` is zero up to the
+        rounding of `dtype`.
+
+    Raises:
+        TypeError: as `init_pissa_adapter`, and if `key` is no key.
+        ValueError: if the rank is odd or below 1.
+
+    References:
+        See `lora_jax.initializers.orthogonal_pair`.
+    """
+    checks.check_weight("weight", weight)
+    checks.check_number("alpha", alpha)
+    checks.check_flags(rank_stabilized=rank_stabilized)
+    dtype = _factor_dtype(weight, dtype)
+    pair = init_factors(key, weight.shape, rank, "orthogonal", dtype=dtype)
+    return weight, dict(zip("AB", pair, strict=True))
+
+
+def init_loftq_adapter(
+    weight: jax.Array,
+    rank: int,
+    quantize: Quantize,
+    alpha: float | jax.Array = 1.0,
+    dtype: DTypeLike | None = None,
+    *,
+    rank_stabilized: bool = False,
+    iterations: int = 1,
+) -> tuple[Base, Adapter]:
+    """Makes an adapter of what quantizing a weight loses (LoftQ).
+
+    Alternates `W_base = quantize(W - scale * A @ B)`, with `A @ B` zero at first, and
+    `scale * A @ B`, the best approximation of `W - W_base` of that rank. So
+    `W_base + scale * A @ B` is *near* `W`, and nearer than `quantize(W)`; it is not `W`.
+    Where `quantize` loses nothing both factors are zero and cannot train.
+
+    Args:
+        weight: `(*batch, in, out)`, floating point.
+        rank: of the adapter, from 1 to `min(in, out)`.
+        quantize: a function that quantizes a weight: `(*batch, in, out)`, in the dtype of
+            the weight, to a `lora_jax.quant.QuantizedTensor` of that shape and dtype, such
+            as `lora_jax.quant.quantize_nf4`; or to an array of that shape, of any
+            floating-point dtype, if it turns the codes back. That array is rounded to the
+            dtype of the weight before the adapter is made.
+        alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
+        dtype: see `init_pissa_adapter`.
+        rank_stabilized: see `lora_jax.lora_delta`.
+        iterations: how often the two steps alternate, at least 1.
+
+    Returns:
+        The base, `(*batch, in, out)` in the dtype of the weight: what `quantize` returned
+        last, a quantized tensor or an array. The adapter, as `init_pissa_adapter`, makes
+        up for what *that* loses, so nothing may quantize the base again: NF4 with nested
+        scales, for one, would give another base.
+
+    Raises:
+        TypeError: as `init_pissa_adapter`.
+        ValueError: if the rank is out of its range, `alpha` is 0, `iterations` is below 1,
+            or `quantize` changes the shape.
+
+    References:
+        Li et al., 2023, algorithm 1, https://arxiv.org/abs/2310.08659. The paper has no
+        scale. Here the factors are divided by it; peft does not divide, and is right at a
+        scale of 1 only.
+    """
+    _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
+    _check_nonzero(alpha)
+    check_quantize(quantize)
+    dtype = _factor_dtype(weight, dtype)
+    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
+    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
+    base, adapter = weight, {}
+    for step in range(_steps(iterations)):
+        rest = _residual(wide, adapter, alpha, rank_stabilized) if step else wide
+        base = stored(quantize, rest.astype(weight.dtype))
+        lost = wide - quantized.as_dense(base).astype(wide.dtype)
+        adapter = _rounded(
+            decompositions.factors(decompositions.exact(lost, rank), scale), dtype
+        )
+    return base, adapter
+
+
+def to_plain_adapter(
+    adapter: Mapping[str, jax.Array], initial: Mapping[str, jax.Array]
+) -> Adapter:
+    """Turns an adapter of a decomposed weight into one of the original weight.
+
+    `A` becomes `[A, A0]` and `B` becomes `[B; -B0]`, so that at the **same scale**
+    `W + scale * A @ B` comes out as `W_base + scale * A @ B` did: `alpha` doubles with the
+    rank, or is multiplied by `sqrt(2)` if `rank_stabilized`. Equal up to the roundings of
+    the sums and that of `W_base`. Where that is quantized, base and adapter are not `W`
+    exactly, and the result is the original weight with the change that was trained.
+
+    Args:
+        adapter: the adapter, after training: `A`, `B`, and `m` if it is one of DoRA.
+        initial: the adapter as it was initialized, with the same entries and shapes.
+
+    Returns:
+        `{"A": (*batch, in, 2 * rank), "B": (*batch, 2 * rank, out)}` in the wider of the
+        dtypes of the two, and the `m` of `adapter`.
+
+    Raises:
+        KeyError: if `A` or `B` is missing, or a name is unknown.
+        TypeError: if an entry is not a floating-point array.
+        ValueError: if an adapter has biases, or entries or shapes of the two differ.
+
+    Example:
+        >>> import jax, lora_jax
+        >>> from lora_jax.layers.decompose import init_pissa_adapter, to_plain_adapter
+        >>> weight = jax.random.normal(jax.random.key(0), (64, 32))
+        >>> base, initial = init_pissa_adapter(weight, rank=4, alpha=8.0)
+        >>> trained = initial | {"B": initial["B"] * 1.5}
+        >>> plain = to_plain_adapter(trained, initial)
+        >>> update = lora_jax.lora_delta(plain, alpha=16.0)
+        >>> update.shape, plain["A"].shape
+        ((64, 32), (64, 8))
+    """
+    adapter_checks.check_adapter(adapter, None, optional=("m",), refused=_NO_BIASES)
+    with checks.at_path("initial"):
+        adapter_checks.check_adapter(initial, None, optional=("m",), refused=_NO_BIASES)
+    shapes, first = ({n: v.shape for n, v in x.items()} for x in (adapter, initial))
+    if shapes != first:
+        raise ValueError(
+            "the adapter before training must have the entries and shapes of the one "
+            f"after, {shapes}, got {first}: are they of one weight and one run?"
+        )
+    plain = dict(adapter)
+    for name, axis, sign in (("A", -1, 1.0), ("B", -2, -1.0)):
+        dtype = numerics.promote(adapter[name].dtype, initial[name].dtype)
+        parts = [jnp.asarray(x[name], dtype) for x in (adapter, initial)]
+        plain[name] = jnp.concatenate([parts[0], sign * parts[1]], axis=axis)
+    return plain
+
+
+def check_quantize(quantize: Any) -> None:
+    """Raises unless `quantize` is a function."""
+    if not callable(quantize):
+        raise TypeError(
+            "quantize must be a function from a weight to a quantized tensor, such as "
+            "lora_jax.quant.quantize_nf4, or to the array that its codes stand for, got "
+            f"{quantize!r} ({type(quantize).__name__})."
+        )
+
+
+def check_dense(weight: Any) -> None:
+    """Raises if a weight that is to be decomposed is quantized."""
+    if quantized.is_quantized(weight):
+        raise TypeError(
+            f"the weight is quantized, {weight!r}, and has lost what a decomposition "
+            "needs: decompose the dense weight and quantize the base, as methods that take "
+            "quantize do; or dequantize it on purpose, with lora_jax.quant.dequantize."
+        )
+
+
+def stored(quantize: Quantize, base: jax.Array) -> Base:
+    """What a function makes of a base: quantized, or an array of its shape and dtype.
+
+    Raises:
+        TypeError: if it is neither, or quantized from another dtype.
+        ValueError: if it has another shape.
+    """
+    value = quantize(base)
+    what = "what quantize returned"
+    if not checks.is_array(value):
+        raise TypeError(
+            f"{what} is no quantized tensor, so it must be an array, got "
+            f"{type(value).__name__}: return what a function of lora_jax.quant makes, or "
+            "dequantize it."
+        )
+    checks.check_array(what, value)
+    if tuple(value.shape) != base.shape:
+        raise ValueError(
+            f"{what} must have the shape {base.shape} of the weight that it was given, "
+            f"got {tuple(value.shape)}."
+        )
+    if not quantized.is_quantized(value):
+        return jnp.asarray(value).astype(base.dtype)
+    if value.dtype != base.dtype:
+        raise TypeError(
+            f"{what} stands for a weight of {value.dtype}, got one of {base.dtype}, and "
+            "would change the dtypes of the model: do not cast it there, but cast the "
+            "params first if that is meant."
+        )
+    return value
+
+
+def _factor_dtype(weight: jax.Array, dtype: DTypeLike | None) -> DTypeLike:
+    if dtype is None:
+        return numerics.accumulation_dtype(weight.dtype)
+    return checks.check_factor_dtype(dtype)
+
+
+def _rounded(factors: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Adapter:
+    a, b = factors
+    return {"A": a.astype(dtype), "B": b.astype(dtype)}
+
+
+def _residual(
+    weight: jax.Array, adapter: Adapter, alpha: float | jax.Array, rank_stabilized: bool
+) -> jax.Array:
+    """`W - scale * A @ B`, rounded once to the dtype of the weight."""
+    return unmerge_lora_weight(weight, adapter, alpha, rank_stabilized=rank_stabilized)
+
+
+def _check_weight_and_rank(
+    weight: Any, rank: int, alpha: float | jax.Array, rank_stabilized: bool
+) -> None:
+    check_dense(weight)
+    checks.check_weight("weight", weight)
+    decompositions.check_rank(rank, weight.shape)
+    checks.check_number("alpha", alpha)
+    checks.check_flags(rank_stabilized=rank_stabilized)
+
+
+def _check_nonzero(alpha: float | jax.Array) -> None:
+    if not isinstance(alpha, Tracer) and alpha == 0:
+        raise ValueError(
+            "alpha must not be 0: the factors are divided by the scale, so that the "
+            "adapter has the part of the weight that the base lacks."
+        )
+
+
+def _steps(iterations: Any) -> int:
+    try:
+        if isinstance(iterations, bool | np.bool_):
+            raise TypeError
+        steps = operator.index(iterations)
+    except TypeError:
+        raise TypeError(
+            f"iterations must be a positive integer, got {iterations!r} "
+            f"({type(iterations).__name__})."
+        ) from None
+    if steps < 1:
+        raise ValueError(f"iterations must be at least 1, got {steps}.")
+    return steps

@@ -1,0 +1,95 @@
+"""Low-rank factors of a matrix: truncated SVDs, exact and randomized, and a QR.
+
+Everywhere `matrix` is `(*batch, in, out)` in at least float32, `rank` is at most
+`min(in, out)`, and products run at the highest precision.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._core import checks
+
+# Columns that the randomized SVD carries along beyond those that are asked for. Halko et
+# al., 2011, section 1.3, find 5 or 10 to do.
+_OVERSAMPLING = 10
+
+
+class Svd(NamedTuple):
+    """The largest singular values of a matrix, in descending order, and their vectors."""
+
+    u: jax.Array
+    """`(*batch, in, rank)`."""
+    s: jax.Array
+    """`(*batch, rank)`."""
+    vh: jax.Array
+    """`(*batch, rank, out)`."""
+
+
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Raises unless a matrix of a shape `(*batch, in, out)` has that many terms."""
+    checks.check_rank(rank)
+    most = min(shape[-2:])
+    if rank > most:
+        raise ValueError(
+            f"rank must be at most min(in, out) = {most} for a weight of shape {shape}, "
+            f"got {rank}: its decomposition has no more terms. Take a smaller rank, or an "
+            "initializer that does not decompose the weight."
+        )
+
+
+def exact(matrix: jax.Array, rank: int) -> Svd:
+    """The terms of the full SVD that have the largest singular values."""
+    u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
+    return Svd(u[..., :rank], s[..., :rank], vh[..., :rank, :])
+
+
+# Compiled once for each shape, and inlined where something else is traced.
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+def randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int) -> Svd:
+    """An approximation of `exact` from products with `rank + 10` columns.
+
+    Subspace iteration from random columns, made orthonormal at each half step (Halko et
+    al., 2011, algorithms 4.4 and 5.1). Never forms an `(in, in)` or `(out, out)` array.
+    """
+    *batch, n_in, n_out = matrix.shape
+    width = min(rank + _OVERSAMPLING, n_in, n_out)
+    transposed = jnp.swapaxes(matrix, -1, -2)
+
+    def step(_, q):  # (*batch, in, width)
+        return _orthonormal(_product(matrix, _orthonormal(_product(transposed, q))))
+
+    probes = jax.random.normal(key, (*batch, n_out, width), matrix.dtype)
+    q = lax.fori_loop(0, iterations, step, _orthonormal(_product(matrix, probes)))
+    small = exact(_product(jnp.swapaxes(q, -1, -2), matrix), rank)
+    return small._replace(u=_product(q, small.u))
+
+
+def factors(svd: Svd, scale: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`A` and `B` with `scale * A @ B = U S V^H`, and equal norms for each term."""
+    scale = jnp.asarray(scale, svd.s.dtype)
+    root = jnp.sqrt(svd.s / jnp.abs(scale))
+    a = svd.u * root[..., None, :]
+    b = svd.vh * (jnp.sign(scale) * root)[..., :, None]
+    return a, b
+
+
+def qr_factors(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """`A = R_r^T` and `B = Q_r^T` of the QR decomposition `W^T = Q R`.
+
+    The first columns of `Q` depend on the first columns of `W^T` only, so the rest is not
+    decomposed; `R_r` is `Q_r^T W^T`.
+    """
+    q = _orthonormal(jnp.swapaxes(matrix[..., :rank, :], -1, -2))  # (*batch, out, rank)
+    return _product(matrix, q), jnp.swapaxes(q, -1, -2)
+
+
+def _orthonormal(matrix: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(matrix)[0]
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,441 @@
+"""Weight-decomposed low-rank adaptation (DoRA) of one weight.
+
+A DoRA adapter has LoRA's `A (*batch, in, rank)` and `B (*batch, rank, out)` and a
+*magnitude* `m (*batch, out)`. With `V = W + scale * A @ B` and `n` the norms of the
+columns of `V`:
+
+    y = (m / n) * (x @ V) + bias
+
+These are peft's rules, and Megatron's and torchtune's without dropout and bias. With
+`norm_axis="in"` the magnitude is `(*batch, in)`, `n` are the norms of the *rows* of `V`,
+and `y = (x * m / n) @ V + bias` (Raschka's article).
+
+Dtypes are as in `lora_jax.lora`; norms and magnitudes are in at least float32 whatever
+the weight is. The factor `m / n` of a column of norm zero is 1.
+
+**Accuracy of the norm.** It is formed without an `(in, out)` array, from `|W|^2`, `A^T W`
+and `A^T A`. For 16-bit weights too, its relative error is at the most `4 eps k^2`, with
+`eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2` (`|A|`, `|B_j|` entry by
+entry): a few rounding units unless the update nearly undoes a column. If it leaves less
+than 1/16 of the norm of any column's terms, all norms of the weight are formed directly
+instead, from blocks of at most 128 rows of `V`, with an error of `4 eps k`. That branch is
+compiled in and skipped at run time, except under `jax.vmap`, which runs both. It also
+runs where the square of a norm is out of the range of float32 (below about 1e-13 or above
+1e18), scales the entries by powers of two, and so is right for all columns whose norms
+and products of `A` and `B` are normal numbers. A column of zeros takes it as well, because
+a square that is zero may be one that underflowed. Columns of at most 128 entries are
+always formed directly, which is as little work and has no branch to compile.
+
+References:
+    Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies
+    from the left; its columns are the weights of an output, as ours are.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from lora_jax._core import checks, numerics, quantized
+from lora_jax.layers import adapter_checks
+from lora_jax.layers.initializers import Init
+from lora_jax.layers.lora import Adapter, init_lora_adapter
+from lora_jax.lowrank import dora_products, weight_norms
+
+__all__ = [
+    "dora_column_norm",
+    "dora_linear",
+    "init_dora_adapter",
+    "init_dora_magnitude",
+    "merge_dora_weight",
+    "unmerge_dora_weight",
+]
+
+NormAxis = Literal["out", "in"]
+
+_LOSES_BIAS = dict.fromkeys(
+    adapter_checks.BIASES,
+    "a DoRA adapter has no biases; fold this one into the layer's own with "
+    "merge_lora_layer before the adapter becomes a DoRA adapter.",
+)
+
+
+def init_dora_adapter(
+    key: jax.Array,
+    weight: jax.Array,
+    rank: int,
+    init_std: float = 0.01,
+    dtype: DTypeLike | None = None,
+    *,
+    init: Init = "gaussian",
+    norm_axis: NormAxis = "out",
+) -> Adapter:
+    """Makes the DoRA adapter of one weight: `A` random, `B` zero, `m` the norms of `W`.
+
+    A new adapter changes nothing but the rounding of `m / n`, one unit in the last place.
+
+    Args:
+        key: a `jax.random` key.
+        weight: `(*batch, in, out)`, floating point. The magnitude is made of its values, so
+            an abstract weight works inside `jax.eval_shape` only.
+        rank: of the adapter, at least 1.
+        init_std: see `lora_jax.init_lora_adapter`.
+        dtype: of `A` and `B`; see `lora_jax.init_lora_adapter`. Not of the magnitude.
+        init: see `lora_jax.init_lora_adapter`. For a pair that makes `A @ B` other than
+            zero, set `m` with `init_dora_magnitude`, which knows `alpha`.
+        norm_axis: `"out"` for one magnitude for each output, `"in"` for each input.
+
+    Returns:
+        `{"A": (*batch, in, rank), "B": (*batch, rank, out), "m": (*batch, out)}`, or `m`
+        `(*batch, in)`; `m` is in the dtype of the weight, but at least float32.
+
+    Raises:
+        TypeError, ValueError: as `lora_jax.init_lora_adapter`, and ValueError for another
+            `norm_axis`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> weight = jnp.ones((64, 32), "bfloat16")
+        >>> adapter = lora_jax.init_dora_adapter(jax.random.key(0), weight, rank=4)
+        >>> adapter["m"].shape, adapter["m"].dtype.name, float(adapter["m"][0])
+        ((32,), 'float32', 8.0)
+    """
+    checks.check_weight("weight", weight)
+    adapter = init_lora_adapter(key, weight, rank, init_std, dtype, init=init)
+    return adapter | {"m": dora_column_norm(weight, norm_axis=norm_axis)}
+
+
+def init_dora_magnitude(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    alpha: float | jax.Array = 1.0,
+    *,
+    rank_stabilized: bool = False,
+    norm_axis: NormAxis = "out",
+) -> jax.Array:
+    """The magnitude with which given factors make an adapted layer `x @ (W + delta)`.
+
+    For factors that are not zero: a trained LoRA adapter that becomes a DoRA one, or an
+    initializer that makes both.
+
+    Args:
+        weight: `(*batch, in, out)`, floating point.
+        adapter: `A` and `B`; an `m` in it is ignored, since it is to be replaced.
+        alpha: see `lora_jax.lora_delta`.
+        rank_stabilized: see `lora_jax.lora_delta`.
+        norm_axis: see `init_dora_adapter`.
+
+    Returns:
+        `m`, `(*batch, out)` or `(*batch, in)`, in the dtype of the weight, but at least
+        float32.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `dora_column_norm`.
+    """
+    return dora_column_norm(
+        weight, adapter, alpha, rank_stabilized=rank_stabilized, norm_axis=norm_axis
+    )
+
+
+def dora_column_norm(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array] | None = None,
+    alpha: float | jax.Array = 1.0,
+    *,
+    rank_stabilized: bool = False,
+    norm_axis: NormAxis = "out",
+) -> jax.Array:
+    """The L2 norms of the columns of `W`, or of `W + scale * A @ B`.
+
+    Form it once a step and give it to `dora_linear` as `column_norm`, where the layer runs
+    several times with one adapter (gradient accumulation, rematerialized blocks,
+    evaluation). The square of that of `W` alone is `dora_linear`'s `weight_norm_squared`.
+
+    Args:
+        weight: `(*batch, in, out)`, floating point.
+        adapter: `A` and `B`, or None for the norms of the weight; an `m` is ignored.
+        alpha: see `lora_jax.lora_delta`.
+        rank_stabilized: see `lora_jax.lora_delta`.
+        norm_axis: `"out"` for the norms of columns, `"in"` for those of rows.
+
+    Returns:
+        `(*batch, out)`, or `(*batch, in)`, in the dtype of the weight, but at least
+        float32. The module's docstring has the accuracy. Differentiable, with a zero
+        gradient where a norm is zero.
+
+    Raises:
+        KeyError: if `A` or `B` is missing, or a name is unknown.
+        TypeError: if an array is not floating point.
+        ValueError: if shapes do not fit, `alpha` is not finite, or `norm_axis` is neither.
+
+    References:
+        Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353: the denominator.
+    """
+    checks.check_weight("weight", weight)
+    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
+    if adapter is None:
+        dense = jnp.asarray(quantized.as_dense(weight))
+        return weight_norms.weight_norm(dense, _axis(norm_axis))
+    adapter_checks.check_adapter(
+        adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS
+    )
+    checks.check_number("alpha", alpha)
+    checks.check_flags(rank_stabilized=rank_stabilized)
+    rank = adapter["A"].shape[-1]
+    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, weight.dtype)
+    frozen = quantized.is_quantized(weight)  # formed again in the backward pass
+    norm = weight_norms.frozen_norm if frozen else weight_norms.adapted_norm
+    factors = adapter["A"], adapter["B"]
+    return norm(quantized.as_frozen(weight), *factors, scale, None, _axis(norm_axis))
+
+
+def dora_linear(
+    x: jax.Array,
+    frozen_weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    alpha: float | jax.Array = 1.0,
+    *,
+    bias: jax.Array | None = None,
+    rank_stabilized: bool = False,
+    scale_bias: bool = False,
+    detach_norm: bool = True,
+    norm_axis: NormAxis = "out",
+    weight_norm_squared: jax.Array | None = None,
+    column_norm: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    dropout_mode: Literal["peft", "torchtune", "megatron"] = "peft",
+) -> jax.Array:
+    """Applies a frozen linear layer with its DoRA adapter; never forms `A @ B`.
+
+    Args:
+        x: `(*batch, *tokens, in)`, floating point, with any number of token axes.
+        frozen_weight: `(*batch, in, out)`, floating point. It has no gradient: its
+            cotangent is zero, and no product for it is compiled.
+        adapter: `A`, `B` and `m`.
+        alpha: see `lora_jax.lora_linear`.
+        bias: `(*batch, out)` of the layer, or None.
+        rank_stabilized: see `lora_jax.lora_delta`.
+        scale_bias: multiply the bias by `m / n` too, as torchtune does.
+        detach_norm: hold the norm constant in the backward pass, as the paper's section
+            4.3, peft, torchtune and Megatron do. If false, the gradient is the full one.
+        norm_axis: `"out"` for one magnitude for each output, `"in"` for each input.
+        weight_norm_squared: `dora_column_norm(frozen_weight) ** 2`, to save the pass over
+            the weight that forms it. It is not checked against the weight's values: form
+            it again when the weight changes.
+        column_norm: `dora_column_norm(frozen_weight, adapter, alpha)`, to save all of the
+            norm's work. It has to be of these very factors, and with `detach_norm=False`
+            the gradient goes on through it.
+        dropout_rate: see `lora_jax.lora_linear`.
+        dropout_key: see `lora_jax.lora_linear`.
+        dropout_mode: what sees the dropped input. `D` is the update, `k = m / n`, and
+            `x1`, `x2` are `x` with two independent masks:
+
+            - `"peft"`: `x @ W + (k - 1) * (x1 @ W) + k * (x1 @ D)`
+            - `"torchtune"`: `k * (x @ W + x1 @ D)`
+            - `"megatron"`: `x @ W + (k - 1) * (x2 @ W) + k * (x1 @ D)`
+
+            The first and the last need a second product with the frozen weight.
+
+    Returns:
+        `(*batch, *tokens, out)`, in the dtype of `x @ frozen_weight`; formed in at least
+        float32 and rounded once.
+
+    Raises:
+        KeyError: if `A`, `B` or `m` is missing, or a name is unknown.
+        TypeError: if an array is not floating point, or an option has the wrong type.
+        ValueError: if shapes do not fit, `alpha` is not finite, the rate is outside
+            [0, 1) or has no key, an option is unknown, both norms are given, or
+            `scale_bias` is asked for with `norm_axis="in"`.
+
+    References:
+        Liu et al., 2024, equations 5 and 11, https://arxiv.org/abs/2402.09353.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> weight, x = jnp.ones((64, 32)), jnp.ones((2, 5, 64))
+        >>> adapter = lora_jax.init_dora_adapter(jax.random.key(0), weight, rank=4)
+        >>> lora_jax.dora_linear(x, weight, adapter, alpha=8.0).shape
+        (2, 5, 32)
+    """
+    checks.check_weight("frozen_weight", frozen_weight)
+    checks.check_input(x, frozen_weight)
+    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
+    checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
+    _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
+    checks.check_flags(
+        rank_stabilized=rank_stabilized, scale_bias=scale_bias, detach_norm=detach_norm
+    )
+    checks.check_dropout(dropout_rate, dropout_key)
+    _check_norms(frozen_weight.shape, norm_axis, weight_norm_squared, column_norm)
+    if bias is not None:
+        checks.check_bias("bias", bias, frozen_weight.shape)
+    if scale_bias and norm_axis == "in":
+        raise ValueError(
+            "scale_bias=True needs norm_axis='out': with 'in' there is one magnitude for "
+            "each input and none for the bias."
+        )
+
+    x, weight = jnp.asarray(x), quantized.as_frozen(frozen_weight)
+    adapter = {name: jnp.asarray(value) for name, value in adapter.items()}
+    dtype = numerics.promote(x.dtype, weight.dtype)
+    rank = adapter["A"].shape[-1]
+    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
+    norm = column_norm
+    if norm is None:
+        norm = weight_norms.frozen_norm(
+            weight, adapter["A"], adapter["B"], scale, weight_norm_squared, _axis(norm_axis)
+        )
+    if detach_norm:
+        norm = lax.stop_gradient(norm)
+    factor = weight_norms.factor(adapter["m"], norm)
+    dropout = dora_products.Dropout(dropout_rate, dropout_key, dropout_mode)
+    apply = dora_products.scale_outputs
+    if norm_axis == "in":
+        apply = dora_products.scale_inputs
+    y = apply(x, weight, adapter, scale, factor, dropout, dtype)
+    if bias is not None:
+        shift = numerics.as_row(bias, y)
+        y = y + (shift * numerics.as_row(factor, y) if scale_bias else shift)
+    return y.astype(dtype).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def merge_dora_weight(
+    frozen_weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    alpha: float | jax.Array = 1.0,
+    *,
+    rank_stabilized: bool = False,
+    norm_axis: NormAxis = "out",
+) -> jax.Array:
+    """Folds a DoRA adapter into the weight it adapts: `(m / n) * (W + scale * A @ B)`.
+
+    A layer's bias stays as it is (trained with `scale_bias`, it becomes
+    `(m / n) * bias`).
+
+    Args:
+        frozen_weight: `(*batch, in, out)`, floating point.
+        adapter: `A`, `B` and `m`.
+        alpha: see `lora_jax.lora_delta`.
+        rank_stabilized: see `lora_jax.lora_delta`.
+        norm_axis: see `dora_linear`.
+
+    Returns:
+        `(*batch, in, out)`, in the dtype of `frozen_weight`. Formed in the widest dtype at
+        hand, at least float32, and rounded once.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `dora_linear`.
+
+    References:
+        Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353.
+    """
+    checks.check_weight("frozen_weight", frozen_weight)
+    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
+    _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
+    checks.check_flags(rank_stabilized=rank_stabilized)
+    delta = numerics.wide_delta(adapter, alpha, rank_stabilized, frozen_weight.dtype)
+    weight = jnp.asarray(quantized.as_dense(frozen_weight))
+    adapted = weight.astype(delta.dtype) + delta
+    norm = weight_norms.weight_norm(weight, _axis(norm_axis), delta)
+    factor = weight_norms.factor(adapter["m"], norm)
+    return (adapted * _along(factor, norm_axis, delta.dtype)).astype(weight.dtype)
+
+
+def unmerge_dora_weight(
+    merged_weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    column_norm: jax.Array,
+    alpha: float | jax.Array = 1.0,
+    *,
+    rank_stabilized: bool = False,
+    norm_axis: NormAxis = "out",
+) -> jax.Array:
+    """Takes a DoRA adapter out of a merged weight: undoes `merge_dora_weight`.
+
+    What the merge rounded away does not come back, and `n / m` multiplies the error: each
+    entry (that is not subnormal) is within `eps * ((n / m) * |merged W| + |W|)` of the
+    weight before the merge, with `eps` the `jnp.finfo(dtype).eps` of a 16-bit weight's
+    dtype. For wider weights, whose sums are formed in their own dtype, it is within
+    `4 eps * ((n / m) * |merged W| + |W| + |scale| |A| |B|)`, entry by entry.
+
+    Args:
+        merged_weight: `(*batch, in, out)`, floating point.
+        adapter: the adapter that was merged.
+        column_norm: `dora_column_norm(weight, adapter, alpha)` from before the merge: the
+            merged weight does not have it any more.
+        alpha: the one of the merge.
+        rank_stabilized: as in the merge.
+        norm_axis: as in the merge.
+
+    Returns:
+        `(*batch, in, out)`, in the dtype of `merged_weight`. A column whose magnitude is
+        zero was lost in the merge and comes back as NaN.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `merge_dora_weight`; ValueError if
+            `column_norm` does not fit.
+    """
+    checks.check_weight("merged_weight", merged_weight)
+    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
+    _check_dora_adapter(adapter, merged_weight.shape, norm_axis, alpha)
+    checks.check_flags(rank_stabilized=rank_stabilized)
+    checks.check_array("column_norm", column_norm)
+    _check_norms(merged_weight.shape, norm_axis, None, column_norm)
+    delta = numerics.wide_delta(adapter, alpha, rank_stabilized, merged_weight.dtype)
+    factor = _along(weight_norms.factor(adapter["m"], column_norm), norm_axis, delta.dtype)
+    merged = jnp.asarray(quantized.as_dense(merged_weight))
+    return (merged.astype(delta.dtype) / factor - delta).astype(merged.dtype)
+
+
+def _axis(norm_axis: NormAxis) -> int:
+    """The axis of a weight that the squares of its entries are summed over."""
+    return -2 if norm_axis == "out" else -1
+
+
+def _along(vector: jax.Array, norm_axis: NormAxis, dtype: DTypeLike) -> jax.Array:
+    """Puts back the axis that the norm summed over, with size 1."""
+    return jnp.expand_dims(vector.astype(dtype), _axis(norm_axis))
+
+
+def _kept(weight_shape: tuple[int, ...], norm_axis: NormAxis) -> tuple[int, ...]:
+    """The shape of a magnitude: `(*batch, out)` or `(*batch, in)`."""
+    *batch, n_in, n_out = weight_shape
+    return (*batch, n_out if norm_axis == "out" else n_in)
+
+
+def _check_dora_adapter(
+    adapter: Mapping[str, jax.Array],
+    weight_shape: tuple[int, ...],
+    norm_axis: NormAxis,
+    alpha: float | jax.Array,
+) -> None:
+    required = ("A", "B", "m")
+    adapter_checks.check_adapter(
+        adapter, weight_shape, required=required, refused=_LOSES_BIAS
+    )
+    shape = _kept(weight_shape, norm_axis)
+    what = f"one magnitude for each {norm_axis}put, since norm_axis={norm_axis!r}"
+    checks.check_vector("adapter['m']", adapter["m"], shape, what)
+    checks.check_number("alpha", alpha)
+
+
+def _check_norms(
+    weight_shape: tuple[int, ...],
+    norm_axis: NormAxis,
+    weight_norm_squared: jax.Array | None,
+    column_norm: jax.Array | None,
+) -> None:
+    if weight_norm_squared is not None and column_norm is not None:
+        raise ValueError(
+            "weight_norm_squared and column_norm are both given, and column_norm leaves "
+            "no use for the other: give one of them."
+        )
+    given = {"weight_norm_squared": weight_norm_squared, "column_norm": column_norm}
+    what = f"one for each {norm_axis}put of a weight of shape {tuple(weight_shape)}"
+    for name, value in given.items():
+        if value is not None:
+            checks.check_vector(name, value, _kept(weight_shape, norm_axis), what)

@@ -1,0 +1,132 @@
+"""The products of a DoRA layer, for both norm axes and every way to drop its input.
+
+`x` is `(*batch, *tokens, in)` and `factor` is `m / n`, `(*batch, out)` or `(*batch, in)`.
+Products run in `dtype`; results are wide `(*batch, *rows, out)`, without bias.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+from jax.typing import DTypeLike
+
+from lora_jax._core import numerics
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """What `dora_linear` was told of dropout.
+
+    Attributes:
+        rate: a Python number; 0 is no dropout.
+        key: a `jax.random` key, or None.
+        mode: `"peft"`, `"torchtune"` or `"megatron"`.
+    """
+
+    rate: float
+    key: jax.Array | None
+    mode: str
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the frozen layer and its factor see the input undropped."""
+        return not self.rate or self.mode == "torchtune"
+
+
+def scale_outputs(
+    x: jax.Array,
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    scale: float | jax.Array,
+    factor: jax.Array,
+    dropout: Dropout,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`k * (x @ (W + D))`, `k` one factor for each output."""
+    base = numerics.frozen_product(x, weight, dtype)
+    factor = numerics.as_row(factor, base)
+    if not dropout.rate:
+        u = numerics.project_down(x, adapter["A"], dtype)
+        return factor * (base + _up(u, adapter, scale, dtype))
+
+    # Under jax.checkpoint the masks are drawn again in the backward pass and not kept.
+    @jax.checkpoint
+    def dropped(x, weight, a, key):
+        for_adapter, for_base = _drop(x, dropout, key)
+        u = numerics.project_down(for_adapter, a, dtype)
+        if dropout.keeps_base:
+            return u, None
+        return u, numerics.frozen_product(for_base, weight, dtype)
+
+    keep = 1.0 - dropout.rate
+    u, dropped_base = dropped(x, weight, adapter["A"], dropout.key)
+    update = _up(u, adapter, scale / keep, dtype)
+    if dropped_base is None:
+        return factor * (base + update)
+    # base + (k - 1) * dropped_base + k * update, with one array kept for the gradient of
+    # k instead of two.
+    dropped_base = numerics.multiply(dropped_base, 1.0 / keep)
+    return base - dropped_base + factor * (dropped_base + update)
+
+
+def scale_inputs(
+    x: jax.Array,
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    scale: float | jax.Array,
+    factor: jax.Array,
+    dropout: Dropout,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`(k * x) @ (W + D)`, `k` one factor for each input.
+
+    The frozen layer sees one input in every mode, since the factor is on that side:
+    `x @ W + ((k - 1) * x2) @ W` is `(x + (k - 1) * x2) @ W`.
+    """
+
+    def project(x, weight, a, factor, key):
+        batch_ndim = weight.ndim - 2
+        rows = numerics.fold(x, batch_ndim).astype(numerics.accumulation_dtype(dtype))
+        factor = numerics.as_row(factor, rows)
+        for_adapter, for_base = (
+            numerics.fold(v, batch_ndim).astype(rows.dtype) for v in _drop(x, dropout, key)
+        )
+        keep = 1.0 - dropout.rate
+        u = numerics.project_down(for_adapter * factor / keep, a, dtype)
+        base_input = (
+            rows * factor if dropout.keeps_base else rows + for_base * (factor - 1) / keep
+        )
+        unit = numerics.range_unit(dtype, base_input)
+        if unit is None:
+            return u, numerics.frozen_product(base_input, weight, dtype)
+        return u, numerics.frozen_product(base_input / unit, weight, dtype) * unit
+
+    project = jax.checkpoint(project) if dropout.rate else numerics.keep_arguments(project)
+    u, base = project(x, weight, adapter["A"], factor, dropout.key)
+    return base + _up(u, adapter, scale, dtype)
+
+
+def _drop(
+    x: jax.Array, dropout: Dropout, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """What the adapter and the frozen layer see of `x`, not divided by `1 - rate`."""
+    if key is None or not dropout.rate:
+        return x, x
+    if dropout.mode != "megatron":
+        dropped = numerics.drop(x, dropout.rate, key)
+        return dropped, dropped
+    key_adapter, key_base = jax.random.split(key)
+    return (
+        numerics.drop(x, dropout.rate, key_adapter),
+        numerics.drop(x, dropout.rate, key_base),
+    )
+
+
+def _up(
+    u: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    scale: float | jax.Array,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`scale * u @ B`: wide `(*batch, *rows, out)`."""
+    return numerics.project_up(numerics.multiply(u, scale), adapter["B"], dtype)

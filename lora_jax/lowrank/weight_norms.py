@@ -1,0 +1,413 @@
+"""Norms of the columns of `W + scale * A @ B`, without forming it.
+
+For the columns, `|W + s A B|^2 = |W|^2 + 2 s (A^T W) . B + s^2 B . (A^T A) B`, where `.`
+multiplies entry by entry and sums over the rank: one product with `W` that is `rank` rows
+high. Rows (the norm of each input) are the same with `W^T`, `B^T`, `A^T` for `W`, `A`, `B`.
+Below, the *summed* axis of the weight is the one that the squares are summed over, and the
+*kept* axis the other; `left` is the factor with the summed axis and `right
+(*batch, rank, kept)` the other one.
+
+The factored sum is wrong where it cancels, because the update nearly undoes a column, and
+where a square leaves the range of its dtype. The columns are then formed directly, block by
+block, each divided by a power of two. That is a branch for each weight, and compiling it
+counts in models of many layers that are not scanned: hence its few operations.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from lora_jax._core import numerics, quantized
+
+_HIGHEST = lax.Precision.HIGHEST
+
+# The factored square is trusted above this part of the terms that it is the sum of: there
+# it has lost at the most 8 of its 24 bits.
+_TRUSTED = 2.0**-8
+
+# Rows or columns of the weight that `_direct` forms at a time, at the most.
+_BLOCK = 128
+
+
+def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
+    """`m / n`, DoRA's factor, wide; 1, with a zero gradient, where `n` is zero."""
+    dtype = numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
+    magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
+    # A norm is not negative. So only one array is made of it, which has the zeros marked.
+    safe = lax.select(norm == 0, lax.full_like(norm, -1), norm)
+    return lax.select(safe < 0, lax.full_like(safe, 1), magnitude / safe)
+
+
+def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
+    """`|W|^2` over `axis`, wide. The 16-bit weight is widened as it is read."""
+    return jnp.sum(jnp.square(_wide(weight)), axis=axis)
+
+
+def weight_norm(weight: jax.Array, axis: int, update: jax.Array | None = None) -> jax.Array:
+    """`|W|` over `axis` (-2 or -1), or `|W + update|`, wide; differentiable."""
+    summed = weight if update is None else (weight, update)
+    base = jnp.sum(jnp.square(_wide(summed)), axis=axis)
+    return _norm(Matrix(summed), lax.stop_gradient(base), axis).value
+
+
+def adapted_norm(
+    weight: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: float | jax.Array,
+    base: jax.Array | None,
+    axis: int,
+) -> jax.Array:
+    """`|W + scale * A @ B|` over `axis` (-2 or -1) of the weight.
+
+    Args:
+        weight: `(*batch, in, out)`.
+        a: `(*batch, in, rank)`.
+        b: `(*batch, rank, out)`.
+        scale: scalar.
+        base: `|W|^2` over `axis`, `(*batch, kept)`, a constant; or None to form it.
+        axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
+
+    Returns:
+        `(*batch, kept)`, wide.
+    """
+    if base is None:
+        base = weight_norm_squared(weight, axis)
+    base = jnp.asarray(base, numerics.accumulation_dtype(weight.dtype))
+    matrix = Matrix(weight, *sides(a, b, axis, weight.dtype), scale)
+    return _norm(matrix, lax.stop_gradient(base), axis).value
+
+
+def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
+    """`adapted_norm` with a gradient of the factors (and of the scale) only.
+
+    A quantized weight is formed again in the backward pass.
+    """
+    keep = numerics.keep_arguments(_frozen_norm, 5, frozen=weight)
+    return keep(weight, a, b, scale, base, axis)
+
+
+def _frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
+    weight = lax.stop_gradient(quantized.as_dense(weight))
+    return adapted_norm(weight, a, b, scale, base, axis)
+
+
+class Matrix(NamedTuple):
+    """The matrix `columns * weight + scale * left @ right`, of which norms are formed.
+
+    Attributes:
+        weight: `(*batch, in, out)`; or a pair of arrays, whose sum it is.
+        left: the factor with the summed axis, where the weight has it: `(*batch, in, rank)`
+            for the norms of columns, `(*batch, rank, out)` for those of rows. Wide.
+        right: the other factor, `(*batch, rank, kept)`. Wide. Without factors both are
+            None, and the scale too.
+        scale: scalar.
+        columns: what multiplies the weight, `(*batch, kept)`, wide; None for nothing.
+    """
+
+    weight: Any
+    left: Any = None
+    right: Any = None
+    scale: Any = None
+    columns: Any = None
+
+
+def sides(
+    a: jax.Array, b: jax.Array, axis: int, *dtypes: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`left` and `right` of factors `(*batch, in, rank)` and `(*batch, rank, out)`."""
+    dtype = numerics.accumulation_dtype(*dtypes)
+    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+    return (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
+
+
+def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
+    """The norms of a matrix over `axis`, `(*batch, kept)`, without a gradient."""
+    matrix = lax.stop_gradient(matrix)
+    if _is_one_block(matrix, axis):
+        return _direct(matrix, axis).value
+    matrix = _with_scale_in_right(matrix)
+    base = weight_norm_squared(matrix.weight, axis)
+    squares = _factored_squares(matrix, _gained(base, matrix), axis)
+    root = _root_of(squares)
+    return lax.cond(
+        _are_right(squares),
+        lambda: root,
+        lambda: _direct(matrix, axis, root).value,
+    )
+
+
+def _with_scale_in_right(matrix: Matrix) -> Matrix:
+    """The same matrix: a branch then has no scale of its own among its operands."""
+    if matrix.right is None:
+        return matrix
+    right = numerics.multiply(matrix.right, matrix.scale)
+    return matrix._replace(right=right, scale=1.0)
+
+
+class _Norm(NamedTuple):
+    """Norms, and the powers of two that columns are divided by before they are squared.
+
+    Attributes:
+        value: `(*batch, kept)`.
+        unit: of the columns, as `value`; 1 where the factored squares are right.
+    """
+
+    value: jax.Array
+    unit: jax.Array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _norm(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
+    """The norms over `axis`; `base` is `|W|^2` over it, without `columns`."""
+    if _is_one_block(matrix, axis):
+        return _direct(matrix, axis)
+    matrix = _with_scale_in_right(matrix)
+    squares = _factored_squares(matrix, _gained(base, matrix), axis)
+    return _correction(squares, matrix, axis=axis)
+
+
+@functools.partial(_norm.defjvp, symbolic_zeros=True)
+def _norm_jvp(axis: int, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
+    """The derivative of the factored square: it cancels less than the square itself."""
+    matrix, base = primals
+    norm = _norm(matrix, base, axis)
+    leaves, tree = jax.tree.flatten(matrix)
+    changes = jax.tree.leaves(tangents[0], is_leaf=lambda t: isinstance(t, SymbolicZero))
+    moving = [i for i, t in enumerate(changes) if not isinstance(t, SymbolicZero)]
+    zeros = jax.tree.map(jnp.zeros_like, norm)
+    if not moving:
+        return norm, zeros
+
+    def square(*values):
+        new = dict(zip(moving, values, strict=True))
+        changed = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
+        scaled = _balanced(_scaled(jax.tree.unflatten(tree, changed), norm.unit))
+        return _factored_squares(scaled, _gained_square(scaled, axis), axis).value
+
+    old, change = ([values[i] for i in moving] for values in (leaves, changes))
+    _, change = jax.jvp(square, old, change)
+    zero = norm.value == 0  # not `> 0`: a NaN has to come out as one
+    twice = 2 * (jnp.where(zero, jnp.ones_like(zeros.value), norm.value) / norm.unit)
+    change = jnp.where(zero, zeros.value, change / twice * norm.unit)
+    return norm, zeros._replace(value=change)
+
+
+class _Squares(NamedTuple):
+    """Factored squares of norms, `(*batch, kept)`.
+
+    Attributes:
+        value: of the squares.
+        least: what a square has to reach to be right: a part of the terms that it is the
+            sum of, if they do not cancel, and of what underflow may take from them.
+    """
+
+    value: jax.Array
+    least: jax.Array
+
+
+def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
+    """The squares; `base` is that of `columns * weight`."""
+    weight, left, right, scale, columns = matrix
+    n = jax.tree.leaves(weight)[0].shape[axis]
+    info = jnp.finfo(base.dtype)
+    # Each of the n products of a sum may lose a smallest normal number.
+    lost = n * float(info.tiny) / float(info.eps)
+    if left is None or right is None:
+        return _Squares(base, jnp.full_like(base, lost))
+    right = numerics.multiply(right, scale)
+    gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
+    cross = _product_with_weight(left, weight, axis)
+    if columns is not None:
+        cross = cross * columns[..., None, :]
+    own = jnp.matmul(gram, right, precision=_HIGHEST)
+    value = base + jnp.sum((2 * cross + own) * right, axis=-2)
+    # |A_r|^2 B_rj^2, summed: what `own` would be without cancellation within A @ B.
+    each = jnp.sum(jnp.square(left), axis=axis)[..., None]  # (*batch, rank, 1)
+    lost = right.shape[-2] * lost
+    apart = jnp.sum((_TRUSTED * each + lost) * jnp.square(right), axis=-2)
+    return _Squares(value, _TRUSTED * base + apart + lost)
+
+
+def _gained(base: jax.Array, matrix: Matrix) -> jax.Array:
+    """`|columns * W|^2`, of `|W|^2`."""
+    return base if matrix.columns is None else base * jnp.square(matrix.columns)
+
+
+def _root_of(squares: _Squares) -> jax.Array:
+    return jnp.sqrt(jnp.maximum(squares.value, 0))
+
+
+def _are_right(squares: _Squares) -> jax.Array:
+    """Whether no square cancels or leaves the range of its dtype."""
+    most = float(jnp.finfo(squares.value.dtype).max) / 16
+    return jnp.all((squares.value >= squares.least) & (squares.value <= most))
+
+
+@functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
+def _correction(squares: _Squares, matrix: Matrix, axis: int) -> _Norm:
+    """Roots of the factored squares; the norms of formed columns if any is wrong."""
+    root = _root_of(squares)
+    return lax.cond(
+        _are_right(squares),
+        lambda: _Norm(root, jnp.ones_like(root)),
+        lambda: _direct(matrix, axis, root),
+    )
+
+
+def _is_one_block(matrix: Matrix, axis: int) -> bool:
+    """Whether the columns are so short that `_direct` forms them at once.
+
+    Then it is no more work than the factored square, has no branch, and is always right.
+    """
+    return jax.tree.leaves(matrix.weight)[0].shape[axis] <= _BLOCK
+
+
+def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
+    """The norms of the columns themselves, from a block along the summed axis at a time.
+
+    On a mesh with explicit axes a loop over blocks needs `like`, sharded as the result.
+
+    Each column is divided by a power of two about as large as its largest entry so far.
+
+    A block is every `count`-th row (or column), not a run of them: cutting it out of a
+    weight that is sharded along that axis moves nothing between devices. The size of a
+    block divides the axis, so an axis of prime length takes as many steps as it is long.
+    """
+    weight, left, right, scale, columns = matrix
+    n = jax.tree.leaves(weight)[0].shape[axis]
+    size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
+    count = n // size if left is not None else 1
+
+    def cut(x, i):  # (..., n, ...) -> (..., size, ...)
+        if count == 1:
+            return x
+        position = x.ndim + axis
+        blocks = x.reshape(*x.shape[:position], size, count, *x.shape[position + 1 :])
+        return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
+
+    def form(i):
+        block = _wide(jax.tree.map(lambda x: cut(x, i), weight))
+        if columns is not None:
+            block = block * jnp.expand_dims(columns, axis)
+        if left is None or right is None:
+            return block
+        a, b = cut(left, i), right
+        if axis == -1:
+            a, b = jnp.swapaxes(b, -1, -2), a
+        update = jnp.matmul(a, b, precision=_HIGHEST)
+        return block + numerics.multiply(update, scale)
+
+    if count == 1 or like is None:
+        sums = _sums(form(0), axis)
+    else:
+        # Not jnp.zeros: on a mesh the sums have to start sharded as the result is.
+        start = (jnp.zeros_like(like),) * 3
+        add = lambda i, sums: tuple(map(jnp.add, sums, _sums(form(i), axis)))  # noqa: E731
+        sums = lax.fori_loop(0, count, add, start)
+    return _safe_root(sums, n)
+
+
+def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+    """The sums over `axis` of the squares of small, of ordinary and of large entries.
+
+    They are of all entries, multiplied by powers of two that bring those into the range of
+    the dtype: Blue's accumulators.
+    """
+    step = _step(block.dtype)
+    scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
+    zeros = (jnp.zeros((), block.dtype),) * 3
+
+    def add(x, y):
+        return tuple(map(jnp.add, x, y))
+
+    return tuple(lax.reduce(tuple(scaled), zeros, add, (block.ndim + axis,)))
+
+
+def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
+    """The norms of columns of `n` entries, from the sum that is in range."""
+    small, ordinary, large = sums
+    info, step = jnp.finfo(ordinary.dtype), _step(ordinary.dtype)
+    ones = lax.full_like(ordinary, 1)
+    is_large = ordinary > float(info.max) / 16
+    is_small = ordinary < n * float(info.tiny) / float(info.eps)
+    total = lax.select(is_large, large, lax.select(is_small, small, ordinary))
+    unit = lax.select(is_small, lax.full_like(ones, 1 / step), ones)
+    unit = lax.select(is_large, lax.full_like(ones, step), unit)
+    return _Norm(jnp.sqrt(total) * unit, unit)
+
+
+def _step(dtype: Any) -> float:
+    """The square root of the range of a dtype, a power of two."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 2)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two near `x >= 0`, far enough from the largest number for products."""
+    info = jnp.finfo(x.dtype)
+    most = 2.0 ** (info.maxexp * 25 // 32)
+    x = lax.clamp(jnp.full_like(x, info.tiny), x, jnp.full_like(x, most))
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=0)
+
+
+def _scaled(matrix: Matrix, unit: jax.Array) -> Matrix:
+    """The matrix with its columns divided by powers of two."""
+    _, _, right, _, columns = matrix
+    columns = 1 / unit if columns is None else columns / unit
+    right = None if right is None else right / unit[..., None, :]
+    return matrix._replace(right=right, columns=columns)
+
+
+def _balanced(matrix: Matrix) -> Matrix:
+    """The same matrix, with entries of `left` that are not far above 1."""
+    if matrix.left is None or matrix.right is None:
+        return matrix
+    largest = jnp.max(jnp.abs(lax.stop_gradient(matrix.left)), axis=(-2, -1), keepdims=True)
+    unit = _power_of_two(jnp.maximum(largest, 1))
+    return matrix._replace(left=matrix.left / unit, right=matrix.right * unit)
+
+
+def _gained_square(matrix: Matrix, axis: int) -> jax.Array:
+    """`|columns * W|^2` over `axis`."""
+    columns = jnp.expand_dims(matrix.columns, axis)
+    return jnp.sum(jnp.square(_wide(matrix.weight) * columns), axis=axis)
+
+
+def _wide(weight: Any) -> jax.Array:
+    """A weight, or a pair's sum, in at least float32."""
+    parts = jax.tree.leaves(weight)
+    dtype = numerics.accumulation_dtype(*(part.dtype for part in parts))
+    return functools.reduce(jnp.add, [part.astype(dtype) for part in parts])
+
+
+def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """Contracts `axis` of the factor with that of the weight: `(*batch, rank, kept)`.
+
+    At the precision of the factor, float32 or wider. A bfloat16 weight is not widened: the
+    factor is split into three bfloat16 parts that add up to it, and one product in bfloat16
+    with float32 sums does them all.
+    """
+    if weight.dtype != jnp.bfloat16 or factor.dtype != jnp.float32:
+        return _product(factor, weight.astype(factor.dtype), axis, axis)
+    parts, rest = [], factor
+    for _ in range(3):
+        # A cast there and back may be optimized away; this rounding may not.
+        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    rank_axis = -1 if axis == -2 else -2
+    stacked = jnp.concatenate(parts, axis=rank_axis).astype(jnp.bfloat16)
+    if axis == -2:
+        stacked = jnp.swapaxes(stacked, -1, -2)  # (*batch, 3 * rank, summed)
+    product = numerics.contract(stacked, weight, weight.ndim + axis)
+    return functools.reduce(jnp.add, jnp.split(product, 3, axis=-2))
+
+
+def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    """Contracts `x_axis` of `x` with `y_axis` of `y`; the other axes stay in order."""
+    batch = tuple(range(x.ndim - 2))
+    dimensions = (((x.ndim + x_axis,), (y.ndim + y_axis,)), (batch, batch))
+    return lax.dot_general(x, y, dimensions, precision=_HIGHEST)

@@ -1,0 +1,330 @@
+"""Params split into a base and the adapters of a plan, and adapters made plain again.
+
+What `layers.decompose` does to one weight, for a whole model. The adapters belong to the
+base that comes with them: save both, or convert with `to_plain_adapters`.
+"""
+
+import dataclasses
+import functools
+import glob
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax._core import checks, placement, tree_paths
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._core.quantized import QuantizedTensor
+from lora_jax.layers.decompose import (
+    Base,
+    Quantize,
+    check_dense,
+    check_quantize,
+    init_loftq_adapter,
+    init_olora_adapter,
+    init_orthogonal_adapter,
+    init_pissa_adapter,
+    stored,
+    to_plain_adapter,
+)
+from lora_jax.layers.lora import Adapter
+from lora_jax.model import merging
+from lora_jax.plan import layout, plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.config import LoraConfig
+
+__all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters"]
+
+Initializer = Callable[..., tuple[Any, Adapter]]
+
+
+class _Method(NamedTuple):
+    init: Initializer
+    needs: tuple[str, ...] = ()
+    """The arguments of `decompose_params` that must be given."""
+    takes: tuple[str, ...] = ()
+    """Those that may be."""
+
+
+_METHODS = {
+    "pissa": _Method(init_pissa_adapter, takes=("key", "iterations", "quantize")),
+    "olora": _Method(init_olora_adapter),
+    "orthogonal": _Method(init_orthogonal_adapter, needs=("key",)),
+    "loftq": _Method(init_loftq_adapter, needs=("quantize",), takes=("iterations",)),
+}
+# Scales that differ by less are the same number, rounded in another order.
+_SAME = 1e-12
+
+
+class Decomposed(NamedTuple):
+    """What `decompose_params` made of some params."""
+
+    params: Any
+    """The base: a tree like the params."""
+    adapters: dict[str, Adapter]
+    """`{path: adapter}`, the adapters that belong to it."""
+
+
+class PlainAdapters(NamedTuple):
+    """Adapters of twice the rank for the original params."""
+
+    adapters: dict[str, Adapter]
+    """`{path: adapter}`."""
+    plan: AdapterPlan
+    """Their plan, with twice the ranks and the same scales."""
+
+
+def decompose_params(
+    params: chex.ArrayTree,
+    plan: AdapterPlan,
+    method: Literal["pissa", "olora", "orthogonal", "loftq"],
+    *,
+    key: jax.Array | None = None,
+    iterations: int | None = None,
+    quantize: Quantize | None = None,
+) -> Decomposed:
+    """Takes the adapters of a plan out of the weights.
+
+    Instead of `init_adapters`. Train, merge and save the adapters with the params that come
+    back, or convert them with `to_plain_adapters`: the module's text says why.
+
+    Args:
+        params: the params of the plan.
+        plan: what `plan_adapters` returned; the `init` of its config is not used.
+        method: `"pissa"`, `"olora"`, `"orthogonal"` or `"loftq"`: see the function of that
+            name for one weight.
+        key: a `jax.random` key; for `"orthogonal"`, and for `"pissa"` with `iterations`.
+            Each adapter has a key of its own, made of this one and its path.
+        iterations: for `"pissa"`, of a randomized SVD; for `"loftq"`, 1 if it is None.
+        quantize: for `"loftq"`, and for `"pissa"` if its base is to be quantized (QPiSSA).
+            A function of a weight in its own shape, axes and dtype, that gives a quantized
+            tensor, such as `lora_jax.quant.quantize_int8`, or an array; see
+            `init_loftq_adapter`. A stack comes whole: where there are any, it is the
+            function that says `batch_axes`.
+
+    Returns:
+        `params`, the base: adapted weights are new, with the dtype and the sharding of the
+        old ones, and all other leaves are those of `params` (for `"orthogonal"` all are).
+        What `quantize` returned as a quantized tensor *is* the leaf, sharded as by
+        `quantize_params`; `adapt` and the merges take it as it is.
+        `adapters`, as from `init_adapters`; for DoRA `"m"` has the norms of the columns of
+        `W_base + scale * A @ B`, with the base as it is stored.
+
+    Raises:
+        KeyError: if params lack a weight of the plan.
+        TypeError: if a weight is not floating point, has no values or is quantized, an
+            argument has the wrong type, or `quantize` returns something else.
+        ValueError: if the method is unknown, does not take an argument that was given, or
+            needs one that was not; a weight has another shape than in the plan; a rank is
+            too large for a weight; or `quantize` changes a shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> from lora_jax.model.decompose import decompose_params, to_plain_adapters
+        >>> params = {"query": jax.random.normal(jax.random.key(0), (64, 32))}
+        >>> config = lora_jax.LoraConfig(rank=4, alpha=8.0)
+        >>> plan = lora_jax.plan_adapters(config, params)
+        >>> base, initial = decompose_params(params, plan, "pissa")
+        >>> trained = jax.tree.map(lambda x: x + 0.01, initial)
+        >>> plain, plain_plan = to_plain_adapters(trained, initial, plan)
+        >>> jax.tree.map(jnp.shape, plain)
+        {'query': {'A': (64, 8), 'B': (8, 32)}}
+        >>> merged = lora_jax.merge_adapters(params, plain, plain_plan)
+        >>> same = lora_jax.merge_adapters(base, trained, plan)
+        >>> bool(jnp.allclose(merged["query"], same["query"], atol=1e-5))
+        True
+    """
+    leaves, treedef = tree_paths.flatten(params)
+    plan_checks.check_params(leaves, plan)
+    options = _checked_options(method, key=key, iterations=iterations, quantize=quantize)
+    bases, adapters = {}, {}
+    for path, target in plan.targets.items():
+        if key is not None:
+            options["key"] = tree_paths.fold_in(key, path)
+        with checks.at_path(path):
+            check_dense(leaves[path])
+            checks.check_array("the weight", leaves[path])
+            init = _initializer(method, target, plan.config.dtype, options)
+            base, adapters[path] = _decompose(leaves[path], target, init)
+        if method != "orthogonal":
+            bases[path] = base
+    return Decomposed(treedef.unflatten((leaves | bases).values()), adapters)
+
+
+def to_plain_adapters(
+    adapters: Mapping[str, Adapter],
+    initial_adapters: Mapping[str, Adapter],
+    plan: AdapterPlan,
+) -> PlainAdapters:
+    """Turns the adapters of decomposed params into adapters of the original params.
+
+    See `to_plain_adapter`, and `decompose_params` for an example.
+
+    Args:
+        adapters: the adapters, after training.
+        initial_adapters: what `decompose_params` returned.
+        plan: their plan.
+
+    Returns:
+        `adapters`, and their `plan`: ranks are doubled and scales are what they were (but
+        for the last bit, where `sqrt(2)` comes in). `rank`, `alpha`, `rank_pattern` and
+        `alpha_pattern` of its config say the same, so `plan_adapters` makes it again.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `to_plain_adapter`, with the path of the
+            adapter, and if adapters are not those of the plan.
+    """
+    plan_checks.check_adapters(adapters, plan)
+    with checks.at_path("initial_adapters"):
+        plan_checks.check_adapters(initial_adapters, plan)
+    plain = {}
+    for path in plan.targets:
+        with checks.at_path(path):
+            plain[path] = to_plain_adapter(adapters[path], initial_adapters[path])
+    return PlainAdapters(plain, _doubled_plan(plan))
+
+
+def _checked_options(method: str, **given: Any) -> dict[str, Any]:
+    """The options that were given, if they are those that the method needs and takes."""
+    checks.check_choice("method", method, tuple(_METHODS))
+    options = {name: value for name, value in given.items() if value is not None}
+    needs, takes = _METHODS[method].needs, _METHODS[method].takes
+    for name in needs:
+        if name not in options:
+            raise ValueError(f"method={method!r} needs {name}, and it is None.")
+    for name in options:
+        if name not in (*needs, *takes):
+            raise ValueError(f"method={method!r} does not use {name}: leave it out.")
+    if "key" in options:
+        checks.check_key("key", options["key"])
+    return options
+
+
+def _initializer(
+    method: str, target: Target, dtype: DTypeLike | None, options: Mapping[str, Any]
+) -> Initializer:
+    """What makes base and adapter of the `(*batch, in, out)` matrix of a target."""
+    options = {"rank": target.rank, "alpha": target.alpha, "dtype": dtype, **options}
+    if "quantize" in options:
+        check_quantize(options["quantize"])
+        options["quantize"] = _on_matrix(options["quantize"], target)
+    return functools.partial(_METHODS[method].init, **options)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _AsMatrix(QuantizedTensor):
+    """A quantized weight of any layout, seen as its `(*batch, in, out)` matrix."""
+
+    weight: QuantizedTensor
+    target: Target = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target.matrix_shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.weight.dtype
+
+    @property
+    def batch_ndim(self) -> int:
+        return 0  # as one weight: its axes may lie in another order
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        return _matrix(self.weight.dequantize(dtype), self.target)
+
+    def quantize_like(self, weight: jax.Array) -> "_AsMatrix":
+        like = self.weight.quantize_like(_weight(weight, self.target))
+        return _AsMatrix(like, self.target)
+
+    def check(self) -> None:
+        self.weight.check()
+
+
+def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
+    """Takes and gives the matrix of a weight, and shows `quantize` the weight itself."""
+
+    def quantize_matrix(matrix):
+        base = stored(quantize, _weight(matrix, target))
+        if isinstance(base, QuantizedTensor):
+            return _AsMatrix(base, target)
+        return _matrix(base, target)
+
+    return quantize_matrix
+
+
+def _decompose(
+    weight: jax.Array, target: Target, init: Initializer
+) -> tuple[Base, Adapter]:
+    """The base, in the layout and with the sharding of the weight, and the adapter."""
+
+    def split(weight):
+        made, adapter = init(weight=_matrix(weight, target))
+        base: Any = made.weight if isinstance(made, _AsMatrix) else _weight(made, target)
+        if target.method == "dora":
+            adapter["m"] = merging.magnitude(base, adapter, target)
+        return base, adapter
+
+    # Decompositions want the whole of a matrix: no axis of it stays explicit.
+    return placement.keep_sharding(split, jnp.asarray(weight))
+
+
+def _matrix(weight: jax.Array, target: Target) -> jax.Array:
+    """`(*batch, in, out)`, the right way round also for a flipped weight."""
+    matrix = layout.to_matrix(jnp.asarray(weight), target)
+    return jnp.swapaxes(matrix, -1, -2) if layout.is_flipped(target) else matrix
+
+
+def _weight(matrix: jax.Array, target: Target) -> jax.Array:
+    """The weight of which `_matrix` made a matrix."""
+    if layout.is_flipped(target):
+        matrix = jnp.swapaxes(matrix, -1, -2)
+    return layout.from_matrix(matrix, target)
+
+
+def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:
+    """The plan whose adapters have twice the rank, with a config that agrees with it."""
+    config = _doubled_config(plan)
+    targets = {
+        path: dataclasses.replace(target, rank=2 * target.rank, scale=config.scale_of(path))
+        for path, target in plan.targets.items()
+    }
+    return dataclasses.replace(plan, config=config, targets=FrozenDict(targets))
+
+
+def _doubled_config(plan: AdapterPlan) -> LoraConfig:
+    """The config with each number doubled, and patterns for targets that had others."""
+    config = plan.config
+    growth = math.sqrt(2.0) if config.rank_stabilized else 2.0
+    ranks, alphas = {}, {}
+    for path, target in plan.targets.items():
+        rank = 2 * target.rank
+        if target.rank != config.rank_of(path) or not math.isclose(
+            target.scale, config.scale_of(path), rel_tol=_SAME
+        ):
+            divisor = math.sqrt(rank) if config.rank_stabilized else rank
+            ranks[_exactly(path)] = rank
+            alphas[_exactly(path)] = target.scale * divisor
+    # Of several patterns the first counts, and a dict keeps the place of the first.
+    for pattern, rank in config.rank_pattern.items():
+        ranks.setdefault(pattern, 2 * rank)
+    for pattern, alpha in config.alpha_pattern.items():
+        alphas.setdefault(pattern, growth * alpha)
+    return dataclasses.replace(
+        config,
+        rank=2 * config.rank,
+        alpha=growth * config.alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+
+
+def _exactly(path: str) -> str:
+    """A pattern for one path, whatever characters are in it."""
+    pattern = glob.escape(path)
+    return f"[r]{pattern[1:]}" if pattern.startswith("re:") else pattern

@@ -1,0 +1,312 @@
+"""What the functions on a whole model do to each weight.
+
+The functions on values take one weight in its own layout, the adapter and the target.
+Outside a trace they run compiled, once for each kind of target, so that nothing wider than
+the weight is kept, and their results have the sharding of the weight.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax._core import checks, compat, numerics, quantized
+from lora_jax.layers.dora import (
+    dora_column_norm,
+    merge_dora_weight,
+    unmerge_dora_weight,
+)
+from lora_jax.layers.lora import Adapter, merge_lora_weight, unmerge_lora_weight
+from lora_jax.plan import layout, stacks
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
+
+_LOG = logging.getLogger("lora_jax")
+
+F = TypeVar("F", bound=Callable[..., Any])
+Fold = Callable[..., jax.Array]
+
+# Inlined where something else is traced; compiled once for each target where it is not.
+_compiled = functools.partial(jax.jit, inline=True)
+
+# Relative changes of a norm below this are the rounding of the norm itself.
+_NORM_ULPS = 8
+
+
+class Finite(NamedTuple):
+    """Scalars: whether all entries of a result, and of what it was made of, are finite."""
+
+    result: Any
+    weight: Any
+    adapter: Any
+
+
+class MergeLoss(NamedTuple):
+    """What rounding a merged weight to its dtype loses. Scalars, at least float32."""
+
+    vanished: jax.Array
+    """The fraction of all entries that have an update and do not change at all."""
+    largest_vanished: jax.Array
+    """The largest `|update| / |weight|` among those; 0 if there are none."""
+    relative_error: jax.Array
+    """`|merged - exact| / |update|`, in the Frobenius norm; 0 if the update is zero."""
+
+
+def _automatic(keeps: bool) -> Callable[[F], F]:
+    """On a mesh with explicit axes, makes a function's intermediates automatic.
+
+    Folding several axes into one, and a product with factors that are sharded in another
+    way, would else need the sharding of each intermediate. The result is sharded as the
+    weight, the first argument, if the function keeps its shape, and not at all otherwise.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def wrapped(weight, *rest):
+            weight = jnp.asarray(quantized.as_dense(weight))
+            spec = compat.explicit_spec(weight)
+            if not any(spec):
+                return function(weight, *rest)
+            out: Any = PartitionSpec(*spec) if keeps else PartitionSpec()
+            with compat.on_mesh_of(weight):
+                inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
+                return inner(weight, *rest)
+
+        return cast(F, wrapped)
+
+    return decorate
+
+
+def magnitude(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> jax.Array:
+    """The DoRA magnitude, `(*batch, out)`, that makes the adapter act as a LoRA one.
+
+    The adapter may be empty if its update is zero.
+    """
+    return column_norm(weight, adapter, target)
+
+
+@_compiled
+def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of the columns of the adapted weight, `(*batch, out)`."""
+    factors = {name: value for name, value in adapter.items() if name != "m"}
+    return stacks.map_entries(_column_norm, weight, factors, target)
+
+
+@_automatic(keeps=False)
+def _column_norm(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> jax.Array:
+    matrix, axis = layout.to_matrix(weight, target), layout.norm_axis(target)
+    if not adapter:
+        return dora_column_norm(matrix, norm_axis=axis)
+    adapter = layout.matrix_adapter(adapter, target)
+    return dora_column_norm(matrix, adapter, target.alpha, norm_axis=axis)
+
+
+@_automatic(keeps=True)
+def merge(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, target: Target
+) -> jax.Array:
+    """The weight with its adapter folded in; `norm` is there for `unmerge`'s sake."""
+    del norm
+    matrix = layout.to_matrix(weight, target)
+    adapter = layout.matrix_adapter(adapter, target)
+    if target.method == "dora":
+        axis = layout.norm_axis(target)
+        merged = merge_dora_weight(matrix, adapter, target.alpha, norm_axis=axis)
+    else:
+        merged = merge_lora_weight(matrix, adapter, target.alpha)
+    return layout.from_matrix(merged, target)
+
+
+@_automatic(keeps=True)
+def unmerge(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    norm: jax.Array | None,
+    target: Target,
+) -> jax.Array:
+    """The weight without the adapter that was folded in."""
+    matrix = layout.to_matrix(weight, target)
+    adapter = layout.matrix_adapter(adapter, target)
+    if norm is not None:
+        axis = layout.norm_axis(target)
+        back = unmerge_dora_weight(matrix, adapter, norm, target.alpha, norm_axis=axis)
+    else:
+        back = unmerge_lora_weight(matrix, adapter, target.alpha)
+    return layout.from_matrix(back, target)
+
+
+@functools.partial(_compiled, static_argnums=3)
+def merge_loss(
+    weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
+) -> MergeLoss:
+    """What `merge` of a weight loses; of a quantized one, dense or quantized again."""
+    like = weight if requantize and quantized.is_quantized(weight) else None
+    return _merge_loss(weight, adapter, target, like)
+
+
+@_automatic(keeps=False)
+def _merge_loss(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    target: Target,
+    like: quantized.QuantizedTensor | None,
+) -> MergeLoss:
+    merged = merge(weight, adapter, None, target)
+    if like is not None:
+        merged = quantized.as_dense(like.quantize_like(merged))
+    merged = layout.to_matrix(merged, target)
+    matrix = layout.to_matrix(weight, target)
+    update = _update(matrix, layout.matrix_adapter(adapter, target), target)
+    wide = matrix.astype(update.dtype)
+    # For float32 weights too: the difference is exact where the update is the smaller one.
+    error = update - (merged.astype(update.dtype) - wide)
+    zero = jnp.zeros_like(update)
+    vanished = (update != 0) & (merged == matrix)
+    size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
+    ratio = jnp.where(vanished, jnp.abs(update) / size, zero)
+    norm, lost = (_frobenius(x) for x in (update, error))
+    return MergeLoss(
+        vanished=jnp.mean(vanished.astype(update.dtype)),
+        largest_vanished=jnp.max(ratio),
+        relative_error=jnp.where(norm == 0, norm, lost / jnp.where(norm == 0, 1, norm)),
+    )
+
+
+def _frobenius(x: jax.Array) -> jax.Array:
+    """The Frobenius norm."""
+    return dora_column_norm(x.reshape(-1, 1))[0]
+
+
+def _update(
+    matrix: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> jax.Array:
+    """What a merge adds to a matrix, wide and with no cancellation in it."""
+    delta = numerics.wide_delta(adapter, target.alpha, False, matrix.dtype)
+    if target.method != "dora":
+        return delta
+    axis = layout.norm_axis(target)
+    factors = {name: adapter[name] for name in ("A", "B")}
+    norm = dora_column_norm(matrix, factors, target.alpha, norm_axis=axis)
+    norm = norm.astype(delta.dtype)
+    change = adapter["m"].astype(delta.dtype) - norm
+    tolerance = _NORM_ULPS * float(jnp.finfo(delta.dtype).eps)
+    one = jnp.ones_like(norm)
+    real = (norm != 0) & (jnp.abs(change) > tolerance * norm)
+    change = jnp.where(real, change / jnp.where(norm == 0, one, norm), 0 * one)
+    change = jnp.expand_dims(change, -2 if axis == "out" else -1)  # m / n - 1
+    return delta + change * (matrix.astype(delta.dtype) + delta)
+
+
+def fold_all(
+    fold: Fold,
+    leaves: Mapping[str, Any],
+    adapters: Mapping[str, Adapter],
+    norms: Mapping[str, jax.Array],
+    plan: AdapterPlan,
+    donate: bool,
+) -> dict[str, jax.Array]:
+    """Runs `merge` or `unmerge` on each weight of a plan.
+
+    Raises:
+        FloatingPointError: if a result has an infinity or a NaN, outside a trace.
+    """
+    results, finite = {}, {}
+    for path, target in plan.targets.items():
+        with checks.at_path(path):
+            results[path], finite[path] = _run(
+                fold, leaves[path], adapters[path], norms.get(path), target, donate
+            )
+    lines = []
+    for path, flags in finite.items():
+        if flags is not None and not _is_traced(flags) and not bool(flags.result):
+            lines.append(f"  {path!r}: {_blame(flags, results[path], adapters[path])}")
+    if lines:
+        raise FloatingPointError("\n".join(["the result is not finite:", *lines]))
+    return results
+
+
+def requantize_all(
+    leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """Merged weights, quantized as the leaves at their paths are; and says what is lost."""
+    stored = {}
+    for path, weight in merged.items():
+        old = leaves[path]
+        stored[path] = weight
+        if quantized.is_quantized(old):
+            with checks.at_path(path):
+                stored[path] = old.quantize_like(weight)
+            if _LOG.isEnabledFor(logging.INFO) and not _is_traced(old, weight):
+                lost = float(_requantization_loss(old, weight, stored[path]))
+                _LOG.info("quantized again: %s, |lost| / |update| = %.3g", path, lost)
+    return stored
+
+
+@jax.jit
+def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
+    """The norm of what is lost, over that of the update; infinite without an update."""
+    wide = numerics.accumulation_dtype(merged.dtype)
+    dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
+    merged = merged.astype(wide).ravel()
+    update, lost = (jnp.linalg.norm(merged - x) for x in dense)
+    return lost / update
+
+
+def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
+    """What made a result infinite or NaN."""
+    before = [name for name in ("weight", "adapter") if not bool(getattr(flags, name))]
+    if before:
+        return f"the {' and the '.join(before)} had an infinity or a NaN already"
+    lost = ", or a magnitude of 0 cannot be undone" if "m" in adapter else ""
+    return f"the sum is beyond the range of {result.dtype}{lost}"
+
+
+def _is_traced(*trees: Any) -> bool:
+    """Whether any leaf of some trees is a value inside a trace."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def _run(
+    fold: Fold,
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    norm: jax.Array | None,
+    target: Target,
+    donate: bool,
+) -> tuple[jax.Array, Finite | None]:
+    """Runs compiled, unless it is inside a trace.
+
+    Returns:
+        The result, with the sharding of the weight, and what of it is finite; None for
+        the latter inside a trace.
+    """
+    if _is_traced(weight, adapter, norm):
+        return fold(weight, dict(adapter), norm, target), None
+    sharding = getattr(weight, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        sharding = None
+    donate = donate and isinstance(weight, jax.Array)
+    return _compiled_fold(fold, sharding, donate)(weight, dict(adapter), norm, target)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_fold(fold: Fold, sharding: NamedSharding | None, donate: bool) -> Any:
+    def folded(weight, adapter, norm, target):
+        result = fold(weight, adapter, norm, target)
+        return result, Finite(*map(_is_finite, (result, weight, adapter)))
+
+    donated = (0,) if donate else ()
+    return jax.jit(folded, donate_argnums=donated, out_shardings=(sharding, None))
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, leaves)

@@ -1,0 +1,261 @@
+"""Which axes of a weight are input, output and batch, from its uses."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from lora_jax.plan.adapter_plan import Target, Use
+
+Axes = frozenset[int]
+
+
+class UnsuitableError(ValueError):
+    """A weight cannot have an adapter; the message says why, without the path."""
+
+
+class AmbiguousError(UnsuitableError):
+    """The axes of a weight cannot be found, and could be given."""
+
+
+class MergedError(UnsuitableError):
+    """Every use of a weight needs it merged.
+
+    Attributes:
+        letters: of its axes, as its uses have them; `"..."` if they do not say.
+    """
+
+    def __init__(self, message: str, letters: str):
+        super().__init__(message)
+        self.letters = letters
+
+
+class Resolved(NamedTuple):
+    """The axes of a weight, each group in ascending order."""
+
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+
+
+class Side(NamedTuple):
+    """An axis of a weight in use that a plan has as input or as output.
+
+    Attributes:
+        letter: that of the plan, `i` or `o`.
+        role: what the use does with the axis; see `lora_jax.Use`.
+        size: of the axis.
+    """
+
+    letter: str
+    role: str
+    size: int
+
+
+class _Split(NamedTuple):
+    """How one use splits the axes that are not batch axes."""
+
+    use: Use
+    ins: Axes
+    outs: Axes
+
+
+def resolve_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Resolved:
+    """Finds the axes of a weight.
+
+    The first use that contracts some axes and keeps others, or looks rows up, says which
+    are input and which output; the others have to split them the same way, possibly with
+    input and output swapped, as a tied output head does. An axis that no use knows (of
+    size 1, or sliced away) belongs to its neighbor on the right.
+
+    Args:
+        shape: of the weight.
+        uses: its uses that stay low-rank.
+
+    Returns:
+        The axes.
+
+    Raises:
+        AmbiguousError: if uses contradict each other.
+        UnsuitableError: if no use is a low-rank one, or the weight is a vector.
+    """
+    batch = _batch_axes(shape, uses)
+    splits = [split for use in uses if (split := _split(use, batch)) is not None]
+    if not splits:
+        raise UnsuitableError(
+            f"none of its uses contracts some axes and keeps others: {_listed(uses)}"
+        )
+    sides = _sides(shape, splits)
+    sides |= dict.fromkeys(batch, "b")
+    letters = "".join(_known(sides, axis, len(shape)) for axis in range(len(shape)))
+    return from_letters(letters, shape)
+
+
+def from_letters(letters: str, shape: tuple[int, ...]) -> Resolved:
+    """The axes that one letter for each axis names, such as `"bio"`.
+
+    Raises:
+        UnsuitableError: if the weight is a vector.
+    """
+    ins, outs, batch = (
+        tuple(axis for axis, letter in enumerate(letters) if letter == which)
+        for which in "iob"
+    )
+    sizes = [math.prod(shape[axis] for axis in axes) for axes in (ins, outs)]
+    if min(sizes) == 1:
+        raise UnsuitableError(
+            f"it is a vector: as a matrix it is ({sizes[0]}, {sizes[1]}), of rank 1"
+        )
+    return Resolved(ins, outs, batch)
+
+
+def letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str | None:
+    """The letters of the axes, such as `"bio"`, if the uses of a weight tell them."""
+    try:
+        axes = resolve_axes(shape, uses)
+    except UnsuitableError:
+        return None
+    return "".join("iob"[[i in own for own in axes].index(True)] for i in range(len(shape)))
+
+
+def _batch_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Axes:
+    batch = set()
+    for axis in range(len(shape)):
+        roles = {use.roles[axis] for use in uses}
+        if roles & {"stacked", "batch"}:
+            # A stack run through in blocks is kept inside of each.
+            other = "contracted" in roles or ("kept" in roles and "stacked" not in roles)
+            if other and shape[axis] > 1:
+                raise _ambiguous(f"axis {axis} is a batch axis in some only", uses)
+            batch.add(axis)
+        elif _only_indexed(roles) and any(_both(use, exclude=axis) for use in uses):
+            batch.add(axis)
+    return frozenset(batch)
+
+
+def _only_indexed(roles: set[str]) -> bool:
+    return "indexed" in roles and not roles & {"contracted", "kept"}
+
+
+def _both(use: Use, exclude: int) -> bool:
+    """Whether a use contracts an axis and keeps another, without counting one axis."""
+    roles = {role for axis, role in enumerate(use.roles) if axis != exclude}
+    return {"contracted", "kept"} <= roles
+
+
+def _split(use: Use, batch: Axes) -> _Split | None:
+    """How a use splits the axes, or None if it does not."""
+
+    def having(role: str) -> Axes:
+        axes = (axis for axis, own in enumerate(use.roles) if own == role)
+        return frozenset(axes) - batch
+
+    contracted, kept, indexed = map(having, ("contracted", "kept", "indexed"))
+    if contracted and kept:
+        return _Split(use, contracted, kept)
+    rest = frozenset(range(len(use.roles))) - batch - indexed
+    if indexed and rest and not contracted:
+        return _Split(use, indexed, rest)
+    return None
+
+
+def _sides(shape: tuple[int, ...], splits: Sequence[_Split]) -> dict[int, str]:
+    """The letter of each axis that a split knows."""
+    first = splits[0]
+    sides = _letters(first.ins, first.outs)
+    for split in splits[1:]:
+        same = _letters(split.ins, split.outs)
+        swapped = _letters(split.outs, split.ins)
+        known = [axis for axis in same if axis in sides and shape[axis] > 1]
+        fitting = [
+            letters
+            for letters in (same, swapped)
+            if all(letters[axis] == sides[axis] for axis in known)
+        ]
+        if not fitting:
+            raise _ambiguous("they split its axes in two ways", (first.use, split.use))
+        sides = fitting[0] | sides
+    return sides
+
+
+def _letters(ins: Axes, outs: Axes) -> dict[int, str]:
+    return dict.fromkeys(ins, "i") | dict.fromkeys(outs, "o")
+
+
+def _known(sides: dict[int, str], axis: int, ndim: int) -> str:
+    """The letter of an axis, or of the next to its right, or else left, that has one."""
+    order = (*range(axis, ndim), *range(axis, -1, -1))
+    return next(sides[i] for i in order if i in sides)
+
+
+def _ambiguous(reason: str, uses: Iterable[Use]) -> AmbiguousError:
+    return AmbiguousError(f"its uses contradict each other, {reason}: {_listed(uses)}")
+
+
+def _listed(uses: Iterable[Use]) -> str:
+    return " and ".join(map(str, uses))
+
+
+_READS = {"contracted": "i", "indexed": "i", "kept": "o", "batch": "b", "stacked": "b"}
+
+
+def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
+    """The axes of a weight as one use of it has them, seen through the factors of a plan.
+
+    The batch axes of the plan may be used in any way: a matrix for each index is what they
+    are for any of them.
+
+    Args:
+        target: of the plan.
+        sides: the other axes of the value that is used. They are those of the weight, as
+            long as it has not been reshaped.
+        ndim: the number of axes of the value that are longer than 1.
+
+    Returns:
+        One letter for each axis of the weight, those of the plan if the use agrees with it;
+        None if the use does not say which axes are input and which are output.
+    """
+    if all(_READS.get(side.role) == side.letter for side in sides):
+        return target.axes if {side.letter for side in sides} == {"i", "o"} else None
+    found = {letter: {s.role for s in sides if s.letter == letter} for letter in "io"}
+    ins, outs = ({_READS.get(role) for role in found[letter]} for letter in "io")
+    whole = ndim <= sum(size > 1 for size in target.shape)
+    if "b" in ins | outs:
+        if whole:
+            return _with(target, [side for side in sides if _READS.get(side.role) == "b"])
+        return target.axes if "i" in ins and "o" in outs else None
+    known_ins, known_outs = ins & {"i", "o"}, outs & {"i", "o"}
+    if known_ins == {"o"} and known_outs == {"i"}:
+        return turned(target.axes)
+    if "o" not in known_ins | known_outs or "i" not in known_ins | known_outs:
+        return None
+    if whole:
+        others = [s for s in sides if _READS.get(s.role, s.letter) != s.letter]
+        return _with(target, others)
+    return target.axes if "i" in known_ins and "o" in known_outs else None
+
+
+def turned(letters: str) -> str:
+    """The letters of axes with input and output in each other's place."""
+    return letters.translate({ord("i"): "o", ord("o"): "i"})
+
+
+def _with(target: Target, sides: Iterable[Side]) -> str:
+    """The letters of a plan, with those of some axes as their uses have them."""
+    letters, left = list(target.axes), set(range(len(target.axes)))
+    for side in sides:
+        places = [axis for axis in sorted(left) if target.axes[axis] == side.letter]
+        same = [axis for axis in places if target.shape[axis] == side.size]
+        if places:
+            axis = (same or places)[0]
+            letters[axis] = _READS[side.role]
+            left.remove(axis)
+    return "".join(letters)
+
+
+def contradicts(target: Target, use: Use) -> bool:
+    """Whether a recorded use has the axes of a weight otherwise than a plan."""
+    pairs = zip(target.axes, use.roles, target.shape, strict=False)
+    return any(
+        letter != "b" and size > 1 and _READS.get(role, letter) != letter
+        for letter, role, size in pairs
+    )

@@ -1,0 +1,251 @@
+"""What to adapt and how, in the user's words."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+from jax.typing import DTypeLike
+
+from lora_jax._core import checks, tree_paths
+from lora_jax._core.immutable import FrozenDict
+from lora_jax.layers.initializers import Init, check_init
+
+__all__ = ["LoraConfig"]
+
+ALL_LINEAR = "all-linear"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which weights have an adapter, and what kind.
+
+    Immutable and hashable; to JAX a static value without leaves. `plan_adapters` makes a
+    plan of it for some params. A *pattern* is a glob on a weight's whole path, such as
+    `"*/query/kernel"`, where `*` also stands for `/`; or a regular expression that has to
+    match the whole path, as an `re.Pattern` or as `"re:..."`. Where a dict has several
+    patterns that match a path, the first counts.
+
+    Args:
+        rank: of the adapters, at least 1.
+        alpha: a finite number other than 0. The update is multiplied by `alpha / rank`.
+        targets: patterns of the paths of the weights to adapt, or one pattern. Or
+            `"all-linear"`: every weight that a matrix product uses.
+        exclude: patterns of paths not to adapt, or one pattern.
+        rank_pattern: pattern to rank, for weights with another rank.
+        alpha_pattern: pattern to alpha, for weights with another alpha.
+        axes: pattern to a string of one letter for each axis of the weight, `i` for input,
+            `o` for output and `b` for batch (stacked layers, experts): `"oi"`, `"bio"`.
+            For weights whose axes cannot be found, or are to be other than what is found.
+        rank_stabilized: multiply by `alpha / sqrt(rank)` instead.
+        use_dora: the method is DoRA and not LoRA.
+        dropout: the probability that an entry of an adapter's input is dropped in
+            training, in [0, 1).
+        init: of the factors; see `lora_jax.initializers.init_factors`.
+        dtype: of the factors, floating point and of at least 16 bits. None is the
+            weight's, but at least float32.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if a number is out of its range, a pattern is no regular expression, a
+            name is unknown, there are no targets, or an entry of `axes` is not made of
+            the letters i, o and b with an i and an o among them.
+
+    References:
+        Rank stabilization: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732. DoRA:
+        Liu et al., 2024, https://arxiv.org/abs/2402.09353.
+
+    Example:
+        >>> import lora_jax
+        >>> config = lora_jax.LoraConfig(
+        ...     rank=4, targets=("*/query/kernel", "*/value/kernel"),
+        ...     rank_pattern={"layers_0/*": 2},
+        ... )
+        >>> config.rank_of("layers_0/query/kernel"), config.rank_of("layers_1/query/kernel")
+        (2, 4)
+        >>> config.scale_of("layers_1/query/kernel")
+        4.0
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = ALL_LINEAR
+    exclude: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = ()
+    _: dataclasses.KW_ONLY
+    rank_pattern: Mapping[str, int] = FrozenDict()
+    alpha_pattern: Mapping[str, float] = FrozenDict()
+    axes: Mapping[str, str] = FrozenDict()
+    rank_stabilized: bool = False
+    use_dora: bool = False
+    dropout: float = 0.0
+    init: Init = "kaiming_uniform"
+    dtype: DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        checks.check_flags(rank_stabilized=self.rank_stabilized, use_dora=self.use_dora)
+        checks.check_rate("dropout", self.dropout)
+        kept = {
+            "rank": _rank(self.rank),
+            "alpha": _alpha(self.alpha),
+            "targets": _targets(self.targets),
+            "exclude": tree_paths.as_texts("exclude", self.exclude),
+            "rank_pattern": _entries("rank_pattern", self.rank_pattern, _rank),
+            "alpha_pattern": _entries("alpha_pattern", self.alpha_pattern, _alpha),
+            "axes": _entries("axes", self.axes, _axes),
+            "rank_stabilized": bool(self.rank_stabilized),
+            "use_dora": bool(self.use_dora),
+            "dropout": float(self.dropout),
+            "dtype": _dtype(self.dtype),
+        }
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        _check_init_of_ranks(self.init, (self.rank, *self.rank_pattern.values()))
+
+    @property
+    def method(self) -> Literal["lora", "dora"]:
+        """The name of the method."""
+        return "dora" if self.use_dora else "lora"
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the adapter at a path."""
+        return tree_paths.look_up(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the adapter at a path."""
+        return tree_paths.look_up(self.alpha_pattern, path, self.alpha)
+
+    def scale_of(self, path: str) -> float:
+        """What multiplies `A @ B` at a path: `alpha / rank`, or `alpha / sqrt(rank)`."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def axes_of(self, path: str) -> str | None:
+        """The letters that `axes` gives the axes of the weight at a path, or None."""
+        return tree_paths.look_up(self.axes, path, None)
+
+    def to_json(self) -> str:
+        """Writes the config as JSON.
+
+        Returns:
+            A JSON object with the fields of the config; patterns are text, regular
+            expressions in the form `"re:..."`.
+
+        Raises:
+            TypeError: if `init` is a function.
+        """
+        for init in self.init if isinstance(self.init, tuple) else (self.init,):
+            if not isinstance(init, str):
+                raise TypeError(
+                    f"init is the function {init!r}, which JSON cannot hold: use the name "
+                    "of an initializer, or write dataclasses.replace(config, "
+                    "init='kaiming_uniform') and give init again after reading."
+                )
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps(fields, indent=2, default=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LoraConfig":
+        """Reads a config that `to_json` wrote.
+
+        Args:
+            text: a JSON object with fields of the config; others have their defaults.
+
+        Returns:
+            The config.
+
+        Raises:
+            TypeError, ValueError: if the text is no JSON, a field is unknown or twice
+                there, or a value is none that the config takes.
+        """
+        with checks.reading_json("the JSON of a LoraConfig", text) as given:
+            return from_fields(given)
+
+
+def from_fields(given: Any) -> LoraConfig:
+    """The config of a JSON object that was read."""
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    checks.check_fields("a LoraConfig", given, names)
+    fields = dict(given)
+    if isinstance(fields.get("init"), list):
+        fields["init"] = tuple(fields["init"])
+    if fields.get("dtype") is not None:
+        checks.check_json("dtype", fields["dtype"], str, "the name of a dtype, or null")
+    return LoraConfig(**fields)
+
+
+def kept_patterns(patterns: Any) -> tuple[str, ...]:
+    """Patterns of a config (other than `"all-linear"`) as what it keeps them as."""
+    return patterns
+
+
+def _rank(rank: Any) -> int:
+    checks.check_rank(rank)
+    return int(rank)
+
+
+def _alpha(alpha: Any) -> float:
+    if isinstance(alpha, jax.Array):
+        raise TypeError(
+            f"alpha must be a Python number, because a config is static, got {alpha!r}: "
+            "use float(alpha)."
+        )
+    checks.check_number("alpha", alpha)
+    if alpha == 0:
+        raise ValueError("alpha must not be 0: the adapter would never act.")
+    return float(alpha)
+
+
+def _axes(letters: Any) -> str:
+    if not isinstance(letters, str):
+        raise TypeError(
+            "the axes of a weight must be a string such as 'io', one letter for each axis, "
+            f"got {letters!r} ({type(letters).__name__})."
+        )
+    if not {"i", "o"} <= set(letters) <= {"i", "o", "b"}:
+        raise ValueError(
+            "the axes of a weight must be a string of the letters i (input), o (output) "
+            f"and b (batch), with at least one i and one o, got {letters!r}."
+        )
+    return letters
+
+
+def _targets(targets: Any) -> str | tuple[str, ...]:
+    if isinstance(targets, str) and targets == ALL_LINEAR:
+        return targets
+    patterns = tree_paths.as_texts("targets", targets)
+    if not patterns:
+        raise ValueError(
+            "targets is empty: give patterns of the weights' paths, or 'all-linear'."
+        )
+    if ALL_LINEAR in patterns:
+        raise ValueError(
+            f"'all-linear' stands alone and is no pattern, got targets={patterns!r}: give "
+            "targets='all-linear', or patterns only."
+        )
+    return patterns
+
+
+def _entries(name: str, entries: Any, check: Callable[[Any], Any]) -> FrozenDict[str, Any]:
+    checked = {}
+    for pattern, value in tree_paths.as_entries(name, entries).items():
+        with checks.at_path(f"{name}[{pattern!r}]"):
+            checked[pattern] = check(value)
+    return FrozenDict(checked)
+
+
+def _dtype(dtype: Any) -> str | None:
+    return None if dtype is None else checks.check_factor_dtype(dtype).name
+
+
+def _check_init_of_ranks(init: Any, ranks: Iterable[int]) -> None:
+    check_init(init)
+    odd = [rank for rank in ranks if rank % 2]
+    if isinstance(init, str) and init == "orthogonal" and odd:
+        raise ValueError(
+            "init='orthogonal' halves the rank, so each rank must be even, got "
+            f"{', '.join(map(str, odd))}."
+        )

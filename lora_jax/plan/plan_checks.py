@@ -1,0 +1,153 @@
+"""Checks that params and adapters are those of a plan."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax._core import checks, tree_paths
+from lora_jax._core.quantized import QuantizedTensor
+from lora_jax.layers import adapter_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
+
+_NO_BIASES = dict.fromkeys(
+    adapter_checks.BIASES,
+    "an adapter of a plan has no biases, since a plan is about weights; fold this one "
+    "into the layer's own bias with lora_bias_delta, and leave it out.",
+)
+_NO_MAGNITUDE = {
+    "m": "the plan's method is 'lora', which has no magnitude: make the plan with "
+    "use_dora=True, or leave it out on purpose."
+}
+
+
+def check_plan(plan: Any) -> None:
+    """Raises unless `plan` is an AdapterPlan."""
+    if not isinstance(plan, AdapterPlan):
+        raise TypeError(
+            f"plan must be an AdapterPlan, got {type(plan).__name__}: make one with "
+            "plan_adapters(config, params, fn, *args)."
+        )
+
+
+def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
+    """Raises unless the weights that a plan adapts are among some params.
+
+    Args:
+        params_by_path: the leaves of the params by path.
+        plan: the plan.
+
+    Raises:
+        KeyError: if a weight is missing.
+        TypeError: if one is not a floating-point array.
+        ValueError: if one has another shape than in the plan.
+    """
+    check_plan(plan)
+    missing = [path for path in plan.targets if path not in params_by_path]
+    if missing:
+        hint = tree_paths.nearest_hint(missing[0], params_by_path)
+        raise KeyError(
+            f"params lack weights that the plan adapts: {tree_paths.listed(missing)}{hint}."
+            " Is the plan that of these params? They come first, before the adapters."
+        )
+    for path, target in plan.targets.items():
+        weight = params_by_path[path]
+        with checks.at_path(path):
+            checks.check_abstract_array("the weight", weight)
+            if tuple(weight.shape) != target.shape:
+                raise ValueError(
+                    f"the plan is for a weight of shape {target.shape}, got "
+                    f"{tuple(weight.shape)}: make the plan anew for these params."
+                )
+
+
+def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
+    """Raises unless `adapters` are those of a plan, each with the shapes it has there.
+
+    Args:
+        adapters: what the caller gave.
+        plan: the plan.
+
+    Raises:
+        KeyError: if a path or an entry is missing or unknown.
+        TypeError: if something is not a dict, or not a floating-point array.
+        ValueError: if a shape is not the plan's, or an adapter has biases.
+    """
+    check_plan(plan)
+    check_paths("adapters", adapters, list(plan.targets))
+    for path, target in plan.targets.items():
+        with checks.at_path(path):
+            _check_adapter(adapters[path], target)
+
+
+def check_paths(name: str, given: Any, paths: list[str]) -> None:
+    """Raises unless `given` is a dict with exactly some of the plan's paths."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{name} must be a dict from paths of weights, got {type(given).__name__}: are "
+            "the arguments in order (params, adapters, plan)?"
+        )
+    missing = [path for path in paths if path not in given]
+    unknown = [str(path) for path in given if path not in paths]
+    if missing or unknown:
+        near = difflib.get_close_matches(unknown[0], paths, n=1) if unknown else []
+        raise KeyError(
+            f"{name} must have the {len(paths)} paths of the plan"
+            + (f"; missing: {tree_paths.listed(missing)}" if missing else "")
+            + (f"; unknown: {tree_paths.listed(unknown)}" if unknown else "")
+            + (f"; the nearest is {near[0]!r}" if near else "")
+            + ". Are they of another plan?"
+        )
+
+
+def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
+    """Raises unless `norms` are those of the columns of a plan's DoRA weights.
+
+    Args:
+        norms: what the caller gave.
+        plan: the plan.
+
+    Raises:
+        KeyError: if a path is missing, or is not that of a weight with DoRA.
+        TypeError: if it is not a dict of floating-point arrays.
+        ValueError: if a shape is not `(*batch, out)`.
+    """
+    check_plan(plan)
+    targets = {p: t for p, t in plan.targets.items() if t.method == "dora"}
+    check_paths("column_norms", norms, list(targets))
+    for path, target in targets.items():
+        shape = target.adapter_shapes["m"]
+        with checks.at_path(path):
+            checks.check_vector("column_norms", norms[path], shape, "one for each column")
+
+
+def _check_adapter(adapter: Any, target: Target) -> None:
+    shapes = target.adapter_shapes
+    refused = _NO_BIASES | ({} if "m" in shapes else _NO_MAGNITUDE)
+    adapter_checks.check_adapter(
+        adapter, target.matrix_shape, required=tuple(shapes), refused=refused
+    )
+    for name, shape in shapes.items():
+        if adapter[name].shape != shape:
+            raise ValueError(
+                f"adapter[{name!r}] must have the shape {shape} that the plan has for "
+                f"rank {target.rank}, got {adapter[name].shape}."
+            )
+
+
+def check_none_is_shared(
+    leaves: Mapping[str, Any], paths: Iterable[str], way_out: str
+) -> None:
+    """Raises ValueError if an array to donate, at one of some paths, is at another too."""
+    owners: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array | QuantizedTensor):
+            owners.setdefault(id(leaf), []).append(path)
+    for path in paths:
+        for other in owners.get(id(leaves[path]), ()):
+            if other != path:
+                raise ValueError(
+                    f"the array at {path!r} is also at {other!r}, and donating it would "
+                    f"delete both: {way_out}."
+                )

@@ -1,0 +1,57 @@
+"""Functions of one weight on a weight that is stored in few bits, entry by entry."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax._core import compat, quantized
+from lora_jax.plan.adapter_plan import Target
+
+Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
+
+
+def map_entries(
+    function: Function, weight: Any, adapter: Mapping[str, jax.Array], target: Target
+) -> Any:
+    """`function(weight, adapter, target)` of the dense weight.
+
+    Of a quantized stack of weights one entry is dense at a time.
+
+    Args:
+        function: of a dense weight in its own layout, its adapter and the target. What it
+            returns has the batch axes in front.
+        weight: an array or a quantized weight.
+        adapter: any of the adapter's entries.
+        target: of the weight.
+    """
+    adapter = dict(adapter)
+    if not quantized.is_quantized(weight) or not weight.batch_ndim:
+        return function(quantized.as_dense(weight), adapter, target)
+    if target.batch_axes[:1] != (0,):
+        return function(quantized.as_dense(weight), adapter, target)
+    entry = _entry(target)
+
+    def each(*of: Any) -> Any:
+        return jax.lax.map(lambda own: map_entries(function, own[0], own[1], entry), of)
+
+    # The stack may be sharded, which JAX maps over on automatic axes only.
+    mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
+    out = compat.automatically(each, mesh, weight, adapter)
+    return jax.tree.map(lambda x: compat.replicated(x, mesh), out)
+
+
+def _entry(target: Target) -> Target:
+    """The target of one entry of the first axis."""
+
+    def behind(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis - 1 for axis in axes if axis)
+
+    return dataclasses.replace(
+        target,
+        shape=target.shape[1:],
+        batch_axes=behind(target.batch_axes),
+        in_axes=behind(target.in_axes),
+        out_axes=behind(target.out_axes),
+    )

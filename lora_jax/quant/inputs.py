@@ -1,0 +1,127 @@
+"""Checks of weights that are to be quantized, and of arrays that are read from files."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from lora_jax._core import checks, quantized
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes of weights that are quantized."""
+
+
+def check_weight(weight: Any, batch_axes: Any) -> jax.Array:
+    """The weight as an array of JAX, if it can be quantized.
+
+    Raises:
+        TypeError: if it is no floating-point array of at most 32 bits, or `batch_axes` no
+            integer.
+        ValueError: if it is empty, all of its axes are batch axes, or, outside of
+            `jax.jit`, not all of its values are finite.
+    """
+    if quantized.is_quantized(weight):
+        raise TypeError(f"weight is quantized already: {weight!r}.")
+    checks.check_array("weight", weight)
+    array = jnp.asarray(weight)
+    if array.dtype.name not in DTYPES:
+        raise TypeError(
+            f"weight must be {', '.join(DTYPES)}, got {array.dtype}: quantization keeps "
+            "few bits of it anyway, so cast it with .astype('float32')."
+        )
+    axes = as_integer("batch_axes", batch_axes)
+    if not 0 <= axes < max(array.ndim, 1):
+        raise ValueError(
+            f"batch_axes must be at least 0 and below {array.ndim}, the number of axes of "
+            f"the weight, got {axes}: the axes after it are those of one weight."
+        )
+    if 0 in array.shape:
+        raise ValueError(f"weight has no entries to quantize, its shape is {array.shape}.")
+    _check_finite(weight)
+    return array
+
+
+def check_matrix(weight: Any, batch_axes: Any, what: str) -> jax.Array:
+    """As `check_weight`, for a format that has a scale for each output."""
+    array = check_weight(weight, batch_axes)
+    if array.ndim - batch_axes < 2:
+        raise ValueError(
+            f"{what} has a scale for each output of a weight (*batch, in, out), got shape "
+            f"{array.shape} with {batch_axes} batch axes: leave vectors as they are, or "
+            "use quantize_nf4."
+        )
+    return array
+
+
+def _check_finite(weight: Any) -> None:
+    """Raises if values that are known, also where something else is traced, are not."""
+    if isinstance(weight, Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        count = int(_count_not_finite(jnp.asarray(weight)))
+    if count:
+        raise ValueError(
+            f"{count} of the {weight.size} entries of weight are infinite or NaN, and "
+            "would make all that shares a scale with them NaN: was it read or trained well?"
+        )
+
+
+@jax.jit
+def _count_not_finite(array: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(array), dtype=jnp.int32)
+
+
+def check_count(name: str, value: Any) -> int:
+    """A positive integer.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is not positive.
+    """
+    count = as_integer(name, value)
+    if count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {count}.")
+    return count
+
+
+def as_integer(name: str, value: Any) -> int:
+    """An integer of any kind as Python's.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__})."
+        ) from None
+
+
+def check_weight_dtype(name: Any) -> None:
+    """Raises unless it is the name of a dtype that is quantized."""
+    if name not in DTYPES:
+        raise ValueError(f"weight_dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+
+
+def check_present(**arrays: Any) -> None:
+    """Raises if any of the arrays is None."""
+    for name, array in arrays.items():
+        if array is None:
+            raise ValueError(f"the array {name} is missing.")
+
+
+def check_leaf(name: str, array: Any, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    """Raises unless an array has a shape and a dtype."""
+    check_present(**{name: array})
+    if tuple(array.shape) != shape or array.dtype != dtype:
+        raise ValueError(
+            f"the array {name} should be {jnp.dtype(dtype)} of the shape {shape}, and is "
+            f"{array.dtype} of {tuple(array.shape)}."
+        )

@@ -1,0 +1,381 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from tests import reference, support
+
+ALPHA = 3.0
+SCALE = ALPHA / support.RANK
+AXES = ("out", "in")
+
+
+def make_case(layout="rows", norm_axis="out", **options):
+    return support.make_case(layout, method="dora", norm_axis=norm_axis, **options)
+
+
+def linear(case, **options):
+    return lora_jax.dora_linear(case.x, case.weight, case.adapter, ALPHA, **options)
+
+
+def gradients(case, **options):
+    def loss(x, adapter):
+        y = lora_jax.dora_linear(x, case.weight, adapter, ALPHA, **options)
+        return jnp.sum((y * case.c).astype(jnp.float32))
+
+    grad_x, grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(case.x, case.adapter)
+    return grads | {"x": grad_x}
+
+
+# ---------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("layout", support.LAYOUTS)
+def test_output_and_gradients_equal_the_formula(layout, norm_axis, detach_norm):
+    case = make_case(layout, norm_axis)
+    options = {"norm_axis": norm_axis, "detach_norm": detach_norm}
+    x, weight, bias, adapter, c = case.reference()
+    y = linear(case, bias=case.bias, **options)
+    assert y.shape == case.c.shape
+    want = reference.dora_linear(x, weight, adapter, SCALE, bias, norm_axis)
+    support.assert_close(y, want, 16)
+    want = reference.dora_gradients(x, weight, adapter, SCALE, c, **options)
+    for name, value in gradients(case, **options).items():
+        support.assert_close(value, want[name], 32)
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("dtype", support.HALF)
+def test_half_precision(dtype, norm_axis):
+    case = make_case("tokens", norm_axis, dtype=dtype)
+    x, weight, _, adapter, c = case.reference()
+    y = linear(case, norm_axis=norm_axis)
+    assert y.dtype == dtype
+    want = reference.dora_linear(x, weight, adapter, SCALE, norm_axis=norm_axis)
+    support.assert_close(y, want, 2)
+    want = reference.dora_gradients(x, weight, adapter, SCALE, c, norm_axis)
+    for name, value in gradients(case, norm_axis=norm_axis).items():
+        assert value.dtype == (case.x if name == "x" else case.adapter[name]).dtype
+        support.assert_close(value, want[name], 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_float64_stays_float64(norm_axis):
+    with support.x64():
+        case = make_case("stacked", norm_axis, dtype="float64", adapter_dtype="float64")
+        case.adapter["m"] = case.adapter["m"].astype("float64")
+        x, weight, _, adapter, c = case.reference()
+        options = {"norm_axis": norm_axis, "detach_norm": False}
+        want = reference.dora_linear(x, weight, adapter, SCALE, norm_axis=norm_axis)
+        support.assert_close(linear(case, **options), want, 16)
+        want = reference.dora_gradients(x, weight, adapter, SCALE, c, **options)
+        for name, value in gradients(case, **options).items():
+            assert value.dtype == jnp.float64
+            support.assert_close(value, want[name], 32)
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_a_new_adapter_changes_one_rounding(norm_axis):
+    case = support.make_case("tokens")
+    adapter = lora_jax.init_dora_adapter(
+        jax.random.key(0), case.weight, support.RANK, norm_axis=norm_axis
+    )
+    y = jax.jit(linear, static_argnames="norm_axis")(
+        support.Case(case.x, case.weight, case.bias, adapter, case.c), norm_axis=norm_axis
+    )
+    x, weight, *_ = case.reference()
+    support.assert_close(y, x @ weight, 4)
+
+
+def test_scale_bias_multiplies_the_bias():
+    case = make_case("stacked")
+    x, weight, bias, adapter, _ = case.reference()
+    k = adapter["m"] / reference.norms(reference.lora_weight(weight, adapter, SCALE), "out")
+    want = reference.dora_linear(x, weight, adapter, SCALE, k * bias)
+    support.assert_close(linear(case, bias=case.bias, scale_bias=True), want, 16)
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_given_norms_give_the_same(norm_axis):
+    case = make_case("stacked", norm_axis)
+    options = {"norm_axis": norm_axis}
+    y, grads = linear(case, **options), gradients(case, **options)
+    base = lora_jax.dora_column_norm(case.weight, **options)
+    norm = lora_jax.dora_column_norm(case.weight, case.adapter, ALPHA, **options)
+    for given in ({"weight_norm_squared": base**2}, {"column_norm": norm}):
+        support.assert_close(linear(case, **options, **given), y, 8)
+        for name, value in gradients(case, **options, **given).items():
+            support.assert_close(value, grads[name], 16)
+
+
+def test_gradient_goes_on_through_a_given_norm():
+    case = make_case()
+
+    def loss(adapter):
+        norm = lora_jax.dora_column_norm(case.weight, adapter, ALPHA)
+        y = lora_jax.dora_linear(
+            case.x, case.weight, adapter, ALPHA, column_norm=norm, detach_norm=False
+        )
+        return jnp.vdot(y, case.c)
+
+    want = gradients(case, detach_norm=False)
+    for name, value in jax.grad(loss)(case.adapter).items():
+        support.assert_close(value, want[name], 16)
+
+
+def test_frozen_weight_has_no_gradient():
+    case = make_case()
+    loss = lambda weight: lora_jax.dora_linear(  # noqa: E731
+        case.x, weight, case.adapter, ALPHA, detach_norm=False
+    ).sum()
+    assert not jax.grad(loss)(case.weight).any()
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_vmap_is_a_leading_axis(norm_axis):
+    case = make_case("stacked", norm_axis)
+    options = {"norm_axis": norm_axis, "detach_norm": False}
+    mapped = jax.vmap(lambda case: linear(case, **options))(case)
+    support.assert_close(linear(case, **options), mapped, 8)
+    grads = jax.vmap(lambda case: gradients(case, **options))(case)
+    for name, value in gradients(case, **options).items():
+        support.assert_close(value, grads[name], 16)
+
+
+def test_second_order_and_forward_mode():
+    case = make_case()
+
+    def loss(adapter):
+        y = lora_jax.dora_linear(case.x, case.weight, adapter, ALPHA, detach_norm=False)
+        return jnp.sum(y**2)
+
+    def directional(adapter):
+        return jax.jvp(loss, (adapter,), (case.adapter,))[1]
+
+    got = jax.grad(directional)(case.adapter)
+    _, want = jax.jvp(jax.grad(loss), (case.adapter,), (case.adapter,))
+    for name, value in got.items():
+        support.assert_close(value, want[name], 128)
+
+
+def test_one_trace_for_all_values():
+    case = make_case("tokens")
+    with support.count_traces(lora_jax.dora_linear) as (linear, traces):
+        for alpha in (1.0, 2.0, 5.0):
+            adapter = jax.tree.map(lambda v, alpha=alpha: v * alpha, case.adapter)
+            linear(case.x, case.weight, adapter, jnp.float32(alpha)).block_until_ready()
+    assert len(traces) == 1
+
+
+# ----------------------------------------------------------------------- zero columns
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_zero_columns_have_factor_one_and_finite_gradients(norm_axis, detach_norm):
+    case = support.make_case("rows")
+    index = (slice(None), 2) if norm_axis == "out" else (2, slice(None))
+    weight = case.weight.at[index].set(0.0)
+    adapter = lora_jax.init_dora_adapter(
+        jax.random.key(0), weight, support.RANK, norm_axis=norm_axis
+    )
+    case = support.Case(case.x, weight, case.bias, adapter, case.c)
+    options = {"norm_axis": norm_axis, "detach_norm": detach_norm}
+    support.assert_close(linear(case, **options), reference.f64(case.x) @ weight, 8)
+    grads = gradients(case, **options)
+    assert all(jnp.isfinite(value).all() for value in grads.values())
+    # The factor is 1, not 0 / 0: B of a zero column gets the gradient that LoRA gives it.
+    want = reference.lora_gradients(
+        *case.reference()[:2], reference.f64(adapter), SCALE, reference.f64(case.c)
+    )
+    if norm_axis == "out":
+        support.assert_close(grads["B"][:, 2], want["B"][:, 2], 32)
+    assert grads["m"][2] == 0.0
+    merged = lora_jax.merge_dora_weight(weight, adapter, ALPHA, norm_axis=norm_axis)
+    assert not merged[index].any()
+    norm = lora_jax.dora_column_norm(weight, adapter, ALPHA, norm_axis=norm_axis)
+    back = lora_jax.unmerge_dora_weight(merged, adapter, norm, ALPHA, norm_axis=norm_axis)
+    support.assert_close(back, weight, 4)
+
+
+def test_nan_in_the_weight_is_not_hidden():
+    case = make_case()
+    weight = case.weight.at[0, 2].set(jnp.nan)
+    y = lora_jax.dora_linear(case.x, weight, case.adapter, ALPHA)
+    assert jnp.isnan(y[:, 2]).all()
+    assert jnp.isfinite(y[:, :2]).all()
+
+
+# ---------------------------------------------------------------------------- dropout
+
+
+def masks_of(key, rate, shape, mode):
+    keys = jax.random.split(key) if mode == "megatron" else (key, key)
+    return [
+        reference.f64(jax.random.bernoulli(k, 1 - rate, shape)) / (1 - rate) for k in keys
+    ]
+
+
+@pytest.mark.parametrize("layout", ["rows", "tokens", "stacked"])
+@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("mode", ["peft", "torchtune", "megatron"])
+def test_dropout_modes(mode, norm_axis, layout):
+    case, rate, key = make_case(layout, norm_axis), 0.25, jax.random.key(7)
+    options = {"dropout_rate": rate, "dropout_key": key, "dropout_mode": mode}
+    options["norm_axis"] = norm_axis
+    x, weight, _, adapter, c = case.reference()
+    first, second = (v.reshape(x.shape) for v in masks_of(key, rate, case.x.shape, mode))
+    k = adapter["m"] / reference.norms(
+        reference.lora_weight(weight, adapter, SCALE), norm_axis
+    )
+    k = reference.along(k, norm_axis)
+    kd = k * (SCALE * adapter["A"] @ adapter["B"])
+    if mode == "torchtune":
+        terms = [(np.ones_like(first), k * weight), (first, kd)]
+    else:
+        terms = [(np.ones_like(first), weight), (second, (k - 1) * weight), (first, kd)]
+    want = sum((x * mask) @ matrix for mask, matrix in terms)
+    support.assert_close(linear(case, **options), want, 16)
+    want_x = sum(mask * (c @ reference.t(matrix)) for mask, matrix in terms)
+    grads = gradients(case, **options)
+    support.assert_close(grads["x"], want_x, 32)
+    want_b = (
+        SCALE * (k * (reference.t(adapter["A"]) @ (reference.t(x * first) @ c)))
+        if norm_axis == "out"
+        else SCALE * reference.t(adapter["A"]) @ (k * (reference.t(x * first) @ c))
+    )
+    support.assert_close(grads["B"], want_b, 32)
+    # d y / d k is linear in k, so the gradient of m is the terms that have k, over n.
+    with_k = [(first, kd / k), (np.ones_like(x) if mode == "torchtune" else second, weight)]
+    if norm_axis == "out":
+        d_k = sum((c * ((x * mask) @ matrix)).sum(-2) for mask, matrix in with_k)
+    else:
+        d_k = sum((x * mask * (c @ reference.t(matrix))).sum(-2) for mask, matrix in with_k)
+    norm = reference.norms(reference.lora_weight(weight, adapter, SCALE), norm_axis)
+    support.assert_close(grads["m"], d_k / norm, 64)
+
+
+# ---------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("layout", support.LAYOUTS)
+def test_merged_layer_equals_adapted_layer(layout, norm_axis):
+    case = make_case(layout, norm_axis)
+    merged = lora_jax.merge_dora_weight(
+        case.weight, case.adapter, ALPHA, norm_axis=norm_axis
+    )
+    _, weight, _, adapter, _ = case.reference()
+    support.assert_close(
+        merged, reference.dora_weight(weight, adapter, SCALE, norm_axis), 8
+    )
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_unmerge_undoes_merge_within_its_bound(dtype, norm_axis):
+    case = make_case("stacked", norm_axis, dtype=dtype)
+    options = {"norm_axis": norm_axis}
+    merged = lora_jax.merge_dora_weight(case.weight, case.adapter, ALPHA, **options)
+    norm = lora_jax.dora_column_norm(case.weight, case.adapter, ALPHA, **options)
+    back = lora_jax.unmerge_dora_weight(merged, case.adapter, norm, ALPHA, **options)
+    assert back.dtype == merged.dtype == case.weight.dtype
+    _, weight, _, adapter, _ = case.reference()
+    ratio = reference.along(reference.f64(norm) / adapter["m"], norm_axis)
+    size = ratio * np.abs(reference.f64(merged)) + np.abs(weight)
+    if dtype == "float32":  # sums are no wider than the weight
+        delta = SCALE * np.abs(adapter["A"]) @ np.abs(adapter["B"])
+        support.assert_close(back, weight, 4, scale=size + delta)
+    else:
+        support.assert_close(back, weight, 1, scale=size)
+
+
+@pytest.mark.parametrize("dtype", support.HALF)
+def test_merge_rounds_once(dtype):
+    # Powers of two and small integers: columns have norm 2, factors are exact.
+    weight = jnp.zeros((4, 3), dtype).at[:, :].set(1.0)
+    adapter = {
+        "A": jnp.zeros((4, 2)),
+        "B": jnp.zeros((2, 3)),
+        "m": jnp.asarray([2.0, 2 + 2.0**-10, 2 + 2.0**-6], "float32"),
+    }
+    merged = lora_jax.merge_dora_weight(weight, adapter)
+    exact = np.broadcast_to(np.asarray(adapter["m"]) / 2, (4, 3))
+    np.testing.assert_array_equal(merged, jnp.asarray(exact).astype(dtype))
+
+
+def test_a_lost_column_comes_back_as_nan():
+    case = make_case()
+    adapter = case.adapter | {"m": case.adapter["m"].at[1].set(0.0)}
+    norm = lora_jax.dora_column_norm(case.weight, adapter, ALPHA)
+    merged = lora_jax.merge_dora_weight(case.weight, adapter, ALPHA)
+    back = lora_jax.unmerge_dora_weight(merged, adapter, norm, ALPHA)
+    assert jnp.isnan(back[:, 1]).all()
+    assert jnp.isfinite(back[:, 2:]).all()
+
+
+# ---------------------------------------------------------------------------- init
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_init_magnitude_is_the_norm_in_float32(dtype, norm_axis):
+    weight = support.make_case("stacked", dtype).weight
+    adapter = lora_jax.init_dora_adapter(
+        jax.random.key(0), weight, 5, dtype="bfloat16", norm_axis=norm_axis
+    )
+    assert adapter["A"].dtype == adapter["B"].dtype == jnp.bfloat16
+    assert adapter["m"].dtype == jnp.float32
+    support.assert_close(adapter["m"], reference.norms(reference.f64(weight), norm_axis), 4)
+
+
+def test_init_factors_are_those_of_lora():
+    weight, key = support.make_case("rows").weight, jax.random.key(3)
+    dora = lora_jax.init_dora_adapter(key, weight, 4, 0.5)
+    lora = lora_jax.init_lora_adapter(key, weight, 4, 0.5)
+    np.testing.assert_array_equal(dora["A"], lora["A"])
+    np.testing.assert_array_equal(dora["B"], lora["B"])
+
+
+def test_init_inside_eval_shape():
+    weight = jax.ShapeDtypeStruct((12, 9), "bfloat16")
+    init = lambda key, weight: lora_jax.init_dora_adapter(key, weight, 4)  # noqa: E731
+    shapes = jax.eval_shape(init, jax.random.key(0), weight)
+    assert shapes["m"] == jax.ShapeDtypeStruct((9,), "float32")
+    with pytest.raises(TypeError, match=r"weight is a jax.ShapeDtypeStruct.*eval_shape"):
+        init(jax.random.key(0), weight)
+
+
+@pytest.mark.parametrize("norm_axis", AXES)
+def test_magnitude_of_trained_factors_makes_dora_start_as_lora(norm_axis):
+    case = support.make_case("stacked")
+    m = lora_jax.init_dora_magnitude(
+        case.weight, case.adapter, ALPHA, rank_stabilized=True, norm_axis=norm_axis
+    )
+    lora = lora_jax.lora_linear(
+        case.x, case.weight, case.adapter, ALPHA, rank_stabilized=True
+    )
+    adapter = case.adapter | {"m": m}
+    dora = lora_jax.dora_linear(
+        case.x, case.weight, adapter, ALPHA, rank_stabilized=True, norm_axis=norm_axis
+    )
+    support.assert_close(dora, lora, 16)
+    # An m that is there is to be replaced, so it does not matter.
+    again = lora_jax.init_dora_magnitude(
+        case.weight, adapter, ALPHA, rank_stabilized=True, norm_axis=norm_axis
+    )
+    np.testing.assert_array_equal(again, m)
+
+
+def test_calls_outside_jit_compile_once():
+    case = make_case("tokens")
+    linear(case)
+    with jax.log_compiles(False):
+        before = lora_jax.lowrank.weight_norms._correction._cache_size()
+        for scale in (1.0, 2.0, 3.0):
+            adapter = jax.tree.map(lambda v, scale=scale: v * scale, case.adapter)
+            lora_jax.dora_linear(case.x, case.weight, adapter, ALPHA)
+        assert lora_jax.lowrank.weight_norms._correction._cache_size() == before

@@ -1,0 +1,208 @@
+"""What is in memory: NF4 as QLoRA has it, and a scan over its layers."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from lora_jax import quant
+from tests import reference, support
+from tests.qlora.support import (
+    OPTIMIZED,
+    SHAPE,
+    dequantized,
+    slowly,
+    train,
+)
+from tests.transform.support import assert_same, normal
+
+LAYERS, WIDTH, ROWS, RANK = 8, 256, 4, 2
+DENSE = 4 * WIDTH * WIDTH  # a layer's weight in float32
+DEEP = {
+    "nf4": lambda w: quant.quantize_nf4(w, 64, 64, batch_axes=1),
+    "int8": lambda w: quant.quantize_int8(w, batch_axes=1),
+    "fp8": lambda w: quant.quantize_fp8(w, batch_axes=1),
+}
+
+
+def deep(params, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+
+def deep_model(use_dora=False, dtype="float32", name="nf4"):
+    """Stored params, adapters, an input, and the plan."""
+    weight = jnp.asarray(normal(LAYERS, WIDTH, WIDTH) / 12, dtype)
+    stored, x = {"w": DEEP[name](weight)}, jnp.asarray(normal(ROWS, WIDTH), dtype)
+    config = lora_jax.LoraConfig(RANK, 4.0, use_dora=use_dora)
+    plan = lora_jax.plan_adapters(config, stored, deep, x)
+    return stored, train(stored, plan), x, plan
+
+
+def deep_step(plan, before=lambda params: params):
+    """`(adapters, params, x)` -> loss and gradients of a training step."""
+    adapted = lora_jax.adapt(deep, plan)
+
+    def loss(adapters, params, x):
+        y = adapted(before(params), adapters, x)
+        return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+    return jax.value_and_grad(loss)
+
+
+@functools.cache
+def compiled(use_dora, dtype, name="nf4", wrong=False):
+    stored, adapters, x, plan = deep_model(use_dora, dtype, name)
+    step = deep_step(plan, dequantized if wrong else lambda params: params)
+    return jax.jit(step).lower(adapters, stored, x).compile()
+
+
+def dense_stacks(text):
+    """Floating-point arrays of a program's text that are as large as a dense stack."""
+    shapes = re.findall(r"\b(?:f32|bf16|f16)\[([\d,]+)\]", text)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    return [size for size in sizes if size >= LAYERS * WIDTH * WIDTH]
+
+
+METHODS = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+
+
+@OPTIMIZED
+@pytest.mark.parametrize(
+    ("use_dora", "dtype"),
+    slowly(
+        [(False, "float32"), (True, "bfloat16")],
+        [(x, y) for x in (False, True) for y in ("float32", "bfloat16")],
+    ),
+)
+def test_a_step_has_no_dense_stack(use_dora, dtype):
+    program = compiled(use_dora, dtype)
+    assert not dense_stacks(program.as_text())
+    activations = 4 * LAYERS * ROWS * WIDTH * (3 if use_dora else 2)
+    factors = 4 * LAYERS * RANK * 2 * WIDTH
+    temporary = program.memory_analysis().temp_size_in_bytes
+    assert temporary < activations + 2 * factors + 3.5 * DENSE
+    assert temporary < LAYERS * DENSE / 2  # half of all weights, dense
+
+
+@OPTIMIZED
+@pytest.mark.parametrize("use_dora", slowly([False], [False, True]))
+def test_a_step_on_dequantized_params_has_one(use_dora):
+    # Guards the test above: it can tell.
+    program = compiled(use_dora, "float32", wrong=True)
+    assert dense_stacks(program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes > LAYERS * DENSE
+
+
+@OPTIMIZED
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_step_has_no_dense_stack_in_8_bits(name):
+    program = compiled(False, "float32", name)
+    assert not dense_stacks(program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < LAYERS * DENSE / 2
+
+
+def stacked_outputs(jaxpr):
+    """Shapes and dtypes of what loops stack up, also inside calls."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            carried = eqn.params.get("num_carry")
+            yield from (v.aval for v in eqn.outvars[carried:])
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from stacked_outputs(inner)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["", "wrong"])
+@METHODS
+def test_loops_stack_up_activations_only(use_dora, wrong):
+    stored, adapters, x, plan = deep_model(use_dora)
+
+    def dense_at_once(params):  # keeps each layer's dense weight, as plain use would
+        def entry(_, w):
+            return None, dequantized(w)
+
+        return lax.scan(entry, None, params)[1]
+
+    step = deep_step(plan, dense_at_once if wrong else lambda params: params)
+    found = list(stacked_outputs(jax.make_jaxpr(step)(adapters, stored, x).jaxpr))
+    sizes = [int(np.prod(aval.shape)) for aval in found]
+    # A scalar is a counter that some versions of JAX hand on.
+    codes = [a for a in found if jnp.issubdtype(a.dtype, jnp.integer) and a.shape]
+    assert found
+    assert not codes
+    gradients_or_activations = LAYERS * WIDTH * max(ROWS, RANK)
+    assert (max(sizes) <= gradients_or_activations) == (not wrong)
+
+
+def test_stored_bytes_of_a_weight():
+    stored = quant.quantize_nf4(jnp.asarray(normal(512, 1024), jnp.bfloat16))
+    # 4 bits an entry, 8 bits a block of 64, 16 bits for 256 blocks, 16 bits for the mean.
+    want = 1 / 2 + 1 / 64 + 2 / (64 * 256) + 2 / stored.size
+    assert stored.nbytes / stored.size == want
+    assert round(want, 3) == 0.516
+
+
+@OPTIMIZED
+def test_norms_of_a_stack_have_one_entry_dense_at_a_time():
+    stored, adapters, _, plan = deep_model(use_dora=True)
+    norms = jax.jit(lambda p: lora_jax.adapted_column_norms(p, adapters, plan))
+    program = norms.lower(stored).compile()
+    assert not dense_stacks(program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 4 * DENSE
+    wrong = norms.lower(dequantized(stored)).compile()  # guards the pattern above
+    assert dense_stacks(wrong.as_text())
+    for path, norm in norms(stored).items():
+        w, adapter = reference.f64(dequantized(stored)[path]), reference.f64(adapters[path])
+        want = reference.norms(reference.lora_weight(w, adapter, 2.0), "out")
+        support.assert_close(norm, want, 64)
+
+
+def test_norms_of_a_stack_of_two_axes_have_one_entry_dense_at_a_time():
+    stored = {"w": quant.quantize_int8(jnp.asarray(normal(2, 3, *SHAPE)), batch_axes=2)}
+    config = lora_jax.LoraConfig(2, targets="w", axes={"w": "bbio"}, use_dora=True)
+    plan = lora_jax.plan_adapters(config, stored)
+    adapters = train(stored, plan)
+    norms = lambda p: lora_jax.adapted_column_norms(p, adapters, plan)  # noqa: E731
+    text = str(jax.make_jaxpr(norms)(stored))
+    assert "f32[24,20]" in text
+    assert "f32[3,24,20]" not in text
+    assert_same(norms(stored), norms(dequantized(stored)), 1e-6)
+
+
+@pytest.mark.parametrize(("axes", "stacked"), [("iio", 1), ("bio", 0)])
+def test_norms_of_a_stack_that_is_none_of_the_plan(axes, stacked):
+    weight = jnp.asarray(normal(3, *SHAPE))
+    stored = {"w": quant.quantize_nf4(weight, 8, 5, batch_axes=stacked)}
+    config = lora_jax.LoraConfig(2, targets="w", axes={"w": axes}, use_dora=True)
+    plan = lora_jax.plan_adapters(config, stored)
+    adapters = train(stored, plan)
+    got = lora_jax.adapted_column_norms(stored, adapters, plan)
+    want = lora_jax.adapted_column_norms(dequantized(stored), adapters, plan)
+    assert_same(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("use_dora", slowly([False], [False, True]))
+def test_a_stack_may_be_sharded_along_its_axis(use_dora):
+    stored, adapters, x, plan = deep_model(use_dora)
+    mesh = Mesh(np.array(jax.devices()), ("layers",))
+    sharding = NamedSharding(mesh, P("layers"))
+    placed, placed_adapters = jax.device_put((stored, adapters), sharding)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(placed))
+    assert placed["w"].codes.addressable_shards[0].data.shape[0] == 1
+    step = jax.jit(deep_step(plan))
+    assert_same(step(placed_adapters, placed, x), step(adapters, stored, x), 1e-5)
+    merged = lora_jax.merge_adapters(placed, placed_adapters, plan)
+    assert merged["w"].sharding.is_equivalent_to(sharding, 3)
+    want = lora_jax.merge_adapters(stored, adapters, plan)
+    assert_same(merged, want, 1e-6)

@@ -24,7 +24,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks
-from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
@@ -362,9 +361,7 @@ def _fitting(
             f"no adapter in {path_of_file} fits the plan in {_RECORD}: "
             f"{_listed(misfits, 10)}."
         )
-    return dataclasses.replace(
-        plan, targets=FrozenDict(targets), skipped=FrozenDict(skipped)
-    )
+    return dataclasses.replace(plan, targets=targets, skipped=skipped)
 
 
 def _listed(misfits: Mapping[str, str], most: int) -> str:

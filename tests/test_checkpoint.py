@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import checkpoint
-from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
 from lora_jax.model.adapters import plan_adapters
@@ -265,7 +264,7 @@ target = st.builds(
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
 )
 def test_any_plan_comes_back(folder, targets, dtype):
-    plan = AdapterPlan(LoraConfig(), FrozenDict(targets))
+    plan = AdapterPlan(LoraConfig(), targets)
     adapters = make_adapters(plan, dtype)
     save_adapters(folder, adapters, plan)
     loaded, loaded_plan = load_adapters(folder)

@@ -62,7 +62,7 @@ LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, rank_pattern
 plan_adapters(config, params, fn=None, /, *args, **kwargs)
 init_adapters(key, params, plan)
 adapt(fn, plan, *, on_merge='error', on_unused='error', on_stop_gradient='error',
-      dropout_key=None, column_norms=None)
+      dropout_key=None, column_norms=None, scales=None)
 merge_adapters(params, adapters, plan, *, donate=False, requantize=False)
 quant.quantize_nf4(weight, block_size=64, scaler_block_size=256, *, codec='torchao',
       batch_axes=0, row_axes=None)

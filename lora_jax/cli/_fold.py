@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core.immutable import FrozenDict
 from lora_jax.cli import _blocks
 from lora_jax.layers.lora import Adapter
 from lora_jax.model.adapters import merge_adapters, merge_losses
@@ -86,7 +85,7 @@ def fold_weight(
     """
     for block in _blocks.cut_rows(plan.targets[name], adapter, BLOCK):
         rows = source.read_rows(block.start, block.stop)
-        own = dataclasses.replace(plan, targets=FrozenDict({name: block.target}))
+        own = dataclasses.replace(plan, targets={name: block.target})
         yield _fold(name, rows, block.adapter, own, dtype)
 
 
@@ -97,7 +96,7 @@ def _fold(
     target = plan.targets[name]
     if target.method == "lora":
         # Of one name, so that all weights of a kind have one compiled program.
-        own = AdapterPlan(_CONFIG, FrozenDict({_ANY: target}))
+        own = AdapterPlan(_CONFIG, {_ANY: target})
         merged, vanished, largest, finite = _fold_lora(values, adapter, own, dtype)
         if bool(finite):
             return np.asarray(merged), Loss(int(vanished), rows.size, float(largest))

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks, placement, tree_paths
-from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.quantized import QuantizedTensor
 from lora_jax.layers.decompose import (
     Base,
@@ -294,7 +293,7 @@ def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:
         path: dataclasses.replace(target, rank=2 * target.rank, scale=config.scale_of(path))
         for path, target in plan.targets.items()
     }
-    return dataclasses.replace(plan, config=config, targets=FrozenDict(targets))
+    return dataclasses.replace(plan, config=config, targets=targets)
 
 
 def _doubled_config(plan: AdapterPlan) -> LoraConfig:

@@ -171,8 +171,7 @@ def _uniform(
             }
         alike[path] = dataclasses.replace(target, rank=rank, scale=scale)
     config = dataclasses.replace(plan.config, rank_stabilized=False)
-    targets = FrozenDict(alike)
-    return filled, AdapterPlan(config, targets, plan.skipped, plan.uses, plan.total)
+    return filled, AdapterPlan(config, alike, plan.skipped, plan.uses, plan.total)
 
 
 def _warn_of_patterns(config: PeftConfig) -> None:

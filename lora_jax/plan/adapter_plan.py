@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ FROM_CHECKPOINT = "the PEFT checkpoint"
 # Reasons why a leaf has no adapter that a printed plan has to tell apart.
 NOT_CHOSEN = "no pattern of targets matches it"
 EXCLUDED = "of exclude matches it"
+_NOT_IN_SUBSET = "no pattern of the subset matches it"
 WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
 
 
@@ -148,25 +149,36 @@ class AdapterPlan:
     """The record of what is adapted and how. `print` shows it as a table.
 
     Immutable and hashable; to JAX a static value without leaves. Two plans are equal if
-    their configs and targets are. `dataclasses.replace` takes other targets, but no other
-    config for the same targets: that needs a new plan.
+    their configs and targets are. `targets` is what every function of this library reads;
+    of `config`, a plan that exists is read for `init`, `dtype` and `axes` only. So
+    `replace`, `subset` and `|` change the targets and leave the config.
 
     Args:
         config: what the plan was made of.
-        targets: path to `Target`, in the order of the leaves of the params.
-        skipped: path to the reason why that leaf has no adapter.
-        uses: path to what the function does with that leaf; empty if there was none.
-        total: the number of parameters in the params.
+        targets: a dict from path to `Target`, in the order of the leaves of the params.
+        skipped: a dict from path to the reason why that leaf has no adapter.
+        uses: a dict from path to what the function does with that leaf; empty if there
+            was no function.
+        total: the number of parameters in the params; 0 if it is not known.
 
     Raises:
-        ValueError: if another config is put in place of the one that the targets were
-            made with, and they differ in more than `init` and `dtype`.
+        TypeError: if a field has the wrong type.
+        ValueError: if a path is in both `targets` and `skipped`, or another config is put
+            in place of the one that the targets were made with, and they differ in more
+            than `init` and `dtype`.
+
+    Example:
+        >>> import lora_jax
+        >>> target = lora_jax.Target((8, 16), "lora", 2, 2.0, 0.0, (0,), (1,))
+        >>> plan = lora_jax.AdapterPlan(lora_jax.LoraConfig(rank=2), {"up": target})
+        >>> plan.replace(scale=0.5).targets["up"].scale
+        0.5
     """
 
     config: LoraConfig
-    targets: FrozenDict[str, Target]
-    skipped: FrozenDict[str, str] = dataclasses.field(default=FrozenDict(), compare=False)
-    uses: FrozenDict[str, tuple[Use, ...]] = dataclasses.field(
+    targets: Mapping[str, Target]
+    skipped: Mapping[str, str] = dataclasses.field(default=FrozenDict(), compare=False)
+    uses: Mapping[str, tuple[Use, ...]] = dataclasses.field(
         default=FrozenDict(), compare=False
     )
     total: int = dataclasses.field(default=0, compare=False)
@@ -174,6 +186,16 @@ class AdapterPlan:
     _made: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, LoraConfig):
+            raise TypeError(
+                f"config must be a LoraConfig, got {type(self.config).__name__}: the order "
+                "is AdapterPlan(config, targets)."
+            )
+        for name, kind in (("targets", Target), ("skipped", str), ("uses", tuple)):
+            object.__setattr__(self, name, _by_path(name, getattr(self, name), kind))
+        both = [path for path in self.targets if path in self.skipped]
+        if both:
+            raise ValueError(f"the path {both[0]!r} must be in one of targets and skipped.")
         config, targets = self._made or (self.config, self.targets)
         if config != self.config and targets == self.targets:
             _check_same_targets(config, self.config)
@@ -183,6 +205,103 @@ class AdapterPlan:
     def parameters(self) -> int:
         """The number of parameters of all adapters."""
         return sum(target.parameters for target in self.targets.values())
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each target by its path, as `adapt(..., scales=...)` takes them."""
+        return {path: target.scale for path, target in self.targets.items()}
+
+    def replace(
+        self,
+        *,
+        scale: float | Mapping[str, float] | None = None,
+        dropout: float | Mapping[str, float] | None = None,
+    ) -> "AdapterPlan":
+        """Makes a plan with other scales or dropout rates for the same adapters.
+
+        Args:
+            scale: what multiplies `A @ B`, in place of the scale of the plan: one number
+                for all targets, or a dict from patterns to numbers. The first pattern that
+                matches counts; a target that none matches keeps its scale. 0 switches an
+                adapter off.
+            dropout: the same for the probability that an entry of the adapter's input is
+                dropped.
+
+        Returns:
+            A plan with the same paths, ranks and axes.
+
+        Raises:
+            TypeError: if a number has the wrong type. A traced number is one: it belongs
+                to `adapt(..., scales=...)`.
+            ValueError: if a number is out of its range, or a pattern matches no target.
+        """
+        changes = {"scale": scale, "dropout": dropout}
+        given = {name: value for name, value in changes.items() if value is not None}
+        fields: dict[str, dict[str, float]] = {path: {} for path in self.targets}
+        for name, value in given.items():
+            if isinstance(value, Mapping):
+                patterns = tree_paths.as_entries(name, value)
+                tree_paths.check_matched(name, patterns, self.targets, "target of the plan")
+            else:
+                patterns = {"*": value}
+            for path, own in fields.items():
+                if (pattern := tree_paths.first_match(patterns, path)) is not None:
+                    own[name] = _static_number(name, patterns[pattern])
+        targets = {}
+        for path, target in self.targets.items():
+            with checks.at_path(path):
+                targets[path] = dataclasses.replace(target, **fields[path])
+        return dataclasses.replace(self, targets=targets)
+
+    def subset(self, patterns: tree_paths.Pattern | Sequence[Any]) -> "AdapterPlan":
+        """Makes a plan of some of the targets.
+
+        Args:
+            patterns: of paths, as in `LoraConfig(targets=...)`.
+
+        Returns:
+            A plan of the targets that a pattern matches. Its adapters are
+            `{path: adapters[path] for path in subset.targets}`.
+
+        Raises:
+            TypeError: if a pattern has the wrong type.
+            ValueError: if a pattern matches no target of the plan.
+        """
+        texts = tree_paths.as_texts("patterns", patterns)
+        if not texts:
+            raise ValueError("patterns is empty: a subset has at least one target.")
+        tree_paths.check_matched("patterns", texts, self.targets, "target of the plan")
+        kept = {
+            path: target
+            for path, target in self.targets.items()
+            if tree_paths.first_match(texts, path) is not None
+        }
+        rest = {path: _NOT_IN_SUBSET for path in self.targets if path not in kept}
+        return dataclasses.replace(self, targets=kept, skipped={**self.skipped, **rest})
+
+    def __or__(self, other: "AdapterPlan") -> "AdapterPlan":
+        """Makes a plan of the targets of both, for the same params.
+
+        The adapters of `first | second` are `{**first_adapters, **second_adapters}`. The
+        config is the first one, with the patterns of `targets` and `axes` of both.
+
+        Raises:
+            ValueError: if the plans have different targets for one path, a different
+                number of parameters in the params, or configs with another `init` or
+                `dtype`.
+        """
+        if not isinstance(other, AdapterPlan):
+            return NotImplemented
+        _check_joinable(self, other)
+        targets = {**self.targets, **other.targets}
+        skipped = {**other.skipped, **self.skipped}
+        return AdapterPlan(
+            config=_joined(self, other),
+            targets=targets,
+            skipped={path: why for path, why in skipped.items() if path not in targets},
+            uses={**other.uses, **self.uses},
+            total=self.total or other.total,
+        )
 
     def __str__(self) -> str:
         """A row for each target, one for their sum, and what else is to be known.
@@ -285,9 +404,6 @@ def _read(cls: type[AdapterPlan], given: Any) -> AdapterPlan:
             targets[path] = Target(**_fields(Target, target))
     for path, reason in skipped.items():
         checks.check_json(f"skipped[{path!r}]", reason, str, "a reason")
-    both = [path for path in targets if path in skipped]
-    if both:
-        raise ValueError(f"the path {both[0]!r} must be in one of targets and skipped.")
     uses = {}
     for path, given in fields["uses"].items():
         with checks.at_path(path):
@@ -297,10 +413,83 @@ def _read(cls: type[AdapterPlan], given: Any) -> AdapterPlan:
         raise ValueError(f"total must be at least 0, got {fields['total']}.")
     return cls(
         config=from_fields(fields["config"]),
-        targets=FrozenDict(targets),
-        skipped=FrozenDict(skipped),
-        uses=FrozenDict(uses),
+        targets=targets,
+        skipped=skipped,
+        uses=uses,
         total=fields["total"],
+    )
+
+
+def _by_path(name: str, given: Any, kind: type) -> FrozenDict[str, Any]:
+    """A dict by path as a plan keeps it."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{name} must be a dict by path, got {given!r:.60} ({type(given).__name__})."
+        )
+    for path, value in given.items():
+        if not isinstance(path, str):
+            raise TypeError(
+                f"the paths of {name} must be strings such as 'layers/0/kernel', got "
+                f"{path!r} ({type(path).__name__})."
+            )
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"{name}[{path!r}] must be a {kind.__name__}, got {value!r:.60} "
+                f"({type(value).__name__})."
+            )
+    return given if isinstance(given, FrozenDict) else FrozenDict(given)
+
+
+def _static_number(name: str, value: Any) -> float:
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} must be a Python number, because a plan is static, got {value!r}: use "
+            "float(...), or adapt(..., scales=...) for scales that are arrays."
+        )
+    checks.check_number(name, value)
+    return float(value)
+
+
+def _check_joinable(first: AdapterPlan, second: AdapterPlan) -> None:
+    for path, target in second.targets.items():
+        if first.targets.get(path, target) != target:
+            raise ValueError(
+                f"both plans adapt {path!r}, the first with {first.targets[path]}, the "
+                f"second with {target}: leave it out of one of them with plan.subset(...)."
+            )
+    if first.total and second.total and first.total != second.total:
+        raise ValueError(
+            f"the plans are of different params: the first of {first.total:,} parameters, "
+            f"the second of {second.total:,}."
+        )
+    for name in ("init", "dtype"):
+        values = getattr(first.config, name), getattr(second.config, name)
+        if values[0] != values[1]:
+            raise ValueError(
+                f"the configs of the plans have different {name}, {values[0]!r} and "
+                f"{values[1]!r}, and init_adapters takes one: give one of the plans the "
+                f"other's with dataclasses.replace(plan, config=dataclasses.replace("
+                f"plan.config, {name}=...))."
+            )
+
+
+def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
+    """The config of two plans together."""
+    patterns = [kept_patterns(plan.config.targets) for plan in (first, second)]
+    axes = {
+        path: letters
+        for plan in (first, second)
+        for path in plan.targets
+        if (letters := plan.config.axes_of(path)) is not None
+    }
+    return dataclasses.replace(
+        first.config,
+        targets=(
+            ALL_LINEAR
+            if ALL_LINEAR in (first.config.targets, second.config.targets)
+            else tuple(dict.fromkeys((*patterns[0], *patterns[1])))
+        ),
+        axes={**axes, **second.config.axes, **first.config.axes},
     )
 
 
@@ -390,7 +579,7 @@ def looks_like_matrix(uses: Sequence[Use] | None, reason: str) -> bool:
     """
     if uses is None:  # of no such weight, or without a function
         return WITHOUT_FUNCTION in reason
-    chosen = not reason.endswith((NOT_CHOSEN, EXCLUDED))
+    chosen = not reason.endswith((NOT_CHOSEN, EXCLUDED, _NOT_IN_SUBSET))
     return chosen and not any(_of_vectors(use.roles) for use in uses)
 
 

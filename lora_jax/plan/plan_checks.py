@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.quantized import QuantizedTensor
@@ -120,6 +121,53 @@ def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
         shape = target.adapter_shapes["m"]
         with checks.at_path(path):
             checks.check_vector("column_norms", norms[path], shape, "one for each column")
+
+
+def check_scales(
+    scales: Any, plan: AdapterPlan, column_norms: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Traced scales by the paths of a plan, checked.
+
+    Args:
+        scales: what the caller gave: a number, a mapping, or None.
+        plan: the plan.
+        column_norms: the norms that the caller gave beside.
+
+    Raises:
+        KeyError: if a path is not that of a target.
+        TypeError: if a scale is no real number or array of them.
+        ValueError: if a scale is neither a scalar nor one for each index of the batch
+            axes, or the norms of its weight were given.
+    """
+    if scales is None:
+        return {}
+    if not isinstance(scales, Mapping):
+        checks.check_number("scales, if it is no dict by path,", scales)
+        scales = dict.fromkeys(plan.targets, scales)
+    unknown = [path for path in scales if path not in plan.targets]
+    if unknown:
+        hint = tree_paths.nearest_hint(str(unknown[0]), plan.targets)
+        raise KeyError(f"scales has {unknown[0]!r}, which the plan does not adapt{hint}.")
+    for path, scale in scales.items():
+        batch = plan.targets[path].matrix_shape[:-2]
+        with checks.at_path(path):
+            if batch and np.shape(scale) == batch:
+                checks.check_array("the scale", scale)
+                scale = np.zeros((), scale.dtype)
+            elif np.shape(scale) != ():
+                raise ValueError(
+                    "the scale must be a scalar"
+                    + (f", or an array of the batch axes {batch}" if batch else "")
+                    + f", got an array of shape {np.shape(scale)}."
+                )
+            checks.check_number("the scale", scale)
+            if path in column_norms:
+                raise ValueError(
+                    "column_norms are given for a weight whose scale is in scales, and "
+                    "they are those of the plan's own scale: leave them out, or write "
+                    "plan.replace(scale=...) and form them with that plan."
+                )
+    return dict(scales)
 
 
 def _check_adapter(adapter: Any, target: Target) -> None:

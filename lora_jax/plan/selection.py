@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax._core import checks, tree_paths
-from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan import axis_roles
 from lora_jax.plan.adapter_plan import (
     EXCLUDED,
@@ -77,9 +76,9 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         tree_paths.check_matched(name, patterns, targets, "weight that is adapted", hint)
     return AdapterPlan(
         config=config,
-        targets=FrozenDict(targets),
-        skipped=FrozenDict(skipped),
-        uses=FrozenDict(uses or {}),
+        targets=targets,
+        skipped=skipped,
+        uses=uses or {},
         total=count(arrays.values()),
     )
 

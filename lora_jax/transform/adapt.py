@@ -1,5 +1,6 @@
 """`adapt`: any JAX function, run with low-rank adapters."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -8,8 +9,9 @@ from typing import Any, Literal, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from lora_jax._core import checks, compat, quantized, tree_paths
+from lora_jax._core import checks, compat, numerics, quantized, tree_paths
 from lora_jax.lowrank import weight_norms
 from lora_jax.plan import axis_roles, plan_checks
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target
@@ -45,6 +47,7 @@ def adapt(
     on_stop_gradient: OnStopGradient = "error",
     dropout_key: jax.Array | None = None,
     column_norms: Mapping[str, jax.Array] | None = None,
+    scales: ArrayLike | Mapping[str, ArrayLike] | None = None,
 ) -> Callable[..., Any]:
     """Makes a function run with adapters, without a change to its code.
 
@@ -93,6 +96,15 @@ def adapt(
             if the method is DoRA. Given, the norms are not formed here: for functions that
             are called several times between two changes of the adapters (evaluation, the
             parts of a batch, `jax.checkpoint` around the model).
+        scales: what multiplies `A @ B`, in place of the scale of the plan, as an array:
+            traced, so that another value is no other program, and differentiable. One
+            number for all targets, or a dict from paths to arrays, each a scalar or
+            `(*batch)`, one scale for each index of the target's batch axes. A path that is
+            not there keeps the scale of the plan. 0 switches an adapter off; for half of
+            its update give half of its scale,
+            `{path: 0.5 * scale for path, scale in plan.scales.items()}`. With DoRA the
+            scale is that of `A @ B` alone: at 0 the columns of `W` have the magnitudes
+            `m`. The result is that of `adapt(fn, plan.replace(scale=...))`.
 
     Returns:
         `adapted(params, adapters, *args, **kwargs)`, which returns what
@@ -102,13 +114,15 @@ def adapt(
     Raises:
         TypeError: if `fn` is not a function, `plan` no plan, or an option has the wrong
             type. The adapted function: if a weight or factor is not floating point.
-        KeyError: if `column_norms` are not those of the plan. From the adapted function: if
+        KeyError: if `column_norms` are not those of the plan, or `scales` have a path that
+            is not in it. From the adapted function: if
             params or adapters lack a path of the plan, or adapters have another.
-        ValueError: if an option is unknown. The adapted function: if a shape is not the
-            plan's, also of `column_norms`, a weight would have to be merged, its gradient
-            is stopped, the function does not use it, or every use of it has other axes as
-            input and output than the plan (a plan without a function takes every matrix
-            for `(in, out)`).
+        ValueError: if an option is unknown, a scale has another shape, or `column_norms`
+            are given for a weight whose scale is. The adapted function: if a shape is not
+            the plan's, also of `column_norms`, a weight would have to be merged, its
+            gradient is stopped, the function does not use it, or every use of it has other
+            axes as input and output than the plan (a plan without a function takes every
+            matrix for `(in, out)`).
 
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685; Liu et al., 2024,
@@ -140,6 +154,7 @@ def adapt(
     if column_norms is not None:
         plan_checks.check_column_norms(column_norms, plan)
     norms = column_norms or {}
+    traced_scales = plan_checks.check_scales(scales, plan, norms)
     compared = _to_be_compared(plan)
     has_dropout = any(target.dropout for target in plan.targets.values())
 
@@ -164,7 +179,15 @@ def adapt(
             closed_over_is_constant=None in traced.paths,
         )
         values = [
-            _factored(plan, path, kind, value, adapters[path], norms.get(path))
+            _factored(
+                plan.targets[path],
+                path,
+                kind,
+                value,
+                adapters[path],
+                norms.get(path),
+                traced_scales.get(path),
+            )
             if path is not None and path in plan.targets
             else _unadapted(value)
             for path, kind, value in zip(
@@ -319,17 +342,18 @@ def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
 
 
 def _factored(
-    plan: AdapterPlan,
+    target: Target,
     path: str,
     kind: Any,
     weight: Any,
     adapter: Mapping[str, jax.Array],
     norm: jax.Array | None,
+    scale: ArrayLike | None,
 ) -> Factored:
     """The value that the weight is evaluated as, sharded as `kind`, the weight's type."""
-    target, mesh = plan.targets[path], compat.mesh_of(kind)
+    mesh = compat.mesh_of(kind)
     make = functools.partial(_with_terms, path, target)
-    value = compat.automatically(make, mesh, weight, dict(adapter), norm)
+    value = compat.automatically(make, mesh, weight, dict(adapter), norm, scale)
     return retyped(value.replace(base=_base(weight)), kind)
 
 
@@ -339,8 +363,16 @@ def _with_terms(
     weight: Any,
     adapter: Mapping[str, jax.Array],
     norm: jax.Array | None,
+    scale: ArrayLike | None,
 ) -> Factored:
-    """The weight with its update. Factors stay as they are stored."""
+    """The weight with its update. Factors stay as they are stored, `B` but for a scale."""
+    if scale is not None:
+        b = jnp.asarray(adapter["B"])
+        wide = b.astype(numerics.accumulation_dtype(b.dtype))
+        factor = jnp.asarray(scale).astype(wide.dtype)
+        ones = [1] * (wide.ndim - factor.ndim)
+        adapter = {**adapter, "B": wide * factor.reshape(*factor.shape, *ones)}
+        target = dataclasses.replace(target, scale=1.0)
     batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
     sizes = {RANK: target.rank, **dict(enumerate(target.shape))}
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import tensor_streams
 from lora_jax.cli import _fold
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -20,7 +19,7 @@ N_IN, N_OUT, RANK, SCALE = 24, 40, 3, 0.5
 def make(method, size, dtype):
     """A target, its plan, rows `(out, in)` and an adapter, in NumPy."""
     target = Target((N_OUT, N_IN), method, RANK, SCALE, 0.0, (1,), (0,))
-    plan = AdapterPlan(LoraConfig(rank=RANK), FrozenDict({"w": target}))
+    plan = AdapterPlan(LoraConfig(rank=RANK), {"w": target})
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(N_OUT, N_IN)).astype(jnp.dtype(dtype))
     rows[3, :] = 0
@@ -89,7 +88,7 @@ def test_weights_of_one_kind_are_compiled_once(monkeypatch):
     target = dataclasses.replace(plan.targets["w"], scale=0.375)
     arrays = jax.tree.map(jnp.asarray, adapter)
     for name in ("first", "second"):
-        own = dataclasses.replace(plan, targets=FrozenDict({name: target}))
+        own = dataclasses.replace(plan, targets={name: target})
         dtype = np.dtype("float32")
         list(_fold.fold_weight(name, _fold.Array(rows), arrays, own, dtype))
     assert len(calls) == 2  # of the weight and of zeros, while the first is traced
@@ -137,7 +136,7 @@ def test_a_nan_of_a_large_weight_is_an_error():
     rows = np.random.default_rng(0).normal(size=(160, 120)).astype("float32")
     dtype = rows.dtype
     target = Target(rows.shape, "lora", 1, SCALE, 0.0, (0,), (1,))
-    plan = AdapterPlan(LoraConfig(rank=1), FrozenDict({"w": target}))
+    plan = AdapterPlan(LoraConfig(rank=1), {"w": target})
     adapter = {"A": rows[:, :1], "B": rows[:1]}
     fold(plan, rows.copy(), adapter, dtype)
     rows[3, 4] = np.nan

@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax._core.immutable import FrozenDict
 from lora_jax.model import adapters
 from lora_jax.model.adapters import (
     adapted_column_norms,
@@ -235,9 +234,7 @@ def test_merge_rounds_once():
     params, adapters, plan = make(dtype="bfloat16")
     plan = dataclasses.replace(
         plan,
-        targets=FrozenDict(
-            {p: dataclasses.replace(t, scale=0.25) for p, t in plan.targets.items()}
-        ),
+        targets={p: dataclasses.replace(t, scale=0.25) for p, t in plan.targets.items()},
     )
     adapters = jax.tree.map(
         lambda v: jnp.asarray(rng.integers(-8, 9, v.shape) / 64, "float32"), adapters
@@ -638,7 +635,7 @@ def test_a_magnitude_of_another_shape():
 def test_a_target_need_not_come_from_a_config():
     target = Target((12, 9), "lora", 4, 0.5, 0.0, (0,), (1,))
     params, adapters, plan = make(names=("w",))
-    plan = dataclasses.replace(plan, targets=FrozenDict({"block/w": target}))
+    plan = dataclasses.replace(plan, targets={"block/w": target})
     got = merge_adapters(params, adapters, plan)["block"]["w"]
     want = merged_reference(params["block"]["w"], adapters["block/w"], target)
     support.assert_close(got, want, 8)

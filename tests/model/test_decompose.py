@@ -10,7 +10,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax._core.immutable import FrozenDict
 from lora_jax.layers.decompose import (
     init_loftq_adapter,
     init_olora_adapter,
@@ -498,7 +497,7 @@ def test_a_changed_target_gets_a_pattern_of_its_own():
     targets = dict(plan.targets)
     targets["a[0]*"] = dataclasses.replace(targets["a[0]*"], rank=5, scale=0.3)
     targets["re:w"] = dataclasses.replace(targets["re:w"], scale=-2.0)
-    plan = dataclasses.replace(plan, targets=FrozenDict(targets))
+    plan = dataclasses.replace(plan, targets=targets)
     adapters = {
         path: {name: jnp.ones(shape) for name, shape in target.adapter_shapes.items()}
         for path, target in plan.targets.items()

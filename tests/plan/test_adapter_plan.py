@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
 from lora_jax.plan.config import LoraConfig
 
@@ -27,9 +26,9 @@ def make_plan(**changes):
     }
     fields = {
         "config": config,
-        "targets": FrozenDict(targets),
-        "skipped": FrozenDict({"a/bias": "it is a vector, (32,)"}),
-        "uses": FrozenDict({"a/q": (PRODUCT, SORTED), "stack": (SCAN,)}),
+        "targets": targets,
+        "skipped": {"a/bias": "it is a vector, (32,)"},
+        "uses": {"a/q": (PRODUCT, SORTED), "stack": (SCAN,)},
         "total": 10_000,
     }
     return AdapterPlan(**fields | changes)
@@ -95,11 +94,11 @@ def test_text_of_a_use():
 
 def test_equality_is_that_of_config_and_targets():
     plan = make_plan()
-    other = make_plan(skipped=FrozenDict(), uses=FrozenDict(), total=3)
+    other = make_plan(skipped={}, uses={}, total=3)
     assert plan == other
     assert hash(plan) == hash(other)
     assert plan != make_plan(config=LoraConfig())
-    assert plan != make_plan(targets=FrozenDict({"a/q": plan.targets["a/q"]}))
+    assert plan != make_plan(targets={"a/q": plan.targets["a/q"]})
     assert jax.tree.leaves(plan) == []
     assert plan.parameters == 4 * 96 + 5 * (16 + 24 + 6)
 
@@ -117,7 +116,7 @@ def test_the_table():
 
 def test_long_tables_keep_all_rows():
     target = TARGET
-    plan = make_plan(targets=FrozenDict({f"layer_{i}/w": target for i in range(300)}))
+    plan = make_plan(targets={f"layer_{i}/w": target for i in range(300)})
     lines = str(plan).splitlines()
     assert len(lines) == 302
     assert len({len(line) for line in lines}) == 1
@@ -149,7 +148,7 @@ def test_another_config_needs_a_new_plan(changes, message):
     for other in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(other, config=config)
-    targets = FrozenDict({"a/q": TARGET})
+    targets = {"a/q": TARGET}
     by_hand = dataclasses.replace(plan, targets=targets)
     assert by_hand.targets == targets
     assert dataclasses.replace(plan, config=config, targets=targets).config == config
@@ -186,7 +185,7 @@ def test_explanations():
 def test_explanations_of_all_linear():
     config = LoraConfig(4)
     assert "since a matrix product uses it" in make_plan(config=config).explain("a/q")
-    plan = make_plan(config=config, uses=FrozenDict())
+    plan = make_plan(config=config, uses={})
     assert "which without a function is every" in plan.explain("a/q")
 
 
@@ -195,7 +194,7 @@ def test_explaining_an_unknown_path():
         make_plan().explain("a/k")
 
 
-@pytest.mark.parametrize("uses", [make_plan().uses, FrozenDict()], ids=["uses", "none"])
+@pytest.mark.parametrize("uses", [make_plan().uses, {}], ids=["uses", "none"])
 def test_json_round_trip(uses):
     plan = make_plan(uses=uses)
     again = AdapterPlan.from_json(plan.to_json())
@@ -316,3 +315,116 @@ def test_texts_that_are_no_json(cls, text, error, message):
 def test_json_of_wrong_kinds(fields, error, message):
     with pytest.raises(error, match=message):
         AdapterPlan.from_json(changed(**fields))
+
+
+# ------------------------------------------------------------------- plans from plans
+
+
+def test_a_plan_of_a_plain_dict():
+    plan = make_plan(targets=dict(make_plan().targets))
+    assert plan == make_plan()
+    assert hash(plan) == hash(make_plan())
+    assert plan.scales == {"a/q": 2.0, "stack": 1 / 3}
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        plan.targets["b"] = TARGET
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"config": {}}, TypeError, r"config must be a LoraConfig, got dict: the order is"),
+        ({"targets": [TARGET]}, TypeError, r"targets must be a dict by path, got \[Target"),
+        ({"targets": {"a": 3}}, TypeError, r"targets\['a'\] must be a Target, got 3 \(int"),
+        ({"targets": {1: TARGET}}, TypeError, r"the paths of targets must be strings"),
+        ({"uses": {"a/q": PRODUCT._asdict()}}, TypeError, r"uses\['a/q'\] must be a tuple"),
+        ({"skipped": {"stack": "why"}}, ValueError, r"'stack' must be in one of targets"),
+    ],
+)
+def test_plans_that_are_none(changes, error, message):
+    with pytest.raises(error, match=message):
+        make_plan(**changes)
+
+
+def test_other_scales_and_rates():
+    plan = make_plan()
+    new = plan.replace(scale=0, dropout={"a/*": 0.5})
+    assert new.scales == {"a/q": 0.0, "stack": 0.0}
+    assert [t.dropout for t in new.targets.values()] == [0.5, 0.0]
+    assert new.config == plan.config
+    assert AdapterPlan.from_json(new.to_json()) == new != plan
+    assert plan.replace() == plan
+    # The first pattern counts; without one a target stays as it is.
+    assert plan.replace(scale={"re:a.*": 3, "a/q": 4}).scales == {
+        "a/q": 3.0,
+        "stack": 1 / 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scale": {"b/*": 1.0}}, ValueError, r"pattern of scale matches no target of the"),
+        (
+            {"scale": jnp.ones(())},
+            TypeError,
+            r"a plan is static, .* adapt\(\.\.\., scales=",
+        ),
+        ({"scale": float("inf")}, ValueError, r"^scale must be finite"),
+        ({"scale": "2"}, TypeError, r"scale must be a number"),
+        ({"dropout": 1.0}, ValueError, r"at 'a/q': dropout"),
+        ({"rank": 3}, TypeError, r"unexpected keyword argument 'rank'"),
+    ],
+)
+def test_what_cannot_be_replaced(changes, error, message):
+    with pytest.raises(error, match=message):
+        make_plan().replace(**changes)
+
+
+def test_subsets_and_unions():
+    plan = make_plan()
+    first, second = plan.subset("a/q"), plan.subset(["stack"])
+    assert dict(first.targets) == {"a/q": plan.targets["a/q"]}
+    assert "no pattern of the subset matches it" in first.explain("stack")
+    assert "left out: 'stack'" not in str(first)
+    both = first | second
+    assert both == plan
+    assert str(both) == str(plan)
+    assert both.explain("a/q") == plan.explain("a/q")
+    assert both | plan == plan
+    with pytest.raises(ValueError, match=r"of patterns matches no target.*nearest.*'a/q'"):
+        plan.subset("b/q")
+    with pytest.raises(ValueError, match=r"a subset has at least one target"):
+        plan.subset(())
+    with pytest.raises(TypeError, match=r"unsupported operand"):
+        plan | {}
+
+
+def test_the_config_of_a_union_has_the_patterns_of_both():
+    other = AdapterPlan(LoraConfig(2, targets="b", axes={"b": "oi"}), {"b": TARGET})
+    union = make_plan() | other
+    assert union.config.targets == ("*/q", "stack", "b")
+    assert union.config.axes_of("b") == "oi"
+    assert union.config.axes_of("stack") == "bioo"
+    assert "chosen by targets: 'b'" in union.explain("b")
+    linear = AdapterPlan(LoraConfig(2), {"b": TARGET}) | make_plan()
+    assert linear.config.targets == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"targets": {"stack": TARGET}},
+            r"both plans adapt 'stack', the first with Target",
+        ),
+        ({"total": 3}, r"of different params: the first of 10,000 parameters, the second"),
+        (
+            {"config": LoraConfig(init="gaussian")},
+            r"have different init, 'kaiming_uniform'",
+        ),
+        ({"config": LoraConfig(dtype="bfloat16")}, r"have different dtype, None and 'bfl"),
+    ],
+)
+def test_plans_that_do_not_join(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan() | make_plan(**{"skipped": {}} | changes)

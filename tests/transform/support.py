@@ -32,7 +32,7 @@ def trained(params, plan, seed=0):
     )
 
 
-def merged(params, adapters, plan):
+def merged(params, adapters, plan, scales=None):
     """The params with dense weights, formed apart from the library's own merge.
 
     DoRA's norms are constants to differentiation, as section 4.3 of its paper has it.
@@ -45,7 +45,10 @@ def merged(params, adapters, plan):
         target, adapter = plan.targets[name], adapters[name]
         order = (*target.batch_axes, *target.in_axes, *target.out_axes)
         matrix = weight.transpose(order).reshape(target.matrix_shape)
-        matrix = matrix + target.scale * jnp.matmul(adapter["A"], adapter["B"])
+        scale = (scales or plan.scales)[name]
+        if jnp.ndim(scale):  # one for each index of the batch axes
+            scale = scale[..., None, None]
+        matrix = matrix + scale * jnp.matmul(adapter["A"], adapter["B"])
         if "m" in adapter:
             norm = jnp.sqrt(jnp.sum(matrix**2, axis=-2, keepdims=True))
             matrix = adapter["m"][..., None, :] * matrix / jax.lax.stop_gradient(norm)

@@ -275,6 +275,39 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"dropout_key must be a jax.random key"):
             lora_jax.adapt(model, plan, dropout_key=3)
 
+    @pytest.mark.parametrize(
+        ("scales", "error", "message"),
+        [
+            ({"v": 1.0}, KeyError, r"scales has 'v', which the plan does not adapt"),
+            ("0.5", TypeError, r"scales, if it is no dict by path, must be a number"),
+            (True, TypeError, r"must be a number or a scalar array, got True"),
+            ({"w": None}, TypeError, r"at 'w': the scale must be a number"),
+            (
+                {"w": jnp.ones(2)},
+                ValueError,
+                r"at 'w': .*must be a scalar, got an array of",
+            ),
+            (jnp.ones(2), ValueError, r"scales, .* must be a scalar, got an array of"),
+            ({"w": 1j}, TypeError, r"at 'w': the scale must be a number"),
+            ({"w": float("nan")}, ValueError, r"at 'w': the scale must be finite"),
+        ],
+    )
+    def test_of_scales(self, scales, error, message):
+        _, plan, _, _ = single()
+        with pytest.raises(error, match=message):
+            lora_jax.adapt(model, plan, scales=scales)
+
+    def test_of_scales_of_a_stack(self):
+        params = {"w": jnp.ones((3, 4, 4))}
+        plan = plan_of(None, params, axes={"w": "bio"}, use_dora=True)
+        with pytest.raises(ValueError, match=r"or an array of the batch axes \(3,\), got"):
+            lora_jax.adapt(model, plan, scales={"w": jnp.ones(4)})
+        with pytest.raises(TypeError, match=r"the scale must be floating point, got dtype c"):
+            lora_jax.adapt(model, plan, scales={"w": jnp.ones(3, "complex64")})
+        norms = {"w": jnp.ones((3, 4))}
+        with pytest.raises(ValueError, match=r"column_norms are given for a weight whose"):
+            lora_jax.adapt(model, plan, scales=1.0, column_norms=norms)
+
     def test_of_a_plan_for_other_params(self):
         params, plan, adapters, x = single()
         adapted = lora_jax.adapt(model, plan)

@@ -10,12 +10,14 @@ import lora_jax
 from tests.support import x64
 from tests.transform.cases import CASES, GRID, PRODUCTS
 from tests.transform.support import (
+    assert_same,
     check,
     check_values,
     loss_of,
     merged,
     normal,
     plan_of,
+    quickly_compiled,
     trained,
 )
 
@@ -57,6 +59,42 @@ def test_agrees_with_the_merged_function(name, method):
         options = {"config": config, "tolerance": tolerance, **case.options}
         plan = compare(case.fn, params, *args, **options)
     assert {path: target.axes for path, target in plan.targets.items()} == case.axes
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", sorted(DORA_GRADIENTS))
+def test_scales_are_traced(name, method):
+    """One for each index of a stack; values and gradients, with one compilation."""
+    case = CASES[name]
+    with x64(), quickly_compiled():
+        params, args = inputs(case)
+        plan = plan_of(case.fn, params, *args, **case.config, use_dora=method == "dora")
+        params, adapters = jax.tree.map(jnp.asarray, params), trained(params, plan)
+        scales = {
+            path: normal(*target.matrix_shape[:-2], seed=i)
+            for i, (path, target) in enumerate(plan.targets.items())
+        }
+        traces = []
+
+        def adapted(scales):
+            traces.append(scales)
+            model = lora_jax.adapt(case.fn, plan, scales=scales, **case.options)
+            return model(params, adapters, *args)
+
+        def reference(scales):
+            return case.fn(merged(params, adapters, plan, scales), *args)
+
+        step, want = (
+            jax.jit(jax.value_and_grad(loss_of(f), has_aux=True))
+            for f in (adapted, reference)
+        )
+        halves = jax.tree.map(lambda scale: scale / 2, scales)
+        for given in (scales, halves):
+            assert_same(step(given), want(given))
+        assert len(traces) == 1
+        adapted = lora_jax.adapt(case.fn, plan, scales=0.5, **case.options)
+        static = lora_jax.adapt(case.fn, plan.replace(scale=0.5), **case.options)
+        assert_same(*(jax.jit(f)(params, adapters, *args) for f in (adapted, static)))
 
 
 @pytest.mark.parametrize("what", PRODUCTS)

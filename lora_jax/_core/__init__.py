@@ -1,1 +1,1 @@
-"""What every other folder builds on."""
+"""Building blocks that every other folder uses."""

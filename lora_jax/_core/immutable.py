@@ -1,4 +1,4 @@
-"""An immutable dict, for what has to be hashable."""
+"""An immutable dict, for values that have to be hashable."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -8,9 +8,9 @@ V = TypeVar("V")
 
 
 class FrozenDict(Mapping[K, V]):
-    """A mapping that keeps its order, cannot change, and is hashable if its values are.
+    """An immutable, ordered mapping. It is hashable if its values are.
 
-    It equals any mapping with the same entries, in any order, as dicts do.
+    It equals every mapping with the same entries, in any order, as a dict does.
     """
 
     __slots__ = ("_entries", "_hash")

@@ -1,8 +1,9 @@
-"""Products, scales and dropout that the methods share.
+"""Products, scales and dropout that LoRA and DoRA share.
 
-Shapes: `batch` are the leading axes of a weight `(*batch, in, out)` (stacked layers,
-experts), `tokens` all axes of an input between those and its last, `rows` those axes or the
-one that they are folded into. A dtype is *wide* if it is at least float32.
+Shapes: `batch` stands for the leading axes of a weight `(*batch, in, out)` (stacked layers,
+experts). `tokens` stands for all axes of an input between the batch axes and the last axis.
+`rows` stands for the token axes, or for the one axis that they are folded into. A dtype is
+*wide* if it is at least float32.
 """
 
 import functools
@@ -20,9 +21,9 @@ from lora_jax._core import compat, quantized
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
-    """The dtype that mixing `dtypes` gives, also where promotion is set to be strict.
+    """The dtype that `dtypes` promote to, also if JAX is set to strict promotion.
 
-    float64 counts as float32 where JAX has no float64.
+    If JAX has no float64, float64 counts as float32.
     """
     dtypes = tuple(map(jax.dtypes.canonicalize_dtype, dtypes))
     with jax.numpy_dtype_promotion("standard"):
@@ -30,22 +31,23 @@ def promote(*dtypes: DTypeLike) -> jnp.dtype:
 
 
 def accumulation_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """The wide dtype that sums are formed in: float32, or a wider one among `dtypes`."""
+    """The dtype of sums: float32, or a wider dtype among `dtypes`."""
     return promote(jnp.float32, *dtypes)
 
 
 def factor_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of products with factors, where those with the weight are in `dtype`.
+    """The dtype of products with the factors, if products with the weight use `dtype`.
 
-    float32 for float16: `x @ A` may be out of its range where `x @ (A @ B)` is not.
+    float32 for float16: `x @ A` may overflow in float16 even if `x @ (A @ B)` does not.
     """
     return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
 
 
 def range_unit(dtype: DTypeLike, *arrays: jax.Array) -> jax.Array | None:
-    """A power of two that brings a product of arrays into the range of `dtype`.
+    """A power of two that a product is divided by to stay in the range of `dtype`.
 
-    A scalar, 1 for products that are in range; None if the range is that of float32.
+    A scalar, which is 1 if the product is in range. None if `dtype` has the range of
+    float32.
     """
     if jnp.dtype(dtype) != jnp.float16:
         return None
@@ -58,10 +60,10 @@ def range_unit(dtype: DTypeLike, *arrays: jax.Array) -> jax.Array | None:
 def adapter_scale(
     alpha: float | jax.Array, rank: int, rank_stabilized: bool, dtype: DTypeLike
 ) -> float | jax.Array:
-    """What multiplies `A @ B`: `alpha / rank`, or `alpha / sqrt(rank)`.
+    """The scale of `A @ B`: `alpha / rank`, or `alpha / sqrt(rank)`.
 
-    A number stays a Python number, a constant of the compiled program. An array, traced
-    or not, comes back wide, and at least as wide as `dtype`.
+    If `alpha` is a number, so is the scale: a constant of the compiled program. If `alpha`
+    is an array, traced or not, the scale is a wide array, at least as wide as `dtype`.
     """
     divisor = math.sqrt(rank) if rank_stabilized else float(rank)
     if isinstance(alpha, jax.Array):
@@ -83,7 +85,7 @@ def wide_delta(
     rank_stabilized: bool,
     *dtypes: DTypeLike,
 ) -> jax.Array:
-    """`scale * A @ B`, `(*batch, in, out)`, in the widest of those dtypes."""
+    """`scale * A @ B`, `(*batch, in, out)`, in the widest of `dtypes` and the factors'."""
     wide = accumulation_dtype(*dtypes, adapter["A"].dtype, adapter["B"].dtype)
     a, b = (jnp.asarray(adapter[name], wide) for name in ("A", "B"))
     product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -91,18 +93,18 @@ def wide_delta(
 
 
 def add_and_round(value: jax.Array, update: jax.Array) -> jax.Array:
-    """`value + update`, formed in the dtype of `update`, rounded to that of `value`."""
+    """`value + update`, added in the dtype of `update`, rounded to the dtype of `value`."""
     value = jnp.asarray(value)
     return (value.astype(update.dtype) + update).astype(value.dtype)
 
 
 def fold(x: jax.Array, batch_ndim: int) -> jax.Array:
-    """`(*batch, *tokens, width)` -> `(*batch, rows, width)`, where that is of use.
+    """`(*batch, *tokens, width)` -> `(*batch, rows, width)` on a CPU.
 
     With one row axis the products of the backward pass contract one axis. With several,
-    XLA on the CPU first copies `x` and its cotangent into another layout, for about
-    twice the time of a training step. Elsewhere the tokens stay as they are: a mesh that
-    shards two of their axes could not shard the row axis, and would gather `x`.
+    XLA on the CPU first copies `x` and its cotangent into another layout, which doubles
+    the time of a training step. On other devices the token axes are not folded: a mesh
+    that shards two of them could not shard the folded axis, and would gather `x`.
     """
     batch, tokens = x.shape[:batch_ndim], x.shape[batch_ndim:-1]
     if len(tokens) == 1 or (tokens and not _folds(x, batch_ndim)):
@@ -118,24 +120,25 @@ def _folds(x: jax.Array, batch_ndim: int) -> bool:
 def keep_arguments(
     function: Callable[..., Any], static: int | None = None, *, frozen: Any = None
 ) -> Any:
-    """Keeps the arguments for the backward pass, and nothing that is made of them.
+    """Keeps only the arguments of a function for its backward pass.
 
-    A folded, cast or transposed copy would otherwise be kept beside the array itself:
-    nothing for one compiled layer, a copy of all frozen weights for a `lax.scan` over
-    layers. If `frozen`, the weight among them, is quantized, what the function forms of it
-    must not stay either: a barrier keeps the compiler from forming it once for both passes.
+    Otherwise a folded, cast or transposed copy of an argument would be kept as well. That
+    has no effect in one compiled layer, but a `lax.scan` over layers would keep a copy of
+    all frozen weights. If `frozen`, the weight among the arguments, is quantized, its dense
+    form must not be kept either: a barrier prevents the compiler from forming it once for
+    both passes.
     """
     numbers = () if static is None else (static,)
     barrier = quantized.is_quantized(frozen)
     return jax.checkpoint(function, prevent_cse=barrier, static_argnums=numbers)
 
 
-# Inlined where something else is traced; compiled once where it is not.
+# Inlined into a program that is being traced; otherwise compiled once.
 _compiled = functools.partial(jax.jit, static_argnums=2, inline=True)
 
 
 def as_row(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`(*batch, width)` -> `(*batch, 1, ..., width)` of the rank and dtype of `like`."""
+    """`(*batch, width)` -> `(*batch, 1, ..., width)`, with the ndim and dtype of `like`."""
     vector = jnp.asarray(vector).astype(like.dtype)
     missing = like.ndim - vector.ndim
     return lax.expand_dims(vector, range(vector.ndim - 1, vector.ndim - 1 + missing))
@@ -162,10 +165,10 @@ def _frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
 def project_down(x: jax.Array, a: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`(*batch, *tokens, in), (*batch, in, rank)` -> wide `(*batch, *rows, rank)`.
 
-    `x @ A`, multiplied in `factor_dtype(dtype)`, with a gradient of `A` that is formed as
-    `v.T @ x`, in `(rank, in)`. XLA on the CPU does that 3 to 4 times as fast as the
-    `x.T @ v`, in `(in, rank)`, that `x @ A` leads to; without the barrier it would undo the
-    transpose. Elsewhere the barrier costs a copy of `A` at the most.
+    `x @ A`, multiplied in `factor_dtype(dtype)`. The gradient of `A` is computed as
+    `v.T @ x`, with the shape `(rank, in)`. XLA on the CPU is 3 to 4 times as fast with it
+    as with `x.T @ v`, the gradient of a plain `x @ A`. Without the barrier XLA would undo
+    the transpose. On other devices the barrier costs at most a copy of `A`.
     """
     dtype = factor_dtype(dtype)
     rows = fold(x.astype(dtype), a.ndim - 2)
@@ -183,9 +186,9 @@ def project_up(u: jax.Array, b: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def contract(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Contracts the last axis of `x` with `axis` of `y`, both of one dtype.
+    """Contracts the last axis of `x` with `axis` of `y`, which have the same dtype.
 
-    The leading `y.ndim - 2` axes of both are batch axes. The result is wide; the products
+    The leading `y.ndim - 2` axes of both are batch axes. The result is wide. The products
     of the backward pass run in the dtype of `x` and `y`.
     """
     batch = tuple(range(y.ndim - 2))
@@ -211,7 +214,7 @@ class Dot(NamedTuple):
 
 
 def dot(x: jax.Array, y: jax.Array, options: Dot) -> jax.Array:
-    """The product of two arrays of one dtype, wide.
+    """The wide product of two arrays of the same dtype.
 
     The products of the backward pass run in the dtype of `x` and `y`.
     """
@@ -237,7 +240,7 @@ def _wide_product_jvp(options, dtype, primals, tangents):
         terms.append(options(x_dot, y).astype(dtype))
     if not isinstance(y_dot, SymbolicZero):
         terms.append(options(x, y_dot).astype(dtype))
-    # Not `_wide_product`: the policies of jax.checkpoint do not see into a custom_jvp.
+    # Not `_wide_product`: policies of jax.checkpoint cannot see the inside of a custom_jvp.
     out = options(x, y, dtype)
     return out, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(out)
 
@@ -245,8 +248,8 @@ def _wide_product_jvp(options, dtype, primals, tangents):
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zeroes each entry with probability `rate`; does **not** divide by `1 - rate`.
 
-    Call it inside `jax.checkpoint`: then the backward pass draws the mask again, and
-    neither it nor the masked `x` is kept.
+    Call it inside `jax.checkpoint`. Then the backward pass draws the mask again, and
+    neither the mask nor the masked `x` is kept.
     """
     zeros = jnp.zeros_like(x)
     # The second operand is false, and sharded as x is on a mesh with explicit axes.

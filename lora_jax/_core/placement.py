@@ -1,4 +1,4 @@
-"""Where the arrays of a quantized weight lie, of how the dense weight is sharded."""
+"""Shardings of a quantized weight's arrays, derived from the dense weight's sharding."""
 
 import functools
 import math
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Array) -> Any:
-    """Shards what a function makes of a weight as the weight is.
+    """Applies a function to a weight and shards the result as the weight is sharded.
 
-    On a mesh with explicit axes, those inside of the function are automatic.
+    On a mesh with explicit axes, the axes are automatic inside the function.
 
     Args:
-        function: gives the weight in another form, as an array of its shape or as a
-            quantized tensor, and anything besides.
+        function: returns a pair: the weight in another form (an array of the same shape,
+            or a quantized tensor), and any other value.
         weight: dense, traced or not.
 
     Returns:
-        Both. The arrays of a quantized tensor are sharded by its `array_specs`.
+        The pair. The arrays of a quantized tensor are sharded by its `array_specs`.
     """
     spec = compat.explicit_spec(weight)
     if any(spec):
@@ -47,13 +47,12 @@ def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Ar
 def automatic(
     function: Callable[[Any], jax.Array], value: Any, *, like: jax.Array, ndim: int
 ) -> jax.Array:
-    """Applies a function inside of which no mesh axis is explicit.
+    """Applies a function with all mesh axes automatic inside it.
 
     Args:
         function: of one argument.
         value: its argument.
-        like: an array whose axes are the leading axes of the result, as far as mesh axes
-            are concerned.
+        like: an array. The leading axes of the result are sharded like its axes.
         ndim: of the result.
     """
     spec = compat.explicit_spec(like)
@@ -65,7 +64,10 @@ def automatic(
 
 
 def as_abstract(value: Any) -> Any:
-    """The shape, dtype and explicit sharding of a quantized weight; else the value."""
+    """The shape, dtype and explicit sharding of a quantized weight.
+
+    Any other value is returned unchanged.
+    """
     kind = quantized.as_abstract(value)
     if kind is value:
         return value
@@ -78,9 +80,10 @@ def as_abstract(value: Any) -> Any:
 
 
 def as_dense(value: Any) -> Any:
-    """A quantized weight as an array without a gradient; any other value as it is.
+    """A quantized weight as a dense array without a gradient.
 
-    On a mesh with explicit axes it is sharded in its type as `as_abstract` says.
+    Any other value is returned unchanged. On a mesh with explicit axes the type of the
+    array has the sharding that `as_abstract` returns.
     """
     sharding = getattr(as_abstract(value), "sharding", None)
     if not is_quantized(value) or sharding is None:
@@ -90,7 +93,7 @@ def as_dense(value: Any) -> Any:
 
 
 def shardings(stored: Any, sharding: Any) -> Any:
-    """The sharding of each array of a weight, of that of the dense weight; or None."""
+    """The sharding of each array of a weight, derived from the dense weight's; or None."""
     if not isinstance(sharding, NamedSharding):
         return None
     place = functools.partial(NamedSharding, memory_kind=sharding.memory_kind)
@@ -103,7 +106,7 @@ def shardings(stored: Any, sharding: Any) -> Any:
 
 
 def parts(weight: Any) -> tuple[int, ...]:
-    """How many parts each axis of a weight is split into, as far as that is known."""
+    """How many parts each axis of a weight is split into; 1 if that is not known."""
     placed = _placed(weight)
     if placed is None:
         return (1,) * len(weight.shape)
@@ -114,29 +117,30 @@ def parts(weight: Any) -> tuple[int, ...]:
 def axes_of_fold(
     spec: Sequence[Any], n_entries: int, block: int, sizes: Mapping[Any, int]
 ) -> Any:
-    """The mesh axes of an axis that has the blocks of several axes of a weight, folded.
+    """The mesh axes of a folded axis, which has one entry for each block of a weight.
 
     Args:
-        spec: the mesh axes of those axes.
-        n_entries: of them together.
-        block: how many entries share an entry of the result.
+        spec: the mesh axes of the weight's axes that are folded.
+        n_entries: the product of the sizes of these axes.
+        block: how many entries form a block.
         sizes: of the mesh axes.
 
     Returns:
-        Those of the first axis, if each part of it is a whole number of blocks; else None.
+        The mesh axes of the first folded axis, if each part of it is a whole number of
+        blocks; else None.
     """
     first = spec[0] if spec else None
     return first if n_entries % (block * _count(first, sizes)) == 0 else None
 
 
 def _count(axes: Any, sizes: Mapping[Any, int]) -> int:
-    """How many parts an axis is split into by some mesh axes."""
+    """The number of parts that mesh axes split an axis into."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(sizes[name] for name in names if name is not None)
 
 
 def _placed(weight: Any) -> tuple[tuple[Any, ...], Mapping[Any, int]] | None:
-    """The mesh axes of each axis of a weight and the sizes of them, where it is sharded."""
+    """The mesh axes of each axis of a sharded weight, and their sizes; or None."""
     if isinstance(weight, Tracer):
         spec = compat.explicit_spec(weight)
         return (spec, jax.typeof(weight).sharding.mesh.shape) if any(spec) else None
@@ -152,7 +156,7 @@ def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
 
 
 def _specs(stored: Any, spec: Iterable[Any], sizes: Mapping[Any, int]) -> Any:
-    """The mesh axes of each array of a weight, of those of the dense weight."""
+    """The mesh axes of each array of a weight, derived from those of the dense weight."""
     if not is_quantized(stored):
         return PartitionSpec(*spec)
     return jax.tree.map(
@@ -163,7 +167,7 @@ def _specs(stored: Any, spec: Iterable[Any], sizes: Mapping[Any, int]) -> Any:
 
 
 def _trimmed(spec: PartitionSpec) -> PartitionSpec:
-    """The spec without axes at its end that are not split."""
+    """The spec without trailing axes that are not split."""
     axes = list(spec)
     while axes and axes[-1] is None:
         axes.pop()

@@ -1,4 +1,4 @@
-"""What a frozen weight in few bits provides, whichever format it has."""
+"""The interface of quantized frozen weights, for every format."""
 
 import abc
 import dataclasses
@@ -15,22 +15,23 @@ _SHOWN = ("entry_shape", "weight_dtype")  # in every repr as shape and dtype
 
 
 class QuantizedTensor(abc.ABC):
-    """A frozen weight in few bits: a pytree of arrays, with settings that are static.
+    """A quantized frozen weight: a pytree of arrays with static settings.
 
     A format is a subclass that is a frozen dataclass with `eq=False` and `repr=False`,
-    registered by `jax.tree_util.register_dataclass`. Its array fields are the leaves, and
-    optional arrays are None where they are not there; the others have the metadata
-    `static=True` and are strings, numbers, None, or tuples of these; one that says only
-    how the arrays lie here has a default and `in_files=False`. It provides `shape`,
-    `dtype`, `batch_ndim`, `dequantize`, `quantize_like` and `check`; the rest is here.
-    `register_format` gives it a name in files.
+    registered by `jax.tree_util.register_dataclass`. Its array fields are the leaves; an
+    optional array may be None. All other fields have the metadata `static=True`, and are
+    strings, numbers, None, or tuples of these. A field that only describes the layout of
+    the arrays in memory has a default and `in_files=False`. A format implements `shape`,
+    `dtype`, `batch_ndim`, `dequantize`, `quantize_like` and `check`; this class has the
+    rest. `register_format` gives a format its name in files.
 
-    - Leading axes of a stack (layers, experts) are leading axes of *all* of its arrays,
-      and its settings are those of one entry. So `shape` has the batch sizes of the arrays
-      in front, and `jax.vmap`, `lax.scan` and `jax.tree.map(lambda x: x[i], quantized)`
-      give entries that are quantized tensors themselves.
-    - JAX rebuilds pytrees with leaves that are no arrays, so making one checks nothing:
-      `check` does, for files.
+    - Leading axes of a stack (layers, experts) are leading axes of *all* arrays, and the
+      settings describe one entry of the stack. So `shape` begins with the batch sizes of
+      the arrays, and `jax.vmap`, `lax.scan` and
+      `jax.tree.map(lambda x: x[i], quantized)` give entries that are quantized tensors
+      themselves.
+    - JAX rebuilds pytrees with leaves that are not arrays, so the constructor checks
+      nothing. `check` checks tensors that are read from files.
     """
 
     @property
@@ -46,25 +47,26 @@ class QuantizedTensor(abc.ABC):
     @property
     @abc.abstractmethod
     def batch_ndim(self) -> int:
-        """How many leading axes are those of the stack, read from the arrays."""
+        """How many leading axes form the stack, read from the arrays."""
 
     @abc.abstractmethod
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, `shape`, in `dtype`. Pure, and right under every transformation."""
+        """The dense weight, `shape`, in `dtype`. Pure; every transformation applies."""
 
     @abc.abstractmethod
     def quantize_like(self, weight: jax.Array) -> "QuantizedTensor":
-        """A weight of the same shape, with the settings of this one."""
+        """Quantizes a weight of the same shape with the settings of this one."""
 
     @abc.abstractmethod
     def check(self) -> None:
         """Raises ValueError unless the arrays and settings, of any kind, fit each other."""
 
     def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> Any:
-        """Which mesh axes its arrays are split over, where the dense weight is.
+        """The mesh axes of each array, derived from those of the dense weight.
 
-        Arrays of the shape of the weight are split as it is, all others along the axes of
-        the stack. A format whose other arrays can be split further says so.
+        Arrays with the weight's shape are split as the weight is. All others are split
+        along the axes of the stack. A format whose other arrays can be split further
+        overrides this method.
 
         Args:
             spec: the mesh axes of each axis of the weight.
@@ -79,10 +81,10 @@ class QuantizedTensor(abc.ABC):
         return jax.tree.map(lambda x: whole if x.shape == self.shape else stack, self)
 
     def array_with_axes(self) -> tuple[jax.Array, int]:
-        """One of the arrays, and how many of its leading axes are split as the weight's.
+        """An array, and how many of its leading axes are split like the weight's.
 
-        By default an array of the shape of the weight; if there is none, the first array,
-        with the axes of the stack.
+        By default it is an array with the weight's shape. If there is none, it is the
+        first array, with the axes of the stack.
         """
         arrays = jax.tree.leaves(self)
         alike = [array for array in arrays if array.shape == self.shape]
@@ -117,10 +119,10 @@ class QuantizedTensor(abc.ABC):
     def from_arrays(
         cls, arrays: Mapping[str, jax.Array], settings: Mapping[str, Any]
     ) -> "QuantizedTensor":
-        """Makes one of what `to_arrays` and `settings` returned.
+        """Creates a tensor from the results of `to_arrays` and `settings`.
 
         Raises:
-            ValueError: if they cannot be that.
+            ValueError: if the arrays or settings do not fit this format.
         """
         names = {static: [f.name for f in _fields(cls, static)] for static in (True, False)}
         unknown = [*(set(arrays) - set(names[False])), *(set(settings) ^ set(names[True]))]
@@ -137,7 +139,7 @@ class QuantizedTensor(abc.ABC):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"{self!r} is no array, and this needs one: run the function through "
+            f"{self!r} is not an array, and this needs one: run the function through "
             "lora_jax.adapt or lora_jax.accept_quantized, or use "
             "lora_jax.quant.dequantize(weight)."
         )
@@ -150,7 +152,7 @@ class QuantizedTensor(abc.ABC):
         try:
             shape: Any = self.shape
         except (AttributeError, TypeError):
-            shape = "?"  # a pytree of something else, such as shardings or None
+            shape = "?"  # the leaves are not arrays but, for example, shardings or None
         settings = {k: v for k, v in self.settings().items() if k not in _SHOWN}
         rest = "".join(f", {name}={value!r}" for name, value in settings.items())
         return f"{type(self).__name__}(shape={shape}, dtype={self.dtype}{rest})"
@@ -162,29 +164,29 @@ def _fields(owner: Any, static: bool) -> list[dataclasses.Field[Any]]:
 
 
 def _frozen(value: Any) -> Any:
-    """A value of JSON, which has lists, as a static setting."""
+    """A JSON value as a static setting, with tuples in place of lists."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def is_quantized(value: Any) -> bool:
-    """Whether a value is a weight in few bits."""
+    """Whether a value is a quantized weight."""
     return isinstance(value, QuantizedTensor)
 
 
 def as_abstract(value: Any) -> Any:
-    """The shape and dtype of a quantized weight; any other value as it is."""
+    """The shape and dtype of a quantized weight; any other value unchanged."""
     return jax.ShapeDtypeStruct(value.shape, value.dtype) if is_quantized(value) else value
 
 
 def as_frozen(weight: Any) -> Any:
-    """A frozen weight as an array of JAX, or as a quantized weight of such arrays."""
+    """A frozen weight as a JAX array, or as a quantized weight of JAX arrays."""
     return (
         jax.tree.map(jnp.asarray, weight) if is_quantized(weight) else jnp.asarray(weight)
     )
 
 
 def as_dense(value: Any) -> Any:
-    """A quantized weight as an array without a gradient; any other value as it is."""
+    """A quantized weight as a dense array without a gradient; other values unchanged."""
     if not is_quantized(value):
         return value
     return jax.lax.stop_gradient(value.dequantize(value.dtype))

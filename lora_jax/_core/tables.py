@@ -4,11 +4,11 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 def format_table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Rows of cells, the first of them the header, as lines of columns.
+    """Formats rows of cells as the lines of a table. The first row is the header.
 
     Args:
-        rows: with as many cells each.
-        right: the numbers of the columns that are aligned on the right.
+        rows: all of the same number of cells.
+        right: the indices of the columns that are aligned on the right.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

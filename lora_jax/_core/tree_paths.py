@@ -1,13 +1,14 @@
-"""Paths of the leaves of a tree, and patterns that choose among them.
+"""Paths of the leaves of a tree, and patterns that select leaves by path.
 
 A path is `jax.tree_util.keystr(path, simple=True, separator="/")`. A pattern is a glob on
-the whole path, in which `*` also stands for `/`; or a regular expression that has to match
-the whole path: an `re.Pattern`, or a string that starts with `re:`. Patterns are kept as
-text, the latter in the form with `re:`.
+the whole path, where `*` also matches `/`. Or it is a regular expression that has to match
+the whole path: an `re.Pattern`, or a string that starts with `re:`. Patterns are stored as
+text; an `re.Pattern` is stored with the prefix `re:`.
 
-The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`, those of its
-pure dict do not. A pattern matches both: it may match what is in front of that ending; and
-if it has the ending itself, after a letter and not a wildcard, it may match without it.
+The leaves of an `nnx.State` have paths that end in `/value` or `/raw_value`; the leaves of
+its pure dict do not. A pattern matches both forms: it may match the path without the
+ending. If the pattern has the ending itself, after a letter and not after a wildcard, the
+pattern without the ending may match as well.
 """
 
 import difflib
@@ -27,7 +28,7 @@ Pattern: TypeAlias = str | re.Pattern[str]
 
 _REGEX = "re:"
 _BOXES = ("/value", "/raw_value")
-# Not `*/value`, which is what attention calls its weights.
+# Not `*/value`: attention layers have a weight with this name.
 _NAME_IN_BOX = re.compile(r"\w/(raw_)?value$")
 _FLAGS = {
     re.ASCII: "a",
@@ -39,12 +40,12 @@ _FLAGS = {
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """Splits a tree into its leaves by path, in order, and its structure.
+    """Returns the leaves of a tree by path, in order, and the tree's structure.
 
-    A quantized weight is one leaf, at the path that the dense one would have.
+    A quantized weight is one leaf, at the path that the dense weight would have.
 
     Raises:
-        ValueError: if two leaves have one path.
+        ValueError: if two leaves have the same path.
     """
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=quantized.is_quantized
@@ -76,15 +77,15 @@ def fold_in(key: jax.Array, path: str) -> jax.Array:
 
 
 def as_text(name: str, pattern: Any) -> str:
-    """A pattern in the form it is kept in, checked.
+    """Checks a pattern and returns it as text.
 
     Args:
-        name: of the argument that the pattern was given in, for the messages.
+        name: of the argument that has the pattern, for error messages.
         pattern: a glob, `"re:..."`, or an `re.Pattern` of text.
 
     Raises:
-        TypeError: if it is none of these.
-        ValueError: if it is empty, or no regular expression.
+        TypeError: if it has another type.
+        ValueError: if it is empty, or not a valid regular expression.
     """
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         return _REGEX + _with_inline_flags(pattern)
@@ -106,7 +107,7 @@ def as_text(name: str, pattern: Any) -> str:
 
 
 def _with_inline_flags(pattern: re.Pattern[str]) -> str:
-    """The text of a compiled pattern, with the flags it was compiled with in front."""
+    """The text of a compiled pattern, with its flags in front."""
     if re.compile(pattern.pattern).flags == pattern.flags:
         return pattern.pattern
     letters = [letter for flag, letter in _FLAGS.items() if pattern.flags & flag]
@@ -114,10 +115,10 @@ def _with_inline_flags(pattern: re.Pattern[str]) -> str:
 
 
 def as_texts(name: str, patterns: Any) -> tuple[str, ...]:
-    """One pattern or several in the form they are kept in, checked.
+    """Checks one pattern or several and returns them as text.
 
     Raises:
-        TypeError: if it is neither a pattern nor a tuple or list of them.
+        TypeError: if it is neither a pattern nor a tuple or list of patterns.
         ValueError: as `as_text`.
     """
     if isinstance(patterns, str | re.Pattern):
@@ -131,10 +132,12 @@ def as_texts(name: str, patterns: Any) -> tuple[str, ...]:
 
 
 def as_entries(name: str, entries: Any) -> dict[str, Any]:
-    """A mapping from patterns, as they are kept; of equal ones the first counts.
+    """Checks a mapping and returns it with its patterns as text.
+
+    If two patterns have the same text, the first one wins.
 
     Raises:
-        TypeError: if it is no mapping.
+        TypeError: if it is not a mapping.
         ValueError: as `as_text`.
     """
     if not isinstance(entries, Mapping):
@@ -150,10 +153,10 @@ def as_entries(name: str, entries: Any) -> dict[str, Any]:
 def check_matched(
     name: str, patterns: Iterable[str], paths: Iterable[str], what: str, hint: str = ""
 ) -> None:
-    """Raises unless each pattern matches a path; `hint` ends the message.
+    """Raises an error unless each pattern matches a path; `hint` ends the message.
 
     Raises:
-        ValueError: that names the patterns, and the paths nearest to them.
+        ValueError: the message lists the patterns and the nearest paths.
     """
     paths = list(paths)
     lost = unmatched(patterns, paths)
@@ -176,7 +179,7 @@ def matches(pattern: str, path: str) -> bool:
 def _matches(pattern: str, path: str) -> bool:
     if pattern.startswith(_REGEX):
         return re.fullmatch(pattern.removeprefix(_REGEX), path) is not None
-    # A path may have brackets in it, and names itself all the same.
+    # A path with brackets in it still matches itself.
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
@@ -186,10 +189,10 @@ def _without_box(path: str) -> str:
 
 
 def find(path: str, paths: Iterable[str]) -> str:
-    """The one of some paths that is this one, with or without the ending of NNX.
+    """Finds a path among some paths, ignoring the ending of NNX.
 
     Returns:
-        The path itself if there is none, or if there are several.
+        The path that was found; the given path if none or several match.
     """
     paths = list(paths)
     if path in paths:
@@ -199,12 +202,12 @@ def find(path: str, paths: Iterable[str]) -> str:
 
 
 def without_numbers(path: str) -> str:
-    """A path with `*` for each number in it, as those of layers that are alike have."""
+    """A path with `*` in place of each number, so that similar layers have one path."""
     return re.sub(r"\d+", "*", path)
 
 
 def listed(paths: list[str]) -> str:
-    """The first of some paths, and how many more there are."""
+    """The first five paths as text, and the number of the others."""
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return ", ".join(map(repr, paths[:5])) + more
 
@@ -227,7 +230,7 @@ def unmatched(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
 
 
 def nearest(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Up to three paths that the writer of a pattern may have had in mind."""
+    """Up to three paths that are similar to a pattern."""
     paths = list(paths)
     literal = pattern.replace("*", "")
     if pattern.startswith(_REGEX):
@@ -241,7 +244,7 @@ def nearest(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def nearest_hint(pattern: str, paths: Iterable[str]) -> str:
-    """The end of a message about a pattern or path that is not there."""
+    """The end of an error message about a missing pattern or path: the nearest paths."""
     paths = list(paths)
     near = nearest(pattern, paths)
     if near:

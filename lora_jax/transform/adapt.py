@@ -100,8 +100,8 @@ def adapt(
             traced, so that another value is no other program, and differentiable. One
             number for all targets, or a dict from paths to arrays, each a scalar or
             `(*batch)`, one scale for each index of the target's batch axes. A path that is
-            not there keeps the scale of the plan. 0 switches an adapter off; for half of
-            its update give half of its scale,
+            not there keeps the scale of the plan. 0 switches a LoRA adapter off; for half
+            of its update give half of its scale,
             `{path: 0.5 * scale for path, scale in plan.scales.items()}`. With DoRA the
             scale is that of `A @ B` alone: at 0 the columns of `W` have the magnitudes
             `m`. The result is that of `adapt(fn, plan.replace(scale=...))`.

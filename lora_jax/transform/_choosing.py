@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from lora_jax.transform._factored import (
     Factor,
     Factored,
-    NotFactorableError,
     Term,
     base_of,
 )
+from lora_jax.transform._parameters import NotFactorableError
 
 
 class Form(NamedTuple):

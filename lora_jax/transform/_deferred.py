@@ -16,48 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat, placement, quantized
+from lora_jax.transform._moves import MOVES, named
 
-# Applied to one entry of a stack they give that entry of the result.
-_ENTRYWISE = frozenset(
-    {
-        "conj",
-        "convert_element_type",
-        "copy",
-        "imag",
-        "name",
-        "neg",
-        "real",
-        "reduce_precision",
-        "stop_gradient",
-    }
-)
 # What is put off until the weight is used.
-_MOVES = _ENTRYWISE | {
-    "add",
-    "add_any",
-    "broadcast_in_dim",
-    "complex",
-    "concatenate",
-    "div",
-    "dynamic_slice",
-    "layout_constraint",
-    "mesh_cast",
-    "mul",
-    "pad",
-    "reshape",
-    "reshard",
-    "rev",
-    "select_n",
-    "sharding_constraint",
-    "slice",
-    "split",
-    "squeeze",
-    "stack",
-    "sub",
-    "tile",
-    "transpose",
-    "unstack",
-}
+_PUT_OFF = named(lambda row: row.is_deferred)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +32,7 @@ class Step:
     @property
     def entrywise(self) -> bool:
         """Whether an entry of the result is this step of an entry of its one operand."""
-        return self.equation.primitive.name in _ENTRYWISE
+        return MOVES[self.equation.primitive.name].is_entrywise
 
 
 @functools.partial(
@@ -164,7 +126,7 @@ def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
 def _bind(equation: Any, values: Sequence[Any]) -> Any:
     if not any(isinstance(value, Deferred) for value in values):
         return compat.bind(equation, values)
-    if equation.primitive.name not in _MOVES:
+    if equation.primitive.name not in _PUT_OFF:
         return use(equation, values)
     if (entries := _entries(equation, *values)) is not None:
         return entries

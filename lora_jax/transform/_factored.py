@@ -33,10 +33,6 @@ Map = Callable[[jax.Array], jax.Array]
 RANK = -1
 
 
-class NotFactorableError(Exception):
-    """What a rule raises if the value cannot stay factored: the weight is merged there."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Label:
     """The static part of a term.

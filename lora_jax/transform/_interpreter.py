@@ -9,24 +9,12 @@ from lora_jax.plan.adapter_plan import NOT_FOLLOWED
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
-from lora_jax.transform._factored import Factored, NotFactorableError, is_factored, merge
+from lora_jax.transform._factored import Factored, is_factored, merge
+from lora_jax.transform._moves import named
+from lora_jax.transform._parameters import NotFactorableError, no_rule
 
-# Rows of a table stay factored through these, so that a product with them is factored
-# (a softmax over sampled classes); everything else gets them merged.
-_KEEP_GATHERED = frozenset(
-    {
-        "broadcast_in_dim",
-        "closed_call",
-        "convert_element_type",
-        "dot_general",
-        "jit",
-        "reshape",
-        "slice",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    }
-)
+# Rows of a table stay factored through these; everything else gets them merged.
+_KEEP_GATHERED = named(lambda row: row.keeps_rows) | {"closed_call", "dot_general", "jit"}
 
 # Rows that constants looked up, which may be those of a weight in another order, stay
 # factored through all rules but these; and so do all rows when axes are being found.
@@ -34,31 +22,8 @@ _END_GATHERED = frozenset({"add", "add_any", "reduce_sum", "shard_map", "sub"})
 # Products of an activation with a kernel: rows are the former.
 _KERNELS = frozenset({"conv_general_dilated", "ragged_dot_general"})
 
-_NOT_LINEAR = frozenset(
-    {
-        *("abs", "and", "argmax", "argmin", "ceil", "clamp", "cos"),
-        *("cumlogsumexp", "cummax", "cummin", "cumprod", "erf", "erf_inv", "exp"),
-        *("exp2", "expm1", "floor", "integer_pow", "is_finite", "log", "log1p"),
-        *("logistic", "max", "min", "pow", "reduce_max", "reduce_min", "reduce_prod"),
-        *("rem", "round", "rsqrt", "sign", "sin", "sort", "sqrt"),
-        *("square", "tan", "tanh"),
-    }
-)
-
-# A vector of a weight, which is merged as well, stays factored through these: where its
-# gradient is stopped, that of its factors may not be.
-_KEEP_VECTOR = frozenset(
-    {
-        "convert_element_type",
-        "dynamic_slice",
-        "gather",
-        "reshape",
-        "slice",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    }
-)
+# A vector of a weight is merged as well, but not for these.
+_KEEP_VECTOR = named(lambda row: row.keeps_vectors) | {"gather"}
 
 # In the body of a call the axes of a weight are followed through these too.
 _ENTRYWISE = frozenset(
@@ -134,9 +99,7 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     if not any(map(is_factored, values)):
         return compat.bind(equation, values)
     rule = context.rules.get(equation.primitive.name)
-    reason = "there is no low-rank rule for it"
-    if equation.primitive.name in _NOT_LINEAR:
-        reason = f"{reason}, since it is not linear"
+    reason = no_rule(equation)
     if rule is not None:
         context.callers.append(equation)
         try:

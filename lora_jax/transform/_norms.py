@@ -23,11 +23,11 @@ from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
 from lora_jax.transform._factored import (
     Factored,
-    NotFactorableError,
     Term,
     base_of,
     is_factored,
 )
+from lora_jax.transform._parameters import NotFactorableError
 
 
 def constant_norm(

@@ -18,7 +18,6 @@ from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
     Factor,
     Factored,
-    NotFactorableError,
     Term,
     base_of,
     full,
@@ -29,7 +28,12 @@ from lora_jax.transform._factored import (
     times,
     with_base,
 )
-from lora_jax.transform._parameters import parameter
+from lora_jax.transform._moves import MOVES, cast
+from lora_jax.transform._parameters import (
+    NotFactorableError,
+    check_weight_is,
+    parameter,
+)
 
 
 def on_base(context: Context, equation: Any, f: Factored) -> Factored:
@@ -42,9 +46,7 @@ def on_base(context: Context, equation: Any, f: Factored) -> Factored:
 
 def convert(context: Context, equation: Any, f: Factored) -> Factored:
     """A cast to another floating-point dtype of at least 16 bits, or a complex one."""
-    dtype = jnp.dtype(parameter(equation, "new_dtype"))
-    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
-        raise NotFactorableError(f"a sum cast to {dtype} is no sum of casts")
+    cast(equation)  # raises for others
     return on_base(context, equation, f)
 
 
@@ -166,8 +168,8 @@ def along_axis(
 
 def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factored:
     """Solves for the columns or rows of the weight: the factor that varies along them."""
-    if isinstance(a, Factored):
-        raise NotFactorableError("it solves with the weight")
+    row = MOVES["triangular_solve"]
+    check_weight_is(row.operand, (a, f), Factored, row.otherwise)
     axis = f.ndim - (2 if parameter(equation, "left_side") else 1)
 
     def solved(p):

@@ -12,14 +12,13 @@ from lora_jax.transform._context import Context, Sighting
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
     Factored,
-    NotFactorableError,
     Term,
     base_of,
     is_factored,
     with_base,
 )
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
-from lora_jax.transform._parameters import parameter
+from lora_jax.transform._parameters import NotFactorableError, parameter
 
 # A jitted function of fewer equations is evaluated in place.
 _SMALL = 24

@@ -10,8 +10,8 @@ from jax import lax
 
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, NotFactorableError, Term
-from lora_jax.transform._parameters import parameter
+from lora_jax.transform._factored import Factored, Term
+from lora_jax.transform._parameters import NotFactorableError, parameter
 
 
 def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:

@@ -14,13 +14,12 @@ from lora_jax.transform._factored import (
     RANK,
     Factor,
     Factored,
-    NotFactorableError,
     base_of,
     place,
     with_base,
 )
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
-from lora_jax.transform._parameters import parameter
+from lora_jax.transform._parameters import NotFactorableError, parameter
 
 
 def scan(context: Context, equation: Any, *values: Any) -> list[Any]:

@@ -13,13 +13,12 @@ from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, is_weight
 from lora_jax.transform._factored import (
     Factored,
-    NotFactorableError,
     Term,
     merge,
     place,
     times,
 )
-from lora_jax.transform._parameters import parameter
+from lora_jax.transform._parameters import NotFactorableError, parameter
 from lora_jax.transform._products import Name, Named, Names, Product, add_terms, project
 
 

@@ -12,13 +12,12 @@ from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
 from lora_jax.transform._factored import (
     Factored,
-    NotFactorableError,
     base_of,
     specs,
     with_base,
 )
 from lora_jax.transform._interpreter import evaluate_closed
-from lora_jax.transform._parameters import parameter
+from lora_jax.transform._parameters import NotFactorableError, parameter
 
 
 def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:

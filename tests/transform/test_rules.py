@@ -294,8 +294,7 @@ def test_a_value_added_keeps_the_terms_of_both():
 
 def test_an_unknown_parameter_of_a_primitive_is_a_merge():
     # As in a JAX that calls it otherwise.
-    from lora_jax.transform._factored import NotFactorableError
-    from lora_jax.transform._parameters import parameter
+    from lora_jax.transform._parameters import NotFactorableError, parameter
 
     equation = jax.make_jaxpr(lambda x: x.T)(W).eqns[0]
     with pytest.raises(NotFactorableError, match="no parameter 'order'"):

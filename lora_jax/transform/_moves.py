@@ -1,0 +1,329 @@
+"""Primitives that move, keep or join the axes of a weight: one row of a table for each.
+
+A row says what becomes of each axis of the operand. The rules for low-rank weights, the
+search for axes, quantized weights that are yet to be formed, and the interpreter read it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.transform._parameters import NotFactorableError, parameter
+
+
+def _not_of_factors(p: jax.Array, *others: Any) -> jax.Array:
+    raise NotImplementedError("the primitive has a rule of its own for factors")
+
+
+class Move(NamedTuple):
+    """What an equation makes of the axes of its operand in one of its results.
+
+    Attributes:
+        axes: for each axis of the operand, those of the result that it becomes.
+        of: does the same to an array, given the other operands. The array may have 1 for
+            an axis; then it has 1 for what becomes of that.
+        indexed: for each axis of the operand, whether one entry of it is taken, or entries
+            that start anywhere; empty if that is so for none.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    of: Callable[..., jax.Array] = _not_of_factors
+    indexed: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is known of a primitive.
+
+    Attributes:
+        moves: for an equation a `Move` for each result. What joins several arrays does
+            the same with the axes of each.
+        operand: which operand may be the weight.
+        otherwise: why the weight is merged if it is another one.
+        is_deferred: whether a quantized weight is moved before it is formed.
+        is_entrywise: whether, applied to one entry of a stack, it gives that of the result.
+        keeps_rows: whether rows of a table stay factored through it, so that a product with
+            them is factored (a softmax over sampled classes).
+        keeps_vectors: whether a vector of a weight stays factored through it: where its
+            gradient is stopped, that of its factors may not be.
+    """
+
+    moves: Callable[[Any], Sequence[Move]]
+    operand: int = 0
+    otherwise: str = ""
+    is_deferred: bool = True
+    is_entrywise: bool = False
+    keeps_rows: bool = False
+    keeps_vectors: bool = False
+
+
+def _shapes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+
+
+def _each(ndim: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((axis,) for axis in range(ndim))
+
+
+def _without(ndim: int, gone: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """The axes of the operand where some of them are dropped."""
+    left = [axis for axis in range(ndim) if axis not in gone]
+    return tuple((left.index(a),) if a in left else () for a in range(ndim))
+
+
+def same(equation: Any) -> list[Move]:
+    """Every axis stays where it is."""
+    return [Move(_each(len(atom.aval.shape))) for atom in equation.outvars]
+
+
+def cast(equation: Any) -> list[Move]:
+    """A cast to another floating-point dtype of at least 16 bits, or a complex one."""
+    dtype = jnp.dtype(parameter(equation, "new_dtype"))
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
+        raise NotFactorableError(f"a sum cast to {dtype} is no sum of casts")
+    return same(equation)
+
+
+def _transpose(equation: Any) -> list[Move]:
+    order = tuple(parameter(equation, "permutation"))
+    axes = tuple((order.index(axis),) for axis in range(len(order)))
+    return [Move(axes, lambda p: lax.transpose(p, order))]
+
+
+def _squeeze(equation: Any) -> list[Move]:
+    gone = parameter(equation, "dimensions")
+    axes = _without(len(equation.invars[0].aval.shape), gone)
+    return [Move(axes, lambda p: lax.squeeze(p, gone))]
+
+
+def _broadcast_in_dim(equation: Any) -> list[Move]:
+    """New axes, and axes of size 1 made longer, are owned by no factor."""
+    if len(equation.invars) > 1:
+        raise NotFactorableError("its shape is an array")
+    ndim = len(parameter(equation, "shape"))
+    positions = parameter(equation, "broadcast_dimensions")
+
+    def broadcast(p):
+        new = [1] * ndim
+        for size, position in zip(p.shape, positions, strict=True):
+            new[position] = size
+        return lax.broadcast_in_dim(p, new, positions)
+
+    return [Move(tuple((position,) for position in positions), broadcast)]
+
+
+def _reshape(equation: Any) -> list[Move]:
+    """Splits and joins axes; a factor that owns one of those joined is made to own all."""
+    old, new = equation.invars[0].aval.shape, tuple(parameter(equation, "new_sizes"))
+    plain = len(equation.invars) == 1 and parameter(equation, "dimensions") is None
+    if not plain or 0 in old:
+        raise NotFactorableError("it is no plain reshape")
+    groups = _reshaped_together(old, new)
+
+    def reshaped(p):
+        whole, shape = list(p.shape), [1] * len(new)
+        for old_axes, new_axes in groups:
+            if any(p.shape[axis] == old[axis] for axis in old_axes):
+                for axis in old_axes:
+                    whole[axis] = old[axis]
+                for axis in new_axes:
+                    shape[axis] = new[axis]
+        return lax.reshape(jnp.broadcast_to(p, whole), shape)
+
+    became = {axis: tuple(group[1]) for group in groups for axis in group[0]}
+    return [Move(tuple(became.get(axis, ()) for axis in range(len(old))), reshaped)]
+
+
+def _reshaped_together(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Pairs of axes of the two shapes that hold the same entries; not those of size 1."""
+    left = [axis for axis, size in enumerate(old) if size != 1]
+    right = [axis for axis, size in enumerate(new) if size != 1]
+    groups = []
+    while left:
+        group = [left.pop(0)], [right.pop(0)]
+        while (sizes := _products(old, new, group))[0] != sizes[1]:
+            side, rest = (0, left) if sizes[0] < sizes[1] else (1, right)
+            group[side].append(rest.pop(0))
+        groups.append(group)
+    return groups
+
+
+def _products(old, new, group) -> tuple[int, int]:
+    return math.prod(old[i] for i in group[0]), math.prod(new[i] for i in group[1])
+
+
+def _indexed(
+    sizes: Sequence[int], whole: Sequence[int], *, dynamic: bool = False
+) -> tuple[bool, ...]:
+    """The axes of which one entry is taken, or a run that starts anywhere."""
+    pairs = zip(sizes, whole, strict=True)
+    return tuple(size != of and (size == 1 or dynamic) for size, of in pairs)
+
+
+def _slice(equation: Any) -> list[Move]:
+    """A part of each axis; one entry of an axis is an index of it."""
+    old, new = _shapes(equation)
+    start = parameter(equation, "start_indices")
+    limit = parameter(equation, "limit_indices")
+    strides = parameter(equation, "strides") or (1,) * len(old)
+
+    def cut(p):
+        own = [size == whole for size, whole in zip(p.shape, old, strict=True)]
+        if all(old[axis] == new[axis] for axis in range(len(old)) if own[axis]):
+            return p
+        return lax.slice(
+            p,
+            [i if owned else 0 for i, owned in zip(start, own, strict=True)],
+            [i if owned else 1 for i, owned in zip(limit, own, strict=True)],
+            [i if owned else 1 for i, owned in zip(strides, own, strict=True)],
+        )
+
+    return [Move(_each(len(old)), cut, _indexed(new, old))]
+
+
+def _dynamic_slice(equation: Any) -> list[Move]:
+    """As `slice`, from positions that are arrays."""
+    old, sizes = equation.invars[0].aval.shape, parameter(equation, "slice_sizes")
+
+    def cut(p, *starts):
+        own = [size == whole for size, whole in zip(p.shape, old, strict=True)]
+        zero = jnp.zeros_like(starts[0])
+        at = [
+            i if owned else zero.astype(jnp.asarray(i).dtype)
+            for i, owned in zip(starts, own, strict=True)
+        ]
+        shape = [size if owned else 1 for size, owned in zip(sizes, own, strict=True)]
+        return lax.dynamic_slice(p, at, shape)
+
+    return [Move(_each(len(old)), cut, _indexed(sizes, old, dynamic=True))]
+
+
+def _rev(equation: Any) -> list[Move]:
+    axes = parameter(equation, "dimensions")
+    return [same(equation)[0]._replace(of=lambda p: lax.rev(p, axes))]
+
+
+def _piece(p: jax.Array, whole: int, axis: int, start: int, size: int) -> jax.Array:
+    """A part of an axis of an array, if it is as long there as the whole."""
+    if p.shape[axis] != whole:
+        return p
+    return lax.slice_in_dim(p, start, start + size, axis=axis)
+
+
+def _split(equation: Any) -> list[Move]:
+    """Pieces of one axis."""
+    old, axis = equation.invars[0].aval.shape, parameter(equation, "axis")
+    moves, start = [], 0
+    for size in map(int, parameter(equation, "sizes")):
+        new = [size if i == axis else n for i, n in enumerate(old)]
+
+        def piece(p, start=start, size=size):
+            return _piece(p, old[axis], axis, start, size)
+
+        moves.append(Move(_each(len(old)), piece, _indexed(new, old)))
+        start += size
+    return moves
+
+
+def _unstack(equation: Any) -> list[Move]:
+    """The entries of one axis."""
+    old, axis = equation.invars[0].aval.shape, parameter(equation, "axis")
+    new = [1 if i == axis else size for i, size in enumerate(old)]
+
+    def entry(i: int) -> Move:
+        def of(p):
+            return lax.squeeze(_piece(p, old[axis], axis, i, 1), [axis])
+
+        return Move(_without(len(old), [axis]), of, _indexed(new, old))
+
+    return list(map(entry, range(len(equation.outvars))))
+
+
+def _tile(equation: Any) -> list[Move]:
+    """Axes repeated; an axis that a factor does not own repeats as it is."""
+    old, repeats = equation.invars[0].aval.shape, parameter(equation, "reps")
+
+    def tiled(p):
+        own = zip(p.shape, old, repeats, strict=True)
+        return jnp.tile(p, [n if size == whole else 1 for size, whole, n in own])
+
+    return [same(equation)[0]._replace(of=tiled)]
+
+
+def _pad(equation: Any) -> list[Move]:
+    """Axes made longer at their ends."""
+    widths = parameter(equation, "padding_config")
+    if any(inside or min(low, high) < 0 for low, high, inside in widths):
+        raise NotFactorableError("it pads between entries, or cuts them off")
+    return same(equation)[:1]
+
+
+def _stack(equation: Any) -> list[Move]:
+    """A new axis, along which arrays are joined."""
+    new = parameter(equation, "axis")
+    ndim = len(equation.invars[0].aval.shape)
+    return [Move(tuple((axis + (axis >= new),) for axis in range(ndim)))]
+
+
+_ENTRYWISE = Row(same, is_entrywise=True)
+_SAME = Row(same)
+_LINEAR = Row(same, is_deferred=False)
+
+# By the name of the primitive.
+MOVES: dict[str, Row] = {
+    "transpose": Row(_transpose, keeps_rows=True, keeps_vectors=True),
+    "squeeze": Row(_squeeze, keeps_rows=True, keeps_vectors=True),
+    "broadcast_in_dim": Row(_broadcast_in_dim, keeps_rows=True),
+    "reshape": Row(_reshape, keeps_rows=True, keeps_vectors=True),
+    "slice": Row(_slice, keeps_rows=True, keeps_vectors=True),
+    "dynamic_slice": Row(
+        _dynamic_slice, otherwise="the weight is an index of it", keeps_vectors=True
+    ),
+    "rev": Row(_rev),
+    "split": Row(_split),
+    "unstack": Row(_unstack),
+    "tile": Row(_tile),
+    "pad": Row(_pad, otherwise="the weight is the value to pad with"),
+    "concatenate": _SAME,
+    "stack": Row(_stack),
+    "convert_element_type": Row(
+        cast, is_entrywise=True, keeps_rows=True, keeps_vectors=True
+    ),
+    "stop_gradient": Row(same, is_entrywise=True, keeps_rows=True, keeps_vectors=True),
+    "copy": _ENTRYWISE,
+    "name": _ENTRYWISE,
+    "reduce_precision": _ENTRYWISE,
+    "neg": _ENTRYWISE,
+    "conj": _ENTRYWISE,
+    "real": _ENTRYWISE,
+    "imag": _ENTRYWISE,
+    "reshard": _SAME,
+    "mesh_cast": _SAME,
+    "sharding_constraint": _SAME,
+    "layout_constraint": _SAME,
+    "pvary": _LINEAR,
+    "pcast": _LINEAR,
+    "cumsum": _LINEAR,
+    "triangular_solve": Row(
+        same, operand=1, otherwise="it solves with the weight", is_deferred=False
+    ),
+    "mul": _SAME,
+    "div": _SAME,
+    "add": _SAME,
+    "add_any": _SAME,
+    "sub": _SAME,
+    "complex": _SAME,
+    "select_n": _SAME,
+}
+
+
+def named(test: Callable[[Row], bool]) -> frozenset[str]:
+    """The primitives whose row passes a test."""
+    return frozenset(name for name, row in MOVES.items() if test(row))

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import compute_on as _compute_on
 from jax.extend import core, source_info_util
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -216,31 +215,11 @@ def _shape_of(atom: Any) -> Any:
     return type(aval) if hasattr(aval, "inner_aval") else getattr(aval, "shape", None)
 
 
-class Unrun:
-    """An equation that is not run: what it gives are zeros, on no mesh."""
-
-    def __init__(self, equation: Any):
-        self._equation = equation
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._equation, name)
-
-
-def zeros(kind: Any) -> jax.Array:
-    """Zeros for a type, on no mesh; of what is no number, such as a key, false."""
-    dtype = getattr(kind, "dtype", bool)
-    number = jnp.issubdtype(dtype, jnp.number)
-    return jnp.zeros(getattr(kind, "shape", ()), dtype if number else bool)
-
-
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 
     A list if the primitive has several results, else the one result.
     """
-    if isinstance(equation, Unrun):
-        out = [zeros(atom.aval) for atom in equation.outvars]
-        return out if equation.primitive.multiple_results else out[0]
     parameters = equation.primitive.get_bind_params(equation.params)
     if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions apart
         functions, parameters = parameters
@@ -252,11 +231,6 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
 def bind_one(equation: Any, value: Any) -> Any:
     """Evaluates a primitive of one operand and one result on another value."""
-    if isinstance(equation, Unrun):  # axes that are shorter than the operand's stay so
-        kinds = equation.invars[0].aval, equation.outvars[0].aval
-        sizes = zip(value.shape, *(kind.shape for kind in kinds), strict=True)
-        shape = [new if own == old else own for own, old, new in sizes]
-        return jnp.zeros(shape, value.dtype)
     out = bind(equation, [value])
     # In some versions of JAX the one result of some of them comes in a list.
     return out[0] if equation.primitive.multiple_results else out
@@ -265,9 +239,6 @@ def bind_one(equation: Any, value: Any) -> Any:
 @contextlib.contextmanager
 def at_equation(equation: Any) -> Iterator[None]:
     """Traces as the equation was: its scope's name, its source line, its mesh."""
-    if isinstance(equation, Unrun):
-        yield
-        return
     source = equation.source_info
     names = source_info_util.current_name_stack() + source.name_stack
     at_source = source_info_util.user_context(source.traceback, name_stack=names)
@@ -296,6 +267,20 @@ def source_lines(equation: Any) -> list[str]:
         layer = layer or text
         model = model or ("" if package in _LAYERS else text)
     return [model or layer] if layer else []
+
+
+def called_at(equation: Any, callers: Sequence[Any]) -> str:
+    """The lines of an equation, and those that called the function it is in.
+
+    JAX traces a function of its own once for all its callers, and keeps the line of the
+    first: then only the second of these lines is right.
+
+    Args:
+        equation: of any jaxpr.
+        callers: the equations whose jaxprs that is in, the outermost first.
+    """
+    lines = [line for own in (equation, *callers[:1]) for line in source_lines(own)]
+    return ", called at ".join(dict.fromkeys(lines))
 
 
 def _package(file: str) -> str | None:

@@ -101,7 +101,7 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
     The result is deferred, too, if the primitive is one that only moves it about.
     """
-    if isinstance(equation, compat.Unrun) or compat.explicit_mesh(equation) is None:
+    if compat.explicit_mesh(equation) is None:
         return _bind(equation, values)
     return _in_its_types(equation, values)
 

@@ -42,20 +42,14 @@ class Label:
             numbers among the arguments of a call that is traced once for many weights.
         scale: multiplies the product of the factors.
         dropout: the rate at which entries of the other operand are dropped.
-        axis: when axes are being found, the axis of the weight that the term stands for.
-        merged: when axes are being found, why the weight was merged before, if it was.
         swapped: for each name whether its `a` and `b` have changed places, so that they
             fit those of the weights they were stacked with; empty if none has.
-        lookups: when axes are being found, the numbers of the look-ups that indexed it.
     """
 
     names: tuple[str | int, ...]
     scale: float = 1.0
     dropout: float = 0.0
-    axis: int | None = None
-    merged: str = ""
     swapped: tuple[bool, ...] = ()
-    lookups: tuple[int, ...] = ()
 
 
 @functools.partial(

@@ -1,11 +1,9 @@
 """Evaluates a jaxpr in which some values are factored."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from lora_jax._core import compat
-from lora_jax.plan.adapter_plan import NOT_FOLLOWED
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
@@ -17,42 +15,27 @@ from lora_jax.transform._parameters import NotFactorableError, no_rule
 _KEEP_GATHERED = named(lambda row: row.keeps_rows) | {"closed_call", "dot_general", "jit"}
 
 # Rows that constants looked up, which may be those of a weight in another order, stay
-# factored through all rules but these; and so do all rows when axes are being found.
+# factored through all rules but these; and so do all rows in the search for axes.
 _END_GATHERED = frozenset({"add", "add_any", "reduce_sum", "shard_map", "sub"})
 # Products of an activation with a kernel: rows are the former.
 _KERNELS = frozenset({"conv_general_dilated", "ragged_dot_general"})
 
 # A vector of a weight is merged as well, but not for these.
-_KEEP_VECTOR = named(lambda row: row.keeps_vectors) | {"gather"}
+_KEEP_VECTOR = named(lambda row: row.keeps_vectors)
 
-# In the body of a call the axes of a weight are followed through these too.
-_ENTRYWISE = frozenset(
-    {
-        "abs",
-        "add",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "div",
-        "exp",
-        "exp2",
-        "floor",
-        "integer_pow",
-        "logistic",
-        "max",
-        "min",
-        "mul",
-        "pow",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-    }
-)
+
+def keeps_rows(name: str, position: int, *, only_rows: bool) -> bool:
+    """Whether rows of a table stay as they are as an operand of a primitive.
+
+    Args:
+        name: of the primitive.
+        position: of the operand.
+        only_rows: whether they may be those of a weight in another order, and the other
+            weights among the operands are rows too.
+    """
+    anywhere = only_rows and name not in _END_GATHERED
+    is_input = position == 0 and name in _KERNELS
+    return name in _KEEP_GATHERED or (anywhere and not is_input)
 
 
 def evaluate(
@@ -60,15 +43,13 @@ def evaluate(
 ) -> list[Any]:
     """The outputs of a jaxpr, any of which may be factored."""
     frame, outer = Frame(), context.frame
-    if context.probing:
-        constants = [compat.zeros(atom.aval) for atom in jaxpr.constvars]
     if context.closed_over_is_constant:
         context.add_constants(constants)
     frame.values.update(zip(jaxpr.constvars, constants, strict=True))
     frame.values.update(zip(jaxpr.invars, arguments, strict=True))
     context.frame = frame
     try:
-        for equation in map(compat.Unrun, jaxpr.eqns) if context.probing else jaxpr.eqns:
+        for equation in jaxpr.eqns:
             values = [frame.read(atom) for atom in equation.invars]
             with compat.at_equation(equation):
                 out = _apply(context, equation, values)
@@ -107,74 +88,13 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
             return _settled(context, equation, out)
         except NotFactorableError as error:
             reason = str(error)
-        except Exception as error:
-            if not context.probing:
-                raise
-            return _not_followed(context, equation, values, error)
         finally:
             context.callers.pop()
-    if context.probing:
-        return _probe_inside(context, equation, values, reason)
     dense = [
         value.base if isinstance(value, Factored) and not value.terms else value
         for value in values
     ]
     return _deferred.use(equation, context.merge_all(dense, equation, reason))
-
-
-def _probe_inside(context: Context, equation: Any, values: list[Any], reason: str) -> Any:
-    """Records a use that is merged, with the roles that the body of a call says.
-
-    A custom derivative, for one, is about the dense weight, but the function that it is
-    of says what the axes are. The rule of the derivative is not looked at.
-    """
-    roles: dict[Any, list[Any]] = {}
-    passed: list[Any] = []
-    if (body := compat.body_of(equation)) is not None:
-        if context.reading:
-            return evaluate(context, *body, values)
-        with context.aside() as inside:
-            passed = evaluate(context, *body, values)
-        for sighting in inside:
-            if sighting.roles:
-                roles.setdefault(sighting.name, []).append(sighting.roles)
-    weights = [value for value in values if isinstance(value, Factored)]
-    for value in weights:
-        context.use_rows(value)
-        if not value.gathered:
-            context.see_merged(value, equation, reason, roles)
-    dense = [merge(value) if isinstance(value, Factored) else value for value in values]
-    out = _deferred.use(equation, dense)
-    if any(map(is_factored, passed)):  # a weight that goes through, such as a rounded one
-        pairs = zip(out, passed, strict=True)
-        return [_merged_before(reason, base, value) for base, value in pairs]
-    if not context.reading or equation.primitive.name not in _ENTRYWISE:
-        return out
-    # Merged or not, the axes are what they were: of a weight that is quantized, say.
-    (base,) = out if isinstance(out, list | tuple) else [out]
-    same = [value for value in weights if value.shape == base.shape]
-    terms = tuple(term for value in same for term in value.terms)
-    return Factored(base, terms) if terms else base
-
-
-def _not_followed(
-    context: Context, equation: Any, values: Sequence[Any], error: Exception
-) -> Any:
-    """Records, while axes are being found, that a rule failed: a plan may not need it."""
-    line = str(error).partition("\n")[0]
-    reason = f"{NOT_FOLLOWED}: {type(error).__name__}: {line}"
-    for value in filter(is_factored, values):
-        context.see(value, equation, merged=reason)
-    return compat.bind(equation, ())
-
-
-def _merged_before(reason: str, base: Any, value: Any) -> Any:
-    """What a merged call returns: if it is a weight, its later uses are of a merged one."""
-    if not isinstance(value, Factored):
-        return base
-    labels = [dataclasses.replace(term.label, merged=reason) for term in value.terms]
-    terms = zip(value.terms, labels, strict=True)
-    return Factored(base, tuple(dataclasses.replace(t, label=own) for t, own in terms))
 
 
 def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:
@@ -193,21 +113,13 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
             continue
         if name == "dot_general" and len(weights) > 1:
             # Rows are the activation of a product with a weight; see `dot_general`.
-            keep = context.probing or (value.gathered, kinds) == (
-                "constants",
-                {"constants", "data"},
-            )
+            ordered = value.gathered == "constants"
+            keep = ordered and kinds == {"constants", "data"}
         else:
-            anywhere = context.probing or value.gathered == "constants"
-            keep = name in _KEEP_GATHERED or (
-                anywhere
-                and "" not in kinds
-                and name not in _END_GATHERED
-                and not (i == 0 and name in _KERNELS)
-            )
+            only_rows = value.gathered == "constants" and "" not in kinds
+            keep = keeps_rows(name, i, only_rows=only_rows)
         rows = value.gathered and not keep
         if rows or (not keep_vectors and context.is_vector(value)):
-            context.use_rows(value)
             if not rows:
                 context.see(value, equation)
             frame.values[atom] = merge(value)
@@ -233,8 +145,6 @@ def _settled(context: Context, equation: Any, out: Any) -> Any:
     without an adapter that is dense by now is an array.
     """
     moved = equation.primitive.name in _KEEP_VECTOR
-    if context.probing:
-        return out
     if not isinstance(out, list | tuple):
         return _settled(context, equation, [out])[0]
     settled = []

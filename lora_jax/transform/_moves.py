@@ -265,6 +265,28 @@ def _pad(equation: Any) -> list[Move]:
     return same(equation)[:1]
 
 
+def _gather(equation: Any) -> list[Move]:
+    """Slices at indices: an axis that is indexed becomes those of the indices."""
+    numbers = parameter(equation, "dimension_numbers")
+    if numbers.operand_batching_dims:
+        raise NotFactorableError("it has other indices for each entry of a batch axis")
+    old, new = _shapes(equation)
+    sizes, ndim = parameter(equation, "slice_sizes"), len(old)
+    # An axis that is taken whole can only start at 0, whatever its index.
+    indexed = [i in numbers.start_index_map and sizes[i] != old[i] for i in range(ndim)]
+    fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and sum(indexed) != len(numbers.start_index_map):
+        raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
+    offsets = numbers.offset_dims
+    of_indices = tuple(axis for axis in range(len(new)) if axis not in offsets)
+    inside = _without(ndim, numbers.collapsed_slice_dims)
+    axes = tuple(
+        (*(of_indices if indexed[axis] else ()), *(offsets[i] for i in inside[axis]))
+        for axis in range(ndim)
+    )
+    return [Move(axes, indexed=tuple(indexed))]
+
+
 def _stack(equation: Any) -> list[Move]:
     """A new axis, along which arrays are joined."""
     new = parameter(equation, "axis")
@@ -285,6 +307,12 @@ MOVES: dict[str, Row] = {
     "slice": Row(_slice, keeps_rows=True, keeps_vectors=True),
     "dynamic_slice": Row(
         _dynamic_slice, otherwise="the weight is an index of it", keeps_vectors=True
+    ),
+    "gather": Row(
+        _gather,
+        otherwise="the weight is an index of it",
+        is_deferred=False,
+        keeps_vectors=True,
     ),
     "rev": Row(_rev),
     "split": Row(_split),

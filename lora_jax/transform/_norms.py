@@ -6,7 +6,7 @@ that the norm is formed without merging any. The outer one finds the norms in th
 calls of the functions in `_CALLS`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,11 @@ from lora_jax.lowrank import weight_norms
 from lora_jax.lowrank.weight_norms import Matrix
 from lora_jax.plan import layout, stacks
 from lora_jax.plan.adapter_plan import Target
-from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
 from lora_jax.transform._factored import (
     Factored,
     Term,
-    base_of,
     is_factored,
 )
 from lora_jax.transform._parameters import NotFactorableError
@@ -86,14 +84,18 @@ def norm_axis(equation: Any) -> int | None:
 
 def adapted(context: Context, equation: Any, axis: int, *values: Any) -> list[jax.Array]:
     """What a call of one of the functions above gives for a factored weight."""
-    matrix, out = Matrix(*values), equation.outvars[0].aval.shape
-    if not isinstance(matrix.weight, Factored) or any(map(is_factored, values[1:])):
-        raise NotFactorableError("a factor of a DoRA adapter is an adapted weight")
-    if not _is_matrix(matrix, axis, out):
-        raise NotFactorableError("the norms of its DoRA adapter are mapped over")
-    if context.probing:  # not a use of the weight
-        return _deferred.use(equation, list(map(base_of, values)))
+    check_can_form(equation, axis, list(map(is_factored, values)))
+    matrix = Matrix(*values)
     return [_norm(_with_terms(matrix.weight, matrix, axis), axis)]
+
+
+def check_can_form(equation: Any, axis: int, weights: Sequence[bool]) -> None:
+    """Raises unless the rule forms the norms, given which operands are weights."""
+    if [i for i, is_weight in enumerate(weights) if is_weight] != [0]:
+        raise NotFactorableError("a factor of a DoRA adapter is an adapted weight")
+    matrix = Matrix(*(atom.aval for atom in equation.invars))
+    if not _is_matrix(matrix, axis, equation.outvars[0].aval.shape):
+        raise NotFactorableError("the norms of its DoRA adapter are mapped over")
 
 
 def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:

@@ -1,6 +1,6 @@
 """Reads the parameters of equations, which differ between versions of JAX."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _NOT_LINEAR = frozenset(
@@ -39,6 +39,15 @@ def check_weight_is(
     """Raises unless the operand at that position, and no other, is of a kind: a weight."""
     if [i for i, value in enumerate(values) if isinstance(value, kind)] != [position]:
         raise NotFactorableError(otherwise)
+
+
+def refuse(reason: str) -> Callable[..., Any]:
+    """The rule of a primitive that has no low-rank form, for that reason."""
+
+    def rule(context: Any, equation: Any, *values: Any) -> Any:
+        raise NotFactorableError(reason)
+
+    return rule
 
 
 def no_rule(equation: Any) -> str:

@@ -35,7 +35,7 @@ def _on_any_mesh(rule: Rule) -> Rule:
 
     @functools.wraps(rule)
     def run(context: Context, equation: Any, *values: Any) -> Any:
-        mesh = None if context.probing else compat.explicit_mesh(equation)
+        mesh = compat.explicit_mesh(equation)
         if mesh is None:
             return rule(context, equation, *values)
         with compat.on_mesh(compat.automatic_mesh(mesh)):

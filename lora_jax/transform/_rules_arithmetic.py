@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lora_jax._core import compat, numerics
 from lora_jax.transform import _deferred
 from lora_jax.transform._choosing import common_form, in_form
-from lora_jax.transform._context import Context
+from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import (
     Factor,
@@ -21,7 +20,6 @@ from lora_jax.transform._factored import (
     Term,
     base_of,
     full,
-    is_factored,
     merge,
     place,
     squeeze,
@@ -33,6 +31,7 @@ from lora_jax.transform._parameters import (
     NotFactorableError,
     check_weight_is,
     parameter,
+    refuse,
 )
 
 
@@ -52,9 +51,7 @@ def convert(context: Context, equation: Any, f: Factored) -> Factored:
 
 def stop_gradient(context: Context, equation: Any, f: Factored) -> Factored:
     """Stops the frozen weight alone or, if the user said so, its adapter as well."""
-    if context.probing:
-        context.see(f, equation, ["stopped"] * f.ndim)
-    elif f.terms:
+    if f.terms:
         context.check_may_stop(f, equation)
     if context.on_stop_gradient != "all":
         return on_base(context, equation, f)
@@ -77,7 +74,7 @@ def complex_(context: Context, equation: Any, x: Any, y: Any) -> Factored:
         raise NotFactorableError("DoRA scales the weight, not the sum")
     terms = [*x.terms] if isinstance(x, Factored) else []
     if isinstance(y, Factored):
-        unit = jnp.asarray(1 if context.probing else 1j, base.dtype)
+        unit = jnp.asarray(1j, base.dtype)
         terms += [_times(term, unit) for term in y.terms]
     return Factored(base, tuple(terms))
 
@@ -94,8 +91,6 @@ def _in_range(p: jax.Array, by: jax.Array) -> jax.Array:
 def part(context: Context, equation: Any, f: Factored) -> Factored:
     """`real` or `imag`: of a product of two complex factors, two products of real ones."""
     base = _deferred.bind(equation, [f.base])
-    if context.probing:
-        return f.replace(base=base)
     of_real = equation.primitive.name == "real"
     terms = []
     for term in f.terms:
@@ -150,8 +145,6 @@ def along_axis(
         others: operands of the equation in front of the weight.
     """
     base = _deferred.bind(equation, [*others, operand])
-    if context.probing:
-        return f.replace(base=base)
     if any(axis in f.owned(column) for column in f.columns):
         raise NotFactorableError("DoRA scales the axis along which it mixes entries")
 
@@ -180,37 +173,30 @@ def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factore
     return along_axis(context, equation, f, axis, f.base, solved, a)
 
 
-def custom_linear_solve(context: Context, equation: Any, *values: Any) -> Any:
-    """Its solver takes right-hand sides of one shape, which no factor has."""
-    raise NotFactorableError(
-        "there is no low-rank rule for it: its solver is made for right-hand sides of the "
-        "shape of the weight; jax.scipy.linalg.cho_solve, lu_solve and solve_triangular "
-        "have one"
-    )
-
-
-def fft(context: Context, equation: Any, f: Factored) -> Any:
-    """It would be one of each factor, if each varied along axes that it transforms."""
-    raise NotFactorableError(
-        "there is no low-rank rule for it: transform the activations, or the product"
-    )
-
-
 def select_n(context: Context, equation: Any, which: Any, *cases: Any) -> Factored:
     """One of some weights; or of their rows, or columns, one by one."""
-    if isinstance(which, Factored):
-        raise NotFactorableError("the weight is what chooses")
+    check_choice(context, equation, which)
     base = _deferred.bind(equation, [which, *map(base_of, cases)])
     try:
-        which = _before_broadcast(context, equation, 0, which)
-        if context.probing:
-            weights = [case for case in cases if isinstance(case, Factored)]
-            return Factored(base, tuple(t for case in weights for t in case.terms))
-        return _chosen(which, cases, base)
+        return _chosen(_before_broadcast(context, equation, 0, which), cases, base)
     except NotFactorableError as error:
-        raise NotFactorableError(
-            f"there is no low-rank rule for a choice entry by entry ({error})"
-        ) from None
+        raise _entry_by_entry(error) from None
+
+
+def check_choice(context: Any, equation: Any, which: Any) -> None:
+    """Raises where weights are chosen from entry by entry, or choose."""
+    if context.is_weight(which):
+        raise NotFactorableError("the weight is what chooses")
+    try:
+        broadcasts_before(context.frame, equation, 0)
+    except NotFactorableError as error:
+        raise _entry_by_entry(error) from None
+
+
+def _entry_by_entry(error: NotFactorableError) -> NotFactorableError:
+    return NotFactorableError(
+        f"there is no low-rank rule for a choice entry by entry ({error})"
+    )
 
 
 def _chosen(which: jax.Array, cases: Sequence[Any], base: Any) -> Factored:
@@ -234,8 +220,6 @@ def _chosen(which: jax.Array, cases: Sequence[Any], base: Any) -> Factored:
 
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Holds factors back as it does the weight."""
-    if context.probing:
-        return list(values)
     leaves, tree = jax.tree.flatten(values)
     return list(jax.tree.unflatten(tree, _deferred.bind(equation, leaves)))
 
@@ -259,32 +243,37 @@ def _negative(term: Term) -> Term:
 
 def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Times a scalar, or something that varies along the axes of one factor only."""
-    if isinstance(x, Factored) and isinstance(y, Factored):
-        x, y = _merge_the_scale(context, equation, x, y)
+    x, y = factors_of_product(context, equation, x, y)
     f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
     compact = _before_broadcast(context, equation, position, other)
     base = _deferred.bind(equation, [base_of(x), base_of(y)])
-    return _scaled(context, f, base, compact)
+    return _scaled(equation, f, base, compact)
 
 
 def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """By a scalar, or something that varies along the axes of one factor only."""
-    if isinstance(y, Factored):
-        if not isinstance(x, Factored):
-            raise NotFactorableError("it divides by the weight")
-        y = context.merge(y, equation, "it divides another weight by this one")
+    y = merge_divisor(context, equation, x, y)
     compact = _before_broadcast(context, equation, 1, y)
     wide = compact.astype(numerics.accumulation_dtype(compact.dtype))
-    return _scaled(context, x, _deferred.bind(equation, [x.base, y]), 1 / wide)
+    return _scaled(equation, x, _deferred.bind(equation, [x.base, y]), 1 / wide)
 
 
-def _merge_the_scale(
-    context: Context, equation: Any, x: Factored, y: Factored
-) -> tuple[Any, Any]:
-    """Two weights, of which the one that is broadcast to the other's shape is merged.
+def merge_divisor(context: Any, equation: Any, x: Any, y: Any) -> Any:
+    """What a weight is divided by; a weight is merged for that."""
+    if not context.is_weight(y):
+        return y
+    if not context.is_weight(x):
+        raise NotFactorableError("it divides by the weight")
+    return context.merge(y, equation, "it divides another weight by this one")
 
-    Usually it has no adapter, as the scale of a matrix has none, and this only finds axes.
+
+def factors_of_product(context: Any, equation: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    """The operands; of two weights, the one that is broadcast to the other's shape merged.
+
+    Usually that has no adapter, as the scale of a matrix has none, and this finds axes.
     """
+    if not (context.is_weight(x) and context.is_weight(y)):
+        return x, y
     shape, known = equation.outvars[0].aval.shape, context.frame.broadcasts
     broadcast = [
         value.shape != shape or atom in known
@@ -302,15 +291,10 @@ def _before_broadcast(
     context: Context, equation: Any, position: int, value: Any
 ) -> jax.Array:
     """An operand with 1 for the axes along which it does not vary."""
-    if np.ndim(value) == 0 or 1 in value.shape:
-        return jnp.asarray(value)
-    frame, atom, steps = context.frame, equation.invars[position], []
-    while not isinstance(atom, compat.Literal) and atom in frame.broadcasts:
-        steps.append(frame.broadcasts[atom])
-        atom = steps[-1].invars[0]
+    steps = broadcasts_before(context.frame, equation, position)
     if not steps:
-        raise NotFactorableError("the other operand varies along all axes of the weight")
-    source = frame.read(atom)
+        return jnp.asarray(value)
+    source = context.frame.read(steps[-1].invars[0])
     value = merge(source) if isinstance(source, Factored) else jnp.asarray(source)
     value = compat.as_current(value)
     for step in reversed(steps):
@@ -322,12 +306,34 @@ def _before_broadcast(
     return value
 
 
-def _scaled(context: Context, f: Factored, base: jax.Array, by: jax.Array) -> Factored:
-    """The terms times `by`, `()` or `(*axes)`, in a factor that varies where `by` does."""
-    if base.shape != f.shape:
+def broadcasts_before(frame: Frame, equation: Any, position: int) -> list[Any]:
+    """What made an operand that varies along all its axes of one that does not, last first.
+
+    Empty if it does not.
+
+    Raises:
+        NotFactorableError: if nothing did.
+    """
+    atom, steps = equation.invars[position], []
+    if not atom.aval.shape or 1 in atom.aval.shape:
+        return []
+    while not isinstance(atom, compat.Literal) and atom in frame.broadcasts:
+        steps.append(frame.broadcasts[atom])
+        atom = steps[-1].invars[0]
+    if not steps:
+        raise NotFactorableError("the other operand varies along all axes of the weight")
+    return steps
+
+
+def check_is_whole(equation: Any, value: Any) -> None:
+    """Raises if a weight is broadcast to the shape of the result."""
+    if equation.outvars[0].aval.shape != value.shape:
         raise NotFactorableError("it broadcasts the weight")
-    if context.probing:
-        return f.replace(base=base)
+
+
+def _scaled(equation: Any, f: Factored, base: jax.Array, by: jax.Array) -> Factored:
+    """The terms times `by`, `()` or `(*axes)`, in a factor that varies where `by` does."""
+    check_is_whole(equation, f)
     return f.replace(base=base, terms=tuple(_scaled_term(f, t, by) for t in f.terms))
 
 
@@ -344,8 +350,6 @@ def _scaled_term(f: Factored, term: Term, by: jax.Array) -> Term:
 def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Plus or minus a dense array, or another adapted weight: all the terms of both."""
     base = _deferred.bind(equation, [base_of(x), base_of(y)])
-    if context.probing:
-        _see_added(context, equation, x, y)
     negative = equation.primitive.name == "sub"
     terms = []
     for value, sign in ((x, 1), (y, -1 if negative else 1)):
@@ -353,17 +357,9 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
             continue
         if value.columns:
             raise NotFactorableError("DoRA scales the weight, not the sum")
-        if value.shape != base.shape:
-            raise NotFactorableError("it broadcasts the weight")
+        check_is_whole(equation, value)
         terms += value.terms if sign == 1 else map(_negative, value.terms)
     return Factored(base, tuple(terms))
-
-
-def _see_added(context: Context, equation: Any, x: Any, y: Any) -> None:
-    """Records that a weight is added to a dense array, as biases and positions are."""
-    for value, other in ((x, y), (y, x)):
-        if isinstance(value, Factored) and np.ndim(other) and not is_factored(other):
-            context.see(value, equation)
 
 
 def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
@@ -408,6 +404,18 @@ def _summed(f: Factored, term: Term, axes: Any, kept: list[int], dtype: Any) -> 
     return place(out, names, kept) * times
 
 
+REFUSED = {
+    # Its solver takes right-hand sides of one shape, which no factor has.
+    "custom_linear_solve": refuse(
+        "there is no low-rank rule for it: its solver is made for right-hand sides of the "
+        "shape of the weight; jax.scipy.linalg.cho_solve, lu_solve and solve_triangular "
+        "have one"
+    ),
+    # It would be one of each factor, if each varied along axes that it transforms.
+    "fft": refuse(
+        "there is no low-rank rule for it: transform the activations, or the product"
+    ),
+}
 RULES = {
     "convert_element_type": convert,
     "copy": on_base,
@@ -426,8 +434,7 @@ RULES = {
     "conj": conj,
     "cumsum": cumsum,
     "triangular_solve": triangular_solve,
-    "custom_linear_solve": custom_linear_solve,
-    "fft": fft,
+    **REFUSED,
     "select_n": select_n,
     "optimization_barrier": optimization_barrier,
     "device_put": device_put,

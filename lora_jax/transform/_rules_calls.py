@@ -18,7 +18,7 @@ from lora_jax.transform._factored import (
     with_base,
 )
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
-from lora_jax.transform._parameters import NotFactorableError, parameter
+from lora_jax.transform._parameters import NotFactorableError, parameter, refuse
 
 # A jitted function of fewer equations is evaluated in place.
 _SMALL = 24
@@ -72,7 +72,7 @@ def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
     jaxpr, constants = compat.open_jaxpr(parameter(equation, "jaxpr"))
     operands = _constrained(context, values, equation.params.get("in_shardings"))
     name = str(equation.params.get("name") or "call")
-    if context.probing or constants or len(jaxpr.eqns) < _SMALL:
+    if constants or len(jaxpr.eqns) < _SMALL:
         with jax.named_scope(name):
             out = evaluate(context, jaxpr, constants, operands)
     else:
@@ -84,7 +84,7 @@ def _constrained(
     context: Context, values: Sequence[Any], shardings: Sequence[Any] | None
 ) -> list[Any]:
     """The values, laid out as a jit was told to; of a factored one, the frozen weight."""
-    if shardings is None or context.probing:
+    if shardings is None:
         return list(values)
     out = []
     for value, sharding in zip(values, shardings, strict=True):
@@ -128,33 +128,30 @@ def _renamed(value: Any, names: dict[Any, Any]) -> Any:
 
 def checkpoint(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Stays a checkpoint, with its policy."""
-    jaxpr = parameter(equation, "jaxpr")
-    options = {name: parameter(equation, name) for name in ("policy", "prevent_cse")}
+    jaxpr, options = of_checkpoint(equation)
     operands = list(values)
     if equation.params.get("differentiated") and options["prevent_cse"]:
         # The backward pass of a checkpoint in the function: without the barrier that JAX
         # puts there, the compiler would undo the recomputation.
         operands = lax.optimization_barrier(operands)
-    return _checkpointed(context, jaxpr, options, operands)
 
-
-def call_hi_primitive(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """`jax.checkpoint` where `jax_remat3` is set."""
-    call = parameter(equation, "_prim")
-    if type(call).__name__ != "RematTraced":
-        raise NotFactorableError(f"there is no low-rank rule for {type(call).__name__}")
-    options = {"policy": call.policy, "prevent_cse": call.prevent_cse}
-    return _checkpointed(context, call.jaxpr, options, values)
-
-
-def _checkpointed(
-    context: Context, jaxpr: Any, options: dict[str, Any], values: Sequence[Any]
-) -> list[Any]:
     def body(key, values):
         with context.using_key(key):
             return evaluate_closed(context, jaxpr, values)
 
-    return jax.checkpoint(body, **options)(context.make_key(), list(values))
+    return jax.checkpoint(body, **options)(context.make_key(), operands)
+
+
+def of_checkpoint(equation: Any) -> tuple[Any, dict[str, Any]]:
+    """The body of a checkpoint, and the options of `jax.checkpoint`."""
+    names = "policy", "prevent_cse"
+    if "_prim" not in equation.params:
+        options = {name: parameter(equation, name) for name in names}
+        return parameter(equation, "jaxpr"), options
+    call = parameter(equation, "_prim")  # where `jax_remat3` is set
+    if type(call).__name__ != "RematTraced":
+        raise NotFactorableError(f"there is no low-rank rule for {type(call).__name__}")
+    return call.jaxpr, {name: getattr(call, name) for name in names}
 
 
 def compute_on(context: Context, equation: Any, *values: Any) -> list[Any]:
@@ -173,29 +170,24 @@ def closed_call(context: Context, equation: Any, *values: Any) -> list[Any]:
     return evaluate_closed(context, parameter(equation, "call_jaxpr"), values)
 
 
-def custom_derivative(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """The user's rule is one about the dense weight."""
-    raise NotFactorableError("its custom derivative is one of the dense weight")
-
-
-def opaque(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """A kernel or a function outside of JAX."""
-    raise NotFactorableError(
-        "it is a kernel or a callback, of which there is no low-rank rule and no body to "
-        "read the axes from"
-    )
-
-
-_OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
+_KERNEL = (
+    "it is a kernel or a callback, of which there is no low-rank rule and no body to read "
+    "the axes from"
+)
+_KERNELS = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
+# The user's rule for a derivative is one about the dense weight.
+_DERIVATIVE = "its custom derivative is one of the dense weight"
+REFUSED = {
+    **dict.fromkeys(_KERNELS, refuse(_KERNEL)),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), refuse(_DERIVATIVE)),
+}
 
 RULES = {
-    **dict.fromkeys(_OPAQUE, opaque),
+    **REFUSED,
     "jit": jit,
     "checkpoint": checkpoint,
     "remat2": checkpoint,
-    "call_hi_primitive": call_hi_primitive,
+    "call_hi_primitive": checkpoint,
     "closed_call": closed_call,
     "compute_on": compute_on,
-    "custom_jvp_call": custom_derivative,
-    "custom_vjp_call": custom_derivative,
 }

@@ -1,6 +1,7 @@
 """Convolutions: a kernel with `rank` output features, then one with a single position."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,18 +18,12 @@ from lora_jax.transform._products import project
 
 def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax.Array:
     """A convolution of any layout, stride and dilation, with feature groups."""
-    if not isinstance(f, Factored) or isinstance(x, Factored):
-        raise NotFactorableError("the weight is not its kernel")
-    if parameter(equation, "batch_group_count") != 1:
-        raise NotFactorableError("it has batch groups")
+    _, own = roles(equation, [isinstance(value, Factored) for value in (x, f)])
+    context.see(f, equation, own)
     numbers = parameter(equation, "dimension_numbers")
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
-    roles = ["kept" if axis == out_axis else "contracted" for axis in range(f.ndim)]
-    context.see_product(f, equation, roles, x)
     if any(f.owned(column) - {out_axis} for column in f.columns):
         raise NotFactorableError("DoRA scales other axes than its output features")
-    if context.probing:
-        return _deferred.bind(equation, [x, f.base])
     if _is_cheaper_merged(equation, f) and not context.drops(f):
         return _deferred.bind(equation, [x, merge(f)])
     base = _deferred.bind(equation, [x, f.base])
@@ -41,6 +36,21 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
         shape[feature_axis] = column.size
         out = out * column.astype(wide).reshape(shape)
     return out.astype(base.dtype)
+
+
+def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
+    """For both operands the role of each axis, given which of them is a weight.
+
+    Raises:
+        NotFactorableError: if there is no low-rank rule for it.
+    """
+    if list(weights) != [False, True]:
+        raise NotFactorableError("the weight is not its kernel")
+    if parameter(equation, "batch_group_count") != 1:
+        raise NotFactorableError("it has batch groups")
+    spec = parameter(equation, "dimension_numbers").rhs_spec
+    axes = range(len(spec))
+    return [(), ["kept" if axis == spec[0] else "contracted" for axis in axes]]
 
 
 def _is_cheaper_merged(equation: Any, f: Factored) -> bool:

@@ -1,7 +1,7 @@
 """Gathers: rows of an embedding table, and entries of a batch axis."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from jax import lax
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term
-from lora_jax.transform._parameters import NotFactorableError, parameter
+from lora_jax.transform._moves import MOVES
+from lora_jax.transform._parameters import check_weight_is, parameter
 
 
 def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
@@ -20,22 +21,13 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     Rows of a table, unlike the matrices of a batch, are an activation by now: they are
     merged where they are used, unless that is a product.
     """
-    if not isinstance(f, Factored) or isinstance(indices, Factored):
-        raise NotFactorableError("the weight is an index of it")
-    numbers = parameter(equation, "dimension_numbers")
-    if numbers.operand_batching_dims:
-        raise NotFactorableError("it has other indices for each entry of a batch axis")
-    sizes = parameter(equation, "slice_sizes")
-    # An axis that is taken whole can only start at 0, whatever its index.
-    indexed = tuple(i for i in numbers.start_index_map if sizes[i] != f.shape[i])
-    fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
-    if fills and len(indexed) != len(numbers.start_index_map):
-        raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
-    by = "constants" if context.is_constant(indices) else "data"
-    f = context.look_up(f, equation, [i in indexed for i in range(f.ndim)])
+    row = MOVES["gather"]
+    check_weight_is(row.operand, (f, indices), Factored, row.otherwise)
+    (own,) = row.moves(equation)
+    context.see_indexed(f, equation, own.indexed)
     base = _deferred.bind(equation, [f.base, indices])
-    taken = frozenset(indexed)
-    fills = fills and not context.probing
+    taken = frozenset(axis for axis, is_taken in enumerate(own.indexed) if is_taken)
+    fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
     # What is filled in may be scaled as DoRA scales the weight if it is 0.
     stays = equation.params.get("fill_value") == 0
@@ -56,9 +48,20 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
 
     terms, columns = tuple(map(slices, f.terms)), tuple(map(column, f.columns))
     rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
-    if by == "constants" and taken != frozenset(range(len(taken))):
-        rows = False  # columns in another order, and no rows of a table
-    return Factored(base, terms, columns, f.gathered or (by if rows else ""))
+    kind = kind_of_rows(taken, is_constant=context.is_constant(indices)) if rows else ""
+    return Factored(base, terms, columns, f.gathered or kind)
+
+
+def kind_of_rows(
+    taken: frozenset[int], *, is_constant: bool
+) -> Literal["", "data", "constants"]:
+    """What rows of a table are looked up by; see `Factored.gathered`.
+
+    Constants that index other axes than the first put columns in another order.
+    """
+    if not is_constant:
+        return "data"
+    return "constants" if taken == frozenset(range(len(taken))) else ""
 
 
 def _found(

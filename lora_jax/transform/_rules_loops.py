@@ -21,6 +21,11 @@ from lora_jax.transform._factored import (
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import NotFactorableError, parameter
 
+# Why weights are merged.
+CHANGED = "it is carried by a loop that changes it"
+MADE = "the loop makes it its carry"
+CHOSEN = "it is chosen by a branch"
+
 
 def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
     """A scan; of a stacked weight the factors are sliced as the weight is.
@@ -29,14 +34,12 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
     the loop and after each step.
     """
     body, constants = compat.open_jaxpr(parameter(equation, "jaxpr"))
-    n_constants, n_carry = _scan_counts(equation, body)
+    n_constants, n_carry = scan_counts(equation, body)
     length = parameter(equation, "length")
     fixed, carry = values[:n_constants], values[n_constants : n_constants + n_carry]
     stacks = [_Stack(context, equation, v) for v in values[n_constants + n_carry :]]
-    kept = _invariant(body, carry, n_constants)
-    start = _carried(
-        context, equation, carry, kept, "it is carried by a loop that changes it"
-    )
+    kept = invariant(context, body, carry, n_constants)
+    start = _carried(context, equation, carry, kept, CHANGED)
     key = context.make_key()
     keys = None if key is None else jax.random.split(key, length)
 
@@ -46,8 +49,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
             entries = [stack.entry(s) for stack, s in zip(stacks, slices, strict=True)]
             arguments = [*fixed, *_with_kept(carry, kept), *entries]
             out = evaluate(context, body, constants, arguments)
-            reason = "the loop makes it its carry"
-            carry = _carried(context, equation, out[:n_carry], kept, reason)
+            carry = _carried(context, equation, out[:n_carry], kept, MADE)
         return carry, [_formed(y) for y in out[n_carry:]]
 
     options = {name: parameter(equation, name) for name in ("reverse", "unroll")}
@@ -55,10 +57,10 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
         options["_split_transpose"] = True
     xs = keys, [stack.sliced for stack in stacks]
     end, ys = lax.scan(step, start, xs, length=length, **options)
-    return [*_with_kept(end, kept), *(_stacked(context, y) for y in ys)]
+    return [*_with_kept(end, kept), *map(_stacked, ys)]
 
 
-def _scan_counts(equation: Any, body: Any) -> tuple[int, int]:
+def scan_counts(equation: Any, body: Any) -> tuple[int, int]:
     """How many operands are constants and carries, by their ranks.
 
     What is scanned over has one axis more than the body's argument, what is stacked one
@@ -86,7 +88,8 @@ class _Stack:
         self.sliced, self.shared, self.tree = value, None, None
         if not isinstance(value, Factored):
             return
-        context.see_stacked(value, equation)
+        roles = ["stacked"] + [""] * (value.ndim - 1)
+        context.see(value, equation, roles, moved=True)
         self.length = value.shape[0]
         if isinstance(value.base, Deferred) and not value.base.batch_ndim:
             value = value.replace(base=form(value.base))
@@ -131,25 +134,23 @@ def _formed(value: Any) -> Any:
     return with_base(value, form(base_of(value)))
 
 
-def _stacked(context: Context, value: Any) -> Any:
+def _stacked(value: Any) -> Any:
     """An output of a scan, whose factors now have the stack in front."""
     if not isinstance(value, Factored):
         return value
 
     def back(factor: Factor) -> Factor:
-        # A term that stands for one axis does not stand for the new one.
-        array = factor.array[:1] if context.probing else factor.array
         axes = tuple(axis if axis == RANK else axis + 1 for axis in factor.axes)
-        return Factor(array, (0, *axes), factor.ndim + 1)
+        return Factor(factor.array, (0, *axes), factor.ndim + 1)
 
     return _with_factors(value, back)
 
 
-def _invariant(body: Any, carry: Sequence[Any], offset: int) -> list[Any]:
-    """Factored carries that the body hands on unchanged; None for all others."""
+def invariant(context: Any, body: Any, carry: Sequence[Any], offset: int) -> list[Any]:
+    """Weights among carries that the body hands on unchanged; None for all others."""
     return [
         value
-        if isinstance(value, Factored) and body.outvars[i] is body.invars[offset + i]
+        if context.is_weight(value) and body.outvars[i] is body.invars[offset + i]
         else None
         for i, value in enumerate(carry)
     ]
@@ -181,10 +182,8 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
     body, constants = compat.open_jaxpr(parameter(equation, "body_jaxpr"))
     for_condition, rest = values[:n_condition], values[n_condition:]
     for_body, carry = rest[:n_body], rest[n_body:]
-    kept = _invariant(body, carry, n_body)
-    start = _carried(
-        context, equation, carry, kept, "it is carried by a loop that changes it"
-    )
+    kept = invariant(context, body, carry, n_body)
+    start = _carried(context, equation, carry, kept, CHANGED)
 
     def condition(state):
         _, carry = state
@@ -197,8 +196,7 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
         with context.using_key(own_key):
             arguments = [*for_body, *_with_kept(carry, kept)]
             out = evaluate(context, body, constants, arguments)
-            reason = "the loop makes it its carry"
-            return next_key, _carried(context, equation, out, kept, reason)
+            return next_key, _carried(context, equation, out, kept, MADE)
 
     _, end = lax.while_loop(condition, step, (context.make_key(), start))
     return _with_kept(end, kept)
@@ -206,10 +204,7 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]:
     """A `cond` or `switch`; one of several weights has the terms of all of them."""
-    if equation.params.get("branches_platforms") is not None:
-        raise NotFactorableError("its branches are those of platforms")
-    if isinstance(index, Factored):
-        raise NotFactorableError("the weight chooses the branch")
+    check_branches(context, equation, index)
     jaxprs, key = parameter(equation, "branches"), context.make_key()
     forms = _forms(context, jaxprs, key, list(values))
 
@@ -217,9 +212,8 @@ def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]
         def run(key, values):
             with context.using_key(key):
                 out = evaluate_closed(context, jaxpr, values)
-                reason = "it is chosen by a branch"
                 return [
-                    context.merge_all([value], equation, reason)[0]
+                    context.merge_all([value], equation, CHOSEN)[0]
                     if form is None
                     else in_form(_formed(value), form)
                     for value, form in zip(out, forms, strict=True)
@@ -228,6 +222,14 @@ def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]
         return run
 
     return lax.switch(index, list(map(branch, jaxprs)), key, list(values))
+
+
+def check_branches(context: Any, equation: Any, index: Any) -> None:
+    """Raises unless the branches are those of a number, which is no weight."""
+    if equation.params.get("branches_platforms") is not None:
+        raise NotFactorableError("its branches are those of platforms")
+    if context.is_weight(index):
+        raise NotFactorableError("the weight chooses the branch")
 
 
 def _forms(

@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax._core import numerics
 from lora_jax.transform import _deferred
-from lora_jax.transform._context import Context, is_weight
+from lora_jax.transform._context import Context
 from lora_jax.transform._factored import (
     Factored,
     Term,
@@ -24,7 +24,7 @@ from lora_jax.transform._products import Name, Named, Names, Product, add_terms,
 
 def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
     """`x @ W`, `W @ x`, and every other product of two arrays."""
-    axes = _Axes(parameter(equation, "dimension_numbers"), x.ndim, y.ndim)
+    axes = _Axes(equation)
     if isinstance(x, Factored) and isinstance(y, Factored):
         return _product_of_weights(context, equation, x, y, axes)
     if isinstance(x, Factored):
@@ -35,10 +35,13 @@ def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
 class _Axes:
     """The names of the axes of a product's operands and result."""
 
-    def __init__(self, numbers: lax.DotDimensionNumbers, x_ndim: int, y_ndim: int):
+    def __init__(self, equation: Any):
+        numbers = parameter(equation, "dimension_numbers")
         (x_contracted, y_contracted), (x_batch, y_batch) = numbers
-        x = [("left", i) for i in range(x_ndim)]
-        y = [("right", i) for i in range(y_ndim)]
+        x, y = (
+            [(side, i) for i in range(len(atom.aval.shape))]
+            for side, atom in zip(("left", "right"), equation.invars, strict=True)
+        )
         for i, j in zip(x_contracted, y_contracted, strict=True):
             x[i] = y[j] = ("contracted", i)
         for i, j in zip(x_batch, y_batch, strict=True):
@@ -65,11 +68,10 @@ def _product(
 
     `roles` are what to record of the axes of the weight, if not what the names say.
     """
-    own = [_role(name) for name in f_names]
-    context.see_product(f, equation, own if roles is None else roles, x)
+    context.see(f, equation, _roles(f_names) if roles is None else roles)
     contracted = [name for name in f_names if name not in out_names]
     before, after = _columns(f, f_names, contracted)
-    _check_operand(context, f, x, scaled=bool(before))
+    check_multiplies(x.dtype, integers=not before and not context.drops(f))
     for column in before:
         unit, by = numerics.range_unit(x.dtype, x, column.array), column.array
         if unit is not None:
@@ -77,7 +79,7 @@ def _product(
             after.append(Named(unit, (), ()))
         x = times(x, place(by, column.names, x_names))
     base = _deferred.bind(equation, [f.base, x] if flipped else [x, f.base])
-    if context.probing or not f.terms:
+    if not f.terms:
         return base
     precision = parameter(equation, "precision")
     if flipped and isinstance(precision, tuple):
@@ -89,16 +91,13 @@ def _product(
     return add_terms(context, f, product, x, base, columns)
 
 
-def _check_operand(context: Context, f: Factored, x: jax.Array, *, scaled: bool) -> None:
-    """Raises unless the other operand can be multiplied with factors.
+def check_multiplies(dtype: Any, *, integers: bool = True) -> None:
+    """Raises unless an operand of a dtype can be multiplied with factors.
 
-    Integers can, unless they are `scaled` by DoRA, or dropped.
+    Integers can, unless they are scaled by DoRA, or dropped.
     """
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return
-    whole = jnp.issubdtype(x.dtype, jnp.integer)
-    if not whole or scaled or context.drops(f):
-        raise NotFactorableError(f"the other operand is {x.dtype}")
+    if not jnp.issubdtype(dtype, jnp.inexact if not integers else jnp.number):
+        raise NotFactorableError(f"the other operand is {dtype}")
 
 
 def _product_of_weights(
@@ -108,14 +107,6 @@ def _product_of_weights(
 
     That is a small part (rank over width) of the work of this very product, and no report.
     """
-    if context.probing:  # each of them is the weight, for its own axes
-        found = [(f, [_role(n) for n in own]) for f, own in ((x, axes.x), (y, axes.y))]
-        for (f, roles), (other, others) in (found, found[::-1]):
-            if _is_activation(f, roles, other, others):
-                context.use_rows(f)
-            else:
-                context.see_product(f, equation, roles)
-        return _deferred.bind(equation, [x.base, y.base])
     smaller = min(x, y, key=lambda f: f.base.size)
     context.see(smaller, equation)
     context.check_no_dropout(smaller)
@@ -125,21 +116,16 @@ def _product_of_weights(
     return _product(context, equation, *own, axes.out, flipped=smaller is y, roles=())
 
 
-def _is_activation(
-    f: Factored, roles: Sequence[str], other: Factored, others: Sequence[str]
-) -> bool:
-    """Whether one of two weights is rows of a table, multiplied with the other."""
-    if not f.gathered or not other.gathered:
-        return bool(f.gathered)
-    if is_weight(f, roles) != is_weight(other, others):
-        return is_weight(other, others)
-    return f.gathered == "data" or other.gathered == "constants"
+def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
+    """For both operands the role of each axis, whichever of them is the weight."""
+    axes = _Axes(equation)
+    return [_roles(axes.x), _roles(axes.y)]
 
 
-def _role(name: Name) -> str:
-    """What becomes of an axis of that name."""
-    kind: Any = name[0]
-    return {"contracted": "contracted", "batch": "batch"}.get(kind[0], "kept")
+def _roles(names: Names) -> list[str]:
+    """What becomes of axes of these names."""
+    kinds = [name[0][0] for name in names]  # pyright: ignore
+    return [kind if kind in ("contracted", "batch") else "kept" for kind in kinds]
 
 
 def _columns(
@@ -163,12 +149,11 @@ def ragged_dot(
     context: Context, equation: Any, x: Any, f: Any, sizes: Any, *rest: Any
 ) -> jax.Array:
     """`(rows, in), (groups, in, out), (groups,) -> (rows, out)`: experts."""
-    if not isinstance(f, Factored) or isinstance(x, Factored) or rest:
-        raise NotFactorableError("the weight is not that of the groups")
-    if not _is_grouped_matmul(equation, f):
-        raise NotFactorableError("it is not (rows, in), (groups, in, out) -> (rows, out)")
-    context.see_product(f, equation, ["batch", "contracted", "kept"], x)
-    _check_operand(context, f, x, scaled=any(1 in f.owned(c) for c in f.columns))
+    values = x, f, sizes, *rest
+    _, own, *_ = roles_of_groups(equation, [isinstance(v, Factored) for v in values])
+    context.see(f, equation, own)
+    scaled = any(1 in f.owned(column) for column in f.columns)
+    check_multiplies(x.dtype, integers=not scaled and not context.drops(f))
     after = []
     for column in f.columns:
         if {1, 2} <= f.owned(column):
@@ -183,8 +168,6 @@ def ragged_dot(
         else:
             after.append(rows)
     out = _deferred.bind(equation, [x, f.base, sizes])
-    if context.probing:
-        return out
     wide = numerics.accumulation_dtype(out.dtype)
     total = out.astype(wide)
     for term in f.terms:
@@ -198,12 +181,25 @@ def ragged_dot(
     return out
 
 
-def _is_grouped_matmul(equation: Any, f: Factored) -> bool:
+def roles_of_groups(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
+    """For each operand the role of each of its axes, given which operands are weights.
+
+    Raises:
+        NotFactorableError: if there is no low-rank rule for it.
+    """
+    if list(weights) != [False, True, False]:
+        raise NotFactorableError("the weight is not that of the groups")
+    if not _is_grouped_matmul(equation):
+        raise NotFactorableError("it is not (rows, in), (groups, in, out) -> (rows, out)")
+    return [(), ("batch", "contracted", "kept"), ()]
+
+
+def _is_grouped_matmul(equation: Any) -> bool:
     numbers = parameter(equation, "ragged_dot_dimension_numbers")
     (x_in, f_in), (x_batch, f_batch) = numbers.dot_dimension_numbers
     axes = x_in, f_in, x_batch, f_batch
     return (
-        f.ndim == 3
+        len(equation.invars[1].aval.shape) == 3
         and tuple(map(tuple, axes)) == ((1,), (1,), (), ())
         and tuple(numbers.lhs_ragged_dimensions) == (0,)
         and tuple(numbers.rhs_group_dimensions) == (0,)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax._core import compat
@@ -22,8 +21,6 @@ from lora_jax.transform._parameters import NotFactorableError, parameter
 
 def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     """Maps over shards; the shards of the factors are factors of those of the weight."""
-    if context.probing:
-        return _of_one_shard(context, equation, operands)
     # How stored arrays are to be split follows from no spec of the dense one.
     values = [with_base(value, form(base_of(value))) for value in operands]
     pairs = zip(values, parameter(equation, "in_specs"), strict=True)
@@ -51,28 +48,6 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     return list(mapped(key, list(values)))
 
 
-def _of_one_shard(context: Context, equation: Any, operands: Sequence[Any]) -> list[Any]:
-    """What the body makes of values of the sizes of a shard, when axes are being found."""
-    jaxpr = parameter(equation, "jaxpr")
-    inner, _ = compat.open_jaxpr(jaxpr)
-    kinds = [atom.aval for atom in inner.invars]
-    out = evaluate_closed(context, jaxpr, list(map(_shard, operands, kinds)))
-    context.merge_all(out, equation, "shard_map returns it")
-    return compat.bind(equation, ())
-
-
-def _shard(value: Any, kind: Any) -> Any:
-    """A value made as small as its part on one device."""
-    if not isinstance(value, Factored):
-        return compat.zeros(kind)
-
-    def part(p: jax.Array) -> jax.Array:
-        owned = map(min, p.shape, kind.shape)
-        return lax.slice(p, [0] * p.ndim, list(owned))
-
-    return value.map(compat.zeros(kind), part)
-
-
 def _spec(value: Any, spec: Sequence[Any]) -> Any:
     """The specs of a value of the new `shard_map`."""
     return specs(value, spec) if isinstance(value, Factored) else PartitionSpec(*spec)
@@ -81,13 +56,18 @@ def _spec(value: Any, spec: Sequence[Any]) -> Any:
 def all_gather(context: Context, equation: Any, f: Factored) -> Factored:
     """Gathers the weight and the factors that own the axis."""
     axis = parameter(equation, "all_gather_dimension")
-    if not parameter(equation, "tiled"):
-        raise NotFactorableError("it gathers along a new axis")
+    check_tiled(equation)
 
     def gather(p):
         return compat.bind_one(equation, p) if p.shape[axis] == f.shape[axis] else p
 
     return f.map(gather(f.base), gather)
+
+
+def check_tiled(equation: Any) -> None:
+    """Raises unless it makes an axis longer."""
+    if not parameter(equation, "tiled"):
+        raise NotFactorableError("it gathers along a new axis")
 
 
 RULES = {

@@ -38,16 +38,13 @@ def move(context: Context, equation: Any, *values: Any) -> Any:
     moves = row.moves(equation)
     bases = _deferred.bind(equation, [f.base, *others])
     several = equation.primitive.multiple_results
-    out, seen = [], f
+    out = []
     for own, base in zip(moves, bases if several else [bases], strict=True):
-        # The entries of an axis are looked up together, pieces of it one by one.
+        # The entries of an axis are one use, pieces of it several.
         if any(own.indexed) and (name == "split" or not out):
-            seen = context.look_up(f, equation, own.indexed, moved=True)
-        elif name == "split":
-            seen = f
-        if not context.probing:
-            _check_joins(f, own, base.shape)
-        out.append(seen.map(base, functools.partial(_moved, own, others)))
+            context.see_indexed(f, equation, own.indexed, moved=True)
+        _check_joins(f, own, base.shape)
+        out.append(f.map(base, functools.partial(_moved, own, others)))
     return out if several else out[0]
 
 
@@ -82,17 +79,14 @@ def pad(context: Context, equation: Any, f: Any, fill: Any) -> Factored:
     terms = f.terms
     for axis, (low, high, _) in enumerate(widths):
         if low or high:
-            terms = tuple(_padded(context, f, term, axis, low, high) for term in terms)
+            terms = tuple(_padded(f, term, axis, low, high) for term in terms)
     return f.replace(base=_deferred.bind(equation, [f.base, fill]), terms=terms)
 
 
-def _padded(
-    context: Context, f: Factored, term: Term, axis: int, low: int, high: int
-) -> Term:
+def _padded(f: Factored, term: Term, axis: int, low: int, high: int) -> Term:
     """The term with zeros around an axis, in a factor that owns it; in `a` if none does."""
     owners = axis in f.owned(term.a), axis in f.owned(term.b)
-    keep = context.probing and not _is_entry(f, term, axis)
-    pads = owners if any(owners) or keep else (True, False)
+    pads = owners if any(owners) else (True, False)
 
     def pad_factor(p):
         return _pad_axis(full(f, p, axis), axis, low, high, 0.0)
@@ -104,12 +98,6 @@ def _padded(
     return Term(a, b, term.label)
 
 
-def _is_entry(f: Factored, term: Term, axis: int) -> bool:
-    """Whether an axis of size 1 is an entry of the axis that a term stands for."""
-    gone = [t.label for t in f.terms if t.label.lookups and not f.owned(t.a)]
-    return f.shape[axis] == 1 and gone == [term.label]
-
-
 def _pad_axis(p: jax.Array, axis: int, low: int, high: int, value: float) -> jax.Array:
     widths = [(low, high, 0) if i == axis else (0, 0, 0) for i in range(p.ndim)]
     return lax.pad(p, jnp.asarray(value, p.dtype), widths)
@@ -118,7 +106,7 @@ def _pad_axis(p: jax.Array, axis: int, low: int, high: int, value: float) -> jax
 def concatenate(context: Context, equation: Any, *values: Any) -> Factored:
     """Weights side by side, such as fused query, key and value."""
     base = _deferred.bind(equation, [base_of(value) for value in values])
-    return _joined(context, values, parameter(equation, "dimension"), base)
+    return _joined(values, parameter(equation, "dimension"), base)
 
 
 def stack(context: Context, equation: Any, *values: Any) -> Factored:
@@ -131,7 +119,7 @@ def stack(context: Context, equation: Any, *values: Any) -> Factored:
         else lax.expand_dims(v, [axis])
         for v in values
     ]
-    return _joined(context, longer, axis, base)
+    return _joined(longer, axis, base)
 
 
 def _longer(value: Factored, axis: int) -> Any:
@@ -140,15 +128,13 @@ def _longer(value: Factored, axis: int) -> Any:
     return jax.ShapeDtypeStruct(shape, value.dtype)
 
 
-def _joined(
-    context: Context, values: Sequence[Any], axis: int, base: jax.Array
-) -> Factored:
+def _joined(values: Sequence[Any], axis: int, base: jax.Array) -> Factored:
     """The factored value of weights joined along `axis`.
 
     Where it is a batch axis, their terms become one, of which both factors own it.
     Otherwise each term keeps to its part: it is padded with zeros, and columns with ones.
     """
-    if not context.probing and (stacked := joined_in_batch(values, axis, base)) is not None:
+    if (stacked := joined_in_batch(values, axis, base)) is not None:
         return stacked
     total, start = base.shape[axis], 0
     shared = _shared_columns(values, axis)
@@ -158,7 +144,7 @@ def _joined(
         low, high = start, total - start - size
         start += size
         if isinstance(value, Factored):
-            terms += [_padded(context, value, t, axis, low, high) for t in value.terms]
+            terms += [_padded(value, t, axis, low, high) for t in value.terms]
             columns += [
                 _pad_axis(full(value, column, axis), axis, low, high, 1.0)
                 for column in value.columns

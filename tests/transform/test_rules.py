@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import lora_jax
-from lora_jax.transform._rules import RULES
+from lora_jax.transform._moves import MOVES, Row
 from tests.support import x64
 from tests.transform.support import check, normal, plan_of, trained
 
@@ -619,12 +619,12 @@ def test_left_out_layers_share_a_line():
     assert "left out" not in by_name + without
 
 
-def fails(context, equation, *values):
+def fails(equation):
     raise TypeError("no rule for\nthis")
 
 
 def test_weights_whose_rule_fails_are_left_out_unless_named(monkeypatch):
-    monkeypatch.setitem(RULES, "transpose", fails)
+    monkeypatch.setitem(MOVES, "transpose", Row(fails))
 
     def fn(params, x):
         return jnp.tanh(x @ params["up"]) @ params["down"].T

@@ -1,0 +1,199 @@
+"""Follows weights through a program, equation by equation. Nothing is computed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_jax._core import compat
+from lora_jax.plan.adapter_plan import NOT_FOLLOWED
+from lora_jax.transform._context import Frame
+from lora_jax.transform._interpreter import keeps_rows
+from lora_jax.transform._parameters import NotFactorableError, no_rule
+from lora_jax.transform._tracked import Dense, Tracked, Uses, is_tracked
+
+Step = Callable[..., list[Any]]
+
+# In the body of a call the axes of a weight are followed through these too.
+_ENTRYWISE = frozenset(
+    {
+        *("abs", "add", "ceil", "clamp", "convert_element_type", "div", "exp", "exp2"),
+        *("floor", "integer_pow", "logistic", "max", "min", "mul", "pow", "round"),
+        *("rsqrt", "select_n", "sign", "sqrt", "square", "sub", "tanh"),
+    }
+)
+
+
+class Finder:
+    """Follows weights through a program.
+
+    Attributes:
+        steps: what becomes of the operands of an equation, by the primitive's name.
+        uses: that were found so far.
+        frame: the jaxpr that is being followed.
+    """
+
+    def __init__(self, steps: Mapping[str, Step], *, closed_over_is_constant: bool):
+        self.steps = steps
+        self.uses = Uses()
+        self.frame = Frame()
+        self._constants = Dense(closed_over_is_constant)
+        # Whether this is the body of a call that merges its weights.
+        self._reading = False
+
+    def is_weight(self, value: Any) -> bool:
+        """Whether a value of the program is a weight."""
+        return is_tracked(value)
+
+    def follow(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+        """The outputs of a jaxpr, any of which may be tracked."""
+        jaxpr, _ = compat.open_jaxpr(jaxpr)
+        frame, outer = Frame(), self.frame
+        frame.values.update(dict.fromkeys(jaxpr.constvars, self._constants))
+        frame.values.update(zip(jaxpr.invars, arguments, strict=True))
+        self.frame = frame
+        try:
+            for equation in jaxpr.eqns:
+                values = self._operands(equation)
+                out = self._apply(equation, values)
+                if all(value.is_constant for value in values):
+                    out = [dataclasses.replace(value, is_constant=True) for value in out]
+                frame.values.update(zip(equation.outvars, out, strict=True))
+        finally:
+            self.frame = outer
+        return [_read(frame, atom) for atom in jaxpr.outvars]
+
+    def _operands(self, equation: Any) -> list[Any]:
+        return [_read(self.frame, atom) for atom in equation.invars]
+
+    def _apply(self, equation: Any, values: list[Any]) -> list[Any]:
+        """What the equation gives: by its step, or with its operands merged."""
+        name = equation.primitive.name
+        if name == "broadcast_in_dim":
+            self.frame.broadcasts[equation.outvars[0]] = equation
+        if not any(map(is_tracked, values)):
+            return dense(equation)
+        values = self._merge_rows(equation, values)
+        if not any(map(is_tracked, values)):
+            return dense(equation)
+        step, reason = self.steps.get(name), no_rule(equation)
+        if step is not None:
+            self.uses.callers.append(equation)
+            try:
+                return _with_rows(values, step(self, equation, *values))
+            except NotFactorableError as error:
+                reason = str(error)
+            except Exception as error:
+                return self._not_followed(equation, values, error)
+            finally:
+                self.uses.callers.pop()
+        return self._inside(equation, values, reason)
+
+    def _merge_rows(self, equation: Any, values: list[Any]) -> list[Any]:
+        """Notes which rows of tables are activations for an equation."""
+        name = equation.primitive.name
+        weights = [value for value in values if isinstance(value, Tracked)]
+        only_rows = all(value.gathered for value in weights)
+        for i, (atom, value) in enumerate(zip(equation.invars, values, strict=True)):
+            if not isinstance(value, Tracked) or not value.gathered:
+                continue
+            if name == "dot_general" and len(weights) > 1:
+                continue  # see `_product_of_weights`
+            if not keeps_rows(name, i, only_rows=only_rows):
+                self.uses.use_rows(value)
+                self.frame.values[atom] = Dense()
+        return self._operands(equation)
+
+    def _inside(self, equation: Any, values: list[Any], reason: str) -> list[Any]:
+        """Records a use that is merged, with the roles that the body of a call says.
+
+        A custom derivative, for one, is about the dense weight, but the function that it
+        is of says what the axes are. The rule of the derivative is not looked at.
+        """
+        roles: dict[str, list[dict[int, str]]] = {}
+        passed: list[Any] = []
+        if (body := compat.body_of(equation)) is not None:
+            if self._reading:
+                return self.follow(body[0], values)
+            passed = self._read_aside(body[0], values, roles)
+        weights = [value for value in values if isinstance(value, Tracked)]
+        for value in weights:
+            self.uses.use_rows(value)
+            if not value.gathered:
+                self.uses.see_merged(value, equation, reason, roles)
+        if any(map(is_tracked, passed)):  # a weight goes through, such as a rounded one
+            return [_merged_before(reason, value) for value in passed]
+        if not self._reading or equation.primitive.name not in _ENTRYWISE:
+            return dense(equation)
+        # Merged or not, the axes are what they were: of a weight that is quantized, say.
+        shape = equation.outvars[0].aval.shape
+        axes = tuple(own for value in weights if value.shape == shape for own in value.axes)
+        return [Tracked(shape, axes)] if axes else dense(equation)
+
+    def _read_aside(self, body: Any, values: list[Any], roles: Any) -> list[Any]:
+        """The outputs of the body of a call; its uses are added to `roles` alone."""
+        saved = self.uses.found, self._reading
+        self.uses.found, self._reading = [], True
+        try:
+            out = self.follow(body, values)
+            for found in self.uses.found:
+                if found.roles:
+                    roles.setdefault(found.weight, []).append(found.roles)
+        finally:
+            self.uses.found, self._reading = saved
+        return out
+
+    def _not_followed(
+        self, equation: Any, values: Sequence[Any], error: Exception
+    ) -> list[Any]:
+        """Records that a step failed: a plan may not need it."""
+        line = str(error).partition("\n")[0]
+        reason = f"{NOT_FOLLOWED}: {type(error).__name__}: {line}"
+        for value in filter(is_tracked, values):
+            self.uses.see(value, equation, merged=reason)
+        return dense(equation)
+
+    def merge(self, value: Tracked, equation: Any, reason: str) -> Dense:
+        """Records that a value is merged, unless it is rows of a table."""
+        self.uses.use_rows(value)
+        if not value.gathered:
+            self.uses.see(value, equation, merged=reason)
+        return Dense()
+
+    def merge_all(self, values: Sequence[Any], equation: Any, reason: str) -> list[Any]:
+        """The values, with every tracked one merged."""
+        return [
+            self.merge(value, equation, reason) if isinstance(value, Tracked) else value
+            for value in values
+        ]
+
+
+def _read(frame: Frame, atom: Any) -> Any:
+    """The value of a variable or a literal."""
+    return Dense(True) if isinstance(atom, compat.Literal) else frame.values[atom]
+
+
+def dense(equation: Any) -> list[Any]:
+    """The results of an equation, none of which is a weight."""
+    return [Dense()] * len(equation.outvars)
+
+
+def _with_rows(values: Sequence[Any], out: list[Any]) -> list[Any]:
+    """Outputs of a step, which are rows of tables if all weights among its values are."""
+    kinds = {value.gathered for value in values if isinstance(value, Tracked)}
+    if "" in kinds:
+        return out
+    kind = "data" if "data" in kinds else "constants"
+    return [
+        dataclasses.replace(value, gathered=value.gathered or kind)
+        if isinstance(value, Tracked)
+        else value
+        for value in out
+    ]
+
+
+def _merged_before(reason: str, value: Any) -> Any:
+    """What a merged call returns: if it is a weight, its later uses are of a merged one."""
+    if not isinstance(value, Tracked):
+        return Dense()
+    axes = [dataclasses.replace(own, merged=reason) for own in value.axes]
+    return Tracked(value.shape, tuple(axes))

@@ -1,0 +1,367 @@
+"""Axes of weights, followed through a program, and what it does with them.
+
+No array is formed: a value of the program that a weight became knows which of its own axes
+those of the weight are. `Uses` records what products and look-ups do with them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_jax._core import compat
+from lora_jax.plan.adapter_plan import Use
+
+_PRODUCTS = ("dot_general", "ragged_dot_general")
+
+
+@dataclasses.dataclass(eq=False)
+class Found:
+    """A use of a weight that was found; `roles` as in `Use`, by axis of the weight."""
+
+    weight: str
+    primitive: str
+    where: str
+    merged: str
+    roles: dict[int, str]
+
+    def use(self, ndim: int) -> Use:
+        """The use, of a weight of so many axes."""
+        roles = tuple(self.roles.get(axis, "") for axis in range(ndim))
+        linear = self.primitive in _PRODUCTS and not self.merged
+        return Use(self.primitive, roles, self.where, self.merged, linear)
+
+
+@dataclasses.dataclass(eq=False)
+class LookUp:
+    """A use that takes some entries of axes of a weight: a row, a column, other orders.
+
+    Whether that is a look-up in a table, whose rows are activations, or a weight that a
+    product then multiplies with, is known when what it gave is used.
+
+    Attributes:
+        number: of the look-ups before it.
+        found: the use, of each weight that it is one of.
+        rows: whether the axes that it indexes come before all others.
+        moved: the axes of weights of which a product said what they are.
+        used: whether its result became an activation.
+    """
+
+    number: int
+    found: list[Found]
+    rows: bool
+    moved: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    used: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightAxis:
+    """An axis of a weight, in a value.
+
+    Attributes:
+        weight: its path.
+        axis: of the weight.
+        along: the axes of the value that it is by now; none of them has size 1.
+        look_ups: that indexed it.
+        merged: why the weight was merged before, if it was.
+    """
+
+    weight: str
+    axis: int
+    along: frozenset[int]
+    look_ups: tuple[LookUp, ...] = ()
+    merged: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which axis of which weight it is."""
+        return self.weight, self.axis
+
+    def is_like(self, other: "WeightAxis") -> bool:
+        """Whether another is the same but for what looked it up, as often."""
+        alike = dataclasses.replace(other, look_ups=self.look_ups) == self
+        return alike and len(other.look_ups) == len(self.look_ups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A value that is no weight, and whether it depends on no argument but weights."""
+
+    is_constant: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """A value that is a weight, some of its entries, or several weights.
+
+    Attributes:
+        shape: of the value.
+        axes: of the weights.
+        gathered: as in `Factored`: whether it is rows of a table, and looked up by what.
+        is_constant: whether it depends on no argument but weights.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[WeightAxis, ...]
+    gathered: str = ""
+    is_constant: bool = False
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value."""
+        return len(self.shape)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The paths of the weights in it, each once."""
+        return tuple(dict.fromkeys(own.weight for own in self.axes))
+
+    def replace(self, **changes: Any) -> "Tracked":
+        """The value with other fields, and not known to be constant."""
+        return dataclasses.replace(self, is_constant=False, **changes)
+
+    def moved(self, axes: Sequence[Sequence[int]], shape: Sequence[int]) -> "Tracked":
+        """The value with each of its axes made those of a value of another shape."""
+
+        def became(own: WeightAxis) -> WeightAxis:
+            new = {j for i in own.along for j in axes[i] if shape[j] != 1}
+            return dataclasses.replace(own, along=frozenset(new))
+
+        return self.replace(shape=tuple(shape), axes=tuple(map(became, self.axes)))
+
+    def longer(self, shape: Sequence[int]) -> "Tracked":
+        """The value as a part of one that is longer along some axes.
+
+        If one entry of an axis of a weight is all that is left of it, and no other axis is
+        so, then axes that had size 1 are that one.
+        """
+        gone = [own for own in self.axes if own.look_ups and not own.along]
+        pairs = enumerate(zip(self.shape, shape, strict=True))
+        new = {axis for axis, (old, size) in pairs if old == 1 and size != 1}
+
+        def became(own: WeightAxis) -> WeightAxis:
+            return dataclasses.replace(own, along=own.along | new) if gone == [own] else own
+
+        return self.replace(shape=tuple(shape), axes=tuple(map(became, self.axes)))
+
+    def roles(self, of_value: Sequence[str]) -> dict[str, dict[int, str]]:
+        """For each weight the role of each of its axes that is known.
+
+        An axis of size 1 cannot be told from none; it is where it was, if all others are,
+        unless it is one entry of a longer.
+
+        Args:
+            of_value: the role of each axis of the value; empty if none is known.
+        """
+        found: dict[str, dict[int, str]] = {weight: {} for weight in self.weights}
+        if not of_value:
+            return found
+        for own in self.axes:
+            known = [of_value[axis] for axis in sorted(own.along) if of_value[axis]]
+            if known:
+                found[own.weight][own.axis] = known[0]
+        in_place = all(own.along <= {own.axis} for own in self.axes)
+        if in_place and len(self.axes) == self.ndim and len(found) == 1:
+            (of_weight,) = found.values()
+            looked_up = {own.axis for own in self.axes if own.look_ups}
+            for axis, size in enumerate(self.shape):
+                if size == 1 and of_value[axis] and axis not in looked_up:
+                    of_weight[axis] = of_value[axis]
+        return found
+
+    def looked_up(self) -> dict[tuple[str, int], list[WeightAxis]]:
+        """The axes of weights that were indexed, as they are here; the last one first."""
+        indexed = {own.key for own in self.axes if own.look_ups}
+        found: dict[tuple[str, int], list[WeightAxis]] = {}
+        for own in self.axes:
+            if own.key in indexed:
+                found.setdefault(own.key, []).append(own)
+
+        def last(item: tuple[Any, list[WeightAxis]]) -> int:
+            return max(each.number for own in item[1] for each in own.look_ups)
+
+        return dict(sorted(found.items(), key=lambda item: -last(item)))
+
+    def is_multiplied(self, roles: Sequence[str]) -> bool:
+        """Whether a product contracts and keeps axes that were never indexed."""
+        rest = {roles[i] for own in self.axes if not own.look_ups for i in own.along}
+        return {"contracted", "kept"} <= rest
+
+
+def is_tracked(value: object) -> bool:
+    """Whether a value of the program is a weight."""
+    return isinstance(value, Tracked)
+
+
+def weight_of(path: str, shape: tuple[int, ...]) -> Tracked:
+    """A weight, as it is passed to the function."""
+    alongs = [frozenset({axis} if size != 1 else ()) for axis, size in enumerate(shape)]
+    axes = tuple(WeightAxis(path, axis, along) for axis, along in enumerate(alongs))
+    return Tracked(shape, axes, is_constant=True)
+
+
+def _role_of_looked_up(own: set[str], rest: set[str]) -> str:
+    """What an axis is that was indexed on its way to a product.
+
+    Args:
+        own: the roles of the axes that it became; none if one entry was taken.
+        rest: the roles of the other axes of the weight.
+    """
+    if {"contracted", "kept"} <= rest:  # a matrix without it: experts, layers
+        order = ("batch", "kept", "contracted")
+    elif "contracted" in rest:  # a column for each index: what is computed of them
+        return "contracted" if own == {"contracted"} else "kept"
+    else:
+        order = ("contracted", "batch", "kept")
+    return next((role for role in order if role in own), "")
+
+
+class Uses:
+    """What a program does with its weights, as far as it has been followed.
+
+    Attributes:
+        found: every use, in the order of the program.
+        look_ups: those among them that index.
+        callers: the equations whose bodies are being followed, the outermost first.
+    """
+
+    def __init__(self):
+        self.found: list[Found] = []
+        self.look_ups: list[LookUp] = []
+        self.callers: list[Any] = []
+
+    def see(
+        self, value: Tracked, equation: Any, roles: Sequence[str] = (), merged: str = ""
+    ) -> list[Found]:
+        """Records a use; `roles` has a word for each axis of the value, or is empty."""
+        before = next((own.merged for own in value.axes if own.merged), "")
+        by_weight = value.roles(roles).items()
+        return self._add(equation, merged or before, by_weight)
+
+    def see_merged(
+        self,
+        value: Tracked,
+        equation: Any,
+        reason: str,
+        roles: Mapping[str, Sequence[dict[int, str]]],
+    ) -> None:
+        """Records the uses of a value in the body of a call that is merged.
+
+        Args:
+            value: an operand of the call.
+            equation: the call.
+            reason: why it is merged.
+            roles: of the axes, for each use in the body, by weight.
+        """
+        uses = ((name, own) for name in value.weights for own in roles.get(name, ({},)))
+        self._add(equation, reason, uses)
+
+    def _add(
+        self, equation: Any, merged: str, uses: Iterable[tuple[str, dict[int, str]]]
+    ) -> list[Found]:
+        primitive, where = "output", "the end of the function"
+        if equation is not None:
+            primitive = equation.primitive.name
+            where = compat.called_at(equation, self.callers)
+        new = [Found(name, primitive, where, merged, {**own}) for name, own in uses]
+        self.found += new
+        return new
+
+    def look_up(self, value: Tracked, equation: Any, indexed: Sequence[bool]) -> Tracked:
+        """Records that entries of some axes are taken; returns the value that knows it."""
+        found = self.see(value, equation, ["indexed" if i else "" for i in indexed])
+        _see_entries(value, found)
+        rows = not any(i > j for i, j in zip(indexed[1:], indexed[:-1], strict=True))
+        new = LookUp(len(self.look_ups), found, rows)
+        self.look_ups.append(new)
+
+        def noted(own: WeightAxis) -> WeightAxis:
+            if not any(indexed[axis] for axis in own.along):
+                return own
+            return dataclasses.replace(own, look_ups=(*own.look_ups, new))
+
+        return dataclasses.replace(value, axes=tuple(map(noted, value.axes)))
+
+    def see_product(
+        self, value: Tracked, equation: Any, roles: Sequence[str], other: Any = None
+    ) -> None:
+        """Records a product with a weight, `other` being what it is multiplied with.
+
+        It says what the axes are that were indexed on the way. Rows of a table that are
+        multiplied with a constant, or entry by entry, are the activation of that product.
+        """
+        looked_up = value.looked_up()
+        rows = any(each.rows for own in value.axes for each in own.look_ups)
+        constant = other is not None and other.is_constant
+        by_constant = rows and constant and not value.is_multiplied(roles)
+        # Without a contraction it is entry by entry, as in a norm of rows.
+        if looked_up and (by_constant or "contracted" not in roles):
+            self.use_rows(value)
+            return
+        told: dict[str, set[str]] = {}
+        by_weight = value.roles(roles)
+        found = self.see(value, equation, roles)
+        for (weight, axis), parts in looked_up.items():
+            rest = {r for i, r in by_weight[weight].items() if (weight, i) not in looked_up}
+            rest |= told.get(weight, set())
+            own = {roles[i] for part in parts for i in part.along}
+            role = _role_of_looked_up(own, rest)
+            if not role:
+                continue
+            told.setdefault(weight, set()).add(role)
+            for part in parts:
+                for each in part.look_ups:
+                    each.moved.add((weight, axis))
+            for use in found:
+                if use.weight == weight:
+                    use.roles[axis] = role
+
+    def see_stacked(self, value: Tracked, equation: Any) -> None:
+        """Records that a weight is scanned over its first axis, unless that was indexed.
+
+        Then it is a batch axis if a product of what is left says so, and else tokens.
+        """
+        indexed = any(own.look_ups and 0 in own.along for own in value.axes)
+        roles = ["" if indexed else "stacked"] + [""] * (value.ndim - 1)
+        self.see(value, equation, roles)
+
+    def use_rows(self, value: Tracked) -> None:
+        """Notes that what was looked up is an activation from here on."""
+        for own in value.axes:
+            for each in own.look_ups:
+                each.used = True
+
+    def settle(self) -> None:
+        """Says of every axis that was indexed for a product alone that it was moved."""
+        tables = {
+            use.weight
+            for each in self.look_ups
+            if each.rows and each.used
+            for use in each.found
+        }
+        for each in self.look_ups:
+            if each.used and each.rows:
+                continue
+            for use in each.found:
+                moved = {axis for weight, axis in each.moved if weight == use.weight}
+                if not each.rows and use.weight in tables:
+                    moved = set(use.roles)
+                for axis in moved:
+                    if use.roles.get(axis) == "indexed":
+                        use.roles[axis] = "moved"
+
+
+def _see_entries(value: Tracked, found: Sequence[Found]) -> None:
+    """Says of axes of which one entry was taken, before rows of it are, what they are.
+
+    An entry of each is a table; there have to be axes besides those of the look-ups.
+    """
+    looked_up = value.looked_up()
+    for use in found:
+        gone = {
+            axis
+            for (weight, axis), parts in looked_up.items()
+            if weight == use.weight and not any(part.along for part in parts)
+        }
+        own = {axis.axis for axis in value.axes if axis.weight == use.weight}
+        if gone and own - gone - set(use.roles):
+            use.roles |= dict.fromkeys(gone, "batch")

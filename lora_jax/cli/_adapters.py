@@ -12,12 +12,12 @@ import numpy as np
 from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters
-from lora_jax.peft import _entries
-from lora_jax.peft._checkpoint import Checkpoint, is_checkpoint, open_checkpoint
-from lora_jax.peft._replaced import same_bits
-from lora_jax.peft._ties import may_be_tied
-from lora_jax.peft._wholes import EMBEDDINGS, HEADS, last_word
+from lora_jax.peft.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.layout import same_bits
+from lora_jax.peft.names import EMBEDDINGS, HEADS, last_word
+from lora_jax.peft.tied import may_be_tied
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 
@@ -188,7 +188,7 @@ def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Conten
     assert isinstance(file, tensor_files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
     wholes = entries.wholes | rows
-    parameters = _entries.Parameters(config.target_parameters or ())
+    parameters = Parameters(config.target_parameters or ())
     return Contents(
         format="peft",
         settings=json.loads(config.to_json()),
@@ -210,22 +210,20 @@ def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Conten
     )
 
 
-def _configured(
-    module: _entries.Module, config: PeftConfig, parameters: _entries.Parameters
-) -> str:
+def _configured(module: Module, config: PeftConfig, parameters: Parameters) -> str:
     """What the config calls the module, or the first parameter that it can be."""
-    owner, _ = _entries.nesting(module.name)
+    owner, _ = nesting(module.name)
     if module.kind != "experts":
-        return _entries.without_wrapper(module.name)
+        return without_wrapper(module.name)
     names = parameters.of(owner)
     return next((n for n in names if config.rank_of(n) == module.rank), owner)
 
 
 def of_module(
     file: Any,
-    module: _entries.Module,
+    module: Module,
     config: PeftConfig,
-    parameters: _entries.Parameters,
+    parameters: Parameters,
 ) -> Adapter:
     """The adapter of a module of PEFT.
 

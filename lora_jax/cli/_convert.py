@@ -8,7 +8,7 @@ import numpy as np
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal
-from lora_jax.peft.writing import save
+from lora_jax.peft.save import save
 
 
 def convert(options: argparse.Namespace) -> int:

@@ -14,11 +14,11 @@ import numpy as np
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading
 from lora_jax.cli._adapters import Contents, Whole
-from lora_jax.peft import _names, _placing
-from lora_jax.peft._checkpoint import Checkpoint
-from lora_jax.peft._entries import Parameters
-from lora_jax.peft._places import Places
-from lora_jax.peft._uses import Known
+from lora_jax.peft.checkpoint import Checkpoint
+from lora_jax.peft.keys import Parameters
+from lora_jax.peft.leaves import Known, Places
+from lora_jax.peft.load import Loaded, assemble, find_places
+from lora_jax.peft.names import mask_numbers
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 # What the norms themselves are rounded to, in float64.
@@ -154,9 +154,7 @@ def _like(
     return effects | _whole_effects(contents.wholes)
 
 
-def _put(
-    checkpoint: Checkpoint, plan: AdapterPlan, names: Any
-) -> tuple[_placing.Loaded, list[str]]:
+def _put(checkpoint: Checkpoint, plan: AdapterPlan, names: Any) -> tuple[Loaded, list[str]]:
     """The adapters of a checkpoint on the weights of a plan, and those without a place."""
     leaves = {
         path: jax.ShapeDtypeStruct(target.shape, np.float32)
@@ -166,7 +164,7 @@ def _put(
     places = Places(leaves, names, None, Known(axes, {}, "the plan"))
     entries = checkpoint.entries._replace(wholes={}, tokens={})
     own = checkpoint._replace(entries=entries)
-    placement = _placing.find_places(own, places, on_tied="allow")
+    placement = find_places(own, places, on_tied="allow")
     left = [name for name in entries.modules if name not in placement.sites]
     if left and not placement.sites:
         raise CheckpointError(
@@ -174,16 +172,16 @@ def _put(
             f"and {left[0]!r}: if names do not tell, give --names."
         )
     with _loading.leaving_out():
-        return _placing.put(placement, False, dtype="file", on_tied="allow"), left
+        return assemble(placement, False, dtype="file", on_tied="allow"), left
 
 
 def _names_of(plan: AdapterPlan, names: Any) -> Any:
     """Those of `--names` whose paths are of a plan; None if there are none."""
-    masks = set(map(_names.mask, plan.targets))
+    masks = set(map(mask_numbers, plan.targets))
     own = {
         name: value
         for name, value in (names or {}).items()
-        if _names.mask(value if isinstance(value, str) else value[0]) in masks
+        if mask_numbers(value if isinstance(value, str) else value[0]) in masks
     }
     return own or None
 

@@ -19,13 +19,13 @@ from lora_jax.checkpoint import load_adapters
 from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft import _placing
-from lora_jax.peft._checkpoint import Checkpoint, FileDtype, new_checkpoint
-from lora_jax.peft._entries import without_wrapper
-from lora_jax.peft._fitting import Layout
-from lora_jax.peft._places import Places
-from lora_jax.peft._wholes import EMBEDDINGS, HEADS
-from lora_jax.peft.writing import make_files
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype, new_checkpoint
+from lora_jax.peft.keys import without_wrapper
+from lora_jax.peft.layout import Layout
+from lora_jax.peft.leaves import Places
+from lora_jax.peft.load import Placement, assemble, find_places
+from lora_jax.peft.names import EMBEDDINGS, HEADS
+from lora_jax.peft.save import make_files
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 
@@ -198,11 +198,11 @@ def _load_peft(
 ) -> Loaded:
     places = Places(leaves, way.names, way.layout)
     # `check_ties` has asked the model's own settings.
-    placement = _placing.find_places(checkpoint, places, on_tied="allow")
+    placement = find_places(checkpoint, places, on_tied="allow")
     _check_any(placement, directory, base, way)
     rows = placement.table().rows
     with leaving_out():
-        loaded = _placing.put(placement, way.strict, dtype=dtype, on_tied="allow")
+        loaded = assemble(placement, way.strict, dtype=dtype, on_tied="allow")
     modules = {row.module: row.path for row in rows}
     axes = {row.path: row.letters for row in rows}
     return Loaded(*loaded, modules, axes, placement.problems.lines)
@@ -217,7 +217,7 @@ def leaving_out() -> Iterator[None]:
 
 
 def _check_any(
-    placement: _placing.Placement, directory: pathlib.Path, base: _base.Base, way: Way
+    placement: Placement, directory: pathlib.Path, base: _base.Base, way: Way
 ) -> None:
     """Raises one sentence if no adapter has a place, in place of one for each.
 

@@ -13,7 +13,18 @@ from typing import Any, Literal
 
 from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
-from lora_jax.peft import _fields
+from lora_jax.peft.fields import (
+    CHECKS,
+    IGNORED,
+    INITS,
+    UNSUPPORTED,
+    check_is_off,
+    check_peft_type,
+    init_word,
+    shorten,
+    wrong_type,
+)
+from lora_jax.peft.patterns import Patterns, pattern_key
 
 __all__ = ["PeftConfig"]
 
@@ -97,7 +108,7 @@ class PeftConfig:
     auto_mapping: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, check in _fields.CHECKS.items():
+        for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         _check_together(self)
 
@@ -118,13 +129,13 @@ class PeftConfig:
         """
         with checks.at_path(where):
             if not isinstance(fields, Mapping):
-                raise _fields.wrong("the content", "a JSON object", fields)
+                raise wrong_type("the content", "a JSON object", fields)
             # First, because other methods have other fields.
-            _fields.peft_type("peft_type", fields.get("peft_type", "LORA"))
+            check_peft_type("peft_type", fields.get("peft_type", "LORA"))
             for name, value in fields.items():
                 if name not in allow_fields:
-                    _fields.check_is_off(name, value)
-            return cls(**{name: fields[name] for name in _fields.CHECKS if name in fields})
+                    check_is_off(name, value)
+            return cls(**{name: fields[name] for name in CHECKS if name in fields})
 
     @property
     def changes_base(self) -> bool:
@@ -133,25 +144,25 @@ class PeftConfig:
         Then the adapter belongs to the changed weights, unless it was converted.
         """
         init = self.init_lora_weights
-        return isinstance(init, str) and _fields.INITS[_fields.init_word(init)]
+        return isinstance(init, str) and INITS[init_word(init)]
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
-        key = _fields.pattern_key(self.rank_pattern, module, self._ranks)
+        key = pattern_key(self.rank_pattern, module, self._ranks)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module's adapter."""
-        key = _fields.pattern_key(self.alpha_pattern, module, self._alphas)
+        key = pattern_key(self.alpha_pattern, module, self._alphas)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     @functools.cached_property
-    def _ranks(self) -> _fields.Patterns:
-        return _fields.Patterns(self.rank_pattern)
+    def _ranks(self) -> Patterns:
+        return Patterns(self.rank_pattern)
 
     @functools.cached_property
-    def _alphas(self) -> _fields.Patterns:
-        return _fields.Patterns(self.alpha_pattern)
+    def _alphas(self) -> Patterns:
+        return Patterns(self.alpha_pattern)
 
     def scale_of(self, module: str) -> float:
         """What multiplies a module's update: `alpha / rank`, or `alpha / sqrt(rank)`."""
@@ -166,11 +177,11 @@ class PeftConfig:
             keys of `rank_pattern` and `alpha_pattern` alone keep their order, because the
             first that matches counts.
         """
-        own = {name: getattr(self, name) for name in _fields.CHECKS}
+        own = {name: getattr(self, name) for name in CHECKS}
         own["inference_mode"] = True
         own["peft_version"] = self.peft_version or _PEFT_VERSION
-        off = {name: default for name, (default, _) in _fields.UNSUPPORTED.items()}
-        fields = off | _fields.IGNORED | own
+        off = {name: default for name, (default, _) in UNSUPPORTED.items()}
+        fields = off | IGNORED | own
         return json.dumps(dict(sorted(fields.items())), indent=2, default=dict)
 
 
@@ -181,13 +192,13 @@ def _check_together(config: PeftConfig) -> None:
         if isinstance(targets, str) and getattr(config, name) is not None:
             raise ValueError(
                 f"{name} chooses among target_modules that are a list of names, got "
-                f"target_modules={_fields.shown(targets)}: write the layers into the "
+                f"target_modules={shorten(targets)}: write the layers into the "
                 "regular expression, or list the names."
             )
     if patterns and config.layers_to_transform is None:
         raise ValueError(
             "layers_pattern says what the layers are called, and layers_to_transform has "
-            f"to say which of them, got layers_pattern={_fields.shown(patterns)} alone."
+            f"to say which of them, got layers_pattern={shorten(patterns)} alone."
         )
     if config.lora_bias and (config.use_dora or isinstance(config.init_lora_weights, str)):
         raise ValueError(

@@ -11,20 +11,19 @@ import numpy as np
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft import _entries, _placing
-from lora_jax.peft._checkpoint import Checkpoint, FileDtype, check_dtypes, sort
-from lora_jax.peft._fitting import Layout
-from lora_jax.peft._places import NamesArgument, Places
-from lora_jax.peft._placing import Loaded
-from lora_jax.peft._ties import OnTied
-from lora_jax.peft._uses import find_known
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtypes, sort_checked
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.given import NamesArgument
+from lora_jax.peft.keys import PREFIX, Module, sort_entries
+from lora_jax.peft.layout import Layout
+from lora_jax.peft.leaves import Places, find_known
+from lora_jax.peft.load import Loaded, assemble, find_places
+from lora_jax.peft.tied import OnTied
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["load_torchtune"]
 
 MODELS = ("hf", "torchtune")
-
 _SUFFIXES = {
     ".lora_a.weight": ".lora_A.weight",
     ".lora_b.weight": ".lora_B.weight",
@@ -107,7 +106,7 @@ def load_torchtune(
     state = _State(where, arrays, heads, model)
     shapes = {key: state.shape(key) for key in state.keys}
     check_dtypes(where, {name: arrays[name] for name in arrays})
-    modules = _entries.sort_entries(where, shapes).modules
+    modules = sort_entries(where, shapes).modules
     if model == "hf":
         _check_heads(where, modules, heads)
     ranks = {module.rank for module in modules.values()}
@@ -121,16 +120,16 @@ def load_torchtune(
         target_modules=tuple(modules),
         use_dora=any("m" in module.shapes for module in modules.values()),
     )
-    checkpoint = Checkpoint(where, config, state, sort(where, config, shapes))
+    checkpoint = Checkpoint(where, config, state, sort_checked(where, config, shapes))
     known = find_known(params, fn, args, plan)
     places = Places(tree_paths.leaf_paths(params), names, layout, known)
-    placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
+    placement = find_places(checkpoint, places, on_tied=on_tied)
     scales = config.use_dora
-    return _placing.put(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)
+    return assemble(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)
 
 
 def _check_heads(
-    where: str, modules: Mapping[str, _entries.Module], heads: Mapping[str, int]
+    where: str, modules: Mapping[str, Module], heads: Mapping[str, int]
 ) -> None:
     """Raises unless queries and keys of a layer have heads of one size."""
     for name, module in modules.items():
@@ -195,7 +194,7 @@ class _State:
         for suffix, own in _SUFFIXES.items():
             if name.endswith(suffix):
                 module = self._module(name.removesuffix(suffix))
-                return f"{_entries.PREFIX}{module}{own}"
+                return f"{PREFIX}{module}{own}"
         raise CheckpointError(
             f"{self._where}: {name!r} is no entry of an adapter of torchtune, which end in "
             f"{', '.join(_SUFFIXES)}: give what get_adapter_state_dict returns."

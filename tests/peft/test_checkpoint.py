@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax import cli, peft
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _checkpoint
+from lora_jax.peft import checkpoint
 from tests.peft.support import CONFIG, TENSORS, linear, write
 
 PARAMS = {
@@ -208,7 +208,7 @@ def test_a_save_while_arrays_are_read(tmp_path, monkeypatch):
 def test_saves_while_files_are_opened(tmp_path, monkeypatch, saves):
     """Both are read again if another process saved after the config was read."""
     save(tmp_path, 1.0)
-    real, done = _checkpoint._read_configs, []
+    real, done = checkpoint._read_configs, []
 
     def slow(folder):
         configs = real(folder)
@@ -217,7 +217,7 @@ def test_saves_while_files_are_opened(tmp_path, monkeypatch, saves):
             done.append(configs)
         return configs
 
-    monkeypatch.setattr(_checkpoint, "_read_configs", slow)
+    monkeypatch.setattr(checkpoint, "_read_configs", slow)
     assert numbers(tmp_path) == (NEW if saves % 2 else OLD)
     assert len(done) == saves
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lora_jax._core.immutable import FrozenDict
-from lora_jax.peft._fields import IGNORED, UNSUPPORTED
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.fields import IGNORED, UNSUPPORTED
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft_json"
 DEFAULT = json.loads((GOLDEN / "adapter_config_default.json").read_text())

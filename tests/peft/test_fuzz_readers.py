@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _fields
+from lora_jax.peft import fields
 from tests.peft.support import CONFIG, GOLDEN, LLAMA, TENSORS, draw, linear, write
 
 BASE = {
@@ -139,7 +139,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(
-    "field", [*_fields.CHECKS, *_fields.UNSUPPORTED, *_fields.IGNORED, "unknown", ""]
+    "field", [*fields.CHECKS, *fields.UNSUPPORTED, *fields.IGNORED, "unknown", ""]
 )
 def test_any_value_of_any_field(field, tmp_path):
     entries = {"score.weight": draw(3, 5)}

@@ -1,14 +1,14 @@
 import pytest
 
-from lora_jax.peft import _names
-from lora_jax.peft._modules import Named, Naming, names_of
-from lora_jax.peft._names import BIAS, WEIGHT, Found
+from lora_jax.peft import names as module_names
+from lora_jax.peft.given import Named, Naming, names_of
+from lora_jax.peft.names import BIAS, WEIGHT, Found
 
 
 def find(name, *paths, leaf=WEIGHT):
-    index = _names.index_paths(paths)
-    words = _names.split_name(name)
-    return _names.search(words, (leaf, ""), index)
+    index = module_names.index_paths(paths)
+    words = module_names.split_name(name)
+    return module_names.search_paths(words, (leaf, ""), index)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def find(name, *paths, leaf=WEIGHT):
     ],
 )
 def test_words_of_a_path(path, words, leaf):
-    assert _names.split_path(path) == (tuple(words.split()), leaf)
+    assert module_names.split_path(path) == (tuple(words.split()), leaf)
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_weights_and_biases_are_apart():
 
 
 def test_templates():
-    assert _names.numbers_in("l.{}.q", "l.12.q") == (12,)
-    assert _names.numbers_in("l.{}.q", "lx12.q") is None
-    assert _names.numbers_in("l.{}.q", "l.x.q") is None
-    assert _names.numbers_in("l.q", "l.q") == ()
-    assert _names.fill("l.{}.e.{}", (3,)) == "l.3.e.{}"
-    assert _names.fill("{odd}.{}", (3,)) == "{odd}.3"
-    assert _names.lacking("l.1.e.2.q", "x/l_2/q/kernel") == (1,)
+    assert module_names.numbers_in("l.{}.q", "l.12.q") == (12,)
+    assert module_names.numbers_in("l.{}.q", "lx12.q") is None
+    assert module_names.numbers_in("l.{}.q", "l.x.q") is None
+    assert module_names.numbers_in("l.q", "l.q") == ()
+    assert module_names.fill_numbers("l.{}.e.{}", (3,)) == "l.3.e.{}"
+    assert module_names.fill_numbers("{odd}.{}", (3,)) == "{odd}.3"
+    assert module_names.lacking("l.1.e.2.q", "x/l_2/q/kernel") == (1,)
 
 
 def test_names_of_paths():

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -24,19 +24,15 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks
 from lora_jax._io import tensor_files, tensor_streams
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft import _entries, _fields
-from lora_jax.peft._entries import Entries, Module, without_wrapper
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.matching import Rules
-from lora_jax.plan.config import ALL_LINEAR
+from lora_jax.peft.fields import check_allowed, is_off, shorten
+from lora_jax.peft.keys import Entries, as_experts, sort_entries
 
 _LOG = logging.getLogger("lora_jax.peft")
-
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _OWN = "adapters.json"  # of lora_jax.checkpoint
-
 _DIGEST = "adapter_config_sha256"
 # Fields of the config that do not say what the arrays mean. They may be edited.
 _NOT_DIGESTED = (
@@ -53,8 +49,6 @@ _TEMPORARY = "|".join(re.escape(name) for name in (CONFIG, _ASIDE, TENSORS))
 _TRIES = 50
 _IDLE = 3  # tries in a row at which no process was saving
 _PAUSE = 0.002  # seconds
-
-
 # None for at least float32; "file" for that of each array in the file.
 FileDtype: TypeAlias = DTypeLike | Literal["file"] | None
 
@@ -138,14 +132,14 @@ def open_checkpoint(
             f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
             "lora_jax.load_adapters."
         )
-    allowed = _fields.check_allowed(allow_fields)
+    allowed = check_allowed(allow_fields)
     where, fields, file = _open_files(folder)
     config = tensor_files.checked(
         where, lambda: PeftConfig.from_dict(fields, "the config", allowed)
     )
-    ignored = {n: v for n, v in fields.items() if n in allowed and not _fields.is_off(n, v)}
+    ignored = {n: v for n, v in fields.items() if n in allowed and not is_off(n, v)}
     if ignored:
-        shown = ", ".join(f"{name}={_fields.shown(v)}" for name, v in ignored.items())
+        shown = ", ".join(f"{name}={shorten(v)}" for name, v in ignored.items())
         _LOG.info("%s: ignored, as the caller allows: %s", where, shown)
     check_dtypes(str(file.path), file)
     return new_checkpoint(str(file.path), config, file, file)._replace(ignored=ignored)
@@ -156,7 +150,7 @@ def new_checkpoint(
 ) -> Checkpoint:
     """A checkpoint of arrays, with what has their shapes by name."""
     shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
-    return Checkpoint(where, config, arrays, sort(where, config, shapes))
+    return Checkpoint(where, config, arrays, sort_checked(where, config, shapes))
 
 
 def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:
@@ -314,71 +308,18 @@ def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
             )
 
 
-def sort(where: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]]) -> Entries:
+def sort_checked(
+    where: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]]
+) -> Entries:
     """The entries of a checkpoint, those of experts' parameters marked.
 
     Raises:
         CheckpointError: if there are none, or some are not what they have to be.
     """
-    entries = _entries.sort_entries(where, shapes)
+    entries = sort_entries(where, shapes)
     if not any(entries):
         raise CheckpointError(f"{where} has no entries: the adapter would change nothing.")
-    marked = _entries.as_experts(
+    marked = as_experts(
         where, entries.modules, config.target_parameters or (), config.rank_of
     )
     return entries._replace(modules=marked)
-
-
-def chooses_by_name(config: PeftConfig) -> bool:
-    """Whether a module's name decides if it has an adapter."""
-    targets = config.target_modules
-    whole = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    return bool(targets) and not whole
-
-
-def module_check(config: PeftConfig) -> Callable[[Module], None]:
-    """What raises unless the config of a checkpoint agrees with the adapter of a module.
-
-    Raises:
-        CheckpointError: from the result, if PEFT would not load it, or not as it is.
-    """
-    rules = Rules(config)
-
-    def check(module: Module) -> None:
-        name = without_wrapper(module.name)
-        inside = module.name.rpartition(".base_layer.")[0]  # of torch.nn.MultiheadAttention
-        targeted = chooses_by_name(config) and module.kind != "experts"
-        if targeted and not any(rules.matched(each) for each in (name, inside) if each):
-            raise CheckpointError(
-                f"the module {name!r} has an adapter, but the config's target_modules, "
-                "exclude_modules and layers_to_transform do not choose it"
-            )
-        _check_numbers(config, module, name)
-
-    return check
-
-
-def _check_numbers(config: PeftConfig, module: Module, name: str) -> None:
-    """Raises unless the ranks and the entries of a module are those of the config."""
-    # That of experts goes by the name of the parameter.
-    if module.kind != "experts" and module.rank != config.rank_of(name):
-        raise CheckpointError(
-            f"the adapter of {name!r} has the rank {module.rank}, and the config says "
-            f"{config.rank_of(name)}"
-        )
-    if config.alpha_of(name) == 0:
-        raise CheckpointError(
-            f"the alpha of {name!r} is 0 in the config: the adapter would change nothing"
-        )
-    has, expected = "m" in module.shapes, config.use_dora
-    if has != expected:
-        raise CheckpointError(
-            f"the adapter of {name!r} has {'a' if has else 'no'} magnitude, and the config "
-            f"says use_dora={expected}"
-        )
-    if ("B_bias" in module.shapes) != config.lora_bias:
-        has_bias = "B_bias" in module.shapes
-        raise CheckpointError(
-            f"the adapter of {name!r} has {'a' if has_bias else 'no'} lora_B.bias, and the "
-            f"config says lora_bias={config.lora_bias}"
-        )

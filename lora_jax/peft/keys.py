@@ -1,4 +1,4 @@
-"""The entries of a PEFT checkpoint: which module each belongs to, and what it is there."""
+"""The entries of a PEFT checkpoint: the module of each, and its kind."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -7,9 +7,7 @@ from typing import Literal, NamedTuple
 from lora_jax._io.tensor_files import CheckpointError
 
 PREFIX = "base_model.model."
-
 Kind = Literal["linear", "embedding", "convolution", "experts"]
-
 # What an adapter's entries are called here, by the ends of their names in a checkpoint.
 # Older versions of PEFT end magnitudes and embeddings with `.weight` too.
 SUFFIXES: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""From the names of modules to the paths of weights.
+"""Names of modules compared with the paths of weights.
 
 The names of a checkpoint and the paths of a tree are compared word by word from their
 ends, `model.layers.0.self_attn.q_proj` with `decoder/layers_0/self_attn/q_proj/kernel`.
@@ -12,9 +12,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
+# What modules are called whose weights are (entries, width) in every framework.
+_EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
+_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
+# What embeddings of tokens and output heads are called.
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
+)
+HEADS = frozenset({"lm_head", "embed_out"})
 WEIGHT = "weight"
 BIAS = "bias"
-
 # What the leaves of layers are called.
 _LEAVES = {
     "weight": WEIGHT,
@@ -45,6 +52,31 @@ _PARTS = {
     "mlp": ("mlp", "ffn", "feed_forward", "feedforward", "densereludense"),
     "self": ("attn", "attention"),
 }
+PathIndex: TypeAlias = dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]]
+"""Paths by what the leaf is called, the numbers in them, and each end of their words."""
+Numbers: TypeAlias = tuple[tuple[str, int], ...]
+"""Numbers of a module's name, each with the name of its field."""
+
+
+def last_word(name: str) -> str:
+    """What a module or the module of a leaf is called."""
+    words = [word for word in split_path(name).words if not word.isdecimal()]
+    return words[-1] if words else ""
+
+
+def is_embedding(name: str, path: str = "") -> bool:
+    """Whether a module is an embedding, by what it or its leaf is called."""
+    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
+    words = path.replace(".", "/").split("/")[-2:]
+    if "kernel" in words:  # of a matrix, such as an output head that is called embed_out
+        return False
+    return any(map(_EMBEDDING.search, last)) or "embedding" in words
+
+
+def is_convolution(name: str) -> bool:
+    """Whether a module is a convolution, by what it is called."""
+    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
+    return any(map(_CONVOLUTION.search, last))
 
 
 class Words(NamedTuple):
@@ -52,13 +84,6 @@ class Words(NamedTuple):
 
     words: tuple[str, ...]
     leaf: str = ""
-
-
-Index: TypeAlias = dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]]
-"""Paths by what the leaf is called, the numbers in them, and each end of their words."""
-
-Numbers: TypeAlias = tuple[tuple[str, int], ...]
-"""Numbers of a module's name, each with the name of its field."""
 
 
 class Found(NamedTuple):
@@ -106,9 +131,9 @@ def _numbers_apart(words: Iterable[str]) -> Iterator[str]:
         yield from (match.groups() if match and "_" in word else (word,))
 
 
-def index_paths(paths: Iterable[str]) -> Index:
+def index_paths(paths: Iterable[str]) -> PathIndex:
     """Paths of leaves by the ends of their words, for `search`."""
-    index: Index = {}
+    index: PathIndex = {}
     for path in paths:
         own, leaf = split_path(path)
         numbers = tuple(_numbers(own))
@@ -117,7 +142,9 @@ def index_paths(paths: Iterable[str]) -> Index:
     return index
 
 
-def search(words: tuple[str, ...], leaves: tuple[str, ...], index: Index) -> list[Found]:
+def search_paths(
+    words: tuple[str, ...], leaves: tuple[str, ...], index: PathIndex
+) -> list[Found]:
     """The leaves whose paths have the longest common end with a name.
 
     Args:
@@ -139,7 +166,7 @@ def search(words: tuple[str, ...], leaves: tuple[str, ...], index: Index) -> lis
 
 
 def _longest(
-    words: tuple[str, ...], leaves: tuple[str, ...], index: Index
+    words: tuple[str, ...], leaves: tuple[str, ...], index: PathIndex
 ) -> dict[str, tuple[int, bool]]:
     """The paths with the longest common end, its length, and whether it is all of them."""
     numbers = tuple(_numbers(words))
@@ -249,7 +276,7 @@ def is_template(text: str) -> bool:
     return _FIELD.search(text) is not None
 
 
-def mask(text: str) -> str:
+def mask_numbers(text: str) -> str:
     """A name or a template with `{}` for each number and each field."""
     return _MASKED.sub("{}", text)
 
@@ -273,7 +300,7 @@ def template_parts(template: str) -> list[str]:
     return _FIELD.split(template)[::2]
 
 
-def fill(template: str, numbers: Iterable[int]) -> str:
+def fill_numbers(template: str, numbers: Iterable[int]) -> str:
     """A template with numbers in place of its first `{}`."""
     for number in numbers:
         template = template.replace("{}", str(number), 1)
@@ -293,5 +320,5 @@ def fill_fields(template: str, numbers: Numbers) -> tuple[str, Numbers]:
             template = template.replace(f"{{{field}}}", str(left[field]))
     left = {field: number for field, number in left.items() if field not in named}
     count = template.count("{}")
-    template = fill(template, list(left.values())[:count])
+    template = fill_numbers(template, list(left.values())[:count])
     return template, tuple(left.items())[count:]

@@ -6,10 +6,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lora_jax._io import tensor_files
-from lora_jax.peft import _arrays, _modules, _names, _wholes
-from lora_jax.peft._entries import Kind
-from lora_jax.peft._fitting import Layout
-from lora_jax.peft._modules import Naming
+from lora_jax.peft.adapters import to_peft
+from lora_jax.peft.given import Named, Naming, names_of
+from lora_jax.peft.keys import Kind
+from lora_jax.peft.layout import Layout, take_layer, to_matrix
+from lora_jax.peft.names import BIAS, WEIGHT, is_convolution, is_embedding, split_path
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 _WRAPPED = ".base_layer"
@@ -51,7 +52,7 @@ def saved_modules(
     sizes = tuple(target.shape[axis] for axis in target.batch_axes)
     arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
     modules = []
-    for named in _modules.names_of(path, names, sizes, layout):
+    for named in names_of(path, names, sizes, layout):
         name, indices = named.name, named.indices
         stacked = [target.batch_axes[each] for each in named.stack]
         own = [axis for axis in range(len(target.shape)) if axis not in stacked]
@@ -59,7 +60,7 @@ def saved_modules(
         shape = tuple(target.shape[axis] for axis in own)
         kind = _kind(path, name, axes, plan, layout)
         entries = {
-            entry: _wholes.layer(value, named.stack, indices)
+            entry: take_layer(value, named.stack, indices)
             for entry, value in arrays.items()
         }
         modules.append(
@@ -68,7 +69,7 @@ def saved_modules(
                 kind=kind,
                 path=path,
                 target=target,
-                arrays=_arrays.to_peft(kind, axes, shape, entries),
+                arrays=to_peft(kind, axes, shape, entries),
                 lies_in_out=layout == "torch" and (kind, axes) == ("linear", "io"),
             )
         )
@@ -84,7 +85,7 @@ def _kind(path: str, name: str, axes: str, plan: AdapterPlan, layout: Layout) ->
                 f"{axes!r}: give a name with {{}} to save each as a module of its own."
             )
         return "experts"
-    if name.endswith(f".{_names.WEIGHT}"):  # no module is called so, but a parameter
+    if name.endswith(f".{WEIGHT}"):  # no module is called so, but a parameter
         if plan.targets[path].method == "dora":
             raise ValueError(f"PEFT has no DoRA for a parameter, {name!r}.")
         return "experts"
@@ -105,12 +106,12 @@ def _kind(path: str, name: str, axes: str, plan: AdapterPlan, layout: Layout) ->
 def _kind_by_axes(path: str, name: str, axes: str, layout: Layout) -> Kind:
     """What a module is, of which no use is known."""
     inner = "i" * (len(axes) - 1)
-    kernels = len(axes) > 3 or (len(axes) == 3 and _wholes.is_convolution(name))
+    kernels = len(axes) > 3 or (len(axes) == 3 and is_convolution(name))
     if layout == "torch" and len(axes) > 2 and axes == f"o{inner}":
         return "convolution"
     if layout == "jax" and kernels and axes == f"{inner}o":
         return "convolution"
-    embedding = axes == "io" and _wholes.is_embedding(name, path)
+    embedding = axes == "io" and is_embedding(name, path)
     return "embedding" if embedding else "linear"
 
 
@@ -135,14 +136,14 @@ class SavedWholes:
         self._layout: Layout = layout
         self._adapted = {module.name: module for module in adapted}
         self._weights = {
-            _names.split_path(path).words: path
+            split_path(path).words: path
             for path in (*plan.targets, *plan.skipped)
-            if _names.split_path(path).leaf == _names.WEIGHT
+            if split_path(path).leaf == WEIGHT
         }
         self._biases = {
-            _names.split_path(path).words: path
+            split_path(path).words: path
             for path in plan.skipped
-            if _names.split_path(path).leaf == _names.BIAS
+            if split_path(path).leaf == BIAS
         }
         self.tensors: dict[str, np.ndarray] = {}
         """By name, without the prefix of the format."""
@@ -165,9 +166,9 @@ class SavedWholes:
             ValueError: because PEFT saves such modules whole.
         """
         for path in paths:
-            words = _names.split_path(path)
+            words = split_path(path)
             bias = self._biases.get(words.words)
-            if words.leaf != _names.WEIGHT or bias is None or path in self._plan.targets:
+            if words.leaf != WEIGHT or bias is None or path in self._plan.targets:
                 continue
             if bias not in paths:
                 raise ValueError(
@@ -181,34 +182,34 @@ class SavedWholes:
         Raises:
             ValueError: if PEFT has no form for it, or names are missing.
         """
-        words = _names.split_path(path)
+        words = split_path(path)
         if not words.leaf:
             raise ValueError(
                 "PEFT saves modules, and the leaf is called neither weight nor bias, nor "
                 "what stands for these: kernel, embedding, scale, w, b."
             )
         owner = path
-        if words.leaf == _names.BIAS:
+        if words.leaf == BIAS:
             owner = self._weights.get(words.words, path)
         for named in self._names_of(owner, array):
             name, indices = named.name, named.indices
             adapted = name in self._adapted
             if adapted and self._adapted[name].kind == "experts":
                 raise ValueError("PEFT has no form for a stack of experts that is whole.")
-            if words.leaf == _names.BIAS:
+            if words.leaf == BIAS:
                 own = array[indices].reshape(-1)
                 self._biased[name] = None
             else:
                 batch = self._batch_axes(path, array.ndim)
                 stack = tuple(batch[each] for each in named.stack)
-                own = _wholes.layer(array, stack, indices)
+                own = take_layer(array, stack, indices)
                 own = self._as_torch(path, name, own)
                 if not adapted:
                     self.modules[name] = None
             wrapped = _WRAPPED if adapted else ""
             self.tensors[f"{name}{wrapped}.{words.leaf}"] = np.ascontiguousarray(own)
 
-    def _names_of(self, owner: str, array: np.ndarray) -> list[_modules.Named]:
+    def _names_of(self, owner: str, array: np.ndarray) -> list[Named]:
         """The modules of a leaf, by the names that its weight has."""
         shape = array.shape
         if owner in self._plan.targets:
@@ -216,7 +217,7 @@ class SavedWholes:
         sizes = tuple(shape[axis] for axis in self._batch_axes(owner, len(shape)))
         if owner not in self._plan.targets and not self._names.has(owner):
             sizes = ()
-        return _modules.names_of(owner, self._names, sizes, self._layout)
+        return names_of(owner, self._names, sizes, self._layout)
 
     def _batch_axes(self, path: str, ndim: int) -> tuple[int, ...]:
         """The axes of a leaf that may be indexes of modules."""
@@ -232,11 +233,11 @@ class SavedWholes:
         if self._layout == "torch" or array.ndim < 2:
             return array
         module = self._adapted.get(name)
-        if _wholes.is_embedding(name, path) and array.ndim == 2:
+        if is_embedding(name, path) and array.ndim == 2:
             return array
         if module is not None and module.kind == "linear":
             axes = module.target.axes.replace("b", "")
-            return _wholes.to_matrix(array, axes).T
+            return to_matrix(array, axes).T
         if array.ndim == 3 and module is None and not self._convolves(path, name):
             axes = self._names.axes(path)
             if axes is None:
@@ -245,7 +246,7 @@ class SavedWholes:
                     "matrix with heads: give names={module: (path, axes)}, with axes such "
                     "as 'ioo'."
                 )
-            return _wholes.to_matrix(array, axes).T
+            return to_matrix(array, axes).T
         return np.moveaxis(array, (-1, -2), (0, 1))
 
     def _convolves(self, path: str, name: str) -> bool:
@@ -254,4 +255,4 @@ class SavedWholes:
         if uses:
             return any(use.primitive == "conv_general_dilated" for use in uses)
         given = self._names.axes(path) is not None
-        return not given and _wholes.is_convolution(name)
+        return not given and is_convolution(name)

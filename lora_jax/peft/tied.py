@@ -10,17 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from lora_jax.peft import _names, _wholes
-from lora_jax.peft._entries import Kind
-from lora_jax.peft._places import Places
-from lora_jax.peft._replaced import same_bits
-from lora_jax.peft._sites import Site
-from lora_jax.peft._wholes import EMBEDDINGS, HEADS, Spot, last_word
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.full import Spot
+from lora_jax.peft.keys import Kind
+from lora_jax.peft.layout import same_bits
+from lora_jax.peft.leaves import Places
+from lora_jax.peft.locate import Site
+from lora_jax.peft.names import EMBEDDINGS, HEADS, is_embedding, last_word, split_path
 
 OnTied = Literal["error", "allow"]
 ON_TIED = ("error", "allow")
-
 # What leaves of an output head are called besides these.
 _HEAD = re.compile(r"head|logits|^output$|unembed|embed_out", re.IGNORECASE)
 # What embeddings of tokens with an adapter are called.
@@ -30,7 +29,7 @@ _NO_TOKEN = re.compile(r"pos|wpe|type|segment|rel|time|patch", re.IGNORECASE)
 _WITH_A_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def of_adapters(
+def tied_adapters(
     places: Places, sites: Iterable[Site], kinds: Mapping[str, Kind], config: PeftConfig
 ) -> dict[str, str]:
     """What is wrong with adapters of one side of a tied leaf, by the modules."""
@@ -38,7 +37,7 @@ def of_adapters(
     for site in sites:
         kind = kinds[site.module]
         if kind in ("embedding", "linear"):
-            own = side(site.name, site.path, config)
+            own = side_of(site.name, site.path, config)
             last = last_word(site.name)
             if kind == "embedding" and _TOKENS.search(last) and not _NO_TOKEN.search(last):
                 own = own or "embedding"
@@ -47,7 +46,7 @@ def of_adapters(
     return lines
 
 
-def of_wholes(
+def tied_leaves(
     places: Places, spots: Mapping[str, Spot], twins: Collection[str], config: PeftConfig
 ) -> dict[str, str]:
     """The same for arrays that are held whole, by the names of parameters.
@@ -66,15 +65,15 @@ def of_wholes(
         module = names[0].rpartition(".")[0]
         if len(names) > 1 or len(places.shape(path)) < 2:
             continue  # both sides are there, and equal
-        own = side(module, path, config)
+        own = side_of(module, path, config)
         if not (twins and own):
-            embedding = _wholes.is_embedding(module, path)
+            embedding = is_embedding(module, path)
             wrong = _wrong(places, module, path, own, embedding, config)
             lines.update((names[0], line) for line in wrong)
     return lines
 
 
-def of_two(
+def shared_leaves(
     sites: Iterable[Site], spots: Mapping[str, Spot], rows: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """Leaves that an adapter and an array of another module both go to.
@@ -119,7 +118,7 @@ def without_twins(
     """
 
     def has_place(name: str) -> bool:
-        words, leaf = _names.split_path(name)
+        words, leaf = split_path(name)
         keys = name, name.rpartition(".")[0]
         return any(map(places.given, keys)) or bool(places.search(words, (leaf,)))
 
@@ -138,14 +137,14 @@ def may_be_tied(module: str, kind: Kind) -> bool:
     return kind == "embedding" and not _NO_TOKEN.search(last_word(module))
 
 
-def side(module: str, path: str, config: PeftConfig) -> str:
+def side_of(module: str, path: str, config: PeftConfig) -> str:
     """Which side of a tie a module may be, by its name; empty if none."""
     last = last_word(module)
     if last in HEADS:
         return "output head"
     if last in EMBEDDINGS:
         return "embedding"
-    tokens = _wholes.is_embedding(module, path) and not _NO_TOKEN.search(last)
+    tokens = is_embedding(module, path) and not _NO_TOKEN.search(last)
     return "embedding" if tokens and config.task_type in _WITH_A_HEAD else ""
 
 
@@ -182,7 +181,7 @@ def _wrong(
     if not own or places.known.uses:
         return
     other = "output head" if own == "embedding" else "embedding"
-    lies_as = "embedding" if _wholes.is_embedding("", path) else ""
+    lies_as = "embedding" if is_embedding("", path) else ""
     lies_as = "output head" if _HEAD.search(last_word(path)) else lies_as
     if lies_as == other or (own == "embedding") != embedding:
         yield (
@@ -205,7 +204,7 @@ def _is_other(places: Places, leaf: str, path: str, own: str) -> bool:
     shape, sizes = places.shape(leaf), set(places.shape(path))
     if leaf == path or len(shape) < 2:
         return False
-    embedding = _wholes.is_embedding(".".join(_names.split_path(leaf).words), leaf)
+    embedding = is_embedding(".".join(split_path(leaf).words), leaf)
     if own == "embedding":
         return bool(_HEAD.search(last_word(leaf))) or (
             sizes <= set(shape) and not embedding

@@ -1,7 +1,7 @@
 import pytest
 
-from lora_jax.peft._entries import Dims
-from lora_jax.peft._fitting import axes_fit, fitting_axes
+from lora_jax.peft.keys import Dims
+from lora_jax.peft.layout import axes_fit, fitting_axes
 
 LINEAR = Dims(6, 12)
 

@@ -1,20 +1,77 @@
-"""What a checkpoint should have and lacks: by its config, and by the params."""
+"""Where a config, the entries of its file and the params do not agree."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from lora_jax.peft import _fields, _names, _wholes
-from lora_jax.peft._checkpoint import chooses_by_name
-from lora_jax.peft._entries import Entries, Parameters, nesting
-from lora_jax.peft._names import Words
-from lora_jax.peft._places import Places
-from lora_jax.peft._sites import Site
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.matching import Rules
+from lora_jax.peft.full import find_bias
+from lora_jax.peft.keys import Entries, Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.leaves import Places
+from lora_jax.peft.locate import Site
+from lora_jax.peft.names import BIAS, WEIGHT, Words, split_name, split_path
+from lora_jax.peft.patterns import saved_in
+from lora_jax.peft.rules import Rules
+from lora_jax.plan.config import ALL_LINEAR
 
 
-def missing(
+def chooses_by_name(config: PeftConfig) -> bool:
+    """Whether a module's name decides if it has an adapter."""
+    targets = config.target_modules
+    whole = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    return bool(targets) and not whole
+
+
+def module_check(config: PeftConfig) -> Callable[[Module], None]:
+    """What raises unless the config of a checkpoint agrees with the adapter of a module.
+
+    Raises:
+        CheckpointError: from the result, if PEFT would not load it, or not as it is.
+    """
+    rules = Rules(config)
+
+    def check(module: Module) -> None:
+        name = without_wrapper(module.name)
+        inside = module.name.rpartition(".base_layer.")[0]  # of torch.nn.MultiheadAttention
+        targeted = chooses_by_name(config) and module.kind != "experts"
+        if targeted and not any(rules.matched(each) for each in (name, inside) if each):
+            raise CheckpointError(
+                f"the module {name!r} has an adapter, but the config's target_modules, "
+                "exclude_modules and layers_to_transform do not choose it"
+            )
+        _check_numbers(config, module, name)
+
+    return check
+
+
+def _check_numbers(config: PeftConfig, module: Module, name: str) -> None:
+    """Raises unless the ranks and the entries of a module are those of the config."""
+    # That of experts goes by the name of the parameter.
+    if module.kind != "experts" and module.rank != config.rank_of(name):
+        raise CheckpointError(
+            f"the adapter of {name!r} has the rank {module.rank}, and the config says "
+            f"{config.rank_of(name)}"
+        )
+    if config.alpha_of(name) == 0:
+        raise CheckpointError(
+            f"the alpha of {name!r} is 0 in the config: the adapter would change nothing"
+        )
+    has, expected = "m" in module.shapes, config.use_dora
+    if has != expected:
+        raise CheckpointError(
+            f"the adapter of {name!r} has {'a' if has else 'no'} magnitude, and the config "
+            f"says use_dora={expected}"
+        )
+    if ("B_bias" in module.shapes) != config.lora_bias:
+        has_bias = "B_bias" in module.shapes
+        raise CheckpointError(
+            f"the adapter of {name!r} has {'a' if has_bias else 'no'} lora_B.bias, and the "
+            f"config says lora_bias={config.lora_bias}"
+        )
+
+
+def find_missing(
     config: PeftConfig, entries: Entries, places: Places, sites: Iterable[Site]
 ) -> list[str]:
     """The weights that the config adapts, and the arrays it saves, that are not there."""
@@ -34,9 +91,9 @@ def _unadapted(places: Places, sites: list[Site]) -> Iterator[tuple[str, str]]:
     by_path: dict[str, list[Site]] = {}
     for site in sites:
         by_path.setdefault(site.path, []).append(site)
-    families = {_family(_names.split_path(site.path)): site for site in sites}
+    families = {_family(split_path(site.path)): site for site in sites}
     for path in places.leaves:
-        shape, words = places.shape(path), _names.split_path(path)
+        shape, words = places.shape(path), split_path(path)
         if path in by_path:
             yield from ((name, path) for name in _other_indices(shape, by_path[path]))
             continue
@@ -45,7 +102,7 @@ def _unadapted(places: Places, sites: list[Site]) -> Iterator[tuple[str, str]]:
         sibling = families.get(_family(words))
         if sibling is not None:
             yield from ((name, path) for name in _like_sibling(words, sibling, shape))
-        elif words.leaf == _names.WEIGHT and len(shape) > 1:
+        elif words.leaf == WEIGHT and len(shape) > 1:
             yield ".".join(words.words), path
 
 
@@ -57,7 +114,7 @@ def _family(words: Words) -> tuple[str, ...]:
 def _like_sibling(words: Words, sibling: Site, shape: tuple[int, ...]) -> list[str]:
     """The modules of a weight, by that of the same weight in another layer."""
     own = [word for word in words.words if word.isdecimal()]
-    theirs = [w for w in _names.split_path(sibling.path).words if w.isdecimal()]
+    theirs = [w for w in split_path(sibling.path).words if w.isdecimal()]
     parts = sibling.name.split(".")
     places = [place for place, word in enumerate(parts) if word.isdecimal()]
     places = [p for p in places if int(parts[p]) not in sibling.indices] or places
@@ -116,7 +173,7 @@ def _missing_wholes(
 ) -> Iterator[str]:
     """What the config says is there whole, and is not."""
     modules = [name.rpartition(".")[0] for name in entries.wholes]
-    saved = _fields.saved_in(config.modules_to_save or (), modules)
+    saved = saved_in(config.modules_to_save or (), modules)
     for name, present in saved.items():
         # A config may list the names that heads have in several models.
         if not present and (not any(saved.values()) or _has(places, name)):
@@ -124,8 +181,8 @@ def _missing_wholes(
     if config.trainable_token_indices and not entries.tokens:
         yield "the config has trainable_token_indices, and the file has no rows of tokens"
     yield from _missing_parameters(config, entries)
-    biased = any(name.endswith(f".{_names.BIAS}") for name in entries.wholes)
-    layers = [site.name for site in sites if _wholes.find_bias(places, site.path)]
+    biased = any(name.endswith(f".{BIAS}") for name in entries.wholes)
+    layers = [site.name for site in sites if find_bias(places, site.path)]
     if config.bias != "none" and not biased and layers:
         yield (
             f"the config has bias={config.bias!r}, and the file lacks that of {layers[0]!r}"
@@ -153,8 +210,8 @@ def _missing_parameters(config: PeftConfig, entries: Entries) -> Iterator[str]:
 
 def _has(places: Places, name: str) -> bool:
     """Whether params have a module of a name."""
-    words = _names.split_name(name)
-    paths = (_names.split_path(path).words for path in places.leaves)
+    words = split_name(name)
+    paths = (split_path(path).words for path in places.leaves)
     return any(
         own[start : start + len(words)] == words
         for own in paths
@@ -162,9 +219,9 @@ def _has(places: Places, name: str) -> bool:
     )
 
 
-def biased(places: Places, sites: Iterable[Site]) -> list[str]:
+def find_biased(places: Places, sites: Iterable[Site]) -> list[str]:
     """The layers with a bias, which an adapter would not multiply here."""
-    biases = {site.name: _wholes.find_bias(places, site.path) for site in sites}
+    biases = {site.name: find_bias(places, site.path) for site in sites}
     return [
         f"the adapter of {name!r} multiplies the bias {bias!r} too, and DoRA here does "
         "not: merge it where it was trained"

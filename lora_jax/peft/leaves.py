@@ -1,42 +1,57 @@
-"""The leaves of some params, and what the caller says of the names of modules."""
+"""The leaves of some params, and what a function or a plan says of their axes."""
 
 import contextlib
 import functools
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+from jax.core import Tracer
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _names
-from lora_jax.peft._fitting import LAYOUTS, Layout
-from lora_jax.peft._names import Found, Numbers
-from lora_jax.peft._uses import Known
-
-GivenPath: TypeAlias = str | tuple[str, str]
-"""The path of a weight, or that and the letters of its axes."""
-NamesArgument: TypeAlias = (
-    Mapping[str, GivenPath] | Callable[[str], GivenPath | None] | None
+from lora_jax.peft.given import Given, NamesArgument, by_mask, parse_given
+from lora_jax.peft.layout import LAYOUTS, Layout
+from lora_jax.peft.names import (
+    BIAS,
+    WEIGHT,
+    Found,
+    fill_fields,
+    index_paths,
+    is_template,
+    leaf_word,
+    mask_numbers,
+    numbers_in,
+    search_paths,
+    split_path,
+    template_fields,
 )
+from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Use
+from lora_jax.transform import discovery
 
 # Problems after these are counted, and not shown.
 _SHOWN = 10
-_FIELD = re.compile(r"\{(\w+)\}")
 # Leaves that are called so lie (in, out) in all frameworks that call them so.
 _IN_OUT = ("kernel", "w", "embedding", "embeddings")
+_STACKED = ("batch", "stacked")
 
 
-class Given(NamedTuple):
-    """What the caller says of a module."""
+def leaf_values(path: str, leaf: Any, why: str) -> np.ndarray:
+    """The values of a leaf that an entry of the checkpoint only changes.
 
-    path: str
-    numbers: Numbers = ()
-    """Of the module's name, those that the path did not take."""
-    axes: str | None = None
-    """The letters of the axes of the weight, if they are given."""
-    fields: tuple[str, ...] = ()
-    """For each batch axis the name of the field that is its index, or an empty text."""
+    Raises:
+        CheckpointError: if it is a mere shape.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
+        raise CheckpointError(
+            f"{why}, so the values of {path!r} are needed, got a "
+            f"{type(leaf).__name__}: give params with arrays."
+        )
+    return np.asarray(leaf)
 
 
 class Problems:
@@ -67,6 +82,33 @@ class Problems:
         if strict:
             raise CheckpointError(text)
         warnings.warn(f"{text}\nIt was left out.", stacklevel=4)
+
+
+class Known(NamedTuple):
+    """What is known of the leaves, by path; all of it empty if there is nothing."""
+
+    axes: Mapping[str, str] = {}
+    """A letter for each axis: `i`, `o` or `b` as in `LoraConfig.axes`; `-` if it is `i` or
+    `o`; `?` if it may be any."""
+    uses: Mapping[str, tuple[Use, ...]] = {}
+    source: str = ""
+    """What says so, for messages: the function, or the plan."""
+
+    def looked_up(self, path: str) -> bool | None:
+        """Whether rows of a leaf are looked up; None if its uses are not known."""
+        uses, axes = self.uses.get(path), self.axes.get(path, "")
+        if not uses:
+            return None
+        return any(axes[a] == "i" for use in uses if _is_look_up(use) for a in _inputs(use))
+
+    def tie(self, path: str) -> tuple[Use, Use] | None:
+        """Two uses that have in and out the other way round, as a tied head does."""
+        uses = self.uses.get(path, ())
+        for use in uses:
+            for other in uses:
+                if _inputs(use) & _outputs(other) and _outputs(use) & _inputs(other):
+                    return use, other
+        return None
 
 
 class Places:
@@ -106,8 +148,8 @@ class Places:
         self.layout: Layout = layout or "jax"
         self.known, self.tied = known, tied
         self._names, self._used = names, set[str]()
-        self._templates = _by_mask(names if isinstance(names, Mapping) else ())
-        self._index = _names.index_paths(leaves)
+        self._templates = by_mask(names if isinstance(names, Mapping) else ())
+        self._index = index_paths(leaves)
         self._hints = 0
         self.shown: set[str] = set()
         """The families of leaves whose shapes show that they lie (in, out)."""
@@ -119,16 +161,16 @@ class Places:
     @functools.cached_property
     def biases(self) -> dict[tuple[str, ...], str]:
         """The paths of biases by their words, without that of the leaf."""
-        words = {path: _names.split_path(path) for path in self.leaves}
+        words = {path: split_path(path) for path in self.leaves}
         found: dict[tuple[str, ...], str] = {}
         for path, own in words.items():
-            if own.leaf == _names.BIAS:
+            if own.leaf == BIAS:
                 found.setdefault(own.words, path)
         return found
 
     @functools.cached_property
     def _masks(self) -> dict[str, list[str]]:
-        return _by_mask(self.leaves, all_of_them=True)
+        return by_mask(self.leaves, all_of_them=True)
 
     def given(self, name: str) -> Given | None:
         """What the caller says about a module.
@@ -156,15 +198,15 @@ class Places:
             return None
         if not isinstance(names, Mapping):
             value = names(name)
-            return None if value is None else (name, _parse(name, value))
+            return None if value is None else (name, parse_given(name, value))
         if name in names:
-            return name, _parse(name, names[name])
-        for template in self._templates.get(_names.mask(name), ()):
-            numbers = _names.numbers_in(template, name)
+            return name, parse_given(name, names[name])
+        for template in self._templates.get(mask_numbers(name), ()):
+            numbers = numbers_in(template, name)
             if numbers is not None:
-                given = _parse(template, names[template])
-                fields = zip(_names.template_fields(template), numbers, strict=True)
-                path, left = _names.fill_fields(given.path, tuple(fields))
+                given = parse_given(template, names[template])
+                fields = zip(template_fields(template), numbers, strict=True)
+                path, left = fill_fields(given.path, tuple(fields))
                 return template, given._replace(path=path, numbers=left)
         return None
 
@@ -176,7 +218,7 @@ class Places:
     def unused_names(self) -> list[str]:
         """What is in `names`, and neither in the checkpoint nor in the params."""
         given = self._names if isinstance(self._names, Mapping) else {}
-        paths = {name: _parse(name, value).path for name, value in given.items()}
+        paths = {name: parse_given(name, value).path for name, value in given.items()}
         taken = {path for name, path in paths.items() if name in self._used}
         lines = []
         for name, path in paths.items():
@@ -196,12 +238,12 @@ class Places:
 
     def lies_in_out(self, path: str) -> bool:
         """Whether the names or the shapes of leaves show that one lies `(in, out)`."""
-        return _names.leaf_word(path) in _IN_OUT or self.family(path) in self.shown
+        return leaf_word(path) in _IN_OUT or self.family(path) in self.shown
 
     def family(self, path: str) -> str:
         """Leaves of one family lie alike: those called weight, or all others."""
-        word = _names.leaf_word(path)
-        return word if word == _names.WEIGHT else ""
+        word = leaf_word(path)
+        return word if word == WEIGHT else ""
 
     def hint(self, path: str) -> str:
         """The end of a message about a path; empty for messages that are not shown."""
@@ -210,14 +252,14 @@ class Places:
 
     def _has(self, path: str) -> bool:
         """Whether params have a leaf at a path, or at one of a template."""
-        if not _names.is_template(path):
+        if not is_template(path):
             return path in self.leaves
-        leaves = self._masks.get(_names.mask(path), ())
-        return any(_names.numbers_in(path, leaf) is not None for leaf in leaves)
+        leaves = self._masks.get(mask_numbers(path), ())
+        return any(numbers_in(path, leaf) is not None for leaf in leaves)
 
     def search(self, words: tuple[str, ...], leaves: tuple[str, ...]) -> list[Found]:
         """The leaves whose paths have the longest common end with a name."""
-        return _names.search(words, leaves, self._index)
+        return search_paths(words, leaves, self._index)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """The shape of a leaf; `()` of one that is no array."""
@@ -252,64 +294,102 @@ class Places:
         return f" with the axes {known!r} in {self.known.source}" if known else ""
 
 
-def _by_mask(texts: Iterable[str], *, all_of_them: bool = False) -> dict[str, list[str]]:
-    """Templates, or all of some texts, by their masks."""
-    found: dict[str, list[str]] = {}
-    for text in texts:
-        if isinstance(text, str) and (all_of_them or _names.is_template(text)):
-            found.setdefault(_names.mask(text), []).append(text)
-    return found
+def find_known(
+    params: chex.ArrayTree,
+    fn: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    plan: AdapterPlan | None,
+) -> Known:
+    """What the arguments of `load` say of the axes.
 
+    Args:
+        params: of the model.
+        fn: is traced as `fn(params, *args)`; None if there is none.
+        args: of `fn`.
+        plan: of the params; None if there is none.
 
-def _parse(name: str, value: Any) -> Given:
-    """What the caller gave for a module: a path, and perhaps the letters of its axes."""
-    path, axes = (
-        value if isinstance(value, tuple | list) and len(value) == 2 else (value, None)
-    )
-    if not isinstance(path, str) or not isinstance(axes, str | None):
+    Raises:
+        KeyError, TypeError, ValueError: if an argument is none that it may be.
+    """
+    if fn is None and args:
         raise TypeError(
-            f"names must have a path for {name!r}, or a path and the letters of its axes, "
-            f"got {value!r}."
+            "there are arguments and no function: the order is load(directory, params, fn, "
+            "*args), where fn(params, *args) applies the model."
         )
-    _check_fields(name, path)
-    if axes is None:
-        return Given(path)
-    letters, fields = parse_axes(axes)
-    if not {"i", "o"} <= set(letters) <= {"i", "o", "b"}:
-        raise ValueError(
-            f"the axes of {path!r} must be letters i, o and b, with at least one i and one "
-            f"o, and a field such as {{layer}} for a b that is its index, got {axes!r}."
+    if fn is not None and not callable(fn):
+        raise TypeError(
+            f"fn must be a function, got {type(fn).__name__}: the order is load(directory, "
+            "params, fn, *args), and all else is given by name."
         )
-    unknown = sorted({field for field in fields if field} - {*_fields_of(name)})
-    if unknown:
-        raise ValueError(
-            f"the axes {axes!r} of {path!r} have the field {unknown[0]!r}, and the numbers "
-            f"of {name!r} are called {', '.join(map(repr, _fields_of(name))) or 'nothing'}."
-        )
-    return Given(path, (), letters, fields)
+    if plan is not None and not isinstance(plan, AdapterPlan):
+        raise TypeError(f"plan must be an AdapterPlan, got {type(plan).__name__}.")
+    if fn is not None and plan is not None:
+        raise TypeError("both fn and plan say what the axes are: give one of them.")
+    leaves = tree_paths.leaf_paths(params)
+    if plan is not None:
+        plan_checks.check_params(leaves, plan)
+        targets = {path: target.axes for path, target in plan.targets.items()}
+        return Known(_letters(leaves, plan.uses) | targets, plan.uses, "the plan")
+    if fn is None:
+        return Known()
+    uses = discovery.find_uses(fn, params, args, {})
+    return Known(_letters(leaves, uses), uses, "the function")
 
 
-def parse_axes(axes: str) -> tuple[str, tuple[str, ...]]:
-    """The letters of axes, and for each `b` the field that it was given as, if any."""
-    letters = _FIELD.sub("b", axes)
-    fields = (match[1] or "" for match in re.finditer(r"\{(\w+)\}|b", axes))
-    return letters, tuple(fields)
+def _letters(
+    leaves: Mapping[str, Any], uses: Mapping[str, tuple[Use, ...]]
+) -> dict[str, str]:
+    """The letters of the axes of each leaf that has uses."""
+    return {
+        path: _letters_of(tuple(leaves[path].shape), own)
+        for path, own in uses.items()
+        if own and path in leaves and checks.is_array(leaves[path])
+    }
 
 
-def _fields_of(name: str) -> tuple[str, ...]:
-    if _names.is_template(name):
-        return _names.template_fields(name)
-    return _names.name_fields(name)
+def _letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str:
+    roles = [{use.roles[axis] for use in uses} - {""} for axis in range(len(shape))]
+    known = [use for use in uses if not use.merged]
+    try:
+        found = axis_roles.resolve_axes(shape, known)
+    except axis_roles.UnsuitableError:
+        return "".join(map(_letter, roles))
+    groups = zip("iob", found, strict=True)
+    letters = {axis: letter for letter, axes in groups for axis in axes}
+    return "".join(
+        letters[axis] if roles[axis] or n == 1 else "?" for axis, n in enumerate(shape)
+    )
 
 
-def _check_fields(name: str, path: str) -> None:
-    """Raises unless a path takes only what the name of a module has."""
-    fields = _names.template_fields(name)
-    named = [match[1] for match in _FIELD.finditer(path)]
-    if path.count("{}") > len(fields) - len(named) or not set(named) <= set(fields):
-        raise ValueError(
-            f"names has {path!r} for {name!r}, which has not as many numbers {{}}."
-        )
-    own = [match[1] for match in _FIELD.finditer(name)]
-    if len(set(own)) < len(own):
-        raise ValueError(f"names has {name!r}, in which two numbers have one field.")
+def _letter(roles: set[str]) -> str:
+    """The letter of an axis of a weight that is in no matrix product."""
+    if not roles:
+        return "?"
+    if roles <= set(_STACKED):
+        return "b"
+    return "?" if roles & set(_STACKED) else "-"
+
+
+def _is_look_up(use: Use) -> bool:
+    return "indexed" in use.roles and "contracted" not in use.roles
+
+
+def _inputs(use: Use) -> set[int]:
+    role = "indexed" if _is_look_up(use) else "contracted"
+    return {axis for axis, own in enumerate(use.roles) if own == role}
+
+
+def _outputs(use: Use) -> set[int]:
+    if _is_look_up(use):
+        return {
+            axis for axis, own in enumerate(use.roles) if own not in ("indexed", *_STACKED)
+        }
+    return {axis for axis, own in enumerate(use.roles) if own == "kept"}
+
+
+def agrees(axes: str, pattern: str) -> bool:
+    """Whether the letters of axes are those that are known, as far as they are."""
+    return len(axes) == len(pattern) and all(
+        known in ("?", own) or (known == "-" and own in "io")
+        for own, known in zip(axes, pattern, strict=True)
+    )

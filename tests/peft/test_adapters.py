@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.peft._arrays import common_dtype, from_peft, stack, to_peft
+from lora_jax.peft.adapters import from_peft, stack_modules, to_peft
+from lora_jax.peft.layout import common_dtype
 from tests.peft.support import draw
 
 KINDS = {
@@ -61,7 +62,7 @@ def test_a_stack_of_different_ranks_and_scales():
         (2,): ({"A": draw(5, 2), "B": draw(2, 7), "m": draw(7)}, 4.0),
         (0,): ({"A": draw(5, 3), "B": draw(3, 7), "m": draw(7, seed=1)}, -0.5),
     }
-    stacked, scale = stack(matrices, (3,))
+    stacked, scale = stack_modules(matrices, (3,))
     assert stacked["A"].shape == (3, 5, 3)
     assert scale == 4.0
     for (index,), (own, factor) in matrices.items():
@@ -77,7 +78,7 @@ def test_a_stack_of_different_dtypes():
         (i,): ({"A": draw(5, 2, dtype=dtype), "B": draw(2, 7, dtype=dtype)}, 1.0)
         for i, dtype in enumerate(("bfloat16", "float16"))
     }
-    stacked, _ = stack(own, (2,))
+    stacked, _ = stack_modules(own, (2,))
     assert stacked["A"].dtype == np.float32
     np.testing.assert_array_equal(stacked["A"][1], own[(1,)][0]["A"].astype(np.float32))
 

@@ -1,71 +1,23 @@
-"""Leaves that a checkpoint holds whole: saved modules, biases, rows of embeddings."""
+"""Where arrays belong that a checkpoint holds whole: saved modules and biases."""
 
 import contextlib
 import itertools
-import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
-
-import jax
-import numpy as np
-from jax.core import Tracer
+from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _names
-from lora_jax.peft._entries import Dims
-from lora_jax.peft._fitting import readings
-from lora_jax.peft._names import Numbers
-from lora_jax.peft._places import Places, Problems
-
-# What modules are called whose weights are (entries, width) in every framework.
-_EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
-
-Index: TypeAlias = tuple[int, ...]
-
-_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
-_SWAPPED = str.maketrans("io", "oi")
-
-KERNEL = "kernel"
-# What embeddings of tokens and output heads are called.
-EMBEDDINGS = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
+from lora_jax.peft.keys import Dims
+from lora_jax.peft.layout import _SWAPPED, KERNEL, Index, readings, size_of
+from lora_jax.peft.leaves import Places, Problems
+from lora_jax.peft.names import (
+    BIAS,
+    HEADS,
+    Numbers,
+    is_embedding,
+    lacking_fields,
+    last_word,
+    split_path,
 )
-HEADS = frozenset({"lm_head", "embed_out"})
-
-
-def last_word(name: str) -> str:
-    """What a module or the module of a leaf is called."""
-    words = [word for word in _names.split_path(name).words if not word.isdecimal()]
-    return words[-1] if words else ""
-
-
-def values(path: str, leaf: Any, why: str) -> np.ndarray:
-    """The values of a leaf that an entry of the checkpoint only changes.
-
-    Raises:
-        CheckpointError: if it is a mere shape.
-    """
-    if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-        raise CheckpointError(
-            f"{why}, so the values of {path!r} are needed, got a "
-            f"{type(leaf).__name__}: give params with arrays."
-        )
-    return np.asarray(leaf)
-
-
-def is_embedding(name: str, path: str = "") -> bool:
-    """Whether a module is an embedding, by what it or its leaf is called."""
-    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
-    words = path.replace(".", "/").split("/")[-2:]
-    if "kernel" in words:  # of a matrix, such as an output head that is called embed_out
-        return False
-    return any(map(_EMBEDDING.search, last)) or "embedding" in words
-
-
-def is_convolution(name: str) -> bool:
-    """Whether a module is a convolution, by what it is called."""
-    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
-    return any(map(_CONVOLUTION.search, last))
 
 
 class Way(NamedTuple):
@@ -119,7 +71,7 @@ def find_spots(
     settled: dict[str, Spot] = {}
     for spots in by_path.values():
         with collecting():
-            way = _settle(places, spots)
+            way = _one_way(places, spots)
             settled |= {spot.name: spot._replace(ways=(way,)) for spot in spots}
     return {name: settled[name] for name in shapes if name in settled}
 
@@ -140,25 +92,25 @@ def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
         given = places.given(key)
         if given is not None:
             path = given.path
-            if key == module and last == _names.BIAS:
+            if key == module and last == BIAS:
                 path = sibling_bias(places, name, path)
-            either = dict.fromkeys([given.numbers, _names.lacking_fields(module, path), ()])
+            either = dict.fromkeys([given.numbers, lacking_fields(module, path), ()])
             spots = [
-                _read(places, name, path, numbers, shape, given.axes or "")
+                _ways(places, name, path, numbers, shape, given.axes or "")
                 for numbers in either
             ]
             fitting = [spot for spot in spots if spot.ways]
             if not fitting:
                 raise _misfit(places, name, path, shape)
             return fitting[0]
-    words = _names.split_path(name)
+    words = split_path(name)
     found = places.search(words.words, (words.leaf,))
     fitting = []
     for path, indices in found:
-        numbers = _names.lacking_fields(module, path)
+        numbers = lacking_fields(module, path)
         if tuple(number for _, number in numbers) != indices:
             numbers = tuple((f"index{i}", n) for i, n in enumerate(indices))
-        spot = _read(places, name, path, numbers, shape)
+        spot = _ways(places, name, path, numbers, shape)
         fitting += [spot] if spot.ways else []
     if len(fitting) > 1:
         raise CheckpointError(
@@ -185,13 +137,13 @@ def bias_spot(
     Raises:
         CheckpointError: if it does not fit.
     """
-    spot = _read(places, f"{module}.bias", path, numbers, shape)
+    spot = _ways(places, f"{module}.bias", path, numbers, shape)
     if not spot.ways:
         raise CheckpointError(
             f"{module!r} has a bias of {size_of(shape)} entries, and {path!r} has the "
             f"shape {places.shape(path)}: it is no bias of that layer."
         )
-    return spot._replace(ways=(_settle(places, [spot]),))
+    return spot._replace(ways=(_one_way(places, [spot]),))
 
 
 def _misfit(
@@ -204,7 +156,7 @@ def _misfit(
     )
 
 
-def _read(
+def _ways(
     places: Places,
     name: str,
     path: str,
@@ -296,7 +248,7 @@ def _sizes(shape: tuple[int, ...], letters: str) -> tuple[int, int]:
     return outs, ins
 
 
-def _settle(places: Places, spots: list[Spot]) -> Way:
+def _one_way(places: Places, spots: list[Spot]) -> Way:
     """The one way in which the arrays of a leaf lie."""
     first, shape = spots[0], places.shape(spots[0].path)
     most = [max(column) for column in zip(*(s.indices for s in spots), strict=False)]
@@ -334,7 +286,7 @@ def _settle(places: Places, spots: list[Spot]) -> Way:
 
 def find_bias(places: Places, path: str) -> str | None:
     """The path of the bias beside a weight, if there is one."""
-    return places.biases.get(_names.split_path(path).words)
+    return places.biases.get(split_path(path).words)
 
 
 def sibling_bias(places: Places, name: str, path: str) -> str:
@@ -350,52 +302,3 @@ def sibling_bias(places: Places, name: str, path: str) -> str:
             "one of zeros to the layer"
         )
     return bias
-
-
-def formed(array: np.ndarray, shape: tuple[int, ...], form: str) -> np.ndarray:
-    """An array of torch as it lies in a leaf.
-
-    Args:
-        array: `(out, in)`, `(entries, width)`, `(out, in, *kernel)` or a vector.
-        shape: of the leaf, without the axes of a stack.
-        form: as that of a `Way`.
-    """
-    if form == KERNEL:
-        return np.moveaxis(array, (0, 1), (-1, -2))
-    return from_matrix(array.T, shape, form) if form else array.reshape(shape)
-
-
-def to_torch(array: np.ndarray, form: str) -> np.ndarray:
-    """Undoes `formed` for a matrix: `(out, in)`."""
-    return to_matrix(array, form).T if form else array
-
-
-def size_of(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
-
-
-def layer(weight: np.ndarray, stack: Index, index: Index) -> np.ndarray:
-    """One of the weights that are stacked along some axes."""
-    return first_axes(weight, stack)[index]
-
-
-def to_matrix(weight: np.ndarray, axes: str) -> np.ndarray:
-    """A weight without batch axes as `(in, out)`."""
-    inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
-    outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
-    n_in = size_of(tuple(weight.shape[axis] for axis in inner))
-    return weight.transpose(*inner, *outer).reshape(n_in, -1)
-
-
-def from_matrix(matrix: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
-    """Undoes `to_matrix` for a weight of a shape."""
-    inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
-    outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
-    order = (*inner, *outer)
-    weight = matrix.reshape([shape[axis] for axis in order])
-    return weight.transpose(np.argsort(order))
-
-
-def first_axes(array: np.ndarray, stack: Index) -> np.ndarray:
-    """A view of an array with the axes of a stack in front."""
-    return np.moveaxis(array, stack, range(len(stack)))

@@ -1,4 +1,4 @@
-"""Which modules of a model a PEFT adapter belongs to.
+"""The modules of a model, or the weights of some params, that a PEFT config selects.
 
 The rules are those of PEFT 0.21. Regular expressions come from the config and run as they
 are: `re` cannot stop one that backtracks without end, so a config of someone you do not
@@ -11,20 +11,31 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from lora_jax.peft import _fields
-from lora_jax.peft.config import PeftConfig
+import chex
 
-__all__ = ["ModuleMatch", "match_modules"]
+from lora_jax._core import tree_paths
+from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.fields import shorten
+from lora_jax.peft.names import BIAS, is_embedding, split_path
+from lora_jax.peft.patterns import Patterns, is_saved, layer_regex, pattern_key
+from lora_jax.plan.config import LoraConfig
+
+__all__ = ["ModuleMatch", "match_modules", "to_lora_config"]
 
 ALL_LINEAR = "all-linear"
-
 # The classes that "all-linear" stands for, and the heads that it leaves out.
 _LINEAR = ("Linear", "Conv1D")
 _LOGITS = "lm_head"
 _HEADS = ("score", "classifier")
-
 Targets = str | tuple[str, ...]
 Verdict = Literal["matched", "excluded", "unmatched", "other layer"]
+# What is a vector, also where layers are stacked and it has two axes.
+_NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
+_INITIALIZERS = {
+    True: "kaiming_uniform",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
 
 
 class ModuleMatch(NamedTuple):
@@ -110,7 +121,7 @@ def select_modules(
     targets = _targets(config)
     if _is_all_linear(targets):
         targets = _all_linear(config, modules, output_embedding)
-    rules, own = Rules(config), _Names(targets)
+    rules, own = Rules(config), _Targets(targets)
     verdicts: dict[str, Verdict] = {
         name: rules.verdict(name, own) for name in modules if name
     }
@@ -120,7 +131,7 @@ def select_modules(
     return matching
 
 
-class _Names:
+class _Targets:
     """Names, ends of names, or a regular expression for whole names."""
 
     def __init__(self, targets: Targets) -> None:
@@ -148,9 +159,9 @@ class Rules:
 
     def __init__(self, config: PeftConfig) -> None:
         self.config = config
-        self._excluded = _Names(config.exclude_modules or ())
-        self._saved = _fields.Patterns(config.modules_to_save or ())
-        self._parameters = _Names(config.target_parameters or ())
+        self._excluded = _Targets(config.exclude_modules or ())
+        self._saved = Patterns(config.modules_to_save or ())
+        self._parameters = _Targets(config.target_parameters or ())
 
     def matched(self, name: str) -> bool:
         """Whether a module has an adapter, as far as its name says.
@@ -163,23 +174,23 @@ class Rules:
         return self.verdict(name, self._targets) == "matched"
 
     @functools.cached_property
-    def _targets(self) -> _Names:
+    def _targets(self) -> _Targets:
         targets = _targets(self.config)
         if _is_all_linear(targets):
             raise ValueError(
                 f"target_modules={targets!r} goes by the classes of a model's modules, not "
                 "by one name: use match_modules."
             )
-        return _Names(targets)
+        return _Targets(targets)
 
     def targets_parameter(self, name: str) -> bool:
         """Whether `target_parameters` has a name, or the end of it after a dot."""
         return self._parameters.match(name)
 
-    def verdict(self, name: str, targets: _Names | Targets) -> Verdict:
+    def verdict(self, name: str, targets: _Targets | Targets) -> Verdict:
         """What the rules say of one module, for targets that are not "all-linear"."""
-        targets = targets if isinstance(targets, _Names) else _Names(targets)
-        if self._excluded.match(name) or _fields.is_saved(self._saved, name):
+        targets = targets if isinstance(targets, _Targets) else _Targets(targets)
+        if self._excluded.match(name) or is_saved(self._saved, name):
             return "excluded"
         if not targets.match(name):
             return "unmatched"
@@ -231,7 +242,7 @@ def _all_linear(
 ) -> tuple[str, ...]:
     """The names that "all-linear" stands for in a model."""
     head = _LOGITS if output_embedding is None else output_embedding
-    left_out = set(filter(_Names((head,)).match, modules))
+    left_out = set(filter(_Targets((head,)).match, modules))
     if not left_out and output_embedding is not None:
         raise KeyError(
             f"there is no module {output_embedding!r} to leave out"
@@ -247,7 +258,7 @@ def _all_linear(
 def _in_layers(config: PeftConfig, name: str) -> bool:
     if not config.layers_to_transform:
         return True
-    regexes = map(_fields.layer_regex, config.layers_pattern or (None,))
+    regexes = map(layer_regex, config.layers_pattern or (None,))
     found = next(filter(None, (re.match(regex, name) for regex in regexes)), None)
     return found is not None and int(found["idx"]) in config.layers_to_transform
 
@@ -256,29 +267,29 @@ def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdi
     """The message for a model of which no module is adapted."""
     if not verdicts:
         return "modules is empty: give the names of the model's modules and their classes."
-    shown = _fields.shown(config.target_modules)
+    shown = shorten(config.target_modules)
     if not targets:
         kinds = " or ".join(_LINEAR)
         return f"target_modules={shown} matches no module: besides a head, none is {kinds}."
     excluded = [
         name
         for name, found in verdicts.items()
-        if found == "excluded" and _Names(targets).match(name)
+        if found == "excluded" and _Targets(targets).match(name)
     ]
     elsewhere = [name for name, found in verdicts.items() if found == "other layer"]
     if elsewhere:
         return (
             f"target_modules={shown} matches {len(elsewhere)} modules, such as "
             f"{elsewhere[0]!r}, but none in layers_to_transform="
-            f"{_fields.shown(config.layers_to_transform)} with layers_pattern="
-            f"{_fields.shown(config.layers_pattern)}: correct these."
+            f"{shorten(config.layers_to_transform)} with layers_pattern="
+            f"{shorten(config.layers_pattern)}: correct these."
         )
     if excluded:
         return (
             f"all {len(excluded)} modules that target_modules={shown} matches, such as "
             f"{excluded[0]!r}, are left out by exclude_modules="
-            f"{_fields.shown(config.exclude_modules)} or modules_to_save="
-            f"{_fields.shown(config.modules_to_save)}: shorten these."
+            f"{shorten(config.exclude_modules)} or modules_to_save="
+            f"{shorten(config.modules_to_save)}: shorten these."
         )
     return f"target_modules={shown} matches no module{_nearest_hint(targets, verdicts)}."
 
@@ -295,3 +306,115 @@ def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
     if near:
         return f"; the nearest names are {', '.join(map(repr, dict.fromkeys(near)))}"
     return f"; the first names are {', '.join(map(repr, names[:3]))}"
+
+
+def to_lora_config(
+    config: PeftConfig | Mapping[str, Any], params: chex.ArrayTree, *, prefix: str = ""
+) -> LoraConfig:
+    """Makes of a config of PEFT the one that adapts the same weights of some params.
+
+    The words of a weight's path stand for the name of its module: PEFT's rules are applied
+    to `decoder.layers.0.q_proj` for `decoder/layers_0/q_proj/kernel`. For `"all-linear"`
+    every matrix counts whose module is not called as embeddings are, but the output head.
+
+    Args:
+        config: what PEFT trains with, or the dict of an `adapter_config.json`.
+        params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+        prefix: what PEFT's names of modules have in front of the words of the paths, such
+            as `"model."`. `layers_to_transform` needs one, and regular expressions may.
+
+    Returns:
+        The config, with the paths of the weights as its targets, for `plan_adapters`.
+
+    Raises:
+        TypeError, ValueError: if the config is none that is supported; if it adapts no
+            weight of the params; if a key of `rank_pattern` or `alpha_pattern` is for
+            none, such as one of a layer where layers are stacked; if it trains more than
+            adapters, or its `init_lora_weights` needs more than a name here.
+
+    Example:
+        >>> import jax
+        >>> from lora_jax import peft
+        >>> matrix = jax.ShapeDtypeStruct((64, 64), "float32")
+        >>> params = {"layers_0": {"q_proj": {"kernel": matrix}, "up": {"kernel": matrix}}}
+        >>> config = peft.to_lora_config({"r": 4, "target_modules": ["q_proj"]}, params)
+        >>> config.rank, config.alpha, config.targets
+        (4, 8.0, ('layers_0/q_proj/kernel',))
+    """
+    own = (
+        config
+        if isinstance(config, PeftConfig)
+        else PeftConfig.from_dict(config, "the config")
+    )
+    _check_is_about_weights(own)
+    paths = {prefix + ".".join(words): p for p, words in _weights(params).items()}
+    kinds = {name: _class(name, path) for name, path in paths.items()}
+    found = match_modules(own, kinds)
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_all_match(field, getattr(own, field), found)
+    return LoraConfig(
+        rank=own.r,
+        alpha=own.lora_alpha,
+        targets=tuple(paths[name] for name in found),
+        rank_pattern={paths[n]: m.rank for n, m in found.items() if m.rank != own.r},
+        alpha_pattern={
+            paths[n]: m.alpha for n, m in found.items() if m.alpha != own.lora_alpha
+        },
+        rank_stabilized=own.use_rslora,
+        use_dora=own.use_dora,
+        dropout=own.lora_dropout,
+        init=_INITIALIZERS[own.init_lora_weights],
+    )
+
+
+def _weights(params: chex.ArrayTree) -> dict[str, tuple[str, ...]]:
+    """The words of the paths of what may be the weights of modules."""
+    found = {}
+    for path, leaf in tree_paths.leaf_paths(params).items():
+        words = split_path(path)
+        named = [word for word in words.words if not word.isdecimal()]
+        vector = words.leaf == BIAS or any(map(_NORM.search, named[-1:]))
+        if len(getattr(leaf, "shape", ())) >= 2 and not vector:
+            found[path] = words.words
+    return found
+
+
+def _class(name: str, path: str) -> str:
+    return "Embedding" if is_embedding(name, path) else "Linear"
+
+
+def _check_is_about_weights(config: PeftConfig) -> None:
+    """Raises if the config trains what a plan has no place for."""
+    others = {
+        "bias": config.bias != "none",
+        "lora_bias": config.lora_bias,
+        "modules_to_save": config.modules_to_save,
+        "target_parameters": config.target_parameters,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
+    used = [name for name, value in others.items() if value]
+    if used:
+        raise ValueError(
+            f"the config's {used[0]} is {getattr(config, used[0])!r}, and a LoraConfig is "
+            "about adapters of the weights of modules: set it to its default, and train "
+            "those leaves beside the adapters, or give the paths of experts as targets."
+        )
+    if config.init_lora_weights not in _INITIALIZERS:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} is no initializer of a "
+            f"LoraConfig, which has {', '.join(map(repr, _INITIALIZERS))}: for those that "
+            "change the base see lora_jax.decompose_params."
+        )
+
+
+def _check_all_match(
+    field: str, patterns: Mapping[str, Any], names: Mapping[str, Any]
+) -> None:
+    """Raises if a key of a pattern is for none of the adapted modules."""
+    for key in patterns:
+        if not any(pattern_key({key: None}, name) for name in names):
+            raise ValueError(
+                f"{field} has {key!r}, which is for none of the {len(names)} modules: "
+                f"{', '.join(list(names)[:3])}, ... Where layers are stacked, all of them "
+                "have one rank and one alpha."
+            )

@@ -1,8 +1,14 @@
 import pytest
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _entries
-from lora_jax.peft._entries import Dims, as_experts, nesting, sort_entries, without_wrapper
+from lora_jax.peft.keys import (
+    Dims,
+    Module,
+    as_experts,
+    nesting,
+    sort_entries,
+    without_wrapper,
+)
 
 P = "base_model.model."
 
@@ -131,7 +137,7 @@ def experts(rows, ranks, parameters=("moe.up", "moe.down")):
     for depth, count in enumerate(reversed(rows)):
         name = "h.0.moe" + ".base_layer" * depth
         shapes = {"A": (count, 5), "B": (7, count)}
-        modules[name] = _entries.Module(name, "linear", shapes, {})
+        modules[name] = Module(name, "linear", shapes, {})
     marked = as_experts("the file", modules, parameters, ranks.__getitem__)
     return [marked[name].experts for name in reversed(modules)]
 

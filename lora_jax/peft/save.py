@@ -18,12 +18,14 @@ from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import tensor_files
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft import _arrays, _entries, _names
-from lora_jax.peft._checkpoint import write_checkpoint
-from lora_jax.peft._fitting import LAYOUTS, Layout
-from lora_jax.peft._modules import Naming, SaveNames
-from lora_jax.peft._saved import SavedModule, SavedWholes, saved_modules
+from lora_jax.peft.adapters import fill_up
+from lora_jax.peft.checkpoint import write_checkpoint
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.given import Naming, SaveNames
+from lora_jax.peft.keys import PREFIX
+from lora_jax.peft.layout import LAYOUTS, Layout
+from lora_jax.peft.modules import SavedModule, SavedWholes, saved_modules
+from lora_jax.peft.names import mask_numbers, numbers_in, split_path
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -140,7 +142,7 @@ def make_files(
             wholes.put(path, tensor_files.cast("the leaf", array, dtype))
     tensors = _tensors(modules, naming) | wholes.tensors
     config = _config(modules, plan, wholes, base_model, task_type)
-    return config, {f"{_entries.PREFIX}{name}": array for name, array in tensors.items()}
+    return config, {f"{PREFIX}{name}": array for name, array in tensors.items()}
 
 
 def _uniform(
@@ -163,7 +165,7 @@ def _uniform(
         arrays = {
             name: tensor_files.to_numpy(name, v) for name, v in adapters[path].items()
         }
-        wide = _arrays.fill_up(arrays, rank, target.scale / scale)
+        wide = fill_up(arrays, rank, target.scale / scale)
         with checks.at_path(path):
             filled[path] = {
                 name: tensor_files.cast(name, value, dtype or arrays[name].dtype)
@@ -203,11 +205,11 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
     paths = list(paths)
     masks: dict[str, list[str]] = {}
     for path in paths:
-        masks.setdefault(_names.mask(path), []).append(path)
+        masks.setdefault(mask_numbers(path), []).append(path)
     for name, value in names.items():
         own = value if isinstance(value, str) else value[0]
-        near = masks.get(_names.mask(own), ())
-        if not any(_names.numbers_in(own, path) is not None for path in near):
+        near = masks.get(mask_numbers(own), ())
+        if not any(numbers_in(own, path) is not None for path in near):
             raise ValueError(
                 f"names has {own!r} for {name!r}, and neither the plan nor `replaced` has "
                 f"that path{tree_paths.nearest_hint(own, paths)}."
@@ -295,7 +297,7 @@ def _config(
 
 def _target_modules(named: tuple[str, ...], plan: AdapterPlan) -> str | tuple[str, ...]:
     """The names of modules; one expression if a name is the end of one without adapter."""
-    others = {".".join(_names.split_path(path).words) for path in plan.skipped}
+    others = {".".join(split_path(path).words) for path in plan.skipped}
     others -= set(named)
     ends = {other[m.end() :] for other in others for m in re.finditer(r"\.", other)}
     if not ends.isdisjoint(named):

@@ -5,7 +5,7 @@ import pytest
 
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _wholes
+from lora_jax.peft.layout import from_matrix, to_matrix
 from tests.peft import support
 from tests.peft.support import draw, linear, write
 
@@ -241,12 +241,12 @@ def test_leaves_are_put_in_their_dtype():
 @pytest.mark.parametrize("axes", ["io", "oi", "iio", "oii", "ioo"])
 def test_matrices_there_and_back(axes):
     weight = draw(*range(3, 3 + len(axes)))
-    matrix = _wholes.to_matrix(weight, axes)
+    matrix = to_matrix(weight, axes)
     sizes = {letter: [n for n, a in zip(weight.shape, axes, strict=True) if a == letter]
         for letter in "io"}  # fmt: skip
     assert matrix.shape == (np.prod(sizes["i"]), np.prod(sizes["o"]))
     assert axes != "oi" or np.array_equal(matrix, weight.T)
-    back = _wholes.from_matrix(matrix, weight.shape, axes)
+    back = from_matrix(matrix, weight.shape, axes)
     np.testing.assert_array_equal(back, weight)
 
 

@@ -1,15 +1,35 @@
-"""From the paths of weights to the names of modules: what `_names` does, backwards."""
+"""What the caller says about names: from modules to paths, and from paths to modules."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lora_jax.peft import _names
-from lora_jax.peft._fitting import Layout
-from lora_jax.peft._places import GivenPath, parse_axes
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._core.tables import format_table
+from lora_jax.peft.layout import Layout, Reading
+from lora_jax.peft.names import (
+    Numbers,
+    fill_numbers,
+    is_template,
+    lacking_fields,
+    mask_numbers,
+    name_fields,
+    numbers_in,
+    split_name,
+    split_path,
+    template_fields,
+    template_parts,
+)
 
+GivenPath: TypeAlias = str | tuple[str, str]
+"""The path of a weight, or that and the letters of its axes."""
+NamesArgument: TypeAlias = (
+    Mapping[str, GivenPath] | Callable[[str], GivenPath | None] | None
+)
 SaveNames: TypeAlias = Mapping[str, GivenPath] | Callable[[str], str] | None
+_FIELD = re.compile(r"\{(\w+)\}")
 
 
 class Named(NamedTuple):
@@ -40,8 +60,8 @@ class Naming:
         given = names if isinstance(names, Mapping) else {}
         for place, (name, value) in enumerate(given.items()):
             path, axes = (value, "") if isinstance(value, str) else value
-            self._by_mask.setdefault(_names.mask(path), []).append((name, path, axes))
-            self._places.setdefault(_names.mask(name), place)
+            self._by_mask.setdefault(mask_numbers(path), []).append((name, path, axes))
+            self._places.setdefault(mask_numbers(name), place)
 
     def of(self, path: str) -> Iterator[tuple[str, str]]:
         """The names or templates for a path, each with the letters of axes, if given."""
@@ -53,12 +73,12 @@ class Naming:
                 raise TypeError(f"names must return the name of a module, got {name!r}.")
             yield name, ""
             return
-        for name, own, axes in self._by_mask.get(_names.mask(path), ()):
-            numbers = _names.numbers_in(own, path)
+        for name, own, axes in self._by_mask.get(mask_numbers(path), ()):
+            numbers = numbers_in(own, path)
             if numbers is None:
                 continue
-            fields = _names.template_fields(own)
-            if len(fields) > len(_names.template_fields(name)):
+            fields = template_fields(own)
+            if len(fields) > len(template_fields(name)):
                 raise ValueError(
                     f"names has {own!r} for {name!r}, which has not as many numbers {{}}."
                 )
@@ -67,29 +87,29 @@ class Naming:
 
     def has(self, path: str) -> bool:
         """Whether there is a name for a path, or for a template that it matches."""
-        own = self._by_mask.get(_names.mask(path), ())
-        return any(_names.numbers_in(each, path) is not None for _, each, _ in own)
+        own = self._by_mask.get(mask_numbers(path), ())
+        return any(numbers_in(each, path) is not None for _, each, _ in own)
 
     def axes(self, path: str) -> str | None:
         """The letters that the axes of a leaf are given, without names of fields."""
-        own = self._by_mask.get(_names.mask(path), ())
+        own = self._by_mask.get(mask_numbers(path), ())
         for _, each, axes in own:
-            if axes and _names.numbers_in(each, path) is not None:
+            if axes and numbers_in(each, path) is not None:
                 return parse_axes(axes)[0]
         return None
 
     def position(self, name: str) -> int:
         """Where in the order of the caller a module comes; 0 if there is no order."""
-        return self._places.get(_names.mask(name), 0)
+        return self._places.get(mask_numbers(name), 0)
 
 
-def _filled_name(name: str, path: str, numbers: _names.Numbers) -> str:
+def _filled_name(name: str, path: str, numbers: Numbers) -> str:
     """A name with the numbers that the path has: by the names of fields, or in order."""
     named = {field: number for field, number in numbers if f"{{{field}}}" in path}
     for field, number in named.items():
         name = name.replace(f"{{{field}}}", str(number))
     rest = [number for field, number in numbers if field not in named]
-    return _names.fill(name, rest)
+    return fill_numbers(name, rest)
 
 
 def names_of(
@@ -122,9 +142,9 @@ def names_of(
             f"{path!r}}}, with {{}} for each number."
         )
     fields = parse_axes(found[0][1])[1] if found else ()
-    templates = [name for name in given if _names.is_template(name)]
+    templates = [name for name in given if is_template(name)]
     if len(given) == 1 and templates:
-        return [*_filled(path, templates[0], sizes, fields)]
+        return [*_fill_template(path, templates[0], sizes, fields)]
     if templates:
         raise ValueError(
             f"names has {len(given)} names for {path!r}, {given[0]!r} and others: give one "
@@ -149,24 +169,24 @@ def _derived(path: str, sizes: tuple[int, ...], layout: Layout) -> list[str]:
     """
     if sizes:
         return []
-    as_they_are = _names.split_path(path, numbers_apart=False).words
+    as_they_are = split_path(path, numbers_apart=False).words
     if layout == "torch" or any(map(str.isdecimal, as_they_are)):
         return [".".join(as_they_are)]
-    return [".".join(_names.split_path(path).words)]
+    return [".".join(split_path(path).words)]
 
 
-def _filled(
+def _fill_template(
     path: str, template: str, sizes: tuple[int, ...], fields: tuple[str, ...]
 ) -> Iterator[Named]:
     """The names of a template, one for each index of some axes of a stack."""
-    own = _names.template_fields(template)
+    own = template_fields(template)
     if len(own) > len(sizes):
         raise ValueError(
             f"the template {template!r} has {len(own)} numbers, and {path!r} has "
             f"{len(sizes)} stacked axes."
         )
     order = _order(own, fields)
-    parts = _names.template_parts(template)
+    parts = template_parts(template)
     for indices in np.ndindex(*(sizes[each] for each in order)):
         words = (f"{part}{number}" for part, number in zip(parts, indices, strict=False))
         yield Named("".join(words) + parts[-1], indices, _unless_first(order))
@@ -204,7 +224,7 @@ def _numbered(
     The numbers are those that the path lacks, which `load` takes, or else those in which
     the names differ.
     """
-    lacking = [_names.lacking_fields(name, path) for name in names]
+    lacking = [lacking_fields(name, path) for name in names]
     own = tuple(field for field, _ in lacking[0])
     order = _order(own, fields) if own else ()
     by_path = [tuple(number for _, number in each) for each in lacking]
@@ -222,8 +242,137 @@ def _numbered(
 
 def _differing(names: list[str]) -> list[tuple[int, ...]]:
     """The numbers in which some names differ; nothing if words do."""
-    words = [_names.split_name(name) for name in names]
+    words = [split_name(name) for name in names]
     columns = [column for column in zip(*words, strict=False) if len(set(column)) > 1]
     if any(not word.isdecimal() for column in columns for word in column):
         return [() for _ in names]
     return [tuple(int(column[i]) for column in columns) for i in range(len(names))]
+
+
+class Given(NamedTuple):
+    """What the caller says of a module."""
+
+    path: str
+    numbers: Numbers = ()
+    """Of the module's name, those that the path did not take."""
+    axes: str | None = None
+    """The letters of the axes of the weight, if they are given."""
+    fields: tuple[str, ...] = ()
+    """For each batch axis the name of the field that is its index, or an empty text."""
+
+
+def by_mask(texts: Iterable[str], *, all_of_them: bool = False) -> dict[str, list[str]]:
+    """Templates, or all of some texts, by their masks."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        if isinstance(text, str) and (all_of_them or is_template(text)):
+            found.setdefault(mask_numbers(text), []).append(text)
+    return found
+
+
+def parse_given(name: str, value: Any) -> Given:
+    """What the caller gave for a module: a path, and perhaps the letters of its axes."""
+    path, axes = (
+        value if isinstance(value, tuple | list) and len(value) == 2 else (value, None)
+    )
+    if not isinstance(path, str) or not isinstance(axes, str | None):
+        raise TypeError(
+            f"names must have a path for {name!r}, or a path and the letters of its axes, "
+            f"got {value!r}."
+        )
+    _check_fields(name, path)
+    if axes is None:
+        return Given(path)
+    letters, fields = parse_axes(axes)
+    if not {"i", "o"} <= set(letters) <= {"i", "o", "b"}:
+        raise ValueError(
+            f"the axes of {path!r} must be letters i, o and b, with at least one i and one "
+            f"o, and a field such as {{layer}} for a b that is its index, got {axes!r}."
+        )
+    unknown = sorted({field for field in fields if field} - {*_fields_of(name)})
+    if unknown:
+        raise ValueError(
+            f"the axes {axes!r} of {path!r} have the field {unknown[0]!r}, and the numbers "
+            f"of {name!r} are called {', '.join(map(repr, _fields_of(name))) or 'nothing'}."
+        )
+    return Given(path, (), letters, fields)
+
+
+def parse_axes(axes: str) -> tuple[str, tuple[str, ...]]:
+    """The letters of axes, and for each `b` the field that it was given as, if any."""
+    letters = _FIELD.sub("b", axes)
+    fields = (match[1] or "" for match in re.finditer(r"\{(\w+)\}|b", axes))
+    return letters, tuple(fields)
+
+
+def _fields_of(name: str) -> tuple[str, ...]:
+    if is_template(name):
+        return template_fields(name)
+    return name_fields(name)
+
+
+def _check_fields(name: str, path: str) -> None:
+    """Raises unless a path takes only what the name of a module has."""
+    fields = template_fields(name)
+    named = [match[1] for match in _FIELD.finditer(path)]
+    if path.count("{}") > len(fields) - len(named) or not set(named) <= set(fields):
+        raise ValueError(
+            f"names has {path!r} for {name!r}, which has not as many numbers {{}}."
+        )
+    own = [match[1] for match in _FIELD.finditer(name)]
+    if len(set(own)) < len(own):
+        raise ValueError(f"names has {name!r}, in which two numbers have one field.")
+
+
+class Row(NamedTuple):
+    """A module and its weight."""
+
+    module: str
+    path: str
+    indices: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: str
+    given: bool = False
+    """Whether more than the shape said what the axes are."""
+    stack: tuple[int, ...] = ()
+    """The axis of each index."""
+    fields: tuple[str, ...] = ()
+    """What the number in the name that is each index is called."""
+
+    @property
+    def letters(self) -> str:
+        """The axes, with the names of the numbers that are indexes of several."""
+        return Reading(self.axes, self.stack).fields(self.fields)
+
+
+class NameTable(FrozenDict[str, str | tuple[str, str]]):
+    """From the names of modules to the paths of their weights. `print` shows a table.
+
+    Where more than the shapes of weights says what their axes are, a value is the pair of
+    a path and the letters of its axes, `{layers}` for the axis that is the index of layers.
+    """
+
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Row]) -> "NameTable":
+        """A table of some rows."""
+        table = cls(
+            {
+                name: (row.path, row.letters) if row.given else row.path
+                for name, row in rows.items()
+            }
+        )
+        table.rows = tuple(rows.values())
+        return table
+
+    def __str__(self) -> str:
+        return "\n".join(format_table(_cells(self.rows)))
+
+
+def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:
+    yield "module", "path", "shape", "axes"
+    for row in rows:
+        pairs = sorted(zip(row.stack, row.indices, strict=True))
+        index = f"[{', '.join(str(index) for _, index in pairs)}]" if pairs else ""
+        yield row.module, row.path + index, str(row.shape), row.letters

@@ -1,4 +1,4 @@
-"""Where in the params the adapter of each module of a checkpoint belongs."""
+"""The weight that each module of a checkpoint belongs to."""
 
 import contextlib
 import itertools
@@ -6,22 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import _names, _uses
-from lora_jax.peft._entries import (
-    Dims,
-    Kind,
-    Module,
-    Parameters,
-    nesting,
-    without_wrapper,
-)
-from lora_jax.peft._fitting import Reading, known_readings, readings, turned_readings
-from lora_jax.peft._names import Found, Numbers
-from lora_jax.peft._places import Given, Places, Problems
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.given import Given
+from lora_jax.peft.keys import Dims, Kind, Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.layout import Reading, known_readings, readings, turned_readings
+from lora_jax.peft.leaves import Places, Problems, agrees
+from lora_jax.peft.names import (
+    WEIGHT,
+    Found,
+    Numbers,
+    lacking_fields,
+    split_name,
+    split_path,
+)
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention
-_WEIGHTS = (_names.WEIGHT, "")
+_WEIGHTS = (WEIGHT, "")
 _LISTED = 8
 
 
@@ -237,7 +237,7 @@ def _claim(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
     given = places.given(name)
     if given is not None:
         return _given_claim(places, module, given, fan_in_fan_out)
-    words = _names.split_name(name)
+    words = split_name(name)
     near = places.search(words, _WEIGHTS)
     claims = [*_fitting(places, module, near, fan_in_fan_out)]
     if not claims:
@@ -256,15 +256,15 @@ def _fitting(
     """The leaves that have the sizes of a module."""
     name = name or without_wrapper(module.name)
     for path, indices in found:
-        numbers = _names.lacking_fields(name, path)
+        numbers = lacking_fields(name, path)
         if tuple(number for _, number in numbers) != indices:
             numbers = tuple((f"index{i}", n) for i, n in enumerate(indices))
-        claim = _read(places, module, name, path, numbers, fan_in_fan_out)
+        claim = _read_claim(places, module, name, path, numbers, fan_in_fan_out)
         if claim.readings:
             yield claim
 
 
-def _read(
+def _read_claim(
     places: Places,
     module: Module,
     name: str,
@@ -302,7 +302,7 @@ def _read(
             turned = turned_readings(shape, kind, dims, count)
         if known:
             found, turned = (
-                tuple(each for each in both if _uses.agrees(each.axes, known))
+                tuple(each for each in both if agrees(each.axes, known))
                 for both in (found, turned)
             )
     indices = [number for _, number in numbers]
@@ -329,11 +329,11 @@ def _given_claim(
     name = name or without_wrapper(module.name)
     path = given.path
     either = dict.fromkeys(
-        [given.numbers, _names.lacking_fields(without_wrapper(module.name), path)]
+        [given.numbers, lacking_fields(without_wrapper(module.name), path)]
     )
     more = fan_in_fan_out, given.axes, given.fields
     for numbers in either:
-        claim = _read(places, module, name, path, numbers, *more)
+        claim = _read_claim(places, module, name, path, numbers, *more)
         if claim.readings:
             return claim
     needed = _needed(module.kind, module.dims)
@@ -393,7 +393,7 @@ def _parameter_claims(places: Places, module: Module, names: list[str]) -> list[
     """The places that shapes allow for an adapter of one of some parameters."""
     given = places.given(module.name)
     if given is not None:
-        last = _names.split_path(given.path).words[-1]
+        last = split_path(given.path).words[-1]
         own = [name for name in names if name.endswith(f".{last}")]
         return [_given_claim(places, module, given, name=(own or [module.name])[0])]
     claims = []
@@ -409,7 +409,7 @@ def _parameter_claims(places: Places, module: Module, names: list[str]) -> list[
 
 
 def _search_parameter(places: Places, name: str) -> list[Found]:
-    return places.search(_names.split_path(name).words, _WEIGHTS)
+    return places.search(split_path(name).words, _WEIGHTS)
 
 
 def only(

@@ -1,18 +1,22 @@
-"""Which axes of a weight are those of a module: by the shapes of both."""
+"""How the weight of a module lies in a leaf: its axes by its use or its shape."""
 
 import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-from lora_jax.peft._entries import Dims, Kind
+import numpy as np
+
+from lora_jax.peft.keys import Dims, Kind
 
 Layout = Literal["jax", "torch"]
 LAYOUTS = ("jax", "torch")
-
 # Axes that a checkpoint has a module for each index of: layers, and layers with experts.
 _MOST_STACKED = 2
+Index: TypeAlias = tuple[int, ...]
+_SWAPPED = str.maketrans("io", "oi")
+KERNEL = "kernel"
 
 
 class Reading(NamedTuple):
@@ -249,3 +253,68 @@ def _experts(shape: tuple[int, ...], dims: Dims, layout: Layout) -> list[str]:
     if layout == "torch" and shape == (dims.experts, dims.n_out, dims.n_in):
         found.append("boi")
     return found
+
+
+def from_torch(array: np.ndarray, shape: tuple[int, ...], form: str) -> np.ndarray:
+    """An array of torch as it lies in a leaf.
+
+    Args:
+        array: `(out, in)`, `(entries, width)`, `(out, in, *kernel)` or a vector.
+        shape: of the leaf, without the axes of a stack.
+        form: as that of a `Way`.
+    """
+    if form == KERNEL:
+        return np.moveaxis(array, (0, 1), (-1, -2))
+    return from_matrix(array.T, shape, form) if form else array.reshape(shape)
+
+
+def to_torch(array: np.ndarray, form: str) -> np.ndarray:
+    """Undoes `formed` for a matrix: `(out, in)`."""
+    return to_matrix(array, form).T if form else array
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    """The number of entries of an array."""
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def take_layer(weight: np.ndarray, stack: Index, index: Index) -> np.ndarray:
+    """One of the weights that are stacked along some axes."""
+    return first_axes(weight, stack)[index]
+
+
+def to_matrix(weight: np.ndarray, axes: str) -> np.ndarray:
+    """A weight without batch axes as `(in, out)`."""
+    inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
+    outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
+    n_in = size_of(tuple(weight.shape[axis] for axis in inner))
+    return weight.transpose(*inner, *outer).reshape(n_in, -1)
+
+
+def from_matrix(matrix: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
+    """Undoes `to_matrix` for a weight of a shape."""
+    inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
+    outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
+    order = (*inner, *outer)
+    weight = matrix.reshape([shape[axis] for axis in order])
+    return weight.transpose(np.argsort(order))
+
+
+def first_axes(array: np.ndarray, stack: Index) -> np.ndarray:
+    """A view of an array with the axes of a stack in front."""
+    return np.moveaxis(array, stack, range(len(stack)))
+
+
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are equal bit for bit."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    first, second = (np.ascontiguousarray(each).reshape(-1) for each in (one, other))
+    return np.array_equal(first.view(np.uint8), second.view(np.uint8))
+
+
+def common_dtype(*dtypes: np.dtype) -> np.dtype:
+    """The dtype that holds the values of all; NumPy has none for the two of 16 bits."""
+    if len({dtype for dtype in dtypes if dtype.itemsize == 2}) > 1:
+        dtypes = (*(d for d in dtypes if d.itemsize != 2), np.dtype(np.float32))
+    return np.result_type(*dtypes)

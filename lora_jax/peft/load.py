@@ -1,24 +1,172 @@
 """Reads adapters that Hugging Face PEFT saved."""
 
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import numpy as np
 
 from lora_jax._core import checks, tree_paths
-from lora_jax.peft import _placing
-from lora_jax.peft._checkpoint import FileDtype, open_checkpoint
-from lora_jax.peft._fitting import Layout
-from lora_jax.peft._places import NamesArgument, Places
-from lora_jax.peft._placing import Loaded
-from lora_jax.peft._table import NameTable
-from lora_jax.peft._ties import OnTied
-from lora_jax.peft._uses import find_known
+from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.layers.lora import Adapter
+from lora_jax.peft.adapters import make_adapters, make_plan
+from lora_jax.peft.checkpoint import (
+    Checkpoint,
+    FileDtype,
+    Widened,
+    check_dtype,
+    open_checkpoint,
+)
+from lora_jax.peft.given import NamesArgument, NameTable, Row
+from lora_jax.peft.layout import Layout
+from lora_jax.peft.leaves import Places, Problems, find_known
+from lora_jax.peft.locate import Site, find_sites
+from lora_jax.peft.missing import find_biased, find_missing, module_check
+from lora_jax.peft.names import lacking_fields
+from lora_jax.peft.replaced import Replaced, put_leaves
+from lora_jax.peft.tied import ON_TIED, OnTied, tied_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["Loaded", "NameTable", "load", "match_names", "replace_leaves"]
+
+_LOG = logging.getLogger("lora_jax.peft")
+
+
+class Loaded(NamedTuple):
+    """What a PEFT checkpoint comes to on some params."""
+
+    adapters: dict[str, Adapter]
+    """As those of `init_adapters`."""
+    plan: AdapterPlan
+    """As that of `plan_adapters`."""
+    replaced: dict[str, jax.Array]
+    """Path to value, for the leaves that the checkpoint holds whole."""
+
+
+class Placement(NamedTuple):
+    """Where what a checkpoint has belongs in some params."""
+
+    checkpoint: Checkpoint
+    places: Places
+    sites: Mapping[str, Site]
+    """By the names of the modules in the checkpoint."""
+    problems: Problems
+
+    def table(self) -> NameTable:
+        """The modules of the checkpoint and their weights."""
+        rows = {}
+        for site in self.sites.values():
+            given = site.path in self.places.known.axes
+            given |= any(map(self.places.gives_axes, {site.name, site.module}))
+            # As names of modules have them, so that the table can be given as `names`.
+            numbers = lacking_fields(site.name, site.path)
+            same = tuple(number for _, number in numbers) == site.indices
+            rows[site.name] = Row(
+                module=site.name,
+                path=site.path,
+                indices=site.indices,
+                shape=self.places.shape(site.path),
+                axes=site.axes,
+                given=given or site.stack != tuple(sorted(site.stack)),
+                stack=site.stack,
+                fields=tuple(field for field, _ in numbers) if same else site.fields,
+            )
+        return NameTable.of(rows)
+
+
+def find_places(
+    checkpoint: Checkpoint, places: Places, *, on_tied: OnTied = "error"
+) -> Placement:
+    """Finds the weight of each module of a checkpoint.
+
+    Args:
+        checkpoint: what was read.
+        places: of the params.
+        on_tied: as in `lora_jax.peft.load`.
+
+    Raises:
+        ValueError: if `on_tied` is none that it may be.
+    """
+    checks.check_choice("on_tied", on_tied, ON_TIED)
+    problems, config, modules = Problems(), checkpoint.config, {}
+    check = module_check(config)
+    for name, module in checkpoint.entries.modules.items():
+        with problems.collecting():
+            check(module)
+            modules[name] = module
+    sites = find_sites(places, modules, config, problems)
+    if on_tied == "error":
+        kinds = {name: module.kind for name, module in modules.items()}
+        wrong = tied_adapters(places, sites.values(), kinds, config)
+        problems.lines += wrong.values()
+        sites = {name: site for name, site in sites.items() if name not in wrong}
+    return Placement(checkpoint, places, sites, problems)
+
+
+def assemble(
+    placement: Placement,
+    strict: bool,
+    *,
+    dtype: FileDtype = None,
+    scales_bias: bool = False,
+    on_tied: OnTied = "error",
+) -> Loaded:
+    """Makes of a checkpoint the adapters and the plan of some params.
+
+    Args:
+        placement: where its adapters belong.
+        strict: whether what does not fit is an error.
+        dtype: of the adapters; as in `lora_jax.peft.load`.
+        scales_bias: whether the adapters multiply the biases of their layers too.
+        on_tied: as in `lora_jax.peft.load`.
+
+    Raises:
+        CheckpointError: as `lora_jax.peft.load`.
+    """
+    checkpoint, places, sites, problems = placement
+    dtype = check_dtype(dtype)
+    if dtype != "file":
+        checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
+    _LOG.info("%s\n%s", checkpoint.where, placement.table())
+    replaced = Replaced(places)
+    twice = put_leaves(checkpoint, places, sites, replaced, problems, on_tied)
+    sites = {name: site for name, site in sites.items() if name not in twice}
+    problems.lines[:0] = places.unused_names()
+    problems.lines += find_missing(
+        checkpoint.config, checkpoint.entries, places, sites.values()
+    )
+    if scales_bias:
+        problems.lines += find_biased(places, sites.values())
+    problems.settle(checkpoint.where, strict)
+    try:
+        placed = make_adapters(checkpoint, places, sites, replaced)
+        whole = replaced.finish(checkpoint.where)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.where}: {error}") from None
+    if not placed and not whole:
+        why = problems.lines[0] if problems.lines else "it has nothing to put there."
+        raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params: {why}")
+    adapters = {
+        path: {
+            name: _to_jax(checkpoint.where, f"{path}:{name}", array, dtype)
+            for name, array in own.arrays.items()
+        }
+        for path, own in placed.items()
+    }
+    return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
+
+
+def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:
+    if dtype not in (None, "file"):
+        try:
+            array = tensor_files.cast(repr(name), array, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+    return tensor_files.to_jax(where, name, array)
 
 
 def load(
@@ -106,8 +254,8 @@ def load(
     checks.check_flags(strict=strict)
     places = _places(params, fn, args, plan, names, layout)
     checkpoint = open_checkpoint(directory, allow_fields)
-    placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
-    return _placing.put(placement, strict, dtype=dtype, on_tied=on_tied)
+    placement = find_places(checkpoint, places, on_tied=on_tied)
+    return assemble(placement, strict, dtype=dtype, on_tied=on_tied)
 
 
 def match_names(
@@ -146,7 +294,7 @@ def match_names(
     """
     checkpoint = open_checkpoint(directory, allow_fields)
     places = _places(params, fn, args, plan, names, layout)
-    placement = _placing.find_places(checkpoint, places, on_tied=on_tied)
+    placement = find_places(checkpoint, places, on_tied=on_tied)
     for name in (*checkpoint.entries.wholes, *checkpoint.entries.tokens):
         for key in (name, name.rpartition(".")[0]):
             places.given(key)

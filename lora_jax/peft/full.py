@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.keys import Dims
-from lora_jax.peft.layout import _SWAPPED, KERNEL, Index, readings, size_of
+from lora_jax.peft.layout import (
+    KERNEL,
+    SWAPPED,
+    Index,
+    has_room,
+    readings,
+    shared_ways,
+    size_of,
+)
 from lora_jax.peft.leaves import Places, Problems
 from lora_jax.peft.names import (
     BIAS,
@@ -16,6 +24,7 @@ from lora_jax.peft.names import (
     is_embedding,
     lacking_fields,
     last_word,
+    name_indices,
     split_path,
 )
 
@@ -107,9 +116,7 @@ def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
     found = places.search(words.words, (words.leaf,))
     fitting = []
     for path, indices in found:
-        numbers = lacking_fields(module, path)
-        if tuple(number for _, number in numbers) != indices:
-            numbers = tuple((f"index{i}", n) for i, n in enumerate(indices))
+        numbers = name_indices(module, path, indices)
         spot = _ways(places, name, path, numbers, shape)
         fitting += [spot] if spot.ways else []
     if len(fitting) > 1:
@@ -171,9 +178,11 @@ def _ways(
     stacked = "b" if known.count("b") >= len(numbers) else "b?"
     ways: dict[object, Way] = {}
     turned: dict[object, Way] = {}
+    indices = [number for _, number in numbers]
     for stack in itertools.permutations(range(len(own)), len(numbers)):
-        room = all(n < own[a] for (_, n), a in zip(numbers, stack, strict=True))
-        if not room or any(known[axis] not in stacked for axis in stack if known):
+        if not has_room(own, stack, indices) or any(
+            known[axis] not in stacked for axis in stack if known
+        ):
             continue
         rest = tuple(n for axis, n in enumerate(own) if axis not in stack)
         letters = "".join(x for axis, x in enumerate(known) if axis not in stack)
@@ -227,12 +236,12 @@ def _matrix_forms(
     if known and set(known) <= set("io"):
         letters = known
         if places.known.looked_up(path):  # of rows, which are the outputs of a head
-            letters = known.translate(_SWAPPED)
+            letters = known.translate(SWAPPED)
         return ([letters] if _sizes(rest, letters) == shape else []), True
     rows, columns = shape
     straight = readings(rest, "embedding", Dims(rows, columns), "jax")
     across = readings(rest, "linear", Dims(columns, rows), "jax")
-    as_is = [each.axes.translate(_SWAPPED) for each in straight]
+    as_is = [each.axes.translate(SWAPPED) for each in straight]
     transposed = [each.axes for each in across]
     if is_embedding(name.rpartition(".")[0], path):
         return as_is + transposed, True
@@ -251,20 +260,11 @@ def _sizes(shape: tuple[int, ...], letters: str) -> tuple[int, int]:
 def _one_way(places: Places, spots: list[Spot]) -> Way:
     """The one way in which the arrays of a leaf lie."""
     first, shape = spots[0], places.shape(spots[0].path)
-    most = [max(column) for column in zip(*(s.indices for s in spots), strict=False)]
-    counts = {len(spot.numbers) for spot in spots}
-
-    def shared(own: list[tuple[Way, ...]]) -> list[Way]:
-        distinct = dict.fromkeys(own)
-        return [
-            way
-            for way in own[0]
-            if all(way in other for other in distinct)
-            and all(n < shape[a] for n, a in zip(most, way.stack, strict=True))
-        ]
-
-    ways = shared([spot.ways for spot in spots]) if len(counts) == 1 else []
-    turned = shared([spot.turned for spot in spots]) if len(counts) == 1 else []
+    ways, turned = [], []
+    if len({len(spot.numbers) for spot in spots}) == 1:
+        indices = [spot.indices for spot in spots]
+        ways = shared_ways(shape, [spot.ways for spot in spots], indices)
+        turned = shared_ways(shape, [spot.turned for spot in spots], indices)
     if not ways:
         raise CheckpointError(
             f"{', '.join(repr(spot.name) for spot in spots[:8])} all go to {first.path!r} "

@@ -23,6 +23,8 @@ from lora_jax.peft.names import (
     template_parts,
 )
 
+__all__ = ["NameTable"]
+
 GivenPath: TypeAlias = str | tuple[str, str]
 """The path of a weight, or that and the letters of its axes."""
 NamesArgument: TypeAlias = (

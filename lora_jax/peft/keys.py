@@ -207,11 +207,6 @@ class Parameters:
         return [f"{owner}.{last}" if owner else last for _, last in found]
 
 
-def parameter_names(owner: str, parameters: Iterable[str]) -> list[str]:
-    """The parameters of a module that a config's `target_parameters` name."""
-    return Parameters(parameters).of(owner)
-
-
 def as_experts(
     where: str,
     modules: Mapping[str, Module],

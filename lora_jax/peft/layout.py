@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,7 @@ LAYOUTS = ("jax", "torch")
 # Axes that a checkpoint has a module for each index of: layers, and layers with experts.
 _MOST_STACKED = 2
 Index: TypeAlias = tuple[int, ...]
-_SWAPPED = str.maketrans("io", "oi")
+SWAPPED = str.maketrans("io", "oi")
 KERNEL = "kernel"
 
 
@@ -83,33 +83,6 @@ def _essence(shape: tuple[int, ...], axes: str, stack: tuple[int, ...]) -> objec
     return letters, tuple(axis if shape[axis] > 1 else None for axis in stack)
 
 
-def fitting_axes(
-    shape: tuple[int, ...],
-    kind: Kind,
-    dims: Dims,
-    layout: Layout,
-    *,
-    fan_in_fan_out: bool = False,
-    stacked: int = 0,
-) -> str | None:
-    """The letters of the first of `readings`; None if there is none.
-
-    Args:
-        shape: as in `readings`, as are the next four.
-        kind: of the module.
-        dims: the sizes that the module has.
-        layout: `"jax"` or `"torch"`.
-        fan_in_fan_out: what decides where a square torch weight may lie either way.
-        stacked: how many axes the weight has that are indexes of modules.
-    """
-    found = readings(
-        shape, kind, dims, layout, fan_in_fan_out=fan_in_fan_out, count=stacked
-    )
-    if kind == "experts" and layout == "torch" and len({each.axes for each in found}) > 1:
-        return None
-    return found[0].axes if found else None
-
-
 @functools.lru_cache(maxsize=4096)
 def known_readings(
     shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, count: int
@@ -133,19 +106,6 @@ def known_readings(
         ):
             found.setdefault(_essence(shape, axes, stack), Reading(axes, stack))
     return tuple(found.values())
-
-
-def axes_fit(shape: tuple[int, ...], axes: str, dims: Dims, stacked: int) -> bool:
-    """Whether a weight, with the letters of its axes, has the sizes of a module.
-
-    Args:
-        shape: of the weight.
-        axes: one letter for each axis, as in `LoraConfig.axes`.
-        dims: the sizes that the module has.
-        stacked: how many of the batch axes, the first, are indexes of modules.
-    """
-    batch = tuple(axis for axis, letter in enumerate(axes) if letter == "b")
-    return len(axes) == len(shape) and _sizes_fit(shape, axes, dims, batch[:stacked])
 
 
 def _sizes_fit(
@@ -203,10 +163,9 @@ def turned_readings(
 ) -> tuple[Reading, ...]:
     """The readings of a weight that lies the other way than `layout="jax"` says."""
     if kind == "linear":
-        swapped = str.maketrans("io", "oi")
         other = Dims(dims.n_out, dims.n_in)
         found = readings(shape, "linear", other, "jax", count=count)
-        return tuple(each._replace(axes=each.axes.translate(swapped)) for each in found)
+        return tuple(each._replace(axes=each.axes.translate(SWAPPED)) for each in found)
     if kind == "convolution":
         return readings(shape, kind, dims, "torch", count=count)
     if kind == "experts":
@@ -311,6 +270,30 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     first, second = (np.ascontiguousarray(each).reshape(-1) for each in (one, other))
     return np.array_equal(first.view(np.uint8), second.view(np.uint8))
+
+
+def shared_ways(
+    shape: tuple[int, ...], options: list[tuple[Any, ...]], indices: list[Index]
+) -> list[Any]:
+    """The ways to see a leaf that all its modules share, with room for their indexes.
+
+    Args:
+        shape: of the leaf.
+        options: of each module the ways to see the leaf, each with a `stack`.
+        indices: of each module, as many for all.
+    """
+    most = [max(column) for column in zip(*indices, strict=True)]
+    distinct = dict.fromkeys(options)
+    return [
+        way
+        for way in options[0]
+        if has_room(shape, way.stack, most) and all(way in other for other in distinct)
+    ]
+
+
+def has_room(shape: tuple[int, ...], stack: Index, indices: Iterable[int]) -> bool:
+    """Whether the stacked axes of a weight are as long as indexes need."""
+    return all(n < shape[axis] for n, axis in zip(indices, stack, strict=True))
 
 
 def common_dtype(*dtypes: np.dtype) -> np.dtype:

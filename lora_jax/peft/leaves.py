@@ -119,8 +119,6 @@ class Places:
         names: what the caller gave.
         layout: of the leaves; None if the caller did not say.
         known: of the axes of the leaves.
-        tied: whether one leaf is the embedding and the output head; None if the caller
-            did not say.
 
     Raises:
         TypeError, ValueError: if an argument is none that it may be.
@@ -132,12 +130,9 @@ class Places:
         names: NamesArgument = None,
         layout: Layout | None = None,
         known: Known = Known(),  # noqa: B008
-        tied: bool | None = None,
     ) -> None:
         if layout is not None:
             checks.check_choice("layout", layout, LAYOUTS)
-        if tied is not None:
-            checks.check_flags(tied=tied)
         if names is not None and not callable(names) and not isinstance(names, Mapping):
             raise TypeError(
                 "names must be a dict from the names of modules to paths, or a function, "
@@ -146,7 +141,7 @@ class Places:
         self.leaves = leaves
         self.given_layout = layout
         self.layout: Layout = layout or "jax"
-        self.known, self.tied = known, tied
+        self.known = known
         self._names, self._used = names, set[str]()
         self._templates = by_mask(names if isinstance(names, Mapping) else ())
         self._index = index_paths(leaves)

@@ -31,7 +31,7 @@ from lora_jax.peft.replaced import Replaced, put_leaves
 from lora_jax.peft.tied import ON_TIED, OnTied, tied_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 
-__all__ = ["Loaded", "NameTable", "load", "match_names", "replace_leaves"]
+__all__ = ["Loaded", "load", "match_names", "replace_leaves"]
 
 _LOG = logging.getLogger("lora_jax.peft")
 

@@ -9,13 +9,22 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.given import Given
 from lora_jax.peft.keys import Dims, Kind, Module, Parameters, nesting, without_wrapper
-from lora_jax.peft.layout import Reading, known_readings, readings, turned_readings
+from lora_jax.peft.layout import (
+    SWAPPED,
+    Reading,
+    has_room,
+    known_readings,
+    readings,
+    shared_ways,
+    turned_readings,
+)
 from lora_jax.peft.leaves import Places, Problems, agrees
 from lora_jax.peft.names import (
     WEIGHT,
     Found,
     Numbers,
     lacking_fields,
+    name_indices,
     split_name,
     split_path,
 )
@@ -163,9 +172,9 @@ def _shows_layout(claims: list[Claim]) -> bool:
 def _settle(places: Places, claims: list[Claim]) -> Iterator[Site]:
     """The sites of the modules of one leaf, which has to be seen in one way."""
     first = claims[0]
-    most = [max(column) for column in zip(*(c.indices for c in claims), strict=True)]
-    found = _in_all(places, [c.readings for c in claims], first.path, most)
-    turned = _in_all(places, [c.turned for c in claims], first.path, most)
+    shape, indices = places.shape(first.path), [claim.indices for claim in claims]
+    found = shared_ways(shape, [claim.readings for claim in claims], indices)
+    turned = shared_ways(shape, [claim.turned for claim in claims], indices)
     if not found:
         last = max(claims, key=lambda claim: claim.indices)
         raise CheckpointError(
@@ -182,24 +191,6 @@ def _settle(places: Places, claims: list[Claim]) -> Iterator[Site]:
         fields = tuple(field for field, _ in claim.numbers)
         name = claim.module.name, claim.name, claim.path
         yield Site(*name, axes, claim.indices, stack, fields)
-
-
-def _in_all(
-    places: Places, own: list[tuple[Reading, ...]], path: str, most: list[int]
-) -> list[Reading]:
-    """The readings that all modules of a leaf share, with room for all their indexes."""
-    shape, distinct = places.shape(path), dict.fromkeys(own)
-    return [
-        each
-        for each in own[0]
-        if _has_room(shape, each, most) and all(each in other for other in distinct)
-    ]
-
-
-def _has_room(shape: tuple[int, ...], reading: Reading, indices: Iterable[int]) -> bool:
-    """Whether the stacked axes of a weight are as long as indexes need."""
-    pairs = zip(indices, reading.stack, strict=True)
-    return all(index < shape[axis] for index, axis in pairs)
 
 
 def _open_error(places: Places, claim: Claim, found: list[Reading]) -> CheckpointError:
@@ -256,9 +247,7 @@ def _fitting(
     """The leaves that have the sizes of a module."""
     name = name or without_wrapper(module.name)
     for path, indices in found:
-        numbers = lacking_fields(name, path)
-        if tuple(number for _, number in numbers) != indices:
-            numbers = tuple((f"index{i}", n) for i, n in enumerate(indices))
+        numbers = name_indices(name, path, indices)
         claim = _read_claim(places, module, name, path, numbers, fan_in_fan_out)
         if claim.readings:
             yield claim
@@ -293,7 +282,7 @@ def _read_claim(
     if not by_shape:
         found = known_readings(shape, known, kind, dims, count)
         if not found and axes is None and places.known.tie(path):
-            swapped = known.translate(str.maketrans("io", "oi"))
+            swapped = known.translate(SWAPPED)
             found = known_readings(shape, swapped, kind, dims, count)
     else:
         own = {"fan_in_fan_out": fan_in_fan_out, "count": count}
@@ -312,7 +301,7 @@ def _read_claim(
         stack = tuple(order.get(field, -1) for field, _ in numbers)
         found = tuple(each for each in found if each.stack == stack)
     found, turned = (
-        tuple(each for each in both if _has_room(shape, each, indices))
+        tuple(each for each in both if has_room(shape, each.stack, indices))
         for both in (found, turned)
     )
     return Claim(module, name, path, numbers, found, turned if found else (), by_shape)

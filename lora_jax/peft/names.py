@@ -226,11 +226,6 @@ def _parts(words: tuple[str, ...]) -> set[str]:
     return found
 
 
-def lacking(name: str, path: str) -> tuple[int, ...]:
-    """The numbers of a module's name that a path lacks: which of a stack it is."""
-    return tuple(number for _, number in lacking_fields(name, path))
-
-
 def lacking_fields(name: str, path: str) -> Numbers:
     """The numbers of a module's name that a path lacks, with their fields."""
     words = split_name(name)
@@ -241,6 +236,14 @@ def lacking_fields(name: str, path: str) -> Numbers:
         if first is not None:
             left.remove(first)
     return tuple(left)
+
+
+def name_indices(name: str, path: str, indices: tuple[int, ...]) -> Numbers:
+    """The numbers of a name that are indexes of the leaf at a path, with their fields."""
+    numbers = lacking_fields(name, path)
+    if tuple(number for _, number in numbers) == indices:
+        return numbers
+    return tuple((f"index{i}", number) for i, number in enumerate(indices))
 
 
 def name_fields(name: str) -> tuple[str, ...]:

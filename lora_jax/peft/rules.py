@@ -199,16 +199,6 @@ class Rules:
         return "matched"
 
 
-def matched(config: PeftConfig, name: str) -> bool:
-    """Whether a module has an adapter, as far as its name says; see `Rules.matched`."""
-    return Rules(config).matched(name)
-
-
-def verdict(config: PeftConfig, targets: Targets, name: str) -> Verdict:
-    """What the rules say of one module; see `Rules.verdict`."""
-    return Rules(config).verdict(name, targets)
-
-
 def _check_modules(modules: Any) -> None:
     if not isinstance(modules, Mapping):
         raise TypeError(

@@ -95,7 +95,7 @@ def test_templates():
     assert module_names.numbers_in("l.q", "l.q") == ()
     assert module_names.fill_numbers("l.{}.e.{}", (3,)) == "l.3.e.{}"
     assert module_names.fill_numbers("{odd}.{}", (3,)) == "{odd}.3"
-    assert module_names.lacking("l.1.e.2.q", "x/l_2/q/kernel") == (1,)
+    assert module_names.lacking_fields("l.1.e.2.q", "x/l_2/q/kernel") == (("l", 1),)
 
 
 def test_names_of_paths():

@@ -9,10 +9,9 @@ from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.patterns import pattern_key
 from lora_jax.peft.rules import (
     ModuleMatch,
+    Rules,
     match_modules,
-    matched,
     select_modules,
-    verdict,
 )
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft_json"
@@ -48,8 +47,9 @@ def test_names_of_the_reference():
     assert {row[2] for row in rows} == {True, False, "excluded"}
     for fields, name, want in rows:
         config = config_of(**fields)
-        assert matched(config, name) is (want is True), (fields, name)
-        excluded = verdict(config, config.target_modules, name) == "excluded"
+        rules = Rules(config)
+        assert rules.matched(name) is (want is True), (fields, name)
+        excluded = rules.verdict(name, config.target_modules) == "excluded"
         assert excluded is (want == "excluded"), (fields, name)
 
 
@@ -113,14 +113,14 @@ def test_all_linear_leaves_one_kind_of_head_out():
 def test_whole_names_are_in_every_layer():
     fields = {"target_modules": ["m.layers.0.q", "up"], "layers_to_transform": [1]}
     names = ["m.layers.0.q", "m.layers.0.up", "m.layers.1.q", "m.layers.1.up"]
-    got = [matched(config_of(**fields), name) for name in names]
+    got = [Rules(config_of(**fields)).matched(name) for name in names]
     assert got == [True, False, False, True]
 
 
 def test_what_is_inside_a_saved_module_is_left_out():
     config = config_of(target_modules=["dense"], modules_to_save=["head"])
     names = ["head.dense", "m.head.dense", "ahead.dense", "m.headed.dense"]
-    assert [matched(config, name) for name in names] == [False, False, True, True]
+    assert [Rules(config).matched(name) for name in names] == [False, False, True, True]
 
 
 def test_a_key_with_signs_names_itself():
@@ -132,7 +132,7 @@ def test_a_key_with_signs_names_itself():
 def test_only_parameters_are_targeted():
     config = config_of(target_parameters=["experts.up"])
     assert match_modules(config, MODULES) == {}
-    assert not matched(config, "experts")
+    assert not Rules(config).matched("experts")
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_wrong_arguments():
     with pytest.raises(KeyError, match=r"no module 'scores' .* nearest names are 'score'"):
         all_linear(output_embedding="scores")
     with pytest.raises(ValueError, match="goes by the classes"):
-        matched(config_of(target_modules="all-linear"), "q")
+        Rules(config_of(target_modules="all-linear")).matched("q")
     with pytest.raises(ValueError, match="target_modules is None"):
-        matched(config_of(), "q")
+        Rules(config_of()).matched("q")
 
 
 def tree(layers=2):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax._core import checks
-from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import tensor_files
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
@@ -281,12 +280,12 @@ def make_plan(
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     return AdapterPlan(
         config=_lora_config(config, targets),
-        targets=FrozenDict(targets),
-        skipped=FrozenDict({p: _NOT_ADAPTED for p in places.leaves if p not in targets}),
-        uses=FrozenDict(
-            dict(places.known.uses)
-            | {path: (own.use,) for path, own in placed.items() if own.use}
-        ),
+        targets=targets,
+        skipped={p: _NOT_ADAPTED for p in places.leaves if p not in targets},
+        uses={
+            **places.known.uses,
+            **{path: (own.use,) for path, own in placed.items() if own.use},
+        },
         total=selection.count(leaves.values()),
     )
 

@@ -302,7 +302,7 @@ class TestErrors:
         plan = plan_of(None, params, axes={"w": "bio"}, use_dora=True)
         with pytest.raises(ValueError, match=r"or an array of the batch axes \(3,\), got"):
             lora_jax.adapt(model, plan, scales={"w": jnp.ones(4)})
-        with pytest.raises(TypeError, match=r"the scale must be floating point, got dtype c"):
+        with pytest.raises(TypeError, match=r"the scale must be floating point, got dt"):
             lora_jax.adapt(model, plan, scales={"w": jnp.ones(3, "complex64")})
         norms = {"w": jnp.ones((3, 4))}
         with pytest.raises(ValueError, match=r"column_norms are given for a weight whose"):

@@ -1,7 +1,7 @@
-"""Checks of what callers give, with messages that say what to do.
+"""Checks of arguments, with error messages that say what to do.
 
-Shapes and dtypes are static, so under `jax.jit` these cost nothing at run time. Values
-are looked at only where they are known: of Python numbers and of arrays outside a trace.
+Shapes and dtypes are static, so under `jax.jit` these checks cost nothing at run time.
+Values are checked only if they are known: Python numbers, and arrays outside a trace.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def is_array(value: Any) -> bool:
 
 
 def has_jax_dtype(value: Any) -> bool:
-    """Whether JAX has arrays of the dtype, in some byte order: not objects or strings."""
+    """Whether JAX has arrays of this dtype, in any byte order: not objects or strings."""
     dtype = value.dtype
     return any(
         jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_, jax.dtypes.extended)
@@ -45,7 +45,7 @@ def check_array(name: str, value: Any) -> None:
 
 
 def check_has_values(name: str, value: Any) -> None:
-    """Raises if `value`, or an array of a quantized one, is abstract or deleted."""
+    """Raises if `value`, or an array of a quantized `value`, is abstract or deleted."""
     for leaf in jax.tree.leaves(value):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
@@ -58,7 +58,7 @@ def check_has_values(name: str, value: Any) -> None:
 
 
 def check_not_deleted(name: str, array: jax.Array) -> None:
-    """Raises if the values of an array outside a trace are gone."""
+    """Raises if an array outside a trace has been deleted."""
     if array.is_deleted():
         raise ValueError(
             f"{name} has been deleted or donated, for example to an earlier merge or to a "
@@ -68,7 +68,7 @@ def check_not_deleted(name: str, array: jax.Array) -> None:
 
 
 def check_byte_order(name: str, value: Any) -> None:
-    """Raises if an array has a byte order that JAX does not take."""
+    """Raises if an array has a byte order that JAX does not support."""
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         raise TypeError(
             f"{name} has the byte order of dtype {value.dtype.str!r}, which JAX does not "
@@ -122,7 +122,7 @@ def check_weight(name: str, weight: Any, *, abstract: bool = False) -> None:
 
 
 def check_weight_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raises unless `shape` is that of a matrix or a stack of them."""
+    """Raises unless `shape` is the shape of a matrix or of a stack of matrices."""
     if len(shape) < 2 or 0 in shape:
         raise ValueError(
             f"{name} must have a shape (*batch, in, out) without empty axes, got "
@@ -143,7 +143,7 @@ def check_rank(rank: Any) -> None:
 
 
 def as_index(name: str, value: Any, what: str = "an integer") -> int:
-    """An integer as Python's own; raises TypeError for anything else, bools among them."""
+    """Converts an integer to an `int`; raises TypeError for other types and for bools."""
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -155,7 +155,7 @@ def as_index(name: str, value: Any, what: str = "an integer") -> int:
 
 
 def check_factor_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype of factors that a caller gave.
+    """Checks the dtype of factors and returns it.
 
     Raises:
         TypeError: unless it is floating point and of at least 16 bits.
@@ -190,7 +190,7 @@ def check_key(name: str, key: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises unless `value` is a finite real number or a scalar array of one."""
+    """Raises unless `value` is a finite real number, or a scalar array of it."""
     if isinstance(value, bool | np.bool_) or not isinstance(
         value, int | float | np.number | np.ndarray | jax.Array
     ):
@@ -238,7 +238,7 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def check_dropout(rate: Any, key: Any) -> None:
-    """Raises unless `rate` is a static number in [0, 1), with a key where it is not 0."""
+    """Raises unless `rate` is a static number in [0, 1), and has a key if it is not 0."""
     check_rate("dropout_rate", rate)
     if rate and key is None:
         raise ValueError(
@@ -257,7 +257,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_fields(what: str, given: Any, allowed: Sequence[str]) -> None:
-    """Raises unless `given` is a dict, as JSON has it, with keys of `allowed` only."""
+    """Raises unless `given` is a JSON object with no other fields than `allowed`."""
     if not isinstance(given, dict):
         raise ValueError(f"{what} must be a JSON object, got {type(given).__name__}.")
     for name in given:
@@ -271,12 +271,12 @@ def check_fields(what: str, given: Any, allowed: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def reading_json(what: str, text: Any) -> Iterator[Any]:
-    """Yields what a JSON text holds.
+    """Parses a JSON text and yields its value.
 
     Raises:
-        TypeError: if it is no text.
-        ValueError: if it is no JSON, is nested thousands of times, names a field of an
-            object twice, or has a number that is not finite, for which JSON has no word.
+        TypeError: if it is not text.
+        ValueError: if it is not JSON, is nested too deeply, has a field twice in one
+            object, or has a number that is not finite, which JSON does not allow.
     """
     if not isinstance(text, str | bytes | bytearray):
         raise TypeError(
@@ -312,7 +312,7 @@ def _refuse_constant(word: str) -> None:
 
 
 def check_json(name: str, value: Any, kind: type, what: str) -> None:
-    """Raises TypeError unless a value of a JSON text is of a Python type, exactly."""
+    """Raises TypeError unless a value from a JSON text has exactly this Python type."""
     if type(value) is not kind:
         raise TypeError(
             f"{name} must be {what}, got {value!r:.60} ({type(value).__name__})."
@@ -370,7 +370,7 @@ def check_bias(name: str, bias: Any, weight_shape: tuple[int, ...]) -> None:
 def at_path(path: str) -> Iterator[None]:
     """Puts the path of a leaf in front of the message of an error.
 
-    An error of a class that is not made of a message becomes the built-in one it is of.
+    If the error's class has a constructor of its own, its built-in base class is raised.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""What differs between the versions of JAX, and what is not public in all of them.
+"""Differences between versions of JAX, and names that are not public in all of them.
 
-Each guard compares a version, so that raising the floor in `pyproject.toml` shows which
-of them to delete. A guard on something that changed in a patch release asks JAX instead,
-and names the version in a comment. `jax.extend` is imported here and nowhere else.
+Each guard compares a version. So when `pyproject.toml` requires a newer JAX, it is clear
+which guards to delete. If something changed in a patch release, the guard tests for the
+feature instead, and a comment has the version. Only this module imports `jax.extend`.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ T = TypeVar("T")
 Literal = core.Literal
 Equation = core.JaxprEqn
 
-# Files whose lines are of no interest to the user.
+# Files whose lines do not help the user: those of lora_jax and JAX.
 _HIDDEN = tuple(
     f"{folder}{os.sep}"
     for folder in (pathlib.Path(__file__).parents[1], pathlib.Path(jax.__file__).parent)
 )
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
-# Packages of layers and checks, which a model is written with.
+# Libraries of layers and checks that models use.
 _LAYERS = (
     *("beartype", "chex", "einops", "equinox", "flax", "haiku", "jaxlib", "jaxtyping"),
     *("keras", "numpy", "optax", "typeguard"),
@@ -38,34 +38,34 @@ _LAYERS = (
 
 
 def explicit_spec(x: jax.Array) -> tuple[Any, ...]:
-    """The mesh axes of each axis of `x` that are part of its type.
+    """The explicit mesh axes of each axis of `x`.
 
-    None for each axis, unless the mesh has explicit axes and shards that axis with them.
+    An entry is None if no explicit mesh axis shards that axis.
     """
     return tuple(jax.typeof(x).sharding.spec)
 
 
 def explicit_sharding(x: jax.Array) -> PartitionSpec | None:
-    """How `x` is sharded along explicit axes, as an `out_sharding`; None if it is not."""
+    """The sharding of `x` along explicit axes, as an `out_sharding`; None without one."""
     spec = explicit_spec(x)
     return PartitionSpec(*spec) if any(spec) else None
 
 
 def mesh_of(kind: Any) -> AbstractMesh:
-    """The mesh in the type of an array; one without axes if there is none."""
+    """The mesh in the type of an array; an empty mesh if there is none."""
     mesh = getattr(getattr(kind, "sharding", None), "mesh", None)
     return AbstractMesh((), ()) if mesh is None else mesh
 
 
 def has_explicit_axes(mesh: Any, without: Collection[str] = ()) -> bool:
-    """Whether a mesh has explicit axes, other than those."""
+    """Whether a mesh has explicit axes, not counting those in `without`."""
     kinds = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
     explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
     return not set(explicit) <= set(without)
 
 
 def on_mesh(mesh: AbstractMesh) -> Any:
-    """A context in which a mesh is the one of the program."""
+    """A context in which `mesh` is the current mesh."""
     if jax.__version_info__ < (0, 8, 0):  # had no public name
         from jax._src.mesh import use_abstract_mesh
 
@@ -74,18 +74,18 @@ def on_mesh(mesh: AbstractMesh) -> Any:
 
 
 def on_mesh_of(x: jax.Array) -> Any:
-    """A context in which the mesh in the type of `x` is the one of the program."""
+    """A context in which the mesh in the type of `x` is the current mesh."""
     return on_mesh(mesh_of(jax.typeof(x)))
 
 
 def is_automatic() -> bool:
-    """Whether the program is on a mesh here, and none of its axes are explicit."""
+    """Whether there is a current mesh and none of its axes are explicit."""
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.axis_names) and not has_explicit_axes(mesh)
 
 
 def as_current(x: Any) -> Any:
-    """An array on the mesh of the program here, in its kinds of axes."""
+    """An array on the current mesh, with the current types of axes."""
     mesh = jax.sharding.get_abstract_mesh()
     own = mesh_of(jax.typeof(x)) if isinstance(x, jax.Array) else mesh
     if mesh == own or not mesh.axis_names or not own.axis_names:
@@ -94,7 +94,7 @@ def as_current(x: Any) -> Any:
 
 
 def automatically(function: Callable[..., T], mesh: AbstractMesh, *values: Any) -> T:
-    """`function(*values)` on a mesh, with the explicit axes of that automatic."""
+    """Calls `function(*values)` on a mesh whose explicit axes are made automatic."""
     if has_explicit_axes(mesh):
         with on_mesh(automatic_mesh(mesh)):
             return function(*jax.tree.map(lambda x: as_automatic(x, mesh), values))
@@ -112,21 +112,22 @@ def explicit_mesh(equation: Any) -> AbstractMesh | None:
 
 
 def on_mesh_of_equation(equation: Any) -> Any:
-    """A context in which the mesh is the one that the equation was traced on."""
+    """A context in which the current mesh is the one that the equation was traced on."""
     return equation.ctx.manager
 
 
 def automatic_mesh(mesh: AbstractMesh) -> AbstractMesh:
-    """The mesh with its explicit axes automatic."""
+    """The mesh with its explicit axes made automatic."""
     kinds = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
     explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
     return mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
 
 
 def as_automatic(x: Any, mesh: AbstractMesh) -> Any:
-    """An array on a mesh without explicit axes. It stays where it lies.
+    """An array on a mesh without explicit axes; its data are not moved.
 
-    One of another mesh stays as it is, unless that has explicit axes, or no axes.
+    An array of another mesh is returned unchanged, unless its mesh has explicit axes, or
+    no axes.
     """
     if not isinstance(x, jax.Array):
         return x
@@ -136,12 +137,12 @@ def as_automatic(x: Any, mesh: AbstractMesh) -> Any:
 
 
 def replicated(x: Any, mesh: AbstractMesh) -> Any:
-    """An array of that mesh in its type, with no explicit axis along any of its own."""
+    """An array with `mesh` in its type, replicated over the explicit axes."""
     return retyped(x, NamedSharding(mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def retyped(x: Any, sharding: NamedSharding) -> Any:
-    """An array with a sharding in its type, on this or another kind of mesh axes."""
+    """An array with `sharding` in its type; the types of the mesh axes may change."""
     if not isinstance(x, jax.Array) or not sharding.mesh.axis_names:
         return x
     kind: Any = jax.typeof(x).sharding
@@ -157,12 +158,12 @@ def retyped(x: Any, sharding: NamedSharding) -> Any:
 
 
 def pads_sharded_axes() -> bool:
-    """Whether XLA keeps the order of entries of a sharded axis that a program pads."""
-    return jax.__version_info__ >= (0, 9, 0)  # that of 0.7.0 does not
+    """Whether XLA keeps the order of entries when a program pads a sharded axis."""
+    return jax.__version_info__ >= (0, 9, 0)  # JAX 0.7.0 does not
 
 
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
-    """The mesh axes along which `x` differs inside `jax.shard_map`, as far as is known."""
+    """The mesh axes over which `x` may vary inside `jax.shard_map`."""
     aval: Any = jax.typeof(x)
     if jax.__version_info__ < (0, 10, 0):
         return tuple(sorted(aval.vma))
@@ -170,19 +171,19 @@ def varying_axes(x: jax.Array) -> tuple[str, ...]:
 
 
 def compute_on(function: Callable[..., Any], equation: Any) -> Callable[..., Any]:
-    """The function, computed where an equation of `jax.experimental.compute_on` is."""
+    """Runs a function where a `jax.experimental.compute_on` equation runs."""
     parameters = dict(equation.params)
     del parameters["jaxpr"]
     options = parameters.pop("compiler_options_json", None)
     if options is not None:
         parameters["compiler_options"] = json.loads(options)
-    # JAX < (0, 11, 1): a context manager has the name
+    # JAX < (0, 11, 1): `compute_on` is a context manager
     at: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
     return at(function, **parameters)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
-    """A jaxpr, closed or not, as one with its constants."""
+    """A jaxpr, closed or open, as an open jaxpr and its constants."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     return inner, list(getattr(jaxpr, "consts", ()))
 
@@ -190,8 +191,9 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 def body_of(equation: Any) -> tuple[Any, list[Any]] | None:
     """The jaxpr that an equation calls on its operands, and its constants.
 
-    For reading only: what the equation does besides (a derivative, a partition) is not in
-    it. None if there is none, as for a callback, or it is one on references, as a kernel's.
+    It is for reading only, because it lacks the rest of the equation (a derivative, a
+    partition). None for an equation without a jaxpr, such as a callback, and for a jaxpr on
+    references, such as a kernel's.
     """
     of = equation.params
     hi = of.get("_prim")
@@ -210,7 +212,7 @@ def body_of(equation: Any) -> tuple[Any, list[Any]] | None:
 
 
 def _shape_of(atom: Any) -> Any:
-    """The shape of an array; of anything else, such as a reference, its type."""
+    """The shape of an array, or the type of any other value, such as a reference."""
     aval = atom.aval
     return type(aval) if hasattr(aval, "inner_aval") else getattr(aval, "shape", None)
 
@@ -218,10 +220,10 @@ def _shape_of(atom: Any) -> Any:
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 
-    A list if the primitive has several results, else the one result.
+    Returns a list if the primitive has several results, else the single result.
     """
     parameters = equation.primitive.get_bind_params(equation.params)
-    if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions apart
+    if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions are separate
         functions, parameters = parameters
         values = (*functions, *values)
     out = equation.primitive.bind(*values, **parameters)
@@ -232,13 +234,13 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 def bind_one(equation: Any, value: Any) -> Any:
     """Evaluates a primitive of one operand and one result on another value."""
     out = bind(equation, [value])
-    # In some versions of JAX the one result of some of them comes in a list.
+    # In some versions of JAX, some primitives return their single result in a list.
     return out[0] if equation.primitive.multiple_results else out
 
 
 @contextlib.contextmanager
 def at_equation(equation: Any) -> Iterator[None]:
-    """Traces as the equation was: its scope's name, its source line, its mesh."""
+    """Traces with the equation's name scope, source line and mesh."""
     source = equation.source_info
     names = source_info_util.current_name_stack() + source.name_stack
     at_source = source_info_util.user_context(source.traceback, name_stack=names)
@@ -247,11 +249,12 @@ def at_equation(equation: Any) -> Iterator[None]:
 
 
 def source_lines(equation: Any) -> list[str]:
-    """Where an equation was asked for, each line as `file:line (function)`.
+    """The source lines of an equation, each as `file:line (function)`.
 
-    The innermost line of the user. In front of it, if the model is in an installed
-    package, the line of the model: the innermost that is not in a library of layers. Empty
-    where JAX has kept none: it forgets what is around the function that is traced.
+    The last one is the innermost line of the user's code. If the model is in an installed
+    package, the line of the model is in front of it: the innermost line that is not in a
+    library of layers. The list is empty if JAX has no source line: it does not record the
+    frames around the traced function.
     """
     trace = equation.source_info.traceback
     if trace is None:
@@ -295,7 +298,7 @@ def _package(file: str) -> str | None:
 
 
 def _short(file: str) -> str:
-    """A file by its path from here or in its package, or else by its last two names."""
+    """A file's path relative to here or to its package, or else its last two names."""
     path, here = pathlib.Path(file), pathlib.Path.cwd()
     package = _package(file)
     if package is None and path.is_relative_to(here):

@@ -1,8 +1,9 @@
-"""Values for the factors `A` and `B`.
+"""Initializers of the factors `A` and `B`.
 
 An *initializer* is a function `(key, shape, dtype) -> array`, as in
-`jax.nn.initializers`; `shape` is `(*batch, in, rank)` for `A` and `(*batch, rank, out)`
-for `B`, so the fans are the last two axes and leading axes are independent draws.
+`jax.nn.initializers`. `shape` is `(*batch, in, rank)` for `A` and `(*batch, rank, out)`
+for `B`. So the last two axes are fan-in and fan-out, and entries of the leading axes are
+drawn independently.
 """
 
 import functools
@@ -33,7 +34,7 @@ Initializer: TypeAlias = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.A
 """`(key, shape, dtype) -> array` of that shape and dtype."""
 
 Init: TypeAlias = str | Initializer | tuple[str | Initializer, str | Initializer]
-"""What `init` arguments take: the initializer of `A`, or a pair for `A` and `B`."""
+"""The type of `init` arguments: the initializer of `A`, or a pair for `A` and `B`."""
 
 _NAMES = (
     "gaussian",
@@ -47,10 +48,10 @@ _DEFAULT_STD = 0.01
 
 
 def gaussian(std: float = _DEFAULT_STD) -> Initializer:
-    """Makes an initializer that draws from a normal distribution.
+    """Returns an initializer that draws from a normal distribution.
 
     Args:
-        std: standard deviation. peft's `"gaussian"` has `1 / rank`.
+        std: standard deviation. peft's `"gaussian"` uses `1 / rank`.
 
     Returns:
         An initializer.
@@ -138,7 +139,7 @@ def xavier_normal(
 def zeros(
     key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Returns zeros; takes a key as its siblings do, and does not use it.
+    """Returns zeros. It takes a key as the other initializers do, and ignores it.
 
     Args:
         key: not used.
@@ -160,14 +161,14 @@ def orthogonal_pair(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws `A` and `B` that are both non-zero and whose product is zero.
 
-    The columns of `A` and the rows of `B` lie in two subspaces of the rank axis that are
-    orthogonal to each other, so both factors train from the first step on.
+    `A` and `B` use two orthogonal subspaces of the rank axis, so both factors train from
+    the first step on.
 
     Args:
         key: a `jax.random` key.
         a_shape: `(*batch, in, rank)`, with an even rank.
         b_shape: `(*batch, rank, out)`.
-        dtype: of the result. Values are drawn in at least float32 and rounded to it.
+        dtype: of the results. Values are drawn in at least float32 and then rounded.
 
     Returns:
         `A` and `B`, in `dtype`. `A @ B` is zero up to the rounding of `dtype`.
@@ -210,32 +211,32 @@ def init_factors(
     std: float = _DEFAULT_STD,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-    """Makes the factors of one adapter.
+    """Initializes the factors of one adapter.
 
     Args:
-        key: a `jax.random` key. `A` and `B` have a key each, derived from it.
+        key: a `jax.random` key. `A` and `B` use separate keys that are derived from it.
         shape: `(*batch, in, out)` of the weight.
         rank: of the adapter, at least 1; it may exceed `in` and `out`.
         init: one of
 
-            - the name or the function of the initializer of `A`; `B` is zero:
-              `"gaussian"` (with `std`), `"kaiming_uniform"`, `"xavier_uniform"`,
+            - the initializer of `A`, as a function or a name; `B` is then zero. The names
+              are `"gaussian"` (with `std`), `"kaiming_uniform"`, `"xavier_uniform"`,
               `"xavier_normal"`, `"zeros"`;
-            - a pair of those, for `A` and for `B`: `("zeros", "gaussian")` is the choice
-              of a zero `A` and a random `B`;
-            - `"orthogonal"`, which makes both (`orthogonal_pair`).
+            - a pair of initializers, for `A` and for `B`: `("zeros", "gaussian")` means a
+              zero `A` and a random `B`;
+            - `"orthogonal"`, which initializes both (`orthogonal_pair`).
 
-            `"zeros"` alone makes both zero: a place holder that cannot train, because
-            each factor's gradient is a product with the other.
+            `"zeros"` alone makes both factors zero. Such an adapter is a placeholder and
+            cannot train, because each factor's gradient is a product with the other.
         std: the standard deviation of `"gaussian"`.
-        dtype: of the result. Values are drawn in at least float32 and rounded to it.
+        dtype: of the results. Values are drawn in at least float32 and then rounded.
 
     Returns:
         `A (*batch, in, rank)` and `B (*batch, rank, out)`, in `dtype`.
 
     Raises:
-        TypeError: if `key` is no key, `rank` no integer, `dtype` not floating point, or
-            `init` neither a name, a function nor a pair.
+        TypeError: if `key` is not a key, `rank` is not an integer, `dtype` is not floating
+            point, or `init` is not a name, a function or a pair.
         ValueError: if `rank` is below 1, a name is unknown, `std` is given and not used,
             or a function returns another shape or an integer dtype.
     """
@@ -259,7 +260,7 @@ def init_factors(
 
 
 def check_init(init: Init) -> None:
-    """Raises, as `init_factors` does, unless `init` is one that it takes."""
+    """Raises the errors of `init_factors` unless `init` is valid."""
     if isinstance(init, str) and init == "orthogonal":
         return
     for one in init if isinstance(init, tuple) and len(init) == 2 else (init,):
@@ -267,7 +268,7 @@ def check_init(init: Init) -> None:
 
 
 def _bound(scale: float, fan: float, dtype: DTypeLike) -> jax.Array:
-    """Of the uniform distribution of variance `scale / fan`."""
+    """The bound of the uniform distribution of variance `scale / fan`."""
     return jnp.sqrt(3 * jnp.array(scale / fan, numerics.promote(dtype)))
 
 
@@ -278,11 +279,11 @@ def _draw(
     dtype: DTypeLike,
     by: jax.Array,
 ) -> jax.Array:
-    """Numbers of variance 1, or between -1 and 1, times `by`.
+    """Draws numbers of variance 1, or between -1 and 1, and multiplies them by `by`.
 
-    Outside a trace, the numbers are drawn for the next power of two of them, and those that
-    are too many cut off: drawing is what takes long to compile, and so it is compiled for
-    few sizes instead of for every shape. The n-th number is the same.
+    Outside a trace, the size is rounded up to the next power of two, and the extra numbers
+    are cut off. Drawing takes long to compile, and is now compiled for a few sizes, not for
+    every shape. The n-th number does not depend on the size.
     """
     dtype = numerics.promote(dtype)
     draw = _normal if distribution == "normal" else _uniform
@@ -294,7 +295,7 @@ def _draw(
 
 
 def _drawn_by_place(key: jax.Array) -> bool:
-    """Whether each number depends on the key and on its own place only."""
+    """Whether each number depends only on the key and on its own index."""
     is_threefry = str(jax.random.key_impl(key)) == "threefry2x32"
     return is_threefry and bool(jax.config.jax_threefry_partitionable)  # pyright: ignore
 

@@ -1,4 +1,4 @@
-"""What to adapt and how, in the user's words."""
+"""`LoraConfig`: which weights to adapt, and how."""
 
 import dataclasses
 import json
@@ -22,13 +22,14 @@ ALL_LINEAR = "all-linear"
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which weights have an adapter, and what kind.
+    """Selects the weights to adapt and sets the options of their adapters.
 
-    Immutable and hashable; to JAX a static value without leaves. `plan_adapters` makes a
-    plan of it for some params. A *pattern* is a glob on a weight's whole path, such as
-    `"*/query/kernel"`, where `*` also stands for `/`; or a regular expression that has to
-    match the whole path, as an `re.Pattern` or as `"re:..."`. Where a dict has several
-    patterns that match a path, the first counts.
+    A config is immutable and hashable. JAX treats it as a static value without leaves.
+    `plan_adapters` resolves it against params.
+
+    A *pattern* is a glob on a weight's whole path, such as `"*/query/kernel"`, where `*`
+    also matches `/`. Or it is a regular expression that has to match the whole path, as an
+    `re.Pattern` or as `"re:..."`. In a dict of patterns, the first matching pattern wins.
 
     Args:
         rank: of the adapters, at least 1.
@@ -36,24 +37,25 @@ class LoraConfig:
         targets: patterns of the paths of the weights to adapt, or one pattern. Or
             `"all-linear"`: every weight that a matrix product uses.
         exclude: patterns of paths not to adapt, or one pattern.
-        rank_pattern: pattern to rank, for weights with another rank.
-        alpha_pattern: pattern to alpha, for weights with another alpha.
-        axes: pattern to a string of one letter for each axis of the weight, `i` for input,
-            `o` for output and `b` for batch (stacked layers, experts): `"oi"`, `"bio"`.
-            For weights whose axes cannot be found, or are to be other than what is found.
+        rank_pattern: a dict from patterns to ranks, for weights with another rank.
+        alpha_pattern: a dict from patterns to alphas, for weights with another alpha.
+        axes: a dict from patterns to strings such as `"oi"` or `"bio"`, with one letter
+            for each axis of the weight: `i` for input, `o` for output, `b` for batch
+            (stacked layers, experts). It overrides inferred axes, and gives axes that
+            cannot be inferred.
         rank_stabilized: multiply by `alpha / sqrt(rank)` instead.
-        use_dora: the method is DoRA and not LoRA.
+        use_dora: use DoRA, not LoRA.
         dropout: the probability that an entry of an adapter's input is dropped in
             training, in [0, 1).
-        init: of the factors; see `lora_jax.initializers.init_factors`.
-        dtype: of the factors, floating point and of at least 16 bits. None is the
-            weight's, but at least float32.
+        init: the initializer of the factors; see `lora_jax.initializers.init_factors`.
+        dtype: of the factors, floating point and of at least 16 bits. None means the
+            weight's dtype, but at least float32.
 
     Raises:
         TypeError: if a field has the wrong type.
-        ValueError: if a number is out of its range, a pattern is no regular expression, a
-            name is unknown, there are no targets, or an entry of `axes` is not made of
-            the letters i, o and b with an i and an o among them.
+        ValueError: if a number is out of its range, a pattern is not a valid regular
+            expression, a name is unknown, there are no targets, or a string in `axes` has
+            other letters than i, o and b, or lacks an i or an o.
 
     References:
         Rank stabilization: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732. DoRA:
@@ -107,7 +109,7 @@ class LoraConfig:
 
     @property
     def method(self) -> Literal["lora", "dora"]:
-        """The name of the method."""
+        """The name of the method: `"lora"` or `"dora"`."""
         return "dora" if self.use_dora else "lora"
 
     def rank_of(self, path: str) -> int:
@@ -119,12 +121,12 @@ class LoraConfig:
         return tree_paths.look_up(self.alpha_pattern, path, self.alpha)
 
     def scale_of(self, path: str) -> float:
-        """What multiplies `A @ B` at a path: `alpha / rank`, or `alpha / sqrt(rank)`."""
+        """The scale of `A @ B` at a path: `alpha / rank`, or `alpha / sqrt(rank)`."""
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def axes_of(self, path: str) -> str | None:
-        """The letters that `axes` gives the axes of the weight at a path, or None."""
+        """The letters of the weight's axes from `axes`, or None."""
         return tree_paths.look_up(self.axes, path, None)
 
     def to_json(self) -> str:
@@ -152,21 +154,22 @@ class LoraConfig:
         """Reads a config that `to_json` wrote.
 
         Args:
-            text: a JSON object with fields of the config; others have their defaults.
+            text: a JSON object with fields of the config; missing fields get their
+                defaults.
 
         Returns:
             The config.
 
         Raises:
-            TypeError, ValueError: if the text is no JSON, a field is unknown or twice
-                there, or a value is none that the config takes.
+            TypeError, ValueError: if the text is not JSON, a field is unknown or comes
+                twice, or a value is not valid for its field.
         """
         with checks.reading_json("the JSON of a LoraConfig", text) as given:
             return from_fields(given)
 
 
 def from_fields(given: Any) -> LoraConfig:
-    """The config of a JSON object that was read."""
+    """Creates a config from the fields of a JSON object."""
     names = [field.name for field in dataclasses.fields(LoraConfig)]
     checks.check_fields("a LoraConfig", given, names)
     fields = dict(given)
@@ -178,7 +181,10 @@ def from_fields(given: Any) -> LoraConfig:
 
 
 def kept_patterns(patterns: Any) -> tuple[str, ...]:
-    """Patterns of a config (other than `"all-linear"`) as what it keeps them as."""
+    """The patterns of a config, typed as the tuple of text that it stores.
+
+    Not for `"all-linear"`.
+    """
     return patterns
 
 

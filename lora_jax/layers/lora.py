@@ -1,23 +1,24 @@
 """Low-rank adaptation (LoRA) of one weight.
 
-A frozen weight `W (*batch, in, out)` is applied as `x @ W`. Its adapter is a plain dict:
-`A (*batch, in, rank)`, `B (*batch, rank, out)`, and, where a checkpoint has them, the
-biases `A_bias (*batch, rank)` and `B_bias (*batch, out)` of the two products. With
+A frozen weight `W (*batch, in, out)` is applied as `x @ W`. Its adapter is a plain dict
+with `A (*batch, in, rank)` and `B (*batch, rank, out)`. Some checkpoints also have biases
+of the two products, `A_bias (*batch, rank)` and `B_bias (*batch, out)`. With
 `scale = alpha / rank`, or `alpha / sqrt(rank)` if `rank_stabilized`:
 
     y = x @ W + bias + scale * ((x @ A + A_bias) @ B + B_bias)
 
 Dtypes, in every function of this module:
 
-- The result has the dtype of `x @ W`; that of a merge has the dtype of `W`.
+- The result has the dtype of `x @ W`. The result of a merge has the dtype of `W`.
 - The factors are cast to the dtype of `x @ W` for the products, which accumulate in at
   least float32. Base, update and bias are added in at least float32 and rounded once.
-  A merge casts nothing down: it adds in the widest dtype at hand and rounds once.
-- Next to a float16 layer the products with the factors run in float32, since `x @ A` may be
-  out of the range of float16 where `x @ (A @ B)` is not.
-- Gradients of `A` and `B` have the dtypes of `A` and `B`. The products that form them run
-  in the dtype of `x @ W`, so float32 adapters on bfloat16 weights, the usual case, train
-  at the speed of bfloat16 products and keep float32 values.
+  A merge casts nothing to a narrower dtype: it adds in the widest dtype of its arguments
+  and rounds once.
+- In a float16 layer the products with the factors run in float32, because `x @ A` may
+  overflow in float16 even if `x @ (A @ B)` does not.
+- Gradients of `A` and `B` have the dtypes of `A` and `B`. The products for these gradients
+  run in the dtype of `x @ W`. So float32 adapters on bfloat16 weights, the usual case,
+  train at the speed of bfloat16 products and keep float32 values.
 
 References:
     Hu et al., 2021, https://arxiv.org/abs/2106.09685. The paper multiplies from the left,
@@ -48,8 +49,8 @@ __all__ = [
 ]
 
 Adapter: TypeAlias = dict[str, jax.Array]
-"""One weight's trainable arrays by name: `A`, `B`, and where they exist `A_bias`,
-`B_bias` and DoRA's `m`."""
+"""One weight's trainable arrays by name: `A`, `B`, and optionally `A_bias`, `B_bias` and
+DoRA's `m`."""
 
 
 def init_lora_adapter(
@@ -61,19 +62,19 @@ def init_lora_adapter(
     *,
     init: Init = "gaussian",
 ) -> Adapter:
-    """Makes the adapter of one weight: `A` random, `B` zero.
+    """Initializes the adapter of one weight: `A` random, `B` zero.
 
-    A new adapter changes nothing, since `A @ B` is zero. Runs inside `jax.jit` (also with
-    `out_shardings`) and `jax.eval_shape`.
+    A new adapter changes nothing, because `A @ B` is zero. The function works inside
+    `jax.jit` (also with `out_shardings`) and `jax.eval_shape`.
 
     Args:
         key: a `jax.random` key.
         weight: `(*batch, in, out)`, floating point. Only its shape and dtype are used, so
-            a `jax.ShapeDtypeStruct` will do.
+            it may be a `jax.ShapeDtypeStruct`.
         rank: of the adapter, at least 1.
         init_std: standard deviation of `init="gaussian"`.
-        dtype: of the factors. None is the weight's, but at least float32: an optimizer's
-            small steps vanish in 16 bits.
+        dtype: of the factors. None means the weight's dtype, but at least float32: 16 bits
+            would lose an optimizer's small steps.
         init: initializer of `A`, or a pair for `A` and `B`: see
             `lora_jax.initializers.init_factors`.
 
@@ -106,7 +107,7 @@ def lora_delta(
     *,
     rank_stabilized: bool = False,
 ) -> jax.Array:
-    """The update of the weight, `scale * A @ B`.
+    """Computes the low-rank update of the weight, `scale * A @ B`.
 
     Args:
         adapter: `A` and `B`, in any floating-point dtypes.
@@ -115,14 +116,14 @@ def lora_delta(
         rank_stabilized: multiply by `alpha / sqrt(rank)` instead.
 
     Returns:
-        `(*batch, in, out)`, in the wider of the dtypes of `A` and `B`. Formed in at least
-        float32 and rounded once.
+        `(*batch, in, out)`, in the wider of the dtypes of `A` and `B`. Computed in at
+        least float32 and rounded once.
 
     Raises:
         KeyError: if `A` or `B` is missing, or a name is unknown.
         TypeError: if a factor is not floating point or `alpha` is not a real number.
         ValueError: if the factors do not fit each other, `alpha` is not finite, or the
-            adapter has biases or a magnitude, which a delta of the weight would lose.
+            adapter has biases or a magnitude, which the update of the weight would lose.
 
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685.
@@ -148,25 +149,25 @@ def lora_linear(
     dropout_key: jax.Array | None = None,
     dropout_position: Literal["pre", "post"] = "pre",
 ) -> jax.Array:
-    """Applies a frozen linear layer with its adapter; never forms `A @ B`.
+    """Applies a frozen linear layer with its adapter, without forming `A @ B`.
 
-    Pass `x` with all its leading axes. Mapping over tokens with `jax.vmap` instead gives
-    the same values and, on a CPU, slower gradients.
+    Pass `x` with all its leading axes. `jax.vmap` over tokens gives the same values, but
+    slower gradients on a CPU.
 
     Args:
         x: `(*batch, *tokens, in)`, floating point, with any number of token axes.
         frozen_weight: `(*batch, in, out)`, floating point. It has no gradient: its
             cotangent is zero, and no product for it is compiled.
-        adapter: `A`, `B`, and `A_bias`, `B_bias` where they exist.
+        adapter: `A`, `B`, and optionally `A_bias`, `B_bias`.
         alpha: see `lora_delta`. A traced scalar is allowed, and has a gradient.
-        bias: `(*batch, out)` of the layer, or None.
+        bias: the layer's bias, `(*batch, out)`, or None.
         rank_stabilized: see `lora_delta`.
-        dropout_rate: a Python number in [0, 1); at 0 the program has no dropout in it.
-            Entries that stay are divided by `1 - dropout_rate`. The mask is made anew from
-            the key in the backward pass and not kept.
-        dropout_key: a `jax.random` key; needed if the rate is not 0.
-        dropout_position: `"pre"` drops entries of the adapter's input, as peft does,
-            `"post"` entries of its output. The frozen layer's input is never dropped.
+        dropout_rate: a Python number in [0, 1). At 0 the compiled program has no dropout.
+            Entries that are not dropped are divided by `1 - dropout_rate`. The backward
+            pass draws the mask again from the key, so the mask is not kept.
+        dropout_key: a `jax.random` key, required if the rate is not 0.
+        dropout_position: `"pre"` drops entries of the adapter's input, as peft does;
+            `"post"` drops entries of its output. The frozen layer's input has no dropout.
 
     Returns:
         `(*batch, *tokens, out)`, in the dtype of `x @ frozen_weight`.
@@ -229,7 +230,7 @@ def merge_lora_weight(
     *,
     rank_stabilized: bool = False,
 ) -> jax.Array:
-    """Folds an adapter into the weight it adapts: `W + scale * A @ B`.
+    """Merges an adapter into its weight: `W + scale * A @ B`.
 
     Args:
         frozen_weight: `(*batch, in, out)`, floating point.
@@ -238,9 +239,9 @@ def merge_lora_weight(
         rank_stabilized: see `lora_delta`.
 
     Returns:
-        `(*batch, in, out)`, in the dtype of `frozen_weight`. Formed in the widest dtype at
-        hand, at least float32, and rounded once. A 16-bit weight loses updates below half
-        a unit in its last place.
+        `(*batch, in, out)`, in the dtype of `frozen_weight`. The sum is computed in the
+        widest dtype of the arguments, at least float32, and rounded once. A 16-bit weight
+        loses updates below half a unit in its last place.
 
     Raises:
         KeyError, TypeError: as `lora_delta`.
@@ -263,16 +264,16 @@ def unmerge_lora_weight(
     *,
     rank_stabilized: bool = False,
 ) -> jax.Array:
-    """Takes an adapter out of a merged weight: undoes `merge_lora_weight`.
+    """Removes an adapter from a merged weight: undoes `merge_lora_weight`.
 
-    What the merge rounded away does not come back: each entry (that is not subnormal) is
-    within `eps * (|W| + |merged W|)` of the weight before the merge, with `eps` the
-    `jnp.finfo(dtype).eps` of the weight's dtype. Keep the original where it must be exact.
+    The rounding of the merge is not undone. Each entry that is not subnormal is within
+    `eps * (|W| + |merged W|)` of the weight before the merge, where `eps` is the
+    `jnp.finfo(dtype).eps` of the weight's dtype. If you need the exact weight, keep it.
 
     Args:
         merged_weight: `(*batch, in, out)`, floating point.
         adapter: the adapter that was merged.
-        alpha: the one of the merge.
+        alpha: as in the merge.
         rank_stabilized: as in the merge.
 
     Returns:
@@ -298,13 +299,12 @@ def tree_lora_delta(
     """Replaces each adapter in a tree by its `lora_delta`.
 
     Args:
-        adapters: any pytree with adapter dicts in it, such as `{path: adapter}`. A dict
-            is an adapter if it has an array under `"A"` or `"B"` (or under a PyTorch
-            package's name of them, which is an error).
-        alpha: of every adapter; each is divided by its own rank.
-        is_leaf: as in `jax.tree.map`, nodes for which it is true are leaves, where the
-            tree ends. A leaf that is an adapter becomes its delta; any other passes
-            through.
+        adapters: any pytree that contains adapter dicts, such as `{path: adapter}`. A dict
+            is an adapter if it has an array under `"A"` or `"B"`. (PyTorch packages' names
+            of these arrays are an error.)
+        alpha: of every adapter; each adapter divides it by its own rank.
+        is_leaf: as in `jax.tree.map`, a node for which it returns True is a leaf. A leaf
+            that is an adapter is replaced by its delta; other leaves are not changed.
 
     Returns:
         The tree with `(*batch, in, out)` arrays in place of the adapter dicts, and every
@@ -336,7 +336,7 @@ def _looks_like_adapter(node: Any) -> bool:
 def _project_dropped(
     x: jax.Array, a: jax.Array, dtype: DTypeLike, rate: float, key: jax.Array | None
 ) -> jax.Array:
-    """`drop(x) @ A`: wide `(*batch, *rows, rank)`. The mask is not kept."""
+    """`drop(x) @ A`: wide `(*batch, *rows, rank)`. The backward pass redraws the mask."""
 
     @jax.checkpoint
     def project(x, a, key):
@@ -380,7 +380,7 @@ def _checked_wide_delta(
     alpha: float | jax.Array,
     rank_stabilized: bool,
 ) -> jax.Array:
-    """Checks the arguments of a merge; the delta in the widest dtype at hand."""
+    """Checks the arguments of a merge and returns the update in their widest dtype."""
     checks.check_weight(name, weight)
     adapter_checks.check_adapter(
         adapter,

@@ -1,4 +1,4 @@
-"""Optimizers for adapters, of the parts of optax."""
+"""Optimizers for adapters, as optax transformations."""
 
 from lora_jax.optim.freezing import trainable_and_frozen as trainable_and_frozen
 from lora_jax.optim.labels import adapter_labels as adapter_labels

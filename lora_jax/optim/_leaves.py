@@ -1,8 +1,8 @@
-"""The leaves of a tree that holds adapters somewhere, and patterns that choose among them.
+"""Finds adapters in a tree, and selects leaves by patterns.
 
-An adapter is found by its form: a dict with the entries `A` and `B`, and no others than
-those of adapters. A *gap* is what stands where a leaf was left out: `optax.MaskedNode()`
-or None. It keeps its place and its path, so that a part of a tree is seen as the whole is.
+A dict is an adapter if it has the entries `A` and `B` and no other entries than those of
+adapters. A *gap* is `optax.MaskedNode()` or None in place of a leaf that was left out. It
+keeps the path of the leaf, so that a masked tree has the same paths as the full tree.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,19 +22,19 @@ class Leaf(NamedTuple):
 
     value: Any
     path: str
-    """Its path in the tree."""
+    """The path of the leaf in the tree."""
     adapter: str | None = None
-    """The path of its adapter in the tree; None for a leaf of no adapter."""
+    """The path of its adapter in the tree; None for a leaf outside of adapters."""
     weight: str = ""
-    """The key of that adapter, which is the path of the weight in `{path: adapter}`."""
+    """The key of the adapter: in `{path: adapter}`, the path of the weight."""
     entry: str = ""
-    """Its name in that adapter."""
+    """The name of the leaf in its adapter."""
     quantized: str | None = None
-    """The path of the quantized weight that it is an array of, if of one."""
+    """The path of its quantized weight, if the leaf is an array of one."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a pattern may match: its path, and for an adapter's the weight's path."""
+        """The paths that a pattern may match: its own, and its adapter's weight's."""
         if self.quantized is not None:
             return self.quantized, self.path
         if self.adapter is None:
@@ -61,7 +61,7 @@ def is_adapter(node: Any) -> bool:
 
 
 def flatten(tree: Any) -> tuple[list[Leaf], Any]:
-    """The leaves and gaps of a tree, and the structure to put others in their places."""
+    """The leaves and gaps of a tree, and the structure that unflattens them."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: is_gap(node) or is_adapter(node) or is_quantized(node)
     )
@@ -71,7 +71,7 @@ def flatten(tree: Any) -> tuple[list[Leaf], Any]:
 
 
 def _leaf(keys: tuple[Any, ...], value: Any, owner: Any) -> Leaf:
-    """A leaf, in what it is an entry or an array of."""
+    """A leaf with the adapter or the quantized weight that it belongs to."""
     if is_quantized(owner):
         return Leaf(value, _text(keys), quantized=_text(keys[:-1]))
     if owner is None:
@@ -113,14 +113,14 @@ def _masked(leaves: list[Leaf]) -> str:
 
 
 def check_holds_adapters(name: str, leaves: list[Leaf]) -> None:
-    """Raises unless there is an adapter, or nothing at all, as `choose` has it.
+    """Raises unless there is an adapter, or the tree is empty, as in `choose`.
 
     Args:
-        name: of the function that works on adapters.
-        leaves: of the tree that it was given.
+        name: of the function that needs adapters.
+        leaves: of the tree that the function was given.
 
     Raises:
-        ValueError: if no leaf is of an adapter.
+        ValueError: if no leaf belongs to an adapter.
     """
     if leaves and all(leaf.adapter is None for leaf in leaves):
         paths = ", ".join(repr(leaf.path) for leaf in leaves[:3])

@@ -1,4 +1,4 @@
-"""One tree in which some leaves are trained and the others stay as they are."""
+"""Training some leaves of a tree and freezing the others."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable
@@ -26,21 +26,22 @@ def trainable_and_frozen(
     trainable: Patterns | Callable[[str], bool],
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains some leaves of one tree, and keeps the others as they are.
+    """Trains some leaves of one tree and freezes the others.
 
-    For those who keep all in one tree. With adapters in a tree of their own there is
-    nothing to freeze: differentiate with respect to the adapters.
+    Use it if adapters and params are in one tree. If the adapters are a tree of their own,
+    nothing has to be frozen: differentiate with respect to the adapters.
 
-    The frozen leaves have no optimizer state, and an update of zero, also where they are
-    integers, such as the codes of quantized weights, which `jax.grad` takes with
-    `allow_int=True`. `optax.masked` alone passes their raw gradients on as updates. In a
-    compiled step, the products that only their gradients need are not computed, if nothing
-    else reads those: put `optax.clip_by_global_norm` into `optimizer`, not in front.
+    The frozen leaves have no optimizer state, and their update is zero. This includes
+    integer leaves, such as the codes of quantized weights, for which `jax.grad` needs
+    `allow_int=True`. (`optax.masked` alone would return the raw gradients of frozen leaves
+    as their updates.) A compiled step does not compute products that only the gradients of
+    frozen leaves need. This holds if nothing else reads these gradients: put
+    `optax.clip_by_global_norm` into `optimizer`, not in front.
 
     Args:
-        params: the tree; of its leaves only the paths are used.
+        params: the tree. Only the paths of its leaves are used.
         trainable: patterns of the paths of the leaves to train, or one pattern, as in
-            `lora_jax.LoraConfig`. Or a function that is given the path of a leaf and says
+            `lora_jax.LoraConfig`. Or a function that takes the path of a leaf and returns
             whether to train it.
         optimizer: of the leaves to train.
 
@@ -48,10 +49,10 @@ def trainable_and_frozen(
         A gradient transformation for trees of the structure of `params`.
 
     Raises:
-        TypeError: if an argument has the wrong type, the function returns no bool, or a
-            leaf to train is quantized.
-        ValueError: if a pattern is no regular expression or matches nothing, or no leaf is
-            to be trained.
+        TypeError: if an argument has the wrong type, the function does not return a bool,
+            or a leaf to train is quantized.
+        ValueError: if a pattern is not a valid regular expression or matches nothing, or
+            no leaf is to be trained.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,7 +79,7 @@ def trainable_and_frozen(
                 "would change its codes: train adapters of it, or a dense weight."
             )
     labels = structure.unflatten([TRAINED if t else FROZEN for t in is_trained])
-    # As a function: optax would call a tree that can be called, such as a module.
+    # A function, because optax would call a tree that is callable, such as a module.
     return freezing(optimizer, lambda _: labels)
 
 
@@ -94,7 +95,7 @@ def freezing(
 
 
 def _with_integers() -> optax.GradientTransformation:
-    """Zeros of the dtype of the params in place of the gradients of integers, float0."""
+    """Replaces the float0 gradients of integers by zeros of the params' dtypes."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -112,7 +113,7 @@ def _with_integers() -> optax.GradientTransformation:
 
 
 def _chosen(trainable: Any, paths: list[str]) -> list[bool]:
-    """Whether each path is one to train."""
+    """Whether to train each path."""
     if not callable(trainable):
         patterns = tree_paths.as_texts("trainable", trainable)
         leaves = [_leaves.Leaf(path, path) for path in paths]

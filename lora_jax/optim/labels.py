@@ -1,4 +1,4 @@
-"""Labels for `optax.partition`, and which leaves weight decay is for."""
+"""Labels for `optax.partition` and masks for weight decay."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -31,30 +31,32 @@ def adapter_labels(
     *,
     other: str = "other",
 ) -> Any:
-    """Labels the leaves of a tree by what they are in its adapters.
+    """Labels each leaf of a tree by its role in an adapter.
 
     An adapter is a dict with the entries `A` and `B`, and no others than `m`, `A_bias` and
     `B_bias`. It may be anywhere in the tree.
 
     Args:
-        tree: adapters `{weight path: adapter}`, or a tree that holds them, such as
-            `{"adapters": adapters, "head": head}`: arrays, gradients, shapes, or a part
-            with `optax.MaskedNode()` or None in place of some leaves. Values are not read.
-        patterns: pattern to label, for leaves with another label; of several patterns
-            that match, the first counts. A pattern is one of `lora_jax.LoraConfig`. It is
-            matched against the weight's path (then it is for each entry of the adapter),
-            against `<weight path>/A` and the like, and against paths in the whole tree.
-        other: the label of leaves of no adapter.
+        tree: adapters `{weight path: adapter}`, or a tree that contains adapters, such as
+            `{"adapters": adapters, "head": head}`. Its leaves may be arrays, gradients or
+            shapes; some may be replaced by `optax.MaskedNode()` or None. Values are not
+            read.
+        patterns: a dict from patterns to labels, for leaves with another label. The first
+            matching pattern wins. Patterns are those of `lora_jax.LoraConfig`. A pattern is
+            matched against the weight's path (it then applies to each entry of the
+            adapter), against `<weight path>/A` and so on, and against the path in the whole
+            tree.
+        other: the label of leaves outside of adapters.
 
     Returns:
         A tree of the same structure with a label for each leaf: `"A"`, `"B"`,
-        `"magnitude"`, `"bias"`, `other`, or one of the patterns'. The function itself is
-        what `optax.partition` takes for labels; with patterns it is
+        `"magnitude"`, `"bias"`, `other`, or a label from `patterns`. The function itself
+        can be passed to `optax.partition` as the labels; to use patterns, pass
         `functools.partial(adapter_labels, patterns=...)`.
 
     Raises:
-        TypeError: if `patterns` is no dict of patterns, or a label is no string.
-        ValueError: if a pattern is no regular expression, or matches nothing.
+        TypeError: if `patterns` is not a dict of patterns, or a label is not a string.
+        ValueError: if a pattern is not a valid regular expression, or matches nothing.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,7 +84,7 @@ def adapter_labels(
 def labels_by(
     tree: chex.ArrayTree, by_pattern: Mapping[str, str], other: str, name: str
 ) -> Any:
-    """What `adapter_labels` does, with checked patterns that an argument `name` gave."""
+    """Implements `adapter_labels`, for checked patterns from the argument `name`."""
     leaves, structure = _leaves.flatten(tree)
     chosen = _leaves.choose(name, by_pattern, leaves)
 
@@ -98,14 +100,14 @@ def weight_decay_mask(
     tree: chex.ArrayTree,
     exclude: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = (),
 ) -> Any:
-    """Says which leaves weight decay is for: factors and matrices.
+    """Selects the leaves to decay: factors and matrices.
 
-    Magnitudes and biases of adapters are left out: a magnitude that decays takes the
-    norm of its column, and with it the frozen weight, along.
+    Magnitudes and biases of adapters are not decayed. Decaying a magnitude would also
+    shrink the frozen column.
 
-    Leaves of no adapter are decayed if they have more than one axis, which is a guess.
-    Where layers are stacked, a norm's scale or a bias is `(layers, width)` and looks like
-    a matrix: name such leaves in `exclude`.
+    Leaves outside of adapters are decayed if they have more than one axis. This is a guess:
+    in stacked layers a norm's scale or a bias is `(layers, width)` and looks like a matrix.
+    Name such leaves in `exclude`.
 
     Args:
         tree: as in `adapter_labels`.
@@ -114,12 +116,12 @@ def weight_decay_mask(
 
     Returns:
         A tree of the same structure with True or False for each leaf. The function itself
-        is what `optax.adamw` takes for its `mask`; with patterns it is
+        can be passed to `optax.adamw` as its `mask`; to use patterns, pass
         `functools.partial(weight_decay_mask, exclude=...)`.
 
     Raises:
         TypeError: if `exclude` is not made of patterns.
-        ValueError: if a pattern is no regular expression, or matches nothing.
+        ValueError: if a pattern is not a valid regular expression, or matches nothing.
 
     Example:
         >>> import jax.numpy as jnp

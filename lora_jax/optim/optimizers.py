@@ -1,4 +1,4 @@
-"""Optimizers for adapters: a rate for each factor, a frozen `A`."""
+"""LoRA+ and LoRA-FA: a learning rate for each factor, and a frozen `A`."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias
@@ -28,26 +28,28 @@ def lora_plus(
     optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam,
     rates: Mapping[Any, LearningRate] = NO_PATTERNS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains `B` at a higher learning rate than all else (LoRA+).
+    """Trains `B` with a higher learning rate than all other leaves (LoRA+).
 
-    Each rate has an optimizer of its own, which sees the leaves of that rate only: what
-    looks at all gradients at once, such as `optax.clip_by_global_norm`, goes in front.
+    Each learning rate has its own optimizer, which gets only the leaves of that rate. A
+    transformation that needs all gradients, such as `optax.clip_by_global_norm`, goes in
+    front.
 
-    Magnitudes, biases and leaves of no adapter have the rate of `A`. PEFT gives magnitudes,
-    and all else with one axis, the rate of `B`, because it takes them for biases.
+    Magnitudes, biases and leaves outside of adapters have the learning rate of `A`. PEFT
+    treats magnitudes and all other vectors as biases, and gives them the rate of `B`.
 
     Args:
-        learning_rate: of `A` and all else: a number, or a schedule.
+        learning_rate: of all leaves except `B`: a number, or a schedule.
         ratio: positive; the learning rate of `B` is `ratio * learning_rate`.
-        optimizer: makes an optimizer of a learning rate or schedule, such as `optax.adam`
-            or `functools.partial(optax.adamw, mask=weight_decay_mask)`. For rates that
-            are set between steps, `optax.inject_hyperparams(optax.adam)`.
-        rates: pattern to a learning rate or schedule of its own, for `B` as it is; of
-            several patterns that match, the first counts. Patterns are as in
-            `adapter_labels`: `{"embed/table": 1e-6}` is PEFT's `loraplus_lr_embedding`.
+        optimizer: a function from a learning rate or schedule to an optimizer, such as
+            `optax.adam` or `functools.partial(optax.adamw, mask=weight_decay_mask)`. To
+            set rates between steps, use `optax.inject_hyperparams(optax.adam)`.
+        rates: a dict from patterns to learning rates or schedules. `ratio` does not
+            multiply them, not even for `B`. The first matching pattern wins. Patterns are
+            as in `adapter_labels`: `{"embed/table": 1e-6}` is PEFT's
+            `loraplus_lr_embedding`.
 
     Returns:
-        A gradient transformation for trees that hold adapters.
+        A gradient transformation for trees that contain adapters.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -75,7 +77,7 @@ def lora_plus(
     by_pattern = tree_paths.as_entries("rates", rates)
     for pattern, rate in by_pattern.items():
         _check_learning_rate(f"rates[{pattern!r}]", rate)
-    # Labels of entries have no bracket in them.
+    # The brackets distinguish these labels from the labels of entries.
     labels = {pattern: f"rates[{pattern!r}]" for pattern in by_pattern}
     group_rates = {"rest": learning_rate, "B": _scaled(learning_rate, ratio)}
     group_rates |= {labels[pattern]: rate for pattern, rate in by_pattern.items()}
@@ -106,7 +108,7 @@ def _scaled(learning_rate: LearningRate, ratio: float) -> LearningRate:
 
 
 def _made(optimizer: Any, rate: LearningRate) -> optax.GradientTransformation:
-    """The optimizer that a factory makes of a learning rate."""
+    """Calls `optimizer` with a learning rate and checks the result."""
     if not callable(optimizer):
         raise TypeError(
             "optimizer must be a function that makes an optimizer of a learning rate, got "
@@ -124,20 +126,20 @@ def lora_fa(
     *,
     damping: Number = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains `B` with `A` frozen (LoRA-FA), which needs no inputs of layers kept.
+    """Trains `B` and freezes `A` (LoRA-FA), so the inputs of layers are not kept.
 
-    The gradient of `B` becomes `(A^T A + damping I)^-1 gB / scale^2`: with it the update of
-    the weight is the nearest to full fine-tuning that this `A` allows. `B`, magnitudes,
-    biases and leaves of no adapter go to `optimizer`; `A` has no state and never moves.
+    The gradient of `B` becomes `(A^T A + damping I)^-1 gB / scale^2`. With it the update of
+    the weight is as close to full fine-tuning as this `A` allows. `optimizer` gets `B`,
+    magnitudes, biases and leaves outside of adapters. `A` has no state and never changes.
 
-    In a compiled step nothing is computed for `A`, and the inputs of the adapted layers
-    need not be kept for the backward pass. That holds if nothing else reads the gradients
-    of `A`: put `optax.clip_by_global_norm` and `optax.MultiSteps` into `optimizer`, not
-    around.
+    A compiled step computes nothing for `A`, and the inputs of the adapted layers need not
+    be kept for the backward pass. This holds if nothing else reads the gradients of `A`:
+    put `optax.clip_by_global_norm` and `optax.MultiSteps` into `optimizer`, not around
+    `lora_fa`.
 
     Args:
-        optimizer: of all but `A`, such as `optax.adamw(1e-3)`.
-        scale: what multiplies `A @ B`, a number other than 0; or the plan of the adapters,
+        optimizer: of all leaves except `A`, such as `optax.adamw(1e-3)`.
+        scale: the scale of `A @ B`, a number other than 0; or the plan of the adapters,
             which has the scale of each.
         damping: as in `scale_by_riemannian`.
 
@@ -153,8 +155,9 @@ def lora_fa(
 
     References:
         Zhang et al., 2023, https://arxiv.org/abs/2308.03303, with the correction of PEFT's
-        `LoraFaOptimizer`. That one decays weights after the step and solves in bfloat16;
-        here `optimizer` decides, and the correction is formed in at least float32.
+        `LoraFaOptimizer`. PEFT decays weights after the step and solves in bfloat16. Here
+        `optimizer` decides about weight decay, and the correction is computed in at least
+        float32.
 
     Example:
         >>> import jax.numpy as jnp
@@ -200,7 +203,7 @@ def _check_scale(scale: Any) -> None:
 
 
 def _scale_of(scale: Number | AdapterPlan, leaf: _leaves.Leaf) -> Number:
-    """The scale of the adapter that a leaf is of."""
+    """The scale of the adapter that a leaf belongs to."""
     if not isinstance(scale, AdapterPlan):
         return scale
     for path in (leaf.adapter, leaf.weight):

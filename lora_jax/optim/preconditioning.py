@@ -1,9 +1,9 @@
-"""Gradients of `A` and `B` divided by what the other factor multiplies them with.
+"""Riemannian preconditioning of the gradients of `A` and `B`.
 
-The products of a factor with itself are `(*batch, rank, rank)`. They are formed and solved
-in at least float32, in which `damping` is at least `rank` rounding units of their largest
-diagonal entry: less would be lost, and a factor of less than full rank would leave a
-matrix that cannot be solved with.
+The product of a factor with itself is `(*batch, rank, rank)`. It is computed, and the
+system is solved, in at least float32. There `damping` is at least `rank` rounding units of
+the product's largest diagonal entry. A smaller value would be lost to rounding, and the
+product of a factor without full rank would be singular.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,33 +27,33 @@ Precondition = Callable[[_leaves.Leaf, jax.Array, jax.Array], jax.Array]
 
 
 def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
-    """Preconditions the gradients of `A` and `B` as steps on a manifold of low rank.
+    """Preconditions the gradients of `A` and `B` as steps on the low-rank manifold.
 
     `gA` becomes `gA (B B^T + damping I)^-1`, and `gB` becomes `(A^T A + damping I)^-1 gB`.
-    Then a step moves the update of the weight by as much whichever of `A` and `B` is the
-    large one. Leaves of no adapter, magnitudes and biases pass unchanged.
+    Then the change of the weight does not depend on how `A @ B` is factored. Leaves outside
+    of adapters, magnitudes and biases are not changed.
 
     Chain it in front of an optimizer: `optax.chain(scale_by_riemannian(), optax.sgd(0.1))`.
-    It has no state, and needs the params in `update`, with both factors: inside an
-    `optax.masked` or `optax.partition` that hides one of them it raises.
+    It has no state. `update` needs the params with both factors, so inside an
+    `optax.masked` or `optax.partition` that hides one of them it raises an error.
 
     Args:
-        damping: a positive number or scalar array. The products with it are formed and
-            solved in at least float32, in which it is at least `rank` rounding units of
-            the largest diagonal entry of the product.
+        damping: a positive number or scalar array. It is raised to at least `rank`
+            rounding units of the largest diagonal entry of the product. The system is
+            solved in at least float32.
 
     Returns:
         A gradient transformation. Results have the dtypes of the gradients.
 
     Raises:
-        TypeError: if `damping` is no number.
+        TypeError: if `damping` is not a number.
         ValueError: if `damping` is not positive. And in `init` and `update`: if the tree
             has no adapters, there are no params, or a factor is missing or does not fit.
 
     References:
         Zhang and Pilanci, 2024, https://arxiv.org/abs/2402.02347. The paper multiplies
-        from the left, so its `A` and `B` are our `B.T` and `A.T`. The scale of the
-        adapter is left out, as there and in PEFT.
+        from the left, so its `A` and `B` are our `B.T` and `A.T`. The formulas leave out
+        the scale of the adapter, as the paper and PEFT do.
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,12 +90,12 @@ def check_damping(damping: Any) -> None:
 def on_factors(
     name: str, precondition: Precondition, entries: tuple[str, ...]
 ) -> optax.GradientTransformation:
-    """A transformation without state that changes the gradients of some factors.
+    """Returns a stateless transformation that changes the gradients of some factors.
 
     Args:
-        name: of the public function, for the messages.
+        name: of the public function, for error messages.
         precondition: called with a leaf of the gradients, `A` and `B`.
-        entries: of the adapters, whose gradients it is called for.
+        entries: the entries of adapters whose gradients are preconditioned.
     """
 
     def init(params: optax.Params) -> optax.OptState:
@@ -138,7 +138,7 @@ def _by_adapter(leaves: list[_leaves.Leaf]) -> dict[str, dict[str, Any]]:
 def _factors(
     name: str, gradient: _leaves.Leaf, adapter: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
-    """`A` and `B` of the adapter that a gradient is of, checked."""
+    """Checks and returns `A` and `B` of the adapter that a gradient belongs to."""
     factors: dict[str, Any] = {entry: adapter.get(entry) for entry in "AB"}
     missing = [entry for entry, value in factors.items() if _leaves.is_gap(value)]
     if missing:

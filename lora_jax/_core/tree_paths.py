@@ -101,7 +101,8 @@ def as_text(name: str, pattern: Any) -> str:
             re.compile(pattern.removeprefix(_REGEX))
         except re.error as error:
             raise ValueError(
-                f"the pattern {pattern!r} in {name} is no regular expression: {error}."
+                f"the pattern {pattern!r} in {name} is not a valid regular expression: "
+                f"{error}."
             ) from None
     return pattern
 

@@ -1,1 +1,1 @@
-"""Files of arrays."""
+"""Reading and writing files of arrays."""

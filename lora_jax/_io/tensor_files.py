@@ -1,8 +1,7 @@
 """Files of arrays (safetensors) and of settings (JSON).
 
-What is read is not trusted: whatever a file holds, the outcome is its content or a
-`CheckpointError` that names the file. Nothing is unpickled. What is written has its name
-only when it is complete.
+Files are not trusted: reading gives the content of a file, or raises a `CheckpointError`
+that names the file. Nothing is unpickled. A written file gets its name when it is complete.
 """
 
 import codecs
@@ -25,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-# Settings are kilobytes. What is far beyond that is no settings, and not worth the memory.
+# Settings take kilobytes. A much larger file is something else, and is not read.
 _LARGEST_JSON = 64 * 2**20
 _DEEPEST = 100
 
-# The names that safetensors has for the dtypes of arrays. Those of 8-bit floats are left
-# out: it writes them from NumPy and does not read them back, and no adapter has them.
+# safetensors' names of dtypes. 8-bit floats are left out: safetensors writes them from
+# NumPy but does not read them back, and no adapter has them.
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -49,21 +48,24 @@ DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A file cannot be what it is read as; the message names the file and the entry."""
+    """A file is damaged, incomplete or of another kind.
+
+    The message names the file and the entry.
+    """
 
 
 class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
-    """The arrays of a safetensors file by name: shapes and dtypes, and values when asked.
+    """The shapes and dtypes of a safetensors file's arrays by name; `read` gives values.
 
-    The file is opened once and its header is read once. All values are those of that file,
-    also if another one gets its name meanwhile.
+    The file is opened once and its header is read once. All values come from this file,
+    also if another file takes its name in the meantime.
 
     Args:
         path: of the file.
 
     Raises:
-        CheckpointError: if it is no safetensors file, or not whole.
-        FileNotFoundError: if there is none.
+        CheckpointError: if it is not a complete safetensors file.
+        FileNotFoundError: if it does not exist.
         ModuleNotFoundError: if the package safetensors is not installed.
     """
 
@@ -80,7 +82,7 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
         self.starts = {
             name: 8 + length + header[name]["data_offsets"][0] for name in self._entries
         }
-        """Where the values of each array begin, in bytes from the beginning of the file."""
+        """The offset of each array's values, in bytes from the beginning of the file."""
 
     def __getitem__(self, name: str) -> jax.ShapeDtypeStruct:
         return self._entries[name]
@@ -92,7 +94,7 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
         return len(self._entries)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one array; memory holds no other.
+        """Reads one array, and no other into memory.
 
         Raises:
             CheckpointError: if the file has become shorter since it was opened.
@@ -109,7 +111,7 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
         return array
 
     def is_same(self, other: "TensorFile") -> bool:
-        """Whether another was opened when the same file had the name."""
+        """Whether another `TensorFile` has opened the same file."""
         files = (self._file, other._file)
         return os.path.samestat(*(os.fstat(file.fileno()) for file in files))
 
@@ -123,7 +125,7 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
         return abstract(tuple(fields["shape"]), DTYPES[dtype])
 
     def _open(self) -> BinaryIO:
-        """Opens the file, whose header the package safetensors has checked."""
+        """Opens the file, after the package safetensors has checked its header."""
         library = load_safetensors()
         while True:
             file = self.path.open("rb")
@@ -144,12 +146,12 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
 
 
 def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A shape and a dtype, which may be one of 64 bits whatever JAX is set to."""
+    """A shape and a dtype, which may have 64 bits even if JAX is not set to 64 bits."""
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def load_safetensors() -> ModuleType:
-    """The package safetensors, which is an extra."""
+    """Imports the package safetensors, which is an optional dependency."""
     try:
         import safetensors
     except ModuleNotFoundError:
@@ -161,7 +163,7 @@ def load_safetensors() -> ModuleType:
 
 
 def check_is_file(path: pathlib.Path) -> None:
-    """Raises unless there is a file, and names those beside it."""
+    """Raises unless the file exists; the message lists the other files there."""
     if path.is_file():
         return
     if path.is_dir():
@@ -189,15 +191,15 @@ def widen(array: np.ndarray) -> np.ndarray:
 
 
 def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
-    """A floating-point array in another dtype, whose values it has to hold.
+    """Casts a floating-point array to another dtype, if its values are in range.
 
     Args:
-        name: of the array, for messages.
-        array: to cast; integers are returned as they are.
-        dtype: floating point; None for the array as it is.
+        name: of the array, for error messages.
+        array: to cast; integers are returned unchanged.
+        dtype: floating point; None returns the array unchanged.
 
     Raises:
-        ValueError: if a finite value would be infinite, or all values would be 0.
+        ValueError: if a finite value would become infinite, or all values would become 0.
     """
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
@@ -220,10 +222,10 @@ def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
-    """An array of a file as JAX's, of the same dtype.
+    """Converts an array from a file to a JAX array of the same dtype.
 
     Raises:
-        CheckpointError: if JAX would narrow it.
+        CheckpointError: if JAX would convert it to a narrower dtype.
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise CheckpointError(
@@ -235,11 +237,11 @@ def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:
-    """The values of an array that is to be written, contiguous.
+    """The values of an array to write, contiguous.
 
     Raises:
-        TypeError: if it has no values, or a dtype that safetensors has no name for.
-        ValueError: if not all of it is on this process' devices.
+        TypeError: if it has no values, or a dtype that safetensors does not support.
+        ValueError: if a part of it is on devices of another process.
     """
     if isinstance(value, Tracer | jax.ShapeDtypeStruct):
         raise TypeError(
@@ -265,11 +267,11 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
+    """Reads a file that contains one JSON object.
 
     Raises:
-        CheckpointError: if it holds anything else.
-        FileNotFoundError: if there is none.
+        CheckpointError: if it contains anything else.
+        FileNotFoundError: if it does not exist.
     """
     check_is_file(path)
     size = path.stat().st_size
@@ -282,14 +284,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
-    """Reads one JSON object, which UTF-8 has and whose keys and numbers are what they seem.
+    """Parses one JSON object in UTF-8, with unique keys and finite numbers.
 
     Args:
-        path: of the file, for messages.
-        data: what the file holds.
+        path: of the file, for error messages.
+        data: the content of the file.
 
     Raises:
-        CheckpointError: if it holds anything else.
+        CheckpointError: if the data are anything else.
     """
     try:
         value = json.loads(
@@ -299,7 +301,7 @@ def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
             object_pairs_hook=_distinct,
         )
         _check_depth(value)
-        if b"\\u" in data:  # half of a surrogate pair is no text
+        if b"\\u" in data:  # half of a surrogate pair is not valid text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
@@ -309,7 +311,7 @@ def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises ValueError for what is nested so deeply that it could not be written again."""
+    """Raises ValueError if a value is nested too deeply to be written again."""
     level = [value]
     for _ in range(_DEEPEST):
         nested = [each for each in level if isinstance(each, dict | list)]
@@ -351,22 +353,22 @@ def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) ->
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file, which replaces an old one when it is whole."""
+    """Writes a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file, which replaces an old one when it is whole."""
+    """Writes a file atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path, whose file gets its name at the end if nothing went wrong.
+    """Yields a temporary path, and renames its file to `path` if there was no error.
 
-    The file is on the disk before it has the name: whenever the machine stops, there is the
-    old file or the new one.
+    The file is on the disk before it is renamed. So even if the machine stops, either the
+    old file or the new one exists.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -375,9 +377,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary = temporary_path(path)
     try:
         temporary.touch(exist_ok=False)
-        permissions = stat.S_IMODE(
-            temporary.stat().st_mode
-        )  # what the process' mask leaves
+        permissions = stat.S_IMODE(temporary.stat().st_mode)  # as the process' umask allows
         yield temporary
         temporary.chmod(permissions)
         synchronize(temporary)
@@ -388,7 +388,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def temporary_path(path: pathlib.Path) -> pathlib.Path:
-    """A name beside a file for what is to replace it, which no other file has."""
+    """A unique name in the same directory, for a file that will replace `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -397,7 +397,7 @@ def temporary_paths(folder: pathlib.Path, names: str) -> list[pathlib.Path]:
 
     Args:
         folder: the directory.
-        names: regular expression of the names that the files were to have.
+        names: a regular expression of the final names of these files.
     """
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{16}}\.tmp")
     return sorted(file for file in folder.iterdir() if pattern.fullmatch(file.name))
@@ -422,7 +422,7 @@ def synchronize_directory(path: pathlib.Path) -> None:
 
 
 def checked(path: pathlib.Path, read: Callable[[], Any]) -> Any:
-    """What `read` returns; an error of a check becomes one of the file."""
+    """Returns what `read` returns, and turns errors of checks into `CheckpointError`."""
     try:
         return read()
     except CheckpointError:

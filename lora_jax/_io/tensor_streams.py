@@ -1,8 +1,8 @@
-"""Safetensors files piece by piece, so that memory holds no more than a piece.
+"""Reads and writes safetensors files in pieces, so that memory holds only one piece.
 
-A reader gives some rows of an array; a writer takes the arrays one after the other, each
-in as many pieces as the caller likes. The header comes first in a file, and it names the
-places of all arrays, so a writer is told all shapes and dtypes before the first value.
+A reader returns some rows of an array. A writer takes one array after the other, each in
+any number of pieces. The header is at the beginning of a file and has the offsets of all
+arrays, so a writer needs all shapes and dtypes before the first value.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ import numpy as np
 from lora_jax._io import tensor_files
 
 _METADATA = "__metadata__"
-_ALIGNMENT = 8  # bytes: the header is filled up with spaces to a multiple
+_ALIGNMENT = 8  # bytes: the header is padded with spaces to a multiple of it
 _CODES = {jnp.dtype(name): code for code, name in tensor_files.DTYPES.items()}
 
 
 class Span(NamedTuple):
-    """Where the values of an array lie in a file."""
+    """The location of an array's values in a file."""
 
     path: pathlib.Path
     start: int
@@ -62,13 +62,13 @@ class Span(NamedTuple):
 
 
 def find_spans(file: tensor_files.TensorFile) -> dict[str, Span]:
-    """Finds where the arrays of a file lie.
+    """Finds the locations of a file's arrays.
 
     Args:
-        file: which has been checked when it was opened.
+        file: it was checked when it was opened.
 
     Returns:
-        The place of each array by its name, in the order of their places.
+        The location of each array by name, in the order of the file.
     """
     ordered = sorted(file, key=lambda name: (file.starts[name], file[name].size != 0))
     return {
@@ -80,11 +80,11 @@ def find_spans(file: tensor_files.TensorFile) -> dict[str, Span]:
 
 
 class TensorWriter:
-    """Takes the values of a file's arrays in order. `open_writer` makes one.
+    """Writes the values of a file's arrays in order. `open_writer` creates a writer.
 
     Args:
         file: to write to.
-        entries: name to shape and dtype, in the order the values will come in.
+        entries: a dict from names to shapes and dtypes, in the order of the values.
         metadata: texts by name, for the header.
     """
 
@@ -100,7 +100,7 @@ class TensorWriter:
         file.write(make_header(entries, metadata))
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Appends values to an array; those of the one before must be complete.
+        """Appends values to an array. All values of the array before must be written.
 
         Args:
             name: of the array.
@@ -120,7 +120,7 @@ class TensorWriter:
         self._left[-1] = name, missing
 
     def finish(self) -> None:
-        """Raises ValueError unless all values have come."""
+        """Raises ValueError unless all values were written."""
         self._skip_complete(None)
         if self._left:
             name, missing = self._left[-1]
@@ -137,11 +137,11 @@ def open_writer(
     entries: Mapping[str, jax.ShapeDtypeStruct],
     metadata: Mapping[str, str],
 ) -> Iterator[TensorWriter]:
-    """Opens a file to write arrays to, which has its name when it is complete.
+    """Opens a file to write arrays to. The file gets its name when it is complete.
 
     Args:
         path: of the file.
-        entries: name to shape and dtype, in the order the values will come in.
+        entries: a dict from names to shapes and dtypes, in the order of the values.
         metadata: texts by name, for the header.
 
     Yields:
@@ -159,7 +159,7 @@ def open_writer(
 def write_tensors(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes arrays to a safetensors file, which replaces an old one when it is whole."""
+    """Writes arrays to a safetensors file atomically."""
     with tensor_files.replacing(path) as temporary:
         write_arrays(temporary, tensors, metadata)
 
@@ -167,10 +167,10 @@ def write_tensors(
 def write_arrays(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes arrays to a safetensors file at once; memory holds no copy of them.
+    """Writes arrays to a safetensors file without copying them in memory.
 
     Args:
-        path: of the file, which has the name from the beginning.
+        path: of the file. The file has this name from the beginning.
         tensors: contiguous arrays by name.
         metadata: texts by name, for the header.
 
@@ -179,7 +179,7 @@ def write_arrays(
         OSError: if the file cannot be written.
     """
     tensor_files.load_safetensors()
-    # Wider entries first, as safetensors has them, so that all lie on multiples of theirs.
+    # Wider dtypes first, as in safetensors, so that all arrays are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     entries = {n: tensor_files.abstract(tensors[n].shape, tensors[n].dtype) for n in order}
     with path.open("wb") as file:
@@ -192,10 +192,10 @@ def write_arrays(
 def make_header(
     entries: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]
 ) -> bytes:
-    """The bytes in front of the values: their number, and names, dtypes and places.
+    """The bytes in front of the values: the header's length and its JSON text.
 
     Raises:
-        TypeError: if safetensors has no name for a dtype.
+        TypeError: if safetensors does not support a dtype.
     """
     header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     place = 0
@@ -220,7 +220,7 @@ def count_bytes(entry: jax.ShapeDtypeStruct) -> int:
 
 
 def copy_file(source: pathlib.Path, path: pathlib.Path, piece: int) -> Iterator[int]:
-    """Copies a file, which has its name when it is complete.
+    """Copies a file. The copy gets its name when it is complete.
 
     Args:
         source: the file.

@@ -1,4 +1,4 @@
-"""Frozen weights in few bits: NF4, int8 and float8, and formats of one's own."""
+"""Quantized frozen weights: NF4, int8, float8, and formats of your own."""
 
 from lora_jax.quant.files import load_quantized as load_quantized
 from lora_jax.quant.files import save_quantized as save_quantized

@@ -1,10 +1,11 @@
-"""Arithmetic whose bits do not depend on what it is compiled with.
+"""Arithmetic with the same bits in every compiled program.
 
-Formats that other programs share are exact about every rounding, and XLA is not: it keeps
-float32 where 16 bits were asked for, multiplies by the reciprocal of a broadcast divisor,
-and sums in an order that changes with the shape. Sums of products it may still contract.
-All of it runs in float32, which 16-bit operands of one operation are rounded from as if
-that had been exact.
+Formats that other programs share define every rounding. XLA does not keep to this: it
+keeps float32 where 16 bits were asked for, multiplies by the reciprocal of a broadcast
+divisor, and sums in an order that depends on the shape. The functions here prevent all
+three. (XLA may still fuse a product and a sum.) Everything runs in float32. Rounding the
+float32 result of one operation on 16-bit operands gives the same value as rounding the
+exact result.
 """
 
 import math
@@ -16,21 +17,21 @@ from jax import lax
 from jax.typing import DTypeLike
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
-"""The smallest normal float32. Below it XLA may take values for zero, or not."""
+"""The smallest normal float32. XLA may or may not treat smaller values as zero."""
 
-_HUGE = 2.0**100  # from 2**126 on, a reciprocal is no normal number any more
+_HUGE = 2.0**100  # from 2**126 on, a reciprocal is not a normal number
 _DOWN = 2.0**-64
 _FLOAT16_TINY = 2.0**-14
-_FLOAT16_STEP = 2.0**-24  # between the float16 below that
+_FLOAT16_STEP = 2.0**-24  # the distance of float16 numbers below _FLOAT16_TINY
 
 
 def round_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """float32 values, rounded to those that a dtype of at most 32 bits has."""
+    """Rounds float32 values to the values of a dtype of at most 32 bits."""
     dtype = jnp.dtype(dtype)
     if dtype == jnp.bfloat16:
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     if dtype == jnp.float16:
-        # reduce_precision makes zeros of what is below the normal numbers.
+        # reduce_precision rounds subnormal numbers to zero.
         steps = jnp.round(x * (1 / _FLOAT16_STEP)) * _FLOAT16_STEP
         rounded = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
         return jnp.where(jnp.abs(x) < _FLOAT16_TINY, steps, rounded)
@@ -42,15 +43,15 @@ def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
 
     Args:
         x: `(..., n)`.
-        divisor: a shape that broadcasts to that of `x`, of as many axes.
+        divisor: of the same ndim; its shape broadcasts to that of `x`.
     """
-    # The divisor looks different for every entry, so it is not inverted once for all.
+    # The divisor has the full shape, so XLA does not multiply by one shared inverse.
     zero = (x == 0) & ~jnp.isnan(divisor)
     return x / jnp.where(zero, jnp.ones_like(x), jnp.broadcast_to(divisor, x.shape))
 
 
 def multiply_by_inverse(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """`x * (1 / divisor)`, rounded twice, of any finite divisor; 0 where that is 0.
+    """`x * (1 / divisor)`, rounded twice, for any finite divisor; 0 if the divisor is 0.
 
     Args:
         x: `(..., n)`.
@@ -64,21 +65,22 @@ def multiply_by_inverse(x: jax.Array, divisor: jax.Array) -> jax.Array:
 def largest(x: jax.Array, axis: int = -1) -> jax.Array:
     """The largest absolute value along an axis.
 
-    Zero if it is below the normal numbers, and NaN if it is not finite: a scale that makes
-    NaN of every code.
+    Zero if the largest value is below the normal numbers. NaN if a value is not finite, so
+    that every code becomes NaN.
     """
     peak = jnp.max(jnp.abs(x), axis=axis)
     peak = jnp.where(peak < TINY, jnp.zeros_like(peak), peak)
-    # Not of the peak: in large arrays XLA for the CPU takes the maximum past a NaN.
+    # `peak` does not show it: in large arrays XLA on the CPU may skip a NaN.
     finite = jnp.all(jnp.isfinite(x), axis=axis)
     return jnp.where(finite, peak, jnp.full_like(peak, jnp.nan))
 
 
 def mean(x: jax.Array) -> jax.Array:
-    """`(..., n)` -> `(...)`, the mean along the last axis, of values that are not negative.
+    """`(..., n)` -> `(...)`, the mean of values that are not negative, along the last axis.
 
-    Halves are added to halves, so the order is the same for one row and for a stack, and
-    the error is that of `log2(n)` roundings. It does not overflow.
+    The sum adds one half of the values to the other, again and again. So the order is the
+    same for one row and for a stack, and the error is that of `log2(n)` roundings. The sum
+    does not overflow.
     """
     n = x.shape[-1]
     down = jnp.where(jnp.max(x, axis=-1) > _HUGE, _DOWN, 1.0).astype(x.dtype)
@@ -111,15 +113,15 @@ def in_rows(x: jax.Array, width: int) -> jax.Array:
 
 
 def spread(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
-    """`(*batch, n)` -> `shape`, `(*batch, *rows)`: each entry for `width` in a row.
+    """`(*batch, n)` -> `shape`, `(*batch, *rows)`: repeats each entry `width` times.
 
-    Where the last run of equal entries would not fit, it is cut off.
+    The repetitions of the last entry are cut off to fit.
     """
     batch, rows = x.shape[:-1], shape[x.ndim - 1 :]
     if len(rows) == 1:
         runs = jnp.broadcast_to(x[..., None], (*x.shape, width)).reshape(*batch, -1)
         return runs[..., : rows[0]]
-    # A reshape of runs to several axes could not be split along any of them.
+    # A reshape to several axes could not be sharded along any of them.
     position = jnp.zeros(rows, jnp.int32)
     for axis in range(len(rows)):
         stride = math.prod(rows[axis + 1 :])
@@ -128,10 +130,10 @@ def spread(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def thresholds(table: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """Where the nearest entry of an ascending table changes.
+    """The values at which the nearest entry of an ascending table changes.
 
-    `x` is nearest to entry `sum(x > thresholds)`; halfway it is the lower one, which is
-    what the first smallest `|x - table|` is.
+    `x` is nearest to entry `sum(x > thresholds)`. Halfway between two entries, the lower
+    one is chosen, as by `argmin(|x - table|)`.
 
     Args:
         table: `(n,)`, with values of `dtype`.

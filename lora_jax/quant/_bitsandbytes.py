@@ -1,6 +1,6 @@
-"""NF4 as bitsandbytes has it: its codes, and scales in 8 bits of a dynamic map.
+"""bitsandbytes' NF4: its codes, and its 8-bit scales of a dynamic map.
 
-Everything is computed in float32, whatever the weight is.
+Everything is computed in float32, whatever the dtype of the weight.
 """
 
 import functools
@@ -29,7 +29,7 @@ _VALUES = (
 
 
 def table(dtype: DTypeLike) -> np.ndarray:
-    """What the 16 codes stand for, float32, in a weight of any dtype."""
+    """The values of the 16 codes, float32, for a weight of any dtype."""
     del dtype
     return np.array(_VALUES, np.float32)
 
@@ -50,8 +50,8 @@ def encode(blocks: jax.Array, absmax: jax.Array, dtype: DTypeLike) -> jax.Array:
 def dynamic_map() -> np.ndarray:
     """The 256 values of the scales' codes, ascending, float32.
 
-    Zero, one, and for each decade from 1e-7 to 1 twice as many values as for the one
-    below, evenly spaced, with either sign.
+    They are zero, one, and evenly spaced values of both signs in each decade from 1e-7 to
+    1. Each decade has twice as many values as the decade below.
 
     References:
         Dettmers, 2015, section 3.1, https://arxiv.org/abs/1511.04561.
@@ -66,9 +66,9 @@ def dynamic_map() -> np.ndarray:
 
 
 def _edges(n: int) -> np.ndarray:
-    """`n + 1` even steps from 0.1 to 1, with the bits that `torch.linspace` gives them.
+    """`n + 1` evenly spaced values from 0.1 to 1, with the bits of `torch.linspace`.
 
-    The lower half is counted from below, the upper one from above, each rounded once.
+    The lower half is computed from 0.1 and the upper half from 1, each rounded once.
     """
     first, last = np.float32(0.1), np.float32(1.0)
     step, i = float((last - first) / np.float32(n)), np.arange(n + 1)
@@ -79,17 +79,17 @@ def _edges(n: int) -> np.ndarray:
 def nest(
     absmax: jax.Array, group: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Turns the scales of blocks into 8 bits.
+    """Quantizes the scales of blocks to 8 bits.
 
     Args:
         absmax: `(..., n_blocks)`, float32.
         group: how many blocks share a scale; the last group may have fewer.
-        dtype: of the weight; makes no difference.
+        dtype: of the weight; not used.
 
     Returns:
-        `(..., n_blocks)`, uint8; the scales of the groups `(..., n_groups)` and the mean
-        `(...)`, float32. The codes are the nearest in the dynamic map to
-        `(absmax - mean) / scale`.
+        The codes `(..., n_blocks)`, uint8; the scales of the groups `(..., n_groups)` and
+        the mean `(...)`, float32. A code is the index of the value in the dynamic map that
+        is nearest to `(absmax - mean) / scale`.
     """
     del dtype
     mean = _arithmetic.mean(absmax)
@@ -105,7 +105,7 @@ def nest(
 def unnest(
     codes: jax.Array, scale: jax.Array, mean: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Undoes `nest`: `map[codes] * scale + mean`, float32, all of shapes that broadcast."""
+    """Undoes `nest`: `map[codes] * scale + mean`, float32. The shapes broadcast."""
     del dtype
     table = jnp.asarray(dynamic_map()).at[codes]
     values = table.get(

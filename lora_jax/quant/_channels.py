@@ -1,4 +1,4 @@
-"""Scales for the outputs of a weight `(*batch, *inputs, out)`, or blocks of its inputs."""
+"""Scales per output of a weight `(*batch, *inputs, out)`, or per block of its inputs."""
 
 import math
 
@@ -11,8 +11,8 @@ from lora_jax.quant import _arithmetic
 def as_blocks(weight: jax.Array, batch_axes: int, block: int | None) -> jax.Array:
     """`(*batch, *inputs, out)` -> `(*batch, n_blocks, block, out)`, float32.
 
-    All input axes are one. The last block has zeros at the end; without a size there is
-    one block.
+    All input axes are folded into one. The last block is padded with zeros. If `block` is
+    None, there is one block.
     """
     batch, n_out = weight.shape[:batch_axes], weight.shape[-1]
     n_in = math.prod(weight.shape[batch_axes:-1])
@@ -24,23 +24,23 @@ def as_blocks(weight: jax.Array, batch_axes: int, block: int | None) -> jax.Arra
 
 
 def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes `as_blocks`, in the dtype of the blocks; `shape` is that of the weight."""
+    """Undoes `as_blocks`, in the dtype of the blocks; `shape` is the weight's shape."""
     batch, n_out = blocks.shape[:-3], blocks.shape[-1]
     n_in = math.prod(shape[len(batch) : -1])
     return blocks.reshape(*batch, -1, n_out)[..., :n_in, :].reshape(shape)
 
 
 def normalize(blocks: jax.Array, top: float) -> tuple[jax.Array, jax.Array]:
-    """Scales the columns of blocks to at most `top`.
+    """Scales each column of each block to absolute values of at most `top`.
 
     Args:
         blocks: `(*batch, n_blocks, block, out)`, float32.
-        top: the largest absolute value that a code stands for.
+        top: the largest absolute value of a code.
 
     Returns:
-        The values divided by their scales, and these, `(*batch, n_blocks, out)`, float32:
-        `largest / top`. A scale is 0, and so are the values, where that is below the
-        normal numbers; both are NaN where a value of the column is not finite.
+        The values divided by their scales, and the scales `(*batch, n_blocks, out)`,
+        float32: `largest / top`. If a scale would be below the normal numbers, the scale
+        and the values are 0. If a value of a column is not finite, both are NaN.
     """
     scales = _arithmetic.largest(blocks, axis=-2) / top
     scales = jnp.where(scales < _arithmetic.TINY, jnp.zeros_like(scales), scales)

@@ -1,4 +1,4 @@
-"""Two 4-bit codes in a byte, and what a table has for them.
+"""Packing of two 4-bit codes into a byte, and table look-up of codes.
 
 The first of two codes is in the upper four bits, as in torchao and bitsandbytes.
 """
@@ -11,7 +11,7 @@ _MASK = 15
 
 
 def pack(codes: jax.Array, fill: int) -> jax.Array:
-    """`(..., n)` codes -> `(..., ceil(n / 2))` bytes; `fill` is behind an odd last one."""
+    """`(..., n)` codes -> `(..., ceil(n / 2))` bytes; an odd `n` is padded with `fill`."""
     if codes.shape[-1] % 2:
         widths = [(0, 0)] * (codes.ndim - 1) + [(0, 1)]
         codes = jnp.pad(codes, widths, constant_values=fill)
@@ -25,10 +25,10 @@ def unpack(packed: jax.Array) -> jax.Array:
 
 
 def nearest(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
-    """The code of each value: how many of some thresholds it is above, uint8.
+    """The code of each value, uint8: the number of thresholds that are below it.
 
-    It is one loop over `x` with a comparison for each threshold, and no array of as many
-    columns. NaN has code 0.
+    It is one loop over `x` with a comparison for each threshold, without an array that has
+    a column for each threshold. NaN has code 0.
     """
     code = jnp.zeros(x.shape, jnp.uint8)
     for threshold in thresholds:
@@ -37,10 +37,10 @@ def nearest(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
 
 
 def look_up(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """The entry of a table of 16 for each code, as a tree of choices between two.
+    """The entry of a table of 16 for each code, selected bit by bit.
 
-    Unlike a gather it is vectorized on the CPU, needs no indices of 32 bits, and on a GPU
-    no memory: each bit of the code halves what is left of the table.
+    Each bit of the code halves the rest of the table. Unlike a gather, this is vectorized
+    on the CPU, and needs no 32-bit indices, and no memory access on a GPU.
 
     Args:
         codes: any shape, uint8 below 16.

@@ -1,7 +1,7 @@
-"""NF4 as `torchao.dtypes.NF4Tensor` has it: its codes, and scales in 8 bits.
+"""torchao's NF4 (`torchao.dtypes.NF4Tensor`): its codes, and its 8-bit scales.
 
-Everything is computed in the dtype of the weight: in 16 bits, torchao rounds after each
-operation, and so does this.
+Everything is computed in the dtype of the weight. In 16 bits, torchao rounds after each
+operation; this module does the same.
 """
 
 import functools
@@ -16,7 +16,7 @@ from lora_jax.quant import _arithmetic, _packing
 SCALES = jnp.int8
 """The dtype of nested scales."""
 
-# Normal quantiles in four decimals, in the dtype of the weight.
+# Normal quantiles, rounded to four decimals and then to the dtype of the weight.
 _VALUES = (
     *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
     *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
@@ -25,12 +25,12 @@ _VALUES = (
 
 @functools.cache
 def table(dtype: DTypeLike) -> np.ndarray:
-    """What the 16 codes stand for, in a weight of some dtype, as float32."""
+    """The values of the 16 codes in a weight of some dtype, as float32."""
     return np.array(_VALUES, np.float64).astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def group_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of the groups' scales and of the mean: that of the weight."""
+    """The dtype of the groups' scales and of the mean: the dtype of the weight."""
     return jnp.dtype(dtype)
 
 
@@ -45,7 +45,7 @@ def encode(blocks: jax.Array, absmax: jax.Array, dtype: DTypeLike) -> jax.Array:
 def nest(
     absmax: jax.Array, group: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Turns the scales of blocks into 8 bits.
+    """Quantizes the scales of blocks to 8 bits.
 
     Args:
         absmax: `(..., n_blocks)`, float32 with values of `dtype`.
@@ -53,8 +53,8 @@ def nest(
         dtype: of the weight.
 
     Returns:
-        `(..., n_blocks)`, int8; the factors `(..., n_groups)` and the mean `(...)`, in
-        `dtype`. The codes are `round((absmax - mean) * factor)`.
+        The codes `(..., n_blocks)`, int8; the factors `(..., n_groups)` and the mean
+        `(...)`, in `dtype`. The codes are `round((absmax - mean) * factor)`.
     """
     mean = _arithmetic.round_to(_arithmetic.mean(absmax), dtype)
     rest = _arithmetic.round_to(absmax - mean[..., None], dtype)
@@ -68,7 +68,7 @@ def nest(
 
 
 def _factor(peak: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`128 / peak`, infinite where all scales are equal, and only there."""
+    """`128 / peak`; infinite only if all scales are equal."""
     top = float(jnp.finfo(dtype).max)
     factor = jnp.minimum(_arithmetic.round_to(128.0 / peak, dtype), top)
     return jnp.where(peak == 0, jnp.full_like(peak, jnp.inf), factor)
@@ -77,7 +77,7 @@ def _factor(peak: jax.Array, dtype: DTypeLike) -> jax.Array:
 def unnest(
     codes: jax.Array, factor: jax.Array, mean: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Undoes `nest`: `codes / factor + mean`, float32, all of shapes that broadcast."""
+    """Undoes `nest`: `codes / factor + mean`, float32. The shapes broadcast."""
     wide = codes.astype(jnp.float32)
     rest = _arithmetic.divide(wide, factor.astype(jnp.float32))
     rest = _arithmetic.round_to(rest, dtype)

@@ -1,8 +1,8 @@
-"""Quantized weights in one safetensors file.
+"""Saves and loads quantized weights in one safetensors file.
 
-The file has the arrays of each weight under `<path>:<name>`, plain arrays under their path,
-and in its metadata a record of what each is and a SHA-256 of all of it. Nothing is pickled,
-and what is read is not trusted.
+The file has the arrays of each weight under `<path>:<name>`, and plain arrays under their
+path. Its metadata have a record that describes each entry, and a SHA-256 of everything.
+Nothing is pickled, and files are not trusted.
 """
 
 import hashlib
@@ -28,20 +28,21 @@ _FIELDS = ("format", "version", "record", "digest")
 
 
 def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
-    """Writes quantized weights and arrays to a file, which replaces an old one.
+    """Saves quantized weights and arrays to a file, atomically.
 
     Args:
-        file: its name should end in `.safetensors`. It is there when it is complete.
-        tree: any pytree of arrays and quantized tensors of registered formats. A dict with
-            paths as keys is one.
+        file: its name should end in `.safetensors`. An existing file is replaced when the
+            new one is complete.
+        tree: any pytree of arrays and quantized tensors of registered formats, for example
+            a dict with paths as keys.
 
     Raises:
         ModuleNotFoundError: if the package safetensors is not installed.
         OSError: if the file cannot be written.
-        TypeError: if a leaf is neither, has a format that is not registered, or has no
-            values, as inside `jax.jit`.
-        ValueError: if two arrays would have one name, or one is spread over several
-            processes.
+        TypeError: if a leaf is neither an array nor a quantized tensor, has a format that
+            is not registered, or has no values, as inside `jax.jit`.
+        ValueError: if two arrays would have the same name, or an array is spread over
+            several processes.
 
     Example:
         >>> import tempfile, pathlib, jax.numpy as jnp, lora_jax.quant
@@ -77,21 +78,21 @@ def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
 
 
 def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what `save_quantized` wrote.
+    """Loads quantized weights and arrays that `save_quantized` saved.
 
     Args:
-        file: that was written.
+        file: the path of the file.
 
     Returns:
-        The quantized tensors and arrays by path, with the bits and classes they had.
+        A dict from paths to quantized tensors and arrays, with the same bits and classes.
 
     Raises:
-        CheckpointError: if the file is not as it was written, or of another kind, a newer
-            version wrote it, it has a format that is not registered, or an array has 64
-            bits and JAX is not set to that.
-        FileNotFoundError: if there is none.
+        CheckpointError: if the file was changed or is of another kind, a newer version
+            wrote it, it has a format that is not registered, or an array has 64 bits and
+            JAX is not set to 64 bits.
+        FileNotFoundError: if the file does not exist.
         ModuleNotFoundError: if the package safetensors is not installed.
-        TypeError: if `file` is no path.
+        TypeError: if `file` is not a path.
 
     Example:
         See `save_quantized`.
@@ -172,7 +173,7 @@ class _Digest:
 
 
 def _read_record(source: tensor_files.TensorFile) -> dict[str, Any]:
-    """The record of a file, each entry of which has the fields of one."""
+    """Reads the record of a file and checks the fields of each entry."""
     path, metadata = source.path, source.metadata
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Eight-bit floating-point numbers with a scale for each output."""
+"""float8: 8-bit floating-point codes with a scale for each output."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ _DTYPE = jnp.float8_e4m3fn
 _TOP = float(jnp.finfo(_DTYPE).max)  # 448
 _TINY = float(jnp.finfo(_DTYPE).tiny)  # 2^-6, the smallest normal number
 _MANTISSA_BITS = 3
-_STEP = _TINY * 2.0**-_MANTISSA_BITS  # between the numbers below that
+_STEP = _TINY * 2.0**-_MANTISSA_BITS  # the distance of numbers below _TINY
 
 
 @jax.tree_util.register_dataclass
@@ -30,21 +30,21 @@ _STEP = _TINY * 2.0**-_MANTISSA_BITS  # between the numbers below that
 class FP8Tensor(QuantizedTensor):
     """A weight `(*batch, *inputs, out)` in float8_e4m3fn; see `quantize_fp8`.
 
-    With the input axes seen as one:
+    With the input axes folded into one:
 
         w[i, j] ~ e4m3fn(codes[i, j]) * scales[j]
         scales[j] = max over i of |w[i, j]| / 448
 
-    448 is the largest value of the format, and `e4m3fn` the number that eight bits stand
-    for: `jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)`. They are stored as
-    bytes, as in Transformer Engine: XLA for the CPU carries a stack of float8 through a
-    loop as float16. The product is formed in float32 and rounded
-    once. Columns of zeros come back as exact zeros; so does what has a scale below 2^-126,
-    the smallest normal float32.
+    448 is the largest value of the format, and `e4m3fn` converts eight bits to a number:
+    `jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)`. The codes are stored as bytes,
+    as in Transformer Engine, because XLA on the CPU carries a stack of float8 through a
+    loop as float16. The product is computed in float32 and rounded once. Columns of zeros
+    dequantize to exact zeros, and so do columns whose scale is below 2^-126, the smallest
+    normal float32.
 
         |w[i, j] - dequantized[i, j]| <= max(|w[i, j]| / 16, scales[j] / 1024)
 
-    but for float32 roundings, and one of the dtype of the result: entries have four
+    plus float32 roundings and one rounding to the dtype of the result. Entries have four
     significant bits, down to 2^-6 of the scale.
 
     Attributes:
@@ -69,23 +69,23 @@ class FP8Tensor(QuantizedTensor):
 
     @property
     def batch_ndim(self) -> int:
-        """How many leading axes are those of the stack."""
+        """How many leading axes form the stack."""
         return self.scales.ndim - 1
 
     def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> "FP8Tensor":
-        """Which mesh axes its arrays are split over: see `QuantizedTensor.array_specs`."""
+        """The mesh axes of each array: see `QuantizedTensor.array_specs`."""
         del sizes
         codes: Any = PartitionSpec(*spec)
         scales: Any = PartitionSpec(*spec[: self.batch_ndim], spec[-1])
         return dataclasses.replace(self, codes=codes, scales=scales)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, `shape`, in `dtype`, sharded as its codes are."""
+        """The dense weight, `shape`, in `dtype`, sharded like the codes."""
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
         return placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "FP8Tensor":
-        """A weight of the same shape, with the settings of this one."""
+        """Quantizes a weight of the same shape with the settings of this one."""
         return quantize_fp8(weight, batch_axes=self.batch_ndim)
 
     def check(self) -> None:
@@ -109,23 +109,24 @@ def quantize_fp8(weight: Any, *, batch_axes: int = 0) -> FP8Tensor:
     """Quantizes a weight to float8_e4m3fn, with a scale for each output.
 
     NVIDIA's Transformer Engine uses the same numbers for weights, usually with one scale
-    for the whole tensor, from the largest values of past steps (delayed scaling) or of
-    this one (current scaling), and stores the factor `448 / largest` with its inverse.
-    The scales here are such inverses, one for each output: they lose less, and nothing
-    here multiplies in 8 bits, which would ask for one.
+    for the whole tensor. It computes the scale from the largest values of past steps
+    (delayed scaling) or of the current step (current scaling), and stores the factor
+    `448 / largest` and its inverse. The scales here are such inverses, one for each output,
+    which lose less. One scale per tensor is needed only for products in 8 bits, and this
+    library has none.
 
     Args:
         weight: `(*batch, in, out)`, float32, bfloat16 or float16. There may be several
             input axes, such as those of a convolution.
-        batch_axes: how many leading axes are a stack of weights (layers, experts). Each is
-            quantized on its own, with the same bits as alone.
+        batch_axes: how many leading axes form a stack of weights (layers, experts). Each
+            weight is quantized separately, with the same bits as if it were alone.
 
     Returns:
-        The quantized weight. Under `jax.jit`, where values cannot be checked, an output
-        with an entry that is infinite or NaN dequantizes to NaN.
+        The quantized weight. Values cannot be checked under `jax.jit`: there an output
+        with an infinite or NaN entry dequantizes to NaN.
 
     Raises:
-        TypeError: if the weight is no array of those dtypes.
+        TypeError: if the weight is not an array of these dtypes.
         ValueError: if the weight is a vector, empty or not finite.
 
     References:
@@ -159,10 +160,10 @@ def _quantize(weight: jax.Array, batch_axes: int) -> FP8Tensor:
 
 
 def _round(x: jax.Array) -> jax.Array:
-    """float32 values, rounded to those of the format.
+    """Rounds float32 values to the values of the format.
 
-    The cast then has nothing to round. Some versions of XLA cast by way of float16, which
-    rounds twice.
+    The cast then rounds nothing. Some versions of XLA cast by way of float16, which would
+    round twice.
     """
     steps = jnp.round(x / _STEP) * _STEP
     rounded = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_MANTISSA_BITS)

@@ -1,4 +1,4 @@
-"""Checks of weights that are to be quantized, and of arrays that are read from files."""
+"""Checks of weights to quantize, and of arrays from files."""
 
 import operator
 from typing import Any
@@ -12,17 +12,17 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, quantized
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""The dtypes of weights that are quantized."""
+"""The dtypes that can be quantized."""
 
 
 def check_weight(weight: Any, batch_axes: Any) -> jax.Array:
-    """The weight as an array of JAX, if it can be quantized.
+    """Checks a weight to quantize and returns it as a JAX array.
 
     Raises:
-        TypeError: if it is no floating-point array of at most 32 bits, or `batch_axes` no
-            integer.
-        ValueError: if it is empty, all of its axes are batch axes, or, outside of
-            `jax.jit`, not all of its values are finite.
+        TypeError: if the weight is not a floating-point array of at most 32 bits, or
+            `batch_axes` is not an integer.
+        ValueError: if the weight is empty, all of its axes are batch axes, or (outside of
+            `jax.jit`) a value is not finite.
     """
     if quantized.is_quantized(weight):
         raise TypeError(f"weight is quantized already: {weight!r}.")
@@ -51,14 +51,14 @@ def check_matrix(weight: Any, batch_axes: Any, what: str) -> jax.Array:
     if array.ndim - batch_axes < 2:
         raise ValueError(
             f"{what} has a scale for each output of a weight (*batch, in, out), got shape "
-            f"{array.shape} with {batch_axes} batch axes: leave vectors as they are, or "
-            "use quantize_nf4."
+            f"{array.shape} with {batch_axes} batch axes: do not quantize vectors, or use "
+            "quantize_nf4."
         )
     return array
 
 
 def _check_finite(weight: Any) -> None:
-    """Raises if values that are known, also where something else is traced, are not."""
+    """Raises if known values are not finite; they are known also inside another trace."""
     if isinstance(weight, Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -76,10 +76,10 @@ def _count_not_finite(array: jax.Array) -> jax.Array:
 
 
 def check_count(name: str, value: Any) -> int:
-    """A positive integer.
+    """Checks a positive integer and returns it as an `int`.
 
     Raises:
-        TypeError: if it is no integer.
+        TypeError: if it is not an integer.
         ValueError: if it is not positive.
     """
     count = as_integer(name, value)
@@ -89,10 +89,10 @@ def check_count(name: str, value: Any) -> int:
 
 
 def as_integer(name: str, value: Any) -> int:
-    """An integer of any kind as Python's.
+    """Converts an integer of any type to an `int`.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if it is not an integer.
     """
     try:
         if isinstance(value, bool | np.bool_):
@@ -105,7 +105,7 @@ def as_integer(name: str, value: Any) -> int:
 
 
 def check_weight_dtype(name: Any) -> None:
-    """Raises unless it is the name of a dtype that is quantized."""
+    """Raises unless `name` is the name of a dtype that can be quantized."""
     if name not in DTYPES:
         raise ValueError(f"weight_dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
 
@@ -118,7 +118,7 @@ def check_present(**arrays: Any) -> None:
 
 
 def check_leaf(name: str, array: Any, shape: tuple[int, ...], dtype: DTypeLike) -> None:
-    """Raises unless an array has a shape and a dtype."""
+    """Raises unless an array has the given shape and dtype."""
     check_present(**{name: array})
     if tuple(array.shape) != shape or array.dtype != dtype:
         raise ValueError(

@@ -26,18 +26,18 @@ _TOP = 127
 class Int8Tensor(QuantizedTensor):
     """A weight `(*batch, *inputs, out)` in int8; see `quantize_int8`.
 
-    With the input axes seen as one, of size `n_in`, and `b = block_size`, or `n_in`
-    without it:
+    The input axes are folded into one, of size `n_in`. With `b = block_size`, or `n_in` if
+    it is None:
 
         w[i, j] ~ codes[i, j] * scales[i // b, j]
         codes in -127 ... 127,  scales[k, j] = max |w[i, j]| / 127 over i in block k
 
-    The product is formed in float32 and rounded once. Columns of zeros come back as exact
-    zeros; so does what has a scale below 2^-126, the smallest normal float32.
+    The product is computed in float32 and rounded once. Columns of zeros dequantize to
+    exact zeros, and so do entries whose scale is below 2^-126, the smallest normal float32.
 
         |w[i, j] - dequantized[i, j]| <= scales[i // b, j] / 2
 
-    but for roundings: `2^-14` of the scale, and one of the dtype of the result.
+    plus roundings: `2^-14` of the scale, and one rounding to the dtype of the result.
 
     Attributes:
         codes: the shape of the weight, int8.
@@ -63,11 +63,11 @@ class Int8Tensor(QuantizedTensor):
 
     @property
     def batch_ndim(self) -> int:
-        """How many leading axes are those of the stack."""
+        """How many leading axes form the stack."""
         return len(self.scales.shape) - (1 if self.block_size is None else 2)
 
     def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> "Int8Tensor":
-        """Which mesh axes its arrays are split over: see `QuantizedTensor.array_specs`."""
+        """The mesh axes of each array: see `QuantizedTensor.array_specs`."""
         n = self.batch_ndim
         middle: tuple[Any, ...] = ()
         if self.block_size is not None:
@@ -79,12 +79,12 @@ class Int8Tensor(QuantizedTensor):
         return dataclasses.replace(self, codes=codes, scales=scales)
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, `shape`, in `dtype`, sharded as its codes are."""
+        """The dense weight, `shape`, in `dtype`, sharded like the codes."""
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
         return placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "Int8Tensor":
-        """A weight of the same shape, with the settings of this one."""
+        """Quantizes a weight of the same shape with the settings of this one."""
         return quantize_int8(weight, block_size=self.block_size, batch_axes=self.batch_ndim)
 
     def check(self) -> None:
@@ -115,22 +115,23 @@ register_format(Int8Tensor, "int8")
 def quantize_int8(
     weight: Any, *, block_size: int | None = None, batch_axes: int = 0
 ) -> Int8Tensor:
-    """Quantizes a weight to eight bits an entry, symmetrically, by output.
+    """Quantizes a weight to int8, symmetrically, with a scale for each output.
 
     Args:
         weight: `(*batch, in, out)`, float32, bfloat16 or float16. There may be several
             input axes, such as those of a convolution.
-        block_size: how many inputs share a scale, if not all of them; the last block may
-            be shorter.
-        batch_axes: how many leading axes are a stack of weights (layers, experts). Each is
-            quantized on its own, with the same bits as alone.
+        block_size: how many inputs share a scale; the last block may be shorter. None
+            means all inputs.
+        batch_axes: how many leading axes form a stack of weights (layers, experts). Each
+            weight is quantized separately, with the same bits as if it were alone.
 
     Returns:
-        The quantized weight. Under `jax.jit`, where values cannot be checked, what shares
-        a scale with an entry that is infinite or NaN dequantizes to NaN.
+        The quantized weight. Values cannot be checked under `jax.jit`: there all entries
+        that share a scale with an infinite or NaN entry dequantize to NaN.
 
     Raises:
-        TypeError: if the weight is no array of those dtypes, or the size no integer.
+        TypeError: if the weight is not an array of these dtypes, or the size is not an
+            integer.
         ValueError: if the weight is a vector, empty or not finite, or the size is not
             positive.
 
@@ -151,7 +152,7 @@ def quantize_int8(
 
 
 def _check_padding(weight: jax.Array, block: int | None, batch_axes: int) -> None:
-    """Raises if XLA would mix up the entries of the last block, which is padded."""
+    """Raises if XLA would mix up the entries of the last block, which needs padding."""
     n_in = math.prod(weight.shape[batch_axes:-1])
     if block is None or n_in % block == 0 or compat.pads_sharded_axes():
         return

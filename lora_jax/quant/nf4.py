@@ -1,11 +1,12 @@
-"""NF4: four bits for an entry, which stand for quantiles of a normal distribution.
+"""NF4: 4-bit codes of quantiles of a normal distribution.
 
-The weight is taken as it lies in memory, `(in, out)` row by row, in blocks of entries that
-share a scale. A PyTorch weight `(out, in)` has other blocks than its transpose: to get the
-bits that torchao or bitsandbytes have, quantize it as it is stored there.
+The entries of a weight are divided into blocks in the order of memory, `(in, out)` row by
+row. The entries of a block share a scale. A PyTorch weight `(out, in)` has other blocks
+than its transpose: to get the same bits as torchao or bitsandbytes, quantize the weight in
+their layout.
 
-Two libraries have a format of that name, with other tables, other roundings and other ways
-to store the scales, so there are two codecs.
+torchao and bitsandbytes both have a format called NF4, with different tables, roundings
+and ways to store the scales. So there are two codecs.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from lora_jax.quant.tensors import register_format
 __all__ = ["Codec", "NF4Tensor", "quantize_nf4"]
 
 Codec = Literal["torchao", "bitsandbytes"]
-"""Whose NF4 it is."""
+"""The NF4 variant: torchao's or bitsandbytes'."""
 
 _CODECS: dict[str, ModuleType] = {"torchao": _torchao, "bitsandbytes": _bitsandbytes}
 BLOCK_SIZE = 64
@@ -44,8 +45,9 @@ _LOG = logging.getLogger("lora_jax")
 class NF4Tensor(QuantizedTensor):
     """A weight of `n` entries in NF4, or a stack of such weights; see `quantize_nf4`.
 
-    With `b = block_size`, `g = scaler_block_size`, entries and codes numbered in the order
-    of memory, and `t` the ascending table of 16 values from -1 to 1 with `t[7] = 0`:
+    Let `b = block_size` and `g = scaler_block_size`, let entries and codes be numbered in
+    the order of memory, and let `t` be the ascending table of 16 values from -1 to 1 with
+    `t[7] = 0`:
 
         n_blocks = ceil(n / b),  n_groups = ceil(n_blocks / g)
 
@@ -60,9 +62,9 @@ class NF4Tensor(QuantizedTensor):
     - nested, bitsandbytes: `s[k] = map[scales[k]] * group_scales[k // g] + mean` in
       float32, with a map of 256 values from -0.993 to 1.
 
-    The product is formed in float32 and rounded once. Blocks of zeros come back as exact
-    zeros, and so do those with no entry of at least 2^-126 (below that are no normal
-    float32). With `a[k]` the largest absolute value in a block, and `u` half a rounding
+    The product is computed in float32 and rounded once. A block of zeros dequantizes to
+    exact zeros, and so does a block whose entries are all below 2^-126, the smallest normal
+    float32. With `a[k]` the largest absolute value in block `k`, and `u` half a rounding
     unit of the dtype of the weight:
 
         |w[i] - dequantized[i]| <= 0.1520 a[k] + |s[k] - a[k]| + 3 u a[k]
@@ -70,13 +72,13 @@ class NF4Tensor(QuantizedTensor):
         nested, torchao:       |s[k] - a[k]| <= p / 128 + 5 u max(a)
         nested, bitsandbytes:  |s[k] - a[k]| <= 0.0071 p + 5 u max(a)
 
-    where `p` is the largest `|a[k] - mean(a)|` in its group. (In float16 torchao's factor
-    has its largest value, 65504, at most: there `p / 128` is at least `2^-17`.)
+    where `p` is the largest `|a[k] - mean(a)|` in the group. (In float16 torchao's factor
+    is at most 65504. There use at least `2^-17` for `p / 128`.)
 
-    Codes and scales are one row for each weight. With `row_axes = r` they are one row for
-    each entry of its first `r` axes, the same numbers in the same order, so that they can
-    be sharded along any of the first `r + 1` axes of the weight, as it is. Files have them
-    without `row_axes`.
+    By default codes and scales have one row for each weight. With `row_axes = r` they have
+    one row for each entry of the weight's first `r` axes, with the same numbers in the same
+    order. Then they can be sharded like the weight along any of its first `r + 1` axes.
+    Files store them without `row_axes`.
 
     Attributes:
         codes: `(*batch, *entry_shape[:row_axes], ceil(n / 2))`, uint8, with `n` the number
@@ -92,9 +94,9 @@ class NF4Tensor(QuantizedTensor):
         weight_dtype: name of the dtype of the weight.
         block_size: how many entries share a scale.
         scaler_block_size: how many scales share a `group_scales`, or None.
-        codec: whose NF4 it is.
-        row_axes: how many leading axes of one weight codes and scales have. A row then is
-            a whole number of blocks.
+        codec: the NF4 variant, `"torchao"` or `"bitsandbytes"`.
+        row_axes: how many leading axes of one weight are axes of codes and scales. Each
+            row is then a whole number of blocks.
     """
 
     codes: jax.Array
@@ -122,11 +124,11 @@ class NF4Tensor(QuantizedTensor):
 
     @property
     def batch_ndim(self) -> int:
-        """How many leading axes are those of the stack."""
+        """How many leading axes form the stack."""
         return self.codes.ndim - 1 - self.row_axes
 
     def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> "NF4Tensor":
-        """Which mesh axes its arrays are split over: see `QuantizedTensor.array_specs`."""
+        """The mesh axes of each array: see `QuantizedTensor.array_specs`."""
         n = self.batch_ndim
         rows = [*spec[n : n + self.row_axes]]
         n_rest = math.prod(self.entry_shape[self.row_axes :])
@@ -139,11 +141,11 @@ class NF4Tensor(QuantizedTensor):
         return dataclasses.replace(self, **arrays, group_scales=nested, mean=nested)
 
     def array_with_axes(self) -> tuple[jax.Array, int]:
-        """The codes, the last axis of which starts with an axis of the weight."""
+        """The codes, all of whose axes are split like leading axes of the weight."""
         return self.codes, self.codes.ndim
 
     def to_arrays(self) -> dict[str, jax.Array]:
-        """The arrays by name, with codes and scales in one row for each weight."""
+        """The arrays by name; codes and scales have one row for each weight."""
         arrays: dict[str, Any] = super().to_arrays()
         for name in ("codes", "scales") if self.row_axes else ():
             values = np.asarray(arrays[name])
@@ -151,12 +153,12 @@ class NF4Tensor(QuantizedTensor):
         return arrays
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        """The weight, `shape`, in `dtype`, sharded as its codes are."""
+        """The dense weight, `shape`, in `dtype`, sharded like the codes."""
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
         return placement.automatic(function, self, like=self.codes, ndim=self.ndim)
 
     def quantize_like(self, weight: jax.Array) -> "NF4Tensor":
-        """A weight of the same shape, with the settings of this one."""
+        """Quantizes a weight of the same shape with the settings of this one."""
         return quantize_nf4(
             weight,
             self.block_size,
@@ -176,7 +178,7 @@ class NF4Tensor(QuantizedTensor):
             raise ValueError(*error.args) from None
         inputs.check_weight_dtype(self.weight_dtype)
         n, codec, nested = math.prod(entry), _CODECS[self.codec], self.scaler_block_size
-        # What is formed of codes and scales has whole blocks, and groups of them.
+        # Dequantization pads codes and scales to whole blocks and groups.
         if max(self.block_size, nested or 0) > max(n, _LARGEST_PADDING):
             raise ValueError(
                 f"block_size {self.block_size} and scaler_block_size {nested} are too "
@@ -213,40 +215,41 @@ def quantize_nf4(
     batch_axes: int = 0,
     row_axes: int | None = None,
 ) -> NF4Tensor:
-    """Quantizes a weight of any size to four bits an entry.
+    """Quantizes a weight of any size to NF4, 4 bits per entry.
 
-    With the default sizes that is 0.516 bytes an entry. On a CPU the codes are those of
-    torchao 0.17 and bitsandbytes 0.50, bit for bit, and the nested scales up to the last
-    bit of the mean, where these libraries give something sensible: torchao makes -1 times
-    a scale of the entries of a block of zeros. torchao itself refuses a weight that is not
-    made of whole blocks and groups of them. Here the last block or group of it is shorter.
+    With the default sizes this takes 0.516 bytes per entry. On a CPU the codes have the
+    bits of torchao 0.17 and bitsandbytes 0.50, and so do the nested scales, except for the
+    last bit of the mean. One case differs on purpose: torchao gives each entry of a block
+    of zeros -1 times the scale. torchao also refuses a weight that is not a whole number of
+    blocks and groups; here the last block and the last group may be shorter.
 
-    A weight that is sharded along any of its axes is quantized where it lies, and its
-    arrays are sharded as it is, wherever each shard is a whole number of blocks. Where it
-    is not, a warning in the logger `"lora_jax"` says which block sizes would do.
+    A sharded weight is quantized without moving it, and its arrays are sharded like the
+    weight, if each shard is a whole number of blocks. If not, a warning in the logger
+    `"lora_jax"` names block sizes that would keep the sharding.
 
     Args:
         weight: `(*batch, ...)`, float32, bfloat16 or float16.
         block_size: how many entries, in the order of memory, share a scale; even.
-        scaler_block_size: how many of the scales share a scale of their own, 8 bits each;
-            None to keep them in float32.
+        scaler_block_size: how many scales share a scale of their own; they take 8 bits
+            each. None keeps the scales in float32.
         codec: `"torchao"` or `"bitsandbytes"`.
-        batch_axes: how many leading axes are a stack of weights (layers, experts). Each is
-            quantized on its own, with the same bits as alone.
-        row_axes: how many leading axes of one weight codes and scales have as axes of
-            their own, so that they can be sharded along the next axis as well: see
-            `NF4Tensor`. None is what the sharding of the weight needs, as far as it is
-            known: in a trace it is known of explicit mesh axes only.
+        batch_axes: how many leading axes form a stack of weights (layers, experts). Each
+            weight is quantized separately, with the same bits as if it were alone.
+        row_axes: how many leading axes of one weight are axes of codes and scales, so that
+            these can be sharded along the next axis as well: see `NF4Tensor`. None chooses
+            it from the sharding of the weight. In a trace only explicit mesh axes are
+            known.
 
     Returns:
-        The quantized weight. Under `jax.jit`, where values cannot be checked, a block with
-        an entry that is infinite or NaN dequantizes to NaN, and with nested scales all of
-        its weight does.
+        The quantized weight. Values cannot be checked under `jax.jit`: there a block with
+        an infinite or NaN entry dequantizes to NaN, and with nested scales the whole weight
+        does.
 
     Raises:
-        TypeError: if the weight is no array of those dtypes, or a size no integer.
-        ValueError: if the weight is empty or not finite, a size or the codec is none, or
-            the rows that `row_axes` asks for are not of whole blocks.
+        TypeError: if the weight is not an array of these dtypes, or a size is not an
+            integer.
+        ValueError: if the weight is empty or not finite, a size or the codec is not valid,
+            or the rows for `row_axes` are not whole blocks.
 
     References:
         Dettmers et al., 2023, section 3, https://arxiv.org/abs/2305.14314.
@@ -274,7 +277,7 @@ def quantize_nf4(
         batch_axes=int(batch_axes),
         row_axes=int(row_axes),
     )
-    # With explicit mesh axes a block may reach across the devices.
+    # With explicit mesh axes a block may span several devices.
     return placement.keep_sharding(lambda w: (quantize(w), ()), array)[0]
 
 
@@ -300,7 +303,7 @@ def _check_rows(row_axes: Any, entry: tuple[int, ...], block: int) -> None:
 
 
 def rows_for(entry: Sequence[int], block: int, parts: Sequence[int]) -> int:
-    """The `row_axes` with which arrays can be sharded as the weight is.
+    """The `row_axes` with which the arrays can be sharded like the weight.
 
     Args:
         entry: the shape of one weight.
@@ -308,8 +311,9 @@ def rows_for(entry: Sequence[int], block: int, parts: Sequence[int]) -> int:
         parts: how many parts each axis of one weight is split into.
 
     Returns:
-        The last axis that is split, if each part of what it starts is a whole number of
-        blocks; else, with a warning in the log, the one before it that is.
+        The last split axis whose parts are whole numbers of blocks. Each split axis after
+        it cannot be sharded, and is named by a warning in the log. 0 if there is no such
+        axis.
     """
     for axis in reversed(range(len(entry))):
         if parts[axis] == 1:

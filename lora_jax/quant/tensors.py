@@ -1,4 +1,4 @@
-"""Quantized weights of any format as arrays again, and the names of the formats."""
+"""Dequantization, and the names of formats in files."""
 
 import dataclasses
 from typing import Any
@@ -17,9 +17,9 @@ _FORMATS: dict[str, type[QuantizedTensor]] = {}
 
 
 def is_quantized(value: Any) -> bool:
-    """Whether a value is a quantized tensor, of any format.
+    """Tells whether a value is a quantized tensor, of any format.
 
-    Serves as `is_leaf` of the functions in `jax.tree`.
+    It can be passed to the functions of `jax.tree` as `is_leaf`.
 
     Args:
         value: anything.
@@ -31,21 +31,21 @@ def is_quantized(value: Any) -> bool:
 
 
 def dequantize(quantized: QuantizedTensor, dtype: DTypeLike | None = None) -> jax.Array:
-    """Turns a quantized weight back into an array.
+    """Converts a quantized weight to a dense array.
 
-    It is meant to be done in every forward pass: inside `jax.jit` the array lives as long
-    as the product that uses it. No gradient goes through it.
+    Call it in every forward pass: inside `jax.jit` the dense array lives only as long as
+    the product that uses it. It has no gradient.
 
     Args:
         quantized: of any format.
-        dtype: of the result, floating point with at least 16 bits; that of the weight
-            that was quantized by default.
+        dtype: of the result, floating point with at least 16 bits. By default it is the
+            dtype of the weight that was quantized.
 
     Returns:
-        `quantized.shape`, in `dtype`. Formed in float32 and rounded once.
+        `quantized.shape`, in `dtype`. Computed in float32 and rounded once.
 
     Raises:
-        TypeError: if it is no quantized tensor, or `dtype` is none of those.
+        TypeError: if the value is not a quantized tensor, or `dtype` is not such a dtype.
 
     Example:
         >>> import jax.numpy as jnp, lora_jax.quant
@@ -70,17 +70,17 @@ def dequantize(quantized: QuantizedTensor, dtype: DTypeLike | None = None) -> ja
 
 
 def register_format(cls: type[QuantizedTensor], name: str) -> None:
-    """Gives a format the name that files know it by.
+    """Registers the name that files use for a format.
 
     Args:
-        cls: a subclass of `QuantizedTensor`, which says what it has to provide.
-        name: of the format; files keep it, so it should change when the meaning of the
-            arrays does.
+        cls: a subclass of `QuantizedTensor`; see there for what it has to implement.
+        name: of the format. Files store it, so change it if the meaning of the arrays
+            changes.
 
     Raises:
-        TypeError: if the class is no such subclass, lacks one of its methods, or is no
-            pytree; or the name is no string.
-        ValueError: if the name is empty or taken, or the class has one.
+        TypeError: if the class is not such a subclass, lacks one of the methods, or is not
+            a pytree; or the name is not a string.
+        ValueError: if the name is empty or taken, or the class already has a name.
     """
     if not (isinstance(cls, type) and issubclass(cls, QuantizedTensor)):
         raise TypeError(f"a format is a subclass of QuantizedTensor, got {cls!r}.")
@@ -106,11 +106,11 @@ def register_format(cls: type[QuantizedTensor], name: str) -> None:
 
 
 def _is_node(cls: type) -> bool:
-    """Whether JAX takes instances of a class apart."""
+    """Whether JAX treats instances of a class as inner nodes of a pytree."""
     empty = object.__new__(cls)
     try:
         return jax.tree.leaves(empty) != [empty]
-    except AttributeError:  # it looked for the fields, which are not there
+    except AttributeError:  # JAX read the fields, which this instance lacks
         return True
 
 

@@ -95,7 +95,9 @@ def test_what_is_no_pattern():
         tree_paths.as_entries("rates", ["a"])
     with pytest.raises(ValueError, match="a pattern in rates is empty"):
         tree_paths.as_entries("rates", {"": 1})
-    with pytest.raises(ValueError, match=r"'re:\(' in exclude is no regular expression"):
+    with pytest.raises(
+        ValueError, match=r"'re:\(' in exclude is not a valid regular expression"
+    ):
         tree_paths.as_texts("exclude", "re:(")
 
 

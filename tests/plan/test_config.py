@@ -112,7 +112,11 @@ def test_a_function_is_no_json(init):
         ({"targets": ()}, ValueError, "targets is empty: give patterns"),
         ({"targets": {"a"}}, TypeError, r"targets must be a pattern or a tuple.*\(set\)"),
         ({"targets": ("a", "all-linear")}, ValueError, "'all-linear' stands alone"),
-        ({"targets": "re:["}, ValueError, r"'re:\[' in targets is no regular expression"),
+        (
+            {"targets": "re:["},
+            ValueError,
+            r"'re:\[' in targets is not a valid regular expression",
+        ),
         ({"exclude": (3,)}, TypeError, "a pattern in exclude must be a string"),
         ({"rank_pattern": ("a", 2)}, TypeError, "rank_pattern must be a dict.*got tuple"),
         ({"rank_pattern": {"a": 0}}, ValueError, r"rank_pattern\['a'\].*integer, got 0"),

@@ -211,6 +211,14 @@ READINGS = {
         (f32(5, 12), i32(5)),
         {"w": "bio"},
     ),
+    "one of two columns": (
+        lambda p, x, i: (
+            x @ jax.lax.cond(i > 0, lambda w: w[:, 1], lambda w: w[:, 2], p["w"])
+        ),
+        {"w": WEIGHT},
+        (f32(5, 12), i32()),
+        {"w": "io"},
+    ),
     "a column of a layer": (
         lambda p, x: x @ p["w"][1][:, 3],
         {"w": (4, 12, 10)},

@@ -218,12 +218,11 @@ def _scan(finder: Finder, equation: Any, *values: Any) -> list[Any]:
         else:
             entries.append(Dense())
     kept = _rules_loops.invariant(finder, body, carry, n_constants)
-    start = _carried(finder, equation, carry, kept, _rules_loops.CHANGED)
-    arguments = [*values[:n_constants], *map(_unknown_unless_kept, start, kept), *entries]
-    out = finder.follow(body, arguments)
-    _carried(finder, equation, out[:n_carry], kept, _rules_loops.MADE)
-    end = [Dense() if value is None else value for value in kept]
-    return [*end, *map(_stacked, out[n_carry:], equation.outvars[n_carry:])]
+    _rules_loops.carried(finder, equation, carry, kept, _rules_loops.CHANGED)
+    inside = [Dense() if value is None else value for value in kept]
+    out = finder.follow(body, [*values[:n_constants], *inside, *entries])
+    _rules_loops.carried(finder, equation, out[:n_carry], kept, _rules_loops.MADE)
+    return [*inside, *map(_stacked, out[n_carry:], equation.outvars[n_carry:])]
 
 
 def _stacked(value: Any, atom: Any) -> Any:
@@ -231,20 +230,6 @@ def _stacked(value: Any, atom: Any) -> Any:
     if not isinstance(value, Tracked):
         return Dense()
     return value.moved([(axis + 1,) for axis in range(value.ndim)], atom.aval.shape)
-
-
-def _carried(
-    finder: Finder, equation: Any, carry: Sequence[Any], kept: Sequence[Any], reason: str
-) -> list[Any]:
-    """The carry of a loop, in which weights are merged that are not kept."""
-    return [
-        finder.merge_all([value], equation, reason)[0] if constant is None else constant
-        for value, constant in zip(carry, kept, strict=True)
-    ]
-
-
-def _unknown_unless_kept(value: Any, kept: Any) -> Any:
-    return Dense() if kept is None else value
 
 
 def _while(finder: Finder, equation: Any, *values: Any) -> list[Any]:
@@ -255,11 +240,11 @@ def _while(finder: Finder, equation: Any, *values: Any) -> list[Any]:
     for_condition, rest = values[:n_condition], values[n_condition:]
     for_body, carry = rest[:n_body], rest[n_body:]
     kept = _rules_loops.invariant(finder, body, carry, n_body)
-    start = _carried(finder, equation, carry, kept, _rules_loops.CHANGED)
-    inside = list(map(_unknown_unless_kept, start, kept))
+    _rules_loops.carried(finder, equation, carry, kept, _rules_loops.CHANGED)
+    inside = [Dense() if value is None else value for value in kept]
     finder.follow(condition, [*for_condition, *inside])
     out = finder.follow(body, [*for_body, *inside])
-    _carried(finder, equation, out, kept, _rules_loops.MADE)
+    _rules_loops.carried(finder, equation, out, kept, _rules_loops.MADE)
     return inside
 
 

@@ -39,7 +39,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
     fixed, carry = values[:n_constants], values[n_constants : n_constants + n_carry]
     stacks = [_Stack(context, equation, v) for v in values[n_constants + n_carry :]]
     kept = invariant(context, body, carry, n_constants)
-    start = _carried(context, equation, carry, kept, CHANGED)
+    start = carried(context, equation, carry, kept, CHANGED)
     key = context.make_key()
     keys = None if key is None else jax.random.split(key, length)
 
@@ -49,7 +49,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
             entries = [stack.entry(s) for stack, s in zip(stacks, slices, strict=True)]
             arguments = [*fixed, *_with_kept(carry, kept), *entries]
             out = evaluate(context, body, constants, arguments)
-            carry = _carried(context, equation, out[:n_carry], kept, MADE)
+            carry = carried(context, equation, out[:n_carry], kept, MADE)
         return carry, [_formed(y) for y in out[n_carry:]]
 
     options = {name: parameter(equation, name) for name in ("reverse", "unroll")}
@@ -156,8 +156,8 @@ def invariant(context: Any, body: Any, carry: Sequence[Any], offset: int) -> lis
     ]
 
 
-def _carried(
-    context: Context, equation: Any, carry: Sequence[Any], kept: Sequence[Any], reason: str
+def carried(
+    context: Any, equation: Any, carry: Sequence[Any], kept: Sequence[Any], reason: str
 ) -> list[Any]:
     """The carry of the new loop: None for what is kept, other weights merged."""
     changing = [
@@ -183,7 +183,7 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
     for_condition, rest = values[:n_condition], values[n_condition:]
     for_body, carry = rest[:n_body], rest[n_body:]
     kept = invariant(context, body, carry, n_body)
-    start = _carried(context, equation, carry, kept, CHANGED)
+    start = carried(context, equation, carry, kept, CHANGED)
 
     def condition(state):
         _, carry = state
@@ -196,7 +196,7 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
         with context.using_key(own_key):
             arguments = [*for_body, *_with_kept(carry, kept)]
             out = evaluate(context, body, constants, arguments)
-            return next_key, _carried(context, equation, out, kept, MADE)
+            return next_key, carried(context, equation, out, kept, MADE)
 
     _, end = lax.while_loop(condition, step, (context.make_key(), start))
     return _with_kept(end, kept)

@@ -1,13 +1,11 @@
 """Adapters and their plan in a directory.
 
-The directory has two files. `adapters-<16 hexadecimal digits>.safetensors` has the arrays;
-the digits are the first of its SHA-256. `adapters.json` is the record: it has the plan, and
-the name and the SHA-256 of the other file.
+`lora_jax_adapters.safetensors` has the arrays. Its metadata has the plan, the dtypes that
+the arrays had when they were saved, and a SHA-256 digest of all that. One rename replaces
+the file: a process that stops leaves the old adapters or the new ones. Nothing is pickled.
 
-Two files cannot be replaced at once, so they are written in this order: the arrays under
-their new name, then the record, whose replacement is the moment from which the new adapters
-count, and then files of arrays that it does not name are deleted. A process that stops in
-between leaves the old adapters or the new ones. Nothing is pickled.
+Version 1 of the format had two files: `adapters.json`, and the file of arrays that it
+named. They are read where there is no file of version 2. The next save removes them.
 """
 
 import dataclasses
@@ -18,13 +16,14 @@ import pathlib
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks
-from lora_jax._io import tensor_files
+from lora_jax._io import record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
 from lora_jax.plan import plan_checks
@@ -32,13 +31,28 @@ from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 __all__ = ["CheckpointError", "load_adapters", "save_adapters"]
 
-_RECORD = "adapters.json"
+FILE = "lora_jax_adapters.safetensors"
+OLD_RECORD = "adapters.json"
+"""The file of version 1 that names the file of arrays."""
+
 _PEFT = "adapter_config.json"
-_TENSORS = re.compile(r"adapters-[0-9a-f]{16}\.safetensors")
-_FORMAT = "lora_jax adapters"
-_VERSION = 1
-_DTYPES = "dtypes"  # in the metadata of the arrays, where they were cast for the file
-_FIELDS = ("format", "version", "plan", "tensors", "sha256", "digest")
+_KIND = record_files.Kind("lora_jax adapters", version=2, writer="save_adapters", oldest=2)
+_OLD_KIND = _KIND._replace(version=1, oldest=1)
+_OLD_TENSORS = re.compile(r"adapters-[0-9a-f]{16}\.safetensors")
+_OLD_FIELDS = ("format", "version", "plan", "tensors", "sha256", "digest")
+
+
+class _Saved(NamedTuple):
+    """What the files of either version have."""
+
+    path: pathlib.Path
+    """The file of arrays, for messages."""
+    where: pathlib.Path
+    """The file that has the plan, for messages."""
+    plan: Any
+    dtypes: Any
+    """The dtypes that the arrays had when they were saved, where the file has others."""
+    arrays: dict[str, np.ndarray]
 
 
 def save_adapters(
@@ -86,35 +100,27 @@ def save_adapters(
     folder = _folder(directory)
     plan_checks.check_adapters(adapters, plan)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
-    fields = json.loads(plan.to_json())
-    arrays, metadata = _arrays(adapters, plan), {"format": _FORMAT}
+    record = {"plan": json.loads(plan.to_json()), "dtypes": {}}
+    arrays = {
+        name: tensor_files.to_numpy(name, adapters[path][entry])
+        for path, target in plan.targets.items()
+        for name, entry in _names(path, target).items()
+    }
     if dtype is not None:
-        dtypes = {
-            n: array.dtype.name for n, array in arrays.items() if array.dtype != dtype
+        record["dtypes"] = {
+            name: array.dtype.name for name, array in arrays.items() if array.dtype != dtype
         }
-        metadata |= {_DTYPES: json.dumps(dtypes)} if dtypes else {}
         arrays = {
             name: tensor_files.cast(name, array, dtype) for name, array in arrays.items()
         }
-    data = tensor_files.tensor_bytes(arrays, metadata)
-    sha256 = hashlib.sha256(data).hexdigest()
-    name = f"adapters-{sha256[:16]}.safetensors"
-    record = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "plan": fields,
-        "tensors": name,
-        "sha256": sha256,
-    }
-    record["digest"] = _digest(record)
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensor_files.write_bytes(folder / name, data)
-    tensor_files.write_text(folder / _RECORD, json.dumps(record, indent=2))
+    record_files.write(folder / FILE, _KIND, record, arrays)
+    (folder / OLD_RECORD).unlink(missing_ok=True)
     for file in folder.iterdir():
-        if _TENSORS.fullmatch(file.name) and file.name != name:
+        if _OLD_TENSORS.fullmatch(file.name):
             file.unlink(missing_ok=True)
-    names = f"{_TENSORS.pattern}|{re.escape(_RECORD)}"
+    names = f"{_OLD_TENSORS.pattern}|{re.escape(OLD_RECORD)}|{re.escape(FILE)}"
     for file in tensor_files.temporary_paths(folder, names):
         file.unlink(missing_ok=True)
 
@@ -154,34 +160,48 @@ def load_adapters(
     """
     checks.check_flags(strict=strict)
     folder = _folder(directory)
-    if not (folder / _RECORD).is_file() and (folder / _PEFT).is_file():
+    if not is_checkpoint(folder) and (folder / _PEFT).is_file():
         raise CheckpointError(
             f"{folder} has an adapter that PEFT wrote: read it with lora_jax.peft.load."
         )
     as_stored = isinstance(dtype, str) and dtype == "file"
     given = None if dtype is None or as_stored else checks.check_factor_dtype(dtype)
-    record, file = _open_files(folder)
+    saved = _read(folder)
+    path = saved.path
     plan = tensor_files.checked(
-        folder / _RECORD, lambda: AdapterPlan.from_json(json.dumps(record["plan"]))
+        saved.where, lambda: AdapterPlan.from_json(json.dumps(saved.plan))
     )
-    dtypes = {} if as_stored else _saved_dtypes(file)
-    misfits = _misfits(file, plan)
+    dtypes = tensor_files.checked(path, lambda: _checked_dtypes(saved.dtypes))
+    misfits = _misfits(saved.arrays, plan)
     if misfits and strict:
         raise CheckpointError(
-            f"{file.path} does not have the arrays of the plan in {_RECORD}: "
+            f"{path} does not have the arrays of the plan in {saved.where.name}: "
             f"{_listed(misfits, 10)}. To load those adapters that fit, use strict=False."
         )
     if misfits:
-        plan = _fitting(plan, file.path, misfits)
+        plan = _fitting(plan, saved, misfits)
         warnings.warn(
-            f"left out of {file.path}: {_listed(misfits, len(misfits))}.", stacklevel=2
+            f"left out of {path}: {_listed(misfits, len(misfits))}.", stacklevel=2
         )
+
+    def read(name: str) -> jax.Array:
+        to = given if as_stored else given or dtypes.get(name)
+        array = tensor_files.checked(
+            path, lambda: tensor_files.cast(repr(name), saved.arrays[name], to)
+        )
+        return tensor_files.to_jax(path, name, array)
+
     adapters = {
-        path: _adapter(file, path, target, dtypes, given)
-        for path, target in plan.targets.items()
+        each: {entry: read(name) for name, entry in _names(each, target).items()}
+        for each, target in plan.targets.items()
     }
-    tensor_files.checked(file.path, lambda: plan_checks.check_adapters(adapters, plan))
+    tensor_files.checked(path, lambda: plan_checks.check_adapters(adapters, plan))
     return adapters, plan
+
+
+def is_checkpoint(directory: pathlib.Path) -> bool:
+    """Whether a directory has adapters that `save_adapters` wrote."""
+    return any((directory / name).is_file() for name in (FILE, OLD_RECORD))
 
 
 def _folder(directory: Any) -> pathlib.Path:
@@ -193,172 +213,118 @@ def _folder(directory: Any) -> pathlib.Path:
     folder = pathlib.Path(directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(
-            f"{folder} is a file: give a directory, which has {_RECORD} in it."
+            f"{folder} is a file: give a directory, which has {FILE} in it."
         )
     return folder
 
 
-def _name(path: str, entry: str) -> str:
-    """The name of an array in the file."""
-    return f"{path}:{entry}"
+def _names(path: str, target: Target) -> dict[str, str]:
+    """The entries of an adapter by their names in the file."""
+    return {f"{path}:{entry}": entry for entry in target.adapter_shapes}
 
 
-def _shapes(path: str, target: Target) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of an adapter by their names in the file."""
-    return {_name(path, entry): shape for entry, shape in target.adapter_shapes.items()}
+def _checked_dtypes(dtypes: Any) -> dict[str, np.dtype]:
+    return {name: checks.check_factor_dtype(dtype) for name, dtype in dtypes.items()}
 
 
-def _arrays(adapters: Mapping[str, Adapter], plan: AdapterPlan) -> dict[str, np.ndarray]:
-    arrays = {}
-    for path in plan.targets:
-        for entry, value in adapters[path].items():
-            name = _name(path, entry)
-            arrays[name] = tensor_files.to_numpy(name, value)
-    return arrays
+def _read(folder: pathlib.Path) -> _Saved:
+    """Reads the file of version 2, or else those of version 1.
 
-
-def _adapter(
-    file: tensor_files.TensorFile,
-    path: str,
-    target: Target,
-    dtypes: Mapping[str, Any],
-    dtype: Any,
-) -> Adapter:
-    adapter = {}
-    for entry in target.adapter_shapes:
-        name = _name(path, entry)
+    Another process that saves meanwhile removes those of version 1: then all are looked for
+    again.
+    """
+    seen = None
+    while not (folder / FILE).is_file() and (folder / OLD_RECORD).is_file():
+        record = None
         try:
-            array = tensor_files.cast(
-                repr(name), file.read(name), dtype or dtypes.get(name)
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{file.path}: {error}") from None
-        adapter[entry] = tensor_files.to_jax(file.path, name, array)
-    return adapter
+            record = _read_old_record(folder / OLD_RECORD)
+            return _read_old_arrays(folder, record)
+        except FileNotFoundError:
+            if record is not None and record == seen:
+                raise CheckpointError(
+                    f"{folder / OLD_RECORD} names {record['tensors']}, which is not beside "
+                    "it: both files are needed."
+                ) from None
+            seen = record
+    file = record_files.RecordFile(folder / FILE, _KIND)
+    arrays, record = file.read(), file.record
+    _check_fields(file.path, record, ("plan", "dtypes"))
+    return _Saved(file.path, file.path, record["plan"], record["dtypes"], arrays)
 
 
-def _saved_dtypes(file: tensor_files.TensorFile) -> dict[str, np.dtype]:
-    """The dtypes that the arrays had when they were saved, where the file has others."""
-
-    def read() -> dict[str, np.dtype]:
-        names = tensor_files.parse_json(
-            file.path, file.metadata.get(_DTYPES, "{}").encode()
-        )
-        return {name: checks.check_factor_dtype(dtype) for name, dtype in names.items()}
-
-    return tensor_files.checked(file.path, read)
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    """The SHA-256 of a record without its digest; the order of its fields counts."""
-    rest = {name: value for name, value in record.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()
-
-
-def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a record that is as it was written."""
+def _read_old_record(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a record of version 1 that is as it was written."""
     record = tensor_files.read_json(path)
-    if record.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path} was not written by save_adapters: its format should be {_FORMAT!r}, "
-            f"and is {record.get('format')!r:.60}."
-        )
-    version = record.get("version")
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path} has the version {version!r:.60}, which never was.")
-    if version > _VERSION:
-        raise CheckpointError(
-            f"{path} has version {version!r:.60} of the format, and this lora_jax reads "
-            f"none above {_VERSION}: upgrade it, pip install --upgrade lora_jax."
-        )
-    try:
-        intact = record.get("digest") == _digest(record)
-    except RecursionError:
-        intact = False
-    if not intact:
+    record_files.check_kind(path, _OLD_KIND, record.get("format"), record.get("version"))
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()
+    if record.get("digest") != digest:
         raise CheckpointError(
             f"{path} is not as it was written, its digest is another one: was it edited, "
             "or damaged? Save the adapters anew, or copy them again."
         )
+    _check_fields(path, record, _OLD_FIELDS)
+    if not _OLD_TENSORS.fullmatch(str(record["tensors"])):
+        raise CheckpointError(
+            f"{path}: expected the tensors in a file {_OLD_TENSORS.pattern!r} beside it, "
+            f"got {record['tensors']!r}."
+        )
     return record
 
 
-def _check_fields(record: Mapping[str, Any]) -> None:
-    if set(record) != set(_FIELDS):
-        raise ValueError(
-            f"expected the fields {', '.join(_FIELDS)}, got {', '.join(record)}."
-        )
-    if not _TENSORS.fullmatch(str(record["tensors"])):
-        raise ValueError(
-            f"expected the tensors in a file {_TENSORS.pattern!r} beside it, got "
-            f"{record['tensors']!r}."
-        )
-
-
-def _open_files(folder: pathlib.Path) -> tuple[dict[str, Any], tensor_files.TensorFile]:
-    """A record, and the file of arrays that it names.
-
-    Another process that saves meanwhile replaces the record and deletes the old arrays:
-    then both are read again.
-    """
-    old = None
-    while True:
-        record = _read_record(folder / _RECORD)
-        tensor_files.checked(folder / _RECORD, lambda record=record: _check_fields(record))
-        try:
-            return record, _open_tensors(folder / record["tensors"], record["sha256"])
-        except FileNotFoundError:
-            if record == old:
-                raise CheckpointError(
-                    f"{folder / _RECORD} names {record['tensors']}, which is not beside "
-                    "it: both files are needed."
-                ) from None
-            old = record
-
-
-def _open_tensors(path: pathlib.Path, sha256: str) -> tensor_files.TensorFile:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+def _read_old_arrays(folder: pathlib.Path, record: Mapping[str, Any]) -> _Saved:
+    path = folder / record["tensors"]
+    with path.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != record["sha256"]:
         raise CheckpointError(
-            f"{path} is not as it was written: its SHA-256 is {found}, and {_RECORD} has "
-            f"{sha256}. Was it edited, or damaged? Save the adapters anew, or copy them "
-            "again."
+            f"{path} is not as it was written: its SHA-256 is {found}, and {OLD_RECORD} "
+            f"has {record['sha256']}. Was it edited, or damaged? Save the adapters anew, "
+            "or copy them again."
         )
-    return tensor_files.TensorFile(path)
+    file = tensor_files.TensorFile(path)
+    dtypes = tensor_files.parse_json(path, file.metadata.get("dtypes", "{}").encode())
+    arrays = {name: file.read(name) for name in file}
+    return _Saved(path, folder / OLD_RECORD, record["plan"], dtypes, arrays)
 
 
-def _misfits(file: tensor_files.TensorFile, plan: AdapterPlan) -> dict[str, str]:
+def _check_fields(path: pathlib.Path, record: Any, fields: tuple[str, ...]) -> None:
+    if set(record) != set(fields):
+        raise CheckpointError(
+            f"{path}: expected the fields {', '.join(fields)}, got {', '.join(record)}."
+        )
+
+
+def _misfits(arrays: Mapping[str, np.ndarray], plan: AdapterPlan) -> dict[str, str]:
     """What is wrong with the arrays of a file, by their names."""
     wrong = {}
     expected: dict[str, tuple[int, ...]] = {}
     for path, target in plan.targets.items():
-        expected |= _shapes(path, target)
+        shapes = target.adapter_shapes
+        expected |= {n: shapes[entry] for n, entry in _names(path, target).items()}
     for name, shape in expected.items():
-        if name not in file:
+        if name not in arrays:
             wrong[name] = "is missing"
-        elif file[name].shape != shape:
-            wrong[name] = f"has the shape {file[name].shape} instead of {shape}"
-        elif not checks.is_floating(file[name].dtype):
-            wrong[name] = f"is {file[name].dtype}, not floating point"
-    unexpected = dict.fromkeys(file.keys() - expected.keys(), "is of no adapter")
+        elif arrays[name].shape != shape:
+            wrong[name] = f"has the shape {arrays[name].shape} instead of {shape}"
+        elif not checks.is_floating(arrays[name].dtype):
+            wrong[name] = f"is {arrays[name].dtype}, not floating point"
+    unexpected = dict.fromkeys(arrays.keys() - expected.keys(), "is of no adapter")
     return wrong | dict(sorted(unexpected.items()))
 
 
-def _fitting(
-    plan: AdapterPlan, path_of_file: pathlib.Path, misfits: Mapping[str, str]
-) -> AdapterPlan:
+def _fitting(plan: AdapterPlan, saved: _Saved, misfits: Mapping[str, str]) -> AdapterPlan:
     """The plan without the adapters that do not fit."""
     targets, skipped = {}, dict(plan.skipped)
     for path, target in plan.targets.items():
-        bad = [name for name in _shapes(path, target) if name in misfits]
+        bad = [name for name in _names(path, target) if name in misfits]
         if bad:
-            skipped[path] = f"{bad[0]!r} in {path_of_file.name} {misfits[bad[0]]}"
+            skipped[path] = f"{bad[0]!r} in {saved.path.name} {misfits[bad[0]]}"
         else:
             targets[path] = target
     if not targets:
         raise CheckpointError(
-            f"no adapter in {path_of_file} fits the plan in {_RECORD}: "
+            f"no adapter in {saved.path} fits the plan in {saved.where.name}: "
             f"{_listed(misfits, 10)}."
         )
     return dataclasses.replace(plan, targets=targets, skipped=skipped)

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("writer", "steps"),
     [
-        ("save_adapters", 10),
+        ("save_adapters", 8),
         ("peft.save", 8),
         ("save_quantized", 3),
         pytest.param("convert", 8, marks=pytest.mark.slow),

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files
-from lora_jax.checkpoint import load_adapters
+from lora_jax.checkpoint import FILE, OLD_RECORD, load_adapters
 from lora_jax.peft.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
@@ -25,7 +25,6 @@ Format = Literal["peft", "lora_jax"]
 FORMATS = ("peft", "lora_jax")
 
 _PEFT_RECORD = "adapter_config.json"
-_OWN_RECORD = "adapters.json"
 _GLOB = frozenset("*?[")
 
 
@@ -144,23 +143,20 @@ def find_format(directory: pathlib.Path) -> Format:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
-    found = {
-        "peft": is_checkpoint(directory),
-        "lora_jax": (directory / _OWN_RECORD).is_file(),
-    }
-    if all(found.values()):
+    is_peft = is_checkpoint(directory)
+    own = next((n for n in (FILE, OLD_RECORD) if (directory / n).is_file()), None)
+    if is_peft and own:
         raise tensor_files.CheckpointError(
-            f"{directory} has {_PEFT_RECORD} and {_OWN_RECORD}: keep one adapter in a "
-            "directory."
+            f"{directory} has {_PEFT_RECORD} and {own}: keep one adapter in a directory."
         )
-    if found["peft"]:
+    if is_peft:
         return "peft"
-    if found["lora_jax"]:
+    if own:
         return "lora_jax"
     inner = sorted(str(file.parent) for file in directory.glob(f"*/{_PEFT_RECORD}"))
     hint = f"; there are adapters in {', '.join(inner)}" if inner else ""
     raise tensor_files.CheckpointError(
-        f"{directory} has neither {_PEFT_RECORD} nor {_OWN_RECORD}: it is no directory of "
+        f"{directory} has neither {_PEFT_RECORD} nor {FILE}: it is no directory of "
         f"adapters{hint}."
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax._core import checks
 from lora_jax._io import tensor_files, tensor_streams
+from lora_jax.checkpoint import OLD_RECORD
 from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal
 from lora_jax.cli._base import Base
 from lora_jax.cli._fold import Loss
@@ -25,7 +26,7 @@ _WEIGHTS = (
     *(".onnx", ".onnx_data", ".npz", ".index.json"),
 )
 # Beside a merged model these would be loaded once more.
-_ADAPTERS = ("adapter_config.json", "adapters.json")
+_ADAPTERS = ("adapter_config.json", OLD_RECORD)
 _CONFIG = "config.json"
 _DTYPE_FIELDS = ("torch_dtype", "dtype")
 _WORST = 5

@@ -32,7 +32,7 @@ _LOG = logging.getLogger("lora_jax.peft")
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_OWN = "adapters.json"  # of lora_jax.checkpoint
+_OWN = ("lora_jax_adapters.safetensors", "adapters.json")  # of lora_jax.checkpoint
 _DIGEST = "adapter_config_sha256"
 # Fields of the config that do not say what the arrays mean. They may be edited.
 _NOT_DIGESTED = (
@@ -127,7 +127,7 @@ def open_checkpoint(
         FileNotFoundError: if one is not there.
     """
     folder = pathlib.Path(directory)
-    if not is_checkpoint(folder) and (folder / _OWN).is_file():
+    if not is_checkpoint(folder) and any((folder / name).is_file() for name in _OWN):
         raise CheckpointError(
             f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
             "lora_jax.load_adapters."

@@ -5,8 +5,7 @@ path. Its metadata have a record that describes each entry, and a SHA-256 of eve
 Nothing is pickled, and files are not trusted.
 """
 
-import hashlib
-import json
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -16,15 +15,13 @@ import jax
 import numpy as np
 
 from lora_jax._core import checks
-from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io import record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import tensors
 
 __all__ = ["load_quantized", "save_quantized"]
 
-_FORMAT = "lora_jax quantized"
-_VERSION = "1"
-_FIELDS = ("format", "version", "record", "digest")
+_KIND = record_files.Kind("lora_jax quantized", version=1, writer="save_quantized")
 
 
 def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
@@ -69,12 +66,7 @@ def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
         arrays |= {
             part: tensor_files.to_numpy(part, array) for part, array in parts.items()
         }
-    text = json.dumps(record, separators=(",", ":"))
-    metadata = {"format": _FORMAT, "version": _VERSION, "record": text}
-    digest = _Digest(text)
-    for name in sorted(arrays):
-        digest.add(name, arrays[name])
-    tensor_streams.write_tensors(path, arrays, metadata | {"digest": digest.text()})
+    record_files.write(path, _KIND, record, arrays)
 
 
 def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -98,25 +90,21 @@ def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
         See `save_quantized`.
     """
     path = _path(file)
-    source = tensor_files.TensorFile(path)
-    record = _read_record(source)
+    source = record_files.RecordFile(path, _KIND)
+    record = source.record
+    if not all(map(_is_entry, record.values())):
+        raise CheckpointError(
+            f"{path}: its record should have a format, settings and the names of arrays "
+            "for each path, and does not."
+        )
     expected = {part for name, entry in record.items() for part in _names(name, entry)}
-    if expected != set(source):
+    if expected != set(source.arrays):
         raise CheckpointError(
             f"{path} does not have the arrays of its record: missing are "
-            f"{_listed(expected - set(source))}, "
-            f"unexpected {_listed(set(source) - expected)}."
+            f"{_listed(expected - set(source.arrays))}, "
+            f"unexpected {_listed(set(source.arrays) - expected)}."
         )
-    digest, arrays = _Digest(source.metadata["record"]), {}
-    for name in sorted(source):
-        values = source.read(name)
-        digest.add(name, values)
-        arrays[name] = tensor_files.to_jax(path, name, values)
-    if digest.text() != source.metadata["digest"]:
-        raise CheckpointError(
-            f"{path} is not as it was written, its digest is another one: was it edited, "
-            "or damaged? Save it anew, or copy it again."
-        )
+    arrays = source.read(functools.partial(tensor_files.to_jax, path))
     return {name: _rebuilt(path, name, entry, arrays) for name, entry in record.items()}
 
 
@@ -155,51 +143,6 @@ def _names(name: str, entry: Mapping[str, Any]) -> list[str]:
     if entry["format"] is None:
         return [name]
     return [f"{name}:{part}" for part in entry["arrays"]]
-
-
-class _Digest:
-    """The SHA-256 of a record and of arrays, with their names, dtypes and shapes."""
-
-    def __init__(self, record: str) -> None:
-        self._hash = hashlib.sha256(record.encode())
-
-    def add(self, name: str, array: np.ndarray) -> None:
-        header = json.dumps([name, array.dtype.name, list(array.shape)])
-        self._hash.update(header.encode())
-        self._hash.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-    def text(self) -> str:
-        return self._hash.hexdigest()
-
-
-def _read_record(source: tensor_files.TensorFile) -> dict[str, Any]:
-    """Reads the record of a file and checks the fields of each entry."""
-    path, metadata = source.path, source.metadata
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path} was not written by save_quantized: its format should be {_FORMAT!r}, "
-            f"and is {metadata.get('format')!r:.60}."
-        )
-    if metadata.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path} has version {metadata.get('version')!r:.60} of the format, and this "
-            f"lora_jax reads {_VERSION}: upgrade it, pip install --upgrade lora_jax."
-        )
-    if set(metadata) != set(_FIELDS):
-        raise CheckpointError(
-            f"{path}: expected the metadata {', '.join(_FIELDS)}, got "
-            f"{', '.join(sorted(metadata)):.200}."
-        )
-    try:
-        record = json.loads(metadata["record"])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its record is no JSON: {error}.") from None
-    if not isinstance(record, dict) or not all(map(_is_entry, record.values())):
-        raise CheckpointError(
-            f"{path}: its record should have a format, settings and the names of arrays "
-            "for each path, and does not."
-        )
-    return record
 
 
 def _is_entry(entry: Any) -> bool:

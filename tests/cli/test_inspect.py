@@ -164,7 +164,7 @@ def test_what_is_no_adapter(tmp_path, capsys):
     assert "there is no directory" in error(tmp_path / "no")
     models.write_adapter(tmp_path / "inner", models.make_factors())
     line = error(tmp_path)
-    assert "has neither adapter_config.json nor adapters.json" in line
+    assert "has neither adapter_config.json nor lora_jax_adapters.safetensors" in line
     assert f"there are adapters in {tmp_path / 'inner'}" in line
     (tmp_path / "inner" / "adapters.json").write_text("{}")
     assert "has adapter_config.json and adapters.json" in error(tmp_path / "inner")

@@ -127,7 +127,7 @@ def test_the_module_is_the_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "has neither adapter_config.json nor adapters.json" in line
+    assert "has neither adapter_config.json nor lora_jax_adapters.safetensors" in line
 
 
 @pytest.mark.parametrize(

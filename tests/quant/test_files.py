@@ -108,7 +108,7 @@ def settings(**changes):
 
 EDITS = {
     "nothing": (lambda r, a, m: None, None),
-    "version": (lambda r, a, m: m.update(version="2"), "has version '2' of the format"),
+    "version": (lambda r, a, m: m.update(version="2"), "has version 2 of the format"),
     "format": (lambda r, a, m: m.update(format="x"), "was not written by save_quantized"),
     "metadata": (lambda r, a, m: m.update(more="x"), "expected the metadata format"),
     "entry": (lambda r, a, m: r.update(a=[]), "its record should have a format"),

@@ -1,54 +1,112 @@
 """Low-rank adapters for any JAX model, as pure functions over parameter pytrees."""
 
-from lora_jax import optim as optim
-from lora_jax import peft as peft
-from lora_jax import quant as quant
-from lora_jax.checkpoint import CheckpointError as CheckpointError
-from lora_jax.checkpoint import load_adapters as load_adapters
-from lora_jax.checkpoint import save_adapters as save_adapters
-from lora_jax.layers import initializers as initializers
-from lora_jax.layers.biases import lora_bias_delta as lora_bias_delta
-from lora_jax.layers.biases import merge_lora_layer as merge_lora_layer
-from lora_jax.layers.biases import unmerge_lora_layer as unmerge_lora_layer
-from lora_jax.layers.decompose import init_loftq_adapter as init_loftq_adapter
-from lora_jax.layers.decompose import init_olora_adapter as init_olora_adapter
-from lora_jax.layers.decompose import init_orthogonal_adapter as init_orthogonal_adapter
-from lora_jax.layers.decompose import init_pissa_adapter as init_pissa_adapter
-from lora_jax.layers.decompose import to_plain_adapter as to_plain_adapter
-from lora_jax.layers.dora import dora_column_norm as dora_column_norm
-from lora_jax.layers.dora import dora_linear as dora_linear
-from lora_jax.layers.dora import init_dora_adapter as init_dora_adapter
-from lora_jax.layers.dora import init_dora_magnitude as init_dora_magnitude
-from lora_jax.layers.dora import merge_dora_weight as merge_dora_weight
-from lora_jax.layers.dora import unmerge_dora_weight as unmerge_dora_weight
-from lora_jax.layers.lora import Adapter as Adapter
-from lora_jax.layers.lora import init_lora_adapter as init_lora_adapter
-from lora_jax.layers.lora import lora_delta as lora_delta
-from lora_jax.layers.lora import lora_linear as lora_linear
-from lora_jax.layers.lora import merge_lora_weight as merge_lora_weight
-from lora_jax.layers.lora import tree_lora_delta as tree_lora_delta
-from lora_jax.layers.lora import unmerge_lora_weight as unmerge_lora_weight
-from lora_jax.model.adapters import MergeLoss as MergeLoss
-from lora_jax.model.adapters import ParameterCount as ParameterCount
-from lora_jax.model.adapters import adapted_column_norms as adapted_column_norms
-from lora_jax.model.adapters import count_parameters as count_parameters
-from lora_jax.model.adapters import init_adapters as init_adapters
-from lora_jax.model.adapters import merge_adapters as merge_adapters
-from lora_jax.model.adapters import merge_losses as merge_losses
-from lora_jax.model.adapters import plan_adapters as plan_adapters
-from lora_jax.model.adapters import unmerge_adapters as unmerge_adapters
-from lora_jax.model.decompose import Decomposed as Decomposed
-from lora_jax.model.decompose import PlainAdapters as PlainAdapters
-from lora_jax.model.decompose import decompose_params as decompose_params
-from lora_jax.model.decompose import to_plain_adapters as to_plain_adapters
-from lora_jax.model.quantize import quantize_params as quantize_params
-from lora_jax.plan.adapter_plan import AdapterPlan as AdapterPlan
-from lora_jax.plan.adapter_plan import Target as Target
-from lora_jax.plan.adapter_plan import Use as Use
-from lora_jax.plan.config import LoraConfig as LoraConfig
-from lora_jax.transform.adapt import Merge as Merge
-from lora_jax.transform.adapt import OnMerge as OnMerge
-from lora_jax.transform.adapt import accept_quantized as accept_quantized
-from lora_jax.transform.adapt import adapt as adapt
+from lora_jax import optim, peft, quant
+from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
+from lora_jax.layers import initializers
+from lora_jax.layers.biases import lora_bias_delta, merge_lora_layer, unmerge_lora_layer
+from lora_jax.layers.decompose import (
+    DecomposedWeight,
+    init_loftq_adapter,
+    init_olora_adapter,
+    init_orthogonal_adapter,
+    init_pissa_adapter,
+    to_plain_adapter,
+)
+from lora_jax.layers.dora import (
+    dora_column_norm,
+    dora_linear,
+    init_dora_adapter,
+    init_dora_magnitude,
+    merge_dora_weight,
+    unmerge_dora_weight,
+)
+from lora_jax.layers.lora import (
+    Adapter,
+    init_lora_adapter,
+    lora_delta,
+    lora_linear,
+    merge_lora_weight,
+    tree_lora_delta,
+    unmerge_lora_weight,
+)
+from lora_jax.model.adapters import (
+    MergeLoss,
+    ParameterCount,
+    adapted_column_norms,
+    count_parameters,
+    init_adapters,
+    merge_adapters,
+    merge_losses,
+    plan_adapters,
+    unmerge_adapters,
+)
+from lora_jax.model.decompose import (
+    Decomposed,
+    PlainAdapters,
+    decompose_params,
+    to_plain_adapters,
+)
+from lora_jax.model.quantize import quantize_params
+from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
+from lora_jax.plan.config import LoraConfig
+from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
+
+__all__ = [
+    "Adapter",
+    "AdapterPlan",
+    "CheckpointError",
+    "Decomposed",
+    "DecomposedWeight",
+    "LoraConfig",
+    "Merge",
+    "MergeLoss",
+    "OnMerge",
+    "ParameterCount",
+    "PlainAdapters",
+    "Target",
+    "Use",
+    "accept_quantized",
+    "adapt",
+    "adapted_column_norms",
+    "count_parameters",
+    "decompose_params",
+    "dora_column_norm",
+    "dora_linear",
+    "init_adapters",
+    "init_dora_adapter",
+    "init_dora_magnitude",
+    "init_loftq_adapter",
+    "init_lora_adapter",
+    "init_olora_adapter",
+    "init_orthogonal_adapter",
+    "init_pissa_adapter",
+    "initializers",
+    "load_adapters",
+    "lora_bias_delta",
+    "lora_delta",
+    "lora_linear",
+    "merge_adapters",
+    "merge_dora_weight",
+    "merge_lora_layer",
+    "merge_lora_weight",
+    "merge_losses",
+    "optim",
+    "peft",
+    "plan_adapters",
+    "quant",
+    "quantize_params",
+    "save_adapters",
+    "to_plain_adapter",
+    "to_plain_adapters",
+    "tree_lora_delta",
+    "unmerge_adapters",
+    "unmerge_dora_weight",
+    "unmerge_lora_layer",
+    "unmerge_lora_weight",
+]
 
 __version__ = "0.1.0.dev0"
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks
 from lora_jax._io import record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.layers.lora import Adapter
+from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -57,7 +57,7 @@ class _Saved(NamedTuple):
 
 def save_adapters(
     directory: str | os.PathLike[str],
-    adapters: Mapping[str, Adapter],
+    adapters: Adapters,
     plan: AdapterPlan,
     *,
     dtype: DTypeLike | None = None,

@@ -45,6 +45,16 @@ lora_linear(x, frozen_weight, adapter, alpha=1.0, *, bias=None, rank_stabilized=
 merge_lora_weight(frozen_weight, adapter, alpha=1.0, *, rank_stabilized=False)
 unmerge_lora_weight(merged_weight, adapter, alpha=1.0, *, rank_stabilized=False)
 tree_lora_delta(adapters, alpha=1.0, *, is_leaf=None)
+init_pissa_adapter(weight, rank, alpha=1.0, *, dtype=None, rank_stabilized=False, key=None,
+    iterations=None, quantize=None)
+init_olora_adapter(weight, rank, alpha=1.0, *, dtype=None, rank_stabilized=False)
+init_loftq_adapter(weight, rank, alpha=1.0, *, quantize, dtype=None, rank_stabilized=False,
+    iterations=1)
+init_orthogonal_adapter(key, weight, rank, *, dtype=None)
+to_plain_adapter(adapter, initial)
+lora_bias_delta(adapter, alpha=1.0, *, rank_stabilized=False)
+merge_lora_layer(frozen_weight, frozen_bias, adapter, alpha=1.0, *, rank_stabilized=False)
+unmerge_lora_layer(merged_weight, merged_bias, adapter, alpha=1.0, *, rank_stabilized=False)
 dora_column_norm(weight, adapter=None, alpha=1.0, *, rank_stabilized=False, norm_axis='out')
 init_dora_adapter(key, weight, rank, init_std=0.01, dtype=None, *, init='gaussian',
     norm_axis='out')
@@ -75,6 +85,10 @@ quantize_params(params, patterns, format='nf4', *, batch_axes={}, plan=None, don
 optim.adapter_labels(tree, patterns={}, *, other='other')
 optim.trainable_and_frozen(params, trainable, optimizer)
 unmerge_adapters(params, adapters, plan, *, column_norms=None)
+adapted_column_norms(params, adapters, plan)
+merge_losses(params, adapters, plan, *, requantize=False)
+decompose_params(params, plan, method, *, key=None, iterations=None, quantize=None)
+to_plain_adapters(adapters, initial, plan)
 count_parameters(params, plan)
 save_adapters(directory, adapters, plan, *, dtype=None)
 load_adapters(directory, *, strict=True, dtype=None)
@@ -88,16 +102,23 @@ peft.save(directory, adapters, plan, *, names=None, layout='jax', replaced=None,
 def test_each_name_is_at_one_address():
     names = [name for _, name in NAMES]
     assert len(names) == len(set(names))
-    handed_on = {
-        name
-        for name, value in vars(lora_jax).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    handed_on = {n for n in lora_jax.__all__ if not inspect.ismodule(getattr(lora_jax, n))}
     top = {name for module, name in NAMES if address(module) == "lora_jax"}
     assert handed_on == top
     for module, name in NAMES:
         owner = functools.reduce(getattr, address(module).split(".")[1:], lora_jax)
         assert getattr(owner, name) is getattr(module, name)
+
+
+@pytest.mark.parametrize("package", ["lora_jax", *NAMESPACES[1:]])
+def test_packages_show_their_public_names_alone(package):
+    namespace = {}
+    exec(f"from {package} import *", namespace)
+    shown = dir(importlib.import_module(package))
+    want = {name for module, name in NAMES if address(module) == package}
+    if package == "lora_jax":
+        want |= {name.split(".")[1] for name in NAMESPACES}
+    assert {*shown} == {*namespace} - {"__builtins__"} == want
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda v: getattr(v, "__name__", v))

@@ -319,7 +319,7 @@ def check_json(name: str, value: Any, kind: type, what: str) -> None:
         )
 
 
-def check_input(x: Any, weight: jax.Array) -> None:
+def check_input(x: Any, weight: Any) -> None:
     """Raises unless `x` is a floating-point `(*batch, *tokens, in)` array."""
     if hasattr(x, "dequantize"):
         raise TypeError(

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,11 @@ def as_frozen(weight: Any) -> Any:
     )
 
 
-def as_dense(value: Any) -> Any:
+Weight: TypeAlias = jax.Array | QuantizedTensor
+"""A frozen weight, dense or quantized."""
+
+
+def as_dense(value: Any) -> jax.Array:
     """A quantized weight as a dense array without a gradient; other values unchanged."""
     if not is_quantized(value):
         return value

@@ -16,12 +16,18 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 
 from lora_jax._core import quantized
+
+PyTree: TypeAlias = Any
+"""Any pytree: a dict, an `nnx.State`, an Equinox module. Type checkers know no bound."""
+
+Tree = TypeVar("Tree")
+"""A pytree whose type the result has too."""
 
 Pattern: TypeAlias = str | re.Pattern[str]
 """A glob, a string `"re:..."`, or a compiled regular expression."""

@@ -12,21 +12,21 @@ that. Whoever saves it has two choices:
   result is an ordinary adapter of twice the rank for the original weight.
 
 To make the base anew at loading, as peft does, is right only where the decomposition comes
-out the same: not with a randomized one. `lora_jax.decomposed_params` has the same for a
+out the same: not with a randomized one. `lora_jax.decompose_params` has the same for a
 whole model.
 
-All functions are pure: they return the new base and leave the weight, which is dense, as
-it is. Weights are `(*batch, in, out)`, and `scale` is `alpha / rank`, or
-`alpha / sqrt(rank)` if `rank_stabilized`. Decompositions and sums run in float32, or
-float64 if the weight or the factors are; the base is rounded once to the dtype of the
-weight. It is formed with the factors as they are stored, so what rounding *them* loses
-stays in the base. What remains is the rounding of the base: `W_base + scale * A @ B` is `W`
-to half a unit in the last place of `W_base`, 1 part in 512 for bfloat16.
+All functions are pure: they return a new base, as a `DecomposedWeight`, and leave the
+weight, which is dense, as it is. Weights are `(*batch, in, out)`, and `scale` is
+`alpha / rank`, or `alpha / sqrt(rank)` if `rank_stabilized`. Decompositions and sums run in
+float32, or float64 if the weight or the factors are; the base is rounded once to the dtype
+of the weight. It is formed with the factors as they are stored, so what rounding *them*
+loses stays in the base. What remains is the rounding of the base: `W_base + scale * A @ B`
+is `W` to half a unit in the last place of `W_base`, 1 part in 512 for bfloat16.
 """
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,10 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, numerics, quantized
 from lora_jax.layers import adapter_checks, decompositions
-from lora_jax.layers.initializers import init_factors
-from lora_jax.layers.lora import Adapter, unmerge_lora_weight
+from lora_jax.layers.lora import Adapter, init_lora_adapter, unmerge_lora_weight
 
 __all__ = [
+    "DecomposedWeight",
     "init_loftq_adapter",
     "init_olora_adapter",
     "init_orthogonal_adapter",
@@ -47,8 +47,17 @@ __all__ = [
     "to_plain_adapter",
 ]
 
-Base = jax.Array | quantized.QuantizedTensor
 Quantize = Callable[[jax.Array], Any]
+
+
+class DecomposedWeight(NamedTuple):
+    """A weight split into a base and an adapter that belongs to it."""
+
+    weight: quantized.Weight
+    """The base: what to use, and to save, in place of the original weight."""
+    adapter: Adapter
+    """`{"A": (*batch, in, rank), "B": (*batch, rank, out)}`."""
+
 
 _NO_BIASES = dict.fromkeys(
     adapter_checks.BIASES,
@@ -61,13 +70,13 @@ def init_pissa_adapter(
     weight: jax.Array,
     rank: int,
     alpha: float | jax.Array = 1.0,
-    dtype: DTypeLike | None = None,
     *,
+    dtype: DTypeLike | None = None,
     rank_stabilized: bool = False,
     key: jax.Array | None = None,
     iterations: int | None = None,
     quantize: Quantize | None = None,
-) -> tuple[Base, Adapter]:
+) -> DecomposedWeight:
     """Moves the largest singular values of a weight into an adapter (PiSSA).
 
     `scale * A @ B` is the best approximation of `W` of that rank, and `A` and `B` have a
@@ -93,9 +102,8 @@ def init_pissa_adapter(
         quantize: a function that quantizes the base; see `init_loftq_adapter`.
 
     Returns:
-        The base `W - scale * A @ B`, `(*batch, in, out)` in the dtype of the weight, or
-        what `quantize` made of that; and
-        `{"A": (*batch, in, rank), "B": (*batch, rank, out)}`.
+        `weight`, the base `W - scale * A @ B`, `(*batch, in, out)` in the dtype of the
+        weight, or what `quantize` returned for it; and `adapter`.
 
     Raises:
         TypeError: if `weight` is not a dense floating-point array, `quantize` does not
@@ -129,17 +137,19 @@ def init_pissa_adapter(
     scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
     adapter = _rounded(decompositions.factors(svd, scale), dtype)
     base = _residual(weight, adapter, alpha, rank_stabilized)
-    return base if quantize is None else stored(quantize, base), adapter
+    if quantize is not None:
+        return DecomposedWeight(stored(quantize, base), adapter)
+    return DecomposedWeight(base, adapter)
 
 
 def init_olora_adapter(
     weight: jax.Array,
     rank: int,
     alpha: float | jax.Array = 1.0,
-    dtype: DTypeLike | None = None,
     *,
+    dtype: DTypeLike | None = None,
     rank_stabilized: bool = False,
-) -> tuple[jax.Array, Adapter]:
+) -> DecomposedWeight:
     """Takes the first part of a QR decomposition out of a weight (OLoRA).
 
     With `W^T = Q R`, the rows of `B` are the first `rank` columns of `Q`, orthonormal, and
@@ -155,7 +165,7 @@ def init_olora_adapter(
         rank_stabilized: see `lora_jax.lora_delta`.
 
     Returns:
-        The base and the adapter, as `init_pissa_adapter`.
+        As `init_pissa_adapter`.
 
     Raises:
         TypeError: as `init_pissa_adapter`.
@@ -169,34 +179,30 @@ def init_olora_adapter(
     dtype = _factor_dtype(weight, dtype)
     wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
     adapter = _rounded(decompositions.qr_factors(wide, rank), dtype)
-    return _residual(weight, adapter, alpha, rank_stabilized), adapter
+    base = _residual(weight, adapter, alpha, rank_stabilized)
+    return DecomposedWeight(base, adapter)
 
 
 def init_orthogonal_adapter(
     key: jax.Array,
-    weight: jax.Array,
+    weight: quantized.Weight | jax.ShapeDtypeStruct,
     rank: int,
-    alpha: float | jax.Array = 1.0,
-    dtype: DTypeLike | None = None,
     *,
-    rank_stabilized: bool = False,
-) -> tuple[jax.Array, Adapter]:
+    dtype: DTypeLike | None = None,
+) -> Adapter:
     """Makes factors that are both non-zero and whose product is zero.
 
-    The same as `init_lora_adapter(key, weight, rank, dtype=dtype, init="orthogonal")`, in
-    the form of its siblings. The weight stays as it is, so this adapter needs no
-    conversion.
+    The same as `init_lora_adapter(key, weight, rank, dtype=dtype, init="orthogonal")`. The
+    adapter belongs to the original weight and needs no conversion.
 
     Args:
         key: a `jax.random` key.
-        weight: `(*batch, in, out)`, floating point.
+        weight: `(*batch, in, out)`, floating point. Only its shape and dtype are used.
         rank: of the adapter, even; it may exceed `in` and `out`.
-        alpha: see `lora_jax.lora_delta`. Checked, and without effect on the factors.
         dtype: see `init_pissa_adapter`.
-        rank_stabilized: as `alpha`.
 
     Returns:
-        `weight` itself; and the adapter, as `init_pissa_adapter`. `A @ B` is zero up to the
+        `{"A": (*batch, in, rank), "B": (*batch, rank, out)}`. `A @ B` is zero up to the
         rounding of `dtype`.
 
     Raises:
@@ -206,24 +212,19 @@ def init_orthogonal_adapter(
     References:
         See `lora_jax.initializers.orthogonal_pair`.
     """
-    checks.check_weight("weight", weight)
-    checks.check_number("alpha", alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
-    dtype = _factor_dtype(weight, dtype)
-    pair = init_factors(key, weight.shape, rank, "orthogonal", dtype=dtype)
-    return weight, dict(zip("AB", pair, strict=True))
+    return init_lora_adapter(key, weight, rank, dtype=dtype, init="orthogonal")
 
 
 def init_loftq_adapter(
     weight: jax.Array,
     rank: int,
-    quantize: Quantize,
     alpha: float | jax.Array = 1.0,
-    dtype: DTypeLike | None = None,
     *,
+    quantize: Quantize,
+    dtype: DTypeLike | None = None,
     rank_stabilized: bool = False,
     iterations: int = 1,
-) -> tuple[Base, Adapter]:
+) -> DecomposedWeight:
     """Makes an adapter of what quantizing a weight loses (LoftQ).
 
     Alternates `W_base = quantize(W - scale * A @ B)`, with `A @ B` zero at first, and
@@ -234,21 +235,21 @@ def init_loftq_adapter(
     Args:
         weight: `(*batch, in, out)`, floating point.
         rank: of the adapter, from 1 to `min(in, out)`.
+        alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
         quantize: a function that quantizes a weight: `(*batch, in, out)`, in the dtype of
             the weight, to a `lora_jax.quant.QuantizedTensor` of that shape and dtype, such
             as `lora_jax.quant.quantize_nf4`; or to an array of that shape, of any
             floating-point dtype, if it turns the codes back. That array is rounded to the
             dtype of the weight before the adapter is made.
-        alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
         dtype: see `init_pissa_adapter`.
         rank_stabilized: see `lora_jax.lora_delta`.
         iterations: how often the two steps alternate, at least 1.
 
     Returns:
-        The base, `(*batch, in, out)` in the dtype of the weight: what `quantize` returned
-        last, a quantized tensor or an array. The adapter, as `init_pissa_adapter`, makes
-        up for what *that* loses, so nothing may quantize the base again: NF4 with nested
-        scales, for one, would give another base.
+        `weight`, the base, `(*batch, in, out)` in the dtype of the weight: what `quantize`
+        returned last, a quantized tensor or an array. `adapter` makes up for what *that*
+        loses, so nothing may quantize the base again: NF4 with nested scales, for one,
+        would give another base.
 
     Raises:
         TypeError: as `init_pissa_adapter`.
@@ -274,7 +275,7 @@ def init_loftq_adapter(
         adapter = _rounded(
             decompositions.factors(decompositions.exact(lost, rank), scale), dtype
         )
-    return base, adapter
+    return DecomposedWeight(base, adapter)
 
 
 def to_plain_adapter(
@@ -349,7 +350,7 @@ def check_dense(weight: Any) -> None:
         )
 
 
-def stored(quantize: Quantize, base: jax.Array) -> Base:
+def stored(quantize: Quantize, base: jax.Array) -> quantized.Weight:
     """What a function makes of a base: quantized, or an array of its shape and dtype.
 
     Raises:

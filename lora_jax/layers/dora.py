@@ -65,7 +65,7 @@ _LOSES_BIAS = dict.fromkeys(
 
 def init_dora_adapter(
     key: jax.Array,
-    weight: jax.Array,
+    weight: quantized.Weight,
     rank: int,
     init_std: float = 0.01,
     dtype: DTypeLike | None = None,
@@ -109,7 +109,7 @@ def init_dora_adapter(
 
 
 def init_dora_magnitude(
-    weight: jax.Array,
+    weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array = 1.0,
     *,
@@ -141,7 +141,7 @@ def init_dora_magnitude(
 
 
 def dora_column_norm(
-    weight: jax.Array,
+    weight: quantized.Weight,
     adapter: Mapping[str, jax.Array] | None = None,
     alpha: float | jax.Array = 1.0,
     *,
@@ -194,7 +194,7 @@ def dora_column_norm(
 
 def dora_linear(
     x: jax.Array,
-    frozen_weight: jax.Array,
+    frozen_weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array = 1.0,
     *,
@@ -304,7 +304,7 @@ def dora_linear(
 
 
 def merge_dora_weight(
-    frozen_weight: jax.Array,
+    frozen_weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array = 1.0,
     *,
@@ -346,7 +346,7 @@ def merge_dora_weight(
 
 
 def unmerge_dora_weight(
-    merged_weight: jax.Array,
+    merged_weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     column_norm: jax.Array,
     alpha: float | jax.Array = 1.0,

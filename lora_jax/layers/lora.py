@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax._core import checks, numerics, quantized
+from lora_jax._core import checks, numerics, quantized, tree_paths
 from lora_jax.layers import adapter_checks
 from lora_jax.layers.initializers import Init, init_factors
 
@@ -52,10 +52,13 @@ Adapter: TypeAlias = dict[str, jax.Array]
 """One weight's trainable arrays by name: `A`, `B`, and optionally `A_bias`, `B_bias` and
 DoRA's `m`."""
 
+Adapters: TypeAlias = tree_paths.PyTree
+"""`{path: adapter}`. Type checkers allow any tree, since optax returns any."""
+
 
 def init_lora_adapter(
     key: jax.Array,
-    weight: jax.Array | jax.ShapeDtypeStruct,
+    weight: quantized.Weight | jax.ShapeDtypeStruct,
     rank: int,
     init_std: float = 0.01,
     dtype: DTypeLike | None = None,
@@ -139,7 +142,7 @@ def lora_delta(
 
 def lora_linear(
     x: jax.Array,
-    frozen_weight: jax.Array,
+    frozen_weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array = 1.0,
     *,
@@ -224,7 +227,7 @@ def lora_linear(
 
 
 def merge_lora_weight(
-    frozen_weight: jax.Array,
+    frozen_weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array = 1.0,
     *,
@@ -258,7 +261,7 @@ def merge_lora_weight(
 
 
 def unmerge_lora_weight(
-    merged_weight: jax.Array,
+    merged_weight: quantized.Weight,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array = 1.0,
     *,
@@ -295,7 +298,7 @@ def tree_lora_delta(
     alpha: float | jax.Array = 1.0,
     *,
     is_leaf: Callable[[Any], bool] | None = None,
-) -> chex.ArrayTree:
+) -> Any:
     """Replaces each adapter in a tree by its `lora_delta`.
 
     Args:

@@ -12,11 +12,10 @@ and shapes, and run inside `jax.jit` and `jax.eval_shape` with the plan as an ar
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 
 from lora_jax._core import checks, tree_paths
-from lora_jax.layers.lora import Adapter, init_lora_adapter
+from lora_jax.layers.lora import Adapter, Adapters, init_lora_adapter
 from lora_jax.model import merging
 from lora_jax.model.merging import MergeLoss
 from lora_jax.plan import plan_checks, selection
@@ -48,7 +47,7 @@ class ParameterCount(NamedTuple):
 
 def plan_adapters(
     config: LoraConfig,
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     fn: Callable[..., Any] | None = None,
     /,
     *args: Any,
@@ -119,7 +118,7 @@ def plan_adapters(
 
 
 def init_adapters(
-    key: jax.Array, params: chex.ArrayTree, plan: AdapterPlan
+    key: jax.Array, params: tree_paths.PyTree, plan: AdapterPlan
 ) -> dict[str, Adapter]:
     """Makes the adapters of a plan, which change nothing yet.
 
@@ -176,13 +175,13 @@ def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Ad
 
 
 def merge_adapters(
-    params: chex.ArrayTree,
-    adapters: Mapping[str, Adapter],
+    params: tree_paths.Tree,
+    adapters: Adapters,
     plan: AdapterPlan,
     *,
     donate: bool = False,
     requantize: bool = False,
-) -> Any:
+) -> tree_paths.Tree:
     """Folds adapters into the weights they adapt.
 
     Merged quantized weights are dense, unless they are to be quantized again: what that
@@ -224,12 +223,12 @@ def merge_adapters(
 
 
 def unmerge_adapters(
-    params: chex.ArrayTree,
-    adapters: Mapping[str, Adapter],
+    params: tree_paths.Tree,
+    adapters: Adapters,
     plan: AdapterPlan,
     *,
     column_norms: Mapping[str, jax.Array] | None = None,
-) -> Any:
+) -> tree_paths.Tree:
     """Takes adapters out of merged weights: undoes `merge_adapters`.
 
     What the merge rounded away does not come back: see `lora_jax.unmerge_lora_weight` and
@@ -259,7 +258,7 @@ def unmerge_adapters(
 
 
 def adapted_column_norms(
-    params: chex.ArrayTree, adapters: Mapping[str, Adapter], plan: AdapterPlan
+    params: tree_paths.PyTree, adapters: Adapters, plan: AdapterPlan
 ) -> dict[str, jax.Array]:
     """The norms of the columns of the adapted weights, which DoRA divides by.
 
@@ -287,8 +286,8 @@ def adapted_column_norms(
 
 
 def merge_losses(
-    params: chex.ArrayTree,
-    adapters: Mapping[str, Adapter],
+    params: tree_paths.PyTree,
+    adapters: Adapters,
     plan: AdapterPlan,
     *,
     requantize: bool = False,
@@ -324,7 +323,7 @@ def merge_losses(
     return losses
 
 
-def count_parameters(params: chex.ArrayTree, plan: AdapterPlan) -> ParameterCount:
+def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterCount:
     """Counts the numbers that are trained, and all of them.
 
     Args:
@@ -345,7 +344,7 @@ def count_parameters(params: chex.ArrayTree, plan: AdapterPlan) -> ParameterCoun
 
 
 def _checked(
-    params: chex.ArrayTree, adapters: Mapping[str, Adapter], plan: AdapterPlan
+    params: tree_paths.PyTree, adapters: Adapters, plan: AdapterPlan
 ) -> tuple[dict[str, Any], Any]:
     """The leaves of params by path, and their structure, after the checks."""
     leaves, treedef = tree_paths.flatten(params)

@@ -9,17 +9,17 @@ import functools
 import glob
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks, placement, tree_paths
 from lora_jax._core.quantized import QuantizedTensor
+from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.decompose import (
-    Base,
+    DecomposedWeight,
     Quantize,
     check_dense,
     check_quantize,
@@ -30,7 +30,7 @@ from lora_jax.layers.decompose import (
     stored,
     to_plain_adapter,
 )
-from lora_jax.layers.lora import Adapter
+from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model import merging
 from lora_jax.plan import layout, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -39,6 +39,12 @@ from lora_jax.plan.config import LoraConfig
 __all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters"]
 
 Initializer = Callable[..., tuple[Any, Adapter]]
+
+
+def _orthogonal(
+    key: jax.Array, weight: jax.Array, rank: int, alpha: float, dtype: DTypeLike | None
+) -> DecomposedWeight:
+    return DecomposedWeight(weight, init_orthogonal_adapter(key, weight, rank, dtype=dtype))
 
 
 class _Method(NamedTuple):
@@ -52,17 +58,17 @@ class _Method(NamedTuple):
 _METHODS = {
     "pissa": _Method(init_pissa_adapter, takes=("key", "iterations", "quantize")),
     "olora": _Method(init_olora_adapter),
-    "orthogonal": _Method(init_orthogonal_adapter, needs=("key",)),
+    "orthogonal": _Method(_orthogonal, needs=("key",)),
     "loftq": _Method(init_loftq_adapter, needs=("quantize",), takes=("iterations",)),
 }
 # Scales that differ by less are the same number, rounded in another order.
 _SAME = 1e-12
 
 
-class Decomposed(NamedTuple):
+class Decomposed(NamedTuple, Generic[Tree]):
     """What `decompose_params` made of some params."""
 
-    params: Any
+    params: Tree
     """The base: a tree like the params."""
     adapters: dict[str, Adapter]
     """`{path: adapter}`, the adapters that belong to it."""
@@ -78,14 +84,14 @@ class PlainAdapters(NamedTuple):
 
 
 def decompose_params(
-    params: chex.ArrayTree,
+    params: Tree,
     plan: AdapterPlan,
     method: Literal["pissa", "olora", "orthogonal", "loftq"],
     *,
     key: jax.Array | None = None,
     iterations: int | None = None,
     quantize: Quantize | None = None,
-) -> Decomposed:
+) -> Decomposed[Tree]:
     """Takes the adapters of a plan out of the weights.
 
     Instead of `init_adapters`. Train, merge and save the adapters with the params that come
@@ -155,8 +161,8 @@ def decompose_params(
 
 
 def to_plain_adapters(
-    adapters: Mapping[str, Adapter],
-    initial_adapters: Mapping[str, Adapter],
+    adapters: Adapters,
+    initial: Adapters,
     plan: AdapterPlan,
 ) -> PlainAdapters:
     """Turns the adapters of decomposed params into adapters of the original params.
@@ -165,7 +171,7 @@ def to_plain_adapters(
 
     Args:
         adapters: the adapters, after training.
-        initial_adapters: what `decompose_params` returned.
+        initial: what `decompose_params` returned.
         plan: their plan.
 
     Returns:
@@ -178,12 +184,12 @@ def to_plain_adapters(
             adapter, and if adapters are not those of the plan.
     """
     plan_checks.check_adapters(adapters, plan)
-    with checks.at_path("initial_adapters"):
-        plan_checks.check_adapters(initial_adapters, plan)
+    with checks.at_path("initial"):
+        plan_checks.check_adapters(initial, plan)
     plain = {}
     for path in plan.targets:
         with checks.at_path(path):
-            plain[path] = to_plain_adapter(adapters[path], initial_adapters[path])
+            plain[path] = to_plain_adapter(adapters[path], initial[path])
     return PlainAdapters(plain, _doubled_plan(plan))
 
 
@@ -257,12 +263,10 @@ def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
     return quantize_matrix
 
 
-def _decompose(
-    weight: jax.Array, target: Target, init: Initializer
-) -> tuple[Base, Adapter]:
+def _decompose(weight: jax.Array, target: Target, init: Initializer) -> DecomposedWeight:
     """The base, in the layout and with the sharding of the weight, and the adapter."""
 
-    def split(weight):
+    def split(weight: jax.Array) -> tuple[Any, Adapter]:
         made, adapter = init(weight=_matrix(weight, target))
         base: Any = made.weight if isinstance(made, _AsMatrix) else _weight(made, target)
         if target.method == "dora":
@@ -270,7 +274,7 @@ def _decompose(
         return base, adapter
 
     # Decompositions want the whole of a matrix: no axis of it stays explicit.
-    return placement.keep_sharding(split, jnp.asarray(weight))
+    return DecomposedWeight(*placement.keep_sharding(split, jnp.asarray(weight)))
 
 
 def _matrix(weight: jax.Array, target: Target) -> jax.Array:

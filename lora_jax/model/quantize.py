@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -39,7 +38,7 @@ _NONE: Mapping[tree_paths.Pattern, int] = FrozenDict()
 
 
 def quantize_params(
-    params: chex.ArrayTree,
+    params: tree_paths.Tree,
     patterns: Patterns,
     format: Format = "nf4",
     *,
@@ -47,7 +46,7 @@ def quantize_params(
     plan: AdapterPlan | None = None,
     donate: bool = False,
     **settings: Any,
-) -> Any:
+) -> tree_paths.Tree:
     """Quantizes the weights whose paths match some patterns.
 
     One after the other, each dense only while it is its turn: with leaves that are read

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ Patterns: TypeAlias = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 
 
 def trainable_and_frozen(
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     trainable: Patterns | Callable[[str], bool],
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import chex
 import numpy as np
 
 from lora_jax._core import tree_paths
@@ -26,7 +25,7 @@ _DECAYED = ("A", "B")
 
 
 def adapter_labels(
-    tree: chex.ArrayTree,
+    tree: tree_paths.PyTree,
     patterns: Mapping[Any, str] = NO_PATTERNS,
     *,
     other: str = "other",
@@ -82,7 +81,7 @@ def adapter_labels(
 
 
 def labels_by(
-    tree: chex.ArrayTree, by_pattern: Mapping[str, str], other: str, name: str
+    tree: tree_paths.PyTree, by_pattern: Mapping[str, str], other: str, name: str
 ) -> Any:
     """Implements `adapter_labels`, for checked patterns from the argument `name`."""
     leaves, structure = _leaves.flatten(tree)
@@ -97,7 +96,7 @@ def labels_by(
 
 
 def weight_decay_mask(
-    tree: chex.ArrayTree,
+    tree: tree_paths.PyTree,
     exclude: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = (),
 ) -> Any:
     """Selects the leaves to decay: factors and matrices.

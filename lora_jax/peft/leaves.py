@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 from jax.core import Tracer
@@ -290,7 +289,7 @@ class Places:
 
 
 def find_known(
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     fn: Callable[..., Any] | None,
     args: tuple[Any, ...],
     plan: AdapterPlan | None,

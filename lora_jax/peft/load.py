@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 
@@ -171,7 +170,7 @@ def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.A
 
 def load(
     directory: str | os.PathLike[str],
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     fn: Callable[..., Any] | None = None,
     *args: Any,
     plan: AdapterPlan | None = None,
@@ -260,7 +259,7 @@ def load(
 
 def match_names(
     directory: str | os.PathLike[str],
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     fn: Callable[..., Any] | None = None,
     *args: Any,
     plan: AdapterPlan | None = None,
@@ -304,7 +303,7 @@ def match_names(
 
 
 def _places(
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     fn: Callable[..., Any] | None,
     args: tuple[Any, ...],
     plan: AdapterPlan | None,
@@ -315,7 +314,9 @@ def _places(
     return Places(tree_paths.leaf_paths(params), names, layout, known)
 
 
-def replace_leaves(params: chex.ArrayTree, replaced: Mapping[str, jax.Array]) -> Any:
+def replace_leaves(
+    params: tree_paths.Tree, replaced: Mapping[str, jax.Array]
+) -> tree_paths.Tree:
     """Puts leaves that a checkpoint holds whole into params.
 
     Args:

@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import chex
-
 from lora_jax._core import tree_paths
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.fields import shorten
@@ -299,7 +297,7 @@ def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
 
 
 def to_lora_config(
-    config: PeftConfig | Mapping[str, Any], params: chex.ArrayTree, *, prefix: str = ""
+    config: PeftConfig | Mapping[str, Any], params: tree_paths.PyTree, *, prefix: str = ""
 ) -> LoraConfig:
     """Makes of a config of PEFT the one that adapts the same weights of some params.
 
@@ -357,7 +355,7 @@ def to_lora_config(
     )
 
 
-def _weights(params: chex.ArrayTree) -> dict[str, tuple[str, ...]]:
+def _weights(params: tree_paths.PyTree) -> dict[str, tuple[str, ...]]:
     """The words of the paths of what may be the weights of modules."""
     found = {}
     for path, leaf in tree_paths.leaf_paths(params).items():

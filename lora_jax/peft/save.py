@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import tensor_files
-from lora_jax.layers.lora import Adapter
+from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.adapters import fill_up
 from lora_jax.peft.checkpoint import write_checkpoint
 from lora_jax.peft.config import PeftConfig
@@ -39,7 +39,7 @@ _WRAPPED = ".base_layer"
 
 def save(
     directory: str | os.PathLike[str],
-    adapters: Mapping[str, Adapter],
+    adapters: Adapters,
     plan: AdapterPlan,
     *,
     names: SaveNames = None,

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import chex
 import numpy as np
 
 from lora_jax._core import checks, tree_paths
@@ -42,7 +41,7 @@ _RENAMED = {
 
 def load_torchtune(
     source: str | os.PathLike[str] | Mapping[str, Any],
-    params: chex.ArrayTree,
+    params: tree_paths.PyTree,
     fn: Callable[..., Any] | None = None,
     *args: Any,
     alpha: float,

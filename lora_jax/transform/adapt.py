@@ -4,14 +4,15 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lora_jax._core import checks, compat, numerics, quantized, tree_paths
+from lora_jax._core.tree_paths import Tree
+from lora_jax.layers.lora import Adapters
 from lora_jax.lowrank import weight_norms
 from lora_jax.plan import axis_roles, plan_checks
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target
@@ -35,11 +36,14 @@ OnMerge: TypeAlias = Literal["error", "allow"] | Callable[[Merge], None]
 """What `adapt` does before it merges a weight for one use: raise, nothing but a line of
 the log, or call a function."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _LOG = logging.getLogger("lora_jax")
 
 
 def adapt(
-    fn: Callable[..., Any],
+    fn: Callable[Concatenate[Tree, P], R],
     plan: AdapterPlan,
     *,
     on_merge: OnMerge = "error",
@@ -48,7 +52,7 @@ def adapt(
     dropout_key: jax.Array | None = None,
     column_norms: Mapping[str, jax.Array] | None = None,
     scales: ArrayLike | Mapping[str, ArrayLike] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[Concatenate[Tree, Adapters, P], R]:
     """Makes a function run with adapters, without a change to its code.
 
     The function is traced whenever the result is called, and its program is run with
@@ -159,12 +163,8 @@ def adapt(
     has_dropout = any(target.dropout for target in plan.targets.values())
 
     def adapted(
-        params: chex.ArrayTree,
-        adapters: Mapping[str, Mapping[str, jax.Array]],
-        /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        params: Tree, adapters: Adapters, /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         plan_checks.check_params(tree_paths.leaf_paths(params), plan)
         plan_checks.check_adapters(adapters, plan)
         traced = _tracing.trace(fn, params, args, kwargs)
@@ -205,7 +205,7 @@ def adapt(
     return adapted
 
 
-def accept_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+def accept_quantized(fn: Callable[P, R]) -> Callable[P, R]:
     """Makes a function take quantized weights where it expects arrays.
 
     Like `adapt`, without adapters: to evaluate a quantized base, for instance.
@@ -232,7 +232,7 @@ def accept_quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
         raise TypeError(f"fn must be a function, got {type(fn).__name__}.")
 
     @functools.wraps(fn)
-    def dense(*args: Any, **kwargs: Any) -> Any:
+    def dense(*args: P.args, **kwargs: P.kwargs) -> R:
         traced = _tracing.trace(
             lambda _, /, *args, **kwargs: fn(*args, **kwargs), (), args, kwargs
         )

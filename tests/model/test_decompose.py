@@ -336,7 +336,7 @@ def test_one_weight_with_a_quantized_base():
     near = [lora_jax.quant.dequantize(int8(weight))]
     for base, adapter in (
         init_pissa_adapter(weight, 4, 3.0, quantize=int8),
-        init_loftq_adapter(weight, 4, int8, 3.0),
+        init_loftq_adapter(weight, 4, 3.0, quantize=int8),
     ):
         assert type(base) is lora_jax.quant.Int8Tensor
         near.append(lora_jax.merge_lora_weight(base, adapter, 3.0))
@@ -513,7 +513,7 @@ def test_checks_of_plain_adapters():
     _, initial = decompose_params(params, plan, "olora")
     with pytest.raises(KeyError, match="adapters must have the 2 paths of the plan"):
         to_plain_adapters({}, initial, plan)
-    with pytest.raises(KeyError, match=r"at 'initial_adapters': .*missing: 'block/o'"):
+    with pytest.raises(KeyError, match=r"at 'initial': .*missing: 'block/o'"):
         to_plain_adapters(initial, {"block/w": initial["block/w"]}, plan)
     with pytest.raises(TypeError, match="plan must be an AdapterPlan"):
         to_plain_adapters(initial, initial, plan.config)

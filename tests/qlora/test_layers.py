@@ -299,7 +299,7 @@ def test_codes_are_no_weight(name):
     [
         lambda q: lora_jax.init_pissa_adapter(q, 2),
         lambda q: lora_jax.init_olora_adapter(q, 2),
-        lambda q: lora_jax.init_loftq_adapter(q, 2, lambda w: w),
+        lambda q: lora_jax.init_loftq_adapter(q, 2, quantize=lambda w: w),
         lambda q: lora_jax.decompose_params({"w": q}, matrix_plan({"w": q}), "pissa"),
     ],
 )

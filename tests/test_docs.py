@@ -16,6 +16,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [info.name for info in pkgutil.walk_packages(lora_jax.__path__, "lora_jax.")]
 
 
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
 @pytest.fixture(autouse=True)
 def as_users_have_it():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -43,9 +47,8 @@ RUNNABLE = [page for page in PAGES if page.parent.name != "guides"]
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     namespace = {"__name__": "__docs__"}
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(python_blocks(page)):
         exec(compile(block, f"{page.name}, block {i}", "exec"), namespace)
 
 

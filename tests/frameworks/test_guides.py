@@ -1,14 +1,11 @@
 """The Python blocks of each guide run, in order."""
 
-import pathlib
-import re
-
 import jax
 import pytest
 
-import lora_jax
+from tests.test_docs import ROOT, python_blocks
 
-GUIDES = pathlib.Path(lora_jax.__file__).parent.parent / "docs" / "guides"
+GUIDES = ROOT / "docs" / "guides"
 PACKAGES = {
     "checkpoints": "orbax.checkpoint",
     "equinox": "equinox",
@@ -38,10 +35,8 @@ def settings():
 @pytest.mark.parametrize("name", [marked(name) for name in PACKAGES])
 def test_guide(name):
     pytest.importorskip(PACKAGES[name])
-    text = (GUIDES / f"{name}.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     namespace = {"__name__": "__docs__"}
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(python_blocks(GUIDES / f"{name}.md")):
         exec(compile(block, f"{name}.md, block {i}", "exec"), namespace)
     assert "merged" in namespace
 

@@ -1,5 +1,6 @@
 """Eight CPU devices, and JAX at its strictest, for the whole suite."""
 
+import importlib.util
 import os
 
 from tests import xla_flags
@@ -10,6 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis
 import jax
 import pytest
+
+from tests import support
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,24 +26,33 @@ hypothesis.settings.load_profile("suite")
 # goes into compiling, and without them it is half of it.
 QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
-    *("tests.test_checkpoint", "tests.test_decomposed", "tests.test_decomposed_params"),
-    *("tests.test_dora", "tests.test_lora", "tests.test_model", "tests.test_column_norm"),
-    *("tests.test_initializers", "tests.test_properties", "tests.test_quantized_params"),
-    *("tests.quant.test_files", "tests.quant.test_tensors"),
-    "tests.qlora",
-    *("tests.public", "tests.quant.test_nf4", "tests.training"),
-    "tests.transform.test_fuzz",
-    *("tests.transform.test_calls", "tests.transform.test_meshes"),
-    "tests.transform.test_quantized",
-    *("tests.transform.test_rules", "tests.transform.test_surroundings"),
+    *("tests.public", "tests.qlora", "tests.training"),
+    *("tests.test_checkpoint", "tests.test_properties", "tests.test_studies"),
+    *("tests.layers.test_decompose", "tests.layers.test_dora", "tests.layers.test_lora"),
+    *("tests.layers.test_initializers", "tests.lowrank.test_weight_norms"),
+    *("tests.model.test_adapters", "tests.model.test_decompose"),
+    *("tests.model.test_quantize", "tests.quant.test_files", "tests.quant.test_nf4"),
+    *("tests.quant.test_tensors", "tests.transform.test_calls"),
+    *("tests.transform.test_fuzz", "tests.transform.test_meshes"),
+    *("tests.transform.test_quantized", "tests.transform.test_rules"),
+    "tests.transform.test_surroundings",
 )
+MISSING = [name for name in QUICK if importlib.util.find_spec(name) is None]
+if MISSING:
+    raise RuntimeError(f"QUICK has modules that do not exist: {MISSING}")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """Compiles the programs of some modules without optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
     quick = f"{request.module.__name__}.".startswith(tuple(f"{name}." for name in QUICK))
-    jax.config.update("jax_disable_most_optimizations", before or quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    everywhere = jax.config.read("jax_disable_most_optimizations")
+    with support.optimizations(not (quick or everywhere)):
+        yield
+
+
+@pytest.fixture
+def optimized():
+    """For tests, in modules of `QUICK`, of what the compiler makes of a program."""
+    with support.optimizations(True):
+        yield

@@ -1,7 +1,9 @@
-"""What the tests share: cases of one layer, tolerances, float64, counting traces."""
+"""What the tests share: random values, cases of one layer, comparisons, settings of JAX."""
 
 import contextlib
 import dataclasses
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 
 from tests import reference
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 HALF = ("bfloat16", "float16")
 DTYPES = ("float32", *HALF)
 
@@ -22,6 +25,35 @@ LAYOUTS = {
     "experts_in_layers": ((2, 3), (5, 4)),
 }
 N_IN, N_OUT, RANK = 12, 9, 4
+
+
+def normal(*shape, seed=0, size=1.0, dtype="float64"):
+    """Normal values that depend on the shape and the seed, as a NumPy array."""
+    values = np.random.default_rng([seed, *shape]).normal(size=shape)
+    return np.asarray(size * values).astype(jnp.dtype(dtype))
+
+
+def draw(*shape, dtype="float32", **options):
+    """`normal` as a JAX array, in float32 by default."""
+    return jnp.asarray(normal(*shape, dtype=dtype, **options))
+
+
+def coarse(weight):
+    """Rounds to quarters: a quantization and its inverse."""
+    return jnp.round(weight * 4) / 4
+
+
+def best(matrix, rank):
+    """The best approximation of that rank, in float64."""
+    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+def straight(weight, target):
+    """The `(*batch, in, out)` matrix of a weight, in float64."""
+    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
+    moved = np.moveaxis(reference.f64(weight), order, range(len(order)))
+    return moved.reshape(target.matrix_shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +136,40 @@ def assert_close(got, want, ulps, dtype=None, scale=None):
     assert np.all(error <= ulps * eps * scale), (
         f"off by {np.max(error / (eps * scale)):.3g} units of {eps:.3g}, allowed {ulps}"
     )
+
+
+def bits(array):
+    """An array of any dtype as bytes, to compare NaN and signed zeros too."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def assert_same_bits(got, want):
+    """Asserts that two trees have one structure, and the same bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    leaves = (map(np.asarray, jax.tree.leaves(tree)) for tree in (got, want))
+    for x, y in zip(*leaves, strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
+@contextlib.contextmanager
+def optimizations(wanted):
+    """Compiles with XLA's optimizations, or without most of them, in half the time.
+
+    So do the processes that are started in this context.
+    """
+    option, variable = "jax_disable_most_optimizations", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    before, inherited = jax.config.read(option), os.environ.get(variable)
+    jax.config.update(option, not wanted)
+    os.environ[variable] = str(int(not wanted))
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
+        os.environ.pop(variable)
+        if inherited is not None:
+            os.environ[variable] = inherited
 
 
 def x64():

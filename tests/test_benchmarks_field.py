@@ -15,6 +15,8 @@ import types
 
 import pytest
 
+from tests import support
+
 pytestmark = pytest.mark.slow  # for developers of the library
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -51,8 +53,7 @@ def run(field, tmp_path_factory):
         *("--only", *HERE, *ELSEWHERE),
         *(f"--json={folder / 'result.json'}", f"--plot={folder / 'bars.png'}"),
     ]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles in half the time
+    with support.optimizations(False), contextlib.redirect_stdout(printed):
         field.bench_field.main(arguments)
     result = json.loads((folder / "result.json").read_text())
     plot = (folder / "bars.png").read_bytes()

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from tests.support import set_mesh
-from tests.transform.support import assert_same, loss_of, merged, normal, trained
+from tests.support import normal, set_mesh
+from tests.transform.support import assert_same, loss_of, merged, trained
 
 X = normal(4, 8, dtype="float32")
 PARAMS = {

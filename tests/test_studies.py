@@ -31,12 +31,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def as_users_have_it():
-    """Values are tested: programs compile without optimizations, in half the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from tests.support import normal
 
 WIDTH, INNER, ENTRIES = 12, 20, 16
 LINEARS = {
@@ -23,8 +24,7 @@ UNTOUCHED = {
 
 
 def draw(shape, seed, dtype="float32"):
-    values = np.random.default_rng(seed).normal(size=shape)
-    return np.asarray(values).astype(jnp.dtype(dtype))
+    return normal(*shape, seed=seed, dtype=dtype)
 
 
 def make_tensors(dtype="float32"):

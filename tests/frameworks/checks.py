@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import lora_jax
-from tests.support import assert_close
+from tests.support import assert_close, draw
 
 ULPS = 2**12  # of float64: what sums in two orders differ by, in the deepest model here
 STEPS = 6
@@ -68,7 +68,7 @@ def check_training(model, axes, targets="all-linear"):
         return fn(lora_jax.merge_adapters(params, adapters, plan), *args)
 
     plain = compiled(lambda params, args: fn(params, *args))(params, args)
-    target = plain + normal(plain.shape)
+    target = plain + normal(*plain.shape)
     step, reference = (
         functools.partial(_step_of(function), params=params, args=args, target=target)
         for function in (lora_jax.adapt(fn, plan), merged)
@@ -138,10 +138,8 @@ def _is_array(leaf):
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
-# None of these has `jax.random`, which would compile for each shape.
-def normal(shape, seed=0):
-    """Normal values, in float64."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+# No `jax.random` here, which would compile for each shape.
+normal = functools.partial(draw, dtype="float64")
 
 
 def drawn(tree, seed=0):

@@ -100,7 +100,7 @@ def test_rows_of_an_embedding():
 
 
 def test_convolutions_and_a_cell():
-    model = made(Images, checks.normal((2, 3, 6, 7)))
+    model = made(Images, checks.normal(2, 3, 6, 7))
     axes = {
         "conv/weight": "oiii",
         "up/weight": "oiii",

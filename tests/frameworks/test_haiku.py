@@ -58,6 +58,6 @@ def test_dora_on_chosen_weights_of_stacked_layers(stacked):
 
 
 def test_convolutions():
-    model = made(images, checks.normal((2, 6, 7, 3)))
+    model = made(images, checks.normal(2, 6, 7, 3))
     axes = {"conv/w": "iiio", "up/w": "iioi", "head/w": "io"}
     checks.check_training(model, axes, "*/w")

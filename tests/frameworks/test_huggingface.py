@@ -94,7 +94,7 @@ def test_vit_with_its_patches():
     config = transformers.ViTConfig(
         hidden_size=12, image_size=6, patch_size=3, num_labels=3, **SMALL
     )
-    images = checks.normal((2, 3, 6, 6))
+    images = checks.normal(2, 3, 6, 6)
     model = made(transformers.FlaxViTForImageClassification, config, images)
     names = [f"attention/attention/{name}" for name in ("query", "key", "value")]
     names += ["attention/output/dense", "intermediate/dense", "output/dense"]

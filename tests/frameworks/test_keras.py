@@ -68,7 +68,7 @@ def test_convolutions_and_a_recurrent_layer():
     x = layers.Conv2D(5, (3, 2), name="conv")(images)
     x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
     x = layers.GRU(8, name="gru")(layers.Reshape((-1, 10))(x))
-    model = made(keras.Model(images, x), checks.normal((2, 6, 7, 3)))
+    model = made(keras.Model(images, x), checks.normal(2, 6, 7, 3))
     axes = {
         "conv/kernel": "iiio",
         "depthwise/kernel": "iioo",

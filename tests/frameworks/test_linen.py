@@ -64,7 +64,7 @@ def test_every_matrix_of_a_decoder():
 
 
 def test_convolutions():
-    model = made(Images(), checks.normal((2, 6, 7, 3)))
+    model = made(Images(), checks.normal(2, 6, 7, 3))
     assert checks.axes_of(model.plan()) == {"params/head/kernel": "io"}
     axes = {
         "params/conv/kernel": "iiio",
@@ -77,7 +77,7 @@ def test_convolutions():
 
 def test_an_lstm():
     model = made(
-        nn.RNN(nn.OptimizedLSTMCell(5, param_dtype="float64")), checks.normal((2, 4, 3))
+        nn.RNN(nn.OptimizedLSTMCell(5, param_dtype="float64")), checks.normal(2, 4, 3)
     )
     names = ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")
     paths = [f"params/cell/{name}/kernel" for name in names]

@@ -96,7 +96,7 @@ LINEN_SPECS = {"up/kernel": P(None, "model"), "down/kernel": P("model", None)}
 
 
 def linen_model(mesh):
-    x = checks.normal((4, 8))
+    x = checks.normal(4, 8)
     shapes = jax.eval_shape(Perceptron(None).init, jax.random.key(0), x)
     return Perceptron(mesh).apply, checks.drawn(shapes), x, LINEN_SPECS
 

@@ -96,7 +96,7 @@ def test_random_counters_travel():
         module = nnx.merge(graphdef, params, rest, copy=True)
         return module(x), nnx.state(module, nnx.RngState)
 
-    args = rest, checks.normal((2, 6))
+    args = rest, checks.normal(2, 6)
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params, fn, *args)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     y, rest = jax.jit(lora_jax.adapt(fn, plan))(params, adapters, *args)
@@ -105,7 +105,7 @@ def test_random_counters_travel():
 
 
 def test_convolutions():
-    model = made(Images, checks.normal((2, 6, 7, 3)))
+    model = made(Images, checks.normal(2, 6, 7, 3))
     axes = {"conv/kernel/value": "iiio", "head/kernel/value": "iio"}
     checks.check_training(model, axes, "*/kernel")
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +18,11 @@ from lora_jax.layers.decompose import (
     to_plain_adapter,
 )
 from tests import reference, support
+from tests.support import GOLDEN, best, coarse, draw
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["changed_base_cases"]
 KEY = jax.random.key(3)
 BATCHES = {"matrix": (), "experts": (3,)}
-
-
-def coarse(weight):
-    """Rounds to quarters: a quantization and its inverse."""
-    return jnp.round(weight * 4) / 4
 
 
 # Each takes (weight, rank, alpha, dtype=..., rank_stabilized=...) and splits the weight.
@@ -46,20 +40,10 @@ def loftq(weight, rank, alpha=1.0, **options):
 ALL = {**INITS, "loftq": loftq}
 
 
-def draw(*shape, dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
 def term(adapter, scale):
     """`scale * A @ B` in float64."""
     adapter = reference.f64(adapter)
     return scale * adapter["A"] @ adapter["B"]
-
-
-def best(matrix, rank):
-    """The best approximation of that rank, in float64."""
-    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
-    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
 
 
 # ------------------------------------------------------------------- the promise of all

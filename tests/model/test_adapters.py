@@ -24,6 +24,7 @@ from lora_jax.model.adapters import (
 from lora_jax.plan.adapter_plan import Target, Use
 from lora_jax.plan.config import LoraConfig
 from tests import reference, support
+from tests.support import straight
 
 AXES = {"q": "ioo", "o": "oi", "stack": "bio", "turned": "boi", "mixed": "oib", "w": "io"}
 SHAPES = {
@@ -54,13 +55,6 @@ def make(method="lora", dtype="float32", seed=0, names=None, factors=None, **fie
             for name, shape in target.adapter_shapes.items()
         }
     return params, adapters, plan
-
-
-def straight(weight, target):
-    """The `(*batch, in, out)` matrix in float64."""
-    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
-    moved = np.moveaxis(reference.f64(weight), order, range(len(order)))
-    return moved.reshape(target.matrix_shape)
 
 
 def merged_reference(weight, adapter, target):

@@ -17,6 +17,7 @@ from lora_jax.layers.decompose import (
 )
 from lora_jax.model.decompose import decompose_params, to_plain_adapters
 from tests import reference, support
+from tests.support import assert_same_bits, best, coarse, straight
 
 AXES = {"w": "io", "q": "ioo", "o": "oi", "turned": "boi", "mixed": "oib"}
 SHAPES = {
@@ -27,11 +28,6 @@ SHAPES = {
     "mixed": (9, 12, 3),
 }
 KEY = jax.random.key(1)
-
-
-def coarse(weight):
-    """Rounds to quarters: a quantization and its inverse."""
-    return jnp.round(weight * 4) / 4
 
 
 METHODS = {
@@ -51,13 +47,6 @@ def make(names=tuple(SHAPES), dtype="float32", factors=None, **fields):
     axes = {f"*/{name}": AXES[name] for name in names}
     config = lora_jax.LoraConfig(4, 3.0, "block/*", axes=axes, dtype=factors, **fields)
     return params, lora_jax.plan_adapters(config, params)
-
-
-def straight(weight, target):
-    """The `(*batch, in, out)` matrix in float64."""
-    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
-    moved = np.moveaxis(reference.f64(weight), order, range(len(order)))
-    return moved.reshape(target.matrix_shape)
 
 
 # ----------------------------------------------------------------------- decompose
@@ -250,17 +239,6 @@ def int8(weight):
 KINDS = {nf4: lora_jax.quant.NF4Tensor, int8: lora_jax.quant.Int8Tensor}
 
 
-def best(matrix, rank):
-    """The best approximation of that rank, in float64."""
-    u, s, vh = np.linalg.svd(matrix, full_matrices=False)
-    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
-
-
-def assert_stored_alike(got, want):
-    assert repr(got) == repr(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 @pytest.mark.parametrize("quantize", KINDS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["w", "o", "turned"])
 def test_loftq_makes_up_for_what_a_quantized_base_loses(name, quantize):
@@ -268,7 +246,7 @@ def test_loftq_makes_up_for_what_a_quantized_base_loses(name, quantize):
     base, adapters = decompose_params(params, plan, "loftq", quantize=quantize)
     weight, leaf = params["block"][name], base["block"][name]
     assert type(leaf) is KINDS[quantize]
-    assert_stored_alike(leaf, quantize(weight))
+    assert_same_bits(leaf, quantize(weight))
     (target,) = plan.targets.values()
     adapter = reference.f64(adapters[f"block/{name}"])
     update = target.scale * adapter["A"] @ adapter["B"]
@@ -287,7 +265,7 @@ def test_pissa_quantizes_the_residual(name, quantize):
     base, adapters = decompose_params(params, plan, "pissa", quantize=quantize)
     jax.tree.map(np.testing.assert_array_equal, adapters, want)
     assert type(base["block"][name]) is KINDS[quantize]
-    assert_stored_alike(base["block"][name], quantize(dense["block"][name]))
+    assert_same_bits(base["block"][name], quantize(dense["block"][name]))
     merged = lora_jax.merge_adapters(base, adapters, plan)["block"][name]
     weight = params["block"][name]
     lost = [
@@ -377,7 +355,7 @@ def test_a_quantized_base_under_jit():
         return decompose_params(params, plan, "loftq", quantize=int8)
 
     want, (got, _) = split(params), jax.jit(split)(params)
-    assert_stored_alike(got["block"]["turned"], want.params["block"]["turned"])
+    assert_same_bits(got["block"]["turned"], want.params["block"]["turned"])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -399,7 +377,7 @@ def test_quantized_bases_stay_sharded_along_the_stack(quantize, kind):
     got, want = (x["block"]["turned"] for x in (got, want))
     if got.to_arrays()["codes"].ndim < got.codes.ndim:  # rows of NF4
         got = dataclasses.replace(got, **got.to_arrays(), row_axes=0)
-    assert_stored_alike(jax.device_get(got), jax.device_get(want))
+    assert_same_bits(jax.device_get(got), jax.device_get(want))
 
 
 def test_checks_of_quantized_bases():

@@ -22,6 +22,7 @@ import lora_jax
 from lora_jax import quant
 from lora_jax.model.quantize import quantize_params
 from tests import toy_format
+from tests.support import assert_same_bits, draw
 
 SMALL = {"block_size": 8, "scaler_block_size": 2}
 FORMATS = {
@@ -29,10 +30,6 @@ FORMATS = {
     "int8": (quant.quantize_int8, {"block_size": 5}),
     "fp8": (quant.quantize_fp8, {}),
 }
-
-
-def draw(*shape, dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def make(dtype="float32"):
@@ -45,12 +42,6 @@ def make(dtype="float32"):
     }
 
 
-def assert_same(got, want):
-    """Of one format, with the same settings and the same bits."""
-    assert repr(got) == repr(want)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 # ------------------------------------------------------------------ which leaves, how
 
 
@@ -61,9 +52,9 @@ def test_matching_leaves_are_quantized_and_the_others_are_the_same(format, dtype
     quantize, settings = FORMATS[format]
     axes = {"layers/*": 1}
     got = quantize_params(params, "*/kernel", format, batch_axes=axes, **settings)
-    assert_same(got["up"]["kernel"], quantize(params["up"]["kernel"], **settings))
+    assert_same_bits(got["up"]["kernel"], quantize(params["up"]["kernel"], **settings))
     want = quantize(params["layers"]["kernel"], batch_axes=1, **settings)
-    assert_same(got["layers"]["kernel"], want)
+    assert_same_bits(got["layers"]["kernel"], want)
     for block, name in (("up", "bias"), ("layers", "scale")):
         assert got[block][name] is params[block][name]
     assert (got["name"], got["step"]) == ("run", 3)
@@ -76,7 +67,7 @@ def test_the_settings_are_those_of_the_formats():
         assert settings.keys() <= inspect.signature(quantize).parameters.keys()
     params = {"w": draw(7, 9)}
     got = quantize_params(params, "w", codec="bitsandbytes")["w"]
-    assert_same(got, quant.quantize_nf4(params["w"], codec="bitsandbytes"))
+    assert_same_bits(got, quant.quantize_nf4(params["w"], codec="bitsandbytes"))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +123,10 @@ def test_a_function_is_a_format():
 
     got = quantize_params(params, "*/kernel", quantize, batch_axes={"layers/*": 1})
     assert calls == [1, 0]
-    assert_same(got["layers"]["kernel"], toy_format.quantize(params["layers"]["kernel"], 1))
+    want = toy_format.quantize(params["layers"]["kernel"], 1)
+    assert_same_bits(got["layers"]["kernel"], want)
     nf4 = functools.partial(quant.quantize_nf4, **SMALL)
-    assert_same(
+    assert_same_bits(
         quantize_params(params, "up/kernel", nf4),
         quantize_params(params, "up/kernel", **SMALL),
     )
@@ -150,7 +142,7 @@ def test_a_model_takes_the_result():
 
     weights = make()
     params = {k: {"kernel": weights[k]["kernel"] / 3} for k in ("up", "layers")}
-    x = draw(5, 12)
+    x = draw(5, 12, seed=1)
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(2), params, network, x)
     stored = quantize_params(params, plan, "int8")
     assert stored["layers"]["kernel"].batch_ndim == 1
@@ -187,7 +179,7 @@ class WithEllipsis(Lazy):
 def test_leaves_may_be_read_when_they_are_needed(kind, dtype):
     values = draw(8, 16, dtype=dtype)
     got = quantize_params({"w": kind(np.asarray(values)), "v": 1}, "w", **SMALL)["w"]
-    assert_same(got, quant.quantize_nf4(values, **SMALL))
+    assert_same_bits(got, quant.quantize_nf4(values, **SMALL))
 
 
 def test_leaves_may_be_those_of_files(tmp_path):
@@ -201,7 +193,7 @@ def test_leaves_may_be_those_of_files(tmp_path):
         }
         got = quantize_params(params, "*", **SMALL)
     for leaf in got.values():
-        assert_same(leaf, quant.quantize_nf4(values, **SMALL))
+        assert_same_bits(leaf, quant.quantize_nf4(values, **SMALL))
 
 
 def test_nothing_is_donated_if_a_slice_of_a_file_does_not_fit(tmp_path):
@@ -234,7 +226,7 @@ def test_under_jit():
 
     got = [store(params), store(params)][1]
     assert len(traces) == 1
-    assert_same(got["w"], quant.quantize_nf4(params["w"], batch_axes=1, **SMALL))
+    assert_same_bits(got["w"], quant.quantize_nf4(params["w"], batch_axes=1, **SMALL))
 
 
 # ---------------------------------------------------------------- what is in memory
@@ -255,7 +247,7 @@ def test_donated_leaves_are_deleted_one_after_the_other():
     assert all(leaf.is_deleted() for leaf in params.values())
     assert not kept["bias"].is_deleted()
     want = quant.quantize_nf4(draw(8, 16, seed=1), **SMALL)
-    assert_same(got["b"], want)
+    assert_same_bits(got["b"], want)
 
 
 @pytest.mark.parametrize("format", ["nf4", toy_format.quantize])
@@ -325,7 +317,7 @@ def test_the_arrays_are_sharded_along_the_stack(format, kind):
     sharded = jax.device_put(dense, NamedSharding(mesh, P("x", None, "y")))
     got = quantize_params({"w": sharded}, "w", format, batch_axes=1, **settings)["w"]
     want = quantize(dense, batch_axes=1, **settings)
-    assert_same(*(jax.tree.map(np.asarray, q.to_arrays()) for q in (got, want)))
+    assert_same_bits(*(jax.tree.map(np.asarray, q.to_arrays()) for q in (got, want)))
     abstract = jax.ShapeDtypeStruct((4, 8, 16), "float32", sharding=sharded.sharding)
     shapes = quantize_params({"w": abstract}, "w", format, batch_axes=1, **settings)["w"]
     # Two shards of 8 outputs: one block of NF4 each. Scales of int8 are (4, 2, 16).
@@ -355,7 +347,7 @@ def test_a_mesh_with_explicit_axes_under_jit():
     got = jax.jit(store)({"w": sharded})["w"]
     want = quant.quantize_nf4(draw(4, 8, 16), batch_axes=1, **SMALL)
     assert {jax.typeof(x).sharding.spec[0] for x in jax.tree.leaves(got)} == {"x"}
-    assert_same(jax.device_get(got), jax.device_get(want))
+    assert_same_bits(jax.device_get(got), jax.device_get(want))
     broken = jax.device_put(draw(4, 8, 16).at[0, 0, 0].set(jnp.nan), sharded.sharding)
     with pytest.raises(ValueError, match=r"at 'w': 1 of the 512 .* infinite or NaN"):
         store({"w": broken})

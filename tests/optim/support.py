@@ -1,7 +1,6 @@
 """What the tests of `lora_jax.optim` share: trees, Adam in float64, golden cases."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +8,12 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+from tests.support import GOLDEN, draw
+
 N_IN, N_OUT, RANK = 12, 9, 4
 # Of the models that are compiled.
 LAYERS, TOKENS, WIDTH, SMALL = 6, 512, 128, 8
 INPUT_BYTES = 4 * TOKENS * WIDTH
-
-
-def draw(*shape, seed=0, dtype="float32"):
-    """Normal values that depend on the shape and the seed."""
-    values = np.random.default_rng([seed, *shape]).normal(0, 1, shape)
-    return jnp.asarray(values.astype(jnp.dtype(dtype)))
 
 
 def adapter(*batch, seed=0, dtype="float32", rest=()):

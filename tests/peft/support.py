@@ -1,17 +1,17 @@
 """What the tests of `lora_jax.peft` share: checkpoints written by hand, and golden ones."""
 
+import functools
 import json
-import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
 from lora_jax import peft
 from lora_jax.plan.adapter_plan import AdapterPlan
+from tests.support import GOLDEN, normal
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+draw = functools.partial(normal, dtype="float32")  # as NumPy: it is written to files
 LLAMA = GOLDEN / "checkpoints" / "llama_lora_patterns"
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,12 +30,6 @@ def read(folder):
     """The arrays and the config of a checkpoint."""
     tensors = load_file(folder / TENSORS)
     return tensors, json.loads((folder / CONFIG).read_text())
-
-
-def draw(*shape, seed=0, dtype="float32"):
-    """Normal values that depend on the shape and the seed."""
-    values = np.random.default_rng([seed, *shape]).normal(0, 1, shape)
-    return values.astype(jnp.dtype(dtype))
 
 
 def linear(name, n_in, n_out, rank, seed=0, dora=False, dtype="float32"):

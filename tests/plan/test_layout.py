@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax.plan import layout
 from lora_jax.plan.adapter_plan import Target
+from tests.support import straight
 
 # shape, in, out, batch, flipped
 LAYOUTS = {
@@ -27,12 +28,6 @@ def make(name, method="lora"):
     shape, ins, outs, batch, flipped = LAYOUTS[name]
     target = Target(shape, method, 2, 1.0, 0.0, ins, outs, batch)
     return target, np.arange(np.prod(shape), dtype=np.float32).reshape(shape), flipped
-
-
-def straight(weight, target):
-    """The `(*batch, in, out)` matrix, by NumPy."""
-    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
-    return np.moveaxis(weight, order, range(len(order))).reshape(target.matrix_shape)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,6 +1,7 @@
 """What is asked of a public model, and how such a model is made small."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import lora_jax
 from lora_jax._core import tree_paths
 from tests.frameworks.checks import compiled
-from tests.support import assert_close
+from tests.support import assert_close, draw
 from tests.transform.support import merged
 
 ULPS = 2**20  # rounding units; 2e-10 in float64, for sums in two orders through all layers
@@ -170,9 +171,7 @@ def drawn(tree, dtype="float64"):
     return treedef.unflatten([draw(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def normal(*shape, seed=0):
-    """Normal values in float64."""
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape))
+normal = functools.partial(draw, dtype="float64")
 
 
 def tokens(*shape, below=11):

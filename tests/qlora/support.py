@@ -6,7 +6,7 @@ import pytest
 
 import lora_jax
 from lora_jax import quant
-from tests.transform.support import normal
+from tests.support import normal
 
 SHAPE = (24, 20)
 KEY = jax.random.key(0)

@@ -24,7 +24,8 @@ from tests.qlora.support import (
     slowly,
     train,
 )
-from tests.transform.support import assert_same, normal
+from tests.support import normal
+from tests.transform.support import assert_same
 
 
 class Block(NamedTuple):

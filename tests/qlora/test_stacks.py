@@ -22,7 +22,8 @@ from tests.qlora.support import (
     slowly,
     train,
 )
-from tests.transform.support import assert_same, normal
+from tests.support import normal
+from tests.transform.support import assert_same
 
 LAYERS, WIDTH, ROWS, RANK = 8, 256, 4, 2
 DENSE = 4 * WIDTH * WIDTH  # a layer's weight in float32

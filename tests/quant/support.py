@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import quant
+from tests.support import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SHAPE = (16, 24)
 
 # Every kind of quantized tensor, of a weight of SHAPE.
@@ -30,25 +29,6 @@ FORMATS = {
 def golden_cases(suite):
     cases = json.loads((GOLDEN / "manifest.json").read_text())["quantized_cases"]
     return [case for case in cases if case["suite"] == suite]
-
-
-def draw(*shape, dtype="float32", seed=0, size=1.0):
-    values = np.random.default_rng([seed, *shape]).normal(0, size, shape)
-    return jnp.asarray(values.astype(np.float32), dtype)
-
-
-def bits(array):
-    """An array of any dtype as bytes, to compare NaN and signed zeros too."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def assert_same(got, want):
-    """Asserts that two trees have one structure, and the same bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert x.dtype == y.dtype
-        assert x.shape == y.shape
-        np.testing.assert_array_equal(bits(x), bits(y))
 
 
 def in_blocks(values, block):

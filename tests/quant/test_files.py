@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 import lora_jax
 from lora_jax import quant
 from lora_jax.quant import tensors
-from tests.quant.support import ALL, SHAPE, assert_same, draw
+from tests.quant.support import ALL, SHAPE
+from tests.support import assert_same_bits, draw
 
 
 @pytest.fixture
@@ -33,14 +34,14 @@ def example():
 def test_bits_and_classes_come_back(path):
     quant.save_quantized(path, example())
     loaded = quant.load_quantized(path)
-    assert_same(loaded, example())
+    assert_same_bits(loaded, example())
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_tree_is_saved_by_paths(path):
     q, bias = quant.quantize_fp8(draw(*SHAPE)), draw(4)
     quant.save_quantized(str(path), {"layer": [{"q": q, "b": bias}]})
-    assert_same(quant.load_quantized(path), {"layer/0/b": bias, "layer/0/q": q})
+    assert_same_bits(quant.load_quantized(path), {"layer/0/b": bias, "layer/0/q": q})
 
 
 def test_saving_refuses_what_it_cannot_keep(path):
@@ -150,7 +151,7 @@ def test_an_edited_file_with_the_right_digest(name, path):
     edit, match = EDITS[name]
     rewrite(path, edit)
     if match is None:
-        assert_same(quant.load_quantized(path), {"a": q})
+        assert_same_bits(quant.load_quantized(path), {"a": q})
         return
     with pytest.raises(lora_jax.CheckpointError, match=match) as caught:
         quant.load_quantized(path)
@@ -169,7 +170,7 @@ def test_damaged_files_are_refused_or_the_same(path):
             damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            assert_same(quant.load_quantized(path), tree)
+            assert_same_bits(quant.load_quantized(path), tree)
         except lora_jax.CheckpointError as error:
             refused += str(path) in str(error)
     assert refused > 140

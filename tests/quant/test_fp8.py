@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lora_jax import quant
-from tests.quant.support import assert_same, bits, draw
+from tests.support import assert_same_bits, bits, draw
 
 
 @hypothesis.settings(max_examples=30)
@@ -40,7 +40,7 @@ def test_codes_are_rounded_once():
 def test_the_codes_are_a_fixed_point():
     q = quant.quantize_fp8(draw(16, 24))
     again = quant.quantize_fp8(quant.dequantize(q))
-    assert_same(again.codes, q.codes)
+    assert_same_bits(again.codes, q.codes)
     np.testing.assert_allclose(again.scales, q.scales, rtol=3e-7)
 
 

@@ -5,7 +5,8 @@ import pytest
 from safetensors.flax import load_file
 
 from lora_jax import quant
-from tests.quant.support import GOLDEN, golden_cases, nibbles
+from tests.quant.support import golden_cases, nibbles
+from tests.support import GOLDEN
 
 
 def load(case):

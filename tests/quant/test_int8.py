@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import quant
-from tests.quant.support import assert_same, draw
+from tests.support import assert_same_bits, draw
 
 
 def reference(weight, block):
@@ -62,7 +62,7 @@ def test_blocks_of_inputs_have_scales_of_their_own():
 def test_the_codes_are_a_fixed_point(block):
     q = quant.quantize_int8(draw(16, 24), block_size=block)
     again = quant.quantize_int8(quant.dequantize(q), block_size=block)
-    assert_same(again.codes, q.codes)
+    assert_same_bits(again.codes, q.codes)
     np.testing.assert_allclose(again.scales, q.scales, rtol=3e-7)
 
 

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from lora_jax import quant
 from lora_jax._core import compat
 from tests.quant import support
-from tests.quant.support import ALL, SHAPE, SignTensor, assert_same, draw
-from tests.support import assert_close, count_traces, set_mesh, x64
+from tests.quant.support import ALL, SHAPE, SignTensor
+from tests.support import assert_close, assert_same_bits, count_traces, draw, set_mesh, x64
 
 each = pytest.mark.parametrize("name", ALL)
 # One of each kind, where every format takes programs of its own.
@@ -36,15 +36,15 @@ def test_a_stack_is_its_entries(name):
     if name == "sign":  # a mean as anyone would write it
         assert_close(q.scale[1, 2], one.scale, 4)
         return
-    assert_same(take(q, 1, 2), one)
-    assert_same(take(quant.dequantize(q), 1, 2), np.asarray(quant.dequantize(one)))
+    assert_same_bits(take(q, 1, 2), one)
+    assert_same_bits(take(quant.dequantize(q), 1, 2), np.asarray(quant.dequantize(one)))
 
 
 @pytest.mark.parametrize("name", ["torchao", "int8_blocks", "fp8"])
 def test_quantizing_under_vmap(name):
     stack = draw(3, *SHAPE)
     mapped, q = jax.vmap(ALL[name])(stack), ALL[name](stack, batch_axes=1)
-    assert_same(mapped, q)
+    assert_same_bits(mapped, q)
 
 
 @some
@@ -69,7 +69,7 @@ def test_jit_has_it_as_argument_result_and_constant(name):
     weight = draw(*SHAPE)
     q = ALL[name](weight)
     if name != "sign":
-        assert_same(jax.jit(ALL[name])(weight), q)
+        assert_same_bits(jax.jit(ALL[name])(weight), q)
     want = quant.dequantize(q)
     with count_traces(quant.dequantize) as (dequantize, traces):
         for value in (q, ALL[name](draw(*SHAPE, seed=1)), q):
@@ -123,7 +123,7 @@ def test_stacks_are_sharded_along_their_axis(name):
     stack = draw(4, *SHAPE)
     q = ALL[name](stack, batch_axes=1)
     placed = jax.device_put(q, sharding)
-    assert_same(placed, q)
+    assert_same_bits(placed, q)
     got = quant.dequantize(placed)
     assert got.sharding.is_equivalent_to(sharding, got.ndim)
     assert_close(got, quant.dequantize(q), 4)
@@ -131,7 +131,7 @@ def test_stacks_are_sharded_along_their_axis(name):
     quantize = jax.jit(lambda w: ALL[name](w, batch_axes=1))
     own = quantize(jax.device_put(stack, sharding))
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(own))
-    assert_same(own, q)
+    assert_same_bits(own, q)
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "int8", "sign"])
@@ -209,7 +209,7 @@ def test_names_of_formats_are_kept():
 @each
 def test_arrays_and_settings_make_the_tensor_again(name):
     q = ALL[name](draw(*SHAPE))
-    assert_same(type(q).from_arrays(q.to_arrays(), q.settings()), q)
+    assert_same_bits(type(q).from_arrays(q.to_arrays(), q.settings()), q)
     arrays = q.to_arrays()
     with pytest.raises(ValueError, match=r"expected (an array|arrays of|arrays)|missing"):
         type(q).from_arrays({"other": arrays.popitem()[1], **arrays}, q.settings())
@@ -238,7 +238,7 @@ def test_a_stack_on_a_mesh_with_explicit_axes(name):
         if name != "sign":  # a mean as anyone would write it
             quantize = jax.jit(lambda w: ALL[name](w, batch_axes=1))
             again = quantize(jax.device_put(stack, sharding))
-            assert_same(jax.device_get(again.codes), jax.device_get(whole.codes))
+            assert_same_bits(jax.device_get(again.codes), jax.device_get(whole.codes))
             for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
                 # The mean of scales may differ in its last bit, which counts more in what
                 # is left of them without it.
@@ -272,8 +272,8 @@ def test_a_weight_with_explicit_axes(name, axes):
     with set_mesh(mesh):
         q = ALL[name](jax.device_put(weight, NamedSharding(mesh, P(*axes))))
         dense = quant.dequantize(q)
-    assert_same(np.asarray(q.codes), np.asarray(whole.codes))
-    assert_same(np.asarray(dense), np.asarray(quant.dequantize(whole)))
+    assert_same_bits(np.asarray(q.codes), np.asarray(whole.codes))
+    assert_same_bits(np.asarray(dense), np.asarray(quant.dequantize(whole)))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 import lora_jax
-from tests.support import x64
+from tests.support import normal, x64
 from tests.training import problem
-from tests.transform.support import assert_same, merged, normal, trained
+from tests.transform.support import assert_same, merged, trained
 
 WORDS, WIDTH, OUT = 11, 6, 5
 IDS = np.random.default_rng(0).integers(0, WORDS, (7, 4))

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding, auto_axes, explicit_axes
 from jax.sharding import PartitionSpec as P
 
-from tests.transform.support import normal
+from tests.support import normal
 
 TOKENS = np.arange(24, dtype="int32").reshape(8, 3) % 16
 ROWS, ROWS_SPEC = normal(8, 16), ("data", None)

@@ -1,19 +1,13 @@
 """What the tests of `adapt` share: adapters that do something, and the merged reference."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from tests.support import optimizations
 
 CONFIG = {"rank": 3, "alpha": 6.0}
-
-
-def normal(*shape, seed=0, dtype="float64"):
-    """Values of the standard normal distribution, as a NumPy array."""
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
 
 
 def plan_of(fn, params, *args, **config):
@@ -89,19 +83,8 @@ def both(fn, params, plan, adapters, *args, dense=None, **options):
     def run(f):
         return jax.jit(jax.value_and_grad(loss_of(f), wrt, has_aux=True))(adapters, *args)
 
-    with quickly_compiled():
+    with optimizations(False):  # what counts here are values
         return run(adapted), run(reference)
-
-
-@contextlib.contextmanager
-def quickly_compiled():
-    """Compiles without optimizations, in half the time: what counts here are values."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def assert_same(got, want, tolerance=1e-10):
@@ -132,7 +115,7 @@ def check_values(fn, params, *args, config, tolerance, **options):
     params = jax.tree.map(jnp.asarray, params)
     plan = plan_of(fn, params, *args, **config)
     adapters = trained(params, plan)
-    with quickly_compiled():
+    with optimizations(False):  # what counts here are values
         model = lora_jax.adapt(fn, plan, **options)
         got = jax.jit(model)(params, adapters, *args)
         want = jax.jit(lambda *args: fn(merged(params, adapters, plan), *args))(*args)

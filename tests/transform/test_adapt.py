@@ -11,18 +11,9 @@ import pytest
 from jax import lax
 
 import lora_jax
-from tests.support import count_traces, x64
+from tests.support import count_traces, normal, optimizations, x64
 from tests.transform.cases import block
-from tests.transform.support import (
-    assert_same,
-    both,
-    check,
-    merged,
-    normal,
-    plan_of,
-    quickly_compiled,
-    trained,
-)
+from tests.transform.support import assert_same, both, check, merged, plan_of, trained
 
 X, W = normal(5, 12), normal(12, 10)
 
@@ -407,7 +398,7 @@ class TestDropout:
 
     @pytest.fixture(autouse=True)
     def quick(self):
-        with quickly_compiled():
+        with optimizations(False):
             yield
 
     def setup_method(self):

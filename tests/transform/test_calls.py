@@ -9,17 +9,9 @@ import pytest
 
 import lora_jax
 from tests import toy_format
-from tests.support import x64
+from tests.support import normal, x64
 from tests.transform.calls import CALLS, ROWS, WIDTH
-from tests.transform.support import (
-    assert_same,
-    both,
-    loss_of,
-    merged,
-    normal,
-    plan_of,
-    trained,
-)
+from tests.transform.support import assert_same, both, loss_of, merged, plan_of, trained
 
 X = normal(ROWS, WIDTH)
 PARAMS = {name: normal(WIDTH, WIDTH, seed=i) / 3 for i, name in enumerate(("w", "v"), 1)}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from tests.support import x64
+from tests.support import normal, optimizations, x64
 from tests.transform.cases import CASES, GRID, PRODUCTS
 from tests.transform.support import (
     assert_same,
@@ -15,9 +15,7 @@ from tests.transform.support import (
     check_values,
     loss_of,
     merged,
-    normal,
     plan_of,
-    quickly_compiled,
     trained,
 )
 
@@ -66,7 +64,7 @@ def test_agrees_with_the_merged_function(name, method):
 def test_scales_are_traced(name, method):
     """One for each index of a stack; values and gradients, with one compilation."""
     case = CASES[name]
-    with x64(), quickly_compiled():
+    with x64(), optimizations(False):
         params, args = inputs(case)
         plan = plan_of(case.fn, params, *args, **case.config, use_dora=method == "dora")
         params, adapters = jax.tree.map(jnp.asarray, params), trained(params, plan)

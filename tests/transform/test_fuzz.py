@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax
-from tests.support import x64
-from tests.transform.support import assert_same, both, normal, plan_of, trained
+from tests.support import normal, x64
+from tests.transform.support import assert_same, both, plan_of, trained
 
 
 def split_axis(rng, w, p):

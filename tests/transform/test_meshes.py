@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import quant
-from tests.support import set_mesh, x64
+from tests.support import normal, set_mesh, x64
 from tests.transform.mesh_cases import CASES, Place
-from tests.transform.support import assert_same, merged, normal, plan_of, trained
+from tests.transform.support import assert_same, merged, plan_of, trained
 
 
 def mesh_of(kind, shape=(2, 4), names=("data", "model")):

@@ -23,9 +23,9 @@ from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._rules import RULES
 from tests import toy_format
-from tests.support import set_mesh
+from tests.support import normal, set_mesh
 from tests.transform.calls import has_host_call, on_host_called
-from tests.transform.support import assert_same, normal, plan_of, trained
+from tests.transform.support import assert_same, plan_of, trained
 
 
 def product(params, x):

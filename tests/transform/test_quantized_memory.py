@@ -10,7 +10,8 @@ from jax import lax
 
 import lora_jax
 from tests import toy_format
-from tests.transform.support import normal, plan_of, trained
+from tests.support import normal
+from tests.transform.support import plan_of, trained
 from tests.transform.test_quantized import (
     CASES,
     METHODS,

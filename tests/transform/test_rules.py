@@ -8,8 +8,8 @@ from jax import lax
 
 import lora_jax
 from lora_jax.transform._moves import MOVES, Row
-from tests.support import x64
-from tests.transform.support import check, normal, plan_of, trained
+from tests.support import normal, x64
+from tests.transform.support import check, plan_of, trained
 
 X, W = normal(5, 12), normal(12, 10)
 MASK = np.arange(120).reshape(12, 10) % 3 == 0

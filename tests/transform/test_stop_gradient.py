@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 import lora_jax
-from tests.support import x64
-from tests.transform.support import assert_same, both, check, normal, plan_of, trained
+from tests.support import normal, x64
+from tests.transform.support import assert_same, both, check, plan_of, trained
 
 W, X = normal(12, 10), normal(5, 12)
 STACK = {"w": normal(3, 12, 12)}

@@ -7,8 +7,8 @@ import pytest
 from jax import export, lax
 
 import lora_jax
-from tests.support import x64
-from tests.transform.support import assert_same, check, merged, normal, plan_of, trained
+from tests.support import normal, x64
+from tests.transform.support import assert_same, check, merged, plan_of, trained
 
 X, W, STACK = normal(5, 12), normal(12, 10), normal(3, 12, 12)
 

@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -489,3 +491,33 @@ def test_unfolded_tokens_give_the_same(layout, method, monkeypatch):
     jax.clear_caches()
     for a, b in zip(jax.tree.leaves(folded), jax.tree.leaves(unfolded), strict=True):
         support.assert_close(a, b, 8)
+
+
+def test_a_delta_of_the_weight_has_no_magnitude():
+    adapter = support.make_case(method="dora").adapter
+    with pytest.raises(ValueError, match="it is the magnitude of a DoRA adapter"):
+        lora_jax.lora_delta(adapter)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_linear",
+        "unmerge_lora_weight",
+        "dora_linear",
+        "dora_column_norm",
+        "init_dora_magnitude",
+        "lora_bias_delta",
+        "merge_lora_layer",
+        "unmerge_lora_layer",
+        "merge_lora_weight",
+        "merge_dora_weight",
+        "unmerge_dora_weight",
+        "lora_delta",
+    ],
+)
+def test_alpha_is_one_and_norms_are_of_outputs_by_default(name):
+    found = inspect.signature(getattr(lora_jax, name)).parameters
+    for parameter, default in (("alpha", 1.0), ("norm_axis", "out")):
+        if parameter in found:
+            assert found[parameter].default == default

@@ -1,0 +1,195 @@
+"""Changes single operations of one module, and lists the changes that no test notices.
+
+    python -m tests.mutants lora_jax/layers/dora.py tests/layers/test_dora.py --sample 20
+
+Each change, a mutant, is made in a copy of the repository, where the given tests then
+run until one fails. A mutant that passes them all either needs a test, or means the same
+as the original; those are listed in `EQUIVALENT`, with the reason.
+"""
+
+import argparse
+import ast
+import copy
+import difflib
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# (module, original line, changed line): why no test can tell them apart. The lines are
+# stripped, so that an entry holds when code moves, and ends when the line changes.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+WORDS = {"float32": "bfloat16", "float64": "float32", "in": "out", "out": "in"}
+SYMMETRIC = {"swapaxes", "maximum", "minimum", "max", "min", "promote", "zip"}
+DTYPE_ARGUMENTS = {"dtype", "preferred_element_type", "precision"}
+
+
+def variants(node):
+    """What may stand in the place of an expression."""
+    if isinstance(node, ast.BinOp | ast.BoolOp | ast.Compare):
+        yield from _other_operators(node)
+    if isinstance(node, ast.BinOp):
+        yield from (node.left, node.right)
+        if isinstance(node.op, ast.MatMult | ast.Div | ast.Sub):
+            yield ast.BinOp(node.right, node.op, node.left)
+    elif isinstance(node, ast.BoolOp):
+        yield from node.values
+    elif isinstance(node, ast.UnaryOp):
+        yield node.operand
+    elif isinstance(node, ast.IfExp):
+        yield from (node.body, node.orelse)
+    elif isinstance(node, ast.Constant):
+        yield from map(ast.Constant, _other_constants(node.value))
+    elif isinstance(node, ast.Attribute) and node.attr in WORDS:
+        yield ast.Attribute(node.value, WORDS[node.attr], node.ctx)
+    elif isinstance(node, ast.Call):
+        yield from _other_calls(node)
+
+
+def _other_operators(node):
+    field, many = ("ops", True) if isinstance(node, ast.Compare) else ("op", False)
+    (op,) = getattr(node, field)[:1] if many else (node.op,)
+    if type(op) in OPERATORS:
+        other = copy.copy(node)
+        new = OPERATORS[type(op)]()
+        setattr(other, field, [new, *node.ops[1:]] if many else new)
+        yield other
+
+
+def _other_constants(value):
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield value + 1
+        if value == 1:
+            yield type(value)(0)
+    elif isinstance(value, str) and value in WORDS:
+        yield WORDS[value]
+
+
+def _other_calls(node):
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    if (
+        name not in SYMMETRIC
+        and len(node.args) > 1
+        and not any(isinstance(x, ast.Starred) for x in node.args[:2])
+    ):
+        one, two, *rest = node.args
+        yield ast.Call(node.func, [two, one, *rest], node.keywords)
+    for keyword in node.keywords:
+        if keyword.arg in DTYPE_ARGUMENTS:
+            rest = [k for k in node.keywords if k is not keyword]
+            yield ast.Call(node.func, node.args, rest)
+
+
+def arithmetic(node):
+    """All expressions below a node but those of errors, annotations and texts."""
+    if isinstance(node, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr):
+        return
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return  # a docstring
+    if isinstance(node, ast.expr):
+        yield node
+    skipped = {"annotation", "returns", "decorator_list"}
+    for field, value in ast.iter_fields(node):
+        if field not in skipped:
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from arithmetic(child)
+
+
+def mutants(source):
+    """The texts of a module in which one expression is another."""
+    lines = source.encode().splitlines(keepends=True)  # columns count bytes
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    whole, found = b"".join(lines), {}
+    for node in arithmetic(ast.parse(source)):
+        first = starts[node.lineno - 1] + node.col_offset
+        last = starts[node.end_lineno - 1] + node.end_col_offset
+        for other in variants(node):
+            text = f"({ast.unparse(other)})" if _is_compound(other) else ast.unparse(other)
+            changed = (whole[:first] + text.encode() + whole[last:]).decode()
+            found[changed] = None
+    return [text for text in found if text != source]
+
+
+def _is_compound(node):
+    return isinstance(node, ast.BinOp | ast.BoolOp | ast.Compare | ast.IfExp | ast.UnaryOp)
+
+
+def changed_lines(one, other):
+    """The lines that differ, from the first to the last, stripped and joined."""
+    a, b = one.splitlines(), other.splitlines()
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    blocks = [block for block in blocks if block[0] != "equal"]
+    (_, i, _, k, _), (*_, j, _, m) = blocks[0], blocks[-1]
+    return " ".join(map(str.strip, a[i:j])), " ".join(map(str.strip, b[k:m])), i + 1
+
+
+def passes(root, tests, limit):
+    """Whether tests pass in time, on the code in a folder."""
+    # Values are tested, so that programs may compile in half the time.
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
+    try:
+        run = subprocess.run(
+            command, cwd=root, env=environment, timeout=limit, capture_output=True
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    if run.returncode not in (0, 1, 2, 3):  # 2: the module cannot be imported
+        raise RuntimeError(f"pytest did not run the tests:\n{run.stdout.decode()}")
+    return run.returncode == 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("module", help="path of the module, from the root")
+    parser.add_argument("tests", nargs="+", help="arguments of pytest: files, tests, -k=…")
+    parser.add_argument("--sample", type=int, help="number of mutants; all by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one mutant")
+    options, more = parser.parse_known_args(argv)
+    options.tests += more
+    source = (ROOT / options.module).read_text()
+    pairs = [(text, changed_lines(source, text)) for text in mutants(source)]
+    known = {key[1:] for key in EQUIVALENT if key[0] == options.module}
+    if stale := known - {lines[:2] for _, lines in pairs}:
+        raise SystemExit(f"EQUIVALENT has mutants that do not exist: {sorted(stale)}")
+    pairs = [pair for pair in pairs if pair[1][:2] not in known]
+    if options.sample and options.sample < len(pairs):
+        pairs = random.Random(options.seed).sample(pairs, options.sample)
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder, "copy")
+        unneeded = shutil.ignore_patterns(".git", "__pycache__", ".venv", ".pytest_cache")
+        shutil.copytree(ROOT, root, symlinks=True, ignore=unneeded)
+        if not passes(root, options.tests, None):
+            raise SystemExit("the tests fail on the module as it is.")
+        survivors = 0
+        for text, (before, after, line) in sorted(pairs, key=lambda pair: pair[1][2]):
+            (root / options.module).write_text(text)
+            if passes(root, options.tests, options.limit):
+                survivors += 1
+                print(f"{options.module}:{line}\n- {before}\n+ {after}", flush=True)
+    print(f"{options.module}: {survivors} of {len(pairs)} mutants survive.")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

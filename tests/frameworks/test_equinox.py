@@ -84,7 +84,7 @@ def test_dora_on_chosen_weights_of_scanned_layers(decoder):
 
 def test_functions_stay_where_they_are(decoder):
     plan = decoder.plan("layers/mlp/*/weight")
-    why = "layers/mlp/activation: no adapter, because it is no array: function."
+    why = "layers/mlp/activation: no adapter, because it is not an array: function."
     assert plan.explain("layers/mlp/activation") == why
     adapters = lora_jax.init_adapters(jax.random.key(0), decoder.params, plan)
     merged = lora_jax.merge_adapters(decoder.params, adapters, plan)

@@ -100,7 +100,7 @@ def test_each_other_leaf_has_its_reason():
         "tiny": "its dtype float8_e4m3fn has less than 16 bits",
         "unused": "the function never uses it",
         "head": "it is a vector: as a matrix it is (12, 1), of rank 1",
-        "step": "it is no array: int",
+        "step": "it is not an array: int",
     }
     assert sorted(got.skipped) == sorted(reasons)
     for path, reason in reasons.items():
@@ -292,5 +292,5 @@ def test_nothing_to_adapt_lists_matrices_first():
         "  '0/scale', '1/scale', '2/scale', '3/scale', '4/scale' and 2 more: it is a "
         "vector",
         "  'codes': its dtype int8 is not floating point",
-        "  'name', 'size': it is no array",
+        "  'name', 'size': it is not an array",
     ]

@@ -220,7 +220,9 @@ def test_arrays_and_settings_make_the_tensor_again(name):
 def test_a_product_with_a_quantized_weight_says_what_to_do():
     q = quant.quantize_int8(jnp.ones((4, 3)))
     for product in (lambda: jnp.ones((2, 4)) @ q, lambda: q @ jnp.ones((3, 2))):
-        with pytest.raises(TypeError, match=r"Int8Tensor.* is no array.*accept_quantized"):
+        with pytest.raises(
+            TypeError, match=r"Int8Tensor.* is not an array.*accept_quantized"
+        ):
             product()
 
 
@@ -289,5 +291,5 @@ def test_a_weight_with_explicit_axes(name, axes):
     ],
 )
 def test_what_needs_an_array_says_how_to_get_one(use):
-    with pytest.raises(TypeError, match=r"Int8Tensor\(.* is no array.*lora_jax.adapt"):
+    with pytest.raises(TypeError, match=r"Int8Tensor\(.* is not an array.*lora_jax.adapt"):
         use(quant.quantize_int8(draw(*SHAPE)))

@@ -1,13 +1,13 @@
 """Time to trace and compile a training step of unrolled layers: `adapt` and by hand.
 
-A model that does not scan over its layers has the program of each layer in it, so that
-compiling takes time in proportion to the number of weights. By hand, DoRA is as its paper
-has it: the norm of `W + scale * A @ B`, formed whole.
+Without a scan over layers, the program of a model contains each layer, so the time to
+compile it grows with the number of weights. DoRA by hand follows its paper: it forms
+`W + scale * A @ B` and takes its norm.
 
     python benchmarks/bench_compile.py --layers 12 --width 32
 
-Columns: medians over rounds of the ratio of processor time to that by hand in the same
-round, of LoRA or DoRA each; and the lines of the lowered program over those by hand.
+Columns: the ratio of processor time to the model by hand with the same method, as the
+median over rounds; and the ratio of the lines of the lowered program.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A training step of an adapted transformer: this library and others, side by side.
+"""Times of a training step of an adapted transformer, in this library and in others.
 
 The model is a pre-LN transformer whose six matrices a layer all have an adapter. Each
 contestant trains it from the same weights, factors and data with Adam; the frozen steps

@@ -1,4 +1,4 @@
-"""The readers of adapters, by the number of modules, beside reading the arrays alone.
+"""Times of the readers of adapters for a growing number of modules.
 
 The adapter is that of a mixture of experts: some layers, each with 128 experts of three
 matrices, and a small rank, so that names and headers take the time and not values. The

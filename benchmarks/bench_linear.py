@@ -1,8 +1,8 @@
-"""Forward and backward pass of one adapted linear layer, over those of the frozen layer.
+"""Times of the forward and backward pass of one adapted linear layer.
 
 Every contestant is one compiled function of the input, the frozen weight, the adapter and
 a cotangent; it returns the output and the gradients of the input and of the adapter. The
-baseline is the frozen layer: output and gradient of the input, none of the weight.
+baseline is the frozen layer: its output and input gradient, without a weight gradient.
 
     python benchmarks/bench_linear.py --threads 1 --tokens 512 --rank 16
 

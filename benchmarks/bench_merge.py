@@ -1,4 +1,4 @@
-"""`lora-jax merge` of a sharded model: its memory, and its time against copying the files.
+"""Memory and time of `lora-jax merge` on a sharded model; a copy is the baseline.
 
 The model is made up in a temporary directory: layers of seven matrices, all of them
 adapted, and an embedding, in bfloat16. Each merge is a process of its own, as a user

@@ -1,9 +1,9 @@
-"""Frozen weights in few bits: what forming them costs, and a step of training on them.
+"""Times of dequantization, and of a training step on quantized frozen weights.
 
-The first tables are of dequantization alone, for each size of a square weight and each
-dtype of the result. The second ones are of a training step of an adapted transformer,
-`jax.lax.scan` over stacked layers, whose frozen weights are quantized, against the same
-step on the arrays that they dequantize to.
+The first tables time dequantization alone, for each size of a square weight and each
+dtype of the result. The second tables time a training step of an adapted transformer with
+quantized frozen weights, a `jax.lax.scan` over stacked layers. The baseline is the same
+step on the dequantized weights.
 
     python benchmarks/bench_quant.py --threads 1
     python benchmarks/bench_quant.py --width 4096 --heads 32 --dtype bfloat16   # a GPU

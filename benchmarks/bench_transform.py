@@ -1,4 +1,4 @@
-"""A training step of an adapted transformer: `adapt` against the same model by hand.
+"""Times of a training step: a model run by `adapt`, and the same model by hand.
 
 The model is a pre-LN transformer in which every matrix has an adapter. It is written
 once plainly, and once with `lora_linear` or `dora_linear` in place of every product;

@@ -1,6 +1,6 @@
-"""A sentence classifier: the frozen encoder, adapters in it, and a linear head.
+"""A sentence classifier: the frozen encoder, its adapters, and a linear head.
 
-Frozen and trainable arrays are two pytrees. What is trained is
+Frozen and trainable arrays are two pytrees. The trainable pytree is
 `{"adapters": {path: adapter}, "head": {"kernel": (width,), "bias": ()}}`.
 
 Shapes: `batch` sentences; `width` features of a sentence.
@@ -44,7 +44,7 @@ class Job:
 
 
 def quantize_base(params: minilm.Params, base: Base) -> minilm.Params:
-    """Stores all kernels of the encoder in few bits; the rest stays as it is.
+    """Quantizes all kernels of the encoder; the rest is not changed.
 
     Args:
         params: what `minilm.load` returns.
@@ -69,7 +69,7 @@ def encode(params: minilm.Params, batch: reviews.Batch) -> jax.Array:
 
 @jax.jit
 def encode_stored(params: minilm.Params, batch: reviews.Batch) -> jax.Array:
-    """Returns what `encode` does; kernels may be stored in few bits."""
+    """Returns the features of `encode`; kernels may be quantized."""
     return lora_jax.accept_quantized(encode)(params, batch)
 
 
@@ -80,14 +80,14 @@ def encode_adapted(
     plan: lora_jax.AdapterPlan,
     batch: reviews.Batch,
 ) -> jax.Array:
-    """Returns what `encode` does, with adapters; kernels may be stored in few bits."""
+    """Returns the features of `encode` with adapters; kernels may be quantized."""
     return lora_jax.adapt(encode, plan)(params, adapters, batch)
 
 
 def make_plan(
     params: minilm.Params, batch: reviews.Batch, job: Job
 ) -> lora_jax.AdapterPlan:
-    """Plans adapters of the query and value kernels; of the batch only shapes are used."""
+    """Plans adapters of the query and value kernels; only the batch's shapes are used."""
     config = lora_jax.LoraConfig(
         rank=job.rank,
         alpha=job.alpha,
@@ -119,7 +119,7 @@ def loss_and_accuracy(
     plan: lora_jax.AdapterPlan,
     batch: reviews.Batch,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean cross-entropy of a batch, and the share that is right."""
+    """Returns the mean cross-entropy and the accuracy of a batch."""
     features = encode_adapted(params, trainable["adapters"], plan, batch)
     logits = apply_head(trainable["head"], features)
     losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)

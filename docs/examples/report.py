@@ -1,4 +1,4 @@
-"""What the sentiment example prints and draws."""
+"""Printed reports and plots of the sentiment example."""
 
 import pathlib
 import resource
@@ -26,7 +26,7 @@ def peak_memory_mib() -> float:
 def print_split(
     split: dict[str, Any], method: str, base: str, folder: pathlib.Path
 ) -> None:
-    """Prints what came out of one split, and where it is saved."""
+    """Prints the results of one split, and where they are saved."""
     epochs = ", ".join(f"{share:.1%}" for share in split["history"]["test_accuracy"])
     same = "bit-identical to" if split["frozen_unchanged"] else "DIFFERENT FROM"
     difference = f"logits within {split['merge_max_difference']:.1e} of the adapted ones"
@@ -47,7 +47,7 @@ def print_split(
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Prints what came out of all splits."""
+    """Prints the results of all splits."""
     for title, name in (("probe", "probe"), (summary["method"], "adapter")):
         accuracy = summary[f"{name}_accuracy"]
         if accuracy["deviation"] is not None:

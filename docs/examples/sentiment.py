@@ -1,10 +1,10 @@
 """Fine-tunes a pretrained sentence encoder with LoRA or DoRA, on a laptop.
 
 The task is to tell favorable sentences of product reviews from unfavorable ones. The
-encoder (all-MiniLM-L6-v2) stays frozen; what is trained are adapters on its query and
-value kernels, and a linear head. They are compared with the honest baseline, a head on
-the frozen encoder; then the adapters are merged into the weights, and the merged model
-is compared with the adapted one. With --base the frozen encoder is stored in few bits.
+encoder (all-MiniLM-L6-v2) stays frozen. Adapters on its query and value kernels and a
+linear head are trained. The baseline is a head on the frozen encoder. Then the adapters
+are merged into the weights, and the merged model is compared with the adapted one. With
+--base the frozen encoder is quantized.
 
     pip install "lora_jax[examples]"      # or, in a clone: pip install -e ".[examples]"
     python docs/examples/sentiment.py

@@ -3,9 +3,9 @@
 DoRA divides the adapted weight by norms and multiplies it by trained magnitudes: one for
 each output in the paper and in peft, one for each input in the code of an article. The
 arms train the same encoder on the same batches from the same start, with equally many
-parameters; the two of DoRA differ in the axis of the norm and in nothing else.
+parameters. The two DoRA arms differ only in the axis of the norm.
 
-    python docs/studies/dora_norm_axis.py               # a run that was killed goes on
+    python docs/studies/dora_norm_axis.py               # resumes a run that was killed
     python docs/studies/dora_norm_axis.py --report      # tables and plot, no training
 """
 

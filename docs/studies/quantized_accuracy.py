@@ -1,4 +1,4 @@
-"""Compares encoders whose kernels are in few bits with the same ones in full precision.
+"""Compares encoders with quantized kernels to the same encoders in full precision.
 
 One is all-MiniLM-L6-v2, pretrained, with 6 layers of width 384. The other has the sizes of
 BERT base, 12 layers of width 768, and random kernels that keep the size of what they are

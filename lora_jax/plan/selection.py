@@ -101,7 +101,7 @@ def count(leaves: Iterable[Any]) -> int:
 def _passed_over(config: LoraConfig, path: str, leaf: Any) -> str | None:
     """Why the config does not choose a leaf, or None if it does."""
     if not checks.is_array(leaf):
-        return f"it is no array: {type(leaf).__name__}"
+        return f"it is not an array: {type(leaf).__name__}"
     excluded = tree_paths.first_match(kept_patterns(config.exclude), path)
     if excluded is not None:
         return f"the pattern {excluded!r} {EXCLUDED}"

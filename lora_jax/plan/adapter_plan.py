@@ -267,10 +267,10 @@ class AdapterPlan:
             TypeError: if a pattern has the wrong type.
             ValueError: if a pattern matches no target of the plan.
         """
-        texts = tree_paths.as_texts("patterns", patterns)
+        texts = tree_paths.as_texts("the subset", patterns)
         if not texts:
             raise ValueError("patterns is empty: a subset has at least one target.")
-        tree_paths.check_matched("patterns", texts, self.targets, "target of the plan")
+        tree_paths.check_matched("the subset", texts, self.targets, "target of the plan")
         kept = {
             path: target
             for path, target in self.targets.items()

@@ -142,7 +142,13 @@ def check_scales(
     if scales is None:
         return {}
     if not isinstance(scales, Mapping):
-        checks.check_number("scales, if it is no dict by path,", scales)
+        if np.shape(scales) != ():
+            raise ValueError(
+                "scales must be one number for all targets, or a dict from paths to "
+                f"scales, got an array of shape {np.shape(scales)}: for one scale for each "
+                "layer of a stack write {path: array}."
+            )
+        checks.check_number("scales", scales)
         scales = dict.fromkeys(plan.targets, scales)
     unknown = [path for path in scales if path not in plan.targets]
     if unknown:

@@ -391,7 +391,9 @@ def test_subsets_and_unions():
     assert str(both) == str(plan)
     assert both.explain("a/q") == plan.explain("a/q")
     assert both | plan == plan
-    with pytest.raises(ValueError, match=r"of patterns matches no target.*nearest.*'a/q'"):
+    with pytest.raises(
+        ValueError, match=r"of the subset matches no target.*nearest.*'a/q'"
+    ):
         plan.subset("b/q")
     with pytest.raises(ValueError, match=r"a subset has at least one target"):
         plan.subset(())

@@ -47,8 +47,9 @@ from lora_jax.model.decompose import (
     to_plain_adapters,
 )
 from lora_jax.model.quantize import quantize_params
-from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
+from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.target import Target, Use
 from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Params with some of their weights in few bits, made one leaf after the other."""
+"""Quantizes the weights of some params, one leaf after the other."""
 
 import contextlib
 import functools
@@ -49,47 +49,47 @@ def quantize_params(
 ) -> tree_paths.Tree:
     """Quantizes the weights whose paths match some patterns.
 
-    One after the other, each dense only while it is its turn: with leaves that are read
-    from a file when they are needed, or with `donate`, the dense and the quantized model
-    are never in memory together. With a format that has a name, all shapes and dtypes are
-    checked first.
+    Weights are quantized one after the other. If leaves are read from a file on demand, or
+    with `donate`, the dense and the quantized model are never in memory together. If the
+    format is a name, all shapes and dtypes are checked first.
 
     Args:
         params: a pytree. Leaves to quantize are float32, bfloat16 or float16: arrays of
             JAX or NumPy, memory-mapped ones too; anything with a shape, a dtype, and
             `__array__` or `[...]`; slices of a safetensors file; or
             `jax.ShapeDtypeStruct`s, which give abstract quantized leaves.
-        patterns: of paths, as in `LoraConfig`, or one pattern; or a plan, for the weights
-            that it adapts.
+        patterns: patterns of paths, as in `LoraConfig`, or one pattern; or a plan, to
+            quantize the weights that it adapts.
         format: `"nf4"`, `"int8"` or `"fp8"`; or a function called as
             `format(weight, batch_axes=n)`, which returns a quantized tensor.
         batch_axes: how many leading axes of a weight are a stack of weights (layers,
-            experts), each quantized on its own: pattern to number, or one number for all.
-            Of others the plan says it, by the batch axes that lead, and without a plan
-            there is no stack. A stack that is quantized as one weight is right, and dense
-            as a whole wherever a layer of it is used, also in each step of a scan.
-        plan: whose batch axes those are, if the patterns are not a plan.
-        donate: delete each leaf that is an array of JAX as soon as it is quantized; those
-            before it are gone if an error is raised. Without effect inside `jax.jit`.
-        settings: of the format that has a name, such as `block_size` or `codec`: see
+            experts), each quantized separately: a dict from patterns to numbers, or one
+            number for all. For other weights the number is that of the plan's leading batch
+            axes, or 0 without a plan. A stack that is quantized as one weight gives correct
+            results, but the whole stack is dequantized wherever one layer is used, also in
+            each step of a scan.
+        plan: the plan to take batch axes from, if `patterns` is not a plan.
+        donate: delete each JAX array as soon as it is quantized. If an error is raised, the
+            leaves before it are already deleted. No effect inside `jax.jit`.
+        settings: options of the named format, such as `block_size` or `codec`: see
             `lora_jax.quant.quantize_nf4` and `lora_jax.quant.quantize_int8`.
 
     Returns:
-        A tree like `params`, in which those leaves are quantized tensors and all others
-        the same objects. The arrays of a sharded weight are sharded as it is, from the
-        start: the codes of `"int8"` and `"fp8"` and what goes with each output always;
-        `"nf4"`, and scales of blocks, wherever each shard is a whole number of blocks.
-        Where it is not, NF4 writes a warning to the logger `"lora_jax"` that says which
-        block sizes would do. Inside `jax.jit` that is so on a mesh with explicit axes, and
-        else the compiler's choice.
+        A tree like `params`, in which the matching leaves are quantized tensors and all
+        other leaves are the same objects. The arrays of a sharded weight have its sharding
+        when they are created: always the codes of `"int8"` and `"fp8"` and the values per
+        output; the arrays of `"nf4"` and the scales of blocks if each shard is a whole
+        number of blocks. If it is not, NF4 writes a warning with suitable block sizes to
+        the logger `"lora_jax"`. Inside `jax.jit` this holds on a mesh with explicit axes;
+        otherwise the compiler decides.
 
     Raises:
         KeyError: if params lack a weight of the plan.
-        TypeError: if a leaf is quantized already or is no such array, the format is no
-            name or function or returns something else, or does not take a setting.
-        ValueError: if a pattern matches nothing or there is none, a weight does not fit
-            the format or has entries that are not finite (outside of a trace), or an
-            array to donate is at two paths or deleted.
+        TypeError: if a leaf is already quantized or not such an array, the format is not a
+            name or function, does not return a quantized tensor, or lacks a setting.
+        ValueError: if a pattern matches nothing or there is no pattern, a weight does not
+            fit the format or has an infinity or a NaN (outside a trace), or an array to
+            donate is at two paths or deleted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -124,7 +124,7 @@ def quantize_params(
 
 
 def _quantizer(format: Format, settings: Mapping[str, Any]) -> Quantize:
-    """The function that a format and its settings come to."""
+    """Resolves a format and its settings to a function."""
     if isinstance(format, str):
         checks.check_choice("format", format, tuple(_FORMATS))
         function = _FORMATS[format]
@@ -170,7 +170,7 @@ def _chosen(leaves: Mapping[str, Any], patterns: Patterns) -> list[str]:
 def _plan_of(
     patterns: Patterns, plan: AdapterPlan | None, leaves: Mapping[str, Any]
 ) -> AdapterPlan | None:
-    """The plan that was given, as patterns or besides them."""
+    """The plan that was passed as `patterns` or as `plan`."""
     if isinstance(patterns, AdapterPlan):
         if plan is not None:
             raise ValueError("patterns is a plan already: leave out plan=.")
@@ -198,19 +198,19 @@ def _batch_axes(
 
 @contextlib.contextmanager
 def _refusing(path: str) -> Iterator[None]:
-    """Puts the path in front of an error, and behind it how to leave the leaf out."""
+    """Adds the path to an error, and how to skip the leaf."""
     with checks.at_path(path):
         try:
             yield
         except (TypeError, ValueError) as error:
-            # A function may raise a subclass, which cannot be made of a message.
+            # A subclass from a user's function may not take a message alone.
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            advice = "To keep the leaf as it is, let no pattern match it."
+            advice = "To skip this weight, narrow the patterns."
             raise kind(f"{error} {advice}") from error
 
 
 def _check_leaf(leaf: Any) -> None:
-    """Raises unless it is a dense array of any kind, with values or abstract."""
+    """Raises unless the leaf is a dense array, concrete or abstract."""
     if is_quantized(leaf):
         raise TypeError(f"the weight is quantized already: {leaf!r}.")
     if _is_slice(leaf):
@@ -221,12 +221,12 @@ def _check_leaf(leaf: Any) -> None:
 
 
 def _check_fits(quantize: Quantize, leaf: Any, count: int) -> None:
-    """Raises if a format with a name does not take a weight of that shape and dtype."""
+    """Raises if a named format does not support the shape and dtype of a leaf."""
     jax.eval_shape(functools.partial(quantize, batch_axes=count), _abstract(leaf))
 
 
 def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
-    """A leaf, quantized."""
+    """Quantizes one leaf."""
     quantize = _for_sharding(quantize, leaf, count)
 
     def store(weight: jax.Array) -> tuple[QuantizedTensor, tuple[()]]:
@@ -240,15 +240,16 @@ def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
     weight = _values(leaf)
     if _is_traced(weight):
         return placement.keep_sharding(store, weight)[0]
-    if any(compat.explicit_spec(weight)):  # there the format sees no values
+    if any(compat.explicit_spec(weight)):  # the format is traced, so it sees no values
         inputs.check_weight(weight, count)
     return jax.block_until_ready(placement.keep_sharding(store, weight)[0])
 
 
 def _for_sharding(quantize: Quantize, leaf: Any, count: int) -> Quantize:
-    """NF4 in rows that can be sharded as the leaf is; any other format as it is.
+    """Sets the rows of NF4 so that its arrays can be sharded like the leaf.
 
-    The format itself knows the sharding of arrays that have values, and no other.
+    Other formats are not changed. A format itself knows only the sharding of concrete
+    arrays.
     """
     if not isinstance(quantize, functools.partial) or quantize.func is not quantize_nf4:
         return quantize
@@ -260,7 +261,7 @@ def _for_sharding(quantize: Quantize, leaf: Any, count: int) -> Quantize:
 
 
 def _check_made(made: Any, weight: jax.Array) -> None:
-    """Raises unless a function made a quantized tensor of the weight."""
+    """Raises unless a function returned a quantized tensor that fits the weight."""
     what = "what the function given as format returned"
     if not is_quantized(made):
         raise TypeError(f"{what} must be a QuantizedTensor, got {type(made).__name__}.")
@@ -272,7 +273,7 @@ def _check_made(made: Any, weight: jax.Array) -> None:
 
 
 def _with_sharding(abstract: QuantizedTensor, sharding: Any) -> QuantizedTensor:
-    """An abstract quantized weight, with the shardings of its arrays."""
+    """Adds the shardings of its arrays to an abstract quantized weight."""
     shardings = placement.shardings(abstract, sharding)
     if shardings is None:
         return abstract
@@ -282,12 +283,12 @@ def _with_sharding(abstract: QuantizedTensor, sharding: Any) -> QuantizedTensor:
 
 
 def _values(leaf: Any) -> jax.Array:
-    """A dense leaf, read if it is not in memory yet."""
+    """The array of a dense leaf, which is read if it is not in memory."""
     return jnp.asarray(leaf if hasattr(leaf, "__array__") else leaf[...])
 
 
 def _is_slice(leaf: Any) -> bool:
-    """Whether it is a slice of a safetensors file, which names shape and dtype its way."""
+    """Whether a leaf is a slice of a safetensors file, which has its own attributes."""
     return hasattr(leaf, "get_shape") and not hasattr(leaf, "shape")
 
 
@@ -295,7 +296,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if _is_slice(leaf):
         shape, dtype = leaf.get_shape(), tensor_files.DTYPES.get(leaf.get_dtype())
         if dtype is None:
-            raise TypeError(f"the dtype {leaf.get_dtype()} of the file is none of JAX's.")
+            raise TypeError(f"JAX has no dtype {leaf.get_dtype()}, which the file has.")
     else:
         shape, dtype = leaf.shape, leaf.dtype
     return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))

@@ -1,28 +1,24 @@
-"""What a config comes to on some params: which weights, which axes, how many parameters."""
+"""The adapters that a config selects for some params."""
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
-from lora_jax.plan.config import ALL_LINEAR, LoraConfig, from_fields, kept_patterns
+from lora_jax.plan import plan_json
+from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan.target import Target, Use
 
-__all__ = ["AdapterPlan", "Target", "Use"]
+__all__ = ["AdapterPlan"]
 
-METHODS = ("lora", "dora")
-NOT_FOLLOWED = "its axes cannot be followed through it"
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
 _NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
-_ROLES = ("contracted", "kept", "batch", "indexed", "stacked", "")
-_LARGEST_SIZE = 2**63 - 1
 
-# Where a use is from that no function has shown, but the kind of a module.
+# The place of a use that the kind of a PEFT module shows, and no traced function.
 FROM_CHECKPOINT = "the PEFT checkpoint"
 
 # Reasons why a leaf has no adapter that a printed plan has to tell apart.
@@ -32,140 +28,29 @@ _NOT_IN_SUBSET = "no pattern of the subset matches it"
 WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
 
 
-class Use(NamedTuple):
-    """One use of a weight in a function."""
-
-    primitive: str
-    """The name of JAX's primitive, such as `dot_general`."""
-    roles: tuple[str, ...]
-    """What the use does with each axis of the weight: `contracted`, `kept`, `batch`,
-    `indexed`, `moved` (indexed, for a product that says what it is), `stacked` (scanned
-    over), `stopped` (its gradient is), or an empty string where that is not known."""
-    where: str = ""
-    """The line of the source, where it is known."""
-    merged: str = ""
-    """Why this use needs the merged weight; empty where it does not."""
-    linear: bool = False
-    """Whether it is a product of matrices, and no convolution or look-up."""
-
-    @property
-    def is_followed(self) -> bool:
-        """Whether the axes of the weight could be followed through the use."""
-        return not self.merged.startswith(NOT_FOLLOWED)
-
-    def __str__(self) -> str:
-        roles = ", ".join(role or "unknown" for role in self.roles)
-        where = f" at {self.where}" if self.where else ""
-        merged = f"; merged: {self.merged}" if self.merged else ""
-        return f"{self.primitive}{where} ({roles}){merged}"
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One adapted weight: its method, numbers and axes.
-
-    `A` and `B` see the weight as a matrix, or a stack of them: its batch axes, its input
-    axes folded into one, its output axes folded into one, each in the order given here.
-
-    Args:
-        shape: of the weight.
-        method: `"lora"` or `"dora"`.
-        rank: of the adapter.
-        scale: what multiplies `A @ B`.
-        dropout: the probability that an entry of the adapter's input is dropped.
-        in_axes: the axes of the weight that are contracted with an input.
-        out_axes: the axes of the weight that an output has.
-        batch_axes: the axes along which there is a matrix for each index.
-
-    Raises:
-        TypeError: if a number has the wrong type.
-        ValueError: if the method is unknown, a number is out of its range, or the axes
-            are not those of the shape, each once, with an input and an output.
-    """
-
-    shape: tuple[int, ...]
-    method: str
-    rank: int
-    scale: float
-    dropout: float
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    batch_axes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("shape", "in_axes", "out_axes", "batch_axes"):
-            object.__setattr__(self, name, _sizes(name, getattr(self, name)))
-        checks.check_choice("method", self.method, METHODS)
-        checks.check_rank(self.rank)
-        checks.check_number("scale", self.scale)
-        checks.check_rate("dropout", self.dropout)
-        axes = (*self.batch_axes, *self.in_axes, *self.out_axes)
-        complete = sorted(axes) == list(range(len(self.shape)))
-        if not (complete and self.in_axes and self.out_axes):
-            raise ValueError(
-                f"each axis of the shape {self.shape} must be in one of in_axes, out_axes "
-                f"and batch_axes, and the first two must not be empty, got {self.in_axes}, "
-                f"{self.out_axes} and {self.batch_axes}."
-            )
-
-    @property
-    def axes(self) -> str:
-        """One letter for each axis of the weight: `i`, `o` or `b`."""
-        groups = {"i": self.in_axes, "o": self.out_axes, "b": self.batch_axes}
-        letters = {axis: letter for letter, axes in groups.items() for axis in axes}
-        return "".join(letters[axis] for axis in range(len(self.shape)))
-
-    @property
-    def matrix_shape(self) -> tuple[int, ...]:
-        """`(*batch, in, out)`, with the input axes and the output axes folded."""
-        batch, n_in, n_out = (
-            tuple(self.shape[axis] for axis in axes)
-            for axes in (self.batch_axes, self.in_axes, self.out_axes)
-        )
-        return (*batch, math.prod(n_in), math.prod(n_out))
-
-    @property
-    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each entry of the adapter by its name."""
-        *batch, n_in, n_out = self.matrix_shape
-        shapes = {"A": (*batch, n_in, self.rank), "B": (*batch, self.rank, n_out)}
-        return shapes | ({"m": (*batch, n_out)} if self.method == "dora" else {})
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters of the adapter."""
-        return sum(map(math.prod, self.adapter_shapes.values()))
-
-    @property
-    def alpha(self) -> float:
-        """What gives `scale` when it is divided by the rank."""
-        return self.scale * self.rank
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class AdapterPlan:
-    """The record of what is adapted and how. `print` shows it as a table.
+    """The adapters of a model: which weights have one, and how. `print` shows a table.
 
-    Immutable and hashable; to JAX a static value without leaves. Two plans are equal if
-    their configs and targets are. `targets` is what every function of this library reads;
-    of `config`, a plan that exists is read for `init`, `dtype` and `axes` only. So
-    `replace`, `subset` and `|` change the targets and leave the config.
+    A plan is immutable and hashable. JAX treats it as a static value without leaves. Two
+    plans are equal if their configs and targets are. The functions of this library read
+    `targets`; from the config of a plan they read `init`, `dtype` and `axes` only. So
+    `replace`, `subset` and `|` change the targets and not these.
 
     Args:
-        config: what the plan was made of.
+        config: the config that selected the targets.
         targets: a dict from path to `Target`, in the order of the leaves of the params.
         skipped: a dict from path to the reason why that leaf has no adapter.
-        uses: a dict from path to what the function does with that leaf; empty if there
+        uses: a dict from path to the uses of that leaf in the function; empty if there
             was no function.
         total: the number of parameters in the params; 0 if it is not known.
 
     Raises:
         TypeError: if a field has the wrong type.
-        ValueError: if a path is in both `targets` and `skipped`, or another config is put
-            in place of the one that the targets were made with, and they differ in more
-            than `init` and `dtype`.
+        ValueError: if a path is in both `targets` and `skipped`; or if
+            `dataclasses.replace` changes the config and not the targets, and the configs
+            differ in more than `init` and `dtype`.
 
     Example:
         >>> import lora_jax
@@ -208,7 +93,7 @@ class AdapterPlan:
 
     @property
     def scales(self) -> dict[str, float]:
-        """The scale of each target by its path, as `adapt(..., scales=...)` takes them."""
+        """The scale of each target by its path, in the form of `adapt(..., scales=...)`."""
         return {path: target.scale for path, target in self.targets.items()}
 
     def replace(
@@ -217,12 +102,12 @@ class AdapterPlan:
         scale: float | Mapping[str, float] | None = None,
         dropout: float | Mapping[str, float] | None = None,
     ) -> "AdapterPlan":
-        """Makes a plan with other scales or dropout rates for the same adapters.
+        """Changes the scales or dropout rates of a plan.
 
         Args:
-            scale: what multiplies `A @ B`, in place of the scale of the plan: one number
-                for all targets, or a dict from patterns to numbers. The first pattern that
-                matches counts; a target that none matches keeps its scale. 0 switches an
+            scale: multiplies `A @ B`, instead of the scale of the plan: one number for all
+                targets, or a dict from patterns to numbers. The first matching pattern
+                wins; a target without a matching pattern keeps its scale. 0 switches an
                 adapter off.
             dropout: the same for the probability that an entry of the adapter's input is
                 dropped.
@@ -231,8 +116,8 @@ class AdapterPlan:
             A plan with the same paths, ranks and axes.
 
         Raises:
-            TypeError: if a number has the wrong type. A traced number is one: it belongs
-                to `adapt(..., scales=...)`.
+            TypeError: if a number has the wrong type. Traced numbers are not allowed here:
+                pass them to `adapt(..., scales=...)`.
             ValueError: if a number is out of its range, or a pattern matches no target.
         """
         changes = {"scale": scale, "dropout": dropout}
@@ -254,13 +139,13 @@ class AdapterPlan:
         return dataclasses.replace(self, targets=targets)
 
     def subset(self, patterns: tree_paths.Pattern | Sequence[Any]) -> "AdapterPlan":
-        """Makes a plan of some of the targets.
+        """Selects some of the targets.
 
         Args:
             patterns: of paths, as in `LoraConfig(targets=...)`.
 
         Returns:
-            A plan of the targets that a pattern matches. Its adapters are
+            A plan of the targets that match a pattern. Its adapters are
             `{path: adapters[path] for path in subset.targets}`.
 
         Raises:
@@ -280,15 +165,15 @@ class AdapterPlan:
         return dataclasses.replace(self, targets=kept, skipped={**self.skipped, **rest})
 
     def __or__(self, other: "AdapterPlan") -> "AdapterPlan":
-        """Makes a plan of the targets of both, for the same params.
+        """Combines the targets of two plans for the same params.
 
         The adapters of `first | second` are `{**first_adapters, **second_adapters}`. The
         config is the first one, with the patterns of `targets` and `axes` of both.
 
         Raises:
-            ValueError: if the plans have different targets for one path, a different
-                number of parameters in the params, or configs with another `init` or
-                `dtype`.
+            ValueError: if the plans have different targets for one path, or were made for
+                params with different numbers of parameters, or if the `init` or `dtype`
+                of their configs differ.
         """
         if not isinstance(other, AdapterPlan):
             return NotImplemented
@@ -304,11 +189,12 @@ class AdapterPlan:
         )
 
     def __str__(self) -> str:
-        """A row for each target, one for their sum, and what else is to be known.
+        """A table with a row for each target and a row for their sum.
 
-        That is what `adapt` would refuse to merge, and each weight with two axes or more
-        that is left out, though no pattern of the config says so. A share is of all
-        parameters, those of the params and the adapters, as in `count_parameters`.
+        Lines below the table list uses that `adapt` would have to merge, gradients that are
+        stopped, and weights with two axes or more that are left out although no pattern
+        excludes them. A share is a share of all parameters, of the params and the
+        adapters, as in `count_parameters`.
         """
         total = self.total and self.total + self.parameters
         rows: list[tuple[str, ...]] = [_HEADER]
@@ -334,14 +220,14 @@ class AdapterPlan:
         return "\n".join([*table, *merged, *stopped, *_left_out(self)])
 
     def explain(self, path: str) -> str:
-        """Says why a leaf has an adapter, or why not.
+        """Explains why a leaf has an adapter, or why not.
 
         Args:
-            path: of a leaf of the params. An ending `/value` of NNX may be left out.
+            path: of a leaf of the params. The ending `/value` of NNX may be omitted.
 
         Returns:
-            Some lines of text: which pattern chose the leaf, its axes, and each use of it
-            with its line in the source.
+            Lines of text: the pattern that selected the leaf, its axes, and each use with
+            its line in the source.
 
         Raises:
             KeyError: if the params have no such leaf.
@@ -361,19 +247,14 @@ class AdapterPlan:
         """Writes the plan as JSON.
 
         Returns:
-            A JSON object with everything that the plan knows.
+            A JSON object with all fields of the plan.
 
         Raises:
             TypeError: if the config's `init` is a function.
         """
-        fields = {
-            "config": json.loads(self.config.to_json()),
-            "targets": {p: dataclasses.asdict(t) for p, t in self.targets.items()},
-            "skipped": dict(self.skipped),
-            "uses": {p: [use._asdict() for use in uses] for p, uses in self.uses.items()},
-            "total": self.total,
-        }
-        return json.dumps(fields, indent=2)
+        return plan_json.to_text(
+            self.config, self.targets, self.skipped, self.uses, self.total
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterPlan":
@@ -387,41 +268,14 @@ class AdapterPlan:
             explanations.
 
         Raises:
-            TypeError, ValueError: if the text is no JSON, a field is missing or unknown or
-                twice there, or a value is none that the plan takes.
+            TypeError, ValueError: if the text is not JSON, a field is missing, unknown or
+                there twice, or a value is not valid for its field.
         """
-        with checks.reading_json("the JSON of a lora_jax AdapterPlan", text) as given:
-            return _read(cls, given)
-
-
-def _read(cls: type[AdapterPlan], given: Any) -> AdapterPlan:
-    fields = _fields(cls, given)
-    for name in ("targets", "skipped", "uses"):
-        checks.check_json(name, fields[name], dict, "an object with paths as its names")
-    targets, skipped = {}, fields["skipped"]
-    for path, target in fields["targets"].items():
-        with checks.at_path(path):
-            targets[path] = Target(**_fields(Target, target))
-    for path, reason in skipped.items():
-        checks.check_json(f"skipped[{path!r}]", reason, str, "a reason")
-    uses = {}
-    for path, given in fields["uses"].items():
-        with checks.at_path(path):
-            uses[path] = _uses(given, targets.get(path))
-    checks.check_json("total", fields["total"], int, "a number of parameters")
-    if fields["total"] < 0:
-        raise ValueError(f"total must be at least 0, got {fields['total']}.")
-    return cls(
-        config=from_fields(fields["config"]),
-        targets=targets,
-        skipped=skipped,
-        uses=uses,
-        total=fields["total"],
-    )
+        return cls(**plan_json.from_text(text))
 
 
 def _by_path(name: str, given: Any, kind: type) -> FrozenDict[str, Any]:
-    """A dict by path as a plan keeps it."""
+    """Checks a dict by path and makes it immutable."""
     if not isinstance(given, Mapping):
         raise TypeError(
             f"{name} must be a dict by path, got {given!r:.60} ({type(given).__name__})."
@@ -474,7 +328,7 @@ def _check_joinable(first: AdapterPlan, second: AdapterPlan) -> None:
 
 
 def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
-    """The config of two plans together."""
+    """The config of the union of two plans."""
     patterns = [kept_patterns(plan.config.targets) for plan in (first, second)]
     axes = {
         path: letters
@@ -493,54 +347,8 @@ def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
     )
 
 
-def _fields(cls: type, given: Any) -> dict[str, Any]:
-    """The fields of a dataclass or named tuple as they were read: all, and no others."""
-    names = getattr(cls, "_fields", None)
-    names = names or [field.name for field in dataclasses.fields(cls)]
-    names = [name for name in names if not name.startswith("_")]
-    what = f"the JSON of a lora_jax {cls.__name__}"
-    checks.check_fields(what, given, names)
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise ValueError(f"{what} lacks the fields {', '.join(missing)}.")
-    return given
-
-
-def _uses(given: Any, target: Target | None) -> tuple[Use, ...]:
-    checks.check_json("uses", given, list, "a list of uses")
-    uses = []
-    for use in given:
-        fields = _fields(Use, use)
-        checks.check_json("roles", fields["roles"], list, "a list of words")
-        for name in ("primitive", "where", "merged"):
-            checks.check_json(name, fields[name], str, "a text")
-        checks.check_json("linear", fields["linear"], bool, "true or false")
-        for role in fields["roles"]:
-            checks.check_choice("each of roles", role, _ROLES)
-        if target is not None and len(fields["roles"]) != len(target.shape):
-            raise ValueError(
-                f"roles must have a word for each of the {len(target.shape)} axes of the "
-                f"weight, got {len(fields['roles'])}."
-            )
-        uses.append(Use(**{**fields, "roles": tuple(fields["roles"])}))
-    return tuple(uses)
-
-
-def _sizes(name: str, values: Any) -> tuple[int, ...]:
-    """Sizes or axes of a weight, as plain integers."""
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise TypeError(
-            f"{name} must be a tuple of integers, got {values!r:.60} "
-            f"({type(values).__name__})."
-        )
-    sizes = tuple(checks.as_index(f"each of {name}", value) for value in values)
-    if sizes and not 0 <= min(sizes) <= max(sizes) <= _LARGEST_SIZE:
-        raise ValueError(f"{name} must be integers from 0 to 2**63 - 1, got {sizes}.")
-    return sizes
-
-
 def _check_same_targets(old: LoraConfig, new: LoraConfig) -> None:
-    """Raises if the targets of a plan that one config made are not those of another."""
+    """Raises if two configs differ in more than `init` and `dtype`."""
     changed = [
         f"{field.name} was {getattr(old, field.name)!r}, now {getattr(new, field.name)!r}"
         for field in dataclasses.fields(LoraConfig)
@@ -571,20 +379,20 @@ def _left_out(plan: AdapterPlan) -> Iterable[str]:
 
 
 def looks_like_matrix(uses: Sequence[Use] | None, reason: str) -> bool:
-    """Whether a weight without an adapter may be one that its user expects to have one.
+    """Whether users may expect an adapter for a weight that has none.
 
     Args:
-        uses: of a floating-point weight with two axes or more; None for any other.
-        reason: why it has none.
+        uses: of a floating-point weight with two axes or more; None for other leaves.
+        reason: why it has no adapter.
     """
-    if uses is None:  # of no such weight, or without a function
+    if uses is None:
         return WITHOUT_FUNCTION in reason
     chosen = not reason.endswith((NOT_CHOSEN, EXCLUDED, _NOT_IN_SUBSET))
     return chosen and not any(_of_vectors(use.roles) for use in uses)
 
 
 def _of_vectors(roles: tuple[str, ...]) -> bool:
-    """Whether a use runs over a stack of vectors: biases or scales of layers."""
+    """Whether a use scans over a stack of vectors, such as biases of layers."""
     return 0 < len(roles) - 1 <= roles.count("stacked")
 
 
@@ -596,7 +404,7 @@ def alike(pattern: str, paths: Sequence[str]) -> str:
 
 
 def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:
-    """The lines about a target, without those about its uses."""
+    """The lines about a target, without its uses."""
     yield (
         f"{path}: {target.method}, rank {target.rank}, scale {target.scale:g}, "
         f"{target.parameters:,} parameters."
@@ -610,7 +418,7 @@ def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:
     if target.rank * (n_in + n_out) >= n_in * n_out:
         yield (
             f"note: at rank {target.rank} A and B have {target.rank * (n_in + n_out):,} "
-            f"entries for the {n_in * n_out:,} of each matrix: a smaller rank would do"
+            f"entries for the {n_in * n_out:,} of each matrix: use a smaller rank"
         )
 
 
@@ -621,4 +429,4 @@ def _choice(plan: AdapterPlan, path: str) -> str:
         return repr(tree_paths.first_match(kept_patterns(targets), path))
     if plan.uses:
         return "'all-linear', since a matrix product uses it"
-    return "'all-linear', which without a function is every floating-point matrix"
+    return "'all-linear', which without a function means every floating-point matrix"

@@ -1,27 +1,27 @@
-"""Which axes of a weight are input, output and batch, from its uses."""
+"""Finds the input, output and batch axes of a weight from its uses."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lora_jax.plan.adapter_plan import Target, Use
+from lora_jax.plan.target import Target, Use
 
 Axes = frozenset[int]
 
 
 class UnsuitableError(ValueError):
-    """A weight cannot have an adapter; the message says why, without the path."""
+    """A weight cannot have an adapter; the message has the reason, without the path."""
 
 
 class AmbiguousError(UnsuitableError):
-    """The axes of a weight cannot be found, and could be given."""
+    """The axes of a weight cannot be inferred, so the user has to give them."""
 
 
 class MergedError(UnsuitableError):
     """Every use of a weight needs it merged.
 
     Attributes:
-        letters: of its axes, as its uses have them; `"..."` if they do not say.
+        letters: of its axes, from its uses; `"..."` if the uses do not show them.
     """
 
     def __init__(self, message: str, letters: str):
@@ -38,10 +38,10 @@ class Resolved(NamedTuple):
 
 
 class Side(NamedTuple):
-    """An axis of a weight in use that a plan has as input or as output.
+    """An axis in a use of a weight, which is an input or output axis in the plan.
 
     Attributes:
-        letter: that of the plan, `i` or `o`.
+        letter: the plan's letter, `i` or `o`.
         role: what the use does with the axis; see `lora_jax.Use`.
         size: of the axis.
     """
@@ -91,7 +91,7 @@ def resolve_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Resolved:
 
 
 def from_letters(letters: str, shape: tuple[int, ...]) -> Resolved:
-    """The axes that one letter for each axis names, such as `"bio"`.
+    """Parses letters, such as `"bio"`, one for each axis.
 
     Raises:
         UnsuitableError: if the weight is a vector.
@@ -109,7 +109,7 @@ def from_letters(letters: str, shape: tuple[int, ...]) -> Resolved:
 
 
 def letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str | None:
-    """The letters of the axes, such as `"bio"`, if the uses of a weight tell them."""
+    """The letters of a weight's axes, such as `"bio"`, or None if its uses do not show."""
     try:
         axes = resolve_axes(shape, uses)
     except UnsuitableError:
@@ -137,7 +137,7 @@ def _only_indexed(roles: set[str]) -> bool:
 
 
 def _both(use: Use, exclude: int) -> bool:
-    """Whether a use contracts an axis and keeps another, without counting one axis."""
+    """Whether a use contracts one axis and keeps another, ignoring one axis."""
     roles = {role for axis, role in enumerate(use.roles) if axis != exclude}
     return {"contracted", "kept"} <= roles
 
@@ -159,7 +159,7 @@ def _split(use: Use, batch: Axes) -> _Split | None:
 
 
 def _sides(shape: tuple[int, ...], splits: Sequence[_Split]) -> dict[int, str]:
-    """The letter of each axis that a split knows."""
+    """The letter of each axis that a split shows."""
     first = splits[0]
     sides = _letters(first.ins, first.outs)
     for split in splits[1:]:
@@ -182,7 +182,7 @@ def _letters(ins: Axes, outs: Axes) -> dict[int, str]:
 
 
 def _known(sides: dict[int, str], axis: int, ndim: int) -> str:
-    """The letter of an axis, or of the next to its right, or else left, that has one."""
+    """The letter of an axis, or of the nearest axis with one, right before left."""
     order = (*range(axis, ndim), *range(axis, -1, -1))
     return next(sides[i] for i in order if i in sides)
 
@@ -199,20 +199,20 @@ _READS = {"contracted": "i", "indexed": "i", "kept": "o", "batch": "b", "stacked
 
 
 def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
-    """The axes of a weight as one use of it has them, seen through the factors of a plan.
+    """Infers the letters of a weight's axes from one use of it in a factored program.
 
-    The batch axes of the plan may be used in any way: a matrix for each index is what they
-    are for any of them.
+    The batch axes of the plan may be used in any way, because an adapter with batch axes
+    has a matrix for each index.
 
     Args:
         target: of the plan.
-        sides: the other axes of the value that is used. They are those of the weight, as
-            long as it has not been reshaped.
+        sides: the other axes of the value in use: the axes of the weight, unless it was
+            reshaped.
         ndim: the number of axes of the value that are longer than 1.
 
     Returns:
         One letter for each axis of the weight, those of the plan if the use agrees with it;
-        None if the use does not say which axes are input and which are output.
+        None if the use does not show input and output axes.
     """
     if all(_READS.get(side.role) == side.letter for side in sides):
         return target.axes if {side.letter for side in sides} == {"i", "o"} else None
@@ -235,12 +235,12 @@ def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
 
 
 def turned(letters: str) -> str:
-    """The letters of axes with input and output in each other's place."""
+    """Exchanges input and output letters."""
     return letters.translate({ord("i"): "o", ord("o"): "i"})
 
 
 def _with(target: Target, sides: Iterable[Side]) -> str:
-    """The letters of a plan, with those of some axes as their uses have them."""
+    """The letters of a plan, with the letters of some axes taken from their uses."""
     letters, left = list(target.axes), set(range(len(target.axes)))
     for side in sides:
         places = [axis for axis in sorted(left) if target.axes[axis] == side.letter]
@@ -253,7 +253,7 @@ def _with(target: Target, sides: Iterable[Side]) -> str:
 
 
 def contradicts(target: Target, use: Use) -> bool:
-    """Whether a recorded use has the axes of a weight otherwise than a plan."""
+    """Whether a recorded use disagrees with the axes of a plan."""
     pairs = zip(target.axes, use.roles, target.shape, strict=False)
     return any(
         letter != "b" and size > 1 and _READS.get(role, letter) != letter

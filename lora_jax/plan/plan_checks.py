@@ -10,7 +10,8 @@ import numpy as np
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.quantized import QuantizedTensor
 from lora_jax.layers import adapter_checks
-from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.target import Target
 
 _NO_BIASES = dict.fromkeys(
     adapter_checks.BIASES,
@@ -33,7 +34,7 @@ def check_plan(plan: Any) -> None:
 
 
 def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
-    """Raises unless the weights that a plan adapts are among some params.
+    """Raises unless params have the weights that a plan adapts.
 
     Args:
         params_by_path: the leaves of the params by path.
@@ -64,7 +65,7 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
 
 
 def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
-    """Raises unless `adapters` are those of a plan, each with the shapes it has there.
+    """Raises unless `adapters` have the paths, entries and shapes of a plan.
 
     Args:
         adapters: what the caller gave.
@@ -83,7 +84,7 @@ def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
 
 
 def check_paths(name: str, given: Any, paths: list[str]) -> None:
-    """Raises unless `given` is a dict with exactly some of the plan's paths."""
+    """Raises unless `given` is a dict with exactly these paths of a plan."""
     if not isinstance(given, Mapping):
         raise TypeError(
             f"{name} must be a dict from paths of weights, got {type(given).__name__}: are "
@@ -103,14 +104,14 @@ def check_paths(name: str, given: Any, paths: list[str]) -> None:
 
 
 def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
-    """Raises unless `norms` are those of the columns of a plan's DoRA weights.
+    """Raises unless `norms` are the column norms of a plan's DoRA weights.
 
     Args:
         norms: what the caller gave.
         plan: the plan.
 
     Raises:
-        KeyError: if a path is missing, or is not that of a weight with DoRA.
+        KeyError: if a path is missing, or its weight has no DoRA adapter.
         TypeError: if it is not a dict of floating-point arrays.
         ValueError: if a shape is not `(*batch, out)`.
     """
@@ -126,18 +127,18 @@ def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
 def check_scales(
     scales: Any, plan: AdapterPlan, column_norms: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Traced scales by the paths of a plan, checked.
+    """Checks traced scales and returns them by path.
 
     Args:
         scales: what the caller gave: a number, a mapping, or None.
         plan: the plan.
-        column_norms: the norms that the caller gave beside.
+        column_norms: the norms that the caller gave.
 
     Raises:
-        KeyError: if a path is not that of a target.
-        TypeError: if a scale is no real number or array of them.
-        ValueError: if a scale is neither a scalar nor one for each index of the batch
-            axes, or the norms of its weight were given.
+        KeyError: if the plan does not adapt a path.
+        TypeError: if a scale is not a real number or an array of real numbers.
+        ValueError: if a scale is neither a scalar nor an array of the batch axes, or the
+            norms of its weight were given.
     """
     if scales is None:
         return {}
@@ -193,7 +194,7 @@ def _check_adapter(adapter: Any, target: Target) -> None:
 def check_none_is_shared(
     leaves: Mapping[str, Any], paths: Iterable[str], way_out: str
 ) -> None:
-    """Raises ValueError if an array to donate, at one of some paths, is at another too."""
+    """Raises ValueError if an array to donate is at two paths."""
     owners: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array | QuantizedTensor):

@@ -1,4 +1,4 @@
-"""Which leaves of some params a config adapts, and why not the others."""
+"""Selects the weights that a config adapts, with a reason for each other leaf."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,10 @@ from lora_jax.plan.adapter_plan import (
     NOT_CHOSEN,
     WITHOUT_FUNCTION,
     AdapterPlan,
-    Target,
-    Use,
     alike,
 )
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan.target import Target, Use
 
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
@@ -62,7 +61,7 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         except axis_roles.UnsuitableError as error:
             skipped[path] = str(error)
             refused[path] = error
-    if all_linear:  # passes over what does not fit, but not over what it cannot tell
+    if all_linear:  # skips weights that do not fit, but not ambiguous ones
         refused = {path: why for path, why in refused.items() if uses and _unclear(why)}
     if refused:
         raise ValueError(_refusal(refused))
@@ -192,7 +191,7 @@ def _letters_of_merged(
         return axis_roles.letters_of(shape, uses) or "..."
     if any(map(_multiplies, low_rank)) or not any(map(_multiplies, uses)):
         return None
-    # What takes an entry of a stack is no use, but looks like one of a table.
+    # Taking an entry of a stack is not a use, but looks like a look-up in a table.
     known, letters = (axis_roles.letters_of(shape, own) for own in (low_rank, uses))
     is_stack = letters is not None and "b" in letters and letters != known
     return letters if known is None or is_stack else None
@@ -203,7 +202,7 @@ def _multiplies(use: Use) -> bool:
 
 
 def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
-    """Raises unless `"all-linear"` takes a weight of these uses."""
+    """Raises unless `"all-linear"` selects a weight with these uses."""
     merged = [use for use in uses if use.merged and _multiplies(use)]
     linear = any(use.linear for use in low_rank)
     added = [use for use in low_rank if use.primitive in ("add", "sub", "add_any")]
@@ -275,7 +274,7 @@ def _axes_of(letters: Mapping[str, str]) -> str:
 def _nothing(
     config: LoraConfig, arrays: Mapping[str, Any], skipped: Mapping[str, str]
 ) -> str:
-    """What to say if no weight has an adapter: first of those that look like matrices."""
+    """The error if no weight has an adapter; it lists the matrices first."""
     lines = [f"nothing is adapted with targets={config.targets!r}:"]
     matrices: dict[tuple[str, str], list[str]] = {}
     rest: dict[str, dict[str, str]] = {}

@@ -1,4 +1,4 @@
-"""Functions of one weight on a weight that is stored in few bits, entry by entry."""
+"""Applies functions of one weight to a quantized stack of weights, entry by entry."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax._core import compat, quantized
-from lora_jax.plan.adapter_plan import Target
+from lora_jax.plan.target import Target
 
 Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
 
@@ -15,15 +15,15 @@ Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
 def map_entries(
     function: Function, weight: Any, adapter: Mapping[str, jax.Array], target: Target
 ) -> Any:
-    """`function(weight, adapter, target)` of the dense weight.
+    """Applies a function to the dense weight.
 
-    Of a quantized stack of weights one entry is dense at a time.
+    If the weight is a quantized stack, only one entry of the stack is dense at a time.
 
     Args:
-        function: of a dense weight in its own layout, its adapter and the target. What it
-            returns has the batch axes in front.
+        function: takes a dense weight in its own layout, its adapter and the target. Its
+            result has the leading batch axes of the weight.
         weight: an array or a quantized weight.
-        adapter: any of the adapter's entries.
+        adapter: some or all entries of the adapter.
         target: of the weight.
     """
     adapter = dict(adapter)
@@ -36,7 +36,7 @@ def map_entries(
     def each(*of: Any) -> Any:
         return jax.lax.map(lambda own: map_entries(function, own[0], own[1], entry), of)
 
-    # The stack may be sharded, which JAX maps over on automatic axes only.
+    # JAX maps over a sharded stack on automatic axes only.
     mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
     out = compat.automatically(each, mesh, weight, adapter)
     return jax.tree.map(lambda x: compat.replicated(x, mesh), out)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax._core import compat
-from lora_jax.plan.adapter_plan import NOT_FOLLOWED
+from lora_jax.plan.target import NOT_FOLLOWED
 from lora_jax.transform._context import Frame
 from lora_jax.transform._interpreter import keeps_rows
 from lora_jax.transform._parameters import NotFactorableError, no_rule

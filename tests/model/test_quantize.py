@@ -414,7 +414,7 @@ def test_formats_that_cannot_be():
 
 def test_leaves_that_cannot_be_quantized():
     params = make()
-    end = "To keep the leaf as it is, let no pattern match it"
+    end = "To skip this weight, narrow the patterns"
     with pytest.raises(ValueError, match=f"at 'up/bias': int8 has a scale for .*{end}"):
         quantize_params(params, "up/*", "int8")
     with pytest.raises(ValueError, match=r"at 'up/kernel': row_axes must be 0, or leave"):

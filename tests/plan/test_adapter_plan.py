@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
+from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.target import Target, Use
 
 TARGET = Target((5, 4, 2, 3), "dora", 2, 1.5, 0.1, (1,), (2, 3), (0,))
 PRODUCT = Use("dot_general", ("contracted", "kept"), "model.py:7 (call)", linear=True)
@@ -186,7 +187,7 @@ def test_explanations_of_all_linear():
     config = LoraConfig(4)
     assert "since a matrix product uses it" in make_plan(config=config).explain("a/q")
     plan = make_plan(config=config, uses={})
-    assert "which without a function is every" in plan.explain("a/q")
+    assert "which without a function means every" in plan.explain("a/q")
 
 
 def test_explaining_an_unknown_path():

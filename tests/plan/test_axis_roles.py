@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax.plan import axis_roles
-from lora_jax.plan.adapter_plan import Use
+from lora_jax.plan.target import Use
 
 LETTERS = {"c": "contracted", "k": "kept", "b": "batch", "x": "indexed", "s": "stacked"}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.plan import layout
-from lora_jax.plan.adapter_plan import Target
+from lora_jax.plan.target import Target
 from tests.support import straight
 
 # shape, in, out, batch, flipped

@@ -6,8 +6,9 @@ import pytest
 
 from lora_jax._core import tree_paths
 from lora_jax.plan import selection
-from lora_jax.plan.adapter_plan import AdapterPlan, Use
+from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.target import Use
 
 ROLES = {"c": "contracted", "k": "kept", "x": "indexed", "s": "stacked", ".": ""}
 

@@ -1,11 +1,14 @@
-"""Adapters and their plan in a directory.
+"""Saves and loads adapters with their plan.
 
 `lora_jax_adapters.safetensors` has the arrays. Its metadata has the plan, the dtypes that
-the arrays had when they were saved, and a SHA-256 digest of all that. One rename replaces
-the file: a process that stops leaves the old adapters or the new ones. Nothing is pickled.
+the arrays had before they were saved, and a SHA-256 digest of everything. One rename
+replaces the file: a process that stops leaves the old adapters or the new ones. Nothing is
+pickled.
 
 Version 1 of the format had two files: `adapters.json`, and the file of arrays that it
-named. They are read where there is no file of version 2. The next save removes them.
+named. They are loaded if there is no file of version 2. The next save removes them. The
+file of version 2 records the `adapters.json` that it replaced: another one was written
+later, by an older lora_jax, and loading is an error.
 """
 
 import dataclasses
@@ -27,7 +30,8 @@ from lora_jax._io import record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import plan_checks
-from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.target import Target
 
 __all__ = ["CheckpointError", "load_adapters", "save_adapters"]
 
@@ -43,7 +47,7 @@ _OLD_FIELDS = ("format", "version", "plan", "tensors", "sha256", "digest")
 
 
 class _Saved(NamedTuple):
-    """What the files of either version have."""
+    """The contents of a checkpoint of either version."""
 
     path: pathlib.Path
     """The file of arrays, for messages."""
@@ -51,7 +55,7 @@ class _Saved(NamedTuple):
     """The file that has the plan, for messages."""
     plan: Any
     dtypes: Any
-    """The dtypes that the arrays had when they were saved, where the file has others."""
+    """The dtypes before the save, of arrays that the file has in another dtype."""
     arrays: dict[str, np.ndarray]
 
 
@@ -62,28 +66,28 @@ def save_adapters(
     *,
     dtype: DTypeLike | None = None,
 ) -> None:
-    """Writes adapters and their plan to a directory, which has them whole or not at all.
+    """Saves adapters and their plan to a directory, completely or not at all.
 
-    Adapters that are there already are replaced, and stay in force until the new ones are
-    complete. Other files are left alone. One process may save to a directory at a time.
+    A save replaces adapters that are already in the directory, in one step. Other files are
+    left alone. Only one process may save to a directory at a time.
 
     Args:
-        directory: is made if there is none, with those above it.
+        directory: is created, with its parents, if it does not exist.
         adapters: the adapters of the plan, of any floating-point dtypes; each is kept bit
-            for bit. Sharded arrays are written whole.
+            for bit. Sharded arrays are gathered.
         plan: what `plan_adapters` returned.
-        dtype: of the arrays in the file, for small files: 16 bits round them. The file says
-            which dtypes they had, and `load_adapters` gives these back. None to keep every
+        dtype: of the arrays in the file: 16 bits give smaller files, and round the arrays.
+            `load_adapters` returns the dtypes that the arrays had before. None keeps every
             bit.
 
     Raises:
         KeyError: if the paths or entries of the adapters are not the plan's.
         ModuleNotFoundError: if the package safetensors is not installed.
-        OSError: if the directory cannot be made or written to, or is a file.
-        TypeError: if an array has no values, because it is one of `jax.jit` or a
-            `jax.ShapeDtypeStruct`, or no floating-point dtype; or the `init` of the plan's
-            config is a function.
-        ValueError: if a shape is not the plan's, an array is spread over several
+        OSError: if the directory cannot be created or written to, or is a file.
+        TypeError: if an array has no values (a tracer or a `jax.ShapeDtypeStruct`), or its
+            dtype is not floating point; or if the `init` of the plan's config is a
+            function.
+        ValueError: if a shape is not the plan's, an array is sharded over several
             processes, or `dtype` does not hold a value.
 
     Example:
@@ -100,7 +104,7 @@ def save_adapters(
     folder = _folder(directory)
     plan_checks.check_adapters(adapters, plan)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
-    record = {"plan": json.loads(plan.to_json()), "dtypes": {}}
+    record = {"plan": json.loads(plan.to_json()), "dtypes": {}, "replaced": None}
     arrays = {
         name: tensor_files.to_numpy(name, adapters[path][entry])
         for path, target in plan.targets.items()
@@ -115,8 +119,11 @@ def save_adapters(
         }
 
     folder.mkdir(parents=True, exist_ok=True)
-    record_files.write(folder / FILE, _KIND, record, arrays)
+    replaced = _old_digest(folder)
+    record_files.write(folder / FILE, _KIND, {**record, "replaced": replaced}, arrays)
     (folder / OLD_RECORD).unlink(missing_ok=True)
+    if replaced is not None:  # an older lora_jax may save the same adapters again
+        record_files.write(folder / FILE, _KIND, record, arrays)
     for file in folder.iterdir():
         if _OLD_TENSORS.fullmatch(file.name):
             file.unlink(missing_ok=True)
@@ -131,29 +138,29 @@ def load_adapters(
     strict: bool = True,
     dtype: DTypeLike | Literal["file"] | None = None,
 ) -> tuple[dict[str, Adapter], AdapterPlan]:
-    """Reads what `save_adapters` wrote.
+    """Loads adapters and their plan from a directory.
 
     Args:
-        directory: that was saved to.
-        strict: whether the arrays have to be those of the plan. If not, adapters that lack
-            an array, or have one of a wrong shape or dtype, are left out, of the plan too,
-            and arrays that no adapter has are; one warning names them all. Another program
-            may have written such files: see the guide to checkpoints.
-        dtype: of the adapters; None for the dtypes that they had when they were saved.
-            Adapters that were in 16 bits then are so again: train on in float32. `"file"`
-            for the dtypes that the file has, which are others if it was saved with `dtype`.
+        directory: what `save_adapters` saved to.
+        strict: whether arrays that do not fit the plan are an error. If False, adapters
+            with a missing array or a wrong shape or dtype are left out, also from the plan,
+            and unknown arrays are ignored; one warning lists them. Other programs may write
+            such files: see the guide to checkpoints.
+        dtype: of the adapters. None: the dtypes before the save. Adapters that were 16-bit
+            are 16-bit again; to continue training, load them in float32. `"file"`: the
+            dtypes of the file, which differ if it was saved with `dtype`.
 
     Returns:
-        The adapters, as arrays of JAX with the bits that were saved, and their plan.
+        The adapters, as JAX arrays with the bits that were saved, and their plan.
 
     Raises:
-        CheckpointError: if the files are not as they were written, a newer version wrote
-            them, the arrays are not those of the plan, with `strict=False` if none of the
-            adapters is left, an array is float64 and JAX is not set to 64 bits, or
-            `dtype` does not hold a value.
+        CheckpointError: if a file was changed, a newer version of lora_jax wrote it, an
+            older version wrote its two files later, the arrays do not fit the plan, no
+            adapter is left with `strict=False`, an array is float64 and JAX is not set to
+            64 bits, or `dtype` does not hold a value.
         OSError: if there are no such files, or they cannot be read.
         ModuleNotFoundError: if the package safetensors is not installed.
-        TypeError: if `directory` is no path, or `strict` no bool.
+        TypeError: if `directory` is not a path, or `strict` is not a bool.
 
     Example:
         See `save_adapters`.
@@ -176,7 +183,7 @@ def load_adapters(
     if misfits and strict:
         raise CheckpointError(
             f"{path} does not have the arrays of the plan in {saved.where.name}: "
-            f"{_listed(misfits, 10)}. To load those adapters that fit, use strict=False."
+            f"{_listed(misfits, 10)}. To load the adapters that fit, use strict=False."
         )
     if misfits:
         plan = _fitting(plan, saved, misfits)
@@ -219,7 +226,7 @@ def _folder(directory: Any) -> pathlib.Path:
 
 
 def _names(path: str, target: Target) -> dict[str, str]:
-    """The entries of an adapter by their names in the file."""
+    """The entries of an adapter, by their names in the file."""
     return {f"{path}:{entry}": entry for entry in target.adapter_shapes}
 
 
@@ -228,10 +235,10 @@ def _checked_dtypes(dtypes: Any) -> dict[str, np.dtype]:
 
 
 def _read(folder: pathlib.Path) -> _Saved:
-    """Reads the file of version 2, or else those of version 1.
+    """Reads the file of version 2, or the two files of version 1.
 
-    Another process that saves meanwhile removes those of version 1: then all are looked for
-    again.
+    If another process saves at the same time, it removes the two files. Then this looks for
+    all files again.
     """
     seen = None
     while not (folder / FILE).is_file() and (folder / OLD_RECORD).is_file():
@@ -248,20 +255,35 @@ def _read(folder: pathlib.Path) -> _Saved:
             seen = record
     file = record_files.RecordFile(folder / FILE, _KIND)
     arrays, record = file.read(), file.record
-    _check_fields(file.path, record, ("plan", "dtypes"))
+    _check_fields(file.path, record, ("plan", "dtypes", "replaced"))
+    found = _old_digest(folder)
+    if found is not None and found != record["replaced"]:
+        raise CheckpointError(
+            f"{folder} has adapters of two versions: an older lora_jax saved {OLD_RECORD} "
+            f"beside {FILE}, and after it. Remove {FILE} to load the later adapters, or "
+            f"{OLD_RECORD} to load the others."
+        )
     return _Saved(file.path, file.path, record["plan"], record["dtypes"], arrays)
 
 
+def _old_digest(folder: pathlib.Path) -> str | None:
+    """The SHA-256 of the `adapters.json` in a folder; None if there is no such file."""
+    try:
+        return hashlib.sha256((folder / OLD_RECORD).read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
 def _read_old_record(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a record of version 1 that is as it was written."""
+    """Reads a record of version 1, and checks its digest."""
     record = tensor_files.read_json(path)
     record_files.check_kind(path, _OLD_KIND, record.get("format"), record.get("version"))
     rest = {name: value for name, value in record.items() if name != "digest"}
     digest = hashlib.sha256(json.dumps(rest, separators=(",", ":")).encode()).hexdigest()
     if record.get("digest") != digest:
         raise CheckpointError(
-            f"{path} is not as it was written, its digest is another one: was it edited, "
-            "or damaged? Save the adapters anew, or copy them again."
+            f"{path} is not as it was written, its digest differs: was it edited, or "
+            "damaged? Save the adapters again, or copy them again."
         )
     _check_fields(path, record, _OLD_FIELDS)
     if not _OLD_TENSORS.fullmatch(str(record["tensors"])):
@@ -279,7 +301,7 @@ def _read_old_arrays(folder: pathlib.Path, record: Mapping[str, Any]) -> _Saved:
     if found != record["sha256"]:
         raise CheckpointError(
             f"{path} is not as it was written: its SHA-256 is {found}, and {OLD_RECORD} "
-            f"has {record['sha256']}. Was it edited, or damaged? Save the adapters anew, "
+            f"has {record['sha256']}. Was it edited, or damaged? Save the adapters again, "
             "or copy them again."
         )
     file = tensor_files.TensorFile(path)
@@ -296,7 +318,7 @@ def _check_fields(path: pathlib.Path, record: Any, fields: tuple[str, ...]) -> N
 
 
 def _misfits(arrays: Mapping[str, np.ndarray], plan: AdapterPlan) -> dict[str, str]:
-    """What is wrong with the arrays of a file, by their names."""
+    """Describes what is wrong with the arrays of a file, by their names."""
     wrong = {}
     expected: dict[str, tuple[int, ...]] = {}
     for path, target in plan.targets.items():

@@ -23,8 +23,9 @@ from lora_jax import checkpoint
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
 from lora_jax.model.adapters import plan_adapters
-from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.target import Target
 from tests.support import x64
 
 SHAPES = {"w": (12, 9), "q": (12, 2, 3), "stack": (3, 12, 9), "o:A": (9, 12)}
@@ -125,7 +126,11 @@ def test_the_names_of_the_file_and_its_entries(tmp_path):
     folder = tmp_path / "new" / "folder"
     adapters, plan = saved(str(folder), use_dora=True)
     assert [file.name for file in folder.iterdir()] == [NAME]
-    assert stored_record(folder) == {"plan": json.loads(plan.to_json()), "dtypes": {}}
+    assert stored_record(folder) == {
+        "plan": json.loads(plan.to_json()),
+        "dtypes": {},
+        "replaced": None,
+    }
     arrays = stored_arrays(folder)
     names = {f"{path}:{n}" for path, adapter in adapters.items() for n in adapter}
     assert set(arrays) == names
@@ -573,6 +578,38 @@ def test_a_save_while_the_two_files_are_read(tmp_path, monkeypatch):
     assert bits(load_adapters(tmp_path)[0]) == bits(new)
 
 
+def test_an_older_version_that_saves_beside_the_new_file(tmp_path, monkeypatch):
+    """What the new file replaced may be left; two files that came later are an error."""
+    shutil.copytree(TWO_FILES, tmp_path, dirs_exist_ok=True)
+    adapters, plan = load_adapters(tmp_path)
+    new = jax.tree.map(jnp.ones_like, adapters)
+    record = tmp_path / "adapters.json"
+    text = record.read_text()
+
+    def stop(*args, **kwargs):
+        raise OSError("stopped")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pathlib.Path, "unlink", stop)  # after the new file is there
+        with pytest.raises(OSError, match="stopped"):
+            save_adapters(tmp_path, new, plan)
+    assert record.exists()
+    assert bits(load_adapters(tmp_path)[0]) == bits(new)
+    message = rf"has adapters of two versions: .* Remove {NAME} to load the later adapters"
+    record.write_text(text + " ")
+    with pytest.raises(CheckpointError, match=message):
+        load_adapters(tmp_path)
+    record.write_text(text)
+    for _ in range(2):  # the older version may save what it saved before
+        save_adapters(tmp_path, new, plan)
+        assert not record.exists()
+        record.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load_adapters(tmp_path)
+    record.unlink()
+    assert bits(load_adapters(tmp_path)[0]) == bits(new)
+
+
 # ---------------------------------------------------------------------------- others
 
 
@@ -584,7 +621,7 @@ def test_a_save_while_the_two_files_are_read(tmp_path, monkeypatch):
         ({"version": "True"}, "has the version 'True', which never was"),
         ({"format": "safetensors"}, "should be 'lora_jax adapters', and is 'safetensors'"),
         ({"extra": "1"}, "expected the metadata format, version, .* got .*extra"),
-        ({"record": {"extra": 1}}, "expected the fields plan, dtypes, got .*, extra"),
+        ({"record": {"extra": 1}}, "the fields plan, dtypes, replaced, got .*, extra"),
         ({"record": {"plan": []}}, r"safetensors: .*Plan must be a JSON object, got list"),
         ({"record": {"plan": {"config": {}}}}, r"safetensors: .* lacks the fields targets"),
         ({"record": {"plan": {"rank": 1}}}, "AdapterPlan has no field 'rank'.* newer ver"),

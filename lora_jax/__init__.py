@@ -49,7 +49,7 @@ from lora_jax.model.decompose import (
 from lora_jax.model.quantize import quantize_params
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
-from lora_jax.plan.target import Target, Use
+from lora_jax.plan.target import Target, TrainedLeaf, Use
 from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "ParameterCount",
     "PlainAdapters",
     "Target",
+    "TrainedLeaf",
     "Use",
     "accept_quantized",
     "adapt",

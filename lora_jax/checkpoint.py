@@ -31,7 +31,7 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
-from lora_jax.plan.target import Target
+from lora_jax.plan.target import Target, TrainedLeaf
 
 __all__ = ["CheckpointError", "load_adapters", "save_adapters"]
 
@@ -107,8 +107,8 @@ def save_adapters(
     record = {"plan": json.loads(plan.to_json()), "dtypes": {}, "replaced": None}
     arrays = {
         name: tensor_files.to_numpy(name, adapters[path][entry])
-        for path, target in plan.targets.items()
-        for name, entry in _names(path, target).items()
+        for path, leaf in plan.entries.items()
+        for name, entry in _names(path, leaf).items()
     }
     if dtype is not None:
         record["dtypes"] = {
@@ -199,8 +199,8 @@ def load_adapters(
         return tensor_files.to_jax(path, name, array)
 
     adapters = {
-        each: {entry: read(name) for name, entry in _names(each, target).items()}
-        for each, target in plan.targets.items()
+        each: {entry: read(name) for name, entry in _names(each, leaf).items()}
+        for each, leaf in plan.entries.items()
     }
     tensor_files.checked(path, lambda: plan_checks.check_adapters(adapters, plan))
     return adapters, plan
@@ -225,9 +225,9 @@ def _folder(directory: Any) -> pathlib.Path:
     return folder
 
 
-def _names(path: str, target: Target) -> dict[str, str]:
+def _names(path: str, leaf: Target | TrainedLeaf) -> dict[str, str]:
     """The entries of an adapter, by their names in the file."""
-    return {f"{path}:{entry}": entry for entry in target.adapter_shapes}
+    return {f"{path}:{entry}": entry for entry in leaf.adapter_shapes}
 
 
 def _checked_dtypes(dtypes: Any) -> dict[str, np.dtype]:
@@ -321,9 +321,9 @@ def _misfits(arrays: Mapping[str, np.ndarray], plan: AdapterPlan) -> dict[str, s
     """Describes what is wrong with the arrays of a file, by their names."""
     wrong = {}
     expected: dict[str, tuple[int, ...]] = {}
-    for path, target in plan.targets.items():
-        shapes = target.adapter_shapes
-        expected |= {n: shapes[entry] for n, entry in _names(path, target).items()}
+    for path, leaf in plan.entries.items():
+        shapes = leaf.adapter_shapes
+        expected |= {n: shapes[entry] for n, entry in _names(path, leaf).items()}
     for name, shape in expected.items():
         if name not in arrays:
             wrong[name] = "is missing"
@@ -337,19 +337,21 @@ def _misfits(arrays: Mapping[str, np.ndarray], plan: AdapterPlan) -> dict[str, s
 
 def _fitting(plan: AdapterPlan, saved: _Saved, misfits: Mapping[str, str]) -> AdapterPlan:
     """The plan without the adapters that do not fit."""
-    targets, skipped = {}, dict(plan.skipped)
-    for path, target in plan.targets.items():
-        bad = [name for name in _names(path, target) if name in misfits]
+    skipped = dict(plan.skipped)
+    for path, leaf in plan.entries.items():
+        bad = [name for name in _names(path, leaf) if name in misfits]
         if bad:
             skipped[path] = f"{bad[0]!r} in {saved.path.name} {misfits[bad[0]]}"
-        else:
-            targets[path] = target
-    if not targets:
+    targets, trained = (
+        {path: leaf for path, leaf in own.items() if path not in skipped}
+        for own in (plan.targets, plan.trained)
+    )
+    if not targets and not trained:
         raise CheckpointError(
             f"no adapter in {saved.path} fits the plan in {saved.where.name}: "
             f"{_listed(misfits, 10)}."
         )
-    return dataclasses.replace(plan, targets=targets, skipped=skipped)
+    return dataclasses.replace(plan, targets=targets, trained=trained, skipped=skipped)
 
 
 def _listed(misfits: Mapping[str, str], most: int) -> str:

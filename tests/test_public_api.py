@@ -66,9 +66,9 @@ merge_dora_weight(frozen_weight, adapter, alpha=1.0, *, rank_stabilized=False,
     norm_axis='out')
 unmerge_dora_weight(merged_weight, adapter, column_norm, alpha=1.0, *,
     rank_stabilized=False, norm_axis='out')
-LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, rank_pattern={},
-    alpha_pattern={}, axes={}, rank_stabilized=False, use_dora=False, dropout=0.0,
-    init='kaiming_uniform', dtype=None)
+LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, train=(),
+    rank_pattern={}, alpha_pattern={}, axes={}, rank_stabilized=False, use_dora=False,
+    dropout=0.0, init='kaiming_uniform', dtype=None)
 plan_adapters(config, params, fn=None, /, *args, **kwargs)
 init_adapters(key, params, plan)
 adapt(fn, plan, *, on_merge='error', on_unused='error', on_stop_gradient='error',
@@ -84,7 +84,7 @@ quantize_params(params, patterns, format='nf4', *, batch_axes={}, plan=None, don
       **settings)
 optim.adapter_labels(tree, patterns={}, *, other='other')
 optim.trainable_and_frozen(params, trainable, optimizer)
-unmerge_adapters(params, adapters, plan, *, column_norms=None)
+unmerge_adapters(params, adapters, plan, *, column_norms=None, originals=None)
 adapted_column_norms(params, adapters, plan)
 merge_losses(params, adapters, plan, *, requantize=False)
 decompose_params(params, plan, method, *, key=None, iterations=None, quantize=None)

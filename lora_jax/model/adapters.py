@@ -18,7 +18,7 @@ from lora_jax._core import checks, tree_paths
 from lora_jax.layers.lora import Adapter, Adapters, init_lora_adapter
 from lora_jax.model import merging
 from lora_jax.model.merging import MergeLoss
-from lora_jax.plan import plan_checks, selection
+from lora_jax.plan import plan_checks, selection, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 from lora_jax.transform import discovery
@@ -127,13 +127,14 @@ def init_adapters(
 
     Args:
         key: a `jax.random` key.
-        params: the params of the plan. Only shapes and dtypes are used, but for DoRA,
-            whose magnitudes are made of the weights.
+        params: the params of the plan. Only shapes and dtypes are used, except the weights
+            with DoRA, for their magnitudes, and the trained leaves.
         plan: what `plan_adapters` returned.
 
     Returns:
         `{path: {"A": (*batch, in, rank), "B": (*batch, rank, out)}}`, and `"m":
-        (*batch, out)` for DoRA, with `in` and `out` the folded axes of the plan.
+        (*batch, out)` for DoRA, with `in` and `out` the folded axes of the plan. For a leaf
+        of `LoraConfig(train=...)` it is `{path: {"value": array}}`, a copy of the leaf.
 
     Raises:
         KeyError: if params lack a weight of the plan.
@@ -158,7 +159,7 @@ def init_adapters(
         with checks.at_path(path):
             own_key = tree_paths.fold_in(key, path)
             adapters[path] = _init(own_key, leaves[path], target, plan.config)
-    return adapters
+    return adapters | trained_leaves.init_all(leaves, plan)
 
 
 def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Adapter:
@@ -200,8 +201,8 @@ def merge_adapters(
 
     Returns:
         A tree like `params`. Adapted weights are new, with the dtype and the sharding of
-        the old ones, formed in at least float32 and rounded once; all other leaves are
-        those of `params`.
+        the old ones, formed in at least float32 and rounded once. Trained leaves are copies
+        of their values, in the same way. All other leaves are those of `params`.
 
     Raises:
         FloatingPointError: if a merged weight has an infinity or a NaN. Outside a trace
@@ -219,6 +220,7 @@ def merge_adapters(
     merged = merging.fold_all(merging.merge, leaves, adapters, {}, plan, donate)
     if requantize:
         merged = merging.requantize_all(leaves, merged)
+    merged |= trained_leaves.merge(leaves, adapters, plan)
     return treedef.unflatten((leaves | merged).values())
 
 
@@ -228,6 +230,7 @@ def unmerge_adapters(
     plan: AdapterPlan,
     *,
     column_norms: Mapping[str, jax.Array] | None = None,
+    originals: Mapping[str, jax.Array] | None = None,
 ) -> tree_paths.Tree:
     """Takes adapters out of merged weights: undoes `merge_adapters`.
 
@@ -240,6 +243,8 @@ def unmerge_adapters(
         plan: the plan of the merge.
         column_norms: what `adapted_column_norms` returned before the merge; needed if the
             method is DoRA.
+        originals: a dict from paths to leaves: the trained leaves of the plan, as they were
+            before the merge; needed if there are any.
 
     Returns:
         A tree like `params`, with the weights as they were before the merge; all other
@@ -249,11 +254,13 @@ def unmerge_adapters(
         FloatingPointError: as `merge_adapters`; a DoRA column whose magnitude is zero was
             lost in the merge.
         KeyError, TypeError, ValueError: as `merge_adapters`, and ValueError if
-            `column_norms` are missing, or given and not needed.
+            `column_norms` or `originals` are missing, or given and not needed.
     """
     leaves, treedef = _checked(params, adapters, plan)
     norms = _checked_norms(column_norms, plan)
+    trained = trained_leaves.restore(originals, plan)
     restored = merging.fold_all(merging.unmerge, leaves, adapters, norms, plan, False)
+    restored |= trained
     return treedef.unflatten((leaves | restored).values())
 
 
@@ -331,8 +338,8 @@ def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterC
         plan: what `plan_adapters` returned.
 
     Returns:
-        `trainable`, the parameters of the adapters, and `total`, those of the params and
-        the adapters.
+        `trainable`, the parameters of the adapters and of the trained leaves, and `total`,
+        those of the params and `trainable`: the params keep the frozen leaves.
 
     Raises:
         KeyError, TypeError, ValueError: if the plan is not that of these params.

@@ -32,7 +32,7 @@ from lora_jax.layers.decompose import (
 )
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model import merging
-from lora_jax.plan import layout, plan_checks
+from lora_jax.plan import layout, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
@@ -157,6 +157,7 @@ def decompose_params(
             base, adapters[path] = _decompose(leaves[path], target, init)
         if method != "orthogonal":
             bases[path] = base
+    adapters |= trained_leaves.init_all(leaves, plan)
     return Decomposed(treedef.unflatten((leaves | bases).values()), adapters)
 
 
@@ -190,6 +191,7 @@ def to_plain_adapters(
     for path in plan.targets:
         with checks.at_path(path):
             plain[path] = to_plain_adapter(adapters[path], initial[path])
+    plain |= {path: dict(adapters[path]) for path in plan.trained}
     return PlainAdapters(plain, _doubled_plan(plan))
 
 

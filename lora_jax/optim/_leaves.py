@@ -1,8 +1,9 @@
 """Finds adapters in a tree, and selects leaves by patterns.
 
 A dict is an adapter if it has the entries `A` and `B` and no other entries than those of
-adapters. A *gap* is `optax.MaskedNode()` or None in place of a leaf that was left out. It
-keeps the path of the leaf, so that a masked tree has the same paths as the full tree.
+adapters. A dict with the single entry `value` is a trained leaf, which is no adapter. A
+*gap* is `optax.MaskedNode()` or None in place of a leaf that was left out. It keeps the
+path of the leaf, so that a masked tree has the same paths as the full tree.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ import optax
 
 from lora_jax._core import tree_paths
 from lora_jax._core.quantized import is_quantized
+from lora_jax.plan.target import VALUE
 
 ENTRIES = ("A", "B", "m", "A_bias", "B_bias")
 
@@ -26,7 +28,7 @@ class Leaf(NamedTuple):
     adapter: str | None = None
     """The path of its adapter in the tree; None for a leaf outside of adapters."""
     weight: str = ""
-    """The key of the adapter: in `{path: adapter}`, the path of the weight."""
+    """The key of the adapter or trained leaf: in `{path: ...}`, the path in the params."""
     entry: str = ""
     """The name of the leaf in its adapter."""
     quantized: str | None = None
@@ -38,7 +40,8 @@ class Leaf(NamedTuple):
         if self.quantized is not None:
             return self.quantized, self.path
         if self.adapter is None:
-            return (self.path,)
+            trained = [self.weight, f"{self.weight}/{VALUE}"] if self.weight else []
+            return tuple(dict.fromkeys([*trained, self.path]))
         weights = [path for path in (self.weight, self.adapter) if path]
         entries = [f"{path}/{self.entry}" for path in weights]
         return tuple(dict.fromkeys([*weights, *entries, self.path]))
@@ -60,22 +63,37 @@ def is_adapter(node: Any) -> bool:
     )
 
 
+def is_trained(node: Any) -> bool:
+    """Whether a node has the form of a trained leaf."""
+    return (
+        isinstance(node, Mapping)
+        and node.keys() == {VALUE}
+        and (is_gap(node[VALUE]) or jax.tree_util.all_leaves([node[VALUE]]))
+    )
+
+
 def flatten(tree: Any) -> tuple[list[Leaf], Any]:
     """The leaves and gaps of a tree, and the structure that unflattens them."""
+
+    def is_owner(node: Any) -> bool:
+        return is_adapter(node) or is_trained(node) or is_quantized(node)
+
     nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_gap(node) or is_adapter(node) or is_quantized(node)
+        tree, is_leaf=lambda node: is_gap(node) or is_owner(node)
     )
-    owners = {keys: node for keys, node in nodes if is_adapter(node) or is_quantized(node)}
+    owners = {keys: node for keys, node in nodes if is_owner(node)}
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_gap)
     return [_leaf(keys, value, owners.get(keys[:-1])) for keys, value in leaves], structure
 
 
 def _leaf(keys: tuple[Any, ...], value: Any, owner: Any) -> Leaf:
-    """A leaf with the adapter or the quantized weight that it belongs to."""
+    """A leaf with the adapter, trained leaf or quantized weight that it belongs to."""
     if is_quantized(owner):
         return Leaf(value, _text(keys), quantized=_text(keys[:-1]))
     if owner is None:
         return Leaf(value, _text(keys))
+    if is_trained(owner):
+        return Leaf(value, _text(keys), weight=_text(keys[-2:-1]))
     *above, entry = keys
     return Leaf(value, _text(keys), _text(above), _text(above[-1:]), _text([entry]))
 

@@ -11,12 +11,14 @@ from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
 from lora_jax.plan import plan_json
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
-from lora_jax.plan.target import Target, Use
+from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 __all__ = ["AdapterPlan"]
 
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
 _NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
+
+_BY_PATH = {"targets": Target, "trained": TrainedLeaf, "skipped": str, "uses": tuple}
 
 # The place of a use that the kind of a PEFT module shows, and no traced function.
 FROM_CHECKPOINT = "the PEFT checkpoint"
@@ -33,9 +35,10 @@ WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
 class AdapterPlan:
     """The adapters of a model: which weights have one, and how. `print` shows a table.
 
-    A plan is immutable and hashable. JAX treats it as a static value without leaves. Two
-    plans are equal if their configs and targets are. The functions of this library read
-    `targets`; from the config of a plan they read `init`, `dtype` and `axes` only. So
+    A plan also lists the leaves that are trained without an adapter. It is immutable and
+    hashable. JAX treats it as a static value without leaves. Two plans are equal if their
+    configs, targets and trained leaves are. The functions of this library read `targets`
+    and `trained`; from the config of a plan they read `init`, `dtype` and `axes` only. So
     `replace`, `subset` and `|` change the targets and not these.
 
     Args:
@@ -45,10 +48,11 @@ class AdapterPlan:
         uses: a dict from path to the uses of that leaf in the function; empty if there
             was no function.
         total: the number of parameters in the params; 0 if it is not known.
+        trained: a dict from path to `TrainedLeaf`.
 
     Raises:
         TypeError: if a field has the wrong type.
-        ValueError: if a path is in both `targets` and `skipped`; or if
+        ValueError: if a path is in two of `targets`, `trained` and `skipped`; or if
             `dataclasses.replace` changes the config and not the targets, and the configs
             differ in more than `init` and `dtype`.
 
@@ -67,6 +71,7 @@ class AdapterPlan:
         default=FrozenDict(), compare=False
     )
     total: int = dataclasses.field(default=0, compare=False)
+    trained: Mapping[str, TrainedLeaf] = FrozenDict()
     # The config and targets before `dataclasses.replace`, which hands it on.
     _made: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -76,11 +81,13 @@ class AdapterPlan:
                 f"config must be a LoraConfig, got {type(self.config).__name__}: the order "
                 "is AdapterPlan(config, targets)."
             )
-        for name, kind in (("targets", Target), ("skipped", str), ("uses", tuple)):
+        for name, kind in _BY_PATH.items():
             object.__setattr__(self, name, _by_path(name, getattr(self, name), kind))
-        both = [path for path in self.targets if path in self.skipped]
-        if both:
-            raise ValueError(f"the path {both[0]!r} must be in one of targets and skipped.")
+        for path in (*self.targets, *self.trained):
+            if (path in self.targets) + (path in self.trained) + (path in self.skipped) > 1:
+                raise ValueError(
+                    f"the path {path!r} must be in one of targets, trained and skipped."
+                )
         config, targets = self._made or (self.config, self.targets)
         if config != self.config and targets == self.targets:
             _check_same_targets(config, self.config)
@@ -88,8 +95,13 @@ class AdapterPlan:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of all adapters."""
-        return sum(target.parameters for target in self.targets.values())
+        """The number of parameters of all adapters and trained leaves."""
+        return sum(entry.parameters for entry in self.entries.values())
+
+    @property
+    def entries(self) -> dict[str, Target | TrainedLeaf]:
+        """The targets and the trained leaves by path, in the order of `init_adapters`."""
+        return {**self.targets, **self.trained}
 
     @property
     def scales(self) -> dict[str, float]:
@@ -139,57 +151,59 @@ class AdapterPlan:
         return dataclasses.replace(self, targets=targets)
 
     def subset(self, patterns: tree_paths.Pattern | Sequence[Any]) -> "AdapterPlan":
-        """Selects some of the targets.
+        """Selects some of the targets and trained leaves.
 
         Args:
             patterns: of paths, as in `LoraConfig(targets=...)`.
 
         Returns:
-            A plan of the targets that match a pattern. Its adapters are
-            `{path: adapters[path] for path in subset.targets}`.
+            A plan of the targets and trained leaves that match a pattern. Its adapters are
+            `{path: adapters[path] for path in subset.entries}`.
 
         Raises:
             TypeError: if a pattern has the wrong type.
-            ValueError: if a pattern matches no target of the plan.
+            ValueError: if a pattern matches no target and no trained leaf of the plan.
         """
         texts = tree_paths.as_texts("the subset", patterns)
         if not texts:
             raise ValueError("patterns is empty: a subset has at least one target.")
-        tree_paths.check_matched("the subset", texts, self.targets, "target of the plan")
-        kept = {
-            path: target
-            for path, target in self.targets.items()
-            if tree_paths.first_match(texts, path) is not None
-        }
-        rest = {path: _NOT_IN_SUBSET for path in self.targets if path not in kept}
-        return dataclasses.replace(self, targets=kept, skipped={**self.skipped, **rest})
+        tree_paths.check_matched("the subset", texts, self.entries, "target of the plan")
+        kept = [path for path in self.entries if tree_paths.first_match(texts, path)]
+        rest = {path: _NOT_IN_SUBSET for path in self.entries if path not in kept}
+        return dataclasses.replace(
+            self,
+            targets={path: self.targets[path] for path in kept if path in self.targets},
+            trained={path: self.trained[path] for path in kept if path in self.trained},
+            skipped={**self.skipped, **rest},
+        )
 
     def __or__(self, other: "AdapterPlan") -> "AdapterPlan":
-        """Combines the targets of two plans for the same params.
+        """Combines the targets and trained leaves of two plans for the same params.
 
         The adapters of `first | second` are `{**first_adapters, **second_adapters}`. The
-        config is the first one, with the patterns of `targets` and `axes` of both.
+        config is the first one, with the patterns of `targets`, `train` and `axes` of both.
 
         Raises:
-            ValueError: if the plans have different targets for one path, or were made for
+            ValueError: if the plans have different entries for one path, or were made for
                 params with different numbers of parameters, or if the `init` or `dtype`
                 of their configs differ.
         """
         if not isinstance(other, AdapterPlan):
             return NotImplemented
         _check_joinable(self, other)
-        targets = {**self.targets, **other.targets}
+        entries = {**self.entries, **other.entries}
         skipped = {**other.skipped, **self.skipped}
         return AdapterPlan(
             config=_joined(self, other),
-            targets=targets,
-            skipped={path: why for path, why in skipped.items() if path not in targets},
+            targets={**self.targets, **other.targets},
+            trained={**self.trained, **other.trained},
+            skipped={path: why for path, why in skipped.items() if path not in entries},
             uses={**other.uses, **self.uses},
             total=self.total or other.total,
         )
 
     def __str__(self) -> str:
-        """A table with a row for each target and a row for their sum.
+        """A table with a row for each target and trained leaf, and a row for their sum.
 
         Lines below the table list uses that `adapt` would have to merge, gradients that are
         stopped, and weights with two axes or more that are left out although no pattern
@@ -202,8 +216,11 @@ class AdapterPlan:
             shape, count = str(target.shape), target.parameters
             numbers = str(target.rank), f"{target.scale:g}", *_counted(count, total)
             rows.append((path, shape, target.axes, target.method, *numbers))
+        for path, leaf in self.trained.items():
+            counted = _counted(leaf.parameters, total)
+            rows.append((path, str(leaf.shape), "", "trained", "", "", *counted))
         whole = _counted(self.parameters, total)
-        rows.append((f"total of {len(self.targets)}", *[""] * 5, *whole))
+        rows.append((f"total of {len(self.entries)}", *[""] * 5, *whole))
         merged = [
             f"to be merged: {path!r}, {use}"
             for path in self.targets
@@ -220,7 +237,7 @@ class AdapterPlan:
         return "\n".join([*table, *merged, *stopped, *_left_out(self)])
 
     def explain(self, path: str) -> str:
-        """Explains why a leaf has an adapter, or why not.
+        """Explains why a leaf has an adapter or is trained, or why not.
 
         Args:
             path: of a leaf of the params. The ending `/value` of NNX may be omitted.
@@ -232,13 +249,18 @@ class AdapterPlan:
         Raises:
             KeyError: if the params have no such leaf.
         """
-        path = tree_paths.find(path, [*self.targets, *self.skipped])
+        path = tree_paths.find(path, [*self.entries, *self.skipped])
         if path in self.skipped:
             lines = [f"{path}: no adapter, because {self.skipped[path]}."]
         elif path in self.targets:
             lines = [*_explained(self, path, self.targets[path])]
+        elif path in self.trained:
+            pattern = tree_paths.first_match(kept_patterns(self.config.train), path)
+            count = self.trained[path].parameters
+            lines = [f"{path}: trained without an adapter, {count:,} parameters."]
+            lines += [f"chosen by train: {pattern!r}"] if pattern else []
         else:
-            hint = tree_paths.nearest_hint(path, [*self.targets, *self.skipped])
+            hint = tree_paths.nearest_hint(path, [*self.entries, *self.skipped])
             raise KeyError(f"the params of this plan have no leaf at {path!r}{hint}.")
         uses = self.uses.get(path, ())
         return "\n  ".join([*lines, *(f"use: {use}" for use in uses)])
@@ -252,9 +274,7 @@ class AdapterPlan:
         Raises:
             TypeError: if the config's `init` is a function.
         """
-        return plan_json.to_text(
-            self.config, self.targets, self.skipped, self.uses, self.total
-        )
+        return plan_json.to_text({name: getattr(self, name) for name in plan_json.FIELDS})
 
     @classmethod
     def from_json(cls, text: str) -> "AdapterPlan":
@@ -305,11 +325,11 @@ def _static_number(name: str, value: Any) -> float:
 
 
 def _check_joinable(first: AdapterPlan, second: AdapterPlan) -> None:
-    for path, target in second.targets.items():
-        if first.targets.get(path, target) != target:
+    for path, entry in second.entries.items():
+        if first.entries.get(path, entry) != entry:
             raise ValueError(
-                f"both plans adapt {path!r}, the first with {first.targets[path]}, the "
-                f"second with {target}: leave it out of one of them with plan.subset(...)."
+                f"both plans adapt {path!r}, the first with {first.entries[path]}, the "
+                f"second with {entry}: leave it out of one of them with plan.subset(...)."
             )
     if first.total and second.total and first.total != second.total:
         raise ValueError(
@@ -329,7 +349,11 @@ def _check_joinable(first: AdapterPlan, second: AdapterPlan) -> None:
 
 def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
     """The config of the union of two plans."""
-    patterns = [kept_patterns(plan.config.targets) for plan in (first, second)]
+    configs = first.config, second.config
+    patterns, train = (
+        tuple(dict.fromkeys(p for c in configs for p in kept_patterns(getattr(c, name))))
+        for name in ("targets", "train")
+    )
     axes = {
         path: letters
         for plan in (first, second)
@@ -338,11 +362,8 @@ def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
     }
     return dataclasses.replace(
         first.config,
-        targets=(
-            ALL_LINEAR
-            if ALL_LINEAR in (first.config.targets, second.config.targets)
-            else tuple(dict.fromkeys((*patterns[0], *patterns[1])))
-        ),
+        targets=(ALL_LINEAR if ALL_LINEAR in [c.targets for c in configs] else patterns),
+        train=train,
         axes={**axes, **second.config.axes, **first.config.axes},
     )
 

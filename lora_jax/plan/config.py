@@ -1,4 +1,4 @@
-"""`LoraConfig`: which weights to adapt, and how."""
+"""`LoraConfig`: which weights to adapt or train, and how."""
 
 import dataclasses
 import json
@@ -37,6 +37,9 @@ class LoraConfig:
         targets: patterns of the paths of the weights to adapt, or one pattern. Or
             `"all-linear"`: every weight that a matrix product uses.
         exclude: patterns of paths not to adapt, or one pattern.
+        train: patterns of leaves to train themselves, without an adapter, such as
+            `("*/bias", "*/scale", "head/*")`. `"all-linear"` does not adapt them, and
+            `exclude` does not apply to them.
         rank_pattern: a dict from patterns to ranks, for weights with another rank.
         alpha_pattern: a dict from patterns to alphas, for weights with another alpha.
         axes: a dict from patterns to strings such as `"oi"` or `"bio"`, with one letter
@@ -49,7 +52,8 @@ class LoraConfig:
             training, in [0, 1).
         init: the initializer of the factors; see `lora_jax.initializers.init_factors`.
         dtype: of the factors, floating point and of at least 16 bits. None means the
-            weight's dtype, but at least float32.
+            weight's dtype, but at least float32. Trained leaves have it too, but keep
+            every bit of the leaf.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -78,6 +82,7 @@ class LoraConfig:
     targets: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = ALL_LINEAR
     exclude: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = ()
     _: dataclasses.KW_ONLY
+    train: str | re.Pattern[str] | Iterable[str | re.Pattern[str]] = ()
     rank_pattern: Mapping[str, int] = FrozenDict()
     alpha_pattern: Mapping[str, float] = FrozenDict()
     axes: Mapping[str, str] = FrozenDict()
@@ -95,6 +100,7 @@ class LoraConfig:
             "alpha": _alpha(self.alpha),
             "targets": _targets(self.targets),
             "exclude": tree_paths.as_texts("exclude", self.exclude),
+            "train": tree_paths.as_texts("train", self.train),
             "rank_pattern": _entries("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _entries("alpha_pattern", self.alpha_pattern, _alpha),
             "axes": _entries("axes", self.axes, _axes),

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from lora_jax._core import checks, tree_paths
-from lora_jax._core.quantized import QuantizedTensor
+from lora_jax._core.quantized import QuantizedTensor, is_quantized
 from lora_jax.layers import adapter_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
-from lora_jax.plan.target import Target
+from lora_jax.plan.target import VALUE, Target, TrainedLeaf
 
 _NO_BIASES = dict.fromkeys(
     adapter_checks.BIASES,
@@ -34,7 +34,7 @@ def check_plan(plan: Any) -> None:
 
 
 def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
-    """Raises unless params have the weights that a plan adapts.
+    """Raises unless params have the weights that a plan adapts, and its trained leaves.
 
     Args:
         params_by_path: the leaves of the params by path.
@@ -42,24 +42,30 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
 
     Raises:
         KeyError: if a weight is missing.
-        TypeError: if one is not a floating-point array.
+        TypeError: if one is not a floating-point array, or a trained leaf is quantized.
         ValueError: if one has another shape than in the plan.
     """
     check_plan(plan)
-    missing = [path for path in plan.targets if path not in params_by_path]
+    missing = [path for path in plan.entries if path not in params_by_path]
     if missing:
         hint = tree_paths.nearest_hint(missing[0], params_by_path)
+        verb = "adapts" if missing[0] in plan.targets else "trains"
         raise KeyError(
-            f"params lack weights that the plan adapts: {tree_paths.listed(missing)}{hint}."
+            f"params lack weights that the plan {verb}: {tree_paths.listed(missing)}{hint}."
             " Is the plan that of these params? They come first, before the adapters."
         )
-    for path, target in plan.targets.items():
+    for path, entry in plan.entries.items():
         weight = params_by_path[path]
         with checks.at_path(path):
             checks.check_abstract_array("the weight", weight)
-            if tuple(weight.shape) != target.shape:
+            if path in plan.trained and is_quantized(weight):
+                raise TypeError(
+                    f"the plan trains this leaf, and it is quantized ({weight!r}): pass "
+                    "the dense leaf, or adapt it instead."
+                )
+            if tuple(weight.shape) != entry.shape:
                 raise ValueError(
-                    f"the plan is for a weight of shape {target.shape}, got "
+                    f"the plan is for a weight of shape {entry.shape}, got "
                     f"{tuple(weight.shape)}: make the plan anew for these params."
                 )
 
@@ -77,10 +83,13 @@ def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
         ValueError: if a shape is not the plan's, or an adapter has biases.
     """
     check_plan(plan)
-    check_paths("adapters", adapters, list(plan.targets))
+    check_paths("adapters", adapters, list(plan.entries))
     for path, target in plan.targets.items():
         with checks.at_path(path):
             _check_adapter(adapters[path], target)
+    for path, leaf in plan.trained.items():
+        with checks.at_path(path):
+            _check_trained(adapters[path], leaf)
 
 
 def check_paths(name: str, given: Any, paths: list[str]) -> None:
@@ -189,6 +198,16 @@ def _check_adapter(adapter: Any, target: Target) -> None:
                 f"adapter[{name!r}] must have the shape {shape} that the plan has for "
                 f"rank {target.rank}, got {adapter[name].shape}."
             )
+
+
+def _check_trained(adapter: Any, leaf: TrainedLeaf) -> None:
+    if not isinstance(adapter, Mapping) or set(adapter) != {VALUE}:
+        got = sorted(adapter) if isinstance(adapter, Mapping) else type(adapter).__name__
+        raise KeyError(
+            f"the plan trains this leaf without an adapter: expected {{{VALUE!r}: array}}, "
+            f"got {got}."
+        )
+    checks.check_vector(VALUE, adapter[VALUE], leaf.shape, "that of the leaf")
 
 
 def check_none_is_shared(

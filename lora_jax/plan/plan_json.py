@@ -6,33 +6,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax._core import checks
-from lora_jax.plan.config import LoraConfig, from_fields
-from lora_jax.plan.target import ROLES, Target, Use
+from lora_jax.plan.config import from_fields
+from lora_jax.plan.target import ROLES, Target, TrainedLeaf, Use
 
-_FIELDS = ("config", "targets", "skipped", "uses", "total")
-_TARGET_FIELDS = tuple(field.name for field in dataclasses.fields(Target))
+FIELDS = ("config", "targets", "trained", "skipped", "uses", "total")
 
 
-def to_text(
-    config: LoraConfig,
-    targets: Mapping[str, Target],
-    skipped: Mapping[str, str],
-    uses: Mapping[str, tuple[Use, ...]],
-    total: int,
-) -> str:
-    """Writes the fields of a plan as a JSON object.
+def to_text(fields: Mapping[str, Any]) -> str:
+    """Writes the `FIELDS` of a plan as a JSON object.
 
     Raises:
         TypeError: if the config's `init` is a function.
     """
-    values = (
-        json.loads(config.to_json()),
-        {path: dataclasses.asdict(target) for path, target in targets.items()},
-        dict(skipped),
-        {path: [use._asdict() for use in own] for path, own in uses.items()},
-        total,
-    )
-    return json.dumps(dict(zip(_FIELDS, values, strict=True)), indent=2)
+    kinds = {name: _as_dicts(fields[name]) for name in ("targets", "trained")}
+    uses = {path: [use._asdict() for use in own] for path, own in fields["uses"].items()}
+    config = json.loads(fields["config"].to_json())
+    written = {**fields, **kinds, "config": config, "uses": uses}
+    return json.dumps(written, indent=2, default=dict)
+
+
+def _as_dicts(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: dataclasses.asdict(entry) for path, entry in entries.items()}
 
 
 def from_text(text: str) -> dict[str, Any]:
@@ -47,25 +41,36 @@ def from_text(text: str) -> dict[str, Any]:
 
 
 def _fields_of_plan(given: Any) -> dict[str, Any]:
-    _check_fields("AdapterPlan", given, _FIELDS)
-    for name in ("targets", "skipped", "uses"):
+    if isinstance(given, dict):  # plans of earlier versions have no trained leaves
+        given = {"trained": {}, **given}
+    _check_fields("AdapterPlan", given, FIELDS)
+    for name in ("targets", "trained", "skipped", "uses"):
         checks.check_json(name, given[name], dict, "an object with paths as its names")
     for path, reason in given["skipped"].items():
         checks.check_json(f"skipped[{path!r}]", reason, str, "a reason")
     checks.check_json("total", given["total"], int, "a number of parameters")
     if given["total"] < 0:
         raise ValueError(f"total must be at least 0, got {given['total']}.")
-    targets, uses = {}, {}
-    for path, target in given["targets"].items():
-        with checks.at_path(path):
-            _check_fields("Target", target, _TARGET_FIELDS)
-            targets[path] = Target(**target)
+    read = {
+        "config": from_fields(given["config"]),
+        "targets": _entries(Target, given["targets"]),
+        "trained": _entries(TrainedLeaf, given["trained"]),
+    }
+    entries, uses = read["targets"] | read["trained"], {}
     for path, own in given["uses"].items():
         with checks.at_path(path):
             checks.check_json("uses", own, list, "a list of uses")
-            uses[path] = tuple(_use(use, targets.get(path)) for use in own)
-    config = from_fields(given["config"])
-    return {**given, "config": config, "targets": targets, "uses": uses}
+            uses[path] = tuple(_use(use, entries.get(path)) for use in own)
+    return {**given, **read, "uses": uses}
+
+
+def _entries(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    names, entries = tuple(field.name for field in dataclasses.fields(kind)), {}
+    for path, fields in given.items():
+        with checks.at_path(path):
+            _check_fields(kind.__name__, fields, names)
+            entries[path] = kind(**fields)
+    return entries
 
 
 def _check_fields(kind: str, given: Any, names: tuple[str, ...]) -> None:
@@ -77,7 +82,7 @@ def _check_fields(kind: str, given: Any, names: tuple[str, ...]) -> None:
         raise ValueError(f"{what} lacks the fields {', '.join(missing)}.")
 
 
-def _use(given: Any, target: Target | None) -> Use:
+def _use(given: Any, leaf: Target | TrainedLeaf | None) -> Use:
     _check_fields("Use", given, Use._fields)
     roles = given["roles"]
     checks.check_json("roles", roles, list, "a list of words")
@@ -86,9 +91,9 @@ def _use(given: Any, target: Target | None) -> Use:
     checks.check_json("linear", given["linear"], bool, "true or false")
     for role in roles:
         checks.check_choice("each of roles", role, ROLES)
-    if target is not None and len(roles) != len(target.shape):
+    if leaf is not None and len(roles) != len(leaf.shape):
         raise ValueError(
-            f"roles must have a word for each of the {len(target.shape)} axes of the "
+            f"roles must have a word for each of the {len(leaf.shape)} axes of the "
             f"weight, got {len(roles)}."
         )
     return Use(**{**given, "roles": tuple(roles)})

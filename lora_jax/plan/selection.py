@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax._core import checks, tree_paths
+from lora_jax._core import checks, quantized, tree_paths
 from lora_jax.plan import axis_roles
 from lora_jax.plan.adapter_plan import (
     EXCLUDED,
@@ -17,7 +17,7 @@ from lora_jax.plan.adapter_plan import (
     alike,
 )
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
-from lora_jax.plan.target import Target, Use
+from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
@@ -37,7 +37,8 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
 
     Raises:
         ValueError: if a pattern matches nothing, a pattern of `targets` matches what
-            cannot have an adapter, or nothing is adapted.
+            cannot have an adapter, a pattern of `train` what cannot be trained, or nothing
+            is adapted.
     """
     arrays = {path: leaf for path, leaf in leaves.items() if checks.is_array(leaf)}
     targets: dict[str, Target] = {}
@@ -48,10 +49,13 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         tree_paths.check_matched(
             "targets", kept_patterns(config.targets), arrays, "array of params"
         )
-    tree_paths.check_matched(
-        "exclude", kept_patterns(config.exclude), arrays, "array of params"
-    )
+    for name in ("exclude", "train"):
+        patterns = kept_patterns(getattr(config, name))
+        tree_paths.check_matched(name, patterns, arrays, "array of params")
+    trained = _trained(config, arrays)
     for path, leaf in leaves.items():
+        if path in trained:
+            continue
         reason = _passed_over(config, path, leaf)
         if reason is not None:
             skipped[path] = reason
@@ -79,7 +83,40 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         skipped=skipped,
         uses=uses or {},
         total=count(arrays.values()),
+        trained=trained,
     )
+
+
+def _trained(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str, TrainedLeaf]:
+    """The leaves that the patterns of `train` select."""
+    trained, refused = {}, []
+    for path, leaf in arrays.items():
+        if tree_paths.first_match(kept_patterns(config.train), path) is None:
+            continue
+        trained[path] = TrainedLeaf(tuple(leaf.shape))
+        if quantized.is_quantized(leaf):
+            refused.append(f"  {path!r}: it is quantized, so a step would change its codes")
+        elif (reason := _not_trainable(leaf.dtype)) is not None:
+            refused.append(f"  {path!r}: {reason}")
+        elif config.targets != ALL_LINEAR and _passed_over(config, path, leaf) is None:
+            pattern = tree_paths.first_match(kept_patterns(config.targets), path)
+            refused.append(
+                f"  {path!r}: the pattern {pattern!r} of targets adapts it. To train it, "
+                f"give exclude=({path!r},)"
+            )
+    if refused:
+        lines = "\n".join(["train matches what cannot be trained:", *refused])
+        raise ValueError(f"{lines}\nNarrow the patterns of train.")
+    return trained
+
+
+def _not_trainable(dtype: Any) -> str | None:
+    """Why no array of a dtype can be trained, or None."""
+    if not checks.is_floating(dtype):
+        return f"its dtype {dtype} is not floating point"
+    if jnp.dtype(dtype).itemsize < 2:
+        return f"its dtype {dtype} has less than 16 bits, and no meaning without its scales"
+    return None
 
 
 def _unclear(why: axis_roles.UnsuitableError) -> bool:
@@ -131,12 +168,9 @@ def _target(config: LoraConfig, path: str, leaf: Any, uses: Uses | None) -> Targ
 
 
 def _check_leaf(shape: tuple[int, ...], dtype: Any) -> None:
-    if not checks.is_floating(dtype):
-        raise axis_roles.UnsuitableError(f"its dtype {dtype} is not floating point")
-    if jnp.dtype(dtype).itemsize < 2:
-        raise axis_roles.UnsuitableError(
-            f"its dtype {dtype} has less than 16 bits, and no meaning without its scales"
-        )
+    reason = _not_trainable(dtype)
+    if reason is not None:
+        raise axis_roles.UnsuitableError(reason)
     if len(shape) < 2:
         raise axis_roles.UnsuitableError(
             f"it is a {'vector' if shape else 'scalar'}, {shape}"

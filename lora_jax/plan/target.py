@@ -1,4 +1,4 @@
-"""One adapted weight: how it is adapted, and how a function uses it."""
+"""One leaf of a plan: how it is adapted or trained, and how a function uses it."""
 
 import dataclasses
 import math
@@ -9,11 +9,13 @@ import jax
 
 from lora_jax._core import checks
 
-__all__ = ["Target", "Use"]
+__all__ = ["Target", "TrainedLeaf", "Use"]
 
 METHODS = ("lora", "dora")
 ROLES = ("contracted", "kept", "batch", "indexed", "stacked", "")
 NOT_FOLLOWED = "its axes cannot be followed through it"
+VALUE = "value"
+"""The entry of a trained leaf in adapters."""
 _LARGEST_SIZE = 2**63 - 1
 
 
@@ -127,6 +129,36 @@ class Target:
     def alpha(self) -> float:
         """The alpha of the adapter: `scale * rank`."""
         return self.scale * self.rank
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class TrainedLeaf:
+    """One leaf that is trained itself: a bias, a norm, a head.
+
+    Its entry in adapters is `{path: {"value": array}}`.
+
+    Args:
+        shape: of the leaf.
+
+    Raises:
+        TypeError, ValueError: if the shape is not a tuple of sizes.
+    """
+
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", _sizes("shape", self.shape))
+
+    @property
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of the leaf's only entry in adapters, by its name."""
+        return {VALUE: self.shape}
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the leaf."""
+        return math.prod(self.shape)
 
 
 def _sizes(name: str, values: Any) -> tuple[int, ...]:

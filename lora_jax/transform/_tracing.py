@@ -40,6 +40,15 @@ class Traced(NamedTuple):
         jaxpr, _ = compat.open_jaxpr(self.jaxpr)
         return [atom.aval for atom in jaxpr.invars]
 
+    @property
+    def unused(self) -> set[str]:
+        """The paths of arrays that no equation of the function takes."""
+        jaxpr, _ = compat.open_jaxpr(self.jaxpr)
+        atoms = [atom for equation in jaxpr.eqns for atom in equation.invars]
+        used = set(map(id, (*atoms, *jaxpr.outvars)))
+        pairs = zip(self.paths, jaxpr.invars, strict=True)
+        return {path for path, atom in pairs if path and id(atom) not in used}
+
 
 def is_array(value: Any) -> bool:
     """Whether a leaf is traced: arrays are, Python and NumPy numbers are not.

@@ -14,7 +14,7 @@ from lora_jax._core import checks, compat, numerics, quantized, tree_paths
 from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.lora import Adapters
 from lora_jax.lowrank import weight_norms
-from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan import axis_roles, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target
 from lora_jax.transform import _interpreter, _norms, _tracing
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
@@ -74,7 +74,11 @@ def adapt(
     dropped. All examples of a `jax.vmap` around have one mask, unless the key is mapped
     over as well.
 
-    Any leaf of the params may be quantized (`lora_jax.quant`); the function sees an array.
+    In place of a leaf that the plan trains the function sees its value in the adapters,
+    rounded to the dtype of the leaf.
+
+    Any other leaf of the params may be quantized (`lora_jax.quant`); the function sees an
+    array.
     It is formed where it is used, and again in the backward pass, a layer of a scan at a
     time.
 
@@ -87,7 +91,8 @@ def adapt(
             function does with it has no low-rank form (`tanh(W)`): `"error"` raises;
             `"allow"` forms it for that use, exactly, and logs a line at the level INFO to
             the logger `"lora_jax"`; a function is called with each `Merge`.
-        on_unused: whether adapters of a weight that the function never uses are an error.
+        on_unused: whether adapters of a weight that the function never uses are an error,
+            and so for trained leaves, unless an unused one is passed to a jitted function.
         on_stop_gradient: what `jax.lax.stop_gradient` of an adapted weight, or of a part of
             it, means: `"error"` raises; `"base"` stops the frozen weight and not its
             adapter, for models that freeze their base; `"all"` stops both, as the function
@@ -108,7 +113,8 @@ def adapt(
             of its update give half of its scale,
             `{path: 0.5 * scale for path, scale in plan.scales.items()}`. With DoRA the
             scale is that of `A @ B` alone: at 0 the columns of `W` have the magnitudes
-            `m`. The result is that of `adapt(fn, plan.replace(scale=...))`.
+            `m`. Trained leaves have no scale. The result is that of
+            `adapt(fn, plan.replace(scale=...))`.
 
     Returns:
         `adapted(params, adapters, *args, **kwargs)`, which returns what
@@ -167,7 +173,8 @@ def adapt(
     ) -> R:
         plan_checks.check_params(tree_paths.leaf_paths(params), plan)
         plan_checks.check_adapters(adapters, plan)
-        traced = _tracing.trace(fn, params, args, kwargs)
+        own = trained_leaves.put(params, adapters, plan)
+        traced = _tracing.trace(fn, own, args, kwargs)
         traced.check_values()
         key = dropout_key if has_dropout else None
         context = Context(
@@ -197,7 +204,7 @@ def adapt(
         out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
         out = context.merge_all(out, None, "the function returns it")
         if on_unused == "error":
-            _check_used(context, plan)
+            _check_used(context, plan, traced.unused)
         _check_axes(context, plan)
         return traced.result(out)
 
@@ -263,14 +270,17 @@ def _log(merge: Merge) -> None:
     _LOG.info("merged for one use: %s", merge)
 
 
-def _check_used(context: Context, plan: AdapterPlan) -> None:
+def _check_used(context: Context, plan: AdapterPlan, unused_leaves: set[str]) -> None:
     used = {sighting.name for sighting in context.sightings if not sighting.moved}
     unused = [path for path in plan.targets if path not in used]
-    if unused:
+    trained = [path for path in plan.trained if path in unused_leaves]
+    if unused or trained:
+        kind = "adapted weights" if unused else "trained leaves"
+        paths = ", ".join(map(repr, unused or trained))
         raise ValueError(
-            f"the function never uses the adapted weights {', '.join(map(repr, unused))}: "
-            "their adapters would have no effect and no gradient. Is the weight taken from "
-            "params, and not from a closure? Allow it with on_unused='allow'."
+            f"the function never uses the {kind} {paths}: their adapters would have no "
+            "effect and no gradient. Is the weight taken from params, and not from a "
+            "closure? Allow it with on_unused='allow'."
         )
 
 

@@ -53,14 +53,14 @@ def check_dora(model, targets):
     assert_close(run(adapters, params, args), plain(merged, args), ULPS)
 
 
-def check_training(model, axes, targets="all-linear"):
+def check_training(model, axes, targets="all-linear", train=()):
     """Compares output and gradients of LoRA with those of the merged model, and trains.
 
     The plan finds these axes, by path; at first nothing changes; no weight is merged for a
     use, or `adapt` raises; a few steps lower a loss.
     """
     fn, params, args = model
-    plan = model.plan(targets)
+    plan = model.plan(targets, train=train)
     assert axes_of(plan) == axes
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
 
@@ -78,8 +78,8 @@ def check_training(model, axes, targets="all-linear"):
     nonzero = jax.tree.map(jnp.add, adapters, drawn(adapters))
     got, want = step(nonzero), reference(nonzero)
     assert_close(got.output, want.output, ULPS)
-    for path in plan.targets:
-        for name in ("A", "B"):
+    for path, entry in plan.entries.items():
+        for name in entry.adapter_shapes:
             assert_close(got.grads[path][name], want.grads[path][name], ULPS)
 
     losses = []

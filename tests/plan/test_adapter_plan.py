@@ -11,7 +11,7 @@ import pytest
 import lora_jax
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
-from lora_jax.plan.target import Target, Use
+from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 TARGET = Target((5, 4, 2, 3), "dora", 2, 1.5, 0.1, (1,), (2, 3), (0,))
 PRODUCT = Use("dot_general", ("contracted", "kept"), "model.py:7 (call)", linear=True)
@@ -20,7 +20,8 @@ SORTED = Use("sort", ("", ""), "model.py:9 (call)", "no rule for sort")
 
 
 def make_plan(**changes):
-    config = LoraConfig(4, targets=("*/q", "stack"), axes={"stack": "bioo"})
+    axes = {"stack": "bioo"}
+    config = LoraConfig(4, targets=("*/q", "stack"), train="norm/*", axes=axes)
     targets = {
         "a/q": Target((64, 32), "lora", 4, 2.0, 0.0, (0,), (1,)),
         "stack": Target((5, 4, 2, 3), "dora", 4, 1 / 3, 0.0, (1,), (2, 3), (0,)),
@@ -31,6 +32,7 @@ def make_plan(**changes):
         "skipped": {"a/bias": "it is a vector, (32,)"},
         "uses": {"a/q": (PRODUCT, SORTED), "stack": (SCAN,)},
         "total": 10_000,
+        "trained": {"norm/scale": TrainedLeaf((32,))},
     }
     return AdapterPlan(**fields | changes)
 
@@ -100,16 +102,19 @@ def test_equality_is_that_of_config_and_targets():
     assert hash(plan) == hash(other)
     assert plan != make_plan(config=LoraConfig())
     assert plan != make_plan(targets={"a/q": plan.targets["a/q"]})
+    assert plan != make_plan(trained={"norm/scale": TrainedLeaf((16,))})
     assert jax.tree.leaves(plan) == []
-    assert plan.parameters == 4 * 96 + 5 * (16 + 24 + 6)
+    assert plan.parameters == 4 * 96 + 5 * (16 + 24 + 6) + 32
+    assert list(plan.entries) == ["a/q", "stack", "norm/scale"]
 
 
 def test_the_table():
     assert str(make_plan()).splitlines() == [
-        "path        shape         axes  method  rank     scale  parameters    share",
-        "a/q         (64, 32)      io    lora       4         2         384  3.618 %",
-        "stack       (5, 4, 2, 3)  bioo  dora       4  0.333333         230  2.167 %",
-        "total of 2                                                     614  5.785 %",
+        "path        shape         axes  method   rank     scale  parameters    share",
+        "a/q         (64, 32)      io    lora        4         2         384  3.607 %",
+        "stack       (5, 4, 2, 3)  bioo  dora        4  0.333333         230  2.160 %",
+        "norm/scale  (32,)               trained                          32  0.301 %",
+        "total of 3                                                      646  6.068 %",
         "to be merged: 'a/q', sort at model.py:9 (call) (unknown, unknown); merged: no "
         "rule for sort",
     ]
@@ -117,7 +122,8 @@ def test_the_table():
 
 def test_long_tables_keep_all_rows():
     target = TARGET
-    plan = make_plan(targets={f"layer_{i}/w": target for i in range(300)})
+    targets = {f"layer_{i}/w": target for i in range(300)}
+    plan = make_plan(targets=targets, trained={})
     lines = str(plan).splitlines()
     assert len(lines) == 302
     assert len({len(line) for line in lines}) == 1
@@ -180,6 +186,10 @@ def test_explanations():
     assert lines[3].startswith(
         "  note: at rank 4 A and B have 40 entries for the 24 of each"
     )
+    assert plan.explain("norm/scale").splitlines() == [
+        "norm/scale: trained without an adapter, 32 parameters.",
+        "  chosen by train: 'norm/*'",
+    ]
     assert plan.explain("a/bias") == "a/bias: no adapter, because it is a vector, (32,)."
 
 
@@ -203,7 +213,7 @@ def test_json_round_trip(uses):
     assert hash(again) == hash(plan)
     assert (again.skipped, again.uses, again.total) == (plan.skipped, uses, plan.total)
     assert str(again) == str(plan)
-    for path in [*plan.targets, *plan.skipped]:
+    for path in [*plan.entries, *plan.skipped]:
         assert again.explain(path) == plan.explain(path)
 
 
@@ -301,7 +311,7 @@ def test_texts_that_are_no_json(cls, text, error, message):
         ({"total": -1}, ValueError, "total must be at least 0, got -1"),
         ({"targets": []}, TypeError, "targets must be an object with paths"),
         ({"skipped": {"x": 3}}, TypeError, r"skipped\['x'\] must be a reason, got 3"),
-        ({"skipped": {"a/q": "?"}}, ValueError, "'a/q' must be in one of targets and ski"),
+        ({"skipped": {"a/q": "?"}}, ValueError, "'a/q' must be in one of targets, tra"),
         ({"uses": {"a/q": [3]}}, ValueError, "at 'a/q': .*Use must be a JSON object"),
         ({"uses": {"a/q": {}}}, TypeError, "at 'a/q': uses must be a list of uses"),
         (
@@ -339,6 +349,12 @@ def test_a_plan_of_a_plain_dict():
         ({"targets": {1: TARGET}}, TypeError, r"the paths of targets must be strings"),
         ({"uses": {"a/q": PRODUCT._asdict()}}, TypeError, r"uses\['a/q'\] must be a tuple"),
         ({"skipped": {"stack": "why"}}, ValueError, r"'stack' must be in one of targets"),
+        (
+            {"trained": {"stack": TrainedLeaf((2,))}},
+            ValueError,
+            r"'stack' must be in one of",
+        ),
+        ({"trained": {"b": (2,)}}, TypeError, r"trained\['b'\] must be a TrainedLeaf, got"),
     ],
 )
 def test_plans_that_are_none(changes, error, message):
@@ -383,8 +399,10 @@ def test_what_cannot_be_replaced(changes, error, message):
 
 def test_subsets_and_unions():
     plan = make_plan()
-    first, second = plan.subset("a/q"), plan.subset(["stack"])
-    assert dict(first.targets) == {"a/q": plan.targets["a/q"]}
+    first, second = plan.subset("a/q"), plan.subset(["stack", "norm/*"])
+    assert dict(first.entries) == {"a/q": plan.targets["a/q"]}
+    assert list(second.entries) == ["stack", "norm/scale"]
+    assert dict(plan.subset("norm/scale").targets) == {}
     assert "no pattern of the subset matches it" in first.explain("stack")
     assert "left out: 'stack'" not in str(first)
     both = first | second
@@ -403,9 +421,12 @@ def test_subsets_and_unions():
 
 
 def test_the_config_of_a_union_has_the_patterns_of_both():
-    other = AdapterPlan(LoraConfig(2, targets="b", axes={"b": "oi"}), {"b": TARGET})
+    config = LoraConfig(2, targets="b", axes={"b": "oi"}, train="bias")
+    other = AdapterPlan(config, {"b": TARGET}, trained={"bias": TrainedLeaf((3,))})
     union = make_plan() | other
     assert union.config.targets == ("*/q", "stack", "b")
+    assert union.config.train == ("norm/*", "bias")
+    assert list(union.trained) == ["norm/scale", "bias"]
     assert union.config.axes_of("b") == "oi"
     assert union.config.axes_of("stack") == "bioo"
     assert "chosen by targets: 'b'" in union.explain("b")
@@ -419,6 +440,10 @@ def test_the_config_of_a_union_has_the_patterns_of_both():
         (
             {"targets": {"stack": TARGET}},
             r"both plans adapt 'stack', the first with Target",
+        ),
+        (
+            {"trained": {"norm/scale": TrainedLeaf((3,))}},
+            r"both plans adapt 'norm/scale', the first with TrainedLeaf",
         ),
         ({"total": 3}, r"of different params: the first of 10,000 parameters, the second"),
         (

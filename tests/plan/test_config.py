@@ -118,6 +118,7 @@ def test_a_function_is_no_json(init):
             r"'re:\[' in targets is not a valid regular expression",
         ),
         ({"exclude": (3,)}, TypeError, "a pattern in exclude must be a string"),
+        ({"train": ("",)}, ValueError, "a pattern in train is empty"),
         ({"rank_pattern": ("a", 2)}, TypeError, "rank_pattern must be a dict.*got tuple"),
         ({"rank_pattern": {"a": 0}}, ValueError, r"rank_pattern\['a'\].*integer, got 0"),
         ({"alpha_pattern": {"a": 0}}, ValueError, r"alpha_pattern\['a'\].*must not be 0"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lora_jax import quant
 from lora_jax._core import tree_paths
 from lora_jax.plan import selection
 from lora_jax.plan.adapter_plan import AdapterPlan
@@ -230,6 +231,7 @@ def test_a_wrong_number_of_letters(targets):
         ({"targets": ("*/qq/kernel",)}, r"targets matches no array .*'layers/q/kernel'"),
         ({"targets": "step"}, "a pattern of targets matches no array of params: 'step'"),
         ({"exclude": "*/kernal"}, r"exclude matches no array .*'layers/./kernel'"),
+        ({"train": "*/biass"}, r"train matches no array .*'layers/q/bias'"),
         ({"rank_pattern": {"embd": 2}}, "rank_pattern matches no weight that is adapted"),
         ({"rank_pattern": {"embed": 2}}, "'embed'; the first paths are 'layers/o/kernel'"),
         ({"alpha_pattern": {"x": 2}}, "alpha_pattern matches no weight that is adapted"),
@@ -239,6 +241,41 @@ def test_a_wrong_number_of_letters(targets):
 def test_patterns_that_match_nothing(fields, message):
     with pytest.raises(ValueError, match=message):
         plan(**fields)
+
+
+def test_trained_leaves_are_not_adapted():
+    got = plan(train=("*/bias", "layers/o/kernel", "layers/norm"))
+    assert list(got.targets) == ["layers/q/kernel"]
+    assert {path: leaf.shape for path, leaf in got.trained.items()} == {
+        "layers/norm": (12,),
+        "layers/o/kernel": (9, 12),
+        "layers/q/bias": (2, 3),
+    }
+    assert not got.trained.keys() & got.skipped.keys()
+    assert "left out: 'layers/o/kernel'" not in str(got)
+    # The patterns of exclude are about adapters.
+    got = plan("layers/?/kernel", "*/o/*", train="*/o/kernel")
+    assert (list(got.targets), list(got.trained)) == (
+        ["layers/q/kernel"],
+        ["layers/o/kernel"],
+    )
+
+
+def test_what_cannot_be_trained():
+    params = PARAMS | {"int8": quant.quantize_int8(jnp.ones((12, 9)))}
+    with pytest.raises(ValueError, match="train matches what cannot be trained") as raised:
+        plan(("head", "*/o/*"), params=params, train="*")
+    assert str(raised.value).splitlines()[1:] == [
+        "  'head': the pattern 'head' of targets adapts it. To train it, give "
+        "exclude=('head',)",
+        "  'int8': it is quantized, so a step would change its codes",
+        "  'layers/o/kernel': the pattern '*/o/*' of targets adapts it. To train it, give "
+        "exclude=('layers/o/kernel',)",
+        "  'quantized': its dtype int8 is not floating point",
+        "  'tiny': its dtype float8_e4m3fn has less than 16 bits, and no meaning without "
+        "its scales",
+        "Narrow the patterns of train.",
+    ]
 
 
 @pytest.mark.parametrize(

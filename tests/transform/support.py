@@ -34,6 +34,8 @@ def merged(params, adapters, plan, scales=None):
 
     def merge(path, weight):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in plan.trained:
+            return adapters[name]["value"].astype(weight.dtype)
         if name not in plan.targets:
             return weight
         target, adapter = plan.targets[name], adapters[name]

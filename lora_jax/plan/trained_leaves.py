@@ -1,0 +1,124 @@
+"""Leaves of the params that are trained beside the adapters, and put in their place.
+
+In adapters such a leaf is `{path: {"value": array}}`. The params keep the frozen leaf.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from lora_jax._core import checks, compat, numerics, tree_paths
+from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.plan import plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.target import VALUE
+
+
+def init_all(leaves: Mapping[str, Any], plan: AdapterPlan) -> dict[str, Adapter]:
+    """Copies the leaves that a plan trains, with their shardings.
+
+    Copies are float32, or in the dtype of the config. If that does not have all values of
+    the leaf's dtype, they are in the narrowest dtype that has those of both.
+    """
+    copies = {}
+    for path in plan.trained:
+        with checks.at_path(path):
+            checks.check_array("the trained leaf", leaves[path])
+        wide = numerics.promote(_dtype(leaves[path]), plan.config.dtype or "float32")
+        copies[path] = {VALUE: jnp.array(leaves[path], wide)}
+    return copies
+
+
+def values(
+    leaves: Mapping[str, Any], adapters: Adapters, plan: AdapterPlan
+) -> dict[str, jax.Array]:
+    """The trained leaves by path, with the dtypes and shardings of the params' leaves.
+
+    Args:
+        leaves: of the params, by path.
+        adapters: of the plan.
+        plan: which was checked against both.
+    """
+    return {path: _as(leaves[path], adapters[path][VALUE]) for path in plan.trained}
+
+
+def put(params: tree_paths.Tree, adapters: Adapters, plan: AdapterPlan) -> tree_paths.Tree:
+    """Params with the trained leaves in place of the frozen ones."""
+    if not plan.trained:
+        return params
+    leaves, treedef = tree_paths.flatten(params)
+    return treedef.unflatten((leaves | values(leaves, adapters, plan)).values())
+
+
+def merge(
+    leaves: Mapping[str, Any], adapters: Adapters, plan: AdapterPlan
+) -> dict[str, jax.Array]:
+    """Copies of the trained leaves by path, for the params.
+
+    Raises:
+        FloatingPointError: if one has an infinity or a NaN, outside a trace.
+    """
+    merged = {path: jnp.copy(x) for path, x in values(leaves, adapters, plan).items()}
+    for path, leaf in merged.items():
+        if not isinstance(leaf, Tracer) and not bool(jnp.isfinite(leaf).all()):
+            raise FloatingPointError(
+                f"at {path!r}: the trained leaf has an infinity or a NaN in {leaf.dtype}."
+            )
+    return merged
+
+
+def split(
+    adapters: Mapping[str, Any], plan: AdapterPlan
+) -> tuple[dict[str, Any], AdapterPlan, dict[str, Any]]:
+    """Splits adapters for formats that keep trained leaves apart.
+
+    Returns:
+        The adapters without trained leaves, their plan, and the trained leaves by path.
+    """
+    values = {path: adapters[path][VALUE] for path in plan.trained}
+    reasons = dict.fromkeys(plan.trained, "it is trained without an adapter")
+    own = dataclasses.replace(plan, trained={}, skipped={**plan.skipped, **reasons})
+    return {path: adapters[path] for path in plan.targets}, own, values
+
+
+def restore(originals: Mapping[str, Any] | None, plan: AdapterPlan) -> dict[str, Any]:
+    """The leaves from before a merge by path, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: if they are missing, or not those of the plan.
+    """
+    if plan.trained and originals is None:
+        raise ValueError(
+            f"the merge replaced the trained leaves {tree_paths.listed([*plan.trained])}, "
+            "and merged params do not have the old ones any more: give originals={path: "
+            "leaf}, the leaves of the params from before the merge."
+        )
+    given = originals or {}
+    plan_checks.check_paths("originals", given, list(plan.trained))
+    for path, leaf in plan.trained.items():
+        with checks.at_path(path):
+            checks.check_vector("the leaf", given[path], leaf.shape, "that of the plan")
+    return dict(given)
+
+
+def _as(leaf: Any, value: Any) -> jax.Array:
+    """A value with the dtype and the sharding of a leaf."""
+    value = jnp.asarray(value).astype(_dtype(leaf))
+    if not isinstance(leaf, jax.Array):
+        return value
+    kind = jax.typeof(leaf)
+    if compat.has_explicit_axes(compat.mesh_of(kind)):
+        return compat.retyped(value, kind.sharding)
+    if isinstance(leaf, Tracer) or isinstance(value, Tracer):
+        return value
+    sharding = leaf.sharding
+    return jax.device_put(value, sharding) if isinstance(sharding, NamedSharding) else value
+
+
+def _dtype(leaf: Any) -> Any:
+    return jax.dtypes.canonicalize_dtype(leaf.dtype)

@@ -26,7 +26,7 @@ from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedModule, SavedWholes, saved_modules
 from lora_jax.peft.names import mask_numbers, numbers_in, split_path
-from lora_jax.plan import plan_checks
+from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 __all__ = ["save"]
@@ -73,7 +73,7 @@ def save(
         layout: how the weights of the plan and of `replaced` lie; as in `load`.
         replaced: path to array for leaves that are written whole: trained heads, norms,
             biases, embeddings. They become `modules_to_save`, or entries of the adapted
-            layers.
+            layers. The trained leaves of the plan are among them.
         base_model: the name or directory of the base model, for the config.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
         dtype: of all arrays in the file; None for the dtypes that they have.
@@ -100,16 +100,31 @@ def save(
     checks.check_flags(uniform=uniform)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
     plan_checks.check_adapters(adapters, plan)
-    arrays: Mapping[str, Mapping[str, Any]] = adapters
+    arrays: Mapping[str, Mapping[str, Any]]
+    arrays, plan, wholes = trained_leaves.split(adapters, plan)
+    wholes |= _checked_replaced(replaced or {}, wholes)
     if uniform:
-        arrays, plan = _uniform(adapters, plan, dtype)
+        arrays, plan = _uniform(arrays, plan, dtype)
     config, tensors = make_files(
-        arrays, plan, names, layout, replaced or {}, base_model, task_type, dtype
+        arrays, plan, names, layout, wholes, base_model, task_type, dtype
     )
     _warn_of_patterns(config)
     folder = pathlib.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(folder, config, tensors)
+
+
+def _checked_replaced(
+    replaced: Mapping[str, jax.Array], trained: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """The argument `replaced`, which must not have a trained leaf of the plan."""
+    twice = [path for path in replaced if path in trained]
+    if twice:
+        raise ValueError(
+            f"replaced has {twice[0]!r}, which the plan trains: leave it out, because its "
+            "value is in adapters."
+        )
+    return dict(replaced)
 
 
 def make_files(

@@ -13,7 +13,7 @@ import pytest
 import lora_jax
 from lora_jax import peft
 from lora_jax._core.immutable import FrozenDict
-from lora_jax.plan.adapter_plan import Use
+from lora_jax.plan.target import TrainedLeaf, Use
 from tests.peft import support
 from tests.peft.support import GOLDEN, PREFIX, draw
 
@@ -424,8 +424,19 @@ def test_the_word_for_biases(paths, bias, saved, tmp_path):
     shapes = {"bias": (7,), "kernel": (5, 7)}
     replaced = {path: jnp.asarray(draw(*shapes[path.split("/")[1]])) for path in paths}
     peft.save(tmp_path, adapters, plan, replaced=replaced)
-    config = support.read(tmp_path)[1]
+    tensors, config = support.read(tmp_path)
     assert (config["bias"], config["modules_to_save"]) == (bias, saved)
+    # The same leaves in the plan.
+    leaves = {path: TrainedLeaf(array.shape) for path, array in replaced.items()}
+    own = dataclasses.replace(plan, trained=leaves)
+    values = adapters | {path: {"value": array} for path, array in replaced.items()}
+    for uniform in (False, True):
+        peft.save(tmp_path / "trained", values, own, uniform=uniform)
+        again, same_config = support.read(tmp_path / "trained")
+        assert same_config == config
+        jax.tree.map(np.testing.assert_array_equal, again, tensors)
+    with pytest.raises(ValueError, match=rf"replaced has '{paths[0]}', which the plan tr"):
+        peft.save(tmp_path, values, own, replaced=replaced)
 
 
 def test_weights_of_a_stack_that_is_not_in_front(tmp_path):

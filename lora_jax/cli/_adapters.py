@@ -262,6 +262,12 @@ def _whole(file: tensor_files.TensorFile, key: str) -> Whole:
 
 def _read_own(directory: pathlib.Path) -> Contents:
     adapters, plan = load_adapters(directory, dtype="file")
+    if plan.trained:
+        raise tensor_files.CheckpointError(
+            f"{directory} has leaves that are trained without an adapter, and this command "
+            f"does not read them: {tree_paths.listed([*plan.trained])}. Convert it to the "
+            "format of PEFT first (lora-jax convert --to peft), or use merge_adapters."
+        )
     config = plan.config
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
     read, rank_of = {}, _ranks(config)

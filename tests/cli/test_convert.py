@@ -51,6 +51,21 @@ def test_there_and_back(tmp_path, base):
     assert main(["diff", str(adapter), str(own)]) == 0
 
 
+def test_trained_leaves_go_to_peft_alone(tmp_path, base, capsys):
+    params = {"q": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
+    config = lora_jax.LoraConfig(2, targets="q/*", train="head/*")
+    plan = lora_jax.plan_adapters(config, params)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    lora_jax.save_adapters(tmp_path / "own", adapters, plan)
+    own, out = str(tmp_path / "own"), str(tmp_path / "out")
+    for command in (["inspect", own], ["merge", str(base), own, out], ["diff", own, own]):
+        assert main(command) == 1
+        assert "trained without an adapter" in capsys.readouterr().err
+    assert convert(own, tmp_path / "peft", "--to=peft") == 0
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert saved["modules_to_save"] == ["head"]
+
+
 def test_dtypes_stay_or_are_asked_for(tmp_path, base, capsys):
     factors = {
         n: tuple(x.astype("float16") for x in f) for n, f in models.make_factors().items()

@@ -2,8 +2,9 @@
 
 `params` is any pytree. Its leaves are named by their paths, `"decoder/0/query/kernel"`;
 those that are no arrays are left alone. `adapters` is a plain dict from paths of weights to
-their adapters, and `plan` says which those are: see `layers.lora` and `layers.dora` for
-what an adapter does, with `alpha / rank` the `scale` of the plan.
+their adapters, and from paths of trained leaves to `{"value": array}`. `plan` says which
+those are. See `layers.lora` and `layers.dora` for what an adapter does, with `alpha / rank`
+the `scale` of the plan.
 
 All functions but `plan_adapters` take a plan that was made for params with the same paths
 and shapes, and run inside `jax.jit` and `jax.eval_shape` with the plan as an argument.
@@ -78,7 +79,8 @@ def plan_adapters(
         TypeError: if `config` is no `LoraConfig`, `fn` no function, or there are arguments
             and no `fn`.
         ValueError: if a pattern matches nothing, a pattern of `targets` matches what
-            cannot have an adapter, nothing is adapted, or two leaves have one path.
+            cannot have an adapter or a pattern of `train` what cannot be trained, nothing
+            is adapted, or two leaves have one path.
 
     Example:
         >>> import jax, lora_jax

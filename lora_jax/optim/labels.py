@@ -45,7 +45,8 @@ def adapter_labels(
             matched against the weight's path (it then applies to each entry of the
             adapter), against `<weight path>/A` and so on, and against the path in the whole
             tree.
-        other: the label of leaves outside of adapters.
+        other: the label of leaves outside of adapters, and of leaves that the plan trains
+            without an adapter, `{path: {"value": array}}`.
 
     Returns:
         A tree of the same structure with a label for each leaf: `"A"`, `"B"`,
@@ -104,9 +105,9 @@ def weight_decay_mask(
     Magnitudes and biases of adapters are not decayed. Decaying a magnitude would also
     shrink the frozen column.
 
-    Leaves outside of adapters are decayed if they have more than one axis. This is a guess:
-    in stacked layers a norm's scale or a bias is `(layers, width)` and looks like a matrix.
-    Name such leaves in `exclude`.
+    Trained leaves, and leaves outside of adapters, are decayed if they have more than one
+    axis. This is a guess: in stacked layers a norm's scale or a bias is `(layers, width)`
+    and looks like a matrix. Name such leaves in `exclude`.
 
     Args:
         tree: as in `adapter_labels`.

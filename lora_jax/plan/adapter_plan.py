@@ -168,12 +168,12 @@ class AdapterPlan:
         if not texts:
             raise ValueError("patterns is empty: a subset has at least one target.")
         tree_paths.check_matched("the subset", texts, self.entries, "target of the plan")
-        kept = [path for path in self.entries if tree_paths.first_match(texts, path)]
+        kept = {path for path in self.entries if tree_paths.first_match(texts, path)}
         rest = {path: _NOT_IN_SUBSET for path in self.entries if path not in kept}
         return dataclasses.replace(
             self,
-            targets={path: self.targets[path] for path in kept if path in self.targets},
-            trained={path: self.trained[path] for path in kept if path in self.trained},
+            targets={path: own for path, own in self.targets.items() if path in kept},
+            trained={path: own for path, own in self.trained.items() if path in kept},
             skipped={**self.skipped, **rest},
         )
 
@@ -325,10 +325,11 @@ def _static_number(name: str, value: Any) -> float:
 
 
 def _check_joinable(first: AdapterPlan, second: AdapterPlan) -> None:
+    entries = first.entries
     for path, entry in second.entries.items():
-        if first.entries.get(path, entry) != entry:
+        if entries.get(path, entry) != entry:
             raise ValueError(
-                f"both plans adapt {path!r}, the first with {first.entries[path]}, the "
+                f"both plans adapt {path!r}, the first with {entries[path]}, the "
                 f"second with {entry}: leave it out of one of them with plan.subset(...)."
             )
     if first.total and second.total and first.total != second.total:

@@ -1,10 +1,10 @@
-"""Converts a weight of any layout to a matrix `(*batch, in, out)`, and back.
+"""A weight of any layout as a matrix `(*batch, in, out)`, and back.
 
-If the axes are in the order batch, input, output, this is a reshape. If they are in the
-order batch, output, input, transposing the weight would copy it. Then the matrix is
-*flipped*, `(*batch, out, in)`: it has the update `W^T + s B^T A^T`, so its factors are
-`B^T` and `A^T`, and the norms of columns are the norms of its rows. Other orders are
-transposed.
+Where its axes lie in the order batch, input, output, that is a reshape. Where they lie in
+the order batch, output, input, the weight is not turned round, which would copy it, but
+seen as the *flipped* matrix `(*batch, out, in)`: `W^T + s B^T A^T` is the update of one
+whose factors are `B^T` and `A^T`, and the norms of columns are norms of its rows. Other
+orders are transposed.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 
-from lora_jax.plan.target import Target
+from lora_jax.plan.adapter_plan import Target
 
 
 def is_flipped(target: Target) -> bool:
@@ -33,7 +33,7 @@ def to_matrix(weight: jax.Array, target: Target) -> jax.Array:
 
 
 def from_matrix(matrix: jax.Array, target: Target) -> jax.Array:
-    """The inverse of `to_matrix`."""
+    """The weight of which `to_matrix` made a matrix."""
     order = _order(target)
     weight = matrix.reshape([target.shape[axis] for axis in order])
     if _ascends(order):
@@ -44,7 +44,7 @@ def from_matrix(matrix: jax.Array, target: Target) -> jax.Array:
 def matrix_adapter(
     adapter: Mapping[str, jax.Array], target: Target
 ) -> dict[str, jax.Array]:
-    """The adapter of the matrix from `to_matrix`."""
+    """The adapter that fits `to_matrix` of the weight."""
     if not is_flipped(target):
         return dict(adapter)
     a, b = (adapter[name].swapaxes(-1, -2) for name in ("A", "B"))
@@ -52,12 +52,12 @@ def matrix_adapter(
 
 
 def norm_axis(target: Target) -> Literal["out", "in"]:
-    """The axis of the matrix from `to_matrix` that has the DoRA magnitudes."""
+    """Which axis of `to_matrix` of the weight a DoRA magnitude stands for."""
     return "in" if is_flipped(target) else "out"
 
 
 def _order(target: Target) -> tuple[int, ...]:
-    """The axes of the weight in the order of its matrix."""
+    """The axes of the weight in the order that its matrix has them."""
     if is_flipped(target):
         return (*target.batch_axes, *target.out_axes, *target.in_axes)
     return (*target.batch_axes, *target.in_axes, *target.out_axes)

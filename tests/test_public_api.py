@@ -67,7 +67,8 @@ merge_dora_weight(frozen_weight, adapter, alpha=1.0, *, rank_stabilized=False,
 unmerge_dora_weight(merged_weight, adapter, column_norm, alpha=1.0, *,
     rank_stabilized=False, norm_axis='out')
 LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, train=(),
-    rank_pattern={}, alpha_pattern={}, axes={}, rank_stabilized=False, use_dora=False,
+    rank_pattern={}, alpha_pattern={}, axes={}, products={}, rank_stabilized=False,
+    use_dora=False,
     dropout=0.0, init='kaiming_uniform', dtype=None)
 plan_adapters(config, params, fn=None, /, *args, **kwargs)
 init_adapters(key, params, plan)

@@ -217,6 +217,20 @@ def _shape_of(atom: Any) -> Any:
     return type(aval) if hasattr(aval, "inner_aval") else getattr(aval, "shape", None)
 
 
+# Primitives that call a function of the user's, or a kernel, by a name.
+NAMED_CALLS = ("jit", "custom_jvp_call", "custom_vjp_call", "pallas_call", "ffi_call")
+
+
+def function_name(equation: Any) -> str:
+    """The name of the function that an equation of `NAMED_CALLS` calls."""
+    of = equation.params
+    name = of.get("name") or of.get("target_name")
+    if name is None:
+        jaxpr, _ = open_jaxpr(of.get("call_jaxpr", of.get("jaxpr")))
+        name = getattr(getattr(jaxpr, "debug_info", None), "func_name", "")
+    return str(name)
+
+
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 

@@ -115,7 +115,9 @@ def plan_adapters(
             "to fn."
         )
     leaves = tree_paths.leaf_paths(params)
-    uses = None if fn is None else discovery.find_uses(fn, params, args, kwargs)
+    uses = None
+    if fn is not None:
+        uses = discovery.find_uses(fn, params, args, kwargs, config.products)
     return selection.select(config, leaves, uses)
 
 

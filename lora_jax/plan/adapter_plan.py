@@ -38,8 +38,8 @@ class AdapterPlan:
     A plan also lists the leaves that are trained without an adapter. It is immutable and
     hashable. JAX treats it as a static value without leaves. Two plans are equal if their
     configs, targets and trained leaves are. The functions of this library read `targets`
-    and `trained`; from the config of a plan they read `init`, `dtype` and `axes` only. So
-    `replace`, `subset` and `|` change the targets and not these.
+    and `trained`; from the config of a plan they read `init`, `dtype`, `axes` and
+    `products` only. So `replace`, `subset` and `|` change the targets and not these.
 
     Args:
         config: the config that selected the targets.
@@ -54,7 +54,7 @@ class AdapterPlan:
         TypeError: if a field has the wrong type.
         ValueError: if a path is in two of `targets`, `trained` and `skipped`; or if
             `dataclasses.replace` changes the config and not the targets, and the configs
-            differ in more than `init` and `dtype`.
+            differ in more than `init`, `dtype` and `products`.
 
     Example:
         >>> import lora_jax
@@ -181,12 +181,13 @@ class AdapterPlan:
         """Combines the targets and trained leaves of two plans for the same params.
 
         The adapters of `first | second` are `{**first_adapters, **second_adapters}`. The
-        config is the first one, with the patterns of `targets`, `train` and `axes` of both.
+        config is the first one, with the patterns of `targets`, `train`, `axes` and
+        `products` of both.
 
         Raises:
             ValueError: if the plans have different entries for one path, or were made for
                 params with different numbers of parameters, or if the `init` or `dtype`
-                of their configs differ.
+                of their configs differ, or their equations for one function.
         """
         if not isinstance(other, AdapterPlan):
             return NotImplemented
@@ -337,6 +338,12 @@ def _check_joinable(first: AdapterPlan, second: AdapterPlan) -> None:
             f"the plans are of different params: the first of {first.total:,} parameters, "
             f"the second of {second.total:,}."
         )
+    for name, text in second.config.products.items():
+        if first.config.products.get(name, text) != text:
+            raise ValueError(
+                f"the plans state that {name!r} is {first.config.products[name]!r} and "
+                f"{text!r}: products has one equation for each function."
+            )
     for name in ("init", "dtype"):
         values = getattr(first.config, name), getattr(second.config, name)
         if values[0] != values[1]:
@@ -366,6 +373,7 @@ def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
         targets=(ALL_LINEAR if ALL_LINEAR in [c.targets for c in configs] else patterns),
         train=train,
         axes={**axes, **second.config.axes, **first.config.axes},
+        products={**second.config.products, **first.config.products},
     )
 
 
@@ -374,7 +382,7 @@ def _check_same_targets(old: LoraConfig, new: LoraConfig) -> None:
     changed = [
         f"{field.name} was {getattr(old, field.name)!r}, now {getattr(new, field.name)!r}"
         for field in dataclasses.fields(LoraConfig)
-        if field.name not in ("init", "dtype")
+        if field.name not in ("init", "dtype", "products")
         and getattr(old, field.name) != getattr(new, field.name)
     ]
     if changed:

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.layers.initializers import Init, check_init
+from lora_jax.plan.products import parse_equation
 
 __all__ = ["LoraConfig"]
 
@@ -46,6 +47,9 @@ class LoraConfig:
             for each axis of the weight: `i` for input, `o` for output, `b` for batch
             (stacked layers, experts). It overrides inferred axes, and gives axes that
             cannot be inferred.
+        products: a dict from patterns of the names of functions to equations, for
+            functions that `adapt` does not look into: a `custom_vjp`, `custom_jvp` or
+            `pallas_call`; a jitted function may be stated as well. See below.
         rank_stabilized: multiply by `alpha / sqrt(rank)` instead.
         use_dora: use DoRA, not LoRA.
         dropout: the probability that an entry of an adapter's input is dropped in
@@ -55,11 +59,28 @@ class LoraConfig:
             weight's dtype, but at least float32. Trained leaves have it too, but keep
             every bit of the leaf.
 
+    An *equation* states that a function is a matrix product, as for `jnp.einsum`:
+    `products={"mul": "...k,kn->...n"}`. The adapter is then applied beside the function:
+    `mul(x, W) + scale * (x @ A) @ B`. The function sees the frozen weight, so it keeps its
+    custom derivative, and what it rounds. `_` is an operand or result that takes no part
+    (`"...k,kn,_->...n"`, for a scale). The name is that of the Python function, as errors
+    and printed plans have it. There are three kinds of equations:
+
+    - two operands: a product, in any layout that `jnp.einsum` takes.
+    - three: a product of groups of rows, `"mk,gkn,g->mn"`, as `jax.lax.ragged_dot`.
+    - one: a function that rounds or transposes a weight, `"kn,_->kn"`. The update is
+      added to what it returns; the product follows later in the program.
+
+    An equation that does not fit the shapes of a call, or contradicts the products that
+    the function is seen to use, is an error. All else is taken on the user's word, such as
+    that a kernel computes what is stated.
+
     Raises:
         TypeError: if a field has the wrong type.
         ValueError: if a number is out of its range, a pattern is not a valid regular
-            expression, a name is unknown, there are no targets, or a string in `axes` has
-            other letters than i, o and b, or lacks an i or an o.
+            expression, a name is unknown, there are no targets, a string in `axes` has
+            other letters than i, o and b, or lacks an i or an o, or a string in `products`
+            is no equation.
 
     References:
         Rank stabilization: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732. DoRA:
@@ -86,6 +107,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = FrozenDict()
     alpha_pattern: Mapping[str, float] = FrozenDict()
     axes: Mapping[str, str] = FrozenDict()
+    products: Mapping[str, str] = FrozenDict()
     rank_stabilized: bool = False
     use_dora: bool = False
     dropout: float = 0.0
@@ -104,6 +126,7 @@ class LoraConfig:
             "rank_pattern": _entries("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _entries("alpha_pattern", self.alpha_pattern, _alpha),
             "axes": _entries("axes", self.axes, _axes),
+            "products": _entries("products", self.products, _equation),
             "rank_stabilized": bool(self.rank_stabilized),
             "use_dora": bool(self.use_dora),
             "dropout": float(self.dropout),
@@ -223,6 +246,10 @@ def _axes(letters: Any) -> str:
             f"and b (batch), with at least one i and one o, got {letters!r}."
         )
     return letters
+
+
+def _equation(text: Any) -> str:
+    return parse_equation(text).text
 
 
 def _targets(targets: Any) -> str | tuple[str, ...]:

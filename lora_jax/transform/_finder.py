@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax._core import compat
+from lora_jax.plan.products import StatementError
 from lora_jax.plan.target import NOT_FOLLOWED
 from lora_jax.transform._context import Frame
 from lora_jax.transform._interpreter import keeps_rows
@@ -82,6 +83,8 @@ class Finder:
                 return _with_rows(values, step(self, equation, *values))
             except NotFactorableError as error:
                 reason = str(error)
+            except StatementError:
+                raise
             except Exception as error:
                 return self._not_followed(equation, values, error)
             finally:
@@ -114,7 +117,7 @@ class Finder:
         if (body := compat.body_of(equation)) is not None:
             if self._reading:
                 return self.follow(body[0], values)
-            passed = self._read_aside(body[0], values, roles)
+            passed = self.read_aside(body[0], values, roles)
         weights = [value for value in values if isinstance(value, Tracked)]
         for value in weights:
             self.uses.use_rows(value)
@@ -129,7 +132,7 @@ class Finder:
         axes = tuple(own for value in weights if value.shape == shape for own in value.axes)
         return [Tracked(shape, axes)] if axes else dense(equation)
 
-    def _read_aside(self, body: Any, values: list[Any], roles: Any) -> list[Any]:
+    def read_aside(self, body: Any, values: list[Any], roles: Any) -> list[Any]:
         """The outputs of the body of a call; its uses are added to `roles` alone."""
         saved = self.uses.found, self._reading
         self.uses.found, self._reading = [], True

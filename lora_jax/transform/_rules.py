@@ -5,6 +5,7 @@ speed until it has a rule, never correctness.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from lora_jax.transform import (
     _rules_products,
     _rules_spmd,
     _rules_structure,
+    _stated,
 )
 from lora_jax.transform._context import Context, Rule
 from lora_jax.transform._deferred import Deferred
@@ -71,3 +73,12 @@ _OTHERS = {
 # Calls hand their values to equations that have types of their own.
 RULES: dict[str, Rule] = {name: _on_any_mesh(rule) for name, rule in _OTHERS.items()}
 RULES |= _CALLS
+
+
+def rules_for(products: Mapping[str, str]) -> Mapping[str, Rule]:
+    """The rules, given what functions are stated to be products."""
+    if not products:
+        return RULES
+    return _stated.with_products(
+        RULES, products, lambda name, stated: _on_any_mesh(_stated.rule(name, stated))
+    )

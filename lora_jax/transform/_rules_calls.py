@@ -1,12 +1,13 @@
 """Primitives that call a jaxpr once: `jit`, `checkpoint`, `compute_on`, own derivatives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
 from lora_jax._core import compat
+from lora_jax.plan.products import suggest
 from lora_jax.transform import _norms
 from lora_jax.transform._context import Context, Sighting
 from lora_jax.transform._deferred import Deferred
@@ -170,16 +171,39 @@ def closed_call(context: Context, equation: Any, *values: Any) -> list[Any]:
     return evaluate_closed(context, parameter(equation, "call_jaxpr"), values)
 
 
+def _refuse_unless_stated(reason: str) -> Callable[..., Any]:
+    """The rule of a call that stays low-rank if the user states what it multiplies."""
+
+    def rule(context: Any, equation: Any, *values: Any) -> Any:
+        name = compat.function_name(equation)
+        operands, outputs = (
+            [tuple(getattr(atom.aval, "shape", ())) for atom in atoms]
+            for atoms in (equation.invars, equation.outvars)
+        )
+        weight = next(i for i, value in enumerate(values) if context.is_weight(value))
+        stated = suggest(operands, outputs, weight)
+        raise NotFactorableError(
+            reason.format(name=repr(name))
+            + f". If {name!r} multiplies or rounds the weight, state that: "
+            f"LoraConfig(products={{{name!r}: {stated or '...'!r}}})"
+        )
+
+    return rule
+
+
 _KERNEL = (
     "it is a kernel or a callback, of which there is no low-rank rule and no body to read "
     "the axes from"
 )
-_KERNELS = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call")
+_KERNELS = ("pallas_call", "ffi_call")
+_CALLBACKS = ("pure_callback", "io_callback", "custom_call")
 # The user's rule for a derivative is one about the dense weight.
-_DERIVATIVE = "its custom derivative is one of the dense weight"
+_DERIVATIVE = "the custom derivative of {name} is one of the dense weight"
+_DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 REFUSED = {
-    **dict.fromkeys(_KERNELS, refuse(_KERNEL)),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), refuse(_DERIVATIVE)),
+    **dict.fromkeys(_CALLBACKS, refuse(_KERNEL)),
+    **dict.fromkeys(_KERNELS, _refuse_unless_stated(_KERNEL)),
+    **dict.fromkeys(_DERIVATIVES, _refuse_unless_stated(_DERIVATIVE)),
 }
 
 RULES = {

@@ -1,7 +1,7 @@
 """Products that contract a weight: `dot_general` and `ragged_dot`."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
     if isinstance(x, Factored) and isinstance(y, Factored):
         return _product_of_weights(context, equation, x, y, axes)
     if isinstance(x, Factored):
-        return _product(context, equation, x, axes.x, y, axes.y, axes.out, flipped=True)
-    return _product(context, equation, y, axes.y, x, axes.x, axes.out)
+        return multiply(context, equation, x, axes.x, y, axes.y, axes.out, flipped=True)
+    return multiply(context, equation, y, axes.y, x, axes.x, axes.out)
 
 
 class _Axes:
@@ -52,7 +52,7 @@ class _Axes:
         self.x, self.y, self.out = (tuple((name,) for name in own) for own in (x, y, out))
 
 
-def _product(
+def multiply(
     context: Context,
     equation: Any,
     f: Factored,
@@ -63,10 +63,13 @@ def _product(
     *,
     flipped: bool = False,
     roles: Sequence[str] | None = None,
+    form_base: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """A product with a weight; `flipped` if the weight is the first operand.
 
     `roles` are what to record of the axes of the weight, if not what the names say.
+    `form_base` forms the product of an activation with the frozen weight, if the equation
+    is none of two operands.
     """
     context.see(f, equation, _roles(f_names) if roles is None else roles)
     contracted = [name for name in f_names if name not in out_names]
@@ -78,10 +81,13 @@ def _product(
             by = by / unit
             after.append(Named(unit, (), ()))
         x = times(x, place(by, column.names, x_names))
-    base = _deferred.bind(equation, [f.base, x] if flipped else [x, f.base])
+    if form_base is not None:
+        base, precision = form_base(x), None
+    else:
+        base = _deferred.bind(equation, [f.base, x] if flipped else [x, f.base])
+        precision = parameter(equation, "precision")
     if not f.terms:
         return base
-    precision = parameter(equation, "precision")
     if flipped and isinstance(precision, tuple):
         precision = precision[::-1]
     product = Product(
@@ -113,7 +119,7 @@ def _product_of_weights(
     dense = merge(smaller)
     # Which of its axes is input of a larger product does not show here.
     own = (y, axes.y, dense, axes.x) if smaller is x else (x, axes.x, dense, axes.y)
-    return _product(context, equation, *own, axes.out, flipped=smaller is y, roles=())
+    return multiply(context, equation, *own, axes.out, flipped=smaller is y, roles=())
 
 
 def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
@@ -152,6 +158,28 @@ def ragged_dot(
     values = x, f, sizes, *rest
     _, own, *_ = roles_of_groups(equation, [isinstance(v, Factored) for v in values])
     context.see(f, equation, own)
+    return grouped_product(
+        context,
+        equation,
+        f,
+        x,
+        sizes,
+        lambda x: _deferred.bind(equation, [x, f.base, sizes]),
+    )
+
+
+def grouped_product(
+    context: Context,
+    equation: Any,
+    f: Factored,
+    x: jax.Array,
+    sizes: jax.Array,
+    form_base: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """`(rows, in), (groups, in, out), (groups,) -> (rows, out)`, for a weight that is `f`.
+
+    `form_base` forms the product of an activation with the frozen weight.
+    """
     scaled = any(1 in f.owned(column) for column in f.columns)
     check_multiplies(x.dtype, integers=not scaled and not context.drops(f))
     after = []
@@ -167,7 +195,7 @@ def ragged_dot(
             x = times(x, rows)
         else:
             after.append(rows)
-    out = _deferred.bind(equation, [x, f.base, sizes])
+    out = form_base(x)
     wide = numerics.accumulation_dtype(out.dtype)
     total = out.astype(wide)
     for term in f.terms:

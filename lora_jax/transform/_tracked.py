@@ -27,7 +27,9 @@ class Found:
     def use(self, ndim: int) -> Use:
         """The use, of a weight of so many axes."""
         roles = tuple(self.roles.get(axis, "") for axis in range(ndim))
-        linear = self.primitive in _PRODUCTS and not self.merged
+        # A call contracts axes only if it is stated to be a product.
+        stated = self.primitive in compat.NAMED_CALLS and "contracted" in roles
+        linear = (stated or self.primitive in _PRODUCTS) and not self.merged
         return Use(self.primitive, roles, self.where, self.merged, linear)
 
 

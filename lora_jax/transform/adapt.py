@@ -28,7 +28,7 @@ from lora_jax.transform._factored import (
     place,
     retyped,
 )
-from lora_jax.transform._rules import RULES
+from lora_jax.transform._rules import RULES, rules_for
 
 __all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
 
@@ -166,6 +166,7 @@ def adapt(
     norms = column_norms or {}
     traced_scales = plan_checks.check_scales(scales, plan, norms)
     compared = _to_be_compared(plan)
+    rules = rules_for(plan.config.products)
     has_dropout = any(target.dropout for target in plan.targets.values())
 
     def adapted(
@@ -178,7 +179,7 @@ def adapt(
         traced.check_values()
         key = dropout_key if has_dropout else None
         context = Context(
-            RULES,
+            rules,
             report,
             on_stop_gradient=on_stop_gradient,
             key=key,

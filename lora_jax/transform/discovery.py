@@ -9,9 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._core import compat
+from lora_jax._core import compat, tree_paths
+from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan.adapter_plan import Use
-from lora_jax.transform import _tracing
+from lora_jax.transform import _stated, _tracing
 from lora_jax.transform._finder import Finder
 from lora_jax.transform._roles import STEPS
 from lora_jax.transform._tracked import Dense, weight_of
@@ -22,6 +23,7 @@ def find_uses(
     params: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    products: Mapping[str, str] = FrozenDict(),
 ) -> dict[str, tuple[Use, ...]]:
     """What `function(params, *args, **kwargs)` does with its weights.
 
@@ -30,10 +32,16 @@ def find_uses(
         params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
         args: arguments of the function.
         kwargs: arguments of the function.
+        products: the equations of functions that are stated to be products, by patterns
+            of their names; see `LoraConfig`.
 
     Returns:
         The uses, in the order of the program, of each floating-point array of the params
         with two axes or more; an empty tuple for one that has no use.
+
+    Raises:
+        ValueError: if no weight reaches a function in `products`, or its equation does not
+            fit a call.
     """
     traced = _tracing.trace(function, params, args, kwargs)
     jaxpr, _ = compat.open_jaxpr(traced.jaxpr)
@@ -45,9 +53,14 @@ def find_uses(
             values.append(weight_of(path, kind.aval.shape))
         else:
             values.append(Dense(is_constant=path is not None))
-    finder = Finder(STEPS, closed_over_is_constant=None in traced.paths)
+    called: list[str] = []
+    steps = _stated.with_products(STEPS, products, _stated.step, called)
+    finder = Finder(steps, closed_over_is_constant=None in traced.paths)
     finder.merge_all(finder.follow(jaxpr, values), None, "the function returns it")
     finder.uses.settle()
+    tree_paths.check_matched(
+        "products", products, dict.fromkeys(called), "function that a weight reaches"
+    )
     uses: dict[str, list[Use]] = {path: [] for path in ndims}
     for found in finder.uses.found:
         uses[found.weight].append(found.use(ndims[found.weight]))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.scipy.linalg import cho_solve, solve_triangular
 
 IDS = np.array([[1, 2, 3], [4, 5, 4]])
@@ -185,6 +186,65 @@ def _attention(p, x):
     return jnp.einsum("bhts,bshk,hkd->btd", weights, v, p["o"])
 
 
+def _hidden(function):
+    """The function with a derivative of its own, which is the right one."""
+    hidden = jax.custom_vjp(function)
+    hidden.defvjp(
+        lambda *args: (function(*args), args),
+        lambda args, g: jax.vjp(function, *args)[1](g),
+    )
+    return hidden
+
+
+@_hidden
+def mul(x, w):
+    return x @ w
+
+
+@_hidden
+def grouped(x, w, sizes):
+    return lax.ragged_dot(x, w, sizes)
+
+
+@_hidden
+def grouped_turned(w, sizes, x):
+    return lax.ragged_dot(x, w.swapaxes(1, 2), sizes)
+
+
+@_hidden
+def rounded(w, scale):
+    return (w * scale).T / scale
+
+
+@jax.custom_jvp
+def scaled(scale, w, x):
+    return x * scale, jnp.einsum("bthk,hkd->dtb", x * scale, w) / scale
+
+
+scaled.defjvp(lambda primals, tangents: jax.jvp(scaled.fun, primals, tangents))
+
+
+@jax.custom_vjp
+def kernel(x, w):
+    def body(x_ref, w_ref, out_ref):
+        out_ref[...] = jnp.dot(x_ref[...], w_ref[...])
+
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+    return pl.pallas_call(body, out_shape=out, interpret=True)(x, w)
+
+
+kernel.defvjp(
+    lambda x, w: (kernel(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
+)
+
+
+def _stated_layer(h, w):
+    return jnp.tanh(mul(h, w)), h.sum()
+
+
+STATED = {"products": {"mul": "...k,kn->...n"}}
+
+
 CASES = {
     # products
     "matmul": _w(lambda p, x: x @ p["w"], "io"),
@@ -221,6 +281,65 @@ CASES = {
         {"w": (3, 12, 10)},
         ((8, 12), np.array([3, 1, 4], "int32")),
         {"w": "bio"},
+    ),
+    # products that are stated
+    "stated": Case(
+        lambda p, x: mul(jnp.tanh(mul(x, p["w"])), p["v"].T),
+        {"w": (12, 10), "v": (12, 10)},
+        ((5, 12),),
+        {"w": "io", "v": "oi"},
+        STATED,
+    ),
+    "stated_scan": _w(
+        lambda p, x: lax.scan(jax.checkpoint(_stated_layer), x, p["w"]),
+        "bio",
+        (3, 12, 12),
+        **STATED,
+    ),
+    "stated_vmap": _w(
+        lambda p, x: jax.vmap(mul)(x, p["w"]),
+        "bio",
+        (3, 12, 10),
+        (3, 5, 12),
+        products={"mul": "...mk,...kn->...mn"},
+    ),
+    "stated_weight_first": _w(
+        lambda p, x: mul(p["w"], x), "oi", (10, 12), (12, 4), products={"mul": "mk,kn->mn"}
+    ),
+    "stated_groups": Case(
+        lambda p, x, sizes: grouped(x, p["w"], sizes),
+        {"w": (3, 12, 10)},
+        ((8, 12), np.array([3, 1, 4], "int32")),
+        {"w": "bio"},
+        {"products": {"grouped": "mk,gkn,g->mn"}},
+    ),
+    "stated_groups_turned": Case(
+        lambda p, x, sizes: grouped_turned(p["w"], sizes, x),
+        {"w": (3, 10, 12)},
+        ((8, 12), np.array([3, 1, 2], "int32")),
+        {"w": "boi"},
+        {"products": {"grouped*": "gnk,g,mk->mn"}},
+    ),
+    "stated_rounding": _w(
+        lambda p, x: x @ rounded(p["w"], 4.0),
+        "oi",
+        (10, 12),
+        products={"rounded": "ab,_->ba"},
+    ),
+    "stated_results": Case(
+        lambda p, x: scaled(2.0, p["w"], x),
+        {"w": (2, 4, 12)},
+        ((3, 5, 2, 4),),
+        {"w": "iio"},
+        {"products": {"scaled": "_,hkd,bthk->_,dtb"}},
+    ),
+    "stated_kernel": _w(
+        lambda p, x: kernel(x, p["w"]), "io", products={"kernel": "mk,kn->mn"}
+    ),
+    "stated_jit": _w(
+        lambda p, x: jax.jit(lambda x, w: x @ w)(x, p["w"]),
+        "io",
+        products={"<lambda>": "mk,kn->mn"},
     ),
     "one_column": _einsum("bd,dxf->bxf", (12, 1, 10), (5, 12), "ioo"),
     "unit_input": _einsum("bxd,xdf->bf", (1, 12, 10), (5, 1, 12), "iio"),

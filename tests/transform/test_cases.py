@@ -29,6 +29,7 @@ NO_DORA |= {"pair", "pair_of_leaves", "complex", "conjugate", "imaginary_part"}
 DORA_GRADIENTS = {
     "matmul", "out_in", "heads", "from_heads", "experts", "ragged_dot", "fused", "scan",
     "stacked_here", "used_both_ways", "tied_head", "conv", "conv_torch", "attention",
+    "stated", "stated_groups", "stated_groups_turned", "stated_rounding", "stated_results",
 }  # fmt: skip
 
 
@@ -162,6 +163,7 @@ def weight_shaped(text, plan):
 
 
 QUICK = ("matmul", "out_in", "heads", "fused", "scan", "conv", "tied_head")
+QUICK += ("stated", "stated_scan", "stated_groups", "stated_rounding", "stated_kernel")
 
 
 def compiled_steps(case):

@@ -1,0 +1,223 @@
+"""Equations that state what a function multiplies, such as `"...k,kn->...n"`.
+
+The function is one that `adapt` does not look into: it has a custom derivative, or it is a
+kernel. `LoraConfig(products=...)` has the syntax.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+Shape = tuple[int, ...]
+Names = tuple[str, ...]
+
+_OTHER = "_"
+_MORE = "..."
+_FORM = (
+    "expected one part for each operand, separated by commas, then '->' and one part for "
+    "each result. A part has one letter for each axis, or is '_' for an operand or result "
+    "that takes no part in the product"
+)
+
+
+class StatementError(ValueError):
+    """A function is called on shapes that the equation stated for it does not fit."""
+
+
+class Fitted(NamedTuple):
+    """An equation, fitted to the shapes of a call.
+
+    Attributes:
+        operands: the names of the axes of each operand; None for one that takes no part.
+        output: the names of the axes of the product.
+        position: of the product among the results.
+    """
+
+    operands: tuple[Names | None, ...]
+    output: Names
+    position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """What a function multiplies.
+
+    Attributes:
+        text: as the user wrote it.
+        operands: a part for each operand.
+        outputs: a part for each result.
+    """
+
+    text: str
+    operands: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def _parts(self) -> list[str]:
+        return [part for part in self.operands if part != _OTHER]
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the result is the one operand, rounded or transposed."""
+        return len(self._parts) == 1
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is a product of groups of rows, as `jax.lax.ragged_dot`."""
+        return len(self._parts) == 3
+
+    def roles(self, fitted: Fitted, operand: int) -> list[str]:
+        """What the product does with each axis of an operand.
+
+        Returns:
+            For each axis `"contracted"`, `"kept"` or `"batch"`.
+        """
+        others = {
+            name
+            for i, names in enumerate(fitted.operands)
+            for name in names or ()
+            if i != operand
+        }
+        groups = min(self._parts, key=len) if self.is_grouped else ""
+
+        def role(name: str) -> str:
+            if name not in others:
+                return "kept"
+            return "batch" if name in (*fitted.output, groups) else "contracted"
+
+        return list(map(role, fitted.operands[operand] or ()))
+
+    def fit(self, name: str, operands: Sequence[Shape], outputs: Sequence[Shape]) -> Fitted:
+        """Fits the equation to the shapes of a call.
+
+        Args:
+            name: of the function, for messages.
+            operands: may have values that the function closes over in front.
+            outputs: the results of the call.
+
+        Raises:
+            StatementError: if the shapes do not fit.
+        """
+        closed_over = len(operands) - len(self.operands)
+        parts = (*[_OTHER] * closed_over, *self.operands, *self.outputs)
+        shapes = (*operands, *outputs)
+        if closed_over < 0 or len(outputs) != len(self.outputs):
+            raise self._error(name, operands, outputs, f"E{_FORM[1:]}.")
+        sizes: dict[str, int] = {}
+        fitted: list[Names | None] = []
+        for part, shape in zip(parts, shapes, strict=True):
+            names = None if part == _OTHER else _names(part, len(shape))
+            fitted.append(names)
+            if names is None and part != _OTHER:
+                raise self._error(
+                    name,
+                    operands,
+                    outputs,
+                    f"{part!r} stands for {len(shape)} axes. Axes in front, such as those "
+                    "of jax.vmap, are '...'.",
+                )
+            for axis, size in zip(names or (), shape, strict=names is not None):
+                if sizes.setdefault(axis, size) != size:
+                    why = f"The axis {axis!r} has the sizes {sizes[axis]} and {size}."
+                    raise self._error(name, operands, outputs, why)
+        results = fitted[len(operands) :]
+        position, output = next(
+            (i, names) for i, names in enumerate(results) if names is not None
+        )
+        named = {name for names in fitted[: len(operands)] for name in names or ()}
+        odd = {name for name in named ^ {*output} if name.startswith(_MORE)}
+        if odd:
+            why = "The axes '...' of the operands are not those of the result."
+            raise self._error(name, operands, outputs, why)
+        return Fitted(tuple(fitted[: len(operands)]), output, position)
+
+    def _error(
+        self, name: str, operands: Sequence[Shape], outputs: Sequence[Shape], why: str
+    ) -> StatementError:
+        given, made = (", ".join(map(str, shapes)) for shapes in (operands, outputs))
+        return StatementError(
+            f"products states that {name!r} is {self.text!r}, which does not fit its call "
+            f"with operands of shape {given} and results of shape {made}. {why}"
+        )
+
+
+def _names(part: str, ndim: int) -> Names | None:
+    """The names of the axes of an array; None if it has not so many."""
+    letters = part.removeprefix(_MORE)
+    more = ndim - len(letters)
+    if more < 0 or (more and letters == part):
+        return None
+    return (*(f"{_MORE}{i}" for i in range(more, 0, -1)), *letters)
+
+
+def parse_equation(text: Any) -> Equation:
+    """Reads an equation.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if it states no product.
+    """
+    if not isinstance(text, str):
+        raise TypeError(
+            "what a function multiplies must be a text such as '...k,kn->...n', got "
+            f"{text!r} ({type(text).__name__})."
+        )
+    left, arrow, right = text.replace(" ", "").partition("->")
+    equation = Equation(text, tuple(left.split(",")), tuple(right.split(",")))
+    for why in _faults(equation) if arrow else (_FORM,):
+        raise ValueError(f"{text!r} states no product: {why}.")
+    return equation
+
+
+def _faults(equation: Equation) -> Iterator[str]:
+    """What is wrong with an equation; the first is what matters."""
+    parts = [part for part in equation.operands if part != _OTHER]
+    outputs = [part for part in equation.outputs if part != _OTHER]
+    for part in (*parts, *outputs):
+        letters = part.removeprefix(_MORE)
+        if not letters.isalpha():
+            yield f"{part!r} is no part; {_FORM}"
+        if len(set(letters)) < len(letters):
+            yield f"{part!r} has a letter twice"
+    if len(outputs) != 1 or not 1 <= len(parts) <= 3:
+        yield "it must have one result and two operands, or one, or three with group sizes"
+        return
+    (output,) = outputs
+    letters = "".join(part.removeprefix(_MORE) for part in (*parts, output))
+    alone = sorted(letter for letter in {*letters} if letters.count(letter) == 1)
+    if alone:
+        yield f"the letter {alone[0]!r} is in one operand or result only"
+    if any(_MORE in part for part in parts) != (_MORE in output):
+        yield "'...' must be in an operand and in the result"
+    if len(parts) == 3 and not _is_grouped(parts, output):
+        yield "with three operands it must be as 'mk,gkn,g->mn', g being the group sizes"
+
+
+def _is_grouped(parts: Sequence[str], output: str) -> bool:
+    sizes, x, weight = sorted(parts, key=len)
+    if (len(sizes), len(x), len(weight)) != (1, 2, 3):
+        return False
+    kept = [letter for letter in weight if letter not in (x[1], sizes)]
+    return len(kept) == 1 and output == x[0] + kept[0]
+
+
+def suggest(operands: Sequence[Shape], outputs: Sequence[Shape], weight: int) -> str | None:
+    """An equation that fits a call, given which operand is the weight."""
+    letters = "abcdefgh"[: len(operands[weight])]
+    others = [i for i in range(len(operands)) if i != weight]
+    tried = [({i: x, weight: own}, out) for x, own, out in _SUGGESTED for i in others]
+    tried += [
+        ({i: "mk", weight: "gkn", j: "g"}, "mn") for i in others for j in others if i != j
+    ]
+    for parts, out in (*tried, ({weight: letters}, letters)):
+        left = ",".join(parts.get(i, _OTHER) for i in range(len(operands)))
+        text = f"{left}->{','.join([out, *[_OTHER] * (len(outputs) - 1)])}"
+        try:
+            parse_equation(text).fit("", operands, outputs)
+        except ValueError:
+            continue
+        return text
+    return None
+
+
+_SUGGESTED = (("...k", "kn", "...n"), ("...k", "nk", "...n"))

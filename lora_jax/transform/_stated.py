@@ -1,0 +1,240 @@
+"""Functions that are stated to be products: the adapter is applied beside them.
+
+A function with a custom derivative, or a kernel, is called with the frozen weight as it is.
+What the factors make of the other operand is added to its result.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._core import compat, tree_paths
+from lora_jax.plan.products import Equation, Fitted, Names, StatementError, parse_equation
+from lora_jax.transform import _deferred, _rules_products
+from lora_jax.transform._context import Context
+from lora_jax.transform._deferred import form
+from lora_jax.transform._factored import Factored, base_of, is_factored, merge
+from lora_jax.transform._finder import Finder, Step, dense
+from lora_jax.transform._parameters import NotFactorableError
+from lora_jax.transform._tracked import Tracked
+
+_NO_PART = "products states that the operand with the weight takes no part in the product"
+
+
+class Call:
+    """A call of a function that is stated to be a product.
+
+    Attributes:
+        name: of the function.
+        stated: what it multiplies.
+        fitted: the same, for the shapes of this call.
+    """
+
+    def __init__(self, name: str, stated: Equation, equation: Any):
+        self.name, self.stated, self.equation = name, stated, equation
+        operands, outputs = (
+            [tuple(atom.aval.shape) for atom in atoms]
+            for atoms in (equation.invars, equation.outvars)
+        )
+        self.fitted: Fitted = stated.fit(name, operands, outputs)
+
+    def weight(self, values: Sequence[Any], is_weight: Callable[[Any], bool]) -> int:
+        """The position of the one operand that is a weight.
+
+        Raises:
+            NotFactorableError: if there are several, or the weight or the dtypes have no
+                part in such a product.
+        """
+        weights = [i for i, value in enumerate(values) if is_weight(value)]
+        if len(weights) != 1:
+            raise NotFactorableError("several of its operands are adapted weights")
+        if self.fitted.operands[weights[0]] is None:
+            raise NotFactorableError(_NO_PART)
+        dtype = self.equation.outvars[self.fitted.position].aval.dtype
+        if _is_small(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
+            raise NotFactorableError(f"it returns {dtype}, to which no update is added")
+        for other in self.others(weights[0])[:1]:
+            dtype = self.equation.invars[other].aval.dtype
+            if _is_small(dtype):
+                raise NotFactorableError(f"the other operand is {dtype}")
+        return weights[0]
+
+    def others(self, weight: int) -> list[int]:
+        """The positions of the other operands: what is multiplied, then group sizes."""
+        parts = [i for i, names in enumerate(self.fitted.operands) if names is not None]
+        by_size = sorted(parts, key=lambda i: -len(self.fitted.operands[i] or ()))
+        return [i for i in by_size if i != weight]
+
+    @property
+    def order(self) -> list[int]:
+        """Of the axes of the weight, in the result of a function that rounds it."""
+        (names,) = (own for own in self.fitted.operands if own is not None)
+        return [names.index(name) for name in self.fitted.output]
+
+
+def _is_small(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 2
+
+
+Run = Callable[[str, Equation], Callable[..., Any]]
+
+
+def with_products(
+    rules: Mapping[str, Callable[..., Any]],
+    products: Mapping[str, str],
+    run: Run,
+    met: list[str] | None = None,
+) -> dict[str, Callable[..., Any]]:
+    """The rules, with those that are stated for calls of functions.
+
+    Args:
+        rules: by primitive.
+        products: the equation of each function, by patterns of names.
+        run: makes the rule of a function, given its name and equation.
+        met: gets the names of all functions that are called.
+    """
+
+    def choose(primitive: str) -> Callable[..., Any]:
+        def rule(state: Any, equation: Any, *values: Any) -> Any:
+            name = compat.function_name(equation)
+            if met is not None:
+                met.append(name)
+            text = tree_paths.look_up(products, name, None)
+            own = rules[primitive] if text is None else run(name, parse_equation(text))
+            return own(state, equation, *values)
+
+        return rule
+
+    return {**rules, **{name: choose(name) for name in compat.NAMED_CALLS}}
+
+
+def rule(name: str, stated: Equation) -> Callable[..., Any]:
+    """Applies the adapter of a weight beside a function that multiplies it."""
+
+    def apply(context: Context, equation: Any, *values: Any) -> list[Any]:
+        call = Call(name, stated, equation)
+        operands = [merge(v) if is_factored(v) and v.gathered else v for v in values]
+        i = call.weight(operands, lambda v: isinstance(v, Factored) and bool(v.terms))
+        k = call.fitted.position
+        results: list[Any] = []
+
+        def frozen(operands: Sequence[Any]) -> jax.Array:
+            out = _deferred.bind(equation, [base_of(value) for value in operands])
+            results.extend(out if isinstance(out, list | tuple) else [out])
+            return results[k]
+
+        product = _apply(context, equation, call, i, operands, frozen)
+        return [*results[:k], product, *results[k + 1 :]]
+
+    return apply
+
+
+def _apply(
+    context: Context,
+    equation: Any,
+    call: Call,
+    i: int,
+    values: list[Any],
+    frozen: Callable[[Sequence[Any]], jax.Array],
+) -> Any:
+    """The product with the weight at a position, `frozen` giving that of its base."""
+    f = values[i]
+    if call.stated.is_rounding:
+        order = call.order
+        return f.map(frozen(values), lambda p: lax.transpose(p, order))
+    j, *rest = call.others(i)
+    x = form(base_of(values[j]))
+
+    def base(x: jax.Array) -> jax.Array:
+        return frozen([x if n == j else value for n, value in enumerate(values)])
+
+    roles = call.stated.roles(call.fitted, i)
+    if call.stated.is_grouped:
+        context.see(f, equation, roles)
+        order = [roles.index(role) for role in ("batch", "contracted", "kept")]
+        shape = jax.ShapeDtypeStruct([f.shape[axis] for axis in order], f.dtype)
+        turned = f.map(shape, lambda p: lax.transpose(p, order))
+        (sizes,) = (values[n] for n in rest)
+        return _rules_products.grouped_product(context, equation, turned, x, sizes, base)
+    of_f, of_x = (call.fitted.operands[n] or () for n in (i, j))
+    ordered = _as_dot_general(of_x, of_f, call.fitted.output)
+    order = [call.fitted.output.index(name) for name in ordered]
+    f_names, x_names, out_names = (
+        tuple((name,) for name in names) for names in (of_f, of_x, ordered)
+    )
+    out = _rules_products.multiply(
+        context,
+        equation,
+        f,
+        f_names,
+        x,
+        x_names,
+        out_names,
+        roles=roles,
+        form_base=lambda x: lax.transpose(base(x), order),
+    )
+    return lax.transpose(out, [ordered.index(name) for name in call.fitted.output])
+
+
+def _as_dot_general(x: Names, weight: Names, out: Names) -> Names:
+    """The axes of a product in the order that `lax.dot_general` gives them."""
+    batch = tuple(name for name in out if name in x and name in weight)
+    rest = tuple(name for name in (*x, *weight) if name in out and name not in batch)
+    return (*batch, *rest)
+
+
+def step(name: str, stated: Equation) -> Step:
+    """Records what such a function does with the axes of a weight."""
+
+    def apply(finder: Finder, equation: Any, *values: Any) -> list[Any]:
+        call = Call(name, stated, equation)
+        for value in values:
+            if isinstance(value, Tracked) and value.gathered:
+                finder.uses.use_rows(value)
+        i = call.weight(values, lambda v: isinstance(v, Tracked) and not v.gathered)
+        value = values[i]
+        out, k = dense(equation), call.fitted.position
+        if stated.is_rounding:
+            order, shape = call.order, equation.outvars[k].aval.shape
+            out[k] = value.moved([(order.index(n),) for n in range(value.ndim)], shape)
+            return out
+        roles = stated.roles(call.fitted, i)
+        _check_body(finder, equation, call, list(values), value, roles)
+        finder.uses.see_product(value, equation, roles, values[call.others(i)[0]])
+        return out
+
+    return apply
+
+
+def _check_body(
+    finder: Finder,
+    equation: Any,
+    call: Call,
+    values: list[Any],
+    value: Tracked,
+    roles: Sequence[str],
+) -> None:
+    """Raises if the products that the function is seen to use are others."""
+    seen: dict[str, list[dict[int, str]]] = {}
+    if (body := compat.body_of(equation)) is not None:
+        finder.read_aside(body[0], values, seen)
+    for weight, stated in value.roles(roles).items():
+        used = [own for own in seen.get(weight, ()) if {*_SIDES} <= {*own.values()}]
+        if used and all(_contradicts(stated, own) for own in used):
+            listed = ", ".join(used[0].get(axis, "unknown") for axis in sorted(stated))
+            said = ", ".join(stated[axis] for axis in sorted(stated))
+            raise StatementError(
+                f"products states that {call.name!r} is {call.stated.text!r}: then the "
+                f"axes of {weight!r} are {said}. In the function they are {listed}."
+            )
+
+
+_SIDES = ("contracted", "kept")
+
+
+def _contradicts(stated: Mapping[int, str], used: Mapping[int, str]) -> bool:
+    pairs = ((role, used.get(axis)) for axis, role in stated.items())
+    return any(a != b and {a, b} == {*_SIDES} for a, b in pairs)

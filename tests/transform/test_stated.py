@@ -1,0 +1,259 @@
+"""Functions that are stated to be products, besides the cases: errors, rules, options."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+import lora_jax
+from tests import toy_format
+from tests.support import assert_same_bits, normal, x64
+from tests.transform.cases import STATED, grouped, mul, rounded
+from tests.transform.support import assert_same, loss_of, merged, plan_of, trained
+
+X, W = normal(5, 12), normal(12, 10, seed=1)
+SQUARE = normal(12, 12, seed=2) / 4
+
+
+def model(params, x):
+    return jnp.tanh(mul(x, params["w"]))
+
+
+def plain(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+def layers(product):
+    def fn(params, x):
+        return lax.scan(lambda h, w: (jnp.tanh(product(h, w)), None), x, params["w"])[0]
+
+    return fn
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("product", ["one", "layers"])
+def test_is_adapted_as_the_plain_product(product, quantized, options):
+    """The same outputs and gradients, with the same masks, also in a second adapter."""
+    fns = (model, plain) if product == "one" else (layers(mul), layers(jnp.matmul))
+    params = {"w": jnp.asarray(W if product == "one" else [SQUARE] * 3, "float32")}
+    x = jnp.asarray(X, "float32")
+    plan = plan_of(fns[0], params, x, **STATED, **options)
+    adapters = jax.tree.map(lambda v: 0.3 * v, trained(params, plan))
+    if quantized:
+        params = {"w": toy_format.quantize(params["w"])}
+
+    def run(fn):
+        adapted = lora_jax.adapt(fn, plan, dropout_key=jax.random.key(0))
+        twice = lora_jax.adapt(adapted, plan)
+
+        def loss(adapters, x):
+            return loss_of(lambda a, x: (adapted(params, a, x), twice(params, a, a, x)))(
+                adapters, x
+            )
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(adapters, x)
+
+    assert_same(run(fns[0]), run(fns[1]), 1e-5)
+    fresh = lora_jax.init_adapters(
+        jax.random.key(0), {"w": jnp.zeros(plan.targets["w"].shape)}, plan
+    )
+    if not options and not quantized:
+        assert_same_bits(lora_jax.adapt(fns[0], plan)(params, fresh, x), fns[0](params, x))
+
+
+def test_the_custom_derivative_is_that_of_the_frozen_weight():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (3 * g @ r[1].T, 0 * r[1]))
+
+    def fn(params, x):
+        return product(x, params["w"])
+
+    with x64():
+        params = {"w": jnp.asarray(W)}
+        plan = plan_of(fn, params, X, products={"product": "mk,kn->mn"})
+        adapters = trained(params, plan)
+        model = lora_jax.adapt(fn, plan)
+        _, pull = jax.vjp(functools.partial(model, params), adapters, X)
+        got = pull(jnp.ones((5, 10)))
+        delta = 2.0 * adapters["w"]["A"] @ adapters["w"]["B"]
+        _, pull = jax.vjp(lambda a, x: X @ (2.0 * a["w"]["A"] @ a["w"]["B"]), adapters, X)
+        assert_same(got[0], pull(jnp.ones((5, 10)))[0])
+        assert_same(got[1], jnp.ones((5, 10)) @ (3 * W + delta).T)
+
+
+def test_a_kernel_without_a_derivative():
+    """The adapters have one all the same."""
+
+    def double(x_ref, w_ref, y_ref, z_ref):
+        y_ref[...] = jnp.dot(x_ref[...], w_ref[...])
+        z_ref[...] = x_ref[...] * 2.0
+
+    def fn(params, x):
+        kinds = [jax.ShapeDtypeStruct(s, x.dtype) for s in ((5, 10), x.shape)]
+        return pl.pallas_call(double, out_shape=kinds, interpret=True)(x, params["w"])
+
+    def dense(params, x):
+        return [x @ params["w"], x * 2.0]
+
+    with x64():
+        params = {"w": jnp.asarray(W)}
+        plan = plan_of(fn, params, X, products={"double": "mk,kn->mn,_"})
+        adapters = trained(params, plan)
+        adapted = lora_jax.adapt(fn, plan)
+        got, want = (
+            jax.value_and_grad(loss_of(f), has_aux=True)(adapters)
+            for f in (
+                lambda a: adapted(params, a, X),
+                lambda a: dense(merged(params, a, plan), X),
+            )
+        )
+        assert_same(got, want)
+
+
+def wide(x, w):
+    return jnp.dot(x, w, preferred_element_type="float32")
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float32", "int8"])
+def test_results_of_another_dtype(x_dtype):
+    x = (4 * jnp.asarray(X)).astype(x_dtype)
+    params = {"w": jnp.asarray(W, "bfloat16")}
+
+    def fn(product):
+        return lambda params, x: product(x, params["w"])
+
+    plan = plan_of(fn(jax.jit(wide)), params, x, products={"wide": "mk,kn->mn"})
+    adapters = trained(params, plan)
+    got, want = (
+        lora_jax.adapt(fn(product), plan)(params, adapters, x)
+        for product in (jax.jit(wide), wide)
+    )
+    assert got.dtype == "float32"
+    assert_same(got, want, 1e-6)
+
+
+@jax.jit
+def integers(x, w):
+    return (x @ w).astype("int32")
+
+
+@jax.jit
+def small(w):
+    return w.astype("float8_e4m3fn")
+
+
+REFUSED = {
+    "it returns int32": (
+        lambda w, x: integers(x, w).astype(x.dtype),
+        "integers",
+        "mk,kn->mn",
+    ),
+    "it returns float8_e4m3fn": (
+        lambda w, x: x @ small(w).astype(x.dtype),
+        "small",
+        "kn->kn",
+    ),
+    "several of its operands are adapted weights": (
+        lambda w, x: mul(w.T, w),
+        "mul",
+        "mk,kn->mn",
+    ),
+    "takes no part in the product": (lambda w, x: mul(x, w), "mul", "mk,_->mk"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_calls_that_stay_merged(why):
+    call, name, text = REFUSED[why]
+
+    def fn(params, x):
+        return call(params["w"], x)
+
+    params = {"w": jnp.asarray(SQUARE, "float32")}
+    fields = {"targets": "w", "axes": {"w": "io"}, "products": {name: text}}
+    x = jnp.asarray(X[:, :12], "float32")
+    plan = plan_of(fn, params, x, **fields)
+    assert why in plan.uses["w"][0].merged
+    with pytest.raises(ValueError, match=f"the adapted weight 'w'.*{why}"):
+        lora_jax.adapt(fn, plan)(params, trained(params, plan), x)
+
+
+WRONG = {
+    "k,kn->n": r"\(5, 12\), \(12, 10\) .* \(5, 10\). 'k' stands for 2 axes.*jax.vmap",
+    "...k,nk->...n": "The axis 'k' has the sizes 12 and 10",
+    "km,kn->mn": "The axis 'k' has the sizes 5 and 12",
+    "mk,kn->nm": "The axis 'n' has the sizes 10 and 5",
+    "mk,kn,_->mn": "Expected one part for each operand",
+    "mk,kn->mn,_": "Expected one part for each operand",
+    "m...,...n->m...n": "is no part",
+    "...mk,kn->...m": "the letter 'n' is in one",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_statement_that_does_not_fit_is_an_error(text):
+    params = {"w": jnp.asarray(W)}
+    with pytest.raises(ValueError, match=WRONG[text]):
+        plan_of(model, params, X, products={"mul": text})
+
+
+def test_a_statement_is_compared_with_each_call():
+    params = {"w": jnp.asarray(W)}
+    plan = plan_of(model, params, X, products={"mul": "mk,kn->mn"})
+    with pytest.raises(
+        ValueError, match=r"'mul' is 'mk,kn->mn'.*\(2, 5, 12\).*'mk' stands"
+    ):
+        lora_jax.adapt(model, plan)(params, trained(params, plan), jnp.stack([X, X]))
+
+
+@pytest.mark.parametrize("place", ["alone", "in a loop"])
+def test_a_statement_that_the_function_contradicts_is_an_error(place):
+    """Of a square weight the shapes do not tell."""
+    params = {"w": jnp.asarray(SQUARE)}
+    fn = model
+    if place == "in a loop":
+        fn, params = layers(mul), {"w": jnp.stack([SQUARE] * 3)}
+    with pytest.raises(ValueError, match=r"axes of 'w' are .*In the function they are"):
+        plan_of(fn, params, X, products={"mul": "mk,nk->mn"})
+
+
+def test_a_name_that_no_weight_reaches_is_an_error():
+    params = {"w": jnp.asarray(W)}
+    with pytest.raises(ValueError, match=r"products matches no function .*nearest.* 'mul'"):
+        plan_of(model, params, X, products={"mull": "mk,kn->mn"})
+
+
+SUGGESTED = {
+    "mul": (lambda w, x: mul(x, w), W.shape, "{'mul': '...k,kn->...n'}"),
+    "turned": (lambda w, x: mul(w, x.T), (10, 12), "{'mul': '...'}"),
+    "grouped": (
+        lambda w, x: grouped(x, w, jnp.array([2, 2, 1], "int32")),
+        (3, 12, 10),
+        "{'grouped': 'mk,gkn,g->mn'}",
+    ),
+    "rounded": (lambda w, x: x @ rounded(w, 4.0).T, W.shape, "{'rounded': '...'}"),
+}
+
+
+@pytest.mark.parametrize("name", SUGGESTED)
+def test_errors_suggest_a_statement(name):
+    call, shape, suggested = SUGGESTED[name]
+
+    def fn(params, x):
+        return call(params["w"], x)
+
+    params, hint = {"w": jnp.ones(shape)}, re.escape(f"LoraConfig(products={suggested})")
+    for targets in ("all-linear", "w"):
+        with pytest.raises(ValueError, match=hint):
+            plan_of(fn, params, X, targets=targets)
+    plan = plan_of(fn, params, X, targets="w", axes={"w": "bio"[-len(shape) :]})
+    with pytest.raises(ValueError, match=hint):
+        lora_jax.adapt(fn, plan)(params, trained(params, plan), X)

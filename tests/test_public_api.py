@@ -68,8 +68,7 @@ unmerge_dora_weight(merged_weight, adapter, column_norm, alpha=1.0, *,
     rank_stabilized=False, norm_axis='out')
 LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, train=(),
     rank_pattern={}, alpha_pattern={}, axes={}, products={}, rank_stabilized=False,
-    use_dora=False,
-    dropout=0.0, init='kaiming_uniform', dtype=None)
+    use_dora=False, dropout=0.0, init='kaiming_uniform', dtype=None)
 plan_adapters(config, params, fn=None, /, *args, **kwargs)
 init_adapters(key, params, plan)
 adapt(fn, plan, *, on_merge='error', on_unused='error', on_stop_gradient='error',

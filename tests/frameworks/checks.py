@@ -53,6 +53,40 @@ def check_dora(model, targets):
     assert_close(run(adapters, params, args), plain(merged, args), ULPS)
 
 
+def check_stated(model, path, products):
+    """Compares a layer that rounds its weight, and is stated, with the layer by hand.
+
+    That is the layer with the frozen weight, plus the low-rank product, whose input the
+    layer does not round: `args` are exact in its dtype, as is the cotangent.
+    """
+    fn, params, (x,) = model
+    plan = model.plan(path, products=products)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapted = lora_jax.adapt(fn, plan)
+    assert bool((adapted(params, adapters, x) == fn(params, x)).all())
+
+    def by_hand(params, adapters, x):
+        adapter, scale = adapters[path], plan.targets[path].scale
+        return fn(params, x) + scale * (x @ adapter["A"] @ adapter["B"])
+
+    adapters = jax.tree.map(jnp.add, adapters, drawn(adapters))
+    for got, want in zip(
+        *(
+            jax.tree.leaves(_pulled(function, params, adapters, x))
+            for function in (adapted, by_hand)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pulled(function, params, adapters, x):
+    """The result, and the gradients of its sum."""
+    out, pull = jax.vjp(lambda *args: function(params, *args), adapters, x)
+    return out, pull(jnp.ones_like(out))
+
+
 def check_training(model, axes, targets="all-linear", train=()):
     """Compares output and gradients of LoRA with those of the merged model, and trains.
 

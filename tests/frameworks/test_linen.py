@@ -7,6 +7,7 @@ import pytest
 from tests.frameworks import checks
 
 nn = pytest.importorskip("flax.linen")
+fp8_ops = pytest.importorskip("flax.linen.fp8_ops")
 
 pytestmark = pytest.mark.frameworks
 
@@ -83,3 +84,34 @@ def test_an_lstm():
     paths = [f"params/cell/{name}/kernel" for name in names]
     axes = dict.fromkeys(sorted(paths), "io")
     checks.check_training(model, axes)
+
+
+class RoundedDot(fp8_ops.Fp8DirectDotGeneralOp):
+    """Has a name for the whole product, which Flax divides into several functions."""
+
+    def __call__(self, x, kernel, dimensions, **_):
+        def rounded_dot(x, kernel):
+            return super(RoundedDot, self).__call__(x, kernel, dimensions)
+
+        return jax.jit(rounded_dot)(x, kernel)
+
+
+FLOAT8 = {
+    "one function": (RoundedDot, {"rounded_dot": "...k,kn->...n"}),
+    "functions of Flax": (
+        fp8_ops.Fp8DotGeneralOp,
+        {"in_qdq": "kn,_,_->kn", "dot_general_with_precision": "...k,kn->...n"},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")
+@pytest.mark.parametrize("kind", FLOAT8)
+def test_float8(kind):
+    operation, products = FLOAT8[kind]
+    module = nn.Dense(7, use_bias=False, dot_general_cls=operation)
+    x = jnp.asarray(checks.normal(2, 3, 8) * 4, "int8").astype("float32") / 4
+    params = module.init(jax.random.key(0), x)
+    params["params"] = checks.drawn(params["params"])
+    params = jax.tree.map(lambda v: jnp.asarray(v, "float32"), params)
+    checks.check_stated(checks.Model(module.apply, params, (x,)), "params/kernel", products)

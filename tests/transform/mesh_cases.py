@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, auto_axes, explicit_axes
 from jax.sharding import PartitionSpec as P
 
 from tests.support import normal
+from tests.transform.cases import mul
 
 TOKENS = np.arange(24, dtype="int32").reshape(8, 3) % 16
 ROWS, ROWS_SPEC = normal(8, 16), ("data", None)
@@ -103,6 +104,13 @@ def einsum(place, labels, x, w, *spec):
 @case(X, ("data", None, "model"), "io", w=((16, 32), ("model", None)))
 def row_parallel(params, x, place):
     return einsum(place, "btd,df->btf", x, params["w"], "data", None, None)
+
+
+@case(
+    X, X_SPEC, "io", {"products": {"mul": "...k,kn->...n"}}, w=((16, 32), (None, "model"))
+)
+def stated(params, x, place):
+    return jnp.tanh(mul(x, params["w"]))
 
 
 @case(X, X_SPEC, "io", w=((16, 32), (None, "model")))

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.layers.initializers import Init, check_init
-from lora_jax.plan.products import parse_equation
+from lora_jax.plan.products import parse_equations
 
 __all__ = ["LoraConfig"]
 
@@ -68,8 +68,11 @@ class LoraConfig:
 
     - two operands: a product, in any layout that `jnp.einsum` takes.
     - three: a product of groups of rows, `"mk,gkn,g->mn"`, as `jax.lax.ragged_dot`.
-    - one: a function that rounds or transposes a weight, `"kn,_->kn"`. The update is
-      added to what it returns; the product follows later in the program.
+    - one: a function that rounds or transposes a weight, `"kn,_->kn"`, or `"...,_->..."`
+      for any number of axes. The update is added to what it returns; the product follows
+      later in the program.
+
+    Of several equations, separated by `;`, the first that fits the shapes of a call counts.
 
     An equation that does not fit the shapes of a call, or contradicts the products that
     the function is seen to use, is an error. All else is taken on the user's word, such as
@@ -126,7 +129,7 @@ class LoraConfig:
             "rank_pattern": _entries("rank_pattern", self.rank_pattern, _rank),
             "alpha_pattern": _entries("alpha_pattern", self.alpha_pattern, _alpha),
             "axes": _entries("axes", self.axes, _axes),
-            "products": _entries("products", self.products, _equation),
+            "products": _entries("products", self.products, _equations),
             "rank_stabilized": bool(self.rank_stabilized),
             "use_dora": bool(self.use_dora),
             "dropout": float(self.dropout),
@@ -248,8 +251,8 @@ def _axes(letters: Any) -> str:
     return letters
 
 
-def _equation(text: Any) -> str:
-    return parse_equation(text).text
+def _equations(text: Any) -> str:
+    return "; ".join(equation.text for equation in parse_equations(text))
 
 
 def _targets(targets: Any) -> str | tuple[str, ...]:

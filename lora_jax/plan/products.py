@@ -150,18 +150,39 @@ def _names(part: str, ndim: int) -> Names | None:
     return (*(f"{_MORE}{i}" for i in range(more, 0, -1)), *letters)
 
 
-def parse_equation(text: Any) -> Equation:
-    """Reads an equation.
+def parse_equations(text: Any) -> tuple[Equation, ...]:
+    """Reads what a function multiplies: equations, separated by semicolons.
 
     Raises:
         TypeError: if it is no text.
-        ValueError: if it states no product.
+        ValueError: if one of them states no product.
     """
     if not isinstance(text, str):
         raise TypeError(
             "what a function multiplies must be a text such as '...k,kn->...n', got "
             f"{text!r} ({type(text).__name__})."
         )
+    return tuple(_parse(part.strip()) for part in text.split(";"))
+
+
+def fit(
+    text: str, name: str, operands: Sequence[Shape], outputs: Sequence[Shape]
+) -> tuple[Equation, Fitted]:
+    """The first equation in a text that fits a call, and `Equation.fit` of it.
+
+    Raises:
+        StatementError: if none fits.
+    """
+    errors = []
+    for equation in parse_equations(text):
+        try:
+            return equation, equation.fit(name, operands, outputs)
+        except StatementError as error:
+            errors.append(str(error))
+    raise StatementError("\n".join(errors))
+
+
+def _parse(text: str) -> Equation:
     left, arrow, right = text.replace(" ", "").partition("->")
     equation = Equation(text, tuple(left.split(",")), tuple(right.split(",")))
     for why in _faults(equation) if arrow else (_FORM,):
@@ -175,7 +196,7 @@ def _faults(equation: Equation) -> Iterator[str]:
     outputs = [part for part in equation.outputs if part != _OTHER]
     for part in (*parts, *outputs):
         letters = part.removeprefix(_MORE)
-        if not letters.isalpha():
+        if part != _MORE and not letters.isalpha():
             yield f"{part!r} is no part; {_FORM}"
         if len(set(letters)) < len(letters):
             yield f"{part!r} has a letter twice"
@@ -213,11 +234,16 @@ def suggest(operands: Sequence[Shape], outputs: Sequence[Shape], weight: int) ->
         left = ",".join(parts.get(i, _OTHER) for i in range(len(operands)))
         text = f"{left}->{','.join([out, *[_OTHER] * (len(outputs) - 1)])}"
         try:
-            parse_equation(text).fit("", operands, outputs)
+            fit(text, "", operands, outputs)
         except ValueError:
             continue
         return text
     return None
 
 
-_SUGGESTED = (("...k", "kn", "...n"), ("...k", "nk", "...n"))
+_SUGGESTED = (
+    ("...k", "kn", "...n"),
+    ("...k", "nk", "...n"),
+    ("...d", "dhk", "...hk"),
+    ("...hk", "hkd", "...d"),
+)

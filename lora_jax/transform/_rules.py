@@ -80,5 +80,5 @@ def rules_for(products: Mapping[str, str]) -> Mapping[str, Rule]:
     if not products:
         return RULES
     return _stated.with_products(
-        RULES, products, lambda name, stated: _on_any_mesh(_stated.rule(name, stated))
+        RULES, products, lambda name, text: _on_any_mesh(_stated.rule(name, text))
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat, tree_paths
-from lora_jax.plan.products import Equation, Fitted, Names, StatementError, parse_equation
+from lora_jax.plan.products import Names, StatementError, fit
 from lora_jax.transform import _deferred, _rules_products
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
@@ -29,17 +29,18 @@ class Call:
 
     Attributes:
         name: of the function.
-        stated: what it multiplies.
+        equation: of the program.
+        stated: what the function multiplies.
         fitted: the same, for the shapes of this call.
     """
 
-    def __init__(self, name: str, stated: Equation, equation: Any):
-        self.name, self.stated, self.equation = name, stated, equation
+    def __init__(self, name: str, text: str, equation: Any):
+        self.name, self.equation = name, equation
         operands, outputs = (
             [tuple(atom.aval.shape) for atom in atoms]
             for atoms in (equation.invars, equation.outvars)
         )
-        self.fitted: Fitted = stated.fit(name, operands, outputs)
+        self.stated, self.fitted = fit(text, name, operands, outputs)
 
     def weight(self, values: Sequence[Any], is_weight: Callable[[Any], bool]) -> int:
         """The position of the one operand that is a weight.
@@ -79,7 +80,7 @@ def _is_small(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 2
 
 
-Run = Callable[[str, Equation], Callable[..., Any]]
+Run = Callable[[str, str], Callable[..., Any]]
 
 
 def with_products(
@@ -93,7 +94,7 @@ def with_products(
     Args:
         rules: by primitive.
         products: the equation of each function, by patterns of names.
-        run: makes the rule of a function, given its name and equation.
+        run: makes the rule of a function, given its name and what is stated of it.
         met: gets the names of all functions that are called.
     """
 
@@ -103,7 +104,7 @@ def with_products(
             if met is not None:
                 met.append(name)
             text = tree_paths.look_up(products, name, None)
-            own = rules[primitive] if text is None else run(name, parse_equation(text))
+            own = rules[primitive] if text is None else run(name, text)
             return own(state, equation, *values)
 
         return rule
@@ -111,11 +112,11 @@ def with_products(
     return {**rules, **{name: choose(name) for name in compat.NAMED_CALLS}}
 
 
-def rule(name: str, stated: Equation) -> Callable[..., Any]:
+def rule(name: str, text: str) -> Callable[..., Any]:
     """Applies the adapter of a weight beside a function that multiplies it."""
 
     def apply(context: Context, equation: Any, *values: Any) -> list[Any]:
-        call = Call(name, stated, equation)
+        call = Call(name, text, equation)
         operands = [merge(v) if is_factored(v) and v.gathered else v for v in values]
         i = call.weight(operands, lambda v: isinstance(v, Factored) and bool(v.terms))
         k = call.fitted.position
@@ -186,22 +187,22 @@ def _as_dot_general(x: Names, weight: Names, out: Names) -> Names:
     return (*batch, *rest)
 
 
-def step(name: str, stated: Equation) -> Step:
+def step(name: str, text: str) -> Step:
     """Records what such a function does with the axes of a weight."""
 
     def apply(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-        call = Call(name, stated, equation)
+        call = Call(name, text, equation)
         for value in values:
             if isinstance(value, Tracked) and value.gathered:
                 finder.uses.use_rows(value)
         i = call.weight(values, lambda v: isinstance(v, Tracked) and not v.gathered)
         value = values[i]
         out, k = dense(equation), call.fitted.position
-        if stated.is_rounding:
+        if call.stated.is_rounding:
             order, shape = call.order, equation.outvars[k].aval.shape
             out[k] = value.moved([(order.index(n),) for n in range(value.ndim)], shape)
             return out
-        roles = stated.roles(call.fitted, i)
+        roles = call.stated.roles(call.fitted, i)
         _check_body(finder, equation, call, list(values), value, roles)
         finder.uses.see_product(value, equation, roles, values[call.others(i)[0]])
         return out

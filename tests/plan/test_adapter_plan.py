@@ -20,8 +20,13 @@ SORTED = Use("sort", ("", ""), "model.py:9 (call)", "no rule for sort")
 
 
 def make_plan(**changes):
-    axes = {"stack": "bioo"}
-    config = LoraConfig(4, targets=("*/q", "stack"), train="norm/*", axes=axes)
+    config = LoraConfig(
+        4,
+        targets=("*/q", "stack"),
+        train="norm/*",
+        axes={"stack": "bioo"},
+        products={"f": "ab,bc->ac"},
+    )
     targets = {
         "a/q": Target((64, 32), "lora", 4, 2.0, 0.0, (0,), (1,)),
         "stack": Target((5, 4, 2, 3), "dora", 4, 1 / 3, 0.0, (1,), (2, 3), (0,)),
@@ -432,6 +437,7 @@ def test_the_config_of_a_union_has_the_patterns_of_both():
     assert "chosen by targets: 'b'" in union.explain("b")
     linear = AdapterPlan(LoraConfig(2), {"b": TARGET}) | make_plan()
     assert linear.config.targets == "all-linear"
+    assert dict(linear.config.products) == {"f": "ab,bc->ac"}
 
 
 @pytest.mark.parametrize(
@@ -449,6 +455,10 @@ def test_the_config_of_a_union_has_the_patterns_of_both():
         (
             {"config": LoraConfig(init="gaussian")},
             r"have different init, 'kaiming_uniform'",
+        ),
+        (
+            {"config": LoraConfig(products={"f": "ab,cb->ac"})},
+            r"state that 'f' is 'ab,bc->ac' and 'ab,cb->ac'",
         ),
         ({"config": LoraConfig(dtype="bfloat16")}, r"have different dtype, None and 'bfl"),
     ],

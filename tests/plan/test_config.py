@@ -138,6 +138,7 @@ def test_a_function_is_no_json(init):
         ({"products": {"f": "ab,bc->a"}}, ValueError, "the letter 'c' is in one operand"),
         ({"products": {"f": "...ab,bc->ac"}}, ValueError, "'...' must be in an operand"),
         ({"products": {"f": "mk,gkn,g->nm"}}, ValueError, "as 'mk,gkn,g->mn'"),
+        ({"products": {"f": "ab,bc->ac; "}}, ValueError, "'' states no product"),
         ({"products": {"f": ["ab,bc->ac"]}}, TypeError, "must be a text such as"),
         ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
         ({"dropout": "a"}, TypeError, "dropout must be a Python number"),

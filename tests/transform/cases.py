@@ -216,6 +216,16 @@ def rounded(w, scale):
     return (w * scale).T / scale
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def product_of(x, w, axes):
+    return jnp.tensordot(x, w, axes)
+
+
+@product_of.defjvp
+def _(axes, primals, tangents):
+    return jax.jvp(lambda x, w: jnp.tensordot(x, w, axes), primals, tangents)
+
+
 @jax.custom_jvp
 def scaled(scale, w, x):
     return x * scale, jnp.einsum("bthk,hkd->dtb", x * scale, w) / scale
@@ -332,6 +342,13 @@ CASES = {
         ((3, 5, 2, 4),),
         {"w": "iio"},
         {"products": {"scaled": "_,hkd,bthk->_,dtb"}},
+    ),
+    "stated_ranks": Case(
+        lambda p, x: product_of(product_of(x, p["w"], 1), p["o"], 2),
+        {"w": (12, 2, 4), "o": (2, 4, 10)},
+        ((3, 5, 12),),
+        {"w": "ioo", "o": "iio"},
+        {"products": {"product_of": "...k,kn->...n; ...d,dhk->...hk; ...hk,hkd->...d"}},
     ),
     "stated_kernel": _w(
         lambda p, x: kernel(x, p["w"]), "io", products={"kernel": "mk,kn->mn"}

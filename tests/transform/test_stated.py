@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 import lora_jax
 from tests import toy_format
 from tests.support import assert_same_bits, normal, x64
-from tests.transform.cases import STATED, grouped, mul, rounded
-from tests.transform.support import assert_same, loss_of, merged, plan_of, trained
+from tests.transform.cases import STATED, grouped, mul, product_of, rounded
+from tests.transform.support import assert_same, both, loss_of, merged, plan_of, trained
 
 X, W = normal(5, 12), normal(12, 10, seed=1)
 SQUARE = normal(12, 12, seed=2) / 4
@@ -87,6 +87,32 @@ def test_the_custom_derivative_is_that_of_the_frozen_weight():
         _, pull = jax.vjp(lambda a, x: X @ (2.0 * a["w"]["A"] @ a["w"]["B"]), adapters, X)
         assert_same(got[0], pull(jnp.ones((5, 10)))[0])
         assert_same(got[1], jnp.ones((5, 10)) @ (3 * W + delta).T)
+
+
+def test_megablox():
+    """JAX's grouped product, interpreted; its body is not read."""
+    megablox = pytest.importorskip("jax.experimental.pallas.ops.tpu.megablox")
+    sizes = jnp.array([50, 30, 48], "int32")
+
+    def fn(params, x):
+        tiling, others = (128, 128, 128), (None, None, False, True)
+        return megablox.gmm(x, params["w"], sizes, jnp.float32, tiling, *others)
+
+    params = {"w": normal(3, 128, 128, dtype="float32") / 8}
+    x = normal(128, 128, dtype="float32")
+    plan = plan_of(fn, params, x, products={"gmm": "mk,gkn,g->mn"})
+    assert plan.targets["w"].axes == "bio"
+    adapters = jax.tree.map(lambda v: v / 4, trained(params, plan))
+    with jax.numpy_dtype_promotion("standard"):  # as its backward pass needs it
+        got, want = both(
+            fn,
+            params,
+            plan,
+            adapters,
+            x,
+            dense=lambda p, x: lax.ragged_dot(x, p["w"], sizes),
+        )
+    assert_same(got, want, 1e-4)
 
 
 def test_a_kernel_without_a_derivative():
@@ -194,6 +220,7 @@ WRONG = {
     "mk,kn,_->mn": "Expected one part for each operand",
     "mk,kn->mn,_": "Expected one part for each operand",
     "m...,...n->m...n": "is no part",
+    "mk,nk->mn; k,kn->n": "(?s)sizes 12 and 10.*'k' stands for 2 axes",
     "...mk,kn->...m": "the letter 'n' is in one",
 }
 
@@ -233,6 +260,11 @@ def test_a_name_that_no_weight_reaches_is_an_error():
 
 SUGGESTED = {
     "mul": (lambda w, x: mul(x, w), W.shape, "{'mul': '...k,kn->...n'}"),
+    "heads": (
+        lambda w, x: product_of(x, w, 1),
+        (12, 2, 4),
+        "{'product_of': '...d,dhk->...hk'}",
+    ),
     "turned": (lambda w, x: mul(w, x.T), (10, 12), "{'mul': '...'}"),
     "grouped": (
         lambda w, x: grouped(x, w, jnp.array([2, 2, 1], "int32")),

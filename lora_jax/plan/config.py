@@ -63,7 +63,8 @@ class LoraConfig:
     `products={"mul": "...k,kn->...n"}`. The adapter is then applied beside the function:
     `mul(x, W) + scale * (x @ A) @ B`. The function sees the frozen weight, so it keeps its
     custom derivative, and what it rounds. `_` is an operand or result that takes no part
-    (`"...k,kn,_->...n"`, for a scale). The name is that of the Python function, as errors
+    (`"...k,kn,_->...n"`, for a scale). Values that the function closes over are in front of
+    the operands, and need no `_`. The name is that of the Python function, as errors
     and printed plans have it. There are three kinds of equations:
 
     - two operands: a product, in any layout that `jnp.einsum` takes.

@@ -74,6 +74,9 @@ def adapt(
     dropped. All examples of a `jax.vmap` around have one mask, unless the key is mapped
     over as well.
 
+    Kernels and functions with a custom derivative stay low-rank if the plan's config states
+    what they multiply: `LoraConfig(products=...)`.
+
     In place of a leaf that the plan trains the function sees its value in the adapters,
     rounded to the dtype of the leaf.
 

@@ -252,6 +252,17 @@ def _stated_layer(h, w):
     return jnp.tanh(mul(h, w)), h.sum()
 
 
+def _closure(other):
+    """A function that closes over an activation, which is an operand of its call."""
+
+    @jax.custom_jvp
+    def mul(x, w):
+        return (x + 0.0 * other) @ w
+
+    mul.defjvp(lambda primals, tangents: jax.jvp(jnp.matmul, primals, tangents))
+    return mul
+
+
 STATED = {"products": {"mul": "...k,kn->...n"}}
 
 
@@ -350,6 +361,7 @@ CASES = {
         {"w": "ioo", "o": "iio"},
         {"products": {"product_of": "...k,kn->...n; ...d,dhk->...hk; ...hk,hkd->...d"}},
     ),
+    "stated_closure": _w(lambda p, x: _closure(jnp.cos(x))(x, p["w"]), "io", **STATED),
     "stated_kernel": _w(
         lambda p, x: kernel(x, p["w"]), "io", products={"kernel": "mk,kn->mn"}
     ),

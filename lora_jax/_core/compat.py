@@ -231,6 +231,15 @@ def function_name(equation: Any) -> str:
     return str(name)
 
 
+def call_shapes(equation: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The shapes of the operands and results of a call; `()` for what is no array."""
+    operands, results = (
+        [tuple(getattr(atom.aval, "shape", ())) for atom in atoms]
+        for atoms in (equation.invars, equation.outvars)
+    )
+    return operands, results
+
+
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 

@@ -176,12 +176,8 @@ def _refuse_unless_stated(reason: str) -> Callable[..., Any]:
 
     def rule(context: Any, equation: Any, *values: Any) -> Any:
         name = compat.function_name(equation)
-        operands, outputs = (
-            [tuple(getattr(atom.aval, "shape", ())) for atom in atoms]
-            for atoms in (equation.invars, equation.outvars)
-        )
         weight = next(i for i, value in enumerate(values) if context.is_weight(value))
-        stated = suggest(operands, outputs, weight)
+        stated = suggest(*compat.call_shapes(equation), weight)
         raise NotFactorableError(
             reason.format(name=repr(name))
             + f". If {name!r} multiplies or rounds the weight, state that: "

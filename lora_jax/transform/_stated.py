@@ -36,11 +36,7 @@ class Call:
 
     def __init__(self, name: str, text: str, equation: Any):
         self.name, self.equation = name, equation
-        operands, outputs = (
-            [tuple(atom.aval.shape) for atom in atoms]
-            for atoms in (equation.invars, equation.outvars)
-        )
-        self.stated, self.fitted = fit(text, name, operands, outputs)
+        self.stated, self.fitted = fit(text, name, *compat.call_shapes(equation))
 
     def weight(self, values: Sequence[Any], is_weight: Callable[[Any], bool]) -> int:
         """The position of the one operand that is a weight.
@@ -52,8 +48,11 @@ class Call:
         weights = [i for i, value in enumerate(values) if is_weight(value)]
         if len(weights) != 1:
             raise NotFactorableError("several of its operands are adapted weights")
-        if self.fitted.operands[weights[0]] is None:
+        names = self.fitted.operands[weights[0]]
+        if names is None:
             raise NotFactorableError(_NO_PART)
+        if self.stated.is_grouped and len(names) != 3:
+            raise NotFactorableError("the weight is not that of the groups")
         dtype = self.equation.outvars[self.fitted.position].aval.dtype
         if _is_small(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
             raise NotFactorableError(f"it returns {dtype}, to which no update is added")

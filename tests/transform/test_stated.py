@@ -176,6 +176,16 @@ def small(w):
     return w.astype("float8_e4m3fn")
 
 
+@jax.jit
+def widened(x, w):
+    return x.astype(w.dtype) @ w
+
+
+@jax.jit
+def summed(x, w):
+    return jnp.sum(x @ w, axis=0)
+
+
 REFUSED = {
     "it returns int32": (
         lambda w, x: integers(x, w).astype(x.dtype),
@@ -191,6 +201,16 @@ REFUSED = {
         lambda w, x: mul(w.T, w),
         "mul",
         "mk,kn->mn",
+    ),
+    "the other operand is float8_e4m3fn": (
+        lambda w, x: widened(x.astype("float8_e4m3fn"), w),
+        "widened",
+        "mk,kn->mn",
+    ),
+    "the weight is not that of the groups": (
+        lambda w, x: grouped(w, jnp.ones((3, 12, 5)), jnp.array([3, 4, 5], "int32")),
+        "grouped",
+        "mk,gkn,g->mn",
     ),
     "takes no part in the product": (lambda w, x: mul(x, w), "mul", "mk,_->mk"),
 }
@@ -230,6 +250,17 @@ def test_a_statement_that_does_not_fit_is_an_error(text):
     params = {"w": jnp.asarray(W)}
     with pytest.raises(ValueError, match=WRONG[text]):
         plan_of(model, params, X, products={"mul": text})
+
+
+def test_the_axes_of_the_result_are_those_of_the_operands():
+    params = {"w": jnp.asarray(W)}
+    with pytest.raises(ValueError, match=r"axes '...' of the operands are not those of"):
+        plan_of(
+            lambda params, x: summed(x, params["w"]),
+            params,
+            X,
+            products={"summed": "...k,kn->...n"},
+        )
 
 
 def test_a_statement_is_compared_with_each_call():

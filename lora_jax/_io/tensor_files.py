@@ -7,7 +7,9 @@ that names the file. Nothing is unpickled. A written file gets its name when it 
 import codecs
 import contextlib
 import errno
+import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,15 +102,38 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
             CheckpointError: if the file has become shorter since it was opened.
         """
         entry = self._entries[name]
-        array = np.empty(entry.shape, entry.dtype)
-        with self._lock:
-            self._file.seek(self.starts[name])
-            count = self._file.readinto(array.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
-        if count != array.nbytes:
+        size = math.prod(entry.shape)
+        return self.read_flat(name, 0, size).reshape(entry.shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Reads the entries of an array from `start` to `stop`, in the order of the file.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        array = np.empty(stop - start, self._entries[name].dtype)
+        place = self.starts[name] + start * array.itemsize
+        if self._read_into(array.view(np.uint8).data, place) != array.nbytes:
             raise CheckpointError(
                 f"{self.path} ends too early: did another program change it meanwhile?"
             )
         return array
+
+    def read_pieces(self, size: int) -> Iterator[memoryview]:
+        """Reads the bytes of the whole file, at most `size` at a time."""
+        buffer, start = memoryview(bytearray(size)), 0
+        while count := self._read_into(buffer, start):
+            yield buffer[:count]
+            start += count
+
+    def _read_into(self, buffer: memoryview, place: int) -> int:
+        """Fills a buffer from a place in the file on, and returns how much there was."""
+        done = 0
+        with self._lock:
+            self._file.seek(place)
+            while count := self._file.readinto(buffer[done:]):
+                done += count
+        return done
 
     def is_same(self, other: "TensorFile") -> bool:
         """Whether another `TensorFile` has opened the same file."""
@@ -124,11 +149,11 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
             )
         return abstract(tuple(fields["shape"]), DTYPES[dtype])
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> io.FileIO:
         """Opens the file, after the package safetensors has checked its header."""
         library = load_safetensors()
         while True:
-            file = self.path.open("rb")
+            file = self.path.open("rb", buffering=0)
             try:
                 library.safe_open(str(self.path), framework="numpy")
                 if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
@@ -273,6 +298,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         CheckpointError: if it contains anything else.
         FileNotFoundError: if it does not exist.
     """
+    return parse_json(path, read_settings(path))
+
+
+def read_settings(path: pathlib.Path) -> bytes:
+    """Reads the bytes of a file of settings.
+
+    Raises:
+        CheckpointError: if the file is too large for settings.
+        FileNotFoundError: if it does not exist.
+    """
     check_is_file(path)
     size = path.stat().st_size
     if size > _LARGEST_JSON:
@@ -280,7 +315,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             f"{path} has {size:,} bytes, and settings have at most {_LARGEST_JSON:,}: "
             "is it another kind of file?"
         )
-    return parse_json(path, path.read_bytes())
+    return path.read_bytes()
 
 
 def parse_json(path: pathlib.Path, data: bytes) -> dict[str, Any]:

@@ -6,12 +6,13 @@ arrays, so a writer needs all shapes and dtypes before the first value.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +25,42 @@ _ALIGNMENT = 8  # bytes: the header is padded with spaces to a multiple of it
 _CODES = {jnp.dtype(name): code for code, name in tensor_files.DTYPES.items()}
 
 
-class Span(NamedTuple):
-    """The location of an array's values in a file."""
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """An array in an open file. Its values are read when they are asked for."""
 
-    path: pathlib.Path
-    start: int
-    """In bytes from the beginning of the file."""
+    file: tensor_files.TensorFile
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
+    def start(self) -> int:
+        """Where the values begin, in bytes from the beginning of the file."""
+        return self.file.starts[self.name]
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the array has."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """How many entries the array has."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """How many bytes the array has."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """The whole array."""
-        return self.read_flat(0, math.prod(self.shape)).reshape(self.shape)
+        return self.file.read(self.name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole array, for NumPy."""
+        return self.read().astype(dtype or self.dtype, copy=False)
 
     def read_rows(self, start: int, stop: int) -> np.ndarray:
         """The rows from `start` to `stop`, along the first axis."""
@@ -49,32 +69,15 @@ class Span(NamedTuple):
         return values.reshape(stop - start, *self.shape[1:])
 
     def read_flat(self, start: int, stop: int) -> np.ndarray:
-        """The entries from `start` to `stop`, in the order they are stored in."""
-        size = self.dtype.itemsize
-        raw = np.fromfile(
-            self.path, np.uint8, (stop - start) * size, offset=self.start + start * size
-        )
-        if raw.size != (stop - start) * size:
-            raise tensor_files.CheckpointError(
-                f"{self.path} ends too early: did another program change it meanwhile?"
-            )
-        return raw.view(self.dtype)
+        """The entries from `start` to `stop`, in the order of the file."""
+        return self.file.read_flat(self.name, start, stop)
 
 
 def find_spans(file: tensor_files.TensorFile) -> dict[str, Span]:
-    """Finds the locations of a file's arrays.
-
-    Args:
-        file: it was checked when it was opened.
-
-    Returns:
-        The location of each array by name, in the order of the file.
-    """
+    """The arrays of a file by name, in the order of the file."""
     ordered = sorted(file, key=lambda name: (file.starts[name], file[name].size != 0))
     return {
-        name: Span(
-            file.path, file.starts[name], file[name].shape, np.dtype(file[name].dtype)
-        )
+        name: Span(file, name, file[name].shape, np.dtype(file[name].dtype))
         for name in ordered
     }
 
@@ -228,17 +231,24 @@ def copy_file(source: pathlib.Path, path: pathlib.Path, piece: int) -> Iterator[
         piece: how many bytes are read at once.
 
     Yields:
-        How many bytes have been copied, after each piece.
+        The size of each piece, after it is written.
     """
     buffer = memoryview(bytearray(piece))
-    with (
-        tensor_files.replacing(path) as temporary,
-        source.open("rb", buffering=0) as old,
-        temporary.open("wb", buffering=0) as new,
-    ):
-        while count := old.readinto(buffer):
-            _write_all(new.fileno(), buffer[:count])
-            yield count
+    with source.open("rb", buffering=0) as old:
+        pieces = iter(lambda: buffer[: old.readinto(buffer)], b"")
+        yield from write_pieces(path, pieces)
+
+
+def write_pieces(path: pathlib.Path, pieces: Iterable[memoryview]) -> Iterator[int]:
+    """Writes a file from pieces. The file gets its name when it is complete.
+
+    Yields:
+        The size of each piece, after it is written.
+    """
+    with tensor_files.replacing(path) as temporary, temporary.open("wb", 0) as new:
+        for piece in pieces:
+            _write_all(new.fileno(), piece)
+            yield len(piece)
 
 
 def _write_all(handle: int, data: memoryview) -> None:

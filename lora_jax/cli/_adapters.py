@@ -1,18 +1,21 @@
-"""The adapters in a directory, of either format, as what the commands show and compare."""
+"""The adapters in a directory, in either format."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from lora_jax._core import tree_paths
-from lora_jax._io import tensor_files
+from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io.tensor_streams import Span
 from lora_jax.checkpoint import FILE, OLD_RECORD, load_adapters
-from lora_jax.peft.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from lora_jax.layers.lora import Adapters
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype, is_checkpoint, open_checkpoint
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import same_bits
@@ -35,85 +38,76 @@ class Adapter:
     Args:
         method: `"lora"` or `"dora"`.
         rank: of the factors.
-        configured_rank: what the settings say of the rank.
+        configured_rank: the rank in the settings.
         scale: what multiplies `A @ B`.
-        shapes: of the entries as they are stored.
-        dtypes: of the entries as they are stored.
-        read: gives the entries as `A (*batch, in, rank)`, `B (*batch, rank, out)`, and the
-            others as they are.
+        entries: the shape and dtype of each stored array.
+        read: returns the values, with `A (*batch, in, rank)` and `B (*batch, rank, out)`;
+            the other arrays as stored.
     """
 
     method: str
     rank: int
     configured_rank: int
     scale: float
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
+    entries: Mapping[str, Any]
     read: Callable[[], dict[str, np.ndarray]]
+
+    @property
+    def dtypes(self) -> set[np.dtype]:
+        """The dtypes of the stored arrays."""
+        return {np.dtype(entry.dtype) for entry in self.entries.values()}
 
     @property
     def parameters(self) -> int:
         """The number of parameters."""
-        return sum(map(math.prod, self.shapes.values()))
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the entries have."""
-        return sum(
-            math.prod(shape) * self.dtypes[name].itemsize
-            for name, shape in self.shapes.items()
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """An array that stands for one of the model, or for rows of one."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it has."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """The size of the stored arrays in bytes."""
+        return sum(map(tensor_streams.count_bytes, self.entries.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a directory of adapters has in it.
+    """The content of a directory of adapters.
 
     Args:
         format: of the files.
-        settings: what the config says, by the format's own names.
-        shared: what both formats say, by this library's names.
+        settings: the fields of the config, with the names of the format.
+        shared: the settings that both formats have, with the names of this library.
         adapters: by the name of the module or the path of the weight.
-        wholes: arrays that stand for those of the model, by name.
-        rows: the names of those arrays that are but rows of an embedding.
-        changes_base: how the adapters were made, if that changed the base weights.
-        checkpoint: what PEFT wrote; None for the format of this library.
-        plan: of the adapters in the format of this library; None for PEFT's.
+        wholes: by name, full (not low-rank) arrays that replace arrays of the model.
+        rows: the names in `wholes` that are only rows of an embedding.
+        changes_base: the initializer, if it changed the base weights.
+        checkpoint: the open files of PEFT; None for this library's format.
+        own: the adapters and the plan in this library's format; None for PEFT's format.
     """
 
     format: Format
     settings: dict[str, Any]
     shared: dict[str, Any]
     adapters: dict[str, Adapter]
-    wholes: dict[str, Whole]
+    wholes: dict[str, Span] = dataclasses.field(default_factory=dict)
     rows: frozenset[str] = frozenset()
     changes_base: str = ""
     checkpoint: Checkpoint | None = None
-    plan: AdapterPlan | None = None
+    own: tuple[Adapters, AdapterPlan] | None = None
+
+    @property
+    def plan(self) -> AdapterPlan | None:
+        """The plan in this library's format; None for PEFT's format."""
+        return self.own and self.own[1]
 
     @property
     def embeddings(self) -> list[str]:
-        """The names of adapters that are those of embeddings of tokens."""
+        """The names of the adapters of token embeddings."""
         modules = self.checkpoint.entries.modules if self.checkpoint else {}
         return [n for n, module in modules.items() if may_be_tied(n, module.kind)]
 
     @property
     def ignored(self) -> list[str]:
-        """What to say of the fields of the config that are in use and ignored."""
+        """A line for each field of the config that is in use and ignored."""
         fields = self.checkpoint.ignored if self.checkpoint else {}
         return [
             f"ignored, as --allow-field says: {name} {json.dumps(value):.80}"
@@ -122,10 +116,10 @@ class Contents:
 
     @property
     def changed(self) -> list[str]:
-        """What the adapters change of one array and not of those that are tied to it.
+        """The names of what the adapters change in one array but not in a tied array.
 
-        PEFT puts rows into all of them, and has the embedding and the head of a model that
-        is tied, where both are saved whole, as two arrays that are equal.
+        PEFT puts rows into all tied arrays. If the embedding and the head are tied and both
+        are saved in full, their two arrays are equal.
         """
         ends = [n for n in self.wholes if last_word(n) in EMBEDDINGS | HEADS]
         arrays = [self.wholes[name].read() for name in ends] if len(ends) == 2 else []
@@ -135,10 +129,10 @@ class Contents:
 
 
 def find_format(directory: pathlib.Path) -> Format:
-    """Which format the files of a directory have.
+    """Finds the format of the adapters in a directory.
 
     Raises:
-        CheckpointError: if they have none, or both.
+        CheckpointError: if the directory has no adapters, or files of both formats.
         FileNotFoundError: if there is no directory.
     """
     if not directory.is_dir():
@@ -156,35 +150,44 @@ def find_format(directory: pathlib.Path) -> Format:
     inner = sorted(str(file.parent) for file in directory.glob(f"*/{_PEFT_RECORD}"))
     hint = f"; there are adapters in {', '.join(inner)}" if inner else ""
     raise tensor_files.CheckpointError(
-        f"{directory} has neither {_PEFT_RECORD} nor {FILE}: it is no directory of "
+        f"{directory} has neither {_PEFT_RECORD} nor {FILE}: it is not a directory of "
         f"adapters{hint}."
     )
 
 
-def read_contents(directory: pathlib.Path, allow_fields: Collection[str] = ()) -> Contents:
-    """Reads what a directory of adapters has in it.
+def read_contents(
+    directory: pathlib.Path,
+    allow_fields: Collection[str] = (),
+    dtype: FileDtype = "file",
+) -> Contents:
+    """Reads the content of a directory of adapters. Each file is opened once.
 
     Args:
-        directory: of either format.
-        allow_fields: of PEFT's config, to ignore; as in `lora_jax.peft.load`.
+        directory: in either format.
+        allow_fields: fields of PEFT's config to ignore, as in `lora_jax.peft.load`.
+        dtype: of the arrays of this library's format, as in `lora_jax.load_adapters`.
 
     Raises:
-        CheckpointError: if the files are not what they should be.
-        OSError: if they cannot be read.
+        CheckpointError: if a file is damaged or not supported.
+        OSError: if a file cannot be read.
     """
     if find_format(directory) == "peft":
-        return _read_peft(directory, allow_fields)
-    return _read_own(directory)
+        return _from_peft(open_checkpoint(directory, allow_fields))
+    adapters, plan = load_adapters(directory, dtype=dtype)
+    if plan.trained:
+        raise tensor_files.CheckpointError(
+            f"{directory} has leaves that are trained without an adapter, and this command "
+            f"does not read them: {tree_paths.listed([*plan.trained])}. Convert it to the "
+            "format of PEFT first (lora-jax convert --to peft), or use merge_adapters."
+        )
+    return _from_own(adapters, plan)
 
 
-def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Contents:
-    checkpoint = open_checkpoint(directory, allow_fields)
-    config, entries = checkpoint.config, checkpoint.entries
-    file = checkpoint.arrays
+def _from_peft(checkpoint: Checkpoint) -> Contents:
+    config, entries, file = checkpoint.config, checkpoint.entries, checkpoint.arrays
     assert isinstance(file, tensor_files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
-    wholes = entries.wholes | rows
-    parameters = Parameters(config.target_parameters or ())
+    spans = tensor_streams.find_spans(file)
     return Contents(
         format="peft",
         settings=json.loads(config.to_json()),
@@ -195,59 +198,47 @@ def _read_peft(directory: pathlib.Path, allow_fields: Collection[str]) -> Conten
             "use_dora": config.use_dora,
             "dropout": config.lora_dropout,
         },
-        adapters={
-            name: of_module(file, module, config, parameters)
-            for name, module in entries.modules.items()
-        },
-        wholes={name: _whole(file, key) for name, key in wholes.items()},
+        adapters=read_modules(checkpoint, entries.modules),
+        wholes={name: spans[key] for name, key in (entries.wholes | rows).items()},
         rows=frozenset(rows),
         changes_base=str(config.init_lora_weights) if config.changes_base else "",
         checkpoint=checkpoint,
     )
 
 
-def _configured(module: Module, config: PeftConfig, parameters: Parameters) -> str:
-    """What the config calls the module, or the first parameter that it can be."""
-    owner, _ = nesting(module.name)
-    if module.kind != "experts":
-        return without_wrapper(module.name)
-    names = parameters.of(owner)
-    return next((n for n in names if config.rank_of(n) == module.rank), owner)
+def read_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Adapter]:
+    """The adapters of some modules of a PEFT checkpoint, by name."""
+    config: PeftConfig = checkpoint.config
+    parameters = Parameters(config.target_parameters or ())
+    file: Any = checkpoint.arrays
 
+    def configured(module: Module) -> str:
+        """The name of a module in the config; of experts, the first fitting parameter."""
+        if module.kind != "experts":
+            return without_wrapper(module.name)
+        owner, _ = nesting(module.name)
+        fitting = (n for n in parameters.of(owner) if config.rank_of(n) == module.rank)
+        return next(fitting, owner)
 
-def of_module(
-    file: Any,
-    module: Module,
-    config: PeftConfig,
-    parameters: Parameters,
-) -> Adapter:
-    """The adapter of a module of PEFT.
-
-    Args:
-        file: of the arrays: `read(name)` gives one, and `file[name]` has its dtype.
-        module: which one.
-        config: of the adapter.
-        parameters: those that the config has adapters of.
-    """
-    name = _configured(module, config, parameters)
-
-    def read() -> dict[str, np.ndarray]:
-        stored = {name: file.read(key) for name, key in module.keys.items()}
+    def read(module: Module) -> dict[str, np.ndarray]:
+        stored = {entry: file.read(key) for entry, key in module.keys.items()}
         return stored | _factors(stored, module.experts)
 
-    return Adapter(
-        method="dora" if "m" in module.keys else "lora",
-        rank=module.rank,
-        configured_rank=config.rank_of(name),
-        scale=config.scale_of(name),
-        shapes=module.shapes,
-        dtypes={name: np.dtype(file[key].dtype) for name, key in module.keys.items()},
-        read=read,
-    )
+    return {
+        name: Adapter(
+            method="dora" if "m" in module.keys else "lora",
+            rank=module.rank,
+            configured_rank=config.rank_of(configured(module)),
+            scale=config.scale_of(configured(module)),
+            entries={entry: file[key] for entry, key in module.keys.items()},
+            read=functools.partial(read, module),
+        )
+        for name, module in ((name, checkpoint.entries.modules[name]) for name in names)
+    }
 
 
 def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:
-    """`A (*batch, in, rank)` and `B (*batch, rank, out)`, of the transposed ones."""
+    """`A (*batch, in, rank)` and `B (*batch, rank, out)`, from PEFT's factors."""
     a, b = (stored[name].reshape(len(stored[name]), -1) for name in ("A", "B"))
     if experts:  # (experts * rank, in) and (out, rank * experts)
         rank = len(a) // experts
@@ -256,21 +247,9 @@ def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.nda
     return {"A": a.swapaxes(-1, -2), "B": b.swapaxes(-1, -2)}
 
 
-def _whole(file: tensor_files.TensorFile, key: str) -> Whole:
-    return Whole(file[key].shape, np.dtype(file[key].dtype), lambda: file.read(key))
-
-
-def _read_own(directory: pathlib.Path) -> Contents:
-    adapters, plan = load_adapters(directory, dtype="file")
-    if plan.trained:
-        raise tensor_files.CheckpointError(
-            f"{directory} has leaves that are trained without an adapter, and this command "
-            f"does not read them: {tree_paths.listed([*plan.trained])}. Convert it to the "
-            "format of PEFT first (lora-jax convert --to peft), or use merge_adapters."
-        )
-    config = plan.config
+def _from_own(adapters: Adapters, plan: AdapterPlan) -> Contents:
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
-    read, rank_of = {}, _ranks(config)
+    read, rank_of = {}, _ranks(plan.config)
     for path, target in plan.targets.items():
         arrays = {name: np.asarray(value) for name, value in adapters[path].items()}
         read[path] = Adapter(
@@ -278,24 +257,23 @@ def _read_own(directory: pathlib.Path) -> Contents:
             rank=target.rank,
             configured_rank=rank_of(path),
             scale=target.scale,
-            shapes={name: value.shape for name, value in arrays.items()},
-            dtypes={name: value.dtype for name, value in arrays.items()},
+            entries=arrays,
             read=lambda arrays=arrays: arrays,
         )
     return Contents(
         format="lora_jax",
-        settings=json.loads(config.to_json()),
-        shared={name: getattr(config, name) for name in names},
+        settings=json.loads(plan.config.to_json()),
+        shared={name: getattr(plan.config, name) for name in names},
         adapters=read,
-        wholes={},
-        plan=plan,
+        own=(adapters, plan),
     )
 
 
 def _ranks(config: LoraConfig) -> Callable[[str], int]:
-    """The rank that a config has for a path, for many of both.
+    """Returns a function from a path to its rank in a config.
 
-    Of thousands of patterns that are paths only those are tried that a path begins with.
+    It is fast for thousands of patterns that are paths: only patterns that are a beginning
+    of the path, or have wildcards, are tried.
     """
     order = {pattern: place for place, pattern in enumerate(config.rank_pattern)}
     globs = [p for p in order if p.startswith("re:") or not _GLOB.isdisjoint(p)]

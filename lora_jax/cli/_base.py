@@ -1,4 +1,4 @@
-"""The model that adapters belong to: one safetensors file, or several with an index."""
+"""The files of a model: one safetensors file, or several with an index."""
 
 import contextlib
 import dataclasses
@@ -10,21 +10,23 @@ import jax
 
 from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io.tensor_streams import Span
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 _WEIGHT_MAP = "weight_map"
 _LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A model's files.
+    """The open files of a model.
 
     Args:
-        path: of the directory, or of the one file.
-        shards: the files by their names.
-        index: what the index says; None if there is none.
+        path: of the directory, or of the single file.
+        shards: the files by name.
+        index: the content of the index; None without an index.
     """
 
     path: pathlib.Path
@@ -33,40 +35,38 @@ class Base:
 
     @property
     def is_file(self) -> bool:
-        """Whether the model is a file, and no directory."""
+        """Whether the model is a single file, not a directory."""
         return self.path.is_file()
 
     @functools.cached_property
-    def entries(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shape and dtype of each array of all files."""
-        return {name: file[name] for file in self.shards.values() for name in file}
+    def spans(self) -> dict[str, Span]:
+        """The arrays of all files by name."""
+        files = map(tensor_streams.find_spans, self.shards.values())
+        return {name: span for spans in files for name, span in spans.items()}
 
-    @property
+    @functools.cached_property
+    def config(self) -> bytes | None:
+        """The content of `config.json` beside the weights; None if there is none."""
+        file = (self.path.parent if self.is_file else self.path) / CONFIG
+        return tensor_files.read_settings(file) if file.is_file() else None
+
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """What `config.json` beside the weights says; nothing if there is none."""
-        folder = self.path.parent if self.is_file else self.path
-        file = folder / "config.json"
-        return tensor_files.read_json(file) if file.is_file() else {}
-
-    def spans(self) -> dict[str, tensor_streams.Span]:
-        """Where each array lies."""
-        return {
-            name: span
-            for file in self.shards.values()
-            for name, span in tensor_streams.find_spans(file).items()
-        }
+        """The fields of `config.json` beside the weights; empty if there is none."""
+        file = (self.path.parent if self.is_file else self.path) / CONFIG
+        return {} if self.config is None else tensor_files.parse_json(file, self.config)
 
 
 def open_base(path: pathlib.Path) -> Base:
-    """Opens a model's files; of the arrays only names, shapes and dtypes are read.
+    """Opens the files of a model. Reads names, shapes and dtypes, but no values.
 
     Args:
-        path: of a directory with `model.safetensors`, or with parts of it and
+        path: of a directory with `model.safetensors`, or with shards and
             `model.safetensors.index.json`; or of one safetensors file.
 
     Raises:
-        CheckpointError: if there is no such file, or the parts are not those of the index.
-        FileNotFoundError: if there is nothing at the path, or a part is missing.
+        CheckpointError: if there is no such file, or the shards do not match the index.
+        FileNotFoundError: if the path or a shard does not exist.
     """
     if path.is_file():
         return Base(path, {path.name: tensor_files.TensorFile(path)})
@@ -79,7 +79,7 @@ def open_base(path: pathlib.Path) -> Base:
             "give the file itself."
         )
     if index:
-        return _open_parts(path)
+        return _open_shards(path)
     if not whole:
         names = sorted(entry.name for entry in path.iterdir())
         raise tensor_files.CheckpointError(
@@ -90,20 +90,21 @@ def open_base(path: pathlib.Path) -> Base:
 
 
 def find_files(path: pathlib.Path) -> set[pathlib.Path]:
-    """The names of the files in a directory that have a model's weights, or say so.
+    """The names of the weight files and the index of the model in a directory.
 
-    Whatever else is in an index, or it is damaged: only files in the same directory.
+    The index may be damaged, or name other files: the result has only names of files in
+    the same directory.
     """
     found = {pathlib.Path(name) for name in (WHOLE, INDEX) if (path / name).is_file()}
     if pathlib.Path(INDEX) in found:
         with contextlib.suppress(tensor_files.CheckpointError, OSError):
             weight_map = tensor_files.read_json(path / INDEX).get(_WEIGHT_MAP)
-            parts = weight_map.values() if isinstance(weight_map, dict) else ()
-            found |= {pathlib.Path(part) for part in parts if isinstance(part, str)}
+            shards = weight_map.values() if isinstance(weight_map, dict) else ()
+            found |= {pathlib.Path(name) for name in shards if isinstance(name, str)}
     return found
 
 
-def _open_parts(path: pathlib.Path) -> Base:
+def _open_shards(path: pathlib.Path) -> Base:
     where = path / INDEX
     index = tensor_files.read_json(where)
     weight_map = index.get(_WEIGHT_MAP)
@@ -111,60 +112,53 @@ def _open_parts(path: pathlib.Path) -> Base:
         raise tensor_files.CheckpointError(
             f"{where} has no {_WEIGHT_MAP!r} with names in it."
         )
-    for part in weight_map.values():
-        beside = isinstance(part, str) and pathlib.PurePath(part).name == part
-        if not beside or not part.endswith(".safetensors"):
+    for name in weight_map.values():
+        beside = isinstance(name, str) and pathlib.PurePath(name).name == name
+        if not beside or not name.endswith(".safetensors"):
             raise tensor_files.CheckpointError(
-                f"{where}: {part!r:.80} is no name of a file in the same directory that "
-                "ends in .safetensors."
+                f"{where}: {name!r:.80} is not the name of a file in the same directory "
+                "that ends in .safetensors."
             )
-    parts = sorted(set(weight_map.values()))
-    base = Base(path, {part: tensor_files.TensorFile(path / part) for part in parts}, index)
-    _check_parts(where, weight_map, base)
+    names = sorted(set(weight_map.values()))
+    base = Base(path, {name: tensor_files.TensorFile(path / name) for name in names}, index)
+    _check_shards(where, weight_map, base)
     return base
 
 
-def _check_parts(where: pathlib.Path, weight_map: dict[str, str], base: Base) -> None:
-    """Raises unless each array is in the part that the index has for it, and no other."""
-    actual = {(name, part) for part, file in base.shards.items() for name in file}
+def _check_shards(where: pathlib.Path, weight_map: dict[str, str], base: Base) -> None:
+    """Raises unless each array is in the shard that the index names, and in no other."""
+    actual = {(name, shard) for shard, file in base.shards.items() for name in file}
     missing = [pair for pair in weight_map.items() if pair not in actual]
     if missing:
-        name, part = missing[0]
+        name, shard = missing[0]
         raise tensor_files.CheckpointError(
-            f"{where} says that {name!r} is in {part}: it is not."
+            f"{where} says that {name!r} is in {shard}: it is not."
         )
-    extra = sorted(name for name, part in actual if weight_map.get(name) != part)
+    extra = sorted(name for name, shard in actual if weight_map.get(name) != shard)
     if extra:
         raise tensor_files.CheckpointError(
-            f"{where} does not have what the files it names have: {_listed(extra)}."
+            f"{where} lacks arrays of the files that it names: {_listed(extra)}."
         )
 
 
 def new_index(base: Base, entries: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The index of a model with the same parts, and arrays of other sizes.
+    """The index of a model with the same shards, and arrays of other sizes.
 
     Args:
         base: the old model, which has an index.
         entries: the new shape and dtype of each array.
     """
-    index = dict(base.index or {})
-    metadata = index.get("metadata")
+    old = (base.index or {}).get("metadata")
     total = sum(map(tensor_streams.count_bytes, entries.values()))
-    index["metadata"] = {**(metadata if isinstance(metadata, dict) else {})}
-    index["metadata"]["total_size"] = total
-    return index
+    metadata = {**(old if isinstance(old, dict) else {}), "total_size": total}
+    return {**(base.index or {}), "metadata": metadata}
 
 
 def check_has(base: Base, names: list[str]) -> None:
-    """Raises unless the model has all of some arrays.
-
-    Raises:
-        CheckpointError: if one is in none of the files.
-    """
-    entries = base.entries
-    missing = [name for name in names if name not in entries]
+    """Raises CheckpointError unless the model has arrays with all these names."""
+    missing = [name for name in names if name not in base.spans]
     if missing:
-        hint = tree_paths.nearest_hint(missing[0], entries)
+        hint = tree_paths.nearest_hint(missing[0], base.spans)
         raise tensor_files.CheckpointError(
             f"the adapter is for {_listed(missing)}, which no file of {base.path} has"
             f"{hint}: is it of another model, or does it need --names?"

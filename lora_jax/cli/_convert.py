@@ -1,4 +1,4 @@
-"""`lora-jax convert`: adapters from this library's format to PEFT's, and back."""
+"""`lora-jax convert`: converts adapters from one format to the other."""
 
 import argparse
 import pathlib
@@ -40,10 +40,10 @@ def _to_own(
     base = _base.open_base(pathlib.Path(options.base))
     contents = _adapters.read_contents(source, options.allow_field)
     _loading.check_ties(base, contents.changed, contents.embeddings)
-    way = _loading.read_way(options)
-    loaded = _loading.load_for(contents, source, base, way, dtype=None)
+    matching = _loading.read_matching(options)
+    loaded = _loading.load_for(contents, source, base, matching)
     adapters, plan, replaced = loaded[:3]
-    if replaced and (way.strict or not plan.targets):
+    if replaced and (options.strict or not plan.targets):
         names_of = ", ".join(map(repr, list(replaced)[:3]))
         raise tensor_files.CheckpointError(
             f"{source} has arrays of the model besides the adapters, and the format "
@@ -58,9 +58,8 @@ def _to_own(
 
 
 def _dtype(contents: _adapters.Contents) -> np.dtype | None:
-    """The dtype of all arrays of adapters; None if they have several."""
-    adapters = contents.adapters.values()
-    dtypes = {dtype for adapter in adapters for dtype in adapter.dtypes.values()}
+    """The common dtype of all arrays of the adapters; None if there are several."""
+    dtypes = set().union(*(adapter.dtypes for adapter in contents.adapters.values()))
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
@@ -69,8 +68,7 @@ def _to_peft(
 ) -> tuple[int, list[str]]:
     if options.base is not None:
         raise ValueError("--base is for --to lora_jax: the plan has all shapes.")
-    for name in ("--prefix", "--no-strict"):
-        given = options.prefix if name == "--prefix" else not options.strict
+    for name, given in (("--prefix", options.prefix), ("--no-strict", not options.strict)):
         if given:
             raise ValueError(f"{name} is for --to lora_jax: it is about the model.")
     names = _loading.read_names(options.names)

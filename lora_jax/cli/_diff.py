@@ -1,64 +1,60 @@
-"""`lora-jax diff`: what two directories of adapters, or two models, do not share."""
+"""`lora-jax diff`: compares two directories of adapters, or two models."""
 
 import argparse
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._io.tensor_streams import Span
 from lora_jax.cli import _adapters, _base, _effects, _loading, _messages, _terminal
 from lora_jax.cli._adapters import Contents
 
-# How many entries of an array are compared at once.
+# The number of entries of an array that are compared at once.
 _PIECE = 2**20
 _WIDEST = 60  # characters of a setting
 _UNORDERED = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _UNCOMPARED = ("peft_version", "inference_mode")
 _SCALE = "scale of "
-# Settings that change what an adapter does, and no array of it.
+# Settings that change what an adapter computes, and that no array shows.
 _ACTING = ("lora_dropout", "dropout", "trainable_token_indices")
-# What rounding to float32 leaves of the difference of two updates, over their norm.
+# The default tolerance of effects: updates are rounded to float32.
 _ROUNDING = 1e-6
+_RIGHT = ("largest difference", "relative", "norm in A", "norm in B")
 DIFFERENT = 3
 
-
-class Entry(NamedTuple):
-    """An array to compare."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    pieces: Callable[[], Iterator[np.ndarray]]
-    """Its entries in order, flat, some at a time."""
+Entry: TypeAlias = Span | np.ndarray
+"""An array to compare: in a file, or in memory."""
 
 
 class Side(NamedTuple):
     """One of the two that are compared."""
 
     settings: dict[str, Any]
-    entries: dict[str, Entry]
+    entries: Mapping[str, Entry]
 
 
 class _Effects(NamedTuple):
-    """What is said of two adapters that are not written alike."""
+    """The result of comparing the effects of two adapters that are stored differently."""
 
     same: bool = False
-    """Whether they do the same all the same."""
+    """Whether the effects are the same."""
     by_plan: bool = False
-    """Whether names and paths were matched, so that they do not have to be the same."""
+    """Whether modules and paths were matched by their words."""
     rows: Sequence[tuple[str, ...]] = ()
     lines: tuple[str, ...] = ()
 
 
 class Distance(NamedTuple):
-    """How far two arrays are apart."""
+    """The distance between two arrays."""
 
     absolute: float
     """The largest difference."""
     relative: float
-    """That over the largest entry of both."""
+    """The largest difference, relative to the largest entry of both."""
     equal: bool
 
 
@@ -67,19 +63,14 @@ def diff(options: argparse.Namespace) -> int:
     paths = pathlib.Path(options.a), pathlib.Path(options.b)
     contents = _read_both(*paths, options)
     if contents is None:
-        sides = [_model_side(path) for path in paths]
+        a, b = (Side({}, _base.open_base(path).spans) for path in paths)
     else:
         shared = contents[0].format != contents[1].format
-        sides = [_adapter_side(each, shared) for each in contents]
-    a, b = sides
-    tolerance, given = options.tolerance or 0.0, _loading.read_names(options.names)
-    names = [name for name in a.entries if name in b.entries]
-    rows, equal = [], 0
-    for name in names:
-        cells = _compare(a.entries[name], b.entries[name], tolerance)
-        equal += cells is None
-        if cells is not None:
-            rows.append((name, *cells))
+        a, b = (_adapter_side(each, shared) for each in contents)
+    tolerance, names = options.tolerance, _loading.read_names(options.names)
+    both = [name for name in a.entries if name in b.entries]
+    cells = {n: _compare(a.entries[n], b.entries[n], tolerance or 0.0) for n in both}
+    rows = [(name, *row) for name, row in cells.items() if row is not None]
     settings = _differing(a.settings, b.settings)
     only = [
         (f"only in {path}", name)
@@ -90,11 +81,10 @@ def diff(options: argparse.Namespace) -> int:
     found = _Effects()
     differ = bool(settings or rows or only)
     if contents is not None and differ:
-        acting = [line for line in settings if line[0] in _ACTING]
-        found = _compare_effects(contents, paths, given, options.tolerance, bool(acting))
+        acting = any(line[0] in _ACTING for line in settings)
+        found = _compare_effects(contents, paths, names, tolerance, acting)
     if found.by_plan:
         settings = [line for line in settings if not line[0].startswith(_SCALE)]
-    right = ("largest difference", "relative", "norm in A", "norm in B")
     entry = ("entry", "shape", "dtype", "largest difference", "relative")
     for header, lines in (
         (("setting", "A", "B"), settings),
@@ -103,10 +93,10 @@ def diff(options: argparse.Namespace) -> int:
         (("effect", "norm in A", "norm in B", "what differs", "relative"), found.rows),
     ):
         if lines:
-            _terminal.say(*_terminal.format_table(header, lines, right), "")
+            _terminal.say(*_terminal.format_table(header, lines, _RIGHT), "")
     _terminal.say(
-        f"{len(settings)} settings differ; of the entries {equal} are equal, {len(rows)} "
-        f"differ, {len(only)} are in one only.",
+        f"{len(settings)} settings differ; of the entries {len(both) - len(rows)} are "
+        f"equal, {len(rows)} differ, {len(only)} are in one only.",
         *found.lines,
     )
     return DIFFERENT if differ and not found.same else 0
@@ -119,14 +109,14 @@ def _compare_effects(
     tolerance: float | None,
     acting: bool,
 ) -> _Effects:
-    """What adapters do that are not written alike.
+    """Compares the effects of adapters that are stored differently.
 
     Args:
-        contents: of both directories.
-        paths: of both.
+        contents: the adapters of both directories.
+        paths: of both directories.
         names: of `--names`.
-        tolerance: as the option; None for what rounding to float32 leaves.
-        acting: whether settings differ that the arrays do not say.
+        tolerance: as the option.
+        acting: whether settings differ that no array shows.
     """
     try:
         found = _effects.compare(*contents, paths, names)
@@ -161,7 +151,7 @@ def _compare_effects(
 def _read_both(
     a: pathlib.Path, b: pathlib.Path, options: argparse.Namespace
 ) -> tuple[Contents, Contents] | None:
-    """Two directories of adapters; None for two models."""
+    """The adapters of two directories; None for two models."""
     kinds = [_is_model(path) for path in (a, b)]
     if kinds[0] != kinds[1]:
         model, adapter = (a, b) if kinds[0] else (b, a)
@@ -184,42 +174,24 @@ def _is_model(path: pathlib.Path) -> bool:
     )
 
 
-def _model_side(path: pathlib.Path) -> Side:
-    base = _base.open_base(path)
-    return Side({}, {name: _of_span(span) for name, span in base.spans().items()})
-
-
-def _of_span(span: Any) -> Entry:
-    size = math.prod(span.shape)
-
-    def pieces() -> Iterator[np.ndarray]:
-        for start in range(0, size, _PIECE):
-            yield span.read_flat(start, min(start + _PIECE, size))
-
-    return Entry(span.shape, span.dtype, pieces)
-
-
 def _adapter_side(contents: Contents, shared: bool) -> Side:
-    """What is compared of adapters.
+    """The settings and arrays of adapters.
 
     Args:
-        contents: of a directory.
+        contents: the adapters.
         shared: compare only the settings that both formats have.
     """
     settings = dict(contents.shared) if shared else _unordered(contents.settings)
-    entries = {}
+    entries: dict[str, Entry] = {}
     for path, adapter in contents.adapters.items():
         name = path.removesuffix(".weight")
         settings[f"{_SCALE}{name}"] = adapter.scale
-        for entry, values in adapter.read().items():
-            entries[f"{name} {entry}"] = _of_array(values)
-    for name, whole in contents.wholes.items():
-        entries[name] = _of_array(whole.read())
-    return Side(settings, entries)
+        entries |= {f"{name} {entry}": value for entry, value in adapter.read().items()}
+    return Side(settings, entries | contents.wholes)
 
 
 def _unordered(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, with lists whose order means nothing sorted."""
+    """Settings to compare. Lists are sorted if their order has no meaning."""
     return {
         name: sorted(value) if name in _UNORDERED and isinstance(value, list) else value
         for name, value in settings.items()
@@ -227,12 +199,8 @@ def _unordered(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_array(values: np.ndarray) -> Entry:
-    return Entry(values.shape, values.dtype, lambda: iter([values.ravel()]))
-
-
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The settings that are not the same."""
+    """The settings that differ."""
     return [
         (name, _shown(a, name), _shown(b, name))
         for name in dict.fromkeys([*a, *b])
@@ -248,7 +216,7 @@ def _shown(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _compare(a: Entry, b: Entry, tolerance: float) -> tuple[str, ...] | None:
-    """The cells of a row about two arrays; None if they are equal."""
+    """The cells of a row about two arrays that differ; None if they are equal."""
     dtype = a.dtype.name if a.dtype == b.dtype else f"{a.dtype.name}, {b.dtype.name}"
     if a.shape != b.shape:
         shapes = ", ".join(_terminal.format_shape(each.shape) for each in (a, b))
@@ -264,12 +232,12 @@ def _compare(a: Entry, b: Entry, tolerance: float) -> tuple[str, ...] | None:
 
 
 def measure(a: Entry, b: Entry) -> Distance:
-    """How far two arrays of one shape are apart, in float64.
+    """The distance between two arrays of one shape, computed in float64.
 
-    Entries that are NaN in both are equal; one that is in one only is infinitely far.
+    Entries that are NaN in both are equal. The distance of a NaN to a number is infinite.
     """
     absolute, largest, equal = 0.0, 0.0, True
-    for left, right in zip(a.pieces(), b.pieces(), strict=True):
+    for left, right in zip(_pieces(a), _pieces(b), strict=True):
         unequal = ~((left == right) | (_is_nan(left) & _is_nan(right)))
         sizes = [np.abs(each.astype(np.float64)) for each in (left, right)]
         finite = [size[np.isfinite(size)].max(initial=0) for size in sizes]
@@ -281,6 +249,16 @@ def measure(a: Entry, b: Entry) -> Distance:
             apart = np.abs(left.astype(np.float64) - right.astype(np.float64))[unequal]
         absolute = max(absolute, float(np.where(np.isnan(apart), np.inf, apart).max()))
     return Distance(absolute, _over(absolute, largest), equal)
+
+
+def _pieces(array: Entry) -> Iterator[np.ndarray]:
+    """The entries of an array in order, some at a time."""
+    for start in range(0, array.size, _PIECE):
+        stop = min(start + _PIECE, array.size)
+        if isinstance(array, Span):
+            yield array.read_flat(start, stop)
+        else:
+            yield array.reshape(-1)[start:stop]
 
 
 def _over(absolute: float, largest: float) -> float:

@@ -1,7 +1,8 @@
-"""What two directories of adapters do, however each is written.
+"""Compares the effects of adapters that are stored differently.
 
-An adapter has many forms: other factors `A` and `B`, a scale or a `B` that takes it up,
-zeros for a larger rank, layers one by one or stacked. Its update `scale * A @ B` is one.
+One adapter can be stored in many ways: with other factors `A` and `B`, with the scale in
+`B`, with zeros for a larger rank, with layers separate or stacked. All have the same update
+`scale * A @ B`.
 """
 
 import pathlib
@@ -13,26 +14,25 @@ import numpy as np
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading
-from lora_jax.cli._adapters import Contents, Whole
+from lora_jax.cli._adapters import Contents
 from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.keys import Parameters
 from lora_jax.peft.leaves import Known, Places
 from lora_jax.peft.load import Loaded, assemble, find_places
 from lora_jax.peft.names import mask_numbers
 from lora_jax.plan.adapter_plan import AdapterPlan
 
-# What the norms themselves are rounded to, in float64.
+# The rounding of a norm in float64.
 _ROUNDING = 1e-14
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class Effect(NamedTuple):
-    """What an adapter does, or an array that stands for one of the model.
+    """The effect of an adapter, or of a full array that replaces one of the model.
 
     Args:
         arrays: float64. An adapter has `A (*batch, in, rank)` and `B (*batch, rank, out)`,
-            with the scale in it; an array that stands for itself is `whole`.
+            with the scale in `B`. A full array is `whole`.
     """
 
     arrays: dict[str, np.ndarray]
@@ -46,33 +46,33 @@ class Effect(NamedTuple):
 
     @property
     def is_nothing(self) -> bool:
-        """Whether there is only an update, and it is zero."""
+        """Whether the effect is only an update, and the update is zero."""
         return self.arrays.keys() == {"A", "B"} and self.norm == 0
 
 
 class Apart(NamedTuple):
-    """How far two effects are apart: the name, both norms, and what differs most."""
+    """The difference of two effects: the name, both norms, and what differs most."""
 
     name: str
     norms: tuple[float, float]
     what: str
     relative: float
-    """The norm of the difference over the larger norm of both."""
+    """The norm of the difference, relative to the larger norm of both."""
 
 
 def compare(
     a: Contents, b: Contents, paths: tuple[pathlib.Path, pathlib.Path], names: Any
 ) -> list[Apart]:
-    """Compares what adapters do, module by module.
+    """Compares the effects of adapters, module by module.
 
     Args:
-        a: the contents of a directory.
-        b: the contents of another, in either format.
-        paths: of both.
-        names: of `--names`; None if the names of modules and the paths of weights tell.
+        a: the adapters of a directory.
+        b: the adapters of another directory, in either format.
+        paths: of both directories.
+        names: of `--names`; None to match modules and paths by their words.
 
     Raises:
-        CheckpointError, ValueError: if modules and paths do not tell which are the same.
+        CheckpointError, ValueError: if modules and paths cannot be matched.
     """
     if are_alike(a, b):
         effects = _own_effects(a), _own_effects(b)
@@ -88,17 +88,17 @@ def compare(
 
 
 def are_alike(a: Contents, b: Contents) -> bool:
-    """Whether what has one name is the same, so that no names have to be matched."""
+    """Whether both have the same names, so that no names have to be matched."""
     if a.plan is None or b.plan is None:
         return a.format == b.format
     return a.adapters.keys() == b.adapters.keys()
 
 
 def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
-    """The Frobenius norm of `scale * A @ B`, without the product.
+    """The Frobenius norm of `scale * A @ B`, without forming the product.
 
-    With `A = Q R` and `B^T = P S` it is that of `R S^T`, `(rank, rank)`: the root of
-    `trace((A^T A)(B B^T))`, without the squares that cost half of the digits.
+    With `A = Q R` and `B^T = P S`, it is the norm of `R S^T`, `(rank, rank)`. This keeps
+    all digits; `trace((A^T A)(B B^T))` would lose half of them by squaring.
 
     Args:
         a: `(*batch, in, rank)`, float64.
@@ -111,12 +111,12 @@ def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
 
 
 def _own_effects(contents: Contents) -> dict[str, Effect]:
-    """What adapters do, by the names that they have."""
-    adapters = {
-        name: _effect(adapter.read(), adapter.scale)
-        for name, adapter in contents.adapters.items()
-    }
-    return adapters | _whole_effects(contents.wholes)
+    """The effects of adapters by their own names."""
+    return _effects_of(contents.adapters) | _whole_effects(contents)
+
+
+def _effects_of(adapters: Mapping[str, _adapters.Adapter]) -> dict[str, Effect]:
+    return {name: _effect(own.read(), own.scale) for name, own in adapters.items()}
 
 
 def _effect(arrays: Mapping[str, Any], scale: float) -> Effect:
@@ -125,37 +125,35 @@ def _effect(arrays: Mapping[str, Any], scale: float) -> Effect:
     return Effect(wide | scaled)
 
 
-def _whole_effects(wholes: Mapping[str, Whole]) -> dict[str, Effect]:
-    return {n: Effect({"whole": w.read().astype(np.float64)}) for n, w in wholes.items()}
+def _whole_effects(contents: Contents) -> dict[str, Effect]:
+    return {
+        name: Effect({"whole": np.asarray(span, np.float64)})
+        for name, span in contents.wholes.items()
+    }
 
 
 def _like(
     contents: Contents, directory: pathlib.Path, other: Contents, names: Any
 ) -> dict[str, Effect]:
-    """What adapters do, by the paths of another plan, whose weights may be stacks.
+    """The effects of adapters by the paths of another plan, whose weights may be stacks.
 
-    What has no place there comes by its own name.
+    An adapter without a path there keeps its own name.
     """
     plan, checkpoint = other.plan, contents.checkpoint
     assert plan is not None
     if checkpoint is None:
-        assert contents.plan is not None
-        arrays: Any = {name: each.read() for name, each in contents.adapters.items()}
-        own = _names_of(contents.plan, names)
-        checkpoint = _loading.as_checkpoint(directory, arrays, contents.plan, own)
+        assert contents.own is not None
+        own = _names_of(contents.own[1], names)
+        checkpoint = _loading.as_checkpoint(directory, *contents.own, own)
     loaded, left = _put(checkpoint, plan, _names_of(plan, names))
     scales = {path: target.scale for path, target in loaded.plan.targets.items()}
     effects = {p: _effect(arrays, scales[p]) for p, arrays in loaded.adapters.items()}
-    config, modules = checkpoint.config, checkpoint.entries.modules
-    parameters = Parameters(config.target_parameters or ())
-    for name in left:
-        own = _adapters.of_module(checkpoint.arrays, modules[name], config, parameters)
-        effects[name] = _effect(own.read(), own.scale)
-    return effects | _whole_effects(contents.wholes)
+    effects |= _effects_of(_adapters.read_modules(checkpoint, left))
+    return effects | _whole_effects(contents)
 
 
 def _put(checkpoint: Checkpoint, plan: AdapterPlan, names: Any) -> tuple[Loaded, list[str]]:
-    """The adapters of a checkpoint on the weights of a plan, and those without a place."""
+    """The adapters of a checkpoint for the weights of a plan, and the unmatched modules."""
     leaves = {
         path: jax.ShapeDtypeStruct(target.shape, np.float32)
         for path, target in plan.targets.items()
@@ -168,15 +166,15 @@ def _put(checkpoint: Checkpoint, plan: AdapterPlan, names: Any) -> tuple[Loaded,
     left = [name for name in entries.modules if name not in placement.sites]
     if left and not placement.sites:
         raise CheckpointError(
-            f"no path of the plan is that of a module, for example {next(iter(leaves))!r} "
-            f"and {left[0]!r}: if names do not tell, give --names."
+            f"no path of the plan matches a module, for example {next(iter(leaves))!r} "
+            f"and {left[0]!r}: give --names."
         )
     with _loading.leaving_out():
         return assemble(placement, False, dtype="file", on_tied="allow"), left
 
 
 def _names_of(plan: AdapterPlan, names: Any) -> Any:
-    """Those of `--names` whose paths are of a plan; None if there are none."""
+    """The entries of `--names` whose paths are in a plan; None if there are none."""
     masks = set(map(mask_numbers, plan.targets))
     own = {
         name: value
@@ -187,7 +185,7 @@ def _names_of(plan: AdapterPlan, names: Any) -> Any:
 
 
 def _apart(name: str, one: Effect, other: Effect) -> Apart:
-    """How far two effects are apart, in that in which they are most."""
+    """The difference of two effects, in the array that differs most."""
     norms = one.norm, other.norm
     if one.is_nothing and other.is_nothing:
         return Apart(name, norms, "update", 0.0)
@@ -203,7 +201,7 @@ def _apart(name: str, one: Effect, other: Effect) -> Apart:
 
 
 def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> float:
-    """The norm of a difference over the larger of two; infinite if there is none."""
+    """The norm of a difference, relative to the larger norm; infinite without a norm."""
     if entry not in a or entry not in b:
         return np.inf
     if entry == "A":

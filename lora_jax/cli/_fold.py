@@ -1,9 +1,8 @@
-"""One weight merged into the dtype it is written in, and what that dtype loses."""
+"""Merges one weight into the dtype of the result, and counts what the rounding loses."""
 
-import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,17 @@ import numpy as np
 
 from lora_jax.cli import _blocks
 from lora_jax.layers.lora import Adapter
+from lora_jax.lowrank import rounding
 from lora_jax.model.adapters import merge_adapters, merge_losses
-from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
-# How many entries are merged at once: some arrays of so many float32 are held then, and a
-# processor's cache holds most of them.
+# The number of entries that are merged at once. A merge holds a few float32 arrays of this
+# size, most of which fit into the cache of a processor.
 BLOCK = 2**20
-# Hashed at each call, and not asked.
+# Part of the plan, but not used by a merge.
 _CONFIG = LoraConfig()
+# All weights have this name in their plan, so that weights of one kind are compiled once.
 _ANY = "weight"
 
 
@@ -27,10 +28,10 @@ class Loss(NamedTuple):
     """What the rounding of a merged weight loses."""
 
     vanished: int = 0
-    """How many entries have an update and do not change."""
+    """The number of entries that have an update and do not change."""
     entries: int = 0
     largest: float = 0.0
-    """The largest `|update| / |weight|` among those."""
+    """The largest `|update| / |weight|` among the vanished entries."""
 
     def __add__(self, other: "Loss") -> "Loss":  # type: ignore[override]
         """The loss of two parts together."""
@@ -42,119 +43,90 @@ class Loss(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """The share of the entries that vanish."""
+        """The fraction of the entries that vanish."""
         return self.vanished / max(1, self.entries)
 
 
-class Source(Protocol):
-    """Something that rows of a weight are read from."""
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """The rows from `start` to `stop`, along the first axis."""
-        ...
-
-
-class Array:
-    """Rows of an array in memory."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._values = values
-
-    def read_rows(self, start: int, stop: int) -> np.ndarray:
-        """The rows from `start` to `stop`, along the first axis."""
-        return self._values[start:stop]
-
-
 def fold_weight(
-    name: str, source: Source, adapter: Adapter, plan: AdapterPlan, dtype: np.dtype
+    name: str,
+    read_rows: Callable[[int, int], np.ndarray],
+    adapter: Adapter,
+    target: Target,
+    dtype: np.dtype,
 ) -> Iterator[tuple[np.ndarray, Loss]]:
-    """Merges a weight, some rows after the others.
+    """Merges a weight, one block of rows after the other.
 
     Args:
-        name: of the weight.
-        source: of its values.
+        name: of the weight, for error messages.
+        read_rows: returns the rows of the weight from one index to another.
         adapter: of the weight.
-        plan: which has the weight as a target.
-        dtype: of the result. The sum is formed in at least float32 and rounded to it.
+        target: the weight's entry in the plan.
+        dtype: of the result. The sum is computed in at least float32 and rounded once.
 
     Yields:
-        Some rows of the result, and what they lost.
+        Some rows of the result, and what their rounding lost.
 
     Raises:
-        FloatingPointError: if an entry is infinite or no number.
+        FloatingPointError: if an entry is infinite or NaN.
     """
-    for block in _blocks.cut_rows(plan.targets[name], adapter, BLOCK):
-        rows = source.read_rows(block.start, block.stop)
-        own = dataclasses.replace(plan, targets={name: block.target})
-        yield _fold(name, rows, block.adapter, own, dtype)
+    for block in _blocks.cut_rows(target, adapter, BLOCK):
+        rows = read_rows(block.start, block.stop)
+        yield _fold(name, rows, block.adapter, block.target, dtype)
 
 
 def _fold(
-    name: str, rows: np.ndarray, adapter: Adapter, plan: AdapterPlan, dtype: np.dtype
+    name: str, rows: np.ndarray, adapter: Adapter, target: Target, dtype: np.dtype
 ) -> tuple[np.ndarray, Loss]:
-    values = jnp.asarray(rows)
-    target = plan.targets[name]
-    if target.method == "lora":
-        # Of one name, so that all weights of a kind have one compiled program.
-        own = AdapterPlan(_CONFIG, {_ANY: target})
-        merged, vanished, largest, finite = _fold_lora(values, adapter, own, dtype)
-        if bool(finite):
-            return np.asarray(merged), Loss(int(vanished), rows.size, float(largest))
-    # DoRA, and what is not finite, to find out why.
-    if holds(dtype, rows.dtype):
-        return _fold_exactly(name, values.astype(dtype), adapter, plan)
-    wide = values.astype(_wide(rows.dtype))
-    result = np.asarray(merge_adapters({name: wide}, {name: adapter}, plan)[name])
-    rounded = round_to(name, result, dtype)
-    return rounded, _rounding_loss(np.asarray(wide), result, dtype)
+    values, plan = jnp.asarray(rows), AdapterPlan(_CONFIG, {_ANY: target})
+    merged, vanished, largest, finite = _merge_rows(values, adapter, plan, dtype)
+    if not bool(finite):
+        raise _explain(name, values, adapter, target, dtype)
+    if target.method == "dora" and holds(dtype, rows.dtype):
+        # Also counts updates that float32 does not hold next to the weight.
+        params, adapters = {_ANY: values.astype(dtype)}, {_ANY: adapter}
+        vanished, largest, _ = merge_losses(params, adapters, plan)[_ANY]
+        vanished = round(float(vanished) * rows.size)
+    return np.asarray(merged), Loss(int(vanished), rows.size, float(largest))
 
 
-def _fold_exactly(
-    name: str, rows: jax.Array, adapter: Adapter, plan: AdapterPlan
-) -> tuple[np.ndarray, Loss]:
-    params, adapters = {name: rows}, {name: adapter}
-    merged = merge_adapters(params, adapters, plan)[name]
-    loss = merge_losses(params, adapters, plan)[name]
-    vanished = round(float(loss.vanished) * rows.size)
-    return np.asarray(merged), Loss(vanished, rows.size, float(loss.largest_vanished))
-
-
-def _wide(dtype: np.dtype) -> np.dtype:
-    return np.result_type(dtype, np.float32)
+def _explain(
+    name: str, rows: jax.Array, adapter: Adapter, target: Target, dtype: np.dtype
+) -> FloatingPointError:
+    """An error that says why a result is not finite."""
+    wide, plan = rows.astype(_wide(rows.dtype)), AdapterPlan(_CONFIG, {name: target})
+    try:
+        result = merge_adapters({name: wide}, {name: adapter}, plan)[name]
+        round_to(name, np.asarray(result), dtype)
+    except FloatingPointError as error:
+        return error
+    return FloatingPointError(f"at {name!r}: the result has an infinity or a NaN in it.")
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _fold_lora(
+def _merge_rows(
     rows: jax.Array, adapter: Adapter, plan: AdapterPlan, dtype: np.dtype
 ) -> tuple[jax.Array, ...]:
-    """Merges in one pass over the rows, which takes a fifth of the time.
+    """Merges rows and counts the loss in one pass.
 
     Returns:
-        The result, how many of its entries have an update and do not change, the largest
-        `|update| / |weight|` among them, and whether the result is finite.
+        The result, the number of vanished entries, the largest `|update| / |weight|` among
+        them, and whether the result is finite.
     """
 
     def merge(values: jax.Array) -> jax.Array:
         return merge_adapters({_ANY: values}, {_ANY: adapter}, plan)[_ANY]
 
     wide = rows.astype(_wide(rows.dtype))
-    update, merged = merge(jnp.zeros_like(wide)), merge(wide).astype(dtype)
-    vanished = (update != 0) & (merged == wide.astype(dtype))
-    zero = jnp.zeros_like(wide)
-    size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
-    ratios = jnp.where(vanished, jnp.abs(update) / size, zero)
-    finite = jnp.all(jnp.isfinite(merged))
-    return merged, jnp.sum(vanished), jnp.max(ratios), finite
+    exact = merge(wide)
+    is_lora = plan.targets[_ANY].method == "lora"
+    update = merge(jnp.zeros_like(wide)) if is_lora else exact - wide
+    merged = exact.astype(dtype)
+    vanished, largest = rounding.find_vanished(wide, update, merged)
+    return merged, jnp.sum(vanished), largest, jnp.all(jnp.isfinite(merged))
 
 
-def _rounding_loss(before: np.ndarray, after: np.ndarray, dtype: np.dtype) -> Loss:
-    """What rounding two arrays to a narrower dtype loses of their difference."""
-    with np.errstate(over="ignore"):  # the old values need not fit
-        same = before.astype(dtype) == after.astype(dtype)
-    vanished = (before != after) & same
-    lost, of = np.abs(after - before)[vanished], np.abs(before)[vanished]
-    ratios = lost / np.where(of == 0, 1, of)
-    return Loss(int(vanished.sum()), before.size, float(ratios.max(initial=0)))
+def _wide(dtype: np.dtype) -> np.dtype:
+    return np.result_type(dtype, np.float32)
 
 
 def holds(dtype: np.dtype, other: np.dtype) -> bool:
@@ -164,7 +136,7 @@ def holds(dtype: np.dtype, other: np.dtype) -> bool:
 
 
 def check_finite(name: str, values: np.ndarray) -> None:
-    """Raises FloatingPointError if a value is infinite or no number."""
+    """Raises FloatingPointError if a value is infinite or NaN."""
     if not np.isfinite(values).all():
         raise FloatingPointError(
             f"at {name!r}: the adapter's array for it has an infinity or a NaN in it."
@@ -172,10 +144,10 @@ def check_finite(name: str, values: np.ndarray) -> None:
 
 
 def round_to(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The values in another floating-point dtype.
+    """Rounds values to another floating-point dtype.
 
     Raises:
-        FloatingPointError: if one is beyond its range.
+        FloatingPointError: if a value is out of range.
     """
     with np.errstate(over="ignore"):
         rounded = values.astype(dtype)

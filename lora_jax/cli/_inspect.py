@@ -1,4 +1,4 @@
-"""`lora-jax inspect`: what a directory of adapters has in it, and what would surprise."""
+"""`lora-jax inspect`: prints the adapters in a directory, with warnings."""
 
 import argparse
 import json
@@ -14,9 +14,9 @@ from lora_jax.cli import _adapters, _terminal
 from lora_jax.cli._adapters import Adapter, Contents
 from lora_jax.cli._effects import update_norm
 
-# Beyond these a scale is more often a slip than a wish: common ones are 0.25 to 32.
+# Common scales are 0.25 to 32. A scale above this one is most often a mistake.
 _HUGE_SCALE = 100.0
-# Arrays of fewer bytes are not worth a word about the size of the file.
+# Smaller arrays, in bytes, do not change the size of the file much.
 _LARGE = 2**20
 _COLUMNS = ("module", "method", "A", "B", "dtype", "rank", "scale", "update", "bytes")
 _NUMBERS = ("rank", "scale", "update", "bytes")
@@ -32,16 +32,16 @@ _SHOWN = (
 
 
 class Finding(NamedTuple):
-    """What the values of an adapter come to."""
+    """What the values of an adapter show."""
 
     norm: float
-    """Of `scale * A @ B`, in the Frobenius norm."""
+    """The Frobenius norm of `scale * A @ B`."""
     zero: bool
     """Whether a factor is zero everywhere."""
     bad: tuple[str, ...]
-    """The entries with an infinity or a NaN in them."""
+    """The arrays with an infinity or a NaN in them."""
     sizes: tuple[int, int]
-    """Of the weight's input and output."""
+    """The sizes of the weight's input and output."""
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -60,7 +60,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def examine(adapter: Adapter) -> Finding:
-    """Reads an adapter and looks at its values."""
+    """Reads the values of an adapter and examines them."""
     entries = {name: value.astype(np.float64) for name, value in adapter.read().items()}
     bad = tuple(name for name, each in entries.items() if not np.isfinite(each).all())
     zero = not (entries["A"].any() and entries["B"].any())
@@ -70,7 +70,7 @@ def examine(adapter: Adapter) -> Finding:
 
 
 def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterator[str]:
-    """What a user of the adapters may not expect, one line each."""
+    """The warnings, one line each."""
     for name, finding in findings.items():
         for entry in finding.bad:
             yield f"{entry} of {name} has an infinity or a NaN in it."
@@ -119,12 +119,8 @@ def _about_numbers(name: str, adapter: Adapter, n_in: int, n_out: int) -> Iterat
 
 
 def _about_dtypes(contents: Contents) -> Iterator[str]:
-    narrow = {
-        f"{dtype.name}"
-        for adapter in contents.adapters.values()
-        for dtype in adapter.dtypes.values()
-        if dtype.itemsize < 4
-    }
+    dtypes = set().union(*(adapter.dtypes for adapter in contents.adapters.values()))
+    narrow = {dtype.name for dtype in dtypes if dtype.itemsize < 4}
     if narrow:
         yield (
             f"there are factors in {', '.join(sorted(narrow))}: to train on, cast them to "
@@ -157,7 +153,7 @@ def _listed(names: Any) -> str:
 def as_text(
     contents: Contents, findings: Mapping[str, Finding], warnings: list[str]
 ) -> list[str]:
-    """The lines that the command prints: settings, a table, the sums, warnings."""
+    """The lines that the command prints: settings, tables, totals, warnings."""
     lines = [f"{name}: {value}" for name, value in _head(contents)]
     rows = [_row(name, a, findings[name]) for name, a in contents.adapters.items()]
     lines += ["", *_terminal.format_table(_COLUMNS, rows, _NUMBERS)]
@@ -192,8 +188,8 @@ def _row(name: str, adapter: Adapter, finding: Finding) -> tuple[str, ...]:
     return (
         name,
         adapter.method,
-        *(_terminal.format_shape(adapter.shapes[factor]) for factor in "AB"),
-        ", ".join(sorted({dtype.name for dtype in adapter.dtypes.values()})),
+        *(_terminal.format_shape(adapter.entries[factor].shape) for factor in "AB"),
+        ", ".join(sorted(dtype.name for dtype in adapter.dtypes)),
         str(adapter.rank),
         f"{adapter.scale:g}",
         _terminal.format_number(finding.norm),
@@ -202,7 +198,7 @@ def _row(name: str, adapter: Adapter, finding: Finding) -> tuple[str, ...]:
 
 
 def _sums(contents: Contents) -> tuple[int, int]:
-    """The parameters of the adapters, and the bytes of everything."""
+    """The number of parameters of the adapters, and the size of all arrays in bytes."""
     own = contents.adapters.values()
     size = sum(a.nbytes for a in own) + sum(w.nbytes for w in contents.wholes.values())
     return sum(a.parameters for a in own), size
@@ -211,7 +207,7 @@ def _sums(contents: Contents) -> tuple[int, int]:
 def as_record(
     contents: Contents, findings: Mapping[str, Finding], warnings: list[str]
 ) -> dict[str, Any]:
-    """What the command prints with `--json`."""
+    """The JSON object that the command prints with `--json`."""
     parameters, size = _sums(contents)
     adapters = {
         name: {
@@ -220,8 +216,8 @@ def as_record(
             "scale": a.scale,
             "update_norm": findings[name].norm,
             "entries": {
-                entry: {"shape": list(shape), "dtype": a.dtypes[entry].name}
-                for entry, shape in a.shapes.items()
+                entry: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+                for entry, array in a.entries.items()
             },
             "parameters": a.parameters,
             "bytes": a.nbytes,

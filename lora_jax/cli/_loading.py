@@ -1,4 +1,4 @@
-"""Adapters, by the names of the arrays of a model's files."""
+"""Puts the adapters of a directory on the arrays of a model."""
 
 import argparse
 import contextlib
@@ -15,10 +15,9 @@ import numpy as np
 from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_streams import Span
-from lora_jax.checkpoint import load_adapters
 from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
-from lora_jax.layers.lora import Adapter
+from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.checkpoint import Checkpoint, FileDtype, new_checkpoint
 from lora_jax.peft.keys import without_wrapper
 from lora_jax.peft.layout import Layout
@@ -41,21 +40,21 @@ _LANGUAGE_MODEL = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMa
 
 
 class Loaded(NamedTuple):
-    """Adapters, and arrays that stand for those of the model."""
+    """Adapters for a model, and the arrays that replace arrays of the model."""
 
     adapters: Mapping[str, Adapter]
     plan: AdapterPlan
     replaced: Mapping[str, jax.Array]
     modules: Mapping[str, str] = {}
-    """The path of each module's weight, for adapters that PEFT wrote."""
+    """The path of the weight of each module, for adapters that were matched by name."""
     axes: Mapping[str, str] = {}
-    """By path, the letters of axes, `{layers}` for one that is the index of layers."""
+    """The letters of the axes by path, with `{layers}` for an index of layers."""
     left_out: Sequence[str] = ()
-    """What does not fit, a line each."""
+    """A line for each entry that does not fit."""
 
 
-class Way(NamedTuple):
-    """How adapters are put into a model: what the options say."""
+class Matching(NamedTuple):
+    """The options that say how modules are matched with arrays."""
 
     names: Names
     layout: Layout
@@ -63,37 +62,17 @@ class Way(NamedTuple):
     prefix: str
 
 
-class InMemory:
-    """Arrays in memory, to be read like those of a file."""
+class InMemory(dict[str, np.ndarray]):
+    """Arrays in memory, with the interface of an open file."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._arrays = arrays
-
-    def read(self, name: str, /) -> np.ndarray:
-        """The array of a name."""
-        return self._arrays[name]
-
-    __getitem__ = read
-
-
-class LazyArray:
-    """An array in a file, which is read when its values are asked for."""
-
-    def __init__(self, span: Span) -> None:
-        self._span = span
-        self.shape, self.dtype, self.ndim = span.shape, span.dtype, len(span.shape)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """What NumPy asks for the values with."""
-        values = self._span.read()
-        return values if dtype is None else values.astype(dtype)
+    read = dict.__getitem__
 
 
 def read_names(path: str | None) -> Names:
-    """Reads a file of `--names`: from names of modules to paths of weights.
+    """Reads the file of `--names`: a dict from names of modules to paths of weights.
 
     Raises:
-        CheckpointError: if it is no JSON object of texts, or pairs of texts.
+        CheckpointError: if it is not a JSON object of strings, or of pairs of strings.
     """
     if path is None:
         return None
@@ -109,29 +88,24 @@ def read_names(path: str | None) -> Names:
     return names
 
 
-def read_way(options: argparse.Namespace) -> Way:
-    """Reads the options that say how adapters are put into a model."""
+def read_matching(options: argparse.Namespace) -> Matching:
+    """Reads the options that say how modules are matched with arrays."""
     layout = options.layout or "torch"
-    return Way(read_names(options.names), layout, options.strict, options.prefix or "")
+    return Matching(read_names(options.names), layout, options.strict, options.prefix or "")
 
 
-def leaves_of(base: _base.Base, prefix: str = "") -> dict[str, Any]:
-    """The arrays of a model by name, as `LazyArray`s.
-
-    Args:
-        base: the model.
-        prefix: what the names start with, whole words of them.
+def with_prefix(base: _base.Base, prefix: str) -> Mapping[str, Span]:
+    """The arrays of a model whose names start with the words of a prefix.
 
     Raises:
-        CheckpointError: if no name does.
+        CheckpointError: if there are none.
     """
-    leaves = {name: LazyArray(span) for name, span in base.spans().items()}
     if not prefix:
-        return leaves
+        return base.spans
     words = re.compile(rf"{re.escape(prefix.rstrip('./'))}(?:[./]|$)")
-    found = {name: leaf for name, leaf in leaves.items() if words.match(name)}
+    found = {name: span for name, span in base.spans.items() if words.match(name)}
     if not found:
-        ends = ((name, end.start()) for name in leaves for end in re.finditer("[./]", name))
+        ends = ((n, end.start()) for n in base.spans for end in re.finditer("[./]", n))
         starts = {name[:end]: None for name, end in ends}
         near = difflib.get_close_matches(prefix, starts, n=3) or list(starts)[:3]
         raise tensor_files.CheckpointError(
@@ -145,101 +119,85 @@ def load_for(
     contents: Contents,
     directory: pathlib.Path,
     base: _base.Base,
-    way: Way,
+    matching: Matching,
     dtype: FileDtype = None,
 ) -> Loaded:
-    """Loads adapters for a model's files.
+    """Puts adapters on the arrays of a model.
 
     Args:
-        contents: of the directory.
-        directory: of adapters in either format.
+        contents: the adapters.
+        directory: where they are, for error messages.
         base: the model.
-        way: the names, the layout, and what else the options say.
-        dtype: of adapters that PEFT wrote, as `lora_jax.peft.load` takes it.
-
-    Returns:
-        The adapters; paths are names of arrays of the model.
+        matching: the options.
+        dtype: of adapters in PEFT's format, as in `lora_jax.peft.load`.
 
     Raises:
-        CheckpointError: if they do not fit the model.
+        CheckpointError: if the adapters do not fit the model.
     """
-    leaves = leaves_of(base, way.prefix)
-    if contents.checkpoint is not None:
-        return _load_peft(contents.checkpoint, directory, base, leaves, way, dtype)
-    adapters, plan = load_adapters(directory)
-    targets = plan.targets.items()
-    there = way.names is None and plan.targets.keys() <= leaves.keys()
-    if there and (way.strict or all(leaves[n].shape == t.shape for n, t in targets)):
-        return Loaded(adapters, plan, {})
-    # By way of PEFT's names and layout, which is how such models are written.
-    checkpoint = as_checkpoint(directory, adapters, plan, way.names)
-    by_name = way._replace(names=None)
-    return _load_peft(checkpoint, directory, base, leaves, by_name, dtype)
-
-
-def as_checkpoint(
-    directory: pathlib.Path,
-    adapters: Mapping[str, Adapter],
-    plan: AdapterPlan,
-    names: Names,
-) -> Checkpoint:
-    """What PEFT would have of the adapters in a directory, in memory."""
-    config, tensors = make_files(adapters, plan, names)
-    return new_checkpoint(str(directory), config, InMemory(tensors), tensors)
-
-
-def _load_peft(
-    checkpoint: Checkpoint,
-    directory: pathlib.Path,
-    base: _base.Base,
-    leaves: Mapping[str, LazyArray],
-    way: Way,
-    dtype: FileDtype,
-) -> Loaded:
-    places = Places(leaves, way.names, way.layout)
-    # `check_ties` has asked the model's own settings.
-    placement = find_places(checkpoint, places, on_tied="allow")
-    _check_any(placement, directory, base, way)
+    leaves = with_prefix(base, matching.prefix)
+    checkpoint = contents.checkpoint
+    if checkpoint is None:
+        assert contents.own is not None
+        adapters, plan = contents.own
+        targets = plan.targets.items()
+        there = matching.names is None and plan.targets.keys() <= leaves.keys()
+        if there and (
+            matching.strict or all(leaves[n].shape == t.shape for n, t in targets)
+        ):
+            return Loaded(adapters, plan, {})
+        checkpoint = as_checkpoint(directory, adapters, plan, matching.names)
+        matching = matching._replace(names=None)
+    placement = find_places(
+        checkpoint,
+        Places(leaves, matching.names, matching.layout),
+        on_tied="allow",  # `check_ties` has read the settings of the model
+    )
+    _check_any(placement, directory, base, matching)
     rows = placement.table().rows
     with leaving_out():
-        loaded = assemble(placement, way.strict, dtype=dtype, on_tied="allow")
+        loaded = assemble(placement, matching.strict, dtype=dtype, on_tied="allow")
     modules = {row.module: row.path for row in rows}
     axes = {row.path: row.letters for row in rows}
     return Loaded(*loaded, modules, axes, placement.problems.lines)
 
 
+def as_checkpoint(
+    directory: pathlib.Path, adapters: Adapters, plan: AdapterPlan, names: Names
+) -> Checkpoint:
+    """Adapters of this library as PEFT's modules, which have the names of such models."""
+    config, tensors = make_files(adapters, plan, names)
+    return new_checkpoint(str(directory), config, InMemory(tensors), tensors)
+
+
 @contextlib.contextmanager
 def leaving_out() -> Iterator[None]:
-    """Keeps quiet about what does not fit, for those who list it themselves."""
+    """Suppresses the warning about entries that do not fit: the command lists them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*\nIt was left out\.$")
         yield
 
 
 def _check_any(
-    placement: Placement, directory: pathlib.Path, base: _base.Base, way: Way
+    placement: Placement, directory: pathlib.Path, base: _base.Base, matching: Matching
 ) -> None:
-    """Raises one sentence if no adapter has a place, in place of one for each.
+    """Raises one sentence if nothing fits, instead of a line for each adapter.
 
     Raises:
-        CheckpointError: if so.
+        CheckpointError: if no adapter fits, nor another entry.
     """
     modules, places = placement.checkpoint.entries.modules, placement.places
     problems = placement.problems.lines
     if placement.sites or not modules or len(problems) != len(places.unplaced):
         return
-    if placement.checkpoint.entries.wholes and not way.strict:
-        return  # these may fit
+    if placement.checkpoint.entries.wholes and not matching.strict:
+        return  # full arrays may fit
     name = places.unplaced[0]
     if name not in modules or places.given(without_wrapper(name)):
         return
     near = tree_paths.nearest(f"{name}.weight", places.leaves) or list(places.leaves)
     n_in, n_out = modules[name].dims[:2]
-    where = (
-        f"{base.path} under --prefix {way.prefix.rstrip('.')}"
-        if way.prefix
-        else str(base.path)
-    )
+    prefix = matching.prefix.rstrip(".")
+    where = f"{base.path} under --prefix {prefix}" if prefix else str(base.path)
     raise tensor_files.CheckpointError(
         f"nothing of {directory} fits {where}: for example, no tensor fits {name!r}, with "
         f"{n_in} in and {n_out} out, and the nearest name is {near[0]!r} "
@@ -249,56 +207,53 @@ def _check_any(
 
 
 def report_omissions(contents: Contents, loaded: Loaded) -> list[str]:
-    """What to say at the end of all that was left out."""
+    """The lines of the report about what was ignored or left out."""
     lines = [f"  {_messages.translate(line)}" for line in loaded.left_out]
     head = [f"left out, because of --no-strict: {len(lines)}"] if lines else []
     return [*contents.ignored, *head, *lines]
 
 
 def check_fit(base: _base.Base, loaded: Loaded) -> None:
-    """Raises unless the adapters fit the arrays of a model.
+    """Checks that the adapters fit the arrays of a model.
 
     Raises:
         CheckpointError: if an array is in none of the files.
-        TypeError: if a weight is no floating-point array.
-        ValueError: if a shape is another one.
+        TypeError: if a weight is not a floating-point array.
+        ValueError: if a shape differs.
     """
     _base.check_has(base, [*loaded.plan.targets, *loaded.replaced])
-    plan_checks.check_params(base.entries, loaded.plan)
+    plan_checks.check_params(base.spans, loaded.plan)
     plan_checks.check_adapters(loaded.adapters, loaded.plan)
-    _check_widths(base, loaded.plan)
-    for name, array in loaded.replaced.items():
-        if array.shape != base.entries[name].shape:
-            raise ValueError(
-                f"at {name!r}: the adapter has an array of shape {array.shape} for it, and "
-                f"the model {base.entries[name].shape}."
-            )
-
-
-def _check_widths(base: _base.Base, plan: AdapterPlan) -> None:
-    wide = [name for name in plan.targets if base.entries[name].dtype == np.float64]
+    wide = [name for name in loaded.plan.targets if base.spans[name].dtype == np.float64]
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise TypeError(
             f"at {wide[0]!r}: the weight is float64, which JAX would narrow: set the "
             "environment variable JAX_ENABLE_X64=1."
         )
+    for name, array in loaded.replaced.items():
+        if array.shape != base.spans[name].shape:
+            raise ValueError(
+                f"at {name!r}: the adapter has an array of shape {array.shape} for it, and "
+                f"the model {base.spans[name].shape}."
+            )
 
 
 def check_ties(
     base: _base.Base, names: Iterable[str], embeddings: Collection[str] = ()
 ) -> str:
-    """Raises if adapters change one of two arrays that a model has as one.
+    """Checks that adapters do not change an embedding that is also the output head.
 
     Args:
         base: the model.
-        names: of what the adapters change: modules, or arrays.
-        embeddings: those of the names that are embeddings whatever they are called.
+        names: of the modules or arrays that the adapters change.
+        embeddings: the names of embeddings among them, for names that do not show it.
 
     Returns:
-        What to say about it at the end; empty if there is nothing to say.
+        A note for the end of the report; empty if there is nothing to note.
 
     Raises:
-        CheckpointError: if so, or if the model's files do not say.
+        CheckpointError: if the embedding and the head are one array and the adapters change
+            it, or if the model's files do not say whether they are.
     """
     touched = [
         name
@@ -308,7 +263,7 @@ def check_ties(
     tied = _ties(base.settings)
     if not touched or tied is False:
         return ""
-    if any(_last_word(name) in HEADS for name in base.entries):
+    if any(_last_word(name) in HEADS for name in base.spans):
         return _NOTE if tied else ""
     if tied is None and not base.settings.get("architectures"):
         raise tensor_files.CheckpointError(
@@ -328,13 +283,13 @@ def check_ties(
 
 
 def _last_word(name: str) -> str:
-    """What a layer is called: the last word of a name that is no name of a leaf."""
+    """The name of a layer: the last word that is not the name of a leaf."""
     words = [word for word in re.split(r"[./]", name) if word not in _LEAVES]
     return words[-1] if words else ""
 
 
 def _ties(settings: dict[str, Any]) -> bool | None:
-    """What a model's settings say of ties; None if nothing."""
+    """Whether the settings say that embedding and head are tied; None without a word."""
     inner = settings.get("text_config")
     for fields in (settings, inner if isinstance(inner, dict) else {}):
         if isinstance(fields.get(_TIED), bool):

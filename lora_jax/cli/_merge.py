@@ -1,10 +1,12 @@
-"""`lora-jax merge`: a model's files with adapters folded in."""
+"""`lora-jax merge`: writes the files of a model with adapters merged in."""
 
 import argparse
+import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +20,51 @@ from lora_jax.cli._base import Base
 from lora_jax.cli._fold import Loss
 from lora_jax.cli._loading import Loaded
 
-# How many bytes are copied at once.
+# The number of bytes that are copied at once.
 _PIECE = 8 * 2**20
-# Of other files, what has weights too: copied, they would be the ones without the adapters.
+# Files with these endings have weights too, which would not be merged: not copied.
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot"),
     *(".onnx", ".onnx_data", ".npz", ".index.json"),
 )
-# Beside a merged model these would be loaded once more.
+# Beside a merged model, these adapters would be loaded once more.
 _ADAPTERS = ("adapter_config.json", OLD_RECORD)
-_CONFIG = "config.json"
 _DTYPE_FIELDS = ("torch_dtype", "dtype")
 _WORST = 5
 
 
-class Job(NamedTuple):
-    """What is to be done."""
-
-    base: Base
-    loaded: Loaded
-    entries: dict[str, jax.ShapeDtypeStruct]
-    """The shape and dtype of each array of the result."""
-
-    def changes(self, name: str) -> bool:
-        """Whether an array is not copied byte by byte."""
-        if name in self.loaded.plan.targets or name in self.loaded.replaced:
-            return True
-        return self.entries[name].dtype != self.base.entries[name].dtype
-
-
 class Others(NamedTuple):
-    """The files of a model's directory that are not its weights, by their paths in it."""
+    """The files of a model's directory without its weights, by their paths in it."""
 
     copied: list[pathlib.Path]
     left_out: list[pathlib.Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The inputs of a merge, and the arrays of its result."""
+
+    base: Base
+    loaded: Loaded
+    others: Others
+    dtype: str | None
+    """The value of `--dtype`."""
+
+    @functools.cached_property
+    def entries(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shape and dtype of each array of the result."""
+        return {
+            name: tensor_files.abstract(span.shape, self.dtype or span.dtype)
+            if _is_wide(span.dtype)
+            else tensor_files.abstract(span.shape, span.dtype)
+            for name, span in self.base.spans.items()
+        }
+
+    def changes(self, name: str) -> bool:
+        """Whether an array is not copied byte for byte."""
+        if name in self.loaded.plan.targets or name in self.loaded.replaced:
+            return True
+        return self.entries[name].dtype != self.base.spans[name].dtype
 
 
 def merge(options: argparse.Namespace) -> int:
@@ -61,22 +74,21 @@ def merge(options: argparse.Namespace) -> int:
     base = _base.open_base(source)
     others = _find_others(base, directory)
     keep = _check_out(base, others, directory, out, options.overwrite)
-    contents = _adapters.read_contents(directory, options.allow_field)
+    contents = _adapters.read_contents(directory, options.allow_field, dtype=None)
     note = _loading.check_ties(base, contents.changed, contents.embeddings)
-    loaded = _loading.load_for(contents, directory, base, _loading.read_way(options))
+    matching = _loading.read_matching(options)
+    loaded = _loading.load_for(contents, directory, base, matching)
     _loading.check_fit(base, loaded)
-    if contents.format == "lora_jax":  # whose own names may be others
+    if contents.format == "lora_jax":  # its paths may differ from the names of the tensors
         note = _loading.check_ties(base, loaded.plan.targets)
-    job = Job(base, loaded, new_entries(base, options.dtype))
-    _output.check_space(out.resolve().parent, _size(job, others))
+    job = Job(base, loaded, others, options.dtype)
+    _output.check_space(out.resolve().parent, _size(job))
     if not options.quiet:
         _terminal.say(*describe(loaded))
-    with _terminal.show_progress(_bytes(base.entries), quiet=options.quiet) as progress:
-        losses = _write(job, others, out, keep, options.dtype, progress)
+    with _terminal.show_progress(_bytes(base.spans), quiet=options.quiet) as progress:
+        losses = _write(job, out, keep, progress)
     more = _loading.report_omissions(contents, loaded)
-    _terminal.say(*report(job, losses, others, out), *more)
-    if note:
-        _terminal.say(f"note: {note}")
+    _terminal.say(*report(job, losses, out), *more, *([f"note: {note}"] if note else []))
     return 0
 
 
@@ -88,7 +100,7 @@ def _check_out(
     overwrite: bool,
 ) -> list[pathlib.Path]:
     def own(place: pathlib.Path) -> set[pathlib.Path]:
-        """The files of the model that is there, and those that will be written."""
+        """The files of the model that is in OUT, and the files to write."""
         if base.is_file:
             return {pathlib.Path()} if place.is_file() else set()
         model = _base.find_files(place)
@@ -103,28 +115,13 @@ def _check_out(
     return _output.check_place(out, inputs, overwrite=overwrite, own=own)
 
 
-def new_entries(base: Base, dtype: str | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of the result.
-
-    Args:
-        base: the model.
-        dtype: of the floating-point arrays of at least 16 bits; None for those they have.
-    """
-    return {
-        name: tensor_files.abstract(entry.shape, dtype)
-        if dtype and _is_wide(entry.dtype)
-        else entry
-        for name, entry in base.entries.items()
-    }
-
-
 def _is_wide(dtype: np.dtype) -> bool:
-    """Whether an array is floating point, and no mere code for numbers."""
+    """Whether a dtype is floating point, with at least 16 bits."""
     return checks.is_floating(dtype) and jnp.dtype(dtype).itemsize >= 2
 
 
 def describe(loaded: Loaded) -> list[str]:
-    """The table of what is merged into which array."""
+    """A table of the modules and the arrays that they are merged into."""
     modules: dict[str, list[str]] = {}
     for module, path in loaded.modules.items():
         modules.setdefault(path, []).append(module)
@@ -144,26 +141,21 @@ def describe(loaded: Loaded) -> list[str]:
 
 
 def _write(
-    job: Job,
-    others: Others,
-    out: pathlib.Path,
-    keep: list[pathlib.Path],
-    dtype: str | None,
-    progress: _terminal.Progress,
+    job: Job, out: pathlib.Path, keep: list[pathlib.Path], progress: _terminal.Progress
 ) -> dict[str, Loss]:
-    """Writes everything, and gives what each merged array lost."""
-    if job.base.is_file:
-        (file,) = job.base.shards.values()
+    """Writes all files, and returns the loss of each merged array."""
+    base, losses = job.base, {}
+    if base.is_file:
+        (file,) = base.shards.values()
         return _write_shard(job, file, out.resolve(), progress)
-    losses = {}
     with _output.new_directory(out, keep) as new:
-        for name, file in job.base.shards.items():
+        for name, file in base.shards.items():
             losses |= _write_shard(job, file, new / name, progress)
-        if job.base.index is not None:
-            index = _base.new_index(job.base, job.entries)
+        if base.index is not None:
+            index = _base.new_index(base, job.entries)
             tensor_files.write_text(new / _base.INDEX, json.dumps(index, indent=2) + "\n")
-        for path in others.copied:
-            _copy_other(job.base.path / path, new / path, dtype)
+        for path in job.others.copied:
+            _copy_other(job, path, new / path)
     return losses
 
 
@@ -174,11 +166,11 @@ def _write_shard(
     progress: _terminal.Progress,
 ) -> dict[str, Loss]:
     if not any(map(job.changes, file)):
-        for count in tensor_streams.copy_file(file.path, path, _PIECE):
-            progress.update(count)
+        for count in tensor_streams.write_pieces(path, file.read_pieces(_PIECE)):
+            progress(count)
         return {}
     spans = tensor_streams.find_spans(file)
-    # Wider entries first, as safetensors has them, so that all lie on multiples of theirs.
+    # Wider dtypes first, as in safetensors, so that all arrays are aligned.
     order = sorted(spans, key=lambda name: -jnp.dtype(job.entries[name].dtype).itemsize)
     entries = {name: job.entries[name] for name in order}
     losses: dict[str, Loss] = {}
@@ -188,35 +180,36 @@ def _write_shard(
                 if loss is not None:
                     losses[name] = losses.get(name, Loss()) + loss
                 writer.write(name, values)
-                progress.update(values.size * spans[name].dtype.itemsize)
+                progress(values.size * spans[name].dtype.itemsize)
     return losses
 
 
 def _pieces(
     job: Job, name: str, span: tensor_streams.Span
 ) -> Iterator[tuple[np.ndarray, Loss | None]]:
-    """The new values of an array, piece by piece, and what a merge lost."""
+    """The new values of an array, piece by piece, with the loss of a merge."""
     dtype = np.dtype(job.entries[name].dtype)
-    if name in job.loaded.plan.targets:
-        old = job.loaded.replaced.get(name)
-        source = span if old is None else _fold.Array(np.asarray(old))
-        adapter = job.loaded.adapters[name]
-        yield from _fold.fold_weight(name, source, adapter, job.loaded.plan, dtype)
-        return
-    size = span.nbytes // span.dtype.itemsize
-    if name in job.loaded.replaced:
-        values = np.asarray(job.loaded.replaced[name])
-        _fold.check_finite(name, values)
-        yield _fold.round_to(name, values, dtype), None
-        return
-    step = _PIECE // span.dtype.itemsize
-    for start in range(0, size, step):
-        values = span.read_flat(start, min(start + step, size))
-        yield values if dtype == span.dtype else _fold.round_to(name, values, dtype), None
+    loaded, old = job.loaded, job.loaded.replaced.get(name)
+    whole = None if old is None else np.asarray(old)
+    if name in loaded.plan.targets:
+        read_rows = span.read_rows if whole is None else lambda a, b: whole[a:b]
+        target = loaded.plan.targets[name]
+        yield from _fold.fold_weight(name, read_rows, loaded.adapters[name], target, dtype)
+    elif whole is not None:
+        _fold.check_finite(name, whole)
+        yield _fold.round_to(name, whole, dtype), None
+    else:
+        step = _PIECE // span.dtype.itemsize
+        for start in range(0, span.size, step):
+            values = span.read_flat(start, min(start + step, span.size))
+            yield (
+                values if dtype == span.dtype else _fold.round_to(name, values, dtype),
+                None,
+            )
 
 
 def _find_others(base: Base, directory: pathlib.Path) -> Others:
-    """What else is in the directory, but for hidden files and the adapters themselves."""
+    """Finds the other files of the directory, without hidden files and the adapters."""
     others = Others([], [])
     if base.is_file:
         return others
@@ -233,35 +226,37 @@ def _find_others(base: Base, directory: pathlib.Path) -> Others:
     return others
 
 
-def _copy_other(source: pathlib.Path, path: pathlib.Path, dtype: str | None) -> None:
+def _copy_other(job: Job, name: pathlib.Path, path: pathlib.Path) -> None:
+    """Copies a file; a `config.json` gets the new dtype."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if dtype and path.name == _CONFIG:
-        fields = tensor_files.read_json(source)
-        fields |= {
-            name: dtype for name in _DTYPE_FIELDS if isinstance(fields.get(name), str)
-        }
+    source, own = job.base.path / name, name == pathlib.Path(_base.CONFIG)
+    if job.dtype and name.name == _base.CONFIG:
+        fields = job.base.settings if own else tensor_files.read_json(source)
+        strings = (n for n in _DTYPE_FIELDS if isinstance(fields.get(n), str))
+        fields = fields | dict.fromkeys(strings, job.dtype)
         tensor_files.write_text(path, json.dumps(fields, indent=2) + "\n")
-        return
-    for _ in tensor_streams.copy_file(source, path, _PIECE):
-        pass
+    elif own and job.base.config is not None:
+        tensor_files.write_bytes(path, job.base.config)
+    else:
+        for _ in tensor_streams.copy_file(source, path, _PIECE):
+            pass
 
 
-def _bytes(entries: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+def _bytes(entries: Mapping[str, Any]) -> int:
     return sum(map(tensor_streams.count_bytes, entries.values()))
 
 
-def _size(job: Job, others: Others) -> int:
-    """How many bytes the result has, headers and index about as they were."""
-    data = _bytes(job.entries) - _bytes(job.base.entries)
+def _size(job: Job) -> int:
+    """The size of the result in bytes, with headers and an index of the old sizes."""
+    data = _bytes(job.entries) - _bytes(job.base.spans)
     files = [file.path for file in job.base.shards.values()]
-    files += [job.base.path / path for path in others.copied]
+    files += [job.base.path / path for path in job.others.copied]
     return data + sum(path.stat().st_size for path in files) + _PIECE
 
 
-def report(
-    job: Job, losses: Mapping[str, Loss], others: Others, out: pathlib.Path
-) -> list[str]:
-    """What was done, and what the dtypes lost."""
+def report(job: Job, losses: Mapping[str, Loss], out: pathlib.Path) -> list[str]:
+    """The lines about the result, and about what the rounding lost."""
+    others = job.others
     replaced = set(job.loaded.replaced) - set(losses)
     cast = sum(map(job.changes, job.entries)) - len(losses) - len(replaced)
     copied = len(job.entries) - len(losses) - len(replaced) - cast
@@ -280,7 +275,7 @@ def report(
 
 
 def _loss_table(job: Job, losses: Mapping[str, Loss]) -> list[str]:
-    """The tensors that lost most, and all together."""
+    """A table of the tensors that lost most, and of all tensors together."""
     lost = [name for name, loss in losses.items() if loss.vanished]
     lost.sort(key=lambda name: (-losses[name].fraction, -losses[name].largest))
     rows = [

@@ -1,22 +1,24 @@
-"""What the commands print, and how far they are.
+"""Prints the output of the commands and their progress.
 
-Names in files are not trusted: a terminal shows them, and does not act on them.
+Names in files are not trusted: a terminal must show them, and not act on them.
 """
 
 import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from lora_jax._core import tables
+
+Progress = Callable[[int], Any]
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would act on, such as escape sequences."""
+    """A text with escapes in place of the characters that a terminal would act on."""
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
@@ -25,16 +27,13 @@ def _escaped(character: str) -> str:
 
 
 def say(*lines: str) -> None:
-    """Prints lines, each of which stays one."""
+    """Prints lines. A line break inside a line is escaped."""
     if lines:
         print_text("\n".join(map(printable, lines)))
 
 
 def print_text(text: str) -> None:
-    """Prints a text; nothing where the output is closed, or nobody reads it any more.
-
-    What a command does, and its exit code, do not depend on that.
-    """
+    """Prints a text. Prints nothing if the output is closed, which is not an error."""
     if sys.stdout is None:
         return
     try:
@@ -46,12 +45,12 @@ def print_text(text: str) -> None:
 def format_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()
 ) -> list[str]:
-    """Rows of cells as lines of columns.
+    """The lines of a table.
 
     Args:
         header: the names of the columns.
         rows: the cells.
-        right: the names of the columns that are aligned on the right.
+        right: the names of the columns that are aligned to the right.
     """
     lines = [[printable(cell) for cell in row] for row in (header, *rows)]
     own = set(right)
@@ -59,7 +58,7 @@ def format_table(
 
 
 def format_size(count: float) -> str:
-    """A number of bytes in a unit that suits it."""
+    """A number of bytes as text, in a suitable unit."""
     power = 0
     while count >= 1024 and power < len(_UNITS) - 1:
         count, power = count / 1024, power + 1
@@ -67,17 +66,17 @@ def format_size(count: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """A number with four digits."""
+    """A number as text, with four digits."""
     return f"{value:.4g}"
 
 
 def format_shape(shape: Iterable[int]) -> str:
-    """A shape, as `64 x 32`; a scalar has none."""
+    """A shape as text, such as `64 x 32`."""
     return " x ".join(map(str, shape)) or "scalar"
 
 
 def as_json(value: Any) -> Any:
-    """A value with what JSON does not have, infinities and NaN, as texts."""
+    """A value for JSON: infinities and NaN, which JSON does not have, become strings."""
     if isinstance(value, dict):
         return {str(key): as_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -87,50 +86,38 @@ def as_json(value: Any) -> Any:
     return value
 
 
-class Progress(Protocol):
-    """Shows how far a long job is."""
-
-    def update(self, n: float, /) -> Any:
-        """Notes that `n` bytes more are done."""
-
-
-class _Silent:
-    def update(self, n: float, /) -> None:
-        pass
-
-
-class _Plain:
-    """A line for each tenth of the job."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._tenths = max(total, 1), 0.0, 0
-
-    def update(self, n: float, /) -> None:
-        self._done += n
-        tenths = int(10 * self._done / self._total)
-        if tenths > self._tenths:
-            self._tenths = tenths
-            print(f"{10 * tenths} %", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def show_progress(total: int, *, quiet: bool) -> Iterator[Progress]:
-    """A bar on the terminal, or some lines where tqdm is missing; nothing elsewhere.
+    """Shows a progress bar on a terminal, or a line for each tenth if tqdm is missing.
 
     Args:
-        total: how many bytes there are to do.
+        total: the number of bytes of the whole job.
         quiet: show nothing.
 
     Yields:
-        What to tell of each step.
+        A function to call with the number of bytes of each step.
     """
     if quiet or not sys.stderr.isatty():
-        yield _Silent()
+        yield lambda count: None
         return
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        yield _Plain(total)
+        yield _lines(total)
         return
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        yield bar
+        yield bar.update
+
+
+def _lines(total: int) -> Progress:
+    """Prints a line for each tenth of a job."""
+    done, tenths = 0, 0
+
+    def update(count: int) -> None:
+        nonlocal done, tenths
+        done += count
+        if 10 * done // max(total, 1) > tenths:
+            tenths = 10 * done // max(total, 1)
+            print(f"{10 * tenths} %", file=sys.stderr, flush=True)
+
+    return update

@@ -45,7 +45,7 @@ def test_the_model_has_its_size_and_shards(bench_merge, tmp_path):
     shapes = bench_merge.make_shapes(32, 2, 64)
     bench_merge.write_model(tmp_path / "base", shapes, 20_000)
     base = _base.open_base(tmp_path / "base")
-    assert {name: entry.shape for name, entry in base.entries.items()} == shapes
+    assert {name: entry.shape for name, entry in base.spans.items()} == shapes
     sizes = [
         sum(2 * entry.size for entry in file.values()) for file in base.shards.values()
     ]

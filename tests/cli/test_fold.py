@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax._io import tensor_streams
 from lora_jax.cli import _fold
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
@@ -45,8 +44,13 @@ def exact(rows, adapter):
 
 def fold(plan, rows, adapter, dtype):
     arrays = jax.tree.map(jnp.asarray, adapter)
-    ((got, loss),) = _fold.fold_weight("w", _fold.Array(rows), arrays, plan, dtype)
+    target = plan.targets["w"]
+    ((got, loss),) = _fold.fold_weight("w", rows_of(rows), arrays, target, dtype)
     return got, loss
+
+
+def rows_of(array):
+    return lambda start, stop: array[start:stop]
 
 
 @pytest.mark.parametrize("out", ["float32", "bfloat16", "float16"])
@@ -88,9 +92,8 @@ def test_weights_of_one_kind_are_compiled_once(monkeypatch):
     target = dataclasses.replace(plan.targets["w"], scale=0.375)
     arrays = jax.tree.map(jnp.asarray, adapter)
     for name in ("first", "second"):
-        own = dataclasses.replace(plan, targets={name: target})
         dtype = np.dtype("float32")
-        list(_fold.fold_weight(name, _fold.Array(rows), arrays, own, dtype))
+        list(_fold.fold_weight(name, rows_of(rows), arrays, target, dtype))
     assert len(calls) == 2  # of the weight and of zeros, while the first is traced
 
 
@@ -142,11 +145,3 @@ def test_a_nan_of_a_large_weight_is_an_error():
     rows[3, 4] = np.nan
     with pytest.raises(FloatingPointError, match="'w': the weight had an infinity"):
         fold(plan, rows, adapter, dtype)
-
-
-def test_rows_of_a_span_are_those_of_an_array(tmp_path):
-    values = np.arange(12, dtype="float32").reshape(4, 3)
-    values.tofile(tmp_path / "raw")
-    span = tensor_streams.Span(tmp_path / "raw", 0, values.shape, values.dtype)
-    for source in (span, _fold.Array(values)):
-        np.testing.assert_array_equal(source.read_rows(1, 3), values[1:3])

@@ -172,7 +172,7 @@ def test_progress(monkeypatch, quiet, tqdm):
     monkeypatch.setitem(sys.modules, "tqdm", module)
     with _terminal.show_progress(40, quiet=quiet) as progress:
         for _ in range(4):
-            progress.update(10)
+            progress(10)
     assert bars == ([40, 10, 10, 10, 10] if tqdm and not quiet else [])
     plain = "" if tqdm or quiet else "20 %\n50 %\n70 %\n100 %\n"
     assert screen.getvalue() == plain
@@ -181,7 +181,7 @@ def test_progress(monkeypatch, quiet, tqdm):
 def test_nothing_is_shown_where_nobody_looks(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with _terminal.show_progress(1, quiet=False) as progress:
-        progress.update(1)
+        progress(1)
     assert sys.stderr.getvalue() == ""
 
 

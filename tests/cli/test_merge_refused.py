@@ -434,12 +434,12 @@ def test_parts_that_are_not_those_of_the_index(tmp_path, adapter, capsys):
         return refuse(capsys, base, adapter, tmp_path / "out")
 
     outside = {**parts, "lm_head.weight": "../secret.safetensors"}
-    assert "'../secret.safetensors' is no name of a file" in refused(outside)
+    assert "'../secret.safetensors' is not the name of a file" in refused(outside)
     assert "there is no file" in refused({**parts, "lm_head.weight": "gone.safetensors"})
     extra = {**parts, "imagined": parts["lm_head.weight"]}
     assert "says that 'imagined' is in" in refused(extra)
     less = {name: part for name, part in parts.items() if name != "lm_head.weight"}
-    assert "does not have what the files it names have: 'lm_head.weight'" in refused(less)
+    assert "lacks arrays of the files that it names: 'lm_head.weight'" in refused(less)
     assert "has no 'weight_map'" in refused([])
     shutil.copy(base / parts["lm_head.weight"], base / "model.safetensors")
     assert "has both model.safetensors and" in refused(parts)
@@ -450,16 +450,16 @@ def test_parts_that_are_not_those_of_the_index(tmp_path, adapter, capsys):
     [
         ("null", "has no 'weight_map'"),
         ("[]", "has no 'weight_map'"),
-        ('{"x": null}', "None is no name of a file"),
-        ('{"x": ["a"]}', "is no name of a file"),
-        ('{"x": {}}', "is no name of a file"),
-        ('{"x": ""}', "'' is no name of a file"),
-        ('{"x": "."}', "'.' is no name of a file"),
-        ('{"x": ".."}', "'..' is no name of a file"),
-        ('{"x": "/etc/passwd"}', "is no name of a file"),
-        ('{"x": "config.json"}', "is no name of a file"),
-        ('{"x": "model.safetensors.index.json"}', "is no name of a file"),
-        ('{"x": "a/../b.safetensors"}', "is no name of a file"),
+        ('{"x": null}', "None is not the name of a file"),
+        ('{"x": ["a"]}', "is not the name of a file"),
+        ('{"x": {}}', "is not the name of a file"),
+        ('{"x": ""}', "'' is not the name of a file"),
+        ('{"x": "."}', "'.' is not the name of a file"),
+        ('{"x": ".."}', "'..' is not the name of a file"),
+        ('{"x": "/etc/passwd"}', "is not the name of a file"),
+        ('{"x": "config.json"}', "is not the name of a file"),
+        ('{"x": "model.safetensors.index.json"}', "is not the name of a file"),
+        ('{"x": "a/../b.safetensors"}', "is not the name of a file"),
         ('{"x": "a\\u0000.safetensors"}', "there is no file"),
         ('{"x": "loop.safetensors"}', "there is no file"),
         ('{"x": "folder.safetensors"}', "is a directory: give a file"),

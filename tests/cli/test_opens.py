@@ -1,0 +1,116 @@
+"""A command opens each file once, and matches modules with arrays at most once."""
+
+import collections
+import functools
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax import checkpoint, peft
+from lora_jax.cli import _effects, _loading, main
+from tests.cli import models
+
+# The command, and how often it matches modules with arrays.
+COMMANDS = {
+    "inspect peft": 0,
+    "inspect own": 0,
+    "merge shards peft out": 1,
+    "merge whole peft out": 1,
+    "merge whole peft out --dtype=bfloat16": 1,
+    "merge whole/model.safetensors peft out.safetensors": 1,
+    "merge shards own out": 0,
+    "merge shards layers out": 1,
+    "convert peft out --to=lora_jax --base=shards": 1,
+    "convert layers out --to=peft": 0,
+    "diff peft other": 0,
+    "diff peft own": 0,
+    "diff other own": 1,
+    "diff peft layers": 1,
+    "diff own layers": 1,
+    "diff shards whole": 0,
+    "diff shards changed": 0,
+}
+
+
+class Opens:
+    """Counts how often Python opens each file in a folder to read it."""
+
+    folder = None
+
+    def __init__(self):
+        sys.addaudithook(self.note)  # it stays as long as the process
+
+    def note(self, event, arguments):
+        if event == "open" and self.folder is not None:
+            path, mode, _ = arguments
+            if str(path).startswith(self.folder) and (mode is None or "r" in mode):
+                self.found[str(path).removeprefix(self.folder)] += 1
+
+    def start(self, folder):
+        self.found, self.folder = collections.Counter(), f"{folder}/"
+
+    def stop(self):
+        self.folder = None
+        return self.found
+
+
+OPENS = Opens()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models, and one adapter in each format: `layers` has other paths and layouts."""
+    folder = tmp_path_factory.mktemp("opens")
+    tensors = models.make_tensors()
+    models.write_base(folder / "shards", tensors, 2)
+    models.write_base(folder / "whole", tensors)
+    models.write_base(folder / "changed", tensors | {"lm_head.weight": np.ones(3)}, 2)
+    factors = models.make_factors()
+    head = {"lm_head.weight": tensors["lm_head.weight"]}
+    models.write_adapter(folder / "peft", factors)
+    models.write_adapter(folder / "other", models.make_factors(seed=5), head)
+    own = ["convert", f"{folder}/peft", f"{folder}/own", "--to=lora_jax"]
+    assert main([*own, f"--base={folder}/whole"]) == 0
+    shapes = {
+        f"body/{name.replace('.', '/')}/kernel": jax.ShapeDtypeStruct(
+            (n_in, n_out), "float32"
+        )
+        for name, (n_out, n_in) in models.LINEARS.items()
+    }
+    adapters, plan, _ = peft.load(folder / "peft", shapes)
+    checkpoint.save_adapters(folder / "layers", adapters, plan)
+    return folder
+
+
+def counted(function, calls, *arguments, **options):
+    calls.append(function.__name__)
+    return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_file_is_opened_once(folder, tmp_path, monkeypatch, command):
+    matched = []
+    for module in (_loading, _effects):
+        find = module.find_places
+        count = functools.partial(counted, find, matched)
+        monkeypatch.setattr(module, "find_places", count)
+    name, *words = command.split()
+    inputs = [word for word in words if (folder / word).exists()]
+    place = {word: f"{folder / word}" for word in inputs}
+    place |= {word: f"{tmp_path / word}" for word in ("out", "out.safetensors")}
+    place["--base=shards"] = f"--base={folder / 'shards'}"
+    OPENS.start(folder)
+    try:
+        code = main([name, *(place.get(word) or word for word in words)])
+    finally:
+        found = OPENS.stop()
+    assert code == (3 if "other" in words or "changed" in words else 0)
+    assert set(found.values()) == {1}, found
+    inputs += ["shards"] * ("--base=shards" in words)
+    files = {path for path in inputs if (folder / path).is_file()}
+    for path in inputs:
+        files |= {f"{path}/{file.name}" for file in (folder / path).glob("*.safetensors")}
+    assert files <= set(found)
+    assert len(matched) == COMMANDS[command]

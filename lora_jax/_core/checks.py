@@ -370,15 +370,14 @@ def check_bias(name: str, bias: Any, weight_shape: tuple[int, ...]) -> None:
 def at_path(path: str) -> Iterator[None]:
     """Puts the path of a leaf in front of the message of an error.
 
-    If the error's class has a constructor of its own, its built-in base class is raised.
+    If the class of the error makes its own text, the path is a note of the error.
     """
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        built_in = next(
-            kind for kind in (KeyError, TypeError, ValueError) if isinstance(error, kind)
-        )
-        plain = type(error).__init__ is built_in.__init__
-        text = error.args[0] if plain and error.args else error
-        cause = None if plain else error
-        raise (type(error) if plain else built_in)(f"at {path!r}: {text}") from cause
+        if type(error).__str__ in (Exception.__str__, KeyError.__str__):
+            text = error.args[0] if len(error.args) == 1 else error
+            error.args = (f"at {path!r}: {text}",)
+        else:
+            error.add_note(f"at {path!r}")
+        raise

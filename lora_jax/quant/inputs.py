@@ -30,14 +30,15 @@ def check_weight(weight: Any, batch_axes: Any) -> jax.Array:
     array = jnp.asarray(weight)
     if array.dtype.name not in DTYPES:
         raise TypeError(
-            f"weight must be {', '.join(DTYPES)}, got {array.dtype}: quantization keeps "
-            "few bits of it anyway, so cast it with .astype('float32')."
+            f"weight must be {', '.join(DTYPES)}, got {array.dtype}: quantization keeps at "
+            "most 8 bits of each entry, so cast it with .astype('float32')."
         )
     axes = as_integer("batch_axes", batch_axes)
     if not 0 <= axes < max(array.ndim, 1):
         raise ValueError(
             f"batch_axes must be at least 0 and below {array.ndim}, the number of axes of "
-            f"the weight, got {axes}: the axes after it are those of one weight."
+            f"the weight, got {axes}: the axes after the batch axes are the axes of one "
+            "weight."
         )
     if 0 in array.shape:
         raise ValueError(f"weight has no entries to quantize, its shape is {array.shape}.")
@@ -46,7 +47,7 @@ def check_weight(weight: Any, batch_axes: Any) -> jax.Array:
 
 
 def check_matrix(weight: Any, batch_axes: Any, what: str) -> jax.Array:
-    """As `check_weight`, for a format that has a scale for each output."""
+    """Checks a weight as `check_weight` does, for a format with a scale for each output."""
     array = check_weight(weight, batch_axes)
     if array.ndim - batch_axes < 2:
         raise ValueError(
@@ -58,7 +59,7 @@ def check_matrix(weight: Any, batch_axes: Any, what: str) -> jax.Array:
 
 
 def _check_finite(weight: Any) -> None:
-    """Raises if known values are not finite; they are known also inside another trace."""
+    """Raises if known values are not finite. A trace of other arrays does not matter."""
     if isinstance(weight, Tracer):
         return
     with jax.ensure_compile_time_eval():
@@ -66,7 +67,7 @@ def _check_finite(weight: Any) -> None:
     if count:
         raise ValueError(
             f"{count} of the {weight.size} entries of weight are infinite or NaN, and "
-            "would make all that shares a scale with them NaN: was it read or trained well?"
+            "would make all entries with the same scale NaN: is the weight damaged?"
         )
 
 

@@ -451,7 +451,7 @@ class OddError(ValueError):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (OddError("bad", 3), ValueError, "at 'a/w': bad at 3"),
+        (OddError("bad", 3), OddError, "at 'a/w': bad at 3"),
         (KeyError("no x"), KeyError, "at 'a/w': no x"),
         (TypeError(), TypeError, "at 'a/w': "),
     ],
@@ -461,3 +461,9 @@ def test_an_error_of_any_class_gets_its_path(error, kind, message):
         raise error
     assert type(raised.value) is kind
     assert raised.value.args == (message,)
+
+
+def test_an_error_that_makes_its_own_text_has_its_path_in_a_note():
+    with pytest.raises(UnicodeDecodeError) as raised, checks.at_path("a/w"):
+        b"\xff".decode()
+    assert raised.value.__notes__ == ["at 'a/w'"]

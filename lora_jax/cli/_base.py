@@ -132,7 +132,7 @@ def _check_shards(where: pathlib.Path, weight_map: dict[str, str], base: Base) -
     if missing:
         name, shard = missing[0]
         raise tensor_files.CheckpointError(
-            f"{where} says that {name!r} is in {shard}: it is not."
+            f"{where} says that {name!r} is in {shard}, but it is not."
         )
     extra = sorted(name for name, shard in actual if weight_map.get(name) != shard)
     if extra:

@@ -1,8 +1,8 @@
-"""A weight is merged some rows at a time, so that memory does not grow with it.
+"""Cuts a weight into blocks of rows, so that a merge holds only one block in memory.
 
-Rows are along the first axis of the array, since these lie together in a file. They can be
-merged on their own if they are outputs or matrices of a stack: then also the norms that
-DoRA divides by are theirs alone. Of inputs only LoRA's can.
+Rows are along the first axis of the array, because they are contiguous in a file. If the
+first axis is an output axis, or the axis of a stack, LoRA and DoRA can merge each block
+alone. If it is an input axis, only LoRA can: DoRA's norms are sums over all inputs.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lora_jax.plan.adapter_plan import Target
 
 
 class Block(NamedTuple):
-    """Some rows of a weight, and what is merged into them."""
+    """Some rows of a weight, with their target and their part of the adapter."""
 
     start: int
     stop: int
@@ -29,12 +29,12 @@ def cut_rows(target: Target, adapter: Adapter, entries: int) -> Iterator[Block]:
     """Cuts a weight into blocks of rows.
 
     Args:
-        target: the weight.
+        target: the weight's entry in the plan.
         adapter: of the weight.
-        entries: how many a block may have; it has more where a row has.
+        entries: the largest number of entries of a block, unless one row has more.
 
     Yields:
-        The blocks in order; one, if the rows cannot be merged on their own.
+        The blocks in order; one block if the rows cannot be merged separately.
     """
     count = target.shape[0]
     step = _step(count, max(1, entries // math.prod(target.shape[1:])))
@@ -53,7 +53,7 @@ def cut_rows(target: Target, adapter: Adapter, entries: int) -> Iterator[Block]:
 
 
 def _step(count: int, most: int) -> int:
-    """How many rows a block has: such that all have as many, if that can be had.
+    """The number of rows of a block. If possible, all blocks have the same size.
 
     Blocks of one size are compiled once.
     """
@@ -62,7 +62,7 @@ def _step(count: int, most: int) -> int:
 
 
 def _cut_axes(target: Target) -> dict[str, tuple[int, int]] | None:
-    """The axis of each factor that rows cut, and how many of its entries a row has."""
+    """For each factor: the axis that is cut, and the number of its entries in a row."""
     if target.batch_axes and target.axes[0] == "b":
         axis = target.batch_axes.index(0)
         return {"A": (axis, 1), "B": (axis, 1), "m": (axis, 1)}

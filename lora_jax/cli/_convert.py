@@ -13,7 +13,7 @@ from lora_jax.peft.save import save
 
 def convert(options: argparse.Namespace) -> int:
     """Runs the command."""
-    source, out = pathlib.Path(options.source), pathlib.Path(options.out)
+    source, out = pathlib.Path(options.src), pathlib.Path(options.dst)
     found = _adapters.find_format(source)
     if found == options.to:
         raise ValueError(f"{source} is in the format {found} already: copy it.")

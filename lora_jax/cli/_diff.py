@@ -123,7 +123,7 @@ def _compare_effects(
     except (KeyError, TypeError, ValueError) as error:
         first, *others = _messages.translate(str(error.args[0])).splitlines()
         why = " ".join([first, *(line.strip() for line in others[:1])])
-        return _Effects(lines=(f"What they do was not compared: {why}",))
+        return _Effects(lines=(f"The effects were not compared: {why}",))
     by_plan = not _effects.are_alike(*contents)
     limit = _ROUNDING if tolerance is None else tolerance
     rows = [
@@ -138,14 +138,14 @@ def _compare_effects(
     ]
     count = f"of {len(found)} updates and arrays"
     if rows:
-        line = f"What they do differs: {len(rows)} {count}."
+        line = f"The effects differ: {len(rows)} {count}."
         return _Effects(by_plan=by_plan, rows=rows, lines=(line,))
     largest = _terminal.format_number(max((e.relative for e in found), default=0.0))
-    same = f"{count} none differs by more than {limit:g} of its norm (largest: {largest})"
+    same = f"{count}, none differs by more than {limit:g} of its norm (largest: {largest})"
     if acting:
-        line = f"{same[0].upper()}{same[1:]}; the settings do."
+        line = f"{same[0].upper()}{same[1:]}, but the settings differ."
         return _Effects(by_plan=by_plan, lines=(line,))
-    return _Effects(True, by_plan, lines=(f"They do the same: {same}.",))
+    return _Effects(True, by_plan, lines=(f"The effects are the same: {same}.",))
 
 
 def _read_both(

@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 def inspect(options: argparse.Namespace) -> int:
     """Runs the command."""
-    directory = pathlib.Path(options.directory)
+    directory = pathlib.Path(options.dir)
     contents = _adapters.read_contents(directory, options.allow_field)
     findings = {name: examine(each) for name, each in contents.adapters.items()}
     warnings = list(find_warnings(contents, findings))
@@ -85,8 +85,8 @@ def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterat
     yield from contents.ignored
     if contents.changes_base:
         yield (
-            f"init {contents.changes_base!r} changed the base weights when the adapters "
-            "were made: they fit the changed ones, unless they were converted."
+            f"init {contents.changes_base!r} changed the base weights: the adapters belong "
+            "to the changed base, unless they were converted."
         )
     yield from _about_wholes(contents)
 
@@ -94,28 +94,31 @@ def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterat
 def _about_zeros(findings: Mapping[str, Finding]) -> Iterator[str]:
     zero = [name for name, finding in findings.items() if finding.zero]
     if not findings:
-        yield "there is no adapter in it."
+        yield "there are no adapters."
     elif len(zero) == len(findings):
-        yield "no adapter does anything: A or B is zero everywhere in each of them."
+        yield "no adapter has an effect: A or B is zero everywhere in each of them."
     elif zero:
         yield (
-            f"{len(zero)} of {len(findings)} adapters do nothing, A or B is zero "
+            f"{len(zero)} of {len(findings)} adapters have no effect, A or B is zero "
             f"everywhere: {_listed(zero)}."
         )
 
 
 def _about_numbers(name: str, adapter: Adapter, n_in: int, n_out: int) -> Iterator[str]:
     if adapter.scale == 0:
-        yield f"the scale of {name} is 0: it does nothing."
+        yield f"the scale of {name} is 0: the adapter has no effect."
     if abs(adapter.scale) > _HUGE_SCALE:
-        yield f"the scale of {name} is {adapter.scale:g}: common are 0.25 to 32."
+        yield f"the scale of {name} is {adapter.scale:g}: common scales are 0.25 to 32."
     if adapter.rank != adapter.configured_rank:
         yield (
-            f"{name} has rank {adapter.rank}, and by the settings it should have "
-            f"{adapter.configured_rank}, of which the scale is made."
+            f"{name} has rank {adapter.rank}, but the settings say "
+            f"{adapter.configured_rank}, from which the scale is computed."
         )
     if adapter.rank > min(n_in, n_out):
-        yield f"{name} has rank {adapter.rank} for a weight of {n_in} in and {n_out} out."
+        yield (
+            f"{name} has rank {adapter.rank} for a weight with {n_in} inputs and {n_out} "
+            "outputs."
+        )
 
 
 def _about_dtypes(contents: Contents) -> Iterator[str]:
@@ -123,8 +126,8 @@ def _about_dtypes(contents: Contents) -> Iterator[str]:
     narrow = {dtype.name for dtype in dtypes if dtype.itemsize < 4}
     if narrow:
         yield (
-            f"there are factors in {', '.join(sorted(narrow))}: to train on, cast them to "
-            "float32 first."
+            f"there are factors in {', '.join(sorted(narrow))}: cast them to float32 "
+            "before further training."
         )
 
 
@@ -133,14 +136,14 @@ def _about_wholes(contents: Contents) -> Iterator[str]:
     if large:
         size = sum(contents.wholes[name].nbytes for name in large)
         yield (
-            f"{_listed(large)} {'is' if len(large) == 1 else 'are'} saved whole, "
-            f"{_terminal.format_size(size)}; a merge puts them in the place of the model's."
+            f"{_listed(large)} {'is' if len(large) == 1 else 'are'} saved in full, "
+            f"{_terminal.format_size(size)}; a merge replaces the arrays of the model."
         )
     saved = contents.settings.get("modules_to_save")
     if saved:
         yield (
-            f"the modules {_listed(saved)} were trained as they are (modules_to_save): the "
-            "adapters alone are not all that was trained."
+            f"the modules {_listed(saved)} were trained in full (modules_to_save): the "
+            "adapters alone are not the whole result of the training."
         )
 
 
@@ -162,7 +165,7 @@ def as_text(
             (name, _terminal.format_shape(w.shape), w.dtype.name, f"{w.nbytes:,}")
             for name, w in contents.wholes.items()
         ]
-        header = ("whole", "shape", "dtype", "bytes")
+        header = ("saved in full", "shape", "dtype", "bytes")
         lines += ["", *_terminal.format_table(header, wholes, ("bytes",))]
     parameters, size = _sums(contents)
     return [

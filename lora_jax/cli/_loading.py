@@ -34,7 +34,7 @@ _LEAVES = frozenset({"weight", "kernel", "embedding", "value"})
 _TIED = "tie_word_embeddings"
 _NOTE = (
     f"config.json says {_TIED}: true, although the files have an embedding and a head: "
-    "set it to false in OUT, or what loads the model may take one for the other."
+    "set it to false in OUT, or other programs may use one for both."
 )
 _LANGUAGE_MODEL = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM")
 

@@ -27,14 +27,65 @@ _NAME = "lora-jax"
 _SHOWN = 3  # of the problems of an input
 _FAILED, _WRONG, _INTERRUPTED = 1, 2, 130
 _CODES = """exit codes:
-  0    fine
+  0    success
   1    the input cannot be used
   2    the command line is wrong
-  3    diff: they differ
-  130  interrupted, or terminated
+  3    diff found differences
+  130  interrupted or terminated
 
-Errors are one line; --debug shows where they come from.
+An error is one line; --debug also prints a traceback.
 """
+_FLAG = {"action": "store_true"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--json": _FLAG | {"help": "print JSON"},
+    "--dtype": {
+        "choices": ("bfloat16", "float16", "float32"),
+        "help": "dtype of the written floating-point arrays of at least 16 bits; by "
+        "default each keeps its own",
+    },
+    "--names": {
+        "metavar": "FILE.json",
+        "help": "JSON object from names of PEFT's modules to paths of weights, for modules "
+        "that cannot be matched by name",
+    },
+    "--layout": {
+        "choices": ("torch", "jax"),
+        "help": "layout of the weights: torch, (out, in), the default for the files of a "
+        "model; or jax, (in, out), the default for --to peft",
+    },
+    "--prefix": {
+        "metavar": "TEXT",
+        "help": "use only tensors whose names start with these words, for an adapter of a "
+        "part of the model: language_model",
+    },
+    "--strict": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "raise an error for what does not match (the default), or skip and list it",
+    },
+    "--allow-field": {
+        "metavar": "NAME",
+        "action": "append",
+        "default": [],
+        "help": "ignore this field of PEFT's config, which is not supported or is of a "
+        "newer version; may be repeated",
+    },
+    "--overwrite": _FLAG | {"help": "replace the model in OUT"},
+    "--quiet": _FLAG | {"help": "print only the report"},
+    "--to": {"choices": _adapters.FORMATS, "required": True, "help": "the new format"},
+    "--base": {"help": "model of the adapters, for --to lora_jax, which needs its shapes"},
+    "--uniform": _FLAG
+    | {
+        "help": "write one rank and one scale, for --to peft: for programs that read "
+        "neither rank_pattern nor alpha_pattern, such as vLLM"
+    },
+    "--tolerance": {
+        "type": _diff.check_tolerance,
+        "metavar": "X",
+        "help": "largest relative difference that counts as equal; for updates, in the "
+        "Frobenius norm. By default 0, and 1e-6 for updates",
+    },
+}
 _EXAMPLES = {
     "inspect": """examples:
   lora-jax inspect adapter/
@@ -57,7 +108,7 @@ _EXAMPLES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line."""
+    """Prints an error in the command line as one line."""
 
     def error(self, message: str) -> NoReturn:
         text = _terminal.printable(f"{message}; see {self.prog} --help")
@@ -68,12 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments; None for those of the program, which then also uses the CPU
-            if `JAX_PLATFORMS` says nothing else, and ends tidily when it is terminated.
+        argv: the arguments; None for the arguments of the program. The program runs on the
+            CPU unless `JAX_PLATFORMS` is set, and cleans up when it is terminated.
 
     Returns:
-        The exit code: 0 if all went well, 1 if the input cannot be used, 2 if the command
-        line is wrong, 3 if `diff` found a difference, 130 if it was interrupted.
+        The exit code: 0 for success, 1 if the input cannot be used, 2 if the command line
+        is wrong, 3 if `diff` found differences, 130 if it was interrupted.
     """
     parser = make_parser()
     try:
@@ -98,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _as_program() -> Iterator[None]:
-    """What this process may do because it is the program, and not a part of another."""
+    """Sets up the process of the program: the platform and the signals."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
 
@@ -122,7 +173,7 @@ def _complain(text: str) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """An error in words. Those of the library say what to do; others are its own fault."""
+    """The message of an error. Errors other than of the library also have their class."""
     if isinstance(error, KeyError) and error.args:
         return _messages.translate(str(error.args[0]))
     known = OSError | ValueError | TypeError | ArithmeticError | ModuleNotFoundError
@@ -135,24 +186,65 @@ def make_parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
     parser = _Parser(
         _NAME,
-        description="Low-rank adapters: look at them, merge, convert and compare them.",
+        description="Inspects, merges, converts and compares low-rank adapters.",
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=None)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
     package = importlib.import_module("lora_jax")  # above all modules, and has the version
     version = f"{_NAME} {package.__version__}, jax {jax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_inspect(commands)
-    _add_merge(commands)
-    _add_convert(commands)
-    _add_diff(commands)
+    _add(
+        commands, _inspect.inspect, "print the adapters in a directory",
+        ("DIR", "directory with the adapters, in either format"),
+        options=("--json", "--allow-field"),
+    )  # fmt: skip
+    _add(
+        commands, _merge.merge, "merge adapters into the files of a model",
+        ("BASE", "model: a directory with safetensors files, or one file"),
+        ("ADAPTER", "directory with the adapters"),
+        ("OUT", "new model, with the same files as BASE"),
+        options=(
+            "--dtype", "--names", "--layout", "--prefix", "--strict", "--allow-field",
+            "--overwrite", "--quiet",
+        ),
+    )  # fmt: skip
+    _add(
+        commands, _convert.convert, "convert adapters to the other format",
+        ("SRC", "directory with the adapters"),
+        ("DST", "new directory"),
+        options=(
+            "--to", "--base", "--dtype", "--uniform", "--names", "--layout", "--prefix",
+            "--strict", "--allow-field",
+        ),
+    )  # fmt: skip
+    _add(
+        commands, _diff.diff, "compare two directories of adapters, or two models",
+        ("A", "directory with adapters, or a model"),
+        ("B", "the same kind as A"),
+        options=("--tolerance", "--names", "--allow-field"),
+    )  # fmt: skip
     return parser
 
 
-def _add(commands: Any, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+def _add(
+    commands: Any,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    *places: tuple[str, str],
+    options: Sequence[str],
+) -> None:
+    """Adds a command.
+
+    Args:
+        commands: the commands of the program.
+        run: the function of the command, which has its name.
+        text: what the command does.
+        places: the names of its paths, with a text about each.
+        options: the names of its options in `_OPTIONS`.
+    """
     name = run.__name__
     parser = commands.add_parser(
         name,
@@ -163,118 +255,9 @@ def _add(commands: Any, run: Callable[[argparse.Namespace], int], text: str) -> 
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="print tracebacks"
     )
-    return parser
-
-
-def _add_inspect(commands: Any) -> None:
-    parser = _add(commands, _inspect.inspect, "show what adapters there are in a directory")
-    parser.add_argument("directory", metavar="DIR", help="of PEFT, or of this library")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_allow_field(parser)
-
-
-def _add_merge(commands: Any) -> None:
-    parser = _add(commands, _merge.merge, "write a model's files with adapters merged in")
-    parser.add_argument(
-        "base",
-        metavar="BASE",
-        help="directory with model.safetensors, or its parts and index; or one file",
-    )
-    parser.add_argument("adapter", metavar="ADAPTER", help="directory with the adapters")
-    parser.add_argument("out", metavar="OUT", help="what to write, with the same files")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of all floating-point tensors of at least 16 bits; by default as they are",
-    )
-    _add_names(parser)
-    _add_fit(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
-    parser.add_argument("--quiet", action="store_true", help="print the report only")
-
-
-def _add_convert(commands: Any) -> None:
-    parser = _add(commands, _convert.convert, "write adapters in the other format")
-    parser.add_argument("source", metavar="SRC", help="directory with the adapters")
-    parser.add_argument("out", metavar="DST", help="directory to make")
-    parser.add_argument("--to", choices=_adapters.FORMATS, required=True)
-    parser.add_argument(
-        "--base", help="the model of the adapters, for --to lora_jax: its shapes"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of all arrays in DST; by default as they are",
-    )
-    parser.add_argument(
-        "--uniform",
-        action="store_true",
-        help="write one rank and one scale, for --to peft: for programs that read no "
-        "rank_pattern and no alpha_pattern, such as vLLM",
-    )
-    _add_names(parser)
-    _add_fit(parser)
-
-
-def _add_names(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--names",
-        metavar="FILE.json",
-        help="from names of PEFT's modules to paths of weights, where they do not tell",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=("torch", "jax"),
-        help="how the weights lie: torch, (out, in), the default for those of a model's "
-        "files; or jax, (in, out), the default for --to peft",
-    )
-
-
-def _add_fit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prefix",
-        metavar="TEXT",
-        help="of the names of weights that are looked at, for adapters of a part of a "
-        "model: language_model",
-    )
-    parser.add_argument(
-        "--strict",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether what does not fit is an error (the default), or left out and listed",
-    )
-    _add_allow_field(parser)
-
-
-def _add_allow_field(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-field",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="field of PEFT's config to ignore, of a newer version or not supported; may "
-        "be given several times",
-    )
-
-
-def _add_diff(commands: Any) -> None:
-    parser = _add(
-        commands, _diff.diff, "compare two directories of adapters, or two models"
-    )
-    parser.add_argument("a", metavar="A", help="directory of adapters, or a model")
-    parser.add_argument("b", metavar="B", help="another of the same kind")
-    parser.add_argument(
-        "--tolerance",
-        type=_diff.check_tolerance,
-        metavar="X",
-        help="largest difference over the largest entry that counts as equal; of updates, "
-        "in the Frobenius norm. Default 0, and 1e-6 for updates",
-    )
-    parser.add_argument(
-        "--names",
-        metavar="FILE.json",
-        help="from names of PEFT's modules to paths of weights, where they do not tell",
-    )
-    _add_allow_field(parser)
+    for place, about in places:
+        parser.add_argument(place.lower(), metavar=place, help=about)
+    for option in options:
+        parser.add_argument(option, **_OPTIONS[option])

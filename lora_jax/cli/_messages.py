@@ -1,7 +1,7 @@
-"""Errors of the library in the words of the command line.
+"""Translates errors of the library into the terms of the command line.
 
-They speak of arguments of Python, `names={module: path}`, and of params with leaves. Here
-these are options, and a model with tensors.
+The library's errors name Python arguments, `names={module: path}`, and params with leaves.
+The command line has options, and a model with tensors.
 """
 
 import re
@@ -12,7 +12,7 @@ _PROGRAM = "Load it in a program, with lora_jax.peft.load and the model's functi
 _USES = ", and a function that uses both"
 _TWO = "the model with a tensor for each"
 _DICT = rf"names=(\{{(?:{_QUOTED}|[^{{}}'\"])*\}})"
-# What is written instead, in this order, wherever it stands.
+# Patterns and replacements for the whole text, in this order.
 _ARGUMENTS = (
     (rf"{_FUNCTION} or plan=, or ", ""),
     (rf"Give {_FUNCTION} or plan=", _PROGRAM),
@@ -26,7 +26,7 @@ _ARGUMENTS = (
         r"\g<0> For an adapter of a part of the model there is --prefix.",
     ),
     (r"strict=False", "--no-strict"),
-    # What is written lies under such names until it is complete.
+    # The temporary names of files that are not complete yet.
     (r"(^|/)\.([^/\n]+)\.\w{8}\.tmp/new\b", r"\1\2"),
     (r"(^|/)\.([^/\n]+)\.[0-9a-f]{16}\.tmp\b", r"\1\2"),
     (r"allow_fields=\('?([^',]*)'?,\)", r"--allow-field \1"),
@@ -34,7 +34,7 @@ _ARGUMENTS = (
     (r"dtype=", "--dtype "),
     (r"plan_adapters\(config, params, fn, \*args\)", "plan_adapters"),
 )
-# The same for words, of which none is in quotes.
+# Patterns and replacements outside of quotes.
 _WORDS = (
     (r"\bnames (has|must)\b", r"--names \1"),
     (r" Is the plan that of these params\? They come first, before the adapters\.", ""),
@@ -52,11 +52,11 @@ _WORDS = (
 
 
 def translate(text: str) -> str:
-    """A message of the library, with the options of the command line."""
+    """A message of the library in the terms of the command line."""
     for pattern, new in _ARGUMENTS:
         text = re.sub(pattern, new, text)
     text = re.sub(_DICT, lambda match: f"--names FILE.json with {_as_json(match[1])}", text)
-    # Names in quotes stay: one of them stands for all while the words are looked at.
+    # Quoted names are masked while words are replaced.
     kept = re.findall(_QUOTED, text)
     masked = re.sub(_QUOTED, "'\0'", text)
     for pattern, new in _WORDS:
@@ -66,5 +66,5 @@ def translate(text: str) -> str:
 
 
 def _as_json(shown: str) -> str:
-    """A dict as JSON has it: `{'a': ('b', 'io')}` as `{"a": ["b", "io"]}`."""
+    """The text of a dict as JSON: `{'a': ('b', 'io')}` becomes `{"a": ["b", "io"]}`."""
     return shown.replace("(", "[").replace(")", "]").replace("'", '"')

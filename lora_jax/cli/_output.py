@@ -1,4 +1,4 @@
-"""What a command makes appears when it is complete, and not at all if it fails."""
+"""Writes the output of a command completely, or not at all if the command fails."""
 
 import contextlib
 import ctypes
@@ -23,22 +23,22 @@ def check_place(
     overwrite: bool,
     own: Callable[[pathlib.Path], set[pathlib.Path]],
 ) -> list[pathlib.Path]:
-    """Raises unless something may be written to a path.
+    """Checks that a command may write to a path.
 
     Args:
-        out: where to write.
-        inputs: what is read, by what it is called; none of it may be touched.
-        overwrite: whether what is there may be replaced.
-        own: the files that may be replaced, of those that are there: paths in the
-            directory, or the one path `.` of a file.
+        out: the path.
+        inputs: the paths that are read, by their names in messages.
+        overwrite: whether existing files may be replaced.
+        own: returns the existing files that may be replaced, as paths inside of `out`; for
+            a file, the path `.`.
 
     Returns:
-        What is there already and is to be kept, by its paths in the directory.
+        The existing files to keep, as paths inside of `out`.
 
     Raises:
-        FileExistsError: if there is something that must not be replaced.
-        FileNotFoundError: if there is no directory to write in.
-        ValueError: if the path is one of the inputs, or inside of it.
+        FileExistsError: if there are files that may not be replaced.
+        FileNotFoundError: if the parent directory does not exist.
+        ValueError: if the path is an input, or inside of an input, or an input is inside.
     """
     place = resolve(out)
     for what, path in inputs.items():
@@ -73,10 +73,10 @@ def check_place(
 
 
 def resolve(path: pathlib.Path) -> pathlib.Path:
-    """A path without links.
+    """The absolute path without links.
 
     Raises:
-        OSError: if links lead to each other. Python has another error before 3.13.
+        OSError: if links form a loop. Before 3.13, Python raises a RuntimeError.
     """
     try:
         return path.resolve()
@@ -85,7 +85,7 @@ def resolve(path: pathlib.Path) -> pathlib.Path:
 
 
 def check_space(folder: pathlib.Path, needed: int) -> None:
-    """Raises OSError if a disk has not as many bytes left."""
+    """Raises OSError if the disk of a folder has fewer free bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -98,16 +98,15 @@ def check_space(folder: pathlib.Path, needed: int) -> None:
 def new_directory(
     out: pathlib.Path, keep: Iterable[pathlib.Path] = ()
 ) -> Iterator[pathlib.Path]:
-    """Gives a temporary directory, which gets its name at the end if nothing went wrong.
+    """Yields a temporary directory, and renames it to `out` if there was no error.
 
-    It is beside its later place. What is there already stays until then, and comes back
-    if it cannot be replaced; if that fails too, it is kept, and the error says where.
+    The old directory stays in its place until then. If it cannot be replaced, it is put
+    back; if that fails too, it is kept, and the error says where.
 
     Args:
-        out: the later place.
-        keep: what is there already and will be in the new directory as well, by its paths.
-            Both have the same files until the old one goes, so nothing is lost whenever
-            the machine stops.
+        out: the final path.
+        keep: existing files that the new directory will have too, as paths inside of `out`.
+            They are hard links, so nothing is lost if the machine stops.
     """
     place = out.resolve()
     temporary = _beside(place)
@@ -133,7 +132,7 @@ def _beside(place: pathlib.Path) -> pathlib.Path:
 
 
 def _link(source: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a file a second name, or makes a directory like another."""
+    """Makes a hard link to a file, or a directory with the same permissions."""
     if source.is_dir() and not source.is_symlink():
         path.mkdir(parents=True, exist_ok=True)
         shutil.copystat(source, path)
@@ -143,13 +142,13 @@ def _link(source: pathlib.Path, path: pathlib.Path) -> None:
         os.link(source, path, follow_symlinks=False)
     except OSError as error:
         raise OSError(
-            f"{source} is not of the model, and cannot be kept beside the new one: "
+            f"{source} is not a file of the model, and cannot be kept beside the new one: "
             f"{error}. Move it away, or give another OUT."
         ) from error
 
 
 def _swap(new: pathlib.Path, place: pathlib.Path, old: pathlib.Path) -> None:
-    """Puts `new` in its place; what is there goes to where `new` was, or to `old`."""
+    """Renames `new` to `place`. What was in `place` gets the name of `new` or `old`."""
     if not place.exists():
         os.replace(new, place)
         return
@@ -170,7 +169,7 @@ def _swap(new: pathlib.Path, place: pathlib.Path, old: pathlib.Path) -> None:
 
 
 def _exchange(a: pathlib.Path, b: pathlib.Path) -> bool:
-    """Exchanges the names of two directories at one moment, where the system can."""
+    """Exchanges the names of two directories in one step. False if it is not possible."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -183,7 +182,7 @@ def _exchange(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Puts off Ctrl-C and terminations until the block is done."""
+    """Delays Ctrl-C and terminations until the end of the block."""
     received: list[int] = []
     kept = {}
     if threading.current_thread() is threading.main_thread():
@@ -199,6 +198,6 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def signals() -> list[signal.Signals]:
-    """The signals that ask a process to end, of those that the system has."""
+    """The signals of this system that ask a process to end."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     return [getattr(signal, name) for name in names if hasattr(signal, name)]

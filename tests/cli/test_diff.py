@@ -196,7 +196,7 @@ def test_two_forms_of_one_adapter(tmp_path, capsys, form, own):
     b = models.write_adapter(tmp_path / "b", other, **config)
     for pair in ((a, b), (b, a)):
         code, text = diff(capsys, *pair)
-        assert "They do the same: of " in text
+        assert "The effects are the same: of " in text
         assert code == 0
     name = "model.layers.1.mlp.down"
     other[name] = other[name][0], other[name][1] * np.float32(1.001)
@@ -204,7 +204,7 @@ def test_two_forms_of_one_adapter(tmp_path, capsys, form, own):
     code, text = diff(capsys, a, c)
     assert code == 3
     count = 2 if own == "stacked" else 4
-    assert f"What they do differs: 1 of {count} updates and arrays." in text
+    assert f"The effects differ: 1 of {count} updates and arrays." in text
     path = "model/layers/mlp/down/kernel" if own == "stacked" else name
     (line,) = (x.split() for x in text.splitlines() if " update " in x)
     assert line[0] == path
@@ -227,7 +227,7 @@ def test_stacked_and_one_by_one_of_this_library(tmp_path, capsys):
     for pair in ((a, tmp_path / "b"), (tmp_path / "b", a)):
         code, text = diff(capsys, *pair)
         assert code == 0
-        assert "They do the same: of 2 updates" in text
+        assert "The effects are the same: of 2 updates" in text
 
 
 def test_names_that_do_not_tell(tmp_path, capsys):
@@ -240,14 +240,14 @@ def test_names_that_do_not_tell(tmp_path, capsys):
     checkpoint.save_adapters(tmp_path / "own", adapters, plan)
     code, text = diff(capsys, peft, tmp_path / "own")
     assert code == 3
-    assert "What they do was not compared" in text
+    assert "The effects were not compared" in text
     assert "'body/first' and 'model.layers.0.mlp.up': give --names" in text
     names = tmp_path / "names.json"
     names.write_text('{"model.layers.0.mlp.up": "body/first"}')
     for pair in ((peft, tmp_path / "own"), (tmp_path / "own", peft)):
         code, text = diff(capsys, *pair, f"--names={names}")
         assert code == 0
-        assert "They do the same: of 1 updates" in text
+        assert "The effects are the same: of 1 updates" in text
 
 
 def test_what_the_arrays_do_not_say(tmp_path, capsys):
@@ -256,7 +256,7 @@ def test_what_the_arrays_do_not_say(tmp_path, capsys):
     b = models.write_adapter(tmp_path / "b", factors, lora_dropout=0.5)
     code, text = diff(capsys, a, b)
     assert code == 3
-    assert "; the settings do." in text
+    assert ", but the settings differ." in text
     c = models.write_adapter(tmp_path / "c", factors, task_type="CAUSAL_LM")
     code, text = diff(capsys, a, c)
     assert code == 0
@@ -289,7 +289,7 @@ def test_magnitudes_and_saved_arrays(tmp_path, capsys):
     a, b = write(tmp_path / "a", 6, {}), write(tmp_path / "b", 3, {})
     code, text = diff(capsys, a, b)
     assert code == 0
-    assert "of 4 updates and arrays none differs" in text
+    assert "of 4 updates and arrays, none differs" in text
     name = "model.layers.0.mlp.up_proj"
     other = 1.5 * magnitudes[f"{name}.lora_magnitude_vector"]
     c = write(tmp_path / "c", 3, {f"{name}.lora_magnitude_vector": other})

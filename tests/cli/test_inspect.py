@@ -69,7 +69,7 @@ def test_own_adapters(tmp_path, capsys):
     update = 1.5 * np.asarray(adapters["b"]["A"] @ adapters["b"]["B"], float)
     assert record["adapters"]["b"]["update_norm"] == pytest.approx(np.linalg.norm(update))
     (warning,) = record["warnings"]
-    assert warning == "1 of 2 adapters do nothing, A or B is zero everywhere: a."
+    assert warning == "1 of 2 adapters have no effect, A or B is zero everywhere: a."
 
 
 def test_experts_and_convolutions(tmp_path, capsys):
@@ -105,9 +105,9 @@ def warnings_of(capsys, tmp_path, factors, extra=None, **config):
     [
         ({"lora_alpha": 0}, "the scale of model.layers.0.mlp.up_proj is 0"),
         ({"lora_alpha": 900}, "the scale of model.layers.0.mlp.up_proj is 300"),
-        ({"r": 4}, "up_proj has rank 3, and by the settings it should have 4"),
+        ({"r": 4}, "up_proj has rank 3, but the settings say 4"),
         ({"init_lora_weights": "pissa"}, "init 'pissa' changed the base weights"),
-        ({"modules_to_save": ["score"]}, "the modules score were trained as they are"),
+        ({"modules_to_save": ["score"]}, "the modules score were trained in full"),
     ],
 )
 def test_warnings_of_settings(tmp_path, capsys, config, warning):
@@ -126,7 +126,7 @@ def test_warnings_of_values(tmp_path, capsys):
 def test_warnings_of_what_does_nothing(tmp_path, capsys):
     factors = {name: (a, 0 * b) for name, (a, b) in models.make_factors().items()}
     text = warnings_of(capsys, tmp_path, factors)
-    assert "no adapter does anything: A or B is zero everywhere" in text
+    assert "no adapter has an effect: A or B is zero everywhere" in text
 
 
 def test_warnings_of_sizes(tmp_path, capsys):
@@ -136,8 +136,8 @@ def test_warnings_of_sizes(tmp_path, capsys):
         name: (a.astype("float16"), b.astype("float16")) for name, (a, b) in factors.items()
     }
     text = warnings_of(capsys, tmp_path, factors, large)
-    assert "model.embed_tokens.weight is saved whole, 2.0 MiB" in text
-    assert "a has rank 5 for a weight of 6 in and 4 out" in text
+    assert "model.embed_tokens.weight is saved in full, 2.0 MiB" in text
+    assert "a has rank 5 for a weight with 6 inputs and 4 outputs" in text
     assert "there are factors in float16" in text
 
 

@@ -82,7 +82,7 @@ def test_what_cannot_be_kept_is_not_overwritten(tmp_path, adapter, capsys, monke
 
     monkeypatch.setattr(os, "link", refused)
     line = refuse(capsys, base, adapter, out, "--overwrite")
-    assert "notes.txt is not of the model, and cannot be kept" in line
+    assert "notes.txt is not a file of the model, and cannot be kept" in line
     assert "Move it away, or give another OUT" in line
 
 

@@ -73,6 +73,7 @@ class Contents:
     """The content of a directory of adapters.
 
     Args:
+        directory: of the files, for error messages.
         format: of the files.
         settings: the fields of the config, with the names of the format.
         shared: the settings that both formats have, with the names of this library.
@@ -84,6 +85,7 @@ class Contents:
         own: the adapters and the plan in this library's format; None for PEFT's format.
     """
 
+    directory: pathlib.Path
     format: Format
     settings: dict[str, Any]
     shared: dict[str, Any]
@@ -172,7 +174,7 @@ def read_contents(
         OSError: if a file cannot be read.
     """
     if find_format(directory) == "peft":
-        return _from_peft(open_checkpoint(directory, allow_fields))
+        return _from_peft(directory, open_checkpoint(directory, allow_fields))
     adapters, plan = load_adapters(directory, dtype=dtype)
     if plan.trained:
         raise tensor_files.CheckpointError(
@@ -180,15 +182,16 @@ def read_contents(
             f"does not read them: {tree_paths.listed([*plan.trained])}. Convert it to the "
             "format of PEFT first (lora-jax convert --to peft), or use merge_adapters."
         )
-    return _from_own(adapters, plan)
+    return _from_own(directory, adapters, plan)
 
 
-def _from_peft(checkpoint: Checkpoint) -> Contents:
+def _from_peft(directory: pathlib.Path, checkpoint: Checkpoint) -> Contents:
     config, entries, file = checkpoint.config, checkpoint.entries, checkpoint.arrays
     assert isinstance(file, tensor_files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
     spans = tensor_streams.find_spans(file)
     return Contents(
+        directory=directory,
         format="peft",
         settings=json.loads(config.to_json()),
         shared={
@@ -247,7 +250,7 @@ def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.nda
     return {"A": a.swapaxes(-1, -2), "B": b.swapaxes(-1, -2)}
 
 
-def _from_own(adapters: Adapters, plan: AdapterPlan) -> Contents:
+def _from_own(directory: pathlib.Path, adapters: Adapters, plan: AdapterPlan) -> Contents:
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
     read, rank_of = {}, _ranks(plan.config)
     for path, target in plan.targets.items():
@@ -261,6 +264,7 @@ def _from_own(adapters: Adapters, plan: AdapterPlan) -> Contents:
             read=lambda arrays=arrays: arrays,
         )
     return Contents(
+        directory=directory,
         format="lora_jax",
         settings=json.loads(plan.config.to_json()),
         shared={name: getattr(plan.config, name) for name in names},

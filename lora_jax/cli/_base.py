@@ -16,7 +16,6 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _WEIGHT_MAP = "weight_map"
-_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +80,10 @@ def open_base(path: pathlib.Path) -> Base:
     if index:
         return _open_shards(path)
     if not whole:
-        names = sorted(entry.name for entry in path.iterdir())
+        names = tree_paths.listed(sorted(entry.name for entry in path.iterdir()))
         raise tensor_files.CheckpointError(
-            f"{path} has neither {WHOLE} nor {INDEX}, but {_listed(names)}: save the model "
-            "as safetensors first, or give the file itself."
+            f"{path} has neither {WHOLE} nor {INDEX}, but {names or 'nothing'}: save the "
+            "model as safetensors first, or give the file itself."
         )
     return Base(path, {WHOLE: tensor_files.TensorFile(path / WHOLE)})
 
@@ -137,7 +136,7 @@ def _check_shards(where: pathlib.Path, weight_map: dict[str, str], base: Base) -
     extra = sorted(name for name, shard in actual if weight_map.get(name) != shard)
     if extra:
         raise tensor_files.CheckpointError(
-            f"{where} lacks arrays of the files that it names: {_listed(extra)}."
+            f"{where} lacks arrays of the files that it names: {tree_paths.listed(extra)}."
         )
 
 
@@ -152,19 +151,3 @@ def new_index(base: Base, entries: dict[str, jax.ShapeDtypeStruct]) -> dict[str,
     total = sum(map(tensor_streams.count_bytes, entries.values()))
     metadata = {**(old if isinstance(old, dict) else {}), "total_size": total}
     return {**(base.index or {}), "metadata": metadata}
-
-
-def check_has(base: Base, names: list[str]) -> None:
-    """Raises CheckpointError unless the model has arrays with all these names."""
-    missing = [name for name in names if name not in base.spans]
-    if missing:
-        hint = tree_paths.nearest_hint(missing[0], base.spans)
-        raise tensor_files.CheckpointError(
-            f"the adapter is for {_listed(missing)}, which no file of {base.path} has"
-            f"{hint}: is it of another model, or does it need --names?"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return (", ".join(map(repr, names[:_LISTED])) or "nothing") + more

@@ -41,7 +41,7 @@ def _to_own(
     contents = _adapters.read_contents(source, options.allow_field)
     _loading.check_ties(base, contents.changed, contents.embeddings)
     matching = _loading.read_matching(options)
-    loaded = _loading.load_for(contents, source, base, matching)
+    loaded = _loading.load_for(contents, base, matching)
     adapters, plan, replaced = loaded[:3]
     if replaced and (options.strict or not plan.targets):
         names_of = ", ".join(map(repr, list(replaced)[:3]))

@@ -82,7 +82,7 @@ def diff(options: argparse.Namespace) -> int:
     differ = bool(settings or rows or only)
     if contents is not None and differ:
         acting = any(line[0] in _ACTING for line in settings)
-        found = _compare_effects(contents, paths, names, tolerance, acting)
+        found = _compare_effects(contents, names, tolerance, acting)
     if found.by_plan:
         settings = [line for line in settings if not line[0].startswith(_SCALE)]
     entry = ("entry", "shape", "dtype", "largest difference", "relative")
@@ -104,7 +104,6 @@ def diff(options: argparse.Namespace) -> int:
 
 def _compare_effects(
     contents: tuple[Contents, Contents],
-    paths: tuple[pathlib.Path, pathlib.Path],
     names: _loading.Names,
     tolerance: float | None,
     acting: bool,
@@ -113,13 +112,12 @@ def _compare_effects(
 
     Args:
         contents: the adapters of both directories.
-        paths: of both directories.
         names: of `--names`.
         tolerance: as the option.
         acting: whether settings differ that no array shows.
     """
     try:
-        found = _effects.compare(*contents, paths, names)
+        found = _effects.compare(*contents, names)
     except (KeyError, TypeError, ValueError) as error:
         first, *others = _messages.translate(str(error.args[0])).splitlines()
         why = " ".join([first, *(line.strip() for line in others[:1])])

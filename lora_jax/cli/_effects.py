@@ -5,7 +5,6 @@ One adapter can be stored in many ways: with other factors `A` and `B`, with the
 `scale * A @ B`.
 """
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,15 +59,12 @@ class Apart(NamedTuple):
     """The norm of the difference, relative to the larger norm of both."""
 
 
-def compare(
-    a: Contents, b: Contents, paths: tuple[pathlib.Path, pathlib.Path], names: Any
-) -> list[Apart]:
+def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
     """Compares the effects of adapters, module by module.
 
     Args:
         a: the adapters of a directory.
         b: the adapters of another directory, in either format.
-        paths: of both directories.
         names: of `--names`; None to match modules and paths by their words.
 
     Raises:
@@ -77,9 +73,9 @@ def compare(
     if are_alike(a, b):
         effects = _own_effects(a), _own_effects(b)
     elif a.plan is None or (b.plan and len(a.adapters) > len(b.adapters)):
-        effects = _like(a, paths[0], b, names), _own_effects(b)
+        effects = _like(a, b, names), _own_effects(b)
     else:
-        effects = _own_effects(a), _like(b, paths[1], a, names)
+        effects = _own_effects(a), _like(b, a, names)
     nothing = Effect({"A": np.zeros((1, 1)), "B": np.zeros((1, 1))})
     return [
         _apart(name, *(each.get(name, nothing) for each in effects))
@@ -132,9 +128,7 @@ def _whole_effects(contents: Contents) -> dict[str, Effect]:
     }
 
 
-def _like(
-    contents: Contents, directory: pathlib.Path, other: Contents, names: Any
-) -> dict[str, Effect]:
+def _like(contents: Contents, other: Contents, names: Any) -> dict[str, Effect]:
     """The effects of adapters by the paths of another plan, whose weights may be stacks.
 
     An adapter without a path there keeps its own name.
@@ -142,9 +136,9 @@ def _like(
     plan, checkpoint = other.plan, contents.checkpoint
     assert plan is not None
     if checkpoint is None:
-        assert contents.own is not None
-        own = _names_of(contents.own[1], names)
-        checkpoint = _loading.as_checkpoint(directory, *contents.own, own)
+        assert contents.plan is not None
+        own = _names_of(contents.plan, names)
+        checkpoint = _loading.as_checkpoint(contents, own)
     loaded, left = _put(checkpoint, plan, _names_of(plan, names))
     scales = {path: target.scale for path, target in loaded.plan.targets.items()}
     effects = {p: _effect(arrays, scales[p]) for p, arrays in loaded.adapters.items()}

@@ -17,7 +17,7 @@ from lora_jax._io import tensor_files
 from lora_jax._io.tensor_streams import Span
 from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
-from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.layers.lora import Adapter
 from lora_jax.peft.checkpoint import Checkpoint, FileDtype, new_checkpoint
 from lora_jax.peft.keys import without_wrapper
 from lora_jax.peft.layout import Layout
@@ -116,17 +116,12 @@ def with_prefix(base: _base.Base, prefix: str) -> Mapping[str, Span]:
 
 
 def load_for(
-    contents: Contents,
-    directory: pathlib.Path,
-    base: _base.Base,
-    matching: Matching,
-    dtype: FileDtype = None,
+    contents: Contents, base: _base.Base, matching: Matching, dtype: FileDtype = None
 ) -> Loaded:
     """Puts adapters on the arrays of a model.
 
     Args:
         contents: the adapters.
-        directory: where they are, for error messages.
         base: the model.
         matching: the options.
         dtype: of adapters in PEFT's format, as in `lora_jax.peft.load`.
@@ -145,14 +140,14 @@ def load_for(
             matching.strict or all(leaves[n].shape == t.shape for n, t in targets)
         ):
             return Loaded(adapters, plan, {})
-        checkpoint = as_checkpoint(directory, adapters, plan, matching.names)
+        checkpoint = as_checkpoint(contents, matching.names)
         matching = matching._replace(names=None)
     placement = find_places(
         checkpoint,
         Places(leaves, matching.names, matching.layout),
         on_tied="allow",  # `check_ties` has read the settings of the model
     )
-    _check_any(placement, directory, base, matching)
+    _check_any(placement, contents.directory, base, matching)
     rows = placement.table().rows
     with leaving_out():
         loaded = assemble(placement, matching.strict, dtype=dtype, on_tied="allow")
@@ -161,12 +156,11 @@ def load_for(
     return Loaded(*loaded, modules, axes, placement.problems.lines)
 
 
-def as_checkpoint(
-    directory: pathlib.Path, adapters: Adapters, plan: AdapterPlan, names: Names
-) -> Checkpoint:
+def as_checkpoint(contents: Contents, names: Names) -> Checkpoint:
     """Adapters of this library as PEFT's modules, which have the names of such models."""
-    config, tensors = make_files(adapters, plan, names)
-    return new_checkpoint(str(directory), config, InMemory(tensors), tensors)
+    assert contents.own is not None
+    config, tensors = make_files(*contents.own, names)
+    return new_checkpoint(str(contents.directory), config, InMemory(tensors), tensors)
 
 
 @contextlib.contextmanager
@@ -213,29 +207,20 @@ def report_omissions(contents: Contents, loaded: Loaded) -> list[str]:
     return [*contents.ignored, *head, *lines]
 
 
-def check_fit(base: _base.Base, loaded: Loaded) -> None:
-    """Checks that the adapters fit the arrays of a model.
+def check_weights(base: _base.Base, plan: AdapterPlan) -> None:
+    """Checks that the weights of a plan can be merged.
 
     Raises:
-        CheckpointError: if an array is in none of the files.
-        TypeError: if a weight is not a floating-point array.
+        TypeError: if a weight is not a floating-point array, or too wide for JAX.
         ValueError: if a shape differs.
     """
-    _base.check_has(base, [*loaded.plan.targets, *loaded.replaced])
-    plan_checks.check_params(base.spans, loaded.plan)
-    plan_checks.check_adapters(loaded.adapters, loaded.plan)
-    wide = [name for name in loaded.plan.targets if base.spans[name].dtype == np.float64]
+    plan_checks.check_params(base.spans, plan)
+    wide = [name for name in plan.targets if base.spans[name].dtype == np.float64]
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise TypeError(
             f"at {wide[0]!r}: the weight is float64, which JAX would narrow: set the "
             "environment variable JAX_ENABLE_X64=1."
         )
-    for name, array in loaded.replaced.items():
-        if array.shape != base.spans[name].shape:
-            raise ValueError(
-                f"at {name!r}: the adapter has an array of shape {array.shape} for it, and "
-                f"the model {base.spans[name].shape}."
-            )
 
 
 def check_ties(

@@ -77,8 +77,8 @@ def merge(options: argparse.Namespace) -> int:
     contents = _adapters.read_contents(directory, options.allow_field, dtype=None)
     note = _loading.check_ties(base, contents.changed, contents.embeddings)
     matching = _loading.read_matching(options)
-    loaded = _loading.load_for(contents, directory, base, matching)
-    _loading.check_fit(base, loaded)
+    loaded = _loading.load_for(contents, base, matching)
+    _loading.check_weights(base, loaded.plan)
     if contents.format == "lora_jax":  # its paths may differ from the names of the tensors
         note = _loading.check_ties(base, loaded.plan.targets)
     job = Job(base, loaded, others, options.dtype)

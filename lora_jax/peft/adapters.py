@@ -1,24 +1,26 @@
-"""The adapters of a checkpoint for some params, and their plan.
+"""Adapters and their plan, from the arrays of a checkpoint; and arrays as PEFT has them.
 
-PEFT's factors are those of torch: `lora_A (r, in)`, `lora_B (out, r)`. NumPy throughout:
-reading and writing turns axes, and computes nothing.
+PEFT has PyTorch's layout: `lora_A (r, in)`, `lora_B (out, r)`. All conversions use NumPy.
+They reorder values and scale them; they compute nothing else.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks
 from lora_jax._io import tensor_files
+from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.full import Replaced, add_bias
 from lora_jax.peft.keys import Kind, Module, without_wrapper
-from lora_jax.peft.layout import common_dtype, take_layer
+from lora_jax.peft.layout import Site, common_dtype, from_matrix, take_layer, to_matrix
 from lora_jax.peft.leaves import Places, leaf_values
-from lora_jax.peft.locate import Site
-from lora_jax.peft.replaced import Replaced, add_bias, change_bases
 from lora_jax.plan import selection
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
 from lora_jax.plan.config import LoraConfig
@@ -27,10 +29,12 @@ Arrays = Mapping[str, np.ndarray]
 _GIVEN = "the PEFT checkpoint, with the axes that names gives"
 _PRIMITIVES = {"embedding": "gather", "convolution": "conv_general_dilated"}
 _NOT_ADAPTED = "the PEFT checkpoint has no adapter for it"
+# Singular vectors are not unique where two singular values differ by less than this.
+_SMALLEST_GAP = 1e-4
 
 
 class Placed(NamedTuple):
-    """The adapter of one weight, and what the plan says of it."""
+    """The adapter of one weight, and its target and use in the plan."""
 
     arrays: Mapping[str, np.ndarray]
     target: Target
@@ -55,7 +59,9 @@ def make_adapters(
         matrices = {}
         for site in by_path[path]:
             module = modules[site.module]
-            scale = config.scale_of(_configured(module, site))
+            experts = module.kind == "experts"  # the config names their parameter
+            name = site.name if experts else without_wrapper(module.name)
+            scale = config.scale_of(name)
             arrays = {
                 name: checkpoint.arrays.read(key) for name, key in module.keys.items()
             }
@@ -64,15 +70,11 @@ def make_adapters(
                 add_bias(replaced, places, site, bias, scale)
             own = from_peft(module.kind, site.own_axes, module.experts, arrays)
             matrices[site.indices] = own, scale
-        change_bases(config, places, by_path[path], modules, replaced)
+        if config.changes_base:
+            _change_bases(config, by_path[path], modules, replaced)
         kind = modules[by_path[path][0].module].kind
         placed[path] = _stacked_adapter(config, places, by_path[path][0], kind, matrices)
     return placed
-
-
-def _configured(module: Module, site: Site) -> str:
-    """What the patterns of the config are about: a module, or a parameter of one."""
-    return site.name if module.kind == "experts" else without_wrapper(module.name)
 
 
 def _stacked_adapter(
@@ -118,7 +120,7 @@ def _fill_magnitudes(
     present: Iterable[tuple[int, ...]],
     sizes: tuple[int, ...],
 ) -> None:
-    """Gives the layers without a module the magnitude that changes nothing."""
+    """Sets the magnitudes of layers without a module to the norms of their columns."""
     absent = set(np.ndindex(sizes)) - set(present)
     if not absent:
         return
@@ -131,17 +133,61 @@ def _fill_magnitudes(
         arrays["m"][index] = norm.reshape(arrays["m"][index].shape)
 
 
+def _change_bases(
+    config: PeftConfig,
+    sites: Iterable[Site],
+    modules: Mapping[str, Module],
+    replaced: Replaced,
+) -> None:
+    """Puts the base weights that PiSSA or OLoRA left, which PEFT does not save.
+
+    Raises:
+        CheckpointError: if the initialization cannot be repeated exactly.
+    """
+    olora = str(config.init_lora_weights).lower() == "olora"
+    for site in sites:
+        name = without_wrapper(site.module)
+        if config.init_lora_weights != "pissa" and not olora:
+            raise _not_repeatable(config, name, "its result is not unique")
+        if modules[site.module].kind != "linear":
+            raise _not_repeatable(config, name, f"it is not a matrix, {site.axes!r}")
+        why = f"init_lora_weights={config.init_lora_weights!r} changed the base of {name!r}"
+        weight = replaced.current(site, why)
+        matrix = to_matrix(weight, site.own_axes)
+        rank, alpha = config.rank_of(name), config.alpha_of(name)
+        if not olora:
+            wide = matrix.astype(np.promote_types(matrix.dtype, np.float32))
+            values = np.linalg.svd(wide, compute_uv=False)
+            if rank < len(values) and values[rank - 1] - values[rank] < (
+                _SMALLEST_GAP * values[rank - 1]
+            ):
+                raise _not_repeatable(config, name, "two singular values are nearly equal")
+        init = init_olora_adapter if olora else init_pissa_adapter
+        base, _ = init(jnp.asarray(matrix), rank, alpha, rank_stabilized=config.use_rslora)
+        own = from_matrix(np.asarray(base), weight.shape, site.own_axes)
+        replaced.set(site, own.astype(weight.dtype))
+
+
+def _not_repeatable(config: PeftConfig, name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"init_lora_weights={config.init_lora_weights!r} changed the base weight of "
+        f"{name!r} before training, and cannot be repeated here: {why}. Save the adapter "
+        "for the original base with PEFT's save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=<the adapter as it was initialized>)."
+    )
+
+
 def from_peft(kind: Kind, axes: str, experts: int, arrays: Arrays) -> dict[str, np.ndarray]:
-    """The entries of one module.
+    """Converts the adapter of one module from PEFT's layout.
 
     Args:
         kind: of the module.
         axes: the letters of the axes of the module's weight, without those of a stack.
-        experts: how many the factors are of; 0 for none.
+        experts: the number of experts in the factors; 0 for none.
         arrays: `A` and `B`, and `m` if there is one, as in the checkpoint.
 
     Returns:
-        `A (in, r)` and `B (r, out)` and `m (out,)`, or `(experts, in, r)` and so on.
+        `A (in, r)`, `B (r, out)` and `m (out,)`, or `(experts, in, r)` and so on.
     """
     a, b = arrays["A"], arrays["B"]
     if kind == "experts":  # (experts * r, in) and (out, r * experts)
@@ -170,7 +216,7 @@ def to_peft(
         arrays: `A` and `B`, and `m` if there is one.
 
     Returns:
-        The entries as PEFT has them.
+        The arrays in PEFT's layout.
     """
     a, b = arrays["A"], arrays["B"]
     if kind == "experts":
@@ -199,15 +245,16 @@ def stack_modules(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Stacks the adapters of several modules, whose weights are stacked.
 
-    A smaller rank is filled up with zeros, and where scales differ, `B` takes up the
-    quotient: the update of each is what it was. Where there is no module, the update is 0.
+    Smaller ranks are padded with zeros. Where scales differ, `B` is multiplied by their
+    ratio. So the update of each module stays the same. An index without a module has the
+    update 0.
 
     Args:
         matrices: `A`, `B`, and `m` if there is one, and the scale, by index in the stack.
         sizes: of the axes of the stack.
 
     Returns:
-        The entries with the axes of the stack in front, and their scale.
+        The arrays with the axes of the stack in front, and their scale.
     """
     scale = next(iter(matrices.values()))[1]
     rank = max(arrays["A"].shape[-1] for arrays, _ in matrices.values())
@@ -227,11 +274,11 @@ def stack_modules(
 
 
 def order_axes(arrays: Arrays, batch: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """The entries of a stack with their first axes in the order of a weight's.
+    """Sorts the first axes of the arrays of a stack as the axes of the weight.
 
     Args:
         arrays: with the axes of the stack in front.
-        batch: which axis of the weight each of these is.
+        batch: the axis of the weight that each of these is.
     """
     order = [*map(int, np.argsort(batch))]
     return {
@@ -241,12 +288,12 @@ def order_axes(arrays: Arrays, batch: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def fill_up(arrays: Arrays, rank: int, factor: float) -> dict[str, np.ndarray]:
-    """An adapter at a larger rank, with a factor in its `B`.
+    """Pads an adapter to a larger rank, and multiplies its `B` by a factor.
 
     Args:
-        arrays: the entries.
-        rank: at least that of the adapter; the rest is zeros.
-        factor: of the update. Where it is not 1, `B` is float64, not rounded yet.
+        arrays: the adapter.
+        rank: at least the rank of the adapter; the rest is zeros.
+        factor: of the update. If it is not 1, `B` is float64, not rounded yet.
     """
     filled = dict(arrays)
     missing = rank - arrays["A"].shape[-1]
@@ -260,7 +307,7 @@ def fill_up(arrays: Arrays, rank: int, factor: float) -> dict[str, np.ndarray]:
 
 
 def use_of(kind: str, axes: str, given: bool) -> Use:
-    """What a module of some kind does with its weight, so that it is saved as that.
+    """The use of a weight by a module of some kind, which `save` reads.
 
     `given` is whether the caller gave the axes.
     """
@@ -291,14 +338,14 @@ def make_plan(
 
 
 def _lora_config(config: PeftConfig, targets: Mapping[str, Target]) -> LoraConfig:
-    """The config of which the plan could have been made."""
+    """A config that gives the same plan."""
     alphas = {
         path: target.scale * (math.sqrt(target.rank) if config.use_rslora else target.rank)
         for path, target in targets.items()
     }
     return LoraConfig(
         rank=config.r,
-        alpha=config.lora_alpha or 1.0,  # if 0, no module has it
+        alpha=config.lora_alpha or 1.0,  # 0 if all modules have their own
         targets=tuple(targets) or "all-linear",
         rank_pattern={p: t.rank for p, t in targets.items() if t.rank != config.r},
         alpha_pattern={

@@ -1,14 +1,16 @@
-"""The settings of a PEFT adapter, field for field what its `adapter_config.json` says.
+"""The fields of an `adapter_config.json`, and its patterns of names.
 
-What a file holds is not trusted: whatever it is, the outcome is a `PeftConfig`, or a
-`ValueError` or `TypeError` that names the field.
+Files are not trusted. Whatever a file contains, reading it returns a `PeftConfig`, or
+raises a `ValueError` or `TypeError` that names the field.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from lora_jax._core import checks
@@ -21,20 +23,24 @@ from lora_jax.peft.fields import (
     check_is_off,
     check_peft_type,
     init_word,
+    pattern_regex,
+    saved_regex,
     shorten,
     wrong_type,
 )
-from lora_jax.peft.patterns import Patterns, pattern_key
 
 __all__ = ["PeftConfig"]
 
-# Whose fields `to_json` writes.
+# `to_json` writes the fields of this version.
 _PEFT_VERSION = "0.21.2"
+# A regular expression that is a name: its characters, escaped ones with a backslash.
+_CHARACTER = re.compile(r"\\[^\w]|[\w.-]")
+_NAME = re.compile(rf"(?:{_CHARACTER.pattern})+")
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` of PEFT says of a LoRA or DoRA adapter.
+    """The fields of PEFT's `adapter_config.json` for a LoRA or DoRA adapter.
 
     Immutable and hashable. Names and defaults are PEFT's; lists are tuples. A module is
     named as in PyTorch: `"model.layers.0.self_attn.q_proj"`.
@@ -43,21 +49,22 @@ class PeftConfig:
         r: the rank, at least 1.
         lora_alpha: a finite number. The update is multiplied by `lora_alpha / r`.
         target_modules: names of modules, or the ends of names after a dot; or one regular
-            expression that has to match a whole name; or `"all-linear"`. Several names
-            are kept sorted, without repetitions, as are `exclude_modules`.
-        exclude_modules: names, ends of names or one regular expression of modules that
-            have no adapter.
-        lora_dropout: of an adapter's input in training, in [0, 1).
+            expression that has to match a whole name; or `"all-linear"`. A list of names
+            is sorted, and repetitions are removed.
+        exclude_modules: the modules that have no adapter: names, ends of names or one
+            regular expression, as in `target_modules`.
+        lora_dropout: the dropout rate of an adapter's input in training, in [0, 1).
         fan_in_fan_out: the weights are stored `(in, out)`.
-        bias: which biases of the model were trained too.
+        bias: the biases of the model that were trained too.
         use_rslora: multiply by `lora_alpha / sqrt(r)` instead.
-        modules_to_save: names of modules that were trained as they are.
+        modules_to_save: names of modules that were trained without an adapter.
         init_lora_weights: how the adapter was initialized.
         layers_to_transform: numbers of the layers that have adapters, or one number.
-        layers_pattern: regular expressions, or one, of what the list of layers is called.
-        rank_pattern: regular expression of the end of a name to rank. The first that
-            matches counts.
-        alpha_pattern: regular expression of the end of a name to alpha, likewise.
+        layers_pattern: regular expressions, or one, of the name of the list of layers.
+        rank_pattern: from regular expressions of the end of a name to ranks. The first
+            match wins.
+        alpha_pattern: from regular expressions of the end of a name to alphas. The first
+            match wins.
         trainable_token_indices: rows of the input embedding that were trained, or a dict
             from the names of embeddings to such rows.
         use_dora: the method is DoRA.
@@ -67,13 +74,13 @@ class PeftConfig:
         base_model_name_or_path: the model that the adapter is for.
         revision: of that model.
         peft_type: `"LORA"`.
-        peft_version: that wrote the file; not compared.
+        peft_version: the version that wrote the file; not compared.
         inference_mode: whether the adapter is frozen; not compared.
         auto_mapping: the names of the model's class and library.
 
     Raises:
         TypeError: if a field has the wrong type.
-        ValueError: if a value is out of its range or no regular expression, or fields
+        ValueError: if a value is out of its range or not a regular expression, or fields
             contradict each other.
 
     References:
@@ -119,13 +126,13 @@ class PeftConfig:
         """Reads the fields of an `adapter_config.json`.
 
         Args:
-            fields: the JSON object. What it lacks has its default, as in older files.
-            where: what the messages of errors call the file.
-            allow_fields: the names of fields that are ignored, whatever they say.
+            fields: the JSON object. Missing fields have their defaults, as in older files.
+            where: the name of the file in error messages.
+            allow_fields: the names of fields to ignore, whatever their values.
 
         Raises:
-            TypeError, ValueError: if a value is none that its field takes, or a field of
-                another method or an unknown one is in use, and not allowed.
+            TypeError, ValueError: if a field does not take its value, or if an unknown
+                field or a field of another method is in use, and not allowed.
         """
         with checks.at_path(where):
             if not isinstance(fields, Mapping):
@@ -139,9 +146,9 @@ class PeftConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether making the adapter changed the base weights as well.
+        """Whether the initialization of the adapter changed the base weights too.
 
-        Then the adapter belongs to the changed weights, unless it was converted.
+        Then the adapter is for the changed weights, unless it was converted.
         """
         init = self.init_lora_weights
         return isinstance(init, str) and INITS[init_word(init)]
@@ -157,25 +164,25 @@ class PeftConfig:
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     @functools.cached_property
-    def _ranks(self) -> Patterns:
+    def _ranks(self) -> "Patterns":
         return Patterns(self.rank_pattern)
 
     @functools.cached_property
-    def _alphas(self) -> Patterns:
+    def _alphas(self) -> "Patterns":
         return Patterns(self.alpha_pattern)
 
     def scale_of(self, module: str) -> float:
-        """What multiplies a module's update: `alpha / rank`, or `alpha / sqrt(rank)`."""
+        """The factor of a module's update: `alpha / rank`, or `alpha / sqrt(rank)`."""
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_json(self) -> str:
-        """Writes the config as PEFT writes that of a trained adapter.
+        """Writes the config as PEFT does for a trained adapter.
 
         Returns:
-            A JSON object with all fields of PEFT, sorted. `inference_mode` is true. The
-            keys of `rank_pattern` and `alpha_pattern` alone keep their order, because the
-            first that matches counts.
+            A JSON object with all fields of PEFT, sorted. `inference_mode` is true. Only
+            the keys of `rank_pattern` and `alpha_pattern` keep their order, because the
+            first match wins.
         """
         own = {name: getattr(self, name) for name in CHECKS}
         own["inference_mode"] = True
@@ -186,19 +193,19 @@ class PeftConfig:
 
 
 def _check_together(config: PeftConfig) -> None:
-    """Raises for what PEFT refuses too."""
+    """Raises for fields that contradict each other, as PEFT does."""
     targets, patterns = config.target_modules, config.layers_pattern
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(targets, str) and getattr(config, name) is not None:
             raise ValueError(
-                f"{name} chooses among target_modules that are a list of names, got "
+                f"{name} needs target_modules to be a list of names, got "
                 f"target_modules={shorten(targets)}: write the layers into the "
                 "regular expression, or list the names."
             )
     if patterns and config.layers_to_transform is None:
         raise ValueError(
-            "layers_pattern says what the layers are called, and layers_to_transform has "
-            f"to say which of them, got layers_pattern={shorten(patterns)} alone."
+            "layers_pattern is the name of the list of layers, and layers_to_transform has "
+            f"to select layers of it, got layers_pattern={shorten(patterns)} alone."
         )
     if config.lora_bias and (config.use_dora or isinstance(config.init_lora_weights, str)):
         raise ValueError(
@@ -209,6 +216,104 @@ def _check_together(config: PeftConfig) -> None:
     for name in ("use_dora", "lora_bias", "fan_in_fan_out", "lora_dropout"):
         if config.target_parameters and getattr(config, name):
             raise ValueError(
-                f"{name} must be off with target_parameters, whose adapters have none, got "
+                f"{name} must be off with target_parameters, which do not support it, got "
                 f"{name}={getattr(config, name)}."
             )
+
+
+class Patterns:
+    """Finds the first of many regular expressions that matches a part of a name.
+
+    Most of the regular expressions are names. These are looked up in a dict, so that a name
+    is compared with few of thousands.
+
+    Args:
+        patterns: the regular expressions, in order.
+    """
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = tuple(patterns)
+        # By length and by the places of dots that match any character: text to position.
+        self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        self._others: list[int] = []
+        for position, pattern in enumerate(self._patterns):
+            if not _NAME.fullmatch(pattern):
+                self._others.append(position)
+                continue
+            characters = _CHARACTER.findall(pattern)
+            text = "".join(each[-1] for each in characters)
+            dots = tuple(place for place, each in enumerate(characters) if each == ".")
+            own = self._names.setdefault(len(text), {}).setdefault(dots, {})
+            own.setdefault(_masked(text, dots), position)
+
+    def first(self, parts: Iterable[str], matches: Callable[[str], bool]) -> str | None:
+        """The first pattern that a part of a name matches.
+
+        Args:
+            parts: the parts of the name that a pattern may match.
+            matches: whether a pattern that is not a name matches.
+        """
+        found = [
+            position
+            for part in parts
+            for dots, own in self._names.get(len(part), {}).items()
+            if (position := own.get(_masked(part, dots))) is not None
+        ]
+        first = min(found, default=len(self._patterns))
+        for position in self._others:
+            if position > first:
+                break
+            if matches(self._patterns[position]):
+                first = position
+                break
+        return self._patterns[first] if first < len(self._patterns) else None
+
+
+def _masked(text: str, dots: tuple[int, ...]) -> str:
+    for place in dots:
+        text = f"{text[:place]}\0{text[place + 1 :]}"
+    return text
+
+
+def pattern_key(
+    patterns: Iterable[str], module: str, index: Patterns | None = None
+) -> str | None:
+    """The first key of `rank_pattern` or `alpha_pattern` that matches a module.
+
+    Args:
+        patterns: the keys.
+        module: the name of the module.
+        index: of the keys, for many modules.
+    """
+    index = index or Patterns(patterns)
+    starts = (0, *(match.end() for match in re.finditer(r"\.", module)))
+    key = index.first(
+        (module[start:] for start in starts),
+        lambda pattern: re.match(pattern_regex(pattern), module) is not None,
+    )
+    # A name that contains special characters of regular expressions matches itself too.
+    return module if key is None and module in patterns else key
+
+
+def is_saved(modules: Patterns, name: str) -> bool:
+    """Whether a module is one of `modules_to_save`, or inside one."""
+    dots = [match.start() for match in re.finditer(r"\.", name)]
+    starts, ends = (0, *(dot + 1 for dot in dots)), (*dots, len(name))
+    parts = (name[start:end] for start in starts for end in ends if start < end)
+    matches = lambda own: re.match(saved_regex(own), name) is not None  # noqa: E731
+    return modules.first(parts, matches) is not None
+
+
+def saved_in(saved: Iterable[str], modules: Iterable[str]) -> dict[str, bool]:
+    """Whether each of `modules_to_save`, or a module inside it, is in a list of modules."""
+    modules = list(modules)
+    parts = {
+        part
+        for module in modules
+        for start in (0, *(match.end() for match in re.finditer(r"\.", module)))
+        for part in itertools.accumulate(module[start:].split("."), "{}.{}".format)
+    }
+    return {
+        name: name in parts or any(re.match(saved_regex(name), own) for own in modules)
+        for name in saved
+    }

@@ -1,17 +1,17 @@
-"""The values that each field of an `adapter_config.json` takes."""
+"""Checks the value of each field of an `adapter_config.json`."""
 
 import difflib
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
-from lora_jax.peft.patterns import layer_regex, pattern_regex, saved_regex
 
-# Nothing in a model is longer or numbered higher, and float32 holds nothing larger.
+# Larger numbers make no sense for a model, and float32 holds no larger ones.
 _LARGEST_INTEGER = 2**31 - 1
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
 _TASKS = (
@@ -22,7 +22,7 @@ _TASKS = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
-# Whether making an adapter so changes the base weights.
+# Whether the initialization changes the base weights.
 INITS = {
     "gaussian": False,
     "orthogonal": False,
@@ -36,10 +36,10 @@ INITS = {
 }
 _INITS_IN_ANY_CASE = ("gaussian", "mica", "olora")
 _IN_PEFT = "merge the adapter into the model in PEFT, and use the merged model."
-_OF_THE_START = (
-    "it says how the base weights were changed when the adapter was made. If the base "
-    "you have is the changed one, or the adapter was converted when it was saved, set the "
-    "field to its default in the file: "
+_CHANGED_BASE = (
+    "it says how the base weights were changed when the adapter was made. If your base is "
+    "the changed one, or the adapter was converted when it was saved, set the field to its "
+    "default in the file: "
 )
 # Fields of other methods: the default, and what to do with an adapter that has another.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -49,7 +49,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         "PEFT.",
     ),
     "arrow_config": (None, "it routes between adapters: load each of those by itself."),
-    "corda_config": (None, _OF_THE_START + "null."),
+    "corda_config": (None, _CHANGED_BASE + "null."),
     "ensure_weight_tying": (
         False,
         "it shares the adapters of tied weights: " + _IN_PEFT,
@@ -60,8 +60,8 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         "it repeats layers of the model: build the model with these layers, and set the "
         "field to null in the file.",
     ),
-    "loftq_config": ({}, _OF_THE_START + "{}."),
-    "lora_ga_config": (None, _OF_THE_START + "null."),
+    "loftq_config": ({}, _CHANGED_BASE + "{}."),
+    "lora_ga_config": (None, _CHANGED_BASE + "null."),
     "megatron_config": (
         None,
         "it is for the parallel layers of Megatron: set it to null in the file if the "
@@ -72,18 +72,40 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "use_qalora": (False, _IN_PEFT),
     "velora_config": (None, _IN_PEFT),
 }
-# Fields whose value does not matter: how A was initialized, and details of what is off.
+# Fields whose value does not matter: initializations of A, and details of unused methods.
 IGNORED = {
     "eva_config": None,
     "megatron_core": "megatron.core",
     "qalora_group_size": 16,
 }
-# Where PEFT computes; it does not write it to the file.
+# PEFT does not write this field, which says where PEFT computes.
 _NOT_WRITTEN = ("runtime_config",)
 
 
+def pattern_regex(key: str) -> str:
+    """The regular expression of names that a key of `rank_pattern` applies to."""
+    return rf"(.*\.)?({key})$"
+
+
+def layer_regex(pattern: str | None = None) -> str:
+    """The regular expression of a name with the number of its layer as `idx`.
+
+    Args:
+        pattern: regular expression of what the list of layers is called; None for the
+            first number in the name that has two names before it.
+    """
+    if pattern is None:
+        return r".*?\.[^.]*\.(?P<idx>\d+)\."
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+def saved_regex(module: str) -> str:
+    """The regular expression of a module of `modules_to_save` and of modules inside it."""
+    return rf"(^|.*\.){module}($|\..*)"
+
+
 def shorten(value: Any) -> str:
-    """A value as a message has it: in at most 80 characters."""
+    """The representation of a value in at most 80 characters, for messages."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply, or an int of many digits
@@ -92,7 +114,7 @@ def shorten(value: Any) -> str:
 
 
 def wrong_type(name: str, expected: str, value: Any) -> TypeError:
-    """The error of a value of the wrong type."""
+    """The error for a value of the wrong type."""
     return TypeError(
         f"{name} must be {expected}, got {shorten(value)} ({type(value).__name__})."
     )
@@ -126,10 +148,6 @@ def _integer(name: str, value: Any, least: int = 0) -> int:
     return int(value)
 
 
-def _rank(name: str, value: Any) -> int:
-    return _integer(name, value, least=1)
-
-
 def _rate(name: str, value: Any) -> float:
     value = _number(name, value)
     if not 0 <= value < 1:
@@ -143,15 +161,11 @@ def _text(name: str, value: Any) -> str | None:
     return value
 
 
-def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
-    checks.check_choice(name, value, tuple(choices))
+    checks.check_choice(name, value, choices)
     return value
-
-
-def _bias(name: str, value: Any) -> str:
-    return _choice(name, value, ("none", "all", "lora_only"))
 
 
 def _task(name: str, value: Any) -> str | None:
@@ -159,7 +173,7 @@ def _task(name: str, value: Any) -> str | None:
 
 
 def check_peft_type(name: str, value: Any) -> str:
-    """The value of the field `peft_type`, checked."""
+    """Checks the value of the field `peft_type`."""
     if value != "LORA":
         raise ValueError(
             f"{name} must be 'LORA', got {shorten(value)}: adapters of other methods "
@@ -190,11 +204,14 @@ def _items(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any
     return tuple(check(f"an item of {name}", item) for item in value)
 
 
+_rows = functools.partial(_items, check=_integer)
+
+
 def _name(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
     if not value:
-        raise ValueError(f"{name} must be the name of something, got an empty string.")
+        raise ValueError(f"{name} must be a name, got an empty string.")
     return value
 
 
@@ -222,7 +239,7 @@ def _layers(name: str, value: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(value, int | np.integer):
         return (_integer(name, value),)
-    return _items(name, value, _integer)
+    return _rows(name, value)
 
 
 def _layer_patterns(name: str, value: Any) -> tuple[str, ...] | None:
@@ -254,18 +271,6 @@ def _pattern_values(name: str, value: Any, check: Callable[[str, Any], Any]) -> 
     return patterns
 
 
-def _ranks(name: str, value: Any) -> FrozenDict[str, int]:
-    return _pattern_values(name, value, _rank)
-
-
-def _alphas(name: str, value: Any) -> FrozenDict[str, float]:
-    return _pattern_values(name, value, _number)
-
-
-def _rows(name: str, value: Any) -> tuple[int, ...]:
-    return _items(name, value, _integer)
-
-
 def _tokens(name: str, value: Any) -> tuple[int, ...] | FrozenDict | None:
     if isinstance(value, Mapping):
         return _sorted(_values(name, value, _rows))
@@ -286,23 +291,25 @@ def _sorted(values: FrozenDict[str, Any]) -> FrozenDict[str, Any]:
     return FrozenDict(sorted(values.items()))
 
 
-# What each field takes, as a function from its name and a value to what is kept of it.
+# For each field the function from its name and a value to the checked value.
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "peft_type": check_peft_type,
-    "r": _rank,
+    "r": functools.partial(_integer, least=1),
     "lora_alpha": _number,
     "target_modules": _names_or_regex,
     "exclude_modules": _names_or_regex,
     "lora_dropout": _rate,
     "fan_in_fan_out": _flag,
-    "bias": _bias,
+    "bias": functools.partial(_choice, choices=("none", "all", "lora_only")),
     "use_rslora": _flag,
     "modules_to_save": _saved,
     "init_lora_weights": _init,
     "layers_to_transform": _layers,
     "layers_pattern": _layer_patterns,
-    "rank_pattern": _ranks,
-    "alpha_pattern": _alphas,
+    "rank_pattern": functools.partial(
+        _pattern_values, check=functools.partial(_integer, least=1)
+    ),
+    "alpha_pattern": functools.partial(_pattern_values, check=_number),
     "trainable_token_indices": _tokens,
     "use_dora": _flag,
     "lora_bias": _flag,
@@ -317,22 +324,22 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def _check_regex(name: str, pattern: str, regex: str) -> None:
-    """Raises unless `regex`, which is made of `pattern`, is a regular expression."""
+    """Raises unless `regex`, which contains `pattern`, is a regular expression."""
     try:
         re.compile(regex)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         # A warning is an exception only where the caller has made it one.
         raise ValueError(
-            f"{name} has {shorten(pattern)}, which is no regular expression: {error}."
+            f"{name} has {shorten(pattern)}, which is not a regular expression: {error}."
         ) from None
 
 
 def check_allowed(allow_fields: Any) -> tuple[str, ...]:
-    """The names of fields that a caller allows, checked.
+    """Checks the names of fields that the caller allows.
 
     Raises:
-        TypeError: if they are no names.
-        ValueError: if one is that of a field that is read.
+        TypeError: if a name is not a string.
+        ValueError: if a name is of a field that is read.
     """
     names = _items("allow_fields", allow_fields, _name)
     for name in names:
@@ -345,7 +352,7 @@ def check_allowed(allow_fields: Any) -> tuple[str, ...]:
 
 
 def is_off(name: Any, value: Any) -> bool:
-    """Whether a field changes no adapter, or has a place in a `PeftConfig`."""
+    """Whether a field changes no adapter, or is a field of `PeftConfig`."""
     if name in CHECKS or name in IGNORED or name in _NOT_WRITTEN:
         return True
     if value is None or value is False:
@@ -356,7 +363,7 @@ def is_off(name: Any, value: Any) -> bool:
 
 
 def check_is_off(name: Any, value: Any) -> None:
-    """Raises if a field that has no place in a `PeftConfig` would change the adapter."""
+    """Raises if a field that `PeftConfig` does not have would change the adapter."""
     if is_off(name, value):
         return
     if name in UNSUPPORTED:

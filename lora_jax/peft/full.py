@@ -1,130 +1,100 @@
-"""Where arrays belong that a checkpoint holds whole: saved modules and biases."""
+"""Full (not low-rank) arrays of a checkpoint: where they lie, and the leaves they replace.
+
+These are saved modules, biases and rows of embeddings. The bias of an adapter, and a base
+that an initialization changed, replace leaves too.
+"""
 
 import contextlib
-import itertools
+import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
+import jax
+import numpy as np
+
+from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import Dims
 from lora_jax.peft.layout import (
-    KERNEL,
     SWAPPED,
     Index,
+    Reading,
+    Site,
+    common_dtype,
+    first_axes,
+    from_torch,
     has_room,
     readings,
-    shared_ways,
+    same_bits,
     size_of,
+    stacked_readings,
+    to_matrix,
 )
-from lora_jax.peft.leaves import Places, Problems
+from lora_jax.peft.leaves import Places, Problems, leaf_values
+from lora_jax.peft.locate import Claim, fitting, given_claim, only, shared_readings
 from lora_jax.peft.names import (
     BIAS,
     HEADS,
+    WEIGHT,
     Numbers,
     is_embedding,
-    lacking_fields,
     last_word,
-    name_indices,
+    split_name,
     split_path,
 )
 
 
-class Way(NamedTuple):
-    """One way in which an array of a checkpoint may lie in a leaf."""
-
-    form: str
-    """The letters of a matrix's axes, without those of a stack; `KERNEL` for a kernel of a
-    convolution that is turned round; empty if the array lies as in torch."""
-    stack: tuple[int, ...] = ()
-    """The axis of each number in the module's name that is an index of the leaf."""
-
-
-class Spot(NamedTuple):
-    """Where an array of a checkpoint belongs."""
-
-    name: str
-    """Of the parameter: `"score.weight"`."""
-    path: str
-    numbers: Numbers
-    ways: tuple[Way, ...]
-    turned: tuple[Way, ...] = ()
-    """Further ways, if the leaf lies the other way round."""
-
-    @property
-    def indices(self) -> Index:
-        """The numbers in the name that are indexes of the leaf."""
-        return tuple(number for _, number in self.numbers)
-
-
-def find_spots(
+def find_full(
     places: Places,
     shapes: Mapping[str, tuple[int, ...]],
     problems: Problems | None = None,
-) -> dict[str, Spot]:
-    """Where arrays of a checkpoint belong, each with the one way in which it lies there.
+) -> dict[str, Site]:
+    """Finds the site of each full array.
 
     Args:
-        places: where to look.
-        shapes: of the arrays, by the names of the parameters.
-        problems: what takes note of arrays that have no place, or more than one.
+        places: the leaves to search.
+        shapes: of the arrays, by the names of the parameters: `"score.weight"`.
+        problems: collects the arrays without a site, or with several.
 
     Raises:
-        CheckpointError: of these, if there is nothing that takes note of them.
+        CheckpointError: for such an array, if nothing collects it.
     """
     collecting = problems.collecting if problems else contextlib.nullcontext
-    by_path: dict[str, list[Spot]] = {}
+    by_path: dict[str, list[Claim]] = {}
     for name, shape in shapes.items():
         with collecting():
-            spot = find_spot(places, name, shape)
-            by_path.setdefault(spot.path, []).append(spot)
-    settled: dict[str, Spot] = {}
-    for spots in by_path.values():
+            claim = _find_claim(places, name, shape)
+            by_path.setdefault(claim.path, []).append(claim)
+    found: dict[str, Site] = {}
+    for claims in by_path.values():
         with collecting():
-            way = _one_way(places, spots)
-            settled |= {spot.name: spot._replace(ways=(way,)) for spot in spots}
-    return {name: settled[name] for name in shapes if name in settled}
+            reading = _one_reading(places, claims)
+            found |= {claim.name: claim.site(reading) for claim in claims}
+    return {name: found[name] for name in shapes if name in found}
 
 
-def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
-    """Where an array of a checkpoint belongs.
-
-    Args:
-        places: where to look.
-        name: of the parameter: `"score.weight"`.
-        shape: of the array.
-
-    Raises:
-        CheckpointError: if there is no such leaf, or more than one.
-    """
+def _find_claim(places: Places, name: str, shape: tuple[int, ...]) -> Claim:
     module, _, last = name.rpartition(".")
     for key in (name, module):
         given = places.given(key)
         if given is not None:
-            path = given.path
             if key == module and last == BIAS:
-                path = sibling_bias(places, name, path)
-            either = dict.fromkeys([given.numbers, lacking_fields(module, path), ()])
-            spots = [
-                _ways(places, name, path, numbers, shape, given.axes or "")
-                for numbers in either
-            ]
-            fitting = [spot for spot in spots if spot.ways]
-            if not fitting:
-                raise _misfit(places, name, path, shape)
-            return fitting[0]
+                given = given._replace(path=sibling_bias(places, name, given.path))
+            read = functools.partial(_read, places, name, shape, axes=given.axes or "")
+            claim = given_claim(given, module, read, ())
+            if claim is None:
+                raise CheckpointError(
+                    f"{name!r} has the shape {shape}, and {given.path!r} has "
+                    f"{places.shape(given.path)}{places.axes_of(given.path)}: was the "
+                    "model resized (its vocabulary, its classes) before it was trained? "
+                    "Give params of that size."
+                )
+            return claim
     words = split_path(name)
     found = places.search(words.words, (words.leaf,))
-    fitting = []
-    for path, indices in found:
-        numbers = name_indices(module, path, indices)
-        spot = _ways(places, name, path, numbers, shape)
-        fitting += [spot] if spot.ways else []
-    if len(fitting) > 1:
-        raise CheckpointError(
-            f"{name!r} may be any of {', '.join(repr(each.path) for each in fitting[:8])}: "
-            f"give names={{{name!r}: path}}."
-        )
-    if not fitting:
+    claims = fitting(module, found, functools.partial(_read, places, name, shape))
+
+    def not_found() -> CheckpointError:
         error = places.not_found(name, found, f"a leaf of the shape {shape}")
         if not found and last_word(module) in HEADS:
             error = CheckpointError(
@@ -132,70 +102,49 @@ def find_spot(places: Places, name: str, shape: tuple[int, ...]) -> Spot:
                 "(tied), the head was trained apart from it: give params with a leaf for "
                 "each, and a function that uses both."
             )
-        raise error
-    return fitting[0]
+        return error
+
+    return only(name, claims, not_found)
 
 
-def bias_spot(
-    places: Places, module: str, path: str, numbers: Numbers, shape: tuple[int, ...]
-) -> Spot:
-    """Where the bias of a module's adapter belongs, in the bias of its layer.
-
-    Raises:
-        CheckpointError: if it does not fit.
-    """
-    spot = _ways(places, f"{module}.bias", path, numbers, shape)
-    if not spot.ways:
-        raise CheckpointError(
-            f"{module!r} has a bias of {size_of(shape)} entries, and {path!r} has the "
-            f"shape {places.shape(path)}: it is no bias of that layer."
-        )
-    return spot._replace(ways=(_one_way(places, [spot]),))
-
-
-def _misfit(
-    places: Places, name: str, path: str, shape: tuple[int, ...]
-) -> CheckpointError:
-    return CheckpointError(
-        f"{name!r} has the shape {shape}, and {path!r} has {places.shape(path)}"
-        f"{places.axes_of(path)}: was the model resized (its vocabulary, its classes) "
-        "before it was trained? Give params of that size."
-    )
-
-
-def _ways(
+def _read(
     places: Places,
     name: str,
+    shape: tuple[int, ...],
     path: str,
     numbers: Numbers,
-    shape: tuple[int, ...],
     axes: str = "",
-) -> Spot:
-    """The ways in which an array lies in a leaf; none if it does not fit."""
+) -> Claim:
+    """Reads a leaf as an array of a checkpoint; without readings if it does not fit.
+
+    Args:
+        places: the leaves.
+        name: of the parameter.
+        shape: of the array.
+        path: of the leaf.
+        numbers: of the name, that are indexes of the leaf.
+        axes: the letters of the leaf's axes, if the caller gave them.
+    """
     own, known = places.shape(path), axes or places.known.axes.get(path, "")
     if len(known) != len(own):
         known = ""
     stacked = "b" if known.count("b") >= len(numbers) else "b?"
-    ways: dict[object, Way] = {}
-    turned: dict[object, Way] = {}
     indices = [number for _, number in numbers]
-    for stack in itertools.permutations(range(len(own)), len(numbers)):
+
+    def forms(stack: Index, rest: tuple[int, ...]) -> list[str]:
         if not has_room(own, stack, indices) or any(
             known[axis] not in stacked for axis in stack if known
         ):
-            continue
-        rest = tuple(n for axis, n in enumerate(own) if axis not in stack)
+            return []
         letters = "".join(x for axis, x in enumerate(known) if axis not in stack)
-        key = tuple(axis if own[axis] > 1 else None for axis in stack)
-        forms = _forms(places, name, path, rest, shape, letters)
-        for found, form in zip((ways, turned), forms, strict=False):
-            found.setdefault(key, Way(form, stack))
+        return _forms(places, name, path, rest, shape, letters)
+
     count = len(numbers)
-    first = {key: way for key, way in ways.items() if max(way.stack, default=0) < count}
-    if count > 1 and first:  # several indexes are of the first axes, if that fits
-        ways = first
-        turned = {key: way for key, way in turned.items() if key in first}
-    return Spot(name, path, numbers, tuple(ways.values()), tuple(turned.values()))
+    found = stacked_readings(own, count, lambda *at: forms(*at)[:1])
+    turned = stacked_readings(own, count, lambda *at: forms(*at)[1:])
+    stacks = {each.stack for each in found}
+    turned = tuple(each for each in turned if each.stack in stacks)
+    return Claim(name.rpartition(".")[0], name, path, numbers, found, turned)
 
 
 def _forms(
@@ -206,14 +155,14 @@ def _forms(
     shape: tuple[int, ...],
     known: str,
 ) -> list[str]:
-    """The form of an array in a leaf, and that which it may have as well; or none."""
+    """The letters of an array's axes in a leaf, and others that may be right as well."""
     if len(shape) < 2:
         return [""] if size_of(rest) == size_of(shape) and (shape or not rest) else []
     if places.given_layout == "torch" and not known:
         return [""] if shape == rest else []
     if len(shape) > 2:
         moved = (*shape[2:], shape[1], shape[0])
-        forms = [KERNEL] if moved == rest else []
+        forms = ["i" * (len(rest) - 1) + "o"] if moved == rest else []
         forms += [""] if shape == rest else []
         if known.startswith("o"):
             forms.reverse()
@@ -235,9 +184,13 @@ def _matrix_forms(
     """The letters of a matrix `(out, in)` in a leaf, and whether more than sizes say so."""
     if known and set(known) <= set("io"):
         letters = known
-        if places.known.looked_up(path):  # of rows, which are the outputs of a head
+        if places.known.looked_up(path):  # the rows are the outputs of a head
             letters = known.translate(SWAPPED)
-        return ([letters] if _sizes(rest, letters) == shape else []), True
+        sizes = tuple(
+            size_of(tuple(n for n, own in zip(rest, letters, strict=True) if own == letter))
+            for letter in "oi"
+        )
+        return ([letters] if sizes == shape else []), True
     rows, columns = shape
     straight = readings(rest, "embedding", Dims(rows, columns), "jax")
     across = readings(rest, "linear", Dims(columns, rows), "jax")
@@ -248,34 +201,29 @@ def _matrix_forms(
     return transposed + as_is, False
 
 
-def _sizes(shape: tuple[int, ...], letters: str) -> tuple[int, int]:
-    """How many outputs and inputs a weight has."""
-    outs, ins = (
-        size_of(tuple(n for n, own in zip(shape, letters, strict=True) if own == letter))
-        for letter in "oi"
-    )
-    return outs, ins
+def _one_reading(places: Places, claims: list[Claim]) -> Reading:
+    """The one way to see a leaf that fits all of its arrays.
 
-
-def _one_way(places: Places, spots: list[Spot]) -> Way:
-    """The one way in which the arrays of a leaf lie."""
-    first, shape = spots[0], places.shape(spots[0].path)
-    ways, turned = [], []
-    if len({len(spot.numbers) for spot in spots}) == 1:
-        indices = [spot.indices for spot in spots]
-        ways = shared_ways(shape, [spot.ways for spot in spots], indices)
-        turned = shared_ways(shape, [spot.turned for spot in spots], indices)
+    Raises:
+        CheckpointError: if there is none, or several.
+    """
+    first, shape = claims[0], places.shape(claims[0].path)
+    ways: list[Reading] = []
+    turned: list[Reading] = []
+    if len({len(claim.numbers) for claim in claims}) == 1:
+        ways, turned = shared_readings(shape, claims)
     if not ways:
         raise CheckpointError(
-            f"{', '.join(repr(spot.name) for spot in spots[:8])} all go to {first.path!r} "
-            f"{shape}, and no way to see it fits all: give names={{parameter: path}}."
+            f"{', '.join(repr(claim.name) for claim in claims[:8])} all match "
+            f"{first.path!r} {shape}, and no reading of its axes fits all: give "
+            "names={parameter: path}."
         )
     found = [*ways, *turned]
     if len(found) > 1:
-        stacks_, forms = {way.stack for way in found}, [way.form for way in found]
         what = [f"the index on the axis {way.stack}" for way in found]
-        if len(stacks_) == 1:
-            what = [repr(form) if form else "as it is in torch" for form in forms]
+        if len({way.stack for way in found}) == 1:
+            sites = [first.site(way) for way in found]
+            what = [repr(s.own_axes) if s.axes else "as in PyTorch" for s in sites]
         raise CheckpointError(
             f"{first.name!r} fits {first.path!r} {shape} in {len(found)} ways, "
             f"{' and '.join(what)}: shapes do not say which. Give the function (fn, *args) "
@@ -284,21 +232,177 @@ def _one_way(places: Places, spots: list[Spot]) -> Way:
     return ways[0]
 
 
-def find_bias(places: Places, path: str) -> str | None:
-    """The path of the bias beside a weight, if there is one."""
-    return places.biases.get(split_path(path).words)
-
-
 def sibling_bias(places: Places, name: str, path: str) -> str:
     """The path of the bias beside a weight.
 
     Raises:
         CheckpointError: if there is none.
     """
-    bias = find_bias(places, path)
+    bias = places.bias_of(path)
     if bias is None:
         raise CheckpointError(
-            f"{name!r} has a bias, and there is none beside {path!r} in the params: add "
-            "one of zeros to the layer"
+            f"{name!r} has a bias, and there is none beside {path!r} in the params: add a "
+            "bias of zeros to the layer"
         )
     return bias
+
+
+class Replaced:
+    """Collects the leaves that a checkpoint replaces, whole or index by index.
+
+    Args:
+        places: the leaves of the params.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._arrays: dict[str, np.ndarray] = {}
+        # The axes of the stack, and the indexes that are set.
+        self._open: dict[str, tuple[Index, set[Index]]] = {}
+        self._owners: dict[tuple[str, Index], str] = {}
+
+    def put(self, site: Site, array: np.ndarray) -> None:
+        """Puts an array of a checkpoint, in PyTorch's layout, where it lies.
+
+        Raises:
+            CheckpointError: if another array of the checkpoint is there and differs.
+        """
+        shape = site.own_shape(self._places.shape(site.path))
+        own = from_torch(array, shape, site.own_axes)
+        other = self._owners.setdefault((site.path, site.indices), site.name)
+        if other == site.name:
+            self.set(site, own)
+            return
+        values = site.view(self._arrays[site.path])
+        if not same_bits(own.astype(values.dtype), values):
+            raise CheckpointError(
+                f"{other!r} and {site.name!r} differ, and both are {site.path!r}: the leaf "
+                "has room for one. If the embedding and the output head were one array "
+                "before the training, they are two now: give params with a leaf for each, "
+                "and a function that uses both."
+            )
+
+    def set(self, site: Site, array: np.ndarray) -> None:
+        """Puts an array that has the layout of the leaf."""
+        path = site.path
+        if not site.indices:
+            self._arrays[path] = array
+            return
+        if path not in self._arrays:
+            self._arrays[path] = np.zeros(self._places.shape(path), array.dtype)
+            self._open[path] = site.stack, set()
+        wide = common_dtype(self._arrays[path].dtype, array.dtype)
+        self._arrays[path] = self._arrays[path].astype(wide, copy=False)
+        first_axes(self._arrays[path], site.stack)[site.indices] = array
+        if path in self._open:
+            self._open[path][1].add(site.indices)
+
+    def current(self, site: Site, why: str) -> np.ndarray:
+        """The values that `set` would replace: those set before, or those of the params.
+
+        Raises:
+            CheckpointError: if the params have no values; it says why they are needed.
+        """
+        path = site.path
+        complete = path not in self._open or site.indices in self._open[path][1]
+        if path in self._arrays and complete:
+            return site.view(self._arrays[path])
+        return site.view(leaf_values(path, self._places.leaves[path], why))
+
+    def finish(self, where: str) -> dict[str, jax.Array]:
+        """All leaves. Indexes that are not set have the values of the params.
+
+        Args:
+            where: the name of the file, for messages.
+        """
+        for path, (stack, indexes) in self._open.items():
+            shape = self._places.shape(path)
+            absent = set(np.ndindex(*(shape[axis] for axis in stack))) - indexes
+            if absent:
+                own = leaf_values(path, self._places.leaves[path], "some layers lack it")
+                for index in absent:
+                    values = first_axes(own, stack)[index]
+                    first_axes(self._arrays[path], stack)[index] = values
+        return {
+            path: tensor_files.to_jax(where, path, array)
+            for path, array in self._arrays.items()
+        }
+
+
+def add_bias(
+    replaced: Replaced, places: Places, site: Site, bias: np.ndarray, scale: float
+) -> None:
+    """Adds the bias of an adapter's B to the bias of its layer: `lora_bias`.
+
+    Raises:
+        CheckpointError: if the layer has no such bias.
+    """
+    path = sibling_bias(places, site.module, site.path)
+    numbers = tuple(zip(site.fields, site.indices, strict=True))
+    claim = _read(places, f"{site.module}.bias", bias.shape, path, numbers)
+    if not claim.readings:
+        raise CheckpointError(
+            f"{site.module!r} has a bias of {bias.size} entries, and {path!r} has the "
+            f"shape {places.shape(path)}: it is not the bias of that layer."
+        )
+    own = claim.site(_one_reading(places, [claim]))
+    why = f"{site.module!r} has a bias of its own, which shifts the bias of the layer"
+    old = replaced.current(own, why)
+    wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
+    update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
+    replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
+
+
+def put_rows(
+    replaced: Replaced, places: Places, module: str, rows: np.ndarray, config: PeftConfig
+) -> str:
+    """Puts rows of an embedding, or of a head: `trainable_token_indices`.
+
+    Returns:
+        The path of the leaf.
+
+    Raises:
+        CheckpointError: if they do not fit.
+    """
+    indexes = _token_indexes(config, module)
+    if rows.ndim != 2:
+        raise CheckpointError(
+            f"{module!r} must have rows of an embedding, (n, width), got {rows.shape}."
+        )
+    width, given = rows.shape[1], places.given(module)
+    found = places.search(split_name(module), (WEIGHT,))
+    paths = [given.path] if given else [each.path for each in found]
+    counts = {size_of(places.shape(path)) // max(width, 1) for path in paths}
+    shape = (counts.pop() if len(counts) == 1 else 0, width)
+    if given and size_of(places.shape(given.path)) != size_of(shape):
+        raise CheckpointError(
+            f"{module!r} has rows of {width} entries, and {given.path!r} has the "
+            f"shape {places.shape(given.path)}: it has no such rows."
+        )
+    name = f"{module}.weight"
+    site = find_full(places, {name: shape})[name]
+    old = replaced.current(site, f"only rows of {module!r} are replaced")
+    if len(rows) != len(indexes) or max(indexes, default=0) >= shape[0]:
+        raise CheckpointError(
+            f"{module!r} has {len(rows)} rows, the config has the indices "
+            f"{list(indexes)[:8]}, and {site.path!r} has {shape[0]} rows."
+        )
+    axes = site.own_axes
+    matrix = np.array(to_matrix(old, axes).T if axes else old).reshape(shape)
+    matrix[list(indexes)] = rows.astype(old.dtype)
+    replaced.set(site, np.ascontiguousarray(from_torch(matrix, old.shape, axes)))
+    return site.path
+
+
+def _token_indexes(config: PeftConfig, module: str) -> tuple[int, ...]:
+    """The indexes of the rows of an embedding that the checkpoint has."""
+    given = config.trainable_token_indices
+    if isinstance(given, tuple):
+        return given
+    for name, indexes in (given or {}).items():
+        if module == name or module.endswith(f".{name}"):
+            return indexes
+    raise CheckpointError(
+        f"{module!r} has rows of trained tokens, and the config's trainable_token_indices "
+        f"does not list its rows: {given!r}"
+    )

@@ -1,10 +1,10 @@
-"""How the weight of a module lies in a leaf: its axes by its use or its shape."""
+"""How a module's array lies in a leaf: the record of both, axes, and turned arrays."""
 
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -16,16 +16,16 @@ LAYOUTS = ("jax", "torch")
 _MOST_STACKED = 2
 Index: TypeAlias = tuple[int, ...]
 SWAPPED = str.maketrans("io", "oi")
-KERNEL = "kernel"
 
 
 class Reading(NamedTuple):
-    """One way to see a weight as that of a module."""
+    """One way to see a leaf as the array of a module."""
 
     axes: str
-    """The letters of the weight's axes, as in `LoraConfig.axes`."""
-    stack: tuple[int, ...] = ()
-    """The axis of each number in the module's name that is an index of the weight."""
+    """The letters of the leaf's axes, as in `LoraConfig.axes`. Empty for an array that the
+    leaf holds as PyTorch does."""
+    stack: Index = ()
+    """The axis of each number in the module's name that is an index of the leaf."""
 
     def fields(self, names: Iterable[str]) -> str:
         """The letters, with `{name}` for the axis of each index if there are several `b`.
@@ -40,6 +40,42 @@ class Reading(NamedTuple):
             f"{{{fields[axis]}}}" if axis in fields else letter
             for axis, letter in enumerate(self.axes)
         )
+
+
+class Site(NamedTuple):
+    """Where the array of a module lies: a leaf, or an index on some axes of a leaf.
+
+    `load` finds sites and `save` writes from them. What else limits a module to a part of a
+    leaf is a further field: a slice of an axis, or one use of the leaf.
+    """
+
+    module: str
+    """The name in the checkpoint, which may contain `base_layer`."""
+    name: str
+    """The name in the model, as `names` has it: of the module, or of a parameter."""
+    path: str
+    """Of the leaf."""
+    axes: str
+    """As in `Reading`."""
+    indices: Index = ()
+    """The index on each axis of `stack`; empty for all of the leaf."""
+    stack: Index = ()
+    """The axes that `indices` are on."""
+    fields: tuple[str, ...] = ()
+    """The name of the number that each index is in the module's name."""
+
+    @property
+    def own_axes(self) -> str:
+        """The letters of the axes of the module's own array, without those of `stack`."""
+        return "".join(x for axis, x in enumerate(self.axes) if axis not in self.stack)
+
+    def own_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the module's own array, in a leaf of some shape."""
+        return tuple(n for axis, n in enumerate(shape) if axis not in self.stack)
+
+    def view(self, leaf: np.ndarray) -> np.ndarray:
+        """The module's own array, as a view of the leaf."""
+        return first_axes(leaf, self.stack)[self.indices]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,12 +102,37 @@ def readings(
         The ways that differ in more than an axis of size 1. An index may be of any axis;
         several are of the first axes, in any order, if that fits.
     """
+    if count > _MOST_STACKED:
+        return ()
+    return stacked_readings(
+        shape, count, lambda _, own: _unstacked(own, kind, dims, layout, fan_in_fan_out)
+    )
+
+
+def stacked_readings(
+    shape: tuple[int, ...],
+    count: int,
+    letters_of: Callable[[Index, tuple[int, ...]], Iterable[str]],
+) -> tuple[Reading, ...]:
+    """All ways to see a leaf as a stack of arrays.
+
+    Args:
+        shape: of the leaf.
+        count: the number of axes of the stack.
+        letters_of: from these axes, and the shape of one array, to the letters of the
+            array's axes; empty letters for an array that lies as in PyTorch.
+
+    Returns:
+        The ways that differ in more than an axis of size 1. An index may be on any axis;
+        several are on the first axes, in any order, if that fits.
+    """
     found: dict[object, Reading] = {}
-    for stack in _stacks(len(shape), count):
+    for stack in itertools.permutations(range(len(shape)), count):
         rest = tuple(n for axis, n in enumerate(shape) if axis not in stack)
-        for letters in _unstacked(rest, kind, dims, layout, fan_in_fan_out):
+        for letters in letters_of(stack, rest):
             own = iter(letters)
-            axes = "".join("b" if a in stack else next(own) for a in range(len(shape)))
+            full = ("b" if a in stack else next(own, "") for a in range(len(shape)))
+            axes = "".join(full) if letters else ""
             found.setdefault(_essence(shape, axes, stack), Reading(axes, stack))
     first = [each for each in found.values() if max(each.stack, default=0) < count]
     return tuple(first if count > 1 and first else found.values())
@@ -79,7 +140,8 @@ def readings(
 
 def _essence(shape: tuple[int, ...], axes: str, stack: tuple[int, ...]) -> object:
     """What two readings that see the same matrices have in common."""
-    letters = tuple((a, axes[a]) for a, n in enumerate(shape) if n > 1 and a not in stack)
+    own = ((a, letter) for a, letter in enumerate(axes) if a not in stack)
+    letters = tuple((a, letter) for a, letter in own if shape[a] > 1)
     return letters, tuple(axis if shape[axis] > 1 else None for axis in stack)
 
 
@@ -134,12 +196,6 @@ def _kernel_fits(
     if own[-1][1] == "o":
         return inner == (*dims.kernel, dims.n_in)
     return own[0][1] == "o" and inner == (dims.n_in, *dims.kernel)
-
-
-def _stacks(ndim: int, count: int) -> Iterator[tuple[int, ...]]:
-    """The axes that as many indexes may be of; those in front first."""
-    if count <= _MOST_STACKED and count < ndim:
-        yield from itertools.permutations(range(ndim), count)
 
 
 def _unstacked(
@@ -214,22 +270,19 @@ def _experts(shape: tuple[int, ...], dims: Dims, layout: Layout) -> list[str]:
     return found
 
 
-def from_torch(array: np.ndarray, shape: tuple[int, ...], form: str) -> np.ndarray:
-    """An array of torch as it lies in a leaf.
+def from_torch(array: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
+    """Turns an array of PyTorch into the layout of a leaf.
 
     Args:
         array: `(out, in)`, `(entries, width)`, `(out, in, *kernel)` or a vector.
         shape: of the leaf, without the axes of a stack.
-        form: as that of a `Way`.
+        axes: the letters of these axes; empty if the leaf lies as in PyTorch.
     """
-    if form == KERNEL:
+    if not axes:
+        return array.reshape(shape)
+    if array.ndim > 2:  # (*kernel, in, out)
         return np.moveaxis(array, (0, 1), (-1, -2))
-    return from_matrix(array.T, shape, form) if form else array.reshape(shape)
-
-
-def to_torch(array: np.ndarray, form: str) -> np.ndarray:
-    """Undoes `formed` for a matrix: `(out, in)`."""
-    return to_matrix(array, form).T if form else array
+    return from_matrix(array.T, shape, axes)
 
 
 def size_of(shape: tuple[int, ...]) -> int:
@@ -270,25 +323,6 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     first, second = (np.ascontiguousarray(each).reshape(-1) for each in (one, other))
     return np.array_equal(first.view(np.uint8), second.view(np.uint8))
-
-
-def shared_ways(
-    shape: tuple[int, ...], options: list[tuple[Any, ...]], indices: list[Index]
-) -> list[Any]:
-    """The ways to see a leaf that all its modules share, with room for their indexes.
-
-    Args:
-        shape: of the leaf.
-        options: of each module the ways to see the leaf, each with a `stack`.
-        indices: of each module, as many for all.
-    """
-    most = [max(column) for column in zip(*indices, strict=True)]
-    distinct = dict.fromkeys(options)
-    return [
-        way
-        for way in options[0]
-        if has_room(shape, way.stack, most) and all(way in other for other in distinct)
-    ]
 
 
 def has_room(shape: tuple[int, ...], stack: Index, indices: Iterable[int]) -> bool:

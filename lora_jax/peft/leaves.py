@@ -12,8 +12,8 @@ from jax.core import Tracer
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.given import Given, NamesArgument, by_mask, parse_given
 from lora_jax.peft.layout import LAYOUTS, Layout
+from lora_jax.peft.name_table import Given, NamesArgument, by_mask, parse_given
 from lora_jax.peft.names import (
     BIAS,
     WEIGHT,
@@ -153,14 +153,14 @@ class Places:
         """The names for which there is no place."""
 
     @functools.cached_property
-    def biases(self) -> dict[tuple[str, ...], str]:
-        """The paths of biases by their words, without that of the leaf."""
-        words = {path: split_path(path) for path in self.leaves}
-        found: dict[tuple[str, ...], str] = {}
-        for path, own in words.items():
-            if own.leaf == BIAS:
-                found.setdefault(own.words, path)
-        return found
+    def _biases(self) -> dict[tuple[str, ...], str]:
+        """The paths of biases by their words, without the word of the leaf."""
+        words = {path: split_path(path) for path in reversed([*self.leaves])}
+        return {own.words: path for path, own in words.items() if own.leaf == BIAS}
+
+    def bias_of(self, path: str) -> str | None:
+        """The path of the bias beside a weight, if there is one."""
+        return self._biases.get(split_path(path).words)
 
     @functools.cached_property
     def _masks(self) -> dict[str, list[str]]:
@@ -328,6 +328,19 @@ def find_known(
         return Known()
     uses = discovery.find_uses(fn, params, args, {})
     return Known(_letters(leaves, uses), uses, "the function")
+
+
+def make_places(
+    params: tree_paths.PyTree,
+    fn: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    plan: AdapterPlan | None,
+    names: NamesArgument,
+    layout: Layout | None,
+) -> Places:
+    """The places that the arguments of `load` describe; see `find_known`."""
+    known = find_known(params, fn, args, plan)
+    return Places(tree_paths.leaf_paths(params), names, layout, known)
 
 
 def _letters(

@@ -1,4 +1,4 @@
-"""Reads adapters that Hugging Face PEFT saved."""
+"""Loads adapters that Hugging Face PEFT saved."""
 
 import logging
 import os
@@ -20,14 +20,23 @@ from lora_jax.peft.checkpoint import (
     check_dtype,
     open_checkpoint,
 )
-from lora_jax.peft.given import NamesArgument, NameTable, Row
-from lora_jax.peft.layout import Layout
-from lora_jax.peft.leaves import Places, Problems, find_known
-from lora_jax.peft.locate import Site, find_sites
-from lora_jax.peft.missing import find_biased, find_missing, module_check
+from lora_jax.peft.full import Replaced, find_full, put_rows
+from lora_jax.peft.layout import Layout, Site
+from lora_jax.peft.leaves import Places, Problems, make_places
+from lora_jax.peft.locate import find_sites
+from lora_jax.peft.mismatches import (
+    ON_TIED,
+    OnTied,
+    find_biased,
+    find_missing,
+    module_check,
+    shared_leaves,
+    tied_adapters,
+    tied_arrays,
+    without_twins,
+)
+from lora_jax.peft.name_table import NamesArgument, NameTable, Row
 from lora_jax.peft.names import lacking_fields
-from lora_jax.peft.replaced import Replaced, put_leaves
-from lora_jax.peft.tied import ON_TIED, OnTied, tied_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["Loaded", "load", "match_names", "replace_leaves"]
@@ -36,18 +45,18 @@ _LOG = logging.getLogger("lora_jax.peft")
 
 
 class Loaded(NamedTuple):
-    """What a PEFT checkpoint comes to on some params."""
+    """The content of a PEFT checkpoint, for some params."""
 
     adapters: dict[str, Adapter]
-    """As those of `init_adapters`."""
+    """Like the adapters of `init_adapters`."""
     plan: AdapterPlan
-    """As that of `plan_adapters`."""
+    """Like the plan of `plan_adapters`."""
     replaced: dict[str, jax.Array]
-    """Path to value, for the leaves that the checkpoint holds whole."""
+    """Path to value, for the leaves that the checkpoint replaces."""
 
 
 class Placement(NamedTuple):
-    """Where what a checkpoint has belongs in some params."""
+    """The site of each adapter of a checkpoint in some params."""
 
     checkpoint: Checkpoint
     places: Places
@@ -61,7 +70,7 @@ class Placement(NamedTuple):
         for site in self.sites.values():
             given = site.path in self.places.known.axes
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
-            # As names of modules have them, so that the table can be given as `names`.
+            # Fields are named as in the module's name, so that `names` can be the table.
             numbers = lacking_fields(site.name, site.path)
             same = tuple(number for _, number in numbers) == site.indices
             rows[site.name] = Row(
@@ -80,15 +89,15 @@ class Placement(NamedTuple):
 def find_places(
     checkpoint: Checkpoint, places: Places, *, on_tied: OnTied = "error"
 ) -> Placement:
-    """Finds the weight of each module of a checkpoint.
+    """Finds the site of each adapter of a checkpoint.
 
     Args:
-        checkpoint: what was read.
-        places: of the params.
+        checkpoint: an open checkpoint.
+        places: the leaves of the params.
         on_tied: as in `lora_jax.peft.load`.
 
     Raises:
-        ValueError: if `on_tied` is none that it may be.
+        ValueError: if `on_tied` is not one of its values.
     """
     checks.check_choice("on_tied", on_tied, ON_TIED)
     problems, config, modules = Problems(), checkpoint.config, {}
@@ -114,10 +123,10 @@ def assemble(
     scales_bias: bool = False,
     on_tied: OnTied = "error",
 ) -> Loaded:
-    """Makes of a checkpoint the adapters and the plan of some params.
+    """Makes adapters, a plan and replaced leaves from a checkpoint.
 
     Args:
-        placement: where its adapters belong.
+        placement: the sites of its adapters.
         strict: whether what does not fit is an error.
         dtype: of the adapters; as in `lora_jax.peft.load`.
         scales_bias: whether the adapters multiply the biases of their layers too.
@@ -132,7 +141,7 @@ def assemble(
         checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
     _LOG.info("%s\n%s", checkpoint.where, placement.table())
     replaced = Replaced(places)
-    twice = put_leaves(checkpoint, places, sites, replaced, problems, on_tied)
+    twice = _put_full(checkpoint, places, sites, replaced, problems, on_tied)
     sites = {name: site for name, site in sites.items() if name not in twice}
     problems.lines[:0] = places.unused_names()
     problems.lines += find_missing(
@@ -147,7 +156,7 @@ def assemble(
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.where}: {error}") from None
     if not placed and not whole:
-        why = problems.lines[0] if problems.lines else "it has nothing to put there."
+        why = problems.lines[0] if problems.lines else "it contains nothing for them."
         raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params: {why}")
     adapters = {
         path: {
@@ -157,6 +166,40 @@ def assemble(
         for path, own in placed.items()
     }
     return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
+
+
+def _put_full(
+    checkpoint: Checkpoint,
+    places: Places,
+    sites: Mapping[str, Site],
+    replaced: Replaced,
+    problems: Problems,
+    on_tied: OnTied,
+) -> set[str]:
+    """Puts the full arrays of a checkpoint, and then the rows of embeddings.
+
+    Returns:
+        The modules whose adapters are left out, because another array has their leaf.
+    """
+    config, read = checkpoint.config, checkpoint.arrays.read
+    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
+    arrays = without_twins(places, arrays)
+    full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
+    if on_tied == "error":
+        twins = checkpoint.entries.wholes.keys() - arrays.keys()
+        wrong = tied_arrays(places, full, twins, config)
+        problems.lines += wrong.values()
+        full = {name: site for name, site in full.items() if name not in wrong}
+    for name, site in full.items():
+        with problems.collecting():
+            replaced.put(site, arrays[name])
+    rows: dict[str, str] = {}
+    for name, key in checkpoint.entries.tokens.items():
+        with problems.collecting():
+            rows[name] = put_rows(replaced, places, name, read(key), config)
+    twice = dict(shared_leaves(sites.values(), full.values(), rows))
+    problems.lines += twice.values()
+    return set(twice)
 
 
 def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:
@@ -251,7 +294,7 @@ def load(
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     checks.check_flags(strict=strict)
-    places = _places(params, fn, args, plan, names, layout)
+    places = make_places(params, fn, args, plan, names, layout)
     checkpoint = open_checkpoint(directory, allow_fields)
     placement = find_places(checkpoint, places, on_tied=on_tied)
     return assemble(placement, strict, dtype=dtype, on_tied=on_tied)
@@ -292,7 +335,7 @@ def match_names(
             ValueError: as `load`.
     """
     checkpoint = open_checkpoint(directory, allow_fields)
-    places = _places(params, fn, args, plan, names, layout)
+    places = make_places(params, fn, args, plan, names, layout)
     placement = find_places(checkpoint, places, on_tied=on_tied)
     for name in (*checkpoint.entries.wholes, *checkpoint.entries.tokens):
         for key in (name, name.rpartition(".")[0]):
@@ -300,18 +343,6 @@ def match_names(
     placement.problems.lines += places.unused_names()
     placement.problems.settle(checkpoint.where, True)
     return placement.table()
-
-
-def _places(
-    params: tree_paths.PyTree,
-    fn: Callable[..., Any] | None,
-    args: tuple[Any, ...],
-    plan: AdapterPlan | None,
-    names: NamesArgument,
-    layout: Layout | None,
-) -> Places:
-    known = find_known(params, fn, args, plan)
-    return Places(tree_paths.leaf_paths(params), names, layout, known)
 
 
 def replace_leaves(

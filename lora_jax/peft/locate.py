@@ -1,24 +1,25 @@
-"""The weight that each module of a checkpoint belongs to."""
+"""Finds the weight of each module of a checkpoint."""
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.given import Given
-from lora_jax.peft.keys import Dims, Kind, Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import (
     SWAPPED,
+    Index,
     Reading,
+    Site,
     has_room,
     known_readings,
     readings,
-    shared_ways,
     turned_readings,
 )
 from lora_jax.peft.leaves import Places, Problems, agrees
+from lora_jax.peft.name_table import Given
 from lora_jax.peft.names import (
     WEIGHT,
     Found,
@@ -34,52 +35,92 @@ _WEIGHTS = (WEIGHT, "")
 _LISTED = 8
 
 
-class Site(NamedTuple):
-    """The place of a module's adapter."""
+class Claim(NamedTuple):
+    """A leaf that may hold the array of a module, and the ways to see the leaf."""
 
     module: str
-    """In the checkpoint."""
-    name: str
-    """What `names` calls it: the module in the model, or the parameter."""
-    path: str
-    """Of the weight."""
-    axes: str
-    """The letters of the weight's axes, as in `LoraConfig.axes`."""
-    indices: tuple[int, ...] = ()
-    """Which of the matrices that are stacked in the weight, if each has a module."""
-    stack: tuple[int, ...] = ()
-    """The axis of each of these indices."""
-    fields: tuple[str, ...] = ()
-    """What the number in the name that is each of these indices is called."""
-
-    @property
-    def reading(self) -> Reading:
-        """How the weight is seen."""
-        return Reading(self.axes, self.stack)
-
-    @property
-    def own_axes(self) -> str:
-        """The letters of the axes of the module's own weight, without those of a stack."""
-        return "".join(x for axis, x in enumerate(self.axes) if axis not in self.stack)
-
-
-class Claim(NamedTuple):
-    """A leaf that may be the weight of a module."""
-
-    module: Module
+    """As in `Site`, and so is `name`."""
     name: str
     path: str
     numbers: Numbers
+    """The numbers in the name that are indexes of the leaf."""
     readings: tuple[Reading, ...]
     turned: tuple[Reading, ...] = ()
-    """Further readings, if the weight lies the other way round."""
+    """Further ways, if the leaf lies the other way round."""
     by_shape: bool = False
-    """Whether only the shape says how the weight is seen."""
+    """Whether only the shape shows the way."""
 
     @property
-    def indices(self) -> tuple[int, ...]:
-        """The numbers in the module's name that are indexes of the leaf."""
+    def indices(self) -> Index:
+        """The index on each axis of the stack."""
         return tuple(number for _, number in self.numbers)
+
+    def site(self, reading: Reading) -> Site:
+        """The site, if the array lies as a reading says."""
+        fields = tuple(field for field, _ in self.numbers)
+        axes, stack = reading
+        return Site(self.module, self.name, self.path, axes, self.indices, stack, fields)
+
+
+def fitting(
+    name: str, found: Iterable[Found], read: Callable[[str, Numbers], Claim]
+) -> list[Claim]:
+    """The claims to some leaves, without the leaves that do not fit.
+
+    Args:
+        name: of the module.
+        found: leaves with similar paths.
+        read: from a path, and the numbers of the name that are indexes, to the claim.
+    """
+    claims = (read(path, name_indices(name, path, indices)) for path, indices in found)
+    return [claim for claim in claims if claim.readings]
+
+
+def given_claim(
+    given: Given, module: str, read: Callable[[str, Numbers], Claim], *more: Numbers
+) -> Claim | None:
+    """The claim to the leaf that the caller gave; None if the leaf does not fit.
+
+    Args:
+        given: the leaf.
+        module: the name, in which further numbers may be indexes of the leaf.
+        read: as in `fitting`.
+        more: further numbers to try.
+    """
+    numbers = given.numbers, lacking_fields(module, given.path), *more
+    claims = (read(given.path, each) for each in dict.fromkeys(numbers))
+    return next((claim for claim in claims if claim.readings), None)
+
+
+def only(name: str, claims: list[Claim], not_found: Callable[[], CheckpointError]) -> Claim:
+    """The one leaf that fits.
+
+    Raises:
+        CheckpointError: if several leaves fit, or none does.
+    """
+    if not claims:
+        raise not_found()
+    if len(claims) > 1:
+        raise CheckpointError(
+            f"{name!r} may be any of "
+            f"{', '.join(repr(claim.path) for claim in claims[:_LISTED])}: give "
+            f"names={{{name!r}: path}}."
+        )
+    return claims[0]
+
+
+def shared_readings(
+    shape: tuple[int, ...], claims: Sequence[Claim]
+) -> tuple[list[Reading], list[Reading]]:
+    """The ways to see a leaf that fit all claims to it, and those if the leaf is turned."""
+    most = [max(column) for column in zip(*(c.indices for c in claims), strict=True)]
+
+    def shared(options: list[tuple[Reading, ...]]) -> list[Reading]:
+        distinct = dict.fromkeys(options)
+        fitting = (each for each in options[0] if has_room(shape, each.stack, most))
+        return [each for each in fitting if all(each in other for other in distinct)]
+
+    return shared([c.readings for c in claims]), shared([c.turned for c in claims])
 
 
 def find_sites(
@@ -88,14 +129,14 @@ def find_sites(
     config: PeftConfig,
     problems: Problems,
 ) -> dict[str, Site]:
-    """Finds the place of each module.
+    """Finds the site of each module.
 
     Args:
-        places: where to look.
+        places: the leaves to search.
         modules: the adapters of a checkpoint.
         config: of the checkpoint.
-        problems: what takes note of the modules that have no place, or more than one, or
-            that of another.
+        problems: collects the modules without a site, with several, or with one that
+            another module has.
 
     Returns:
         The sites by the names of the modules.
@@ -109,248 +150,206 @@ def find_sites(
     for owner, own in owners.items():
         with problems.collecting():
             if own[0].kind == "experts":
-                claims = find_parameters(places, parameters.of(owner), own, config)
+                claims = _find_parameters(places, parameters.of(owner), own, config)
             else:
-                claims = [_claim(places, own[0], config.fan_in_fan_out)]
+                claims = [_find_module(places, own[0], config.fan_in_fan_out)]
             for claim in claims:
                 by_path.setdefault(claim.path, []).append(claim)
-    by_path = {path: _one_view(claims, problems) for path, claims in by_path.items()}
+    by_path = {path: _alike(claims, modules, problems) for path, claims in by_path.items()}
     places.claimed |= by_path.keys()
     places.shown |= {
-        places.family(path) for path, claims in by_path.items() if _shows_layout(claims)
+        places.family(path)
+        for path, claims in by_path.items()
+        if modules[claims[0].module].kind != "embedding"
+        and all(claim.by_shape and not claim.turned for claim in claims)
     }
     sites: dict[str, Site] = {}
     for claims in by_path.values():
         with problems.collecting():
-            for site in _settle(places, claims):
-                sites[site.module] = site
+            reading = _one_reading(places, claims)
+            sites |= {claim.module: claim.site(reading) for claim in claims}
     return {name: sites[name] for name in modules if name in sites}
 
 
-def _one_view(claims: list[Claim], problems: Problems) -> list[Claim]:
-    """The claims to a leaf that see it as the first does, each another part of it."""
-    first, taken = claims[0], dict[tuple[int, ...], Claim]()
+def _alike(
+    claims: list[Claim], modules: Mapping[str, Module], problems: Problems
+) -> list[Claim]:
+    """The claims that see a leaf as the first claim does, one for each index."""
+    first, taken = claims[0], dict[Index, Claim]()
     for claim in claims:
         with problems.collecting():
-            _check_both(first, claim)
+            _check_alike(first, claim, modules)
             other = taken.setdefault(claim.indices, claim)
             if other is not claim:
                 raise CheckpointError(
-                    f"{other.module.name!r} and {claim.module.name!r} both go to "
-                    f"{claim.path!r}: give names={{module: path}}."
+                    f"{other.module!r} and {claim.module!r} both match {claim.path!r}: "
+                    "give names={module: path}."
                 )
     return [*taken.values()]
 
 
-def _check_both(one: Claim, other: Claim) -> None:
-    """Raises if two modules see one weight in two ways."""
-    kinds = one.module.kind, other.module.kind
-    embeddings = [kind == "embedding" for kind in kinds]
-    turned = one.module.dims[:2] == other.module.dims[1::-1]
-    if any(embeddings) and not all(embeddings) and turned:
+def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> None:
+    """Raises if two modules see one leaf in different ways."""
+    first, second = modules[one.module], modules[other.module]
+    kinds = first.kind, second.kind
+    turned = first.dims[:2] == second.dims[1::-1]
+    if kinds.count("embedding") == 1 and turned:
         raise CheckpointError(
-            f"{one.module.name!r} and {other.module.name!r} have an adapter each, and both "
+            f"{one.module!r} and {other.module!r} have an adapter each, and both "
             f"are {one.path!r}, which is tied: an adapter of that leaf would act on both. "
             "Give params in which the embedding and the output head are two leaves, and a "
             "function that uses both."
         )
     if kinds[0] != kinds[1] or len(one.numbers) != len(other.numbers):
         raise CheckpointError(
-            f"{one.module.name!r} and {other.module.name!r} both go to {one.path!r}, the "
+            f"{one.module!r} and {other.module!r} both match {one.path!r}, the "
             f"first as {kinds[0]!r} with the axes {one.readings[0].axes!r}, the other as "
             f"{kinds[1]!r} with {other.readings[0].axes!r}: give names={{module: path}}."
         )
 
 
-def _shows_layout(claims: list[Claim]) -> bool:
-    """Whether the shape of a leaf shows that it lies as `layout="jax"` says."""
-    return claims[0].module.kind != "embedding" and all(
-        claim.by_shape and not claim.turned for claim in claims
-    )
+def _one_reading(places: Places, claims: list[Claim]) -> Reading:
+    """The one way to see a leaf that fits all of its modules.
 
-
-def _settle(places: Places, claims: list[Claim]) -> Iterator[Site]:
-    """The sites of the modules of one leaf, which has to be seen in one way."""
-    first = claims[0]
-    shape, indices = places.shape(first.path), [claim.indices for claim in claims]
-    found = shared_ways(shape, [claim.readings for claim in claims], indices)
-    turned = shared_ways(shape, [claim.turned for claim in claims], indices)
+    Raises:
+        CheckpointError: if there is none, or several.
+    """
+    first, shape = claims[0], places.shape(claims[0].path)
+    found, turned = shared_readings(shape, claims)
     if not found:
         last = max(claims, key=lambda claim: claim.indices)
         raise CheckpointError(
-            f"{first.module.name!r} and {last.module.name!r} both are "
-            f"{first.path!r} {places.shape(first.path)}, and no way to see it fits both: "
-            "give names={module: (path, axes)}."
+            f"{first.module!r} and {last.module!r} both match {first.path!r} {shape}, and "
+            "no reading of its axes fits both: give names={module: (path, axes)}."
         )
     if len(found) > 1:
-        raise _open_error(places, first, found)
+        raise _several_error(places, first, found)
     if turned and not places.lies_in_out(first.path):
-        raise _open_layout(places, first, found[0], turned[0])
-    ((axes, stack),) = found
-    for claim in claims:
-        fields = tuple(field for field, _ in claim.numbers)
-        name = claim.module.name, claim.name, claim.path
-        yield Site(*name, axes, claim.indices, stack, fields)
+        raise CheckpointError(
+            f"{first.path!r} {shape} fits {first.name!r} with the axes "
+            f"{found[0].axes!r} (layout='jax') and {turned[0].axes!r} (layout='torch', as "
+            "in PyTorch and Equinox): shapes do not say which. Give the function (fn, "
+            "*args) or plan=, or layout='jax' or "
+            f"layout='torch', or names={{{first.name!r}: (path, axes)}}."
+        )
+    return found[0]
 
 
-def _open_error(places: Places, claim: Claim, found: list[Reading]) -> CheckpointError:
-    """The error about a weight that may be seen in several ways."""
+def _several_error(places: Places, claim: Claim, found: list[Reading]) -> CheckpointError:
+    """The error for a leaf whose axes can be read in several ways."""
     fields = [field for field, _ in claim.numbers]
     ways = list(dict.fromkeys(repr(each.fields(fields)) for each in found))
     template = claim.name
     for field, number in claim.numbers:
         template = template.replace(f".{number}.", f".{{{field}}}.", 1)
-    # A function shows the axes, and not which number is the index of which.
+    # A function shows the axes, but not which number is the index on which axis.
     open_ = len({each.axes for each in found}) > 1 and not places.known.source
     function = "the function (fn, *args) or plan=, or " if open_ else ""
     return CheckpointError(
         f"{claim.path!r} {places.shape(claim.path)} fits {claim.name!r} with the axes "
         f"{' and '.join(ways)}: shapes do not say which. Give {function}"
-        f"names={{{template!r}: ({claim.path!r}, {ways[0]})}} with those that are right."
+        f"names={{{template!r}: ({claim.path!r}, {ways[0]})}} with the right axes."
     )
 
 
-def _open_layout(
-    places: Places, claim: Claim, straight: Reading, turned: Reading
-) -> CheckpointError:
-    """The error about a square weight that may lie either way."""
-    return CheckpointError(
-        f"{claim.path!r} {places.shape(claim.path)} fits {claim.name!r} with the axes "
-        f"{straight.axes!r} (layout='jax') and {turned.axes!r} (layout='torch', as "
-        "PyTorch and Equinox have it): shapes do not say which. Give the function (fn, "
-        "*args) or plan=, or layout='jax' or "
-        f"layout='torch', or names={{{claim.name!r}: (path, axes)}}."
-    )
-
-
-def _claim(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
+def _find_module(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
     name = without_wrapper(module.name)
     given = places.given(name)
     if given is not None:
-        return _given_claim(places, module, given, fan_in_fan_out)
+        return _find_given(places, module, given, name, fan_in_fan_out)
     words = split_name(name)
     near = places.search(words, _WEIGHTS)
-    claims = [*_fitting(places, module, near, fan_in_fan_out)]
-    if not claims:
-        fused = places.search((*words, _FUSED), ("",))
-        claims = [*_fitting(places, module, fused, fan_in_fan_out)]
-    return only(places, module, claims, near)
+    read = _reader(places, module, name, fan_in_fan_out)
+    claims = fitting(name, near, read)
+    claims = claims or fitting(name, places.search((*words, _FUSED), ("",)), read)
+    return only(module.name, claims, lambda: _not_found(places, module, near))
 
 
-def _fitting(
-    places: Places,
-    module: Module,
-    found: Iterable[Found],
-    fan_in_fan_out: bool = False,
-    name: str = "",
-) -> Iterator[Claim]:
-    """The leaves that have the sizes of a module."""
-    name = name or without_wrapper(module.name)
-    for path, indices in found:
-        numbers = name_indices(name, path, indices)
-        claim = _read_claim(places, module, name, path, numbers, fan_in_fan_out)
-        if claim.readings:
-            yield claim
-
-
-def _read_claim(
+def _reader(
     places: Places,
     module: Module,
     name: str,
-    path: str,
-    numbers: Numbers,
     fan_in_fan_out: bool = False,
     axes: str | None = None,
     fields: tuple[str, ...] = (),
-) -> Claim:
-    """What a leaf is as the weight of a module; without readings if it does not fit.
+) -> Callable[[str, Numbers], Claim]:
+    """What reads a leaf as the weight of a module; see `fitting`.
 
     Args:
         places: the leaves.
         module: of the checkpoint.
         name: of the module, or of the parameter.
-        path: of the leaf.
-        numbers: of the name, that are indexes of the leaf.
         fan_in_fan_out: of the checkpoint.
         axes: the letters of the leaf's axes, if the caller gave them.
         fields: the fields that the caller gave some of the batch axes.
     """
-    shape, kind, dims, count = places.shape(path), module.kind, module.dims, len(numbers)
-    known = axes or places.known.axes.get(path, "")
-    turned: tuple[Reading, ...] = ()
-    by_shape = not (known and set(known) <= set("iob"))
-    if not by_shape:
-        found = known_readings(shape, known, kind, dims, count)
-        if not found and axes is None and places.known.tie(path):
-            swapped = known.translate(SWAPPED)
-            found = known_readings(shape, swapped, kind, dims, count)
-    else:
-        own = {"fan_in_fan_out": fan_in_fan_out, "count": count}
-        found = readings(shape, kind, dims, places.layout, **own)
-        if places.given_layout is None:
-            turned = turned_readings(shape, kind, dims, count)
-        if known:
-            found, turned = (
-                tuple(each for each in both if agrees(each.axes, known))
-                for both in (found, turned)
-            )
-    indices = [number for _, number in numbers]
-    batch = [axis for axis, letter in enumerate(known) if letter == "b"]
-    order = {field: a for field, a in zip(fields, batch, strict=False) if field}
-    if order:
+    kind, dims = module.kind, module.dims
+
+    def read(path: str, numbers: Numbers) -> Claim:
+        shape, count = places.shape(path), len(numbers)
+        known = axes or places.known.axes.get(path, "")
+        turned: tuple[Reading, ...] = ()
+        by_shape = not (known and set(known) <= set("iob"))
+        if not by_shape:
+            found = known_readings(shape, known, kind, dims, count)
+            if not found and axes is None and places.known.tie(path):
+                swapped = known.translate(SWAPPED)
+                found = known_readings(shape, swapped, kind, dims, count)
+        else:
+            own = {"fan_in_fan_out": fan_in_fan_out, "count": count}
+            found = readings(shape, kind, dims, places.layout, **own)
+            if places.given_layout is None:
+                turned = turned_readings(shape, kind, dims, count)
+        batch = [axis for axis, letter in enumerate(known) if letter == "b"]
+        order = {field: a for field, a in zip(fields, batch, strict=False) if field}
         stack = tuple(order.get(field, -1) for field, _ in numbers)
-        found = tuple(each for each in found if each.stack == stack)
-    found, turned = (
-        tuple(each for each in both if has_room(shape, each.stack, indices))
-        for both in (found, turned)
-    )
-    return Claim(module, name, path, numbers, found, turned if found else (), by_shape)
+
+        def allowed(reading: Reading) -> bool:
+            return (
+                has_room(shape, reading.stack, [number for _, number in numbers])
+                and (not order or reading.stack == stack)
+                and (not (by_shape and known) or agrees(reading.axes, known))
+            )
+
+        found, turned = (tuple(filter(allowed, each)) for each in (found, turned))
+        turned = turned if found else ()
+        return Claim(module.name, name, path, numbers, found, turned, by_shape)
+
+    return read
 
 
-def _given_claim(
+def _find_given(
     places: Places,
     module: Module,
     given: Given,
+    name: str,
     fan_in_fan_out: bool = False,
-    name: str = "",
 ) -> Claim:
-    """The place that the caller gave; the numbers in the name may be indexes there."""
-    name = name or without_wrapper(module.name)
-    path = given.path
-    either = dict.fromkeys(
-        [given.numbers, lacking_fields(without_wrapper(module.name), path)]
-    )
-    more = fan_in_fan_out, given.axes, given.fields
-    for numbers in either:
-        claim = _read_claim(places, module, name, path, numbers, *more)
-        if claim.readings:
-            return claim
-    needed = _needed(module.kind, module.dims)
-    if given.axes is not None:
-        shown = Reading(given.axes).axes
-        needed += f", with the axes {shown!r}"
-    indices = tuple(number for _, number in given.numbers)
-    raise places.not_found(module.name, [Found(path, indices)], needed)
+    """The claim to the leaf that the caller gave."""
+    read = _reader(places, module, name, fan_in_fan_out, given.axes, given.fields)
+    claim = given_claim(given, without_wrapper(module.name), read)
+    if claim is None:
+        indices = tuple(number for _, number in given.numbers)
+        axes = f", with the axes {given.axes!r}" if given.axes is not None else ""
+        raise _not_found(places, module, [Found(given.path, indices)], axes)
+    return claim
 
 
-def find_parameters(
+def _find_parameters(
     places: Places, names: list[str], modules: list[Module], config: PeftConfig
 ) -> list[Claim]:
-    """Finds the places of the adapters of a module's parameters.
+    """The leaves of the adapters that belong to parameters of one module.
 
-    A checkpoint says how deep each lies, and not of which parameter it is: shapes do.
+    A checkpoint does not name the parameter of an adapter. The shapes have to show it.
 
     Args:
-        places: where to look.
+        places: the leaves to search.
         names: of the parameters.
-        modules: the adapters of its parameters.
+        modules: the adapters.
         config: of the checkpoint.
 
-    Returns:
-        The leaves that they are.
-
     Raises:
-        CheckpointError: if shapes leave it open.
+        CheckpointError: if the shapes do not show it.
     """
     options = [
         _parameter_claims(
@@ -361,8 +360,7 @@ def find_parameters(
     for module, claims in zip(modules, options, strict=True):
         if not claims:
             near = [each for name in names for each in _search_parameter(places, name)]
-            needed = _needed(module.kind, module.dims)
-            raise places.not_found(module.name, near, needed)
+            raise _not_found(places, module, near)
     ways = [
         way
         for way in itertools.product(*options)
@@ -371,7 +369,7 @@ def find_parameters(
     if len(ways) != 1:
         listed = ", ".join(repr(module.name) for module in modules)
         raise CheckpointError(
-            f"the shapes leave {'no way' if not ways else 'it open how'} "
+            f"the shapes show {'no way' if not ways else 'more than one way'} "
             f"to assign the adapters {listed} to the parameters {', '.join(names)}: give "
             "names={adapter: (path, axes)}, with axes such as 'bio'."
         )
@@ -379,21 +377,21 @@ def find_parameters(
 
 
 def _parameter_claims(places: Places, module: Module, names: list[str]) -> list[Claim]:
-    """The places that shapes allow for an adapter of one of some parameters."""
+    """The leaves that may be the parameter of an adapter."""
     given = places.given(module.name)
     if given is not None:
         last = split_path(given.path).words[-1]
         own = [name for name in names if name.endswith(f".{last}")]
-        return [_given_claim(places, module, given, name=(own or [module.name])[0])]
+        return [_find_given(places, module, given, (own or [module.name])[0])]
     claims = []
     for name in names:
         given = places.given(name)
         if given is None:
             found = _search_parameter(places, name)
-            claims += _fitting(places, module, found, name=name)
+            claims += fitting(name, found, _reader(places, module, name))
         else:
-            with contextlib.suppress(CheckpointError):  # then it is that of another module
-                claims.append(_given_claim(places, module, given, name=name))
+            with contextlib.suppress(CheckpointError):  # the leaf of another adapter
+                claims.append(_find_given(places, module, given, name))
     return claims
 
 
@@ -401,24 +399,16 @@ def _search_parameter(places: Places, name: str) -> list[Found]:
     return places.search(split_path(name).words, _WEIGHTS)
 
 
-def only(
-    places: Places, module: Module, claims: list[Claim], near: Iterable[Found]
-) -> Claim:
-    """The one place that fits, or the error that says why there is none."""
-    if len(claims) > 1:
-        raise CheckpointError(
-            f"{module.name!r} may be any of "
-            f"{', '.join(repr(claim.path) for claim in claims[:_LISTED])}: give "
-            f"names={{{module.name!r}: path}}."
-        )
-    if not claims:
-        raise places.not_found(module.name, near, _needed(module.kind, module.dims))
-    return claims[0]
-
-
-def _needed(kind: Kind, dims: Dims) -> str:
-    """What a module needs of its weight, in words."""
-    sizes = f"{dims.n_in} in and {dims.n_out} out"
-    extra = f" and a kernel {dims.kernel}" if dims.kernel else ""
+def _not_found(
+    places: Places, module: Module, near: Iterable[Found], axes: str = ""
+) -> CheckpointError:
+    """The error for a module without a leaf that fits."""
+    dims = module.dims
+    kernel = f" and a kernel {dims.kernel}" if dims.kernel else ""
     experts = f" for each of {dims.experts} experts" if dims.experts else ""
-    return f"a weight of the kind {kind!r} with {sizes}{extra}{experts}"
+    return places.not_found(
+        module.name,
+        near,
+        f"a weight of the kind {module.kind!r} with {dims.n_in} in and {dims.n_out} out"
+        f"{kernel}{experts}{axes}",
+    )

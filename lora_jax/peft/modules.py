@@ -1,4 +1,4 @@
-"""Adapters and whole leaves of a plan as the modules that PEFT has."""
+"""The modules of PEFT that adapters and full leaves become."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 
 from lora_jax._io import tensor_files
 from lora_jax.peft.adapters import to_peft
-from lora_jax.peft.given import Named, Naming, names_of
 from lora_jax.peft.keys import Kind
-from lora_jax.peft.layout import Layout, take_layer, to_matrix
+from lora_jax.peft.layout import Layout, Site, take_layer, to_matrix
+from lora_jax.peft.name_table import Naming, sites_of
 from lora_jax.peft.names import BIAS, WEIGHT, is_convolution, is_embedding, split_path
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -17,16 +17,19 @@ _WRAPPED = ".base_layer"
 
 
 class SavedModule(NamedTuple):
-    """The adapter of one module, as PEFT has it."""
+    """The adapter of one module, in PEFT's layout."""
 
-    name: str
-    """Of the module, or of the parameter if it is that of experts."""
+    site: Site
     kind: Kind
-    path: str
     target: Target
     arrays: Mapping[str, np.ndarray]
     lies_in_out: bool
-    """Whether it is a matrix that torch has the other way round."""
+    """Whether it is a matrix `(in, out)`, which PyTorch would hold as `(out, in)`."""
+
+    @property
+    def name(self) -> str:
+        """Of the module, or of the parameter of experts."""
+        return self.site.name
 
 
 def saved_modules(
@@ -36,60 +39,53 @@ def saved_modules(
     names: Naming,
     layout: Layout,
 ) -> list[SavedModule]:
-    """The modules that an adapter becomes.
+    """Converts an adapter to the modules of PEFT.
 
     Args:
         path: of the weight.
         adapter: of the plan.
         plan: the plan.
-        names: what the caller gave.
+        names: the names that the caller gave.
         layout: of the weight.
 
     Raises:
-        ValueError: if PEFT has no form for it, or names are missing.
+        ValueError: if PEFT cannot represent it, or names are missing.
     """
     target = plan.targets[path]
-    sizes = tuple(target.shape[axis] for axis in target.batch_axes)
     arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
     modules = []
-    for named in names_of(path, names, sizes, layout):
-        name, indices = named.name, named.indices
-        stacked = [target.batch_axes[each] for each in named.stack]
-        own = [axis for axis in range(len(target.shape)) if axis not in stacked]
-        axes = "".join(target.axes[axis] for axis in own)
-        shape = tuple(target.shape[axis] for axis in own)
-        kind = _kind(path, name, axes, plan, layout)
-        entries = {
-            entry: take_layer(value, named.stack, indices)
-            for entry, value in arrays.items()
-        }
+    for site in sites_of(path, names, target.shape, target.axes, layout):
+        stack = tuple(target.batch_axes.index(axis) for axis in site.stack)
+        entries = {e: take_layer(value, stack, site.indices) for e, value in arrays.items()}
+        kind, axes = _kind(site, plan, layout), site.own_axes
         modules.append(
             SavedModule(
-                name=name,
+                site=site,
                 kind=kind,
-                path=path,
                 target=target,
-                arrays=to_peft(kind, axes, shape, entries),
+                arrays=to_peft(kind, axes, site.own_shape(target.shape), entries),
                 lies_in_out=layout == "torch" and (kind, axes) == ("linear", "io"),
             )
         )
     return modules
 
 
-def _kind(path: str, name: str, axes: str, plan: AdapterPlan, layout: Layout) -> Kind:
-    """What a module is: by what the plan knows of its uses, else by its axes and name."""
+def _kind(site: Site, plan: AdapterPlan, layout: Layout) -> Kind:
+    """The kind of a module, by the uses in the plan, or by its axes and its name."""
+    axes, dora = site.own_axes, plan.targets[site.path].method == "dora"
     if "b" in axes:
-        if plan.targets[path].method == "dora" or axes.count("b") > 1:
+        if dora or axes.count("b") > 1:
             raise ValueError(
-                f"PEFT has no DoRA for stacks of experts, and one axis of them, got "
-                f"{axes!r}: give a name with {{}} to save each as a module of its own."
+                "PEFT has stacks of experts along one axis and without DoRA, got a "
+                f"{plan.targets[site.path].method!r} adapter with the axes {axes!r}: give "
+                "a name with {} to save each expert as a module of its own."
             )
         return "experts"
-    if name.endswith(f".{WEIGHT}"):  # no module is called so, but a parameter
-        if plan.targets[path].method == "dora":
-            raise ValueError(f"PEFT has no DoRA for a parameter, {name!r}.")
+    if site.name.endswith(f".{WEIGHT}"):  # the name of a parameter
+        if dora:
+            raise ValueError(f"PEFT has no DoRA for a parameter, {site.name!r}.")
         return "experts"
-    primitives = {use.primitive for use in plan.uses.get(path, ())}
+    primitives = {use.primitive for use in plan.uses.get(site.path, ())}
     if "gather" in primitives and len(primitives) > 1:
         raise ValueError(
             "the weight is an embedding and a matrix of a product, such as a tied output "
@@ -100,29 +96,30 @@ def _kind(path: str, name: str, axes: str, plan: AdapterPlan, layout: Layout) ->
         return "embedding"
     if "conv_general_dilated" in primitives:
         return "convolution"
-    return "linear" if primitives else _kind_by_axes(path, name, axes, layout)
+    return "linear" if primitives else _kind_by_axes(site, layout)
 
 
-def _kind_by_axes(path: str, name: str, axes: str, layout: Layout) -> Kind:
-    """What a module is, of which no use is known."""
+def _kind_by_axes(site: Site, layout: Layout) -> Kind:
+    """The kind of a module whose uses are not known."""
+    axes = site.own_axes
     inner = "i" * (len(axes) - 1)
-    kernels = len(axes) > 3 or (len(axes) == 3 and is_convolution(name))
+    kernels = len(axes) > 3 or (len(axes) == 3 and is_convolution(site.name))
     if layout == "torch" and len(axes) > 2 and axes == f"o{inner}":
         return "convolution"
     if layout == "jax" and kernels and axes == f"{inner}o":
         return "convolution"
-    embedding = axes == "io" and is_embedding(name, path)
+    embedding = axes == "io" and is_embedding(site.name, site.path)
     return "embedding" if embedding else "linear"
 
 
 class SavedWholes:
-    """Leaves that are written whole.
+    """Collects full leaves as arrays of PEFT.
 
     Args:
-        plan: of the adapters that are written with them.
-        names: what the caller gave.
+        plan: of the adapters in the same file.
+        names: the names that the caller gave.
         layout: of the leaves.
-        adapted: the modules of those adapters.
+        adapted: the modules of these adapters.
     """
 
     def __init__(
@@ -153,14 +150,14 @@ class SavedWholes:
 
     @property
     def bias(self) -> Literal["none", "all", "lora_only"]:
-        """PEFT's word for the biases that are written, of modules that are not."""
+        """PEFT's word for the biases that are saved without their modules."""
         biased = self._biased.keys() - self.modules.keys()
         if not biased:
             return "none"
         return "lora_only" if biased <= self._adapted.keys() else "all"
 
     def check_complete(self, paths: Collection[str]) -> None:
-        """Raises if the weight of a module without adapter comes without its bias.
+        """Raises if a module without an adapter has its weight saved and not its bias.
 
         Raises:
             ValueError: because PEFT saves such modules whole.
@@ -173,63 +170,51 @@ class SavedWholes:
             if bias not in paths:
                 raise ValueError(
                     f"PEFT saves modules whole, and `replaced` has {path!r} without its "
-                    f"bias: give {bias!r} too, as it is if it was not trained."
+                    f"bias: give {bias!r} too, unchanged if it was not trained."
                 )
 
     def put(self, path: str, array: np.ndarray) -> None:
-        """Puts a leaf.
+        """Adds a leaf.
 
         Raises:
-            ValueError: if PEFT has no form for it, or names are missing.
+            ValueError: if PEFT cannot represent it, or names are missing.
         """
         words = split_path(path)
         if not words.leaf:
             raise ValueError(
                 "PEFT saves modules, and the leaf is called neither weight nor bias, nor "
-                "what stands for these: kernel, embedding, scale, w, b."
+                "by another word for these: kernel, embedding, scale, w, b."
             )
-        owner = path
-        if words.leaf == BIAS:
-            owner = self._weights.get(words.words, path)
-        for named in self._names_of(owner, array):
-            name, indices = named.name, named.indices
-            adapted = name in self._adapted
+        bias = words.leaf == BIAS
+        owner = self._weights.get(words.words, path) if bias else path
+        for site in self._sites_of(owner, array):
+            name, adapted = site.name, site.name in self._adapted
             if adapted and self._adapted[name].kind == "experts":
-                raise ValueError("PEFT has no form for a stack of experts that is whole.")
-            if words.leaf == BIAS:
-                own = array[indices].reshape(-1)
+                raise ValueError("PEFT cannot represent a full stack of experts.")
+            if bias:
+                own = array[site.indices].reshape(-1)
                 self._biased[name] = None
             else:
-                batch = self._batch_axes(path, array.ndim)
-                stack = tuple(batch[each] for each in named.stack)
-                own = take_layer(array, stack, indices)
-                own = self._as_torch(path, name, own)
+                own = self._as_torch(path, name, site.view(array))
                 if not adapted:
                     self.modules[name] = None
             wrapped = _WRAPPED if adapted else ""
             self.tensors[f"{name}{wrapped}.{words.leaf}"] = np.ascontiguousarray(own)
 
-    def _names_of(self, owner: str, array: np.ndarray) -> list[Named]:
+    def _sites_of(self, owner: str, array: np.ndarray) -> list[Site]:
         """The modules of a leaf, by the names that its weight has."""
-        shape = array.shape
+        shape, axes = array.shape, self._names.axes(owner)
         if owner in self._plan.targets:
-            shape = self._plan.targets[owner].shape
-        sizes = tuple(shape[axis] for axis in self._batch_axes(owner, len(shape)))
-        if owner not in self._plan.targets and not self._names.has(owner):
-            sizes = ()
-        return names_of(owner, self._names, sizes, self._layout)
-
-    def _batch_axes(self, path: str, ndim: int) -> tuple[int, ...]:
-        """The axes of a leaf that may be indexes of modules."""
-        if path in self._plan.targets:
-            return self._plan.targets[path].batch_axes
-        axes = self._names.axes(path)
-        if axes is None or len(axes) != ndim:
-            return tuple(range(ndim))
-        return tuple(axis for axis, letter in enumerate(axes) if letter == "b")
+            target = self._plan.targets[owner]
+            shape, axes = target.shape, target.axes
+        elif not self._names.has(owner):
+            axes = "?" * array.ndim
+        elif axes is None or len(axes) != array.ndim:
+            axes = "b" * array.ndim  # any axis may be an index
+        return sites_of(owner, self._names, shape, axes, self._layout)
 
     def _as_torch(self, path: str, name: str, array: np.ndarray) -> np.ndarray:
-        """A weight as torch has it."""
+        """A weight in PyTorch's layout."""
         if self._layout == "torch" or array.ndim < 2:
             return array
         module = self._adapted.get(name)

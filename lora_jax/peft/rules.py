@@ -1,8 +1,8 @@
-"""The modules of a model, or the weights of some params, that a PEFT config selects.
+"""Selects the modules of a model, or the weights of params, that a PEFT config adapts.
 
-The rules are those of PEFT 0.21. Regular expressions come from the config and run as they
-are: `re` cannot stop one that backtracks without end, so a config of someone you do not
-trust can keep the program busy.
+The rules are those of PEFT 0.21. Regular expressions of the config run unchanged, and `re`
+cannot stop one that backtracks for very long. So a config from an untrusted source can keep
+the program busy.
 """
 
 import difflib
@@ -12,22 +12,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from lora_jax._core import tree_paths
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.fields import shorten
+from lora_jax.peft.config import Patterns, PeftConfig, is_saved, pattern_key
+from lora_jax.peft.fields import layer_regex, shorten
 from lora_jax.peft.names import BIAS, is_embedding, split_path
-from lora_jax.peft.patterns import Patterns, is_saved, layer_regex, pattern_key
-from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.config import ALL_LINEAR, LoraConfig
 
 __all__ = ["ModuleMatch", "match_modules", "to_lora_config"]
 
-ALL_LINEAR = "all-linear"
-# The classes that "all-linear" stands for, and the heads that it leaves out.
+# The classes that "all-linear" selects, and the heads that it leaves out.
 _LINEAR = ("Linear", "Conv1D")
 _LOGITS = "lm_head"
 _HEADS = ("score", "classifier")
 Targets = str | tuple[str, ...]
 Verdict = Literal["matched", "excluded", "unmatched", "other layer"]
-# What is a vector, also where layers are stacked and it has two axes.
+# Leaves that are vectors, also where layers are stacked and they have two axes.
 _NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
 _INITIALIZERS = {
     True: "kaiming_uniform",
@@ -37,12 +35,12 @@ _INITIALIZERS = {
 
 
 class ModuleMatch(NamedTuple):
-    """What the adapter of one module has."""
+    """The rank, alpha and scale of the adapter of one module."""
 
     rank: int
     alpha: float
     scale: float
-    """What multiplies the update: `alpha / rank`, or `alpha / sqrt(rank)`."""
+    """The factor of the update: `alpha / rank`, or `alpha / sqrt(rank)`."""
 
 
 def match_modules(
@@ -51,24 +49,23 @@ def match_modules(
     *,
     output_embedding: str | None = None,
 ) -> dict[str, ModuleMatch]:
-    """Finds the modules that a PEFT adapter belongs to, by the rules of PEFT.
+    """Selects the modules that a PEFT config adapts, by the rules of PEFT.
 
-    A module is adapted if `target_modules` has its name or the end of its name after a dot,
-    or is a regular expression that matches all of it, and neither `exclude_modules` nor
-    `modules_to_save` does. `layers_to_transform` leaves out modules that are matched by the
-    end of their names and lie in other layers. The first key of `rank_pattern` and of
-    `alpha_pattern` that matches the end of a name counts.
+    A module is adapted if `target_modules` contains its name or the end of its name after a
+    dot, or is a regular expression that matches all of it. Modules that `exclude_modules`
+    or `modules_to_save` match are not adapted. `layers_to_transform` leaves out modules of
+    other layers that match by the end of their names. In `rank_pattern` and
+    `alpha_pattern`, the first key that matches the end of a name wins.
 
     Args:
         config: of the adapter, or the content of its `adapter_config.json`.
         modules: the names of the model's modules in PyTorch, such as
             `"model.layers.0.mlp.up_proj"`, and the names of their classes, such as
-            `"Linear"`, in the order of the model. The classes count for `"all-linear"`
-            only, which is every `Linear` and `Conv1D`.
-        output_embedding: name, or end of the name, of the module that gives the logits,
-            which `"all-linear"` leaves out. None is `"lm_head"`; in a model that has none
-            and is adapted for the task `SEQ_CLS`, it is the module `score` or
-            `classifier`.
+            `"Linear"`, in the order of the model. Only `"all-linear"` uses the classes: it
+            selects every `Linear` and `Conv1D`.
+        output_embedding: name, or end of the name, of the module that computes the logits.
+            `"all-linear"` leaves it out. None is `"lm_head"`; for the task `SEQ_CLS`, in a
+            model without `lm_head`, None is the module `score` or `classifier`.
 
     Returns:
         The rank, alpha and scale of each adapted module, in the order of `modules`; empty
@@ -76,10 +73,10 @@ def match_modules(
 
     Raises:
         KeyError: if `"all-linear"` finds no module `output_embedding`.
-        TypeError: if `modules` is no dict of strings, or a field of the config has the
+        TypeError: if `modules` is not a dict of strings, or a field of the config has the
             wrong type.
-        ValueError: if the config is not valid, does not say which modules it targets, or
-            matches none. The message says why, or gives the nearest names.
+        ValueError: if the config is not valid, has no target modules, or matches no
+            module. The message says why, or gives the nearest names.
 
     References:
         `target_modules` of PEFT's `LoraConfig`,
@@ -137,19 +134,19 @@ class _Targets:
         self._names = frozenset(() if isinstance(targets, str) else targets)
 
     def match(self, name: str) -> bool:
-        """Whether they have a name, or the end of it after a dot."""
+        """Whether a name, or its end after a dot, is a target."""
         if self._regex is not None:
             return self._regex.fullmatch(name) is not None
         starts = (0, *(match.end() for match in re.finditer(r"\.", name)))
         return any(name[start:] in self._names for start in starts)
 
     def pass_over_layers(self, name: str) -> bool:
-        """Whether `layers_to_transform` is not asked: for whole names, and for regexes."""
+        """Whether `layers_to_transform` does not apply: to whole names, and to regexes."""
         return self._regex is not None or name in self._names
 
 
 class Rules:
-    """The rules of PEFT for a config, to be asked about many modules.
+    """Applies the rules of PEFT for one config to many modules.
 
     Args:
         config: of an adapter.
@@ -162,10 +159,10 @@ class Rules:
         self._parameters = _Targets(config.target_parameters or ())
 
     def matched(self, name: str) -> bool:
-        """Whether a module has an adapter, as far as its name says.
+        """Whether a module has an adapter, by its name alone.
 
         Raises:
-            ValueError: if the config targets `"all-linear"`, or does not say what.
+            ValueError: if the config targets `"all-linear"`, or has no targets.
         """
         if self.config.target_parameters and not self.config.target_modules:
             return False
@@ -176,17 +173,17 @@ class Rules:
         targets = _targets(self.config)
         if _is_all_linear(targets):
             raise ValueError(
-                f"target_modules={targets!r} goes by the classes of a model's modules, not "
+                f"target_modules={targets!r} selects modules by their classes, not "
                 "by one name: use match_modules."
             )
         return _Targets(targets)
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether `target_parameters` has a name, or the end of it after a dot."""
+        """Whether `target_parameters` has a name, or its end after a dot."""
         return self._parameters.match(name)
 
     def verdict(self, name: str, targets: _Targets | Targets) -> Verdict:
-        """What the rules say of one module, for targets that are not "all-linear"."""
+        """The result of the rules for one module, for targets other than "all-linear"."""
         targets = targets if isinstance(targets, _Targets) else _Targets(targets)
         if self._excluded.match(name) or is_saved(self._saved, name):
             return "excluded"
@@ -200,13 +197,13 @@ class Rules:
 def _check_modules(modules: Any) -> None:
     if not isinstance(modules, Mapping):
         raise TypeError(
-            "modules must be a dict from the names of modules to those of their classes, "
-            f"got {type(modules).__name__}."
+            "modules must be a dict from the names of modules to the names of their "
+            f"classes, got {type(modules).__name__}."
         )
     for name, kind in modules.items():
         if not isinstance(name, str) or not isinstance(kind, str):
             raise TypeError(
-                "modules must be a dict from the names of modules to those of their "
+                "modules must be a dict from the names of modules to the names of their "
                 f"classes, got the entry {name!r}: {kind!r}."
             )
 
@@ -214,21 +211,26 @@ def _check_modules(modules: Any) -> None:
 def _targets(config: PeftConfig) -> Targets:
     if not config.target_modules:
         raise ValueError(
-            f"target_modules is {config.target_modules!r}: PEFT would look names up in a "
-            "table of the types of models, which is not read here. Name the modules, for "
+            f"target_modules is {config.target_modules!r}: PEFT would take names from a "
+            "table of model types, which is not available here. Name the modules, for "
             "example target_modules=['q_proj', 'v_proj'], or give 'all-linear'."
         )
     return config.target_modules
 
 
-def _is_all_linear(targets: Targets) -> bool:
+def _is_all_linear(targets: Targets | None) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def chooses_by_name(config: PeftConfig) -> bool:
+    """Whether the name of a module decides if it has an adapter."""
+    return bool(config.target_modules) and not _is_all_linear(config.target_modules)
 
 
 def _all_linear(
     config: PeftConfig, modules: Mapping[str, str], output_embedding: str | None
 ) -> tuple[str, ...]:
-    """The names that "all-linear" stands for in a model."""
+    """The names that "all-linear" selects in a model."""
     head = _LOGITS if output_embedding is None else output_embedding
     left_out = set(filter(_Targets((head,)).match, modules))
     if not left_out and output_embedding is not None:
@@ -252,13 +254,13 @@ def _in_layers(config: PeftConfig, name: str) -> bool:
 
 
 def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdict]) -> str:
-    """The message for a model of which no module is adapted."""
+    """The error message for a model without an adapted module."""
     if not verdicts:
         return "modules is empty: give the names of the model's modules and their classes."
     shown = shorten(config.target_modules)
     if not targets:
         kinds = " or ".join(_LINEAR)
-        return f"target_modules={shown} matches no module: besides a head, none is {kinds}."
+        return f"target_modules={shown} matches no module: no {kinds} besides a head."
     excluded = [
         name
         for name, found in verdicts.items()
@@ -283,7 +285,7 @@ def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdi
 
 
 def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
-    """The end of a message about targets that no module's name has."""
+    """The end of the message about targets that match no module."""
     names = list(names)
     words = re.findall(r"\w{2,}", targets) if isinstance(targets, str) else targets
     ends = {name.rpartition(".")[2]: None for name in names}
@@ -299,26 +301,28 @@ def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
 def to_lora_config(
     config: PeftConfig | Mapping[str, Any], params: tree_paths.PyTree, *, prefix: str = ""
 ) -> LoraConfig:
-    """Makes of a config of PEFT the one that adapts the same weights of some params.
+    """Converts a PEFT config to a `LoraConfig` that adapts the same weights of params.
 
-    The words of a weight's path stand for the name of its module: PEFT's rules are applied
-    to `decoder.layers.0.q_proj` for `decoder/layers_0/q_proj/kernel`. For `"all-linear"`
-    every matrix counts whose module is not called as embeddings are, but the output head.
+    The name of a module is made from the words of the path of its weight. For the weight
+    `decoder/layers_0/q_proj/kernel`, PEFT's rules are applied to `decoder.layers.0.q_proj`.
+    `"all-linear"` selects every matrix except the output head and embeddings, which are
+    recognized by their names.
 
     Args:
-        config: what PEFT trains with, or the dict of an `adapter_config.json`.
+        config: a config of PEFT, or the dict of an `adapter_config.json`.
         params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
-        prefix: what PEFT's names of modules have in front of the words of the paths, such
-            as `"model."`. `layers_to_transform` needs one, and regular expressions may.
+        prefix: the text that PEFT's names have in front of the words of the paths, such as
+            `"model."`. `layers_to_transform` needs it, and regular expressions may.
 
     Returns:
-        The config, with the paths of the weights as its targets, for `plan_adapters`.
+        The config for `plan_adapters`, with the paths of the weights as its targets.
 
     Raises:
-        TypeError, ValueError: if the config is none that is supported; if it adapts no
-            weight of the params; if a key of `rank_pattern` or `alpha_pattern` is for
-            none, such as one of a layer where layers are stacked; if it trains more than
-            adapters, or its `init_lora_weights` needs more than a name here.
+        TypeError, ValueError: if the config is not supported; if it adapts no weight of
+            the params; if a key of `rank_pattern` or `alpha_pattern` matches none of the
+            adapted weights, such as the key of one layer where layers are stacked; if the
+            config trains more than adapters; if a `LoraConfig` does not support its
+            `init_lora_weights`.
 
     Example:
         >>> import jax
@@ -329,14 +333,12 @@ def to_lora_config(
         >>> config.rank, config.alpha, config.targets
         (4, 8.0, ('layers_0/q_proj/kernel',))
     """
-    own = (
-        config
-        if isinstance(config, PeftConfig)
-        else PeftConfig.from_dict(config, "the config")
-    )
+    own = config
+    if not isinstance(own, PeftConfig):
+        own = PeftConfig.from_dict(own, "the config")
     _check_is_about_weights(own)
     paths = {prefix + ".".join(words): p for p, words in _weights(params).items()}
-    kinds = {name: _class(name, path) for name, path in paths.items()}
+    kinds = {n: "Embedding" if is_embedding(n, p) else "Linear" for n, p in paths.items()}
     found = match_modules(own, kinds)
     for field in ("rank_pattern", "alpha_pattern"):
         _check_all_match(field, getattr(own, field), found)
@@ -356,7 +358,7 @@ def to_lora_config(
 
 
 def _weights(params: tree_paths.PyTree) -> dict[str, tuple[str, ...]]:
-    """The words of the paths of what may be the weights of modules."""
+    """The words of the paths of leaves that may be weights of modules."""
     found = {}
     for path, leaf in tree_paths.leaf_paths(params).items():
         words = split_path(path)
@@ -367,12 +369,8 @@ def _weights(params: tree_paths.PyTree) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _class(name: str, path: str) -> str:
-    return "Embedding" if is_embedding(name, path) else "Linear"
-
-
 def _check_is_about_weights(config: PeftConfig) -> None:
-    """Raises if the config trains what a plan has no place for."""
+    """Raises if the config trains more than a plan can."""
     others = {
         "bias": config.bias != "none",
         "lora_bias": config.lora_bias,
@@ -383,26 +381,26 @@ def _check_is_about_weights(config: PeftConfig) -> None:
     used = [name for name, value in others.items() if value]
     if used:
         raise ValueError(
-            f"the config's {used[0]} is {getattr(config, used[0])!r}, and a LoraConfig is "
-            "about adapters of the weights of modules: set it to its default, and train "
+            f"the config's {used[0]} is {getattr(config, used[0])!r}, and a LoraConfig "
+            "only has adapters of the weights of modules: set it to its default, and train "
             "those leaves beside the adapters, or give the paths of experts as targets."
         )
     if config.init_lora_weights not in _INITIALIZERS:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} is no initializer of a "
-            f"LoraConfig, which has {', '.join(map(repr, _INITIALIZERS))}: for those that "
-            "change the base see lora_jax.decompose_params."
+            f"init_lora_weights={config.init_lora_weights!r} is not an initializer of a "
+            f"LoraConfig, which has {', '.join(map(repr, _INITIALIZERS))}: for those "
+            "that change the base see lora_jax.decompose_params."
         )
 
 
 def _check_all_match(
     field: str, patterns: Mapping[str, Any], names: Mapping[str, Any]
 ) -> None:
-    """Raises if a key of a pattern is for none of the adapted modules."""
+    """Raises if a key matches none of the adapted modules."""
     for key in patterns:
         if not any(pattern_key({key: None}, name) for name in names):
             raise ValueError(
-                f"{field} has {key!r}, which is for none of the {len(names)} modules: "
+                f"{field} has {key!r}, which matches none of the {len(names)} modules: "
                 f"{', '.join(list(names)[:3])}, ... Where layers are stacked, all of them "
                 "have one rank and one alpha."
             )

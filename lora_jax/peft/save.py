@@ -21,10 +21,10 @@ from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.adapters import fill_up
 from lora_jax.peft.checkpoint import write_checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.given import Naming, SaveNames
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedModule, SavedWholes, saved_modules
+from lora_jax.peft.name_table import Naming, SaveNames
 from lora_jax.peft.names import mask_numbers, numbers_in, split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -234,11 +234,11 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
 def _check_distinct(modules: Iterable[SavedModule]) -> None:
     owners: dict[str, str] = {}
     for module in modules:
-        other = owners.setdefault(module.name, module.path)
-        if other != module.path:
+        other = owners.setdefault(module.name, module.site.path)
+        if other != module.site.path:
             raise ValueError(
-                f"{other!r} and {module.path!r} would both be the module {module.name!r}: "
-                "give names={module: path}."
+                f"{other!r} and {module.site.path!r} would both be the module "
+                f"{module.name!r}: give names={{module: path}}."
             )
 
 

@@ -12,12 +12,12 @@ from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
 from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtypes, sort_checked
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.given import NamesArgument
 from lora_jax.peft.keys import PREFIX, Module, sort_entries
 from lora_jax.peft.layout import Layout
-from lora_jax.peft.leaves import Places, find_known
+from lora_jax.peft.leaves import make_places
 from lora_jax.peft.load import Loaded, assemble, find_places
-from lora_jax.peft.tied import OnTied
+from lora_jax.peft.mismatches import OnTied
+from lora_jax.peft.name_table import NamesArgument
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["load_torchtune"]
@@ -120,8 +120,7 @@ def load_torchtune(
         use_dora=any("m" in module.shapes for module in modules.values()),
     )
     checkpoint = Checkpoint(where, config, state, sort_checked(where, config, shapes))
-    known = find_known(params, fn, args, plan)
-    places = Places(tree_paths.leaf_paths(params), names, layout, known)
+    places = make_places(params, fn, args, plan, names, layout)
     placement = find_places(checkpoint, places, on_tied=on_tied)
     scales = config.use_dora
     return assemble(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)

@@ -245,10 +245,16 @@ def test_keys_are_valid_where_peft_puts_them():
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"layers_pattern": ["h"]}, "layers_to_transform has to say"),
-        ({"target_modules": "q", "layers_to_transform": []}, "layers_to_transform chooses"),
+        ({"layers_pattern": ["h"]}, "layers_to_transform has to select"),
+        (
+            {"target_modules": "q", "layers_to_transform": []},
+            "needs target_modules to be a list",
+        ),
         ({"target_modules": "all-linear", "layers_to_transform": 1}, "list of names"),
-        ({"target_modules": "q", "layers_pattern": []}, "layers_pattern chooses"),
+        (
+            {"target_modules": "q", "layers_pattern": []},
+            "needs target_modules to be a list",
+        ),
         ({"lora_bias": True, "use_dora": True}, "lora_bias needs use_dora=False"),
         ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias needs"),
         ({"target_parameters": ["w"], "use_dora": True}, "use_dora must be off"),

@@ -100,7 +100,7 @@ def test_the_bias_of_heads_is_added(tmp_path):
     want = entries["q.lora_B.bias"].reshape(2, 3)
     np.testing.assert_allclose(loaded.replaced["q/bias"], want, rtol=1e-6)
     params["q"]["bias"] = jnp.zeros(5)
-    with pytest.raises(CheckpointError, match="it is no bias of that layer"):
+    with pytest.raises(CheckpointError, match="it is not the bias of that layer"):
         load(tmp_path, params, entries, lora_bias=True)
 
 
@@ -120,8 +120,8 @@ def test_rows_of_tokens(given, tmp_path):
     [
         ([4, 9], r"has 2 rows, .* \[4, 9\], and 'tok/embedding' has 9 rows"),
         ([4], r"has 2 rows, the config has the indices \[4\]"),
-        ({"other": [4, 1]}, "trainable_token_indices has none for it"),
-        (None, "trainable_token_indices has none for it"),
+        ({"other": [4, 1]}, "trainable_token_indices does not list its rows"),
+        (None, "trainable_token_indices does not list its rows"),
     ],
 )
 def test_rows_that_do_not_fit(given, message, tmp_path):

@@ -288,7 +288,7 @@ def test_templates_fill_paths(tmp_path):
         ({"m.q": ("x/up", "xy")}, ValueError, "must be letters i, o and b"),
         ({"m.q": ("x/up", "ii")}, ValueError, "at least one i and one o"),
         ({"m.q": 3}, TypeError, "names must have a path for 'm.q'"),
-        ({"m.q": "x/{}"}, ValueError, "not as many numbers"),
+        ({"m.q": "x/{}"}, ValueError, "fewer numbers"),
         (["m.q"], TypeError, "names must be a dict from the names of modules"),
         (lambda name: 3, TypeError, "names must have a path for 'm.q'"),
     ],
@@ -317,7 +317,7 @@ def test_names_that_do_not_fit(names, error, message, tmp_path):
         (
             [("a.q", 5, 7), ("b.q", 5, 7)],
             {"x": {"q": (5, 7)}},
-            "'a.q' and 'b.q' both go to 'x/q': give names={module: path}",
+            "'a.q' and 'b.q' both match 'x/q': give names={module: path}",
         ),
         (
             [("h.0.q", 5, 7), ("h.3.q", 5, 7)],
@@ -327,7 +327,7 @@ def test_names_that_do_not_fit(names, error, message, tmp_path):
         (
             [("q", 3, 12), ("1.q", 3, 4)],
             {"q": (3, 3, 4)},
-            "'1.q' and 'q' both go to 'q', the first as 'linear' with the axes 'bio'",
+            "'1.q' and 'q' both match 'q', the first as 'linear' with the axes 'bio'",
         ),
         (
             [("h.0.q", 5, 7)],
@@ -447,7 +447,7 @@ def test_changed_bases_that_do_not_follow(tmp_path):
 def test_a_changed_convolution_is_refused(tmp_path):
     entries = {"c.lora_A.weight": draw(2, 4, 3), "c.lora_B.weight": draw(6, 2, 1)}
     folder = write(tmp_path, entries, r=2, target_modules=["c"], init_lora_weights="pissa")
-    with pytest.raises(CheckpointError, match="it is no matrix, 'iio'"):
+    with pytest.raises(CheckpointError, match="it is not a matrix, 'iio'"):
         peft.load(folder, {"c": jnp.ones((3, 4, 6))})
 
 
@@ -588,7 +588,7 @@ def test_a_layer_that_renamed_params_have_is_missed(tmp_path, config):
         ({"modules_to_save": ["classifier", "score"]}, "modules_to_save has 'classifier'"),
         ({"trainable_token_indices": [1, 2]}, "no rows of tokens"),
         ({"target_parameters": ["experts.w1"]}, "parameter 'experts.w1', and the file has"),
-        ({"bias": "lora_only"}, "bias='lora_only', and the file lacks that of 'm.q'"),
+        ({"bias": "lora_only"}, "bias='lora_only', and the file lacks the bias of 'm.q'"),
     ],
 )
 def test_what_the_config_says_is_saved_is_missed(tmp_path, config, message):

@@ -1,8 +1,14 @@
 import pytest
 
 from lora_jax.peft import names as module_names
-from lora_jax.peft.given import Named, Naming, names_of
+from lora_jax.peft.name_table import Naming, sites_of
 from lora_jax.peft.names import BIAS, WEIGHT, Found
+
+
+def names_of(path, names, sizes):
+    """The names of the modules of a stack, each with its index."""
+    sites = sites_of(path, names, (*sizes, 5, 7), "b" * len(sizes) + "io")
+    return [(site.name, site.indices) for site in sites]
 
 
 def find(name, *paths, leaf=WEIGHT):
@@ -99,28 +105,28 @@ def test_templates():
 
 
 def test_names_of_paths():
-    assert names_of("params/layers_0/q/kernel", None, ()) == [Named("layers.0.q", ())]
-    assert names_of("h/q", {"x.y": "h/q", "z": "h/k"}, ()) == [Named("x.y", ())]
-    assert names_of("h/q", {"x.y": ("h/q", "oi")}, ()) == [Named("x.y", ())]
-    assert names_of("h/q", lambda path: path.replace("/", "."), ()) == [Named("h.q", ())]
-    assert names_of("h/7/q", {"m.{}.q": "h/{}/q"}, ()) == [Named("m.7.q", ())]
+    assert names_of("params/layers_0/q/kernel", None, ()) == [("layers.0.q", ())]
+    assert names_of("h/q", {"x.y": "h/q", "z": "h/k"}, ()) == [("x.y", ())]
+    assert names_of("h/q", {"x.y": ("h/q", "oi")}, ()) == [("x.y", ())]
+    assert names_of("h/q", lambda path: path.replace("/", "."), ()) == [("h.q", ())]
+    assert names_of("h/7/q", {"m.{}.q": "h/{}/q"}, ()) == [("m.7.q", ())]
 
 
 def test_names_of_stacks():
-    by_index = [Named("m.0.q", (0,)), Named("m.1.q", (1,))]
+    by_index = [("m.0.q", (0,)), ("m.1.q", (1,))]
     assert names_of("h/q", {"m.{}.q": "h/q"}, (2,)) == by_index
     assert names_of("h/q", {"m.{}.q": "h/q"}, (2, 3)) == by_index
     assert names_of("h/q", {"m.1.q": "h/q", "m.0.q": "h/q"}, (2,)) == by_index
     assert names_of("h/q", {"m.1.q": "h/q", "m.0.q": "h/q"}, (2, 3)) == by_index
-    assert names_of("moe/up", {"h.moe.up": "moe/up"}, (3,)) == [Named("h.moe.up", ())]
+    assert names_of("moe/up", {"h.moe.up": "moe/up"}, (3,)) == [("h.moe.up", ())]
     both = names_of("l/4/e/w", {"l.{}.e.{}.w": "l/{}/e/w"}, (2,))
-    assert both == [Named("l.4.e.0.w", (0,)), Named("l.4.e.1.w", (1,))]
+    assert both == [("l.4.e.0.w", (0,)), ("l.4.e.1.w", (1,))]
 
 
 def test_a_stack_of_one_layer_is_no_parameter():
-    assert names_of("h/q", {"m.0.q": "h/q"}, (1,)) == [Named("m.0.q", (0,))]
-    assert names_of("h/moe", {"m.0.moe": "h/moe"}, (1, 3)) == [Named("m.0.moe", (0,))]
-    assert names_of("h/0/moe", {"m.0.moe": "h/0/moe"}, (1,)) == [Named("m.0.moe", ())]
+    assert names_of("h/q", {"m.0.q": "h/q"}, (1,)) == [("m.0.q", (0,))]
+    assert names_of("h/moe", {"m.0.moe": "h/moe"}, (1, 3)) == [("m.0.moe", (0,))]
+    assert names_of("h/0/moe", {"m.0.moe": "h/0/moe"}, (1,)) == [("m.0.moe", ())]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def test_a_stack_of_one_layer_is_no_parameter():
         ("h/q", {"m.0.q": "h/q", "m.0.k": "h/q"}, (2,), "one module for each index"),
         ("h/q", {"m.a": "h/q", "m.b": "h/q"}, (), "one module for each index"),
         ("h/q", {"m.{}": "h/q", "m.1": "h/q"}, (2,), "give one template"),
-        ("h/7/q", {"m": "h/{}/q"}, (), "has not as many numbers"),
+        ("h/7/q", {"m": "h/{}/q"}, (), "has fewer numbers"),
     ],
 )
 def test_names_that_are_not_enough(path, names, sizes, message):

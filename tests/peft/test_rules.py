@@ -5,8 +5,7 @@ import jax
 import pytest
 
 from lora_jax import peft, plan_adapters
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.patterns import pattern_key
+from lora_jax.peft.config import PeftConfig, pattern_key
 from lora_jax.peft.rules import (
     ModuleMatch,
     Rules,
@@ -167,7 +166,7 @@ def test_why_nothing_matches(fields, match):
 def test_there_is_nothing_to_match():
     with pytest.raises(ValueError, match="modules is empty"):
         match_modules({"target_modules": ["q"]}, {})
-    with pytest.raises(ValueError, match="besides a head, none is Linear or Conv1D"):
+    with pytest.raises(ValueError, match="no Linear or Conv1D besides a head"):
         all_linear({"embed": "Embedding", "lm_head": "Linear"})
 
 
@@ -181,7 +180,7 @@ def test_wrong_arguments():
         match_modules(3, MODULES)
     with pytest.raises(KeyError, match=r"no module 'scores' .* nearest names are 'score'"):
         all_linear(output_embedding="scores")
-    with pytest.raises(ValueError, match="goes by the classes"):
+    with pytest.raises(ValueError, match="by their classes"):
         Rules(config_of(target_modules="all-linear")).matched("q")
     with pytest.raises(ValueError, match="target_modules is None"):
         Rules(config_of()).matched("q")
@@ -257,7 +256,7 @@ def test_all_linear_leaves_out_embedding_and_head():
         ({"target_modules": ["q_proj"], "bias": "all"}, "config's bias is 'all'"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "decompose_params"),
-        ({"target_modules": ["q_proj"], "init_lora_weights": False}, "no initializer"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": False}, "not an initializer"),
         ({"target_modules": ["q_proj"], "lora_alpha": 0}, "alpha must not be 0"),
     ],
 )

@@ -468,9 +468,9 @@ def tied(path):
             "names has 'k' for 'q', and neither the plan nor `replaced` has that path",
         ),
         ({"e/up": (3, 5, 7)}, {"e/up": "bio"},
-            {"use_dora": True, "names": {"e.up": "e/up"}}, "no DoRA for stacks of experts"),
+            {"use_dora": True, "names": {"e.up": "e/up"}}, "and without DoRA"),
         ({"e/up": (2, 3, 5, 7)}, {"e/up": "bbio"}, {"names": {"e.up": "e/up"}},
-            "one axis of them"),
+            "along one axis"),
         ({"e/up": (3, 5, 7)}, {"e/up": "bio"}, {"dropout": 0.1, "names": {"e.up": "e/up"}},
             "lora_dropout must be off with target_parameters"),
         ({"q": (5, 7)}, {}, {"replaced": {"tok/trained": jnp.zeros(3)}},
@@ -511,7 +511,7 @@ def test_adapters_have_to_be_those_of_the_plan(tmp_path):
 def test_stacks_of_experts_are_not_written_whole(tmp_path):
     plan, adapters = plan_of({"e/w": (3, 5, 7)}, {"e/w": "bio"})
     replaced = {"e/w": jnp.zeros((3, 5, 7))}
-    with pytest.raises(ValueError, match="no form for a stack of experts that is whole"):
+    with pytest.raises(ValueError, match="cannot represent a full stack of experts"):
         peft.save(tmp_path, adapters, plan, names={"e.w": "e/w"}, replaced=replaced)
 
 

@@ -1,5 +1,6 @@
-"""What the caller says about names: from modules to paths, and from paths to modules."""
+"""The argument `names`, from modules to paths and back; and the table of both."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -8,7 +9,7 @@ import numpy as np
 
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
-from lora_jax.peft.layout import Layout, Reading
+from lora_jax.peft.layout import Index, Layout, Reading, Site
 from lora_jax.peft.names import (
     Numbers,
     fill_numbers,
@@ -26,7 +27,7 @@ from lora_jax.peft.names import (
 __all__ = ["NameTable"]
 
 GivenPath: TypeAlias = str | tuple[str, str]
-"""The path of a weight, or that and the letters of its axes."""
+"""The path of a weight, or a pair of the path and the letters of the axes."""
 NamesArgument: TypeAlias = (
     Mapping[str, GivenPath] | Callable[[str], GivenPath | None] | None
 )
@@ -34,25 +35,11 @@ SaveNames: TypeAlias = Mapping[str, GivenPath] | Callable[[str], str] | None
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-class Named(NamedTuple):
-    """A module that a weight, or one index of a stack of weights, belongs to."""
-
-    name: str
-    indices: tuple[int, ...]
-    order: tuple[int, ...] = ()
-    """Which of the batch axes each index is of; empty for the first ones, in order."""
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Which of the batch axes each index is of."""
-        return self.order or tuple(range(len(self.indices)))
-
-
 class Naming:
-    """What the caller says about the names of modules, to look paths up in.
+    """The argument `names` of `save`, which gives the modules of a path.
 
     Args:
-        names: as `save` takes it.
+        names: the argument.
     """
 
     def __init__(self, names: SaveNames) -> None:
@@ -66,7 +53,7 @@ class Naming:
             self._places.setdefault(mask_numbers(name), place)
 
     def of(self, path: str) -> Iterator[tuple[str, str]]:
-        """The names or templates for a path, each with the letters of axes, if given."""
+        """The names or templates of a path, each with the letters of axes, if given."""
         if self._names is None:
             return
         if not isinstance(self._names, Mapping):
@@ -82,18 +69,18 @@ class Naming:
             fields = template_fields(own)
             if len(fields) > len(template_fields(name)):
                 raise ValueError(
-                    f"names has {own!r} for {name!r}, which has not as many numbers {{}}."
+                    f"names has {own!r} for {name!r}, which has fewer numbers {{}}."
                 )
             pairs = tuple(zip(fields, numbers, strict=True))
             yield _filled_name(name, own, pairs), axes
 
     def has(self, path: str) -> bool:
-        """Whether there is a name for a path, or for a template that it matches."""
+        """Whether a path has a name, or matches a template that has one."""
         own = self._by_mask.get(mask_numbers(path), ())
         return any(numbers_in(each, path) is not None for _, each, _ in own)
 
     def axes(self, path: str) -> str | None:
-        """The letters that the axes of a leaf are given, without names of fields."""
+        """The letters that the caller gave the axes of a leaf, without names of fields."""
         own = self._by_mask.get(mask_numbers(path), ())
         for _, each, axes in own:
             if axes and numbers_in(each, path) is not None:
@@ -101,12 +88,12 @@ class Naming:
         return None
 
     def position(self, name: str) -> int:
-        """Where in the order of the caller a module comes; 0 if there is no order."""
+        """The position of a module in the caller's order; 0 if there is no order."""
         return self._places.get(mask_numbers(name), 0)
 
 
 def _filled_name(name: str, path: str, numbers: Numbers) -> str:
-    """A name with the numbers that the path has: by the names of fields, or in order."""
+    """Fills a name with the numbers of the path: by the names of fields, or in order."""
     named = {field: number for field, number in numbers if f"{{{field}}}" in path}
     for field, number in named.items():
         name = name.replace(f"{{{field}}}", str(number))
@@ -114,60 +101,70 @@ def _filled_name(name: str, path: str, numbers: Numbers) -> str:
     return fill_numbers(name, rest)
 
 
-def names_of(
+def sites_of(
     path: str,
     names: SaveNames | Naming,
-    sizes: tuple[int, ...],
+    shape: tuple[int, ...],
+    axes: str,
     layout: Layout = "jax",
-) -> list[Named]:
-    """The modules of a leaf.
+) -> list[Site]:
+    """The modules of a leaf, with their sites.
 
     Args:
         path: of a weight.
-        names: what the caller gave.
-        sizes: of the batch axes of the weight.
+        names: the argument of `save`.
+        shape: of the weight.
+        axes: the letters of its axes. The `b` may be indexes of modules.
         layout: of the weight.
 
     Returns:
-        One module for the leaf; or one for each index in some of its batch axes.
+        One module for the leaf; or one for each index on some of its batch axes.
 
     Raises:
-        ValueError: if there is no name, or there are not as many as indexes.
+        ValueError: if there is no name, or there are fewer names than indexes.
     """
     naming = names if isinstance(names, Naming) else Naming(names)
+    batch = tuple(axis for axis, letter in enumerate(axes) if letter == "b")
+    sizes = tuple(shape[axis] for axis in batch)
     found = [*naming.of(path)]
     given = [name for name, _ in found] or _derived(path, sizes, layout)
+    shown = " x ".join(map(str, sizes)) or "none"
     if not given:
         raise ValueError(
-            f"the weight is a stack of {' x '.join(map(str, sizes))}, and its path does "
-            "not say what the module of each is called: give names={'name.{}.of': "
-            f"{path!r}}}, with {{}} for each number."
+            f"the weight is a stack of {shown}, and its path does not contain the names "
+            f"of the modules: give names={{'name.{{}}.of': {path!r}}}, with {{}} for each "
+            "number."
         )
     fields = parse_axes(found[0][1])[1] if found else ()
     templates = [name for name in given if is_template(name)]
     if len(given) == 1 and templates:
-        return [*_fill_template(path, templates[0], sizes, fields)]
-    if templates:
+        modules, order = _fill_template(path, templates[0], sizes, fields)
+    elif templates:
         raise ValueError(
             f"names has {len(given)} names for {path!r}, {given[0]!r} and others: give one "
             "template, or a name for each index."
         )
-    numbered = _numbered(path, given, sizes, fields)
-    if numbered:
-        return numbered
-    if len(given) == 1:
-        return [Named(given[0], ())]
-    raise ValueError(
-        f"names must have one module for each index of {path!r}, a stack of "
-        f"{' x '.join(map(str, sizes)) or 'none'}, got {', '.join(given[:5])}."
-    )
+    else:
+        modules, order = _numbered(path, given, sizes, fields)
+        if not modules and len(given) == 1:
+            modules = {(): given[0]}
+    if not modules:
+        raise ValueError(
+            f"names must have one module for each index of {path!r}, a stack of "
+            f"{shown}, got {', '.join(given[:5])}."
+        )
+    stack = tuple(batch[each] for each in order)
+    return [
+        Site(name, name, path, axes, index, stack if index else ())
+        for index, name in modules.items()
+    ]
 
 
 def _derived(path: str, sizes: tuple[int, ...], layout: Layout) -> list[str]:
-    """The name that a path is without the word of its leaf, if it is no stack.
+    """The name that a path gives, without the word of its leaf; empty for a stack.
 
-    `layers_0` becomes `layers.0`, but in trees of torch, and in paths with numbers that
-    are words, `h/0/ln_1/scale`: there `ln_1` is a name.
+    `layers_0` becomes `layers.0`. Trees of PyTorch keep such words, and so do paths in
+    which numbers are words: `ln_1` is a name in `h/0/ln_1/scale`.
     """
     if sizes:
         return []
@@ -179,8 +176,8 @@ def _derived(path: str, sizes: tuple[int, ...], layout: Layout) -> list[str]:
 
 def _fill_template(
     path: str, template: str, sizes: tuple[int, ...], fields: tuple[str, ...]
-) -> Iterator[Named]:
-    """The names of a template, one for each index of some axes of a stack."""
+) -> tuple[dict[Index, str], Index]:
+    """The names of a template by index, and the batch axis of each number."""
     own = template_fields(template)
     if len(own) > len(sizes):
         raise ValueError(
@@ -188,18 +185,23 @@ def _fill_template(
             f"{len(sizes)} stacked axes."
         )
     order = _order(own, fields)
-    parts = template_parts(template)
-    for indices in np.ndindex(*(sizes[each] for each in order)):
-        words = (f"{part}{number}" for part, number in zip(parts, indices, strict=False))
-        yield Named("".join(words) + parts[-1], indices, _unless_first(order))
+    indexes = np.ndindex(*(sizes[each] for each in order))
+    return {
+        index: "".join(_filled(template_parts(template), index)) for index in indexes
+    }, order
+
+
+def _filled(parts: list[str], index: Index) -> Iterator[str]:
+    for part, number in itertools.zip_longest(parts, index, fillvalue=""):
+        yield f"{part}{number}"
 
 
 def _order(own: tuple[str, ...], fields: tuple[str, ...]) -> tuple[int, ...]:
-    """Which of the batch axes each number of a name is of.
+    """The batch axis that each number of a name is an index on.
 
     Args:
-        own: what the numbers are called.
-        fields: what the caller calls the batch axes; empty texts for those without.
+        own: the fields of the numbers.
+        fields: the field that the caller gave each batch axis, or an empty text.
 
     Raises:
         ValueError: if some of the numbers are named, and not all.
@@ -214,17 +216,13 @@ def _order(own: tuple[str, ...], fields: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(fields.index(field) for field in own)
 
 
-def _unless_first(order: tuple[int, ...]) -> tuple[int, ...]:
-    return () if order == tuple(range(len(order))) else order
-
-
 def _numbered(
     path: str, names: list[str], sizes: tuple[int, ...], fields: tuple[str, ...]
-) -> list[Named]:
-    """Names of single modules, with numbers in them as indexes; none if those do not fit.
+) -> tuple[dict[Index, str], Index]:
+    """Names of single modules by the numbers in them, if these are indexes; else empty.
 
-    The numbers are those that the path lacks, which `load` takes, or else those in which
-    the names differ.
+    The numbers are those that the path lacks, as in `load`, or else those in which the
+    names differ. The batch axis of each number comes second.
     """
     lacking = [lacking_fields(name, path) for name in names]
     own = tuple(field for field, _ in lacking[0])
@@ -237,13 +235,12 @@ def _numbered(
         if not count or count > len(sizes) or len({*map(len, indices)}) > 1:
             continue
         if sorted(indices) == [*np.ndindex(*(sizes[each] for each in ordered))]:
-            first = _unless_first(ordered)
-            return [Named(found[index], index, first) for index in sorted(found)]
-    return []
+            return dict(sorted(found.items())), ordered
+    return {}, ()
 
 
 def _differing(names: list[str]) -> list[tuple[int, ...]]:
-    """The numbers in which some names differ; nothing if words do."""
+    """The numbers in which some names differ; empty if words differ."""
     words = [split_name(name) for name in names]
     columns = [column for column in zip(*words, strict=False) if len(set(column)) > 1]
     if any(not word.isdecimal() for column in columns for word in column):
@@ -252,19 +249,19 @@ def _differing(names: list[str]) -> list[tuple[int, ...]]:
 
 
 class Given(NamedTuple):
-    """What the caller says of a module."""
+    """The weight that the caller gave a module."""
 
     path: str
     numbers: Numbers = ()
-    """Of the module's name, those that the path did not take."""
+    """The numbers of the module's name that are not in the path."""
     axes: str | None = None
     """The letters of the axes of the weight, if they are given."""
     fields: tuple[str, ...] = ()
-    """For each batch axis the name of the field that is its index, or an empty text."""
+    """For each batch axis the field of its index, or an empty text."""
 
 
 def by_mask(texts: Iterable[str], *, all_of_them: bool = False) -> dict[str, list[str]]:
-    """Templates, or all of some texts, by their masks."""
+    """Groups templates, or all texts, by their masks."""
     found: dict[str, list[str]] = {}
     for text in texts:
         if isinstance(text, str) and (all_of_them or is_template(text)):
@@ -273,7 +270,7 @@ def by_mask(texts: Iterable[str], *, all_of_them: bool = False) -> dict[str, lis
 
 
 def parse_given(name: str, value: Any) -> Given:
-    """What the caller gave for a module: a path, and perhaps the letters of its axes."""
+    """Parses what the caller gave for a module: a path, or a path and letters of axes."""
     path, axes = (
         value if isinstance(value, tuple | list) and len(value) == 2 else (value, None)
     )
@@ -289,7 +286,7 @@ def parse_given(name: str, value: Any) -> Given:
     if not {"i", "o"} <= set(letters) <= {"i", "o", "b"}:
         raise ValueError(
             f"the axes of {path!r} must be letters i, o and b, with at least one i and one "
-            f"o, and a field such as {{layer}} for a b that is its index, got {axes!r}."
+            f"o, or a field such as {{layer}} in place of a b, got {axes!r}."
         )
     unknown = sorted({field for field in fields if field} - {*_fields_of(name)})
     if unknown:
@@ -301,7 +298,7 @@ def parse_given(name: str, value: Any) -> Given:
 
 
 def parse_axes(axes: str) -> tuple[str, tuple[str, ...]]:
-    """The letters of axes, and for each `b` the field that it was given as, if any."""
+    """The letters of axes, and for each `b` its field, or an empty text."""
     letters = _FIELD.sub("b", axes)
     fields = (match[1] or "" for match in re.finditer(r"\{(\w+)\}|b", axes))
     return letters, tuple(fields)
@@ -314,13 +311,11 @@ def _fields_of(name: str) -> tuple[str, ...]:
 
 
 def _check_fields(name: str, path: str) -> None:
-    """Raises unless a path takes only what the name of a module has."""
+    """Raises if a path has a field that the name of the module lacks."""
     fields = template_fields(name)
     named = [match[1] for match in _FIELD.finditer(path)]
     if path.count("{}") > len(fields) - len(named) or not set(named) <= set(fields):
-        raise ValueError(
-            f"names has {path!r} for {name!r}, which has not as many numbers {{}}."
-        )
+        raise ValueError(f"names has {path!r} for {name!r}, which has fewer numbers {{}}.")
     own = [match[1] for match in _FIELD.finditer(name)]
     if len(set(own)) < len(own):
         raise ValueError(f"names has {name!r}, in which two numbers have one field.")
@@ -335,30 +330,30 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     axes: str
     given: bool = False
-    """Whether more than the shape said what the axes are."""
+    """Whether more than the shape showed the axes."""
     stack: tuple[int, ...] = ()
     """The axis of each index."""
     fields: tuple[str, ...] = ()
-    """What the number in the name that is each index is called."""
+    """The field of each index."""
 
     @property
     def letters(self) -> str:
-        """The axes, with the names of the numbers that are indexes of several."""
+        """The letters of the axes, with fields if several axes have an index."""
         return Reading(self.axes, self.stack).fields(self.fields)
 
 
 class NameTable(FrozenDict[str, str | tuple[str, str]]):
     """From the names of modules to the paths of their weights. `print` shows a table.
 
-    Where more than the shapes of weights says what their axes are, a value is the pair of
-    a path and the letters of its axes, `{layers}` for the axis that is the index of layers.
+    Where more than the shape showed the axes of a weight, the value is a pair of the path
+    and the letters of the axes, with `{layers}` for the axis of layers.
     """
 
     rows: tuple[Row, ...] = ()
 
     @classmethod
     def of(cls, rows: Mapping[str, Row]) -> "NameTable":
-        """A table of some rows."""
+        """Makes a table from rows."""
         table = cls(
             {
                 name: (row.path, row.letters) if row.given else row.path

@@ -17,10 +17,10 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.full import Replaced, add_bias
+from lora_jax.peft.full import Replaced, bias_site, leaf_values
 from lora_jax.peft.keys import Kind, Module, without_wrapper
 from lora_jax.peft.layout import Site, common_dtype, from_matrix, take_layer, to_matrix
-from lora_jax.peft.leaves import Places, leaf_values
+from lora_jax.peft.leaves import Places
 from lora_jax.plan import selection
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
 from lora_jax.plan.config import LoraConfig
@@ -67,7 +67,7 @@ def make_adapters(
             }
             bias = arrays.pop("B_bias", None)
             if bias is not None:
-                add_bias(replaced, places, site, bias, scale)
+                _add_bias(replaced, bias_site(places, site, bias.size), bias, scale)
             own = from_peft(module.kind, site.own_axes, module.experts, arrays)
             matrices[site.indices] = own, scale
         if config.changes_base:
@@ -131,6 +131,15 @@ def _fill_magnitudes(
         layer = take_layer(weight, site.stack, index).astype(np.float64)
         norm = np.sqrt(np.square(layer).sum(inner))
         arrays["m"][index] = norm.reshape(arrays["m"][index].shape)
+
+
+def _add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> None:
+    """Adds the bias of an adapter's B to the bias of its layer."""
+    why = f"{site.module!r} has a bias of its own, which shifts the bias of the layer"
+    old = replaced.current(site, why)
+    wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
+    update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
+    replaced.set(site, (old.astype(wide) + update).astype(old.dtype))
 
 
 def _change_bases(

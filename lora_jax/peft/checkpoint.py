@@ -1,11 +1,10 @@
-"""The two files of a PEFT adapter, before they are compared with any params.
+"""Reads and writes the two files of a PEFT adapter.
 
-Two files with fixed names cannot be replaced at once. Both are on the disk before either
-has its name. Then the old config is put aside, the arrays get their name, and the config
-gets its own. So a config is never beside the arrays of another save. A program that stops
-in between leaves no config, but it leaves the one that belongs to the arrays under a
-temporary name. The metadata of the arrays has the digest of their config, by which a reader
-finds it.
+Two files with fixed names cannot be replaced at once. Both are first written under
+temporary names. Then the old config is renamed, the arrays get their name, and the config
+gets its name. So a config is never beside the arrays of another save. A program that stops
+in between leaves the config of the arrays under a temporary name. A reader finds it by its
+digest, which is in the metadata of the arrays.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _OWN = ("lora_jax_adapters.safetensors", "adapters.json")  # of lora_jax.checkpoint
 _DIGEST = "adapter_config_sha256"
-# Fields of the config that do not say what the arrays mean. They may be edited.
+# Fields of the config that do not change the meaning of the arrays. They may be edited.
 _NOT_DIGESTED = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -45,16 +44,16 @@ _NOT_DIGESTED = (
 )
 _ASIDE = f"{CONFIG}.old"
 _TEMPORARY = "|".join(re.escape(name) for name in (CONFIG, _ASIDE, TENSORS))
-# How often files are read again that another process replaces meanwhile.
+# How often files are read again if another process replaces them meanwhile.
 _TRIES = 50
-_IDLE = 3  # tries in a row at which no process was saving
+_IDLE = 3  # tries in a row without a process that saves
 _PAUSE = 0.002  # seconds
-# None for at least float32; "file" for that of each array in the file.
+# None for at least float32; "file" for the dtype of each array in the file.
 FileDtype: TypeAlias = DTypeLike | Literal["file"] | None
 
 
 class Readable(Protocol):
-    """Something that arrays are read from by name."""
+    """A source of arrays by name."""
 
     def read(self, name: str, /) -> np.ndarray:
         """The array of a name."""
@@ -62,10 +61,10 @@ class Readable(Protocol):
 
 
 def check_dtype(dtype: FileDtype) -> FileDtype:
-    """The dtype of the adapters that a caller wants of a reader.
+    """Checks the dtype of the adapters that the caller wants.
 
     Raises:
-        TypeError: if there are no adapters of it.
+        TypeError: if adapters cannot have it.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "file"):
         return dtype
@@ -73,7 +72,7 @@ def check_dtype(dtype: FileDtype) -> FileDtype:
 
 
 class Checkpoint(NamedTuple):
-    """What PEFT wrote."""
+    """The config and the arrays of a PEFT adapter."""
 
     where: str
     """The file of the arrays, for messages."""
@@ -81,15 +80,15 @@ class Checkpoint(NamedTuple):
     arrays: Readable
     entries: Entries
     ignored: Mapping[str, Any] = {}
-    """The fields of the config that would matter, and that the caller allowed."""
+    """The fields of the config that are in use and that the caller allowed to ignore."""
 
 
 class Widened:
-    """Arrays in at least float32, so that nothing is computed or trained in less.
+    """Reads arrays in at least float32, so that nothing is computed or trained in less.
 
     Args:
-        checkpoint: of the arrays as they are stored.
-        dtype: of those that stand for an array of the model, where it is at least float32.
+        checkpoint: the checkpoint of the arrays.
+        dtype: of full arrays, if it is at least float32.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
@@ -115,16 +114,16 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 def open_checkpoint(
     directory: str | os.PathLike[str], allow_fields: Collection[str] = ()
 ) -> Checkpoint:
-    """Reads the settings and the names and shapes of the arrays.
+    """Reads the config, and the names and shapes of the arrays.
 
     Args:
         directory: of the two files.
         allow_fields: as in `lora_jax.peft.load`.
 
     Raises:
-        CheckpointError: if a file is not whole, or no PEFT adapter, or the two files are
-            those of two adapters.
-        FileNotFoundError: if one is not there.
+        CheckpointError: if a file is incomplete or not of a PEFT adapter, or if the two
+            files are from two adapters.
+        FileNotFoundError: if a file is missing.
     """
     folder = pathlib.Path(directory)
     if not is_checkpoint(folder) and any((folder / name).is_file() for name in _OWN):
@@ -148,13 +147,13 @@ def open_checkpoint(
 def new_checkpoint(
     where: str, config: PeftConfig, arrays: Readable, entries: Mapping[str, Any]
 ) -> Checkpoint:
-    """A checkpoint of arrays, with what has their shapes by name."""
+    """Makes a checkpoint of arrays. `entries` has an object with the shape of each."""
     shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
     return Checkpoint(where, config, arrays, sort_checked(where, config, shapes))
 
 
 def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:
-    """The path and the fields of a config, and the arrays that were saved with it."""
+    """The path and the fields of a config, and the file of arrays saved with it."""
     old, idle = None, 0
     for left in reversed(range(_TRIES)):
         try:
@@ -169,8 +168,8 @@ def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], Ten
         for where, fields in configs.items():
             if _belong_together(where, fields, file):
                 return where, fields, file
-        # Both are read again if another process saved between the two. While the arrays had
-        # their name all the time, a config that is in its place is that of the arrays.
+        # Both are read again if another process saved between the two. If the file of
+        # arrays did not change, a config with its own name is the config of these arrays.
         if folder / CONFIG in configs and old is not None and file.is_same(old):
             break
         if folder / CONFIG not in configs:
@@ -179,13 +178,13 @@ def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], Ten
     raise CheckpointError(
         f"{folder / TENSORS} has the digest of another config than {folder / CONFIG}: is "
         "one of them from another adapter, or was the config edited? Copy both files "
-        "again. If the config is right as it is, write the arrays without the digest: "
+        "again. If the config is right, write the arrays without the digest: "
         "safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)."
     )
 
 
 def _configs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The config, or what a process that stopped while it saved left in its place."""
+    """The config, or the temporary files that a process left when it stopped."""
     path = folder / CONFIG
     if path.is_file():
         return [path]
@@ -195,7 +194,7 @@ def _configs(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_configs(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
-    """The fields of each config that there may be."""
+    """The fields of each such config."""
     found = {}
     for path in _configs(folder):
         try:
@@ -227,13 +226,13 @@ def _belong_together(
     where: pathlib.Path, fields: Mapping[str, Any], file: TensorFile
 ) -> bool:
     digest = file.metadata.get(_DIGEST)
-    if digest is None:  # another program wrote them, beside the config that was put aside
+    if digest is None:  # another program wrote the arrays, beside the renamed config
         return where.name == CONFIG or where.name.startswith(f".{_ASIDE}")
     return digest == _digest(fields)
 
 
 def _digest(fields: Mapping[str, Any]) -> str:
-    """The SHA-256 of what a config says of its arrays."""
+    """The SHA-256 of the fields of a config that change the meaning of the arrays."""
     own = {name: fields[name] for name in sorted(fields) if name not in _NOT_DIGESTED}
     return hashlib.sha256(json.dumps(own, separators=(",", ":")).encode()).hexdigest()
 
@@ -241,11 +240,11 @@ def _digest(fields: Mapping[str, Any]) -> str:
 def write_checkpoint(
     folder: pathlib.Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes the two files of an adapter, which replace old ones when they are whole.
+    """Writes the two files of an adapter. They replace old files when they are complete.
 
     Args:
         folder: of the files.
-        config: the settings.
+        config: of the adapter.
         tensors: contiguous arrays by name.
 
     Raises:
@@ -272,7 +271,7 @@ def write_checkpoint(
 def _put_in_place(
     folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path
 ) -> None:
-    """Gives both files their names, or leaves the old ones."""
+    """Gives both files their names, or leaves the old files."""
     place, aside = folder / CONFIG, tensor_files.temporary_path(folder / _ASIDE)
     try:
         if place.exists() and place.read_bytes() != config.read_bytes():
@@ -280,7 +279,7 @@ def _put_in_place(
         os.replace(tensors, folder / TENSORS)
         os.replace(config, place)
     except BaseException:
-        # What cannot be renamed stays: it is whole, and it is found by its digest.
+        # A config that cannot be renamed stays: it is complete, and its digest finds it.
         if tensors.exists():
             if aside.exists():
                 os.replace(aside, place)
@@ -294,10 +293,10 @@ def _put_in_place(
 
 
 def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
-    """Raises unless all arrays have dtypes of adapters.
+    """Raises unless the dtypes of all arrays are supported.
 
     Raises:
-        CheckpointError: if one is not floating point, or of less than 16 bits.
+        CheckpointError: if one is not floating point, or has less than 16 bits.
     """
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", None)
@@ -311,10 +310,10 @@ def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
 def sort_checked(
     where: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]]
 ) -> Entries:
-    """The entries of a checkpoint, those of experts' parameters marked.
+    """Sorts the entries of a checkpoint, and marks the parameters of experts.
 
     Raises:
-        CheckpointError: if there are none, or some are not what they have to be.
+        CheckpointError: if there are no entries, or some are not valid.
     """
     entries = sort_entries(where, shapes)
     if not any(entries):

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from lora_jax._core import checks
@@ -28,6 +28,7 @@ from lora_jax.peft.fields import (
     shorten,
     wrong_type,
 )
+from lora_jax.peft.names import name_ends
 
 __all__ = ["PeftConfig"]
 
@@ -286,33 +287,30 @@ def pattern_key(
         index: of the keys, for many modules.
     """
     index = index or Patterns(patterns)
-    starts = (0, *(match.end() for match in re.finditer(r"\.", module)))
     key = index.first(
-        (module[start:] for start in starts),
+        name_ends(module),
         lambda pattern: re.match(pattern_regex(pattern), module) is not None,
     )
     # A name that contains special characters of regular expressions matches itself too.
     return module if key is None and module in patterns else key
 
 
+def _parts(name: str) -> Iterator[str]:
+    """All runs of the words of a name."""
+    for end in name_ends(name):
+        yield from itertools.accumulate(end.split("."), "{}.{}".format)
+
+
 def is_saved(modules: Patterns, name: str) -> bool:
     """Whether a module is one of `modules_to_save`, or inside one."""
-    dots = [match.start() for match in re.finditer(r"\.", name)]
-    starts, ends = (0, *(dot + 1 for dot in dots)), (*dots, len(name))
-    parts = (name[start:end] for start in starts for end in ends if start < end)
     matches = lambda own: re.match(saved_regex(own), name) is not None  # noqa: E731
-    return modules.first(parts, matches) is not None
+    return modules.first(_parts(name), matches) is not None
 
 
 def saved_in(saved: Iterable[str], modules: Iterable[str]) -> dict[str, bool]:
     """Whether each of `modules_to_save`, or a module inside it, is in a list of modules."""
     modules = list(modules)
-    parts = {
-        part
-        for module in modules
-        for start in (0, *(match.end() for match in re.finditer(r"\.", module)))
-        for part in itertools.accumulate(module[start:].split("."), "{}.{}".format)
-    }
+    parts = {part for module in modules for part in _parts(module)}
     return {
         name: name in parts or any(re.match(saved_regex(name), own) for own in modules)
         for name in saved

@@ -6,10 +6,13 @@ that an initialization changed, replace leaves too.
 
 import contextlib
 import functools
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
@@ -26,12 +29,13 @@ from lora_jax.peft.layout import (
     has_room,
     readings,
     same_bits,
+    shared_readings,
     size_of,
     stacked_readings,
     to_matrix,
 )
-from lora_jax.peft.leaves import Places, Problems, leaf_values
-from lora_jax.peft.locate import Claim, fitting, given_claim, only, shared_readings
+from lora_jax.peft.leaves import Places, Problems
+from lora_jax.peft.locate import Claim, fitting, given_claim, only
 from lora_jax.peft.names import (
     BIAS,
     HEADS,
@@ -160,45 +164,30 @@ def _forms(
         return [""] if size_of(rest) == size_of(shape) and (shape or not rest) else []
     if places.given_layout == "torch" and not known:
         return [""] if shape == rest else []
+    settled = bool(known)  # whether more than the sizes shows the form
     if len(shape) > 2:
         moved = (*shape[2:], shape[1], shape[0])
         forms = ["i" * (len(rest) - 1) + "o"] if moved == rest else []
         forms += [""] if shape == rest else []
         if known.startswith("o"):
             forms.reverse()
-        settled = bool(known)
+    elif known and set(known) <= set("io"):
+        # If rows are gathered, the rows are the outputs of a head.
+        letters = known.translate(SWAPPED) if places.known.looked_up(path) else known
+        sizes = [
+            [n for n, own in zip(rest, letters, strict=True) if own == x] for x in "oi"
+        ]
+        forms = [letters] if tuple(map(math.prod, sizes)) == shape else []
     else:
-        forms, settled = _matrix_forms(places, name, path, rest, shape, known)
+        rows, columns = shape
+        straight = readings(rest, "embedding", Dims(rows, columns), "jax")
+        across = readings(rest, "linear", Dims(columns, rows), "jax")
+        forms = [each.axes for each in across]
+        as_is = [each.axes.translate(SWAPPED) for each in straight]
+        settled = is_embedding(name.rpartition(".")[0], path)
+        forms = as_is + forms if settled else forms + as_is
     open_ = places.given_layout is None and not settled
     return forms if open_ and not places.lies_in_out(path) else forms[:1]
-
-
-def _matrix_forms(
-    places: Places,
-    name: str,
-    path: str,
-    rest: tuple[int, ...],
-    shape: tuple[int, ...],
-    known: str,
-) -> tuple[list[str], bool]:
-    """The letters of a matrix `(out, in)` in a leaf, and whether more than sizes say so."""
-    if known and set(known) <= set("io"):
-        letters = known
-        if places.known.looked_up(path):  # the rows are the outputs of a head
-            letters = known.translate(SWAPPED)
-        sizes = tuple(
-            size_of(tuple(n for n, own in zip(rest, letters, strict=True) if own == letter))
-            for letter in "oi"
-        )
-        return ([letters] if sizes == shape else []), True
-    rows, columns = shape
-    straight = readings(rest, "embedding", Dims(rows, columns), "jax")
-    across = readings(rest, "linear", Dims(columns, rows), "jax")
-    as_is = [each.axes.translate(SWAPPED) for each in straight]
-    transposed = [each.axes for each in across]
-    if is_embedding(name.rpartition(".")[0], path):
-        return as_is + transposed, True
-    return transposed + as_is, False
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:
@@ -211,7 +200,9 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
     ways: list[Reading] = []
     turned: list[Reading] = []
     if len({len(claim.numbers) for claim in claims}) == 1:
-        ways, turned = shared_readings(shape, claims)
+        indices = [claim.indices for claim in claims]
+        ways = shared_readings(shape, [claim.readings for claim in claims], indices)
+        turned = shared_readings(shape, [claim.turned for claim in claims], indices)
     if not ways:
         raise CheckpointError(
             f"{', '.join(repr(claim.name) for claim in claims[:8])} all match "
@@ -245,6 +236,20 @@ def sibling_bias(places: Places, name: str, path: str) -> str:
             "bias of zeros to the layer"
         )
     return bias
+
+
+def leaf_values(path: str, leaf: Any, why: str) -> np.ndarray:
+    """The values of a leaf that the checkpoint changes in part.
+
+    Raises:
+        CheckpointError: if the leaf is a shape without values.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
+        raise CheckpointError(
+            f"{why}, so the values of {path!r} are needed, got a "
+            f"{type(leaf).__name__}: give params with arrays."
+        )
+    return np.asarray(leaf)
 
 
 class Replaced:
@@ -329,28 +334,26 @@ class Replaced:
         }
 
 
-def add_bias(
-    replaced: Replaced, places: Places, site: Site, bias: np.ndarray, scale: float
-) -> None:
-    """Adds the bias of an adapter's B to the bias of its layer: `lora_bias`.
+def bias_site(places: Places, site: Site, size: int) -> Site:
+    """The site of the bias of a layer, beside the weight of an adapter: `lora_bias`.
+
+    Args:
+        places: the leaves.
+        site: of the adapter.
+        size: of the bias.
 
     Raises:
         CheckpointError: if the layer has no such bias.
     """
     path = sibling_bias(places, site.module, site.path)
     numbers = tuple(zip(site.fields, site.indices, strict=True))
-    claim = _read(places, f"{site.module}.bias", bias.shape, path, numbers)
+    claim = _read(places, f"{site.module}.bias", (size,), path, numbers)
     if not claim.readings:
         raise CheckpointError(
-            f"{site.module!r} has a bias of {bias.size} entries, and {path!r} has the "
+            f"{site.module!r} has a bias of {size} entries, and {path!r} has the "
             f"shape {places.shape(path)}: it is not the bias of that layer."
         )
-    own = claim.site(_one_reading(places, [claim]))
-    why = f"{site.module!r} has a bias of its own, which shifts the bias of the layer"
-    old = replaced.current(own, why)
-    wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
-    update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
-    replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
+    return claim.site(_one_reading(places, [claim]))
 
 
 def put_rows(

@@ -1,15 +1,16 @@
-"""The entries of a PEFT checkpoint: the module of each, and its kind."""
+"""Sorts the entries of a PEFT checkpoint by module, and finds the kind of each module."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.peft.names import name_ends
 
 PREFIX = "base_model.model."
 Kind = Literal["linear", "embedding", "convolution", "experts"]
-# What an adapter's entries are called here, by the ends of their names in a checkpoint.
-# Older versions of PEFT end magnitudes and embeddings with `.weight` too.
+# From the end of an entry's name in a checkpoint to its name here. Older versions of PEFT
+# add `.weight` to magnitudes and embeddings.
 SUFFIXES: dict[str, str] = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -26,14 +27,14 @@ _WRAPPED = ".base_layer"
 
 
 class Dims(NamedTuple):
-    """The sizes that a checkpoint gives the weight of a module."""
+    """The sizes of a module's weight, by the shapes of its factors."""
 
     n_in: int
     n_out: int
     kernel: tuple[int, ...] = ()
     """Of a convolution."""
     experts: int = 0
-    """How many there are; 0 if the weight is no stack of them."""
+    """The number of experts; 0 if the weight is not a stack of experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Module:
 
     Args:
         name: of the module in the model, without the prefix of the checkpoint.
-        kind: what the module is.
-        shapes: of the entries by what they are called here.
-        keys: the names of the entries in the checkpoint.
-        experts: how many the factors are of; 0 for none.
+        kind: of the module.
+        shapes: of the entries, by their names here.
+        keys: from these names to the names in the checkpoint.
+        experts: the number of experts in the factors; 0 for none.
     """
 
     name: str
@@ -68,14 +69,14 @@ class Module:
 
 
 class Entries(NamedTuple):
-    """What a checkpoint holds."""
+    """The entries of a checkpoint."""
 
     modules: dict[str, Module]
     """The adapters, by the name of the module."""
     tokens: dict[str, str]
-    """Rows of embeddings: the module, and the name of the entry."""
+    """Rows of embeddings: from the module to the name of the entry."""
     wholes: dict[str, str]
-    """What stands for an array of the model: the parameter, and the name of the entry."""
+    """Full arrays of the model: from the parameter to the name of the entry."""
 
 
 def sort_entries(where: str, shapes: Mapping[str, tuple[int, ...]]) -> Entries:
@@ -86,7 +87,7 @@ def sort_entries(where: str, shapes: Mapping[str, tuple[int, ...]]) -> Entries:
         shapes: of the entries by their names.
 
     Raises:
-        CheckpointError: if an entry is of no known kind, or its module lacks another one.
+        CheckpointError: if the kind of an entry is not known, or a module lacks an entry.
     """
     found: dict[str, dict[str, str]] = {}
     entries = Entries({}, {}, {})
@@ -103,24 +104,26 @@ def sort_entries(where: str, shapes: Mapping[str, tuple[int, ...]]) -> Entries:
         elif entry:
             own = found.setdefault(module, {})
             if entry in own:
-                raise CheckpointError(f"{where}: {own[entry]!r} and {key!r} are the same.")
+                raise CheckpointError(
+                    f"{where}: {own[entry]!r} and {key!r} are the same entry."
+                )
             own[entry] = key
         elif ".lora_" in name or "token_adapter" in name:
             raise CheckpointError(
-                f"{where}: the entry {key!r} is of no kind that is known: "
+                f"{where}: the kind of the entry {key!r} is not known: names must end in "
                 f"{', '.join(SUFFIXES)}."
             )
         else:
             other = entries.wholes.setdefault(without_wrapper(name), key)
             if other != key:
-                raise CheckpointError(f"{where}: {other!r} and {key!r} are the same.")
+                raise CheckpointError(f"{where}: {other!r} and {key!r} are the same array.")
     for module, keys in found.items():
         entries.modules[module] = _module(where, module, keys, shapes)
     return entries
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The module of an entry, and what it is called here; nothing if it is no adapter's."""
+    """The module of an entry, and its name here; empty if no adapter has it."""
     for suffix, entry in SUFFIXES.items():
         if name.endswith(suffix):
             return name.removesuffix(suffix), entry
@@ -130,7 +133,7 @@ def _split(name: str) -> tuple[str, str]:
 def _module(
     where: str, name: str, keys: dict[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Module:
-    """The adapter of a module whose entries are all there and fit each other."""
+    """The adapter of a module, if its entries are complete and fit each other."""
     embedding = "embedding_A" in keys or "embedding_B" in keys
     renamed = {entry.removeprefix("embedding_"): key for entry, key in keys.items()}
     pair = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
@@ -168,18 +171,18 @@ def _check_shapes(where: str, module: Module) -> None:
             )
     if "B_bias" in module.shapes and module.kind == "embedding":
         raise CheckpointError(
-            f"{where}: {module.keys['B_bias']!r} is the bias of an embedding, which PEFT "
-            "does not have."
+            f"{where}: {module.keys['B_bias']!r} is the bias of an embedding, and PEFT has "
+            "no such bias."
         )
 
 
 def without_wrapper(name: str) -> str:
-    """A name in the model, without the layers that PEFT puts around modules."""
+    """Removes the names of the layers that PEFT puts around modules."""
     return ".".join(word for word in name.split(".") if f".{word}" != _WRAPPED)
 
 
 def nesting(name: str) -> tuple[str, int]:
-    """The module that parameters are adapted of, and how deep the adapter lies in it."""
+    """The module of adapted parameters, and the depth of the adapter in it."""
     depth = 0
     while name.endswith(_WRAPPED):
         name, depth = name.removesuffix(_WRAPPED), depth + 1
@@ -187,10 +190,10 @@ def nesting(name: str) -> tuple[str, int]:
 
 
 class Parameters:
-    """The parameters that a config's `target_parameters` name, to look owners up in.
+    """Finds the parameters of `target_parameters` by their module.
 
     Args:
-        names: as the config has them.
+        names: the value of `target_parameters`.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -200,11 +203,26 @@ class Parameters:
             self._by_parent.setdefault(parent, []).append((place, last))
 
     def of(self, owner: str) -> list[str]:
-        """The names of those that a module has, in the order of the config."""
-        starts = [place + 1 for place, each in enumerate(owner) if each == "."]
-        ends = dict.fromkeys(["", *(owner[start:] for start in (0, *starts))])
+        """The names of a module's parameters, in the order of the config."""
+        ends = dict.fromkeys(["", *name_ends(owner)])
         found = sorted(pair for end in ends for pair in self._by_parent.get(end, ()))
         return [f"{owner}.{last}" if owner else last for _, last in found]
+
+
+def missing_parameters(parameters: tuple[str, ...], entries: Entries) -> Iterator[str]:
+    """Lists what `target_parameters` names and the file lacks."""
+    experts = [m for m in entries.modules.values() if m.kind == "experts"]
+    owners = [nesting(module.name)[0] for module in experts]
+    if parameters and not owners:
+        yield f"the config targets the parameter {parameters[0]!r}, and the file has none"
+    named = Parameters(parameters)
+    for owner in dict.fromkeys(owners):
+        names, count = named.of(owner), owners.count(owner)
+        if count != len(names):
+            yield (
+                f"the config targets {len(names)} parameters of {owner!r}, "
+                f"{', '.join(names)}, and the file has {count}"
+            )
 
 
 def as_experts(
@@ -218,11 +236,11 @@ def as_experts(
     Args:
         where: the name of the file, for messages.
         modules: the adapters of a checkpoint.
-        parameters: the names that the config has in `target_parameters`.
+        parameters: the value of `target_parameters`.
         rank_of: from the name of a parameter to its rank in the config.
 
     Returns:
-        The adapters, with the number of experts in those of parameters.
+        The adapters. Adapters of parameters have the number of experts.
 
     Raises:
         CheckpointError: if the ranks of the config do not divide those of the factors.
@@ -243,10 +261,10 @@ def as_experts(
 
 
 def _experts(where: str, modules: list[Module], ranks: set[int]) -> list[int]:
-    """How many experts there are in each of the parameters of one module.
+    """The number of experts in each of the parameters of one module.
 
-    A checkpoint says how deep a parameter lies, and not which one it is. Where their ranks
-    differ, they are stacks of as many experts.
+    A checkpoint has the depth of a parameter and not its name. If ranks differ, the
+    parameters must have the same number of experts.
     """
     rows = [module.shapes["A"][0] for module in modules]
     counts = [{n // rank for rank in ranks if not n % rank} for n in rows]
@@ -256,6 +274,6 @@ def _experts(where: str, modules: list[Module], ranks: set[int]) -> list[int]:
         if len(count) != 1:
             raise CheckpointError(
                 f"{where}: the factors of {module.name!r} have {n} rows, and the config "
-                f"has the ranks {sorted(ranks)}: these do not say of how many experts."
+                f"has the ranks {sorted(ranks)}: these do not give a number of experts."
             )
     return [next(iter(count)) for count in counts]

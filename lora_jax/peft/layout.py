@@ -12,7 +12,7 @@ from lora_jax.peft.keys import Dims, Kind
 
 Layout = Literal["jax", "torch"]
 LAYOUTS = ("jax", "torch")
-# Axes that a checkpoint has a module for each index of: layers, and layers with experts.
+# Axes with a module for each index: layers, and layers with experts.
 _MOST_STACKED = 2
 Index: TypeAlias = tuple[int, ...]
 SWAPPED = str.maketrans("io", "oi")
@@ -88,19 +88,15 @@ def readings(
     fan_in_fan_out: bool = False,
     count: int = 0,
 ) -> tuple[Reading, ...]:
-    """All ways to see a weight as that of a module.
+    """All ways to see a leaf as the weight of a module, by its shape.
 
     Args:
-        shape: of the weight.
+        shape: of the leaf.
         kind: of the module.
-        dims: the sizes that the module has.
+        dims: the sizes of the module's weight.
         layout: `"jax"` or `"torch"`.
-        fan_in_fan_out: what decides where a square torch weight may lie either way.
-        count: how many numbers of the module's name are indexes of the weight.
-
-    Returns:
-        The ways that differ in more than an axis of size 1. An index may be of any axis;
-        several are of the first axes, in any order, if that fits.
+        fan_in_fan_out: decides whether a square weight of PyTorch is `(in, out)`.
+        count: the number of indexes in the module's name; as in `stacked_readings`.
     """
     if count > _MOST_STACKED:
         return ()
@@ -139,7 +135,7 @@ def stacked_readings(
 
 
 def _essence(shape: tuple[int, ...], axes: str, stack: tuple[int, ...]) -> object:
-    """What two readings that see the same matrices have in common."""
+    """A key that is equal for readings that see the same matrices."""
     own = ((a, letter) for a, letter in enumerate(axes) if a not in stack)
     letters = tuple((a, letter) for a, letter in own if shape[a] > 1)
     return letters, tuple(axis if shape[axis] > 1 else None for axis in stack)
@@ -149,14 +145,14 @@ def _essence(shape: tuple[int, ...], axes: str, stack: tuple[int, ...]) -> objec
 def known_readings(
     shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, count: int
 ) -> tuple[Reading, ...]:
-    """The ways to see a weight as that of a module, if the letters of its axes are known.
+    """All ways to see a leaf as the weight of a module, if its axes are known.
 
     Args:
-        shape: of the weight.
+        shape: of the leaf.
         axes: one letter for each axis, as in `LoraConfig.axes`.
         kind: of the module.
-        dims: the sizes that the module has.
-        count: how many numbers of the module's name are indexes of the weight.
+        dims: the sizes of the module's weight.
+        count: the number of indexes in the module's name.
     """
     batch = [axis for axis, letter in enumerate(axes) if letter == "b"]
     found: dict[object, Reading] = {}
@@ -188,7 +184,7 @@ def _sizes_fit(
 def _kernel_fits(
     shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, stack: tuple[int, ...]
 ) -> bool:
-    """Whether the kernel of a convolution lies as its factors are turned to."""
+    """Whether the axes of a convolution's kernel have the order of a supported layout."""
     if kind != "convolution":
         return True
     own = [(n, axes[a]) for a, n in enumerate(shape) if a not in stack]
@@ -201,7 +197,7 @@ def _kernel_fits(
 def _unstacked(
     shape: tuple[int, ...], kind: Kind, dims: Dims, layout: Layout, fan_in_fan_out: bool
 ) -> list[str]:
-    """The letters that the weight of one module may have."""
+    """The letters that the axes of one module's weight may have."""
     if kind == "convolution":
         return _only(_convolution(shape, dims, layout))
     if kind == "experts":
@@ -217,7 +213,7 @@ def _unstacked(
 def turned_readings(
     shape: tuple[int, ...], kind: Kind, dims: Dims, count: int
 ) -> tuple[Reading, ...]:
-    """The readings of a weight that lies the other way than `layout="jax"` says."""
+    """The readings of a leaf that has not the layout `"jax"` but is turned."""
     if kind == "linear":
         other = Dims(dims.n_out, dims.n_in)
         found = readings(shape, "linear", other, "jax", count=count)
@@ -235,7 +231,7 @@ def _only(letters: str | None) -> list[str]:
 
 
 def _in_out(shape: tuple[int, ...], dims: Dims) -> str | None:
-    """Some axes in, the others out: `(in, out)`, `(d, heads, k)`, `(heads, k, d)`."""
+    """Inputs and then outputs: `(in, out)`, `(d, heads, k)`, `(heads, k, d)`."""
     for split in range(1, len(shape)):
         if math.prod(shape[:split]) == dims.n_in and math.prod(shape[split:]) == dims.n_out:
             return "i" * split + "o" * (len(shape) - split)
@@ -247,7 +243,7 @@ def _out_in(shape: tuple[int, ...], dims: Dims) -> str | None:
 
 
 def _convolution(shape: tuple[int, ...], dims: Dims, layout: Layout) -> str | None:
-    """`(*kernel, in, out)` in JAX, `(out, in, *kernel)` in torch."""
+    """`(*kernel, in, out)` in JAX, `(out, in, *kernel)` in PyTorch."""
     inner = "i" * (len(dims.kernel) + 1)
     if layout == "jax":
         return inner + "o" if shape == (*dims.kernel, dims.n_in, dims.n_out) else None
@@ -255,10 +251,10 @@ def _convolution(shape: tuple[int, ...], dims: Dims, layout: Layout) -> str | No
 
 
 def _experts(shape: tuple[int, ...], dims: Dims, layout: Layout) -> list[str]:
-    """`(experts, in, out)`, or `(experts, out, in)` in torch; one expert may have no axis.
+    """`(experts, in, out)`, or also `(experts, out, in)` in PyTorch.
 
-    PEFT takes `(experts, out, in)` unless the module says that it is transposed, which a
-    checkpoint does not.
+    A single expert may have no axis. In PyTorch a flag of the module decides, and a
+    checkpoint does not contain this flag.
     """
     if dims.experts == 1 and len(shape) == 2:
         return [letters[1:] for letters in _experts((1, *shape), dims, layout)]
@@ -291,7 +287,7 @@ def size_of(shape: tuple[int, ...]) -> int:
 
 
 def take_layer(weight: np.ndarray, stack: Index, index: Index) -> np.ndarray:
-    """One of the weights that are stacked along some axes."""
+    """One of the arrays that are stacked along some axes."""
     return first_axes(weight, stack)[index]
 
 
@@ -325,13 +321,32 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(first.view(np.uint8), second.view(np.uint8))
 
 
+def shared_readings(
+    shape: tuple[int, ...], options: list[tuple[Reading, ...]], indices: list[Index]
+) -> list[Reading]:
+    """The ways to see a leaf that fit all of its modules.
+
+    Args:
+        shape: of the leaf.
+        options: of each module, the ways to see the leaf.
+        indices: of each module, its index; all of one length.
+    """
+    most = [max(column) for column in zip(*indices, strict=True)]
+    distinct = dict.fromkeys(options)
+    fitting = (each for each in options[0] if has_room(shape, each.stack, most))
+    return [each for each in fitting if all(each in other for other in distinct)]
+
+
 def has_room(shape: tuple[int, ...], stack: Index, indices: Iterable[int]) -> bool:
-    """Whether the stacked axes of a weight are as long as indexes need."""
+    """Whether the axes of a stack are long enough for indexes."""
     return all(n < shape[axis] for n, axis in zip(indices, stack, strict=True))
 
 
 def common_dtype(*dtypes: np.dtype) -> np.dtype:
-    """The dtype that holds the values of all; NumPy has none for the two of 16 bits."""
+    """The dtype that holds the values of all dtypes.
+
+    NumPy does not have it for float16 and bfloat16.
+    """
     if len({dtype for dtype in dtypes if dtype.itemsize == 2}) > 1:
         dtypes = (*(d for d in dtypes if d.itemsize != 2), np.dtype(np.float32))
     return np.result_type(*dtypes)

@@ -1,14 +1,10 @@
-"""The leaves of some params, and what a function or a plan says of their axes."""
+"""The leaves of params to search, and the axes that a function or a plan shows."""
 
 import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-from jax.core import Tracer
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
@@ -32,46 +28,32 @@ from lora_jax.plan import axis_roles, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Use
 from lora_jax.transform import discovery
 
-# Problems after these are counted, and not shown.
+# Further problems are counted and not shown.
 _SHOWN = 10
-# Leaves that are called so lie (in, out) in all frameworks that call them so.
+# Leaves with these names lie (in, out) in every framework that has such names.
 _IN_OUT = ("kernel", "w", "embedding", "embeddings")
 _STACKED = ("batch", "stacked")
 
 
-def leaf_values(path: str, leaf: Any, why: str) -> np.ndarray:
-    """The values of a leaf that an entry of the checkpoint only changes.
-
-    Raises:
-        CheckpointError: if it is a mere shape.
-    """
-    if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-        raise CheckpointError(
-            f"{why}, so the values of {path!r} are needed, got a "
-            f"{type(leaf).__name__}: give params with arrays."
-        )
-    return np.asarray(leaf)
-
-
 class Problems:
-    """What does not fit, all of it, to be raised or reported at the end."""
+    """Collects the errors of what does not fit, and raises or warns at the end."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Takes note of the error that ends the block."""
+        """Catches the error that ends the block."""
         try:
             yield
         except CheckpointError as error:
             self.lines.append(str(error))
 
     def settle(self, where: str, strict: bool) -> None:
-        """Raises or warns, if there are any.
+        """Raises one error with all problems, or warns of them.
 
         Raises:
-            CheckpointError: with all of them, if it is strict.
+            CheckpointError: if there are problems, and `strict` is true.
         """
         if not self.lines:
             return
@@ -84,24 +66,24 @@ class Problems:
 
 
 class Known(NamedTuple):
-    """What is known of the leaves, by path; all of it empty if there is nothing."""
+    """The known axes and uses of leaves, by path."""
 
     axes: Mapping[str, str] = {}
     """A letter for each axis: `i`, `o` or `b` as in `LoraConfig.axes`; `-` if it is `i` or
     `o`; `?` if it may be any."""
     uses: Mapping[str, tuple[Use, ...]] = {}
     source: str = ""
-    """What says so, for messages: the function, or the plan."""
+    """Where this is known from, for messages: the function, or the plan."""
 
     def looked_up(self, path: str) -> bool | None:
-        """Whether rows of a leaf are looked up; None if its uses are not known."""
+        """Whether rows of a leaf are gathered; None if its uses are not known."""
         uses, axes = self.uses.get(path), self.axes.get(path, "")
         if not uses:
             return None
         return any(axes[a] == "i" for use in uses if _is_look_up(use) for a in _inputs(use))
 
     def tie(self, path: str) -> tuple[Use, Use] | None:
-        """Two uses that have in and out the other way round, as a tied head does."""
+        """Two uses with inputs and outputs swapped, as of a tied head; None if none."""
         uses = self.uses.get(path, ())
         for use in uses:
             for other in uses:
@@ -111,16 +93,16 @@ class Known(NamedTuple):
 
 
 class Places:
-    """The leaves of some params, to look for places in.
+    """Searches the leaves of params by names of modules.
 
     Args:
         leaves: by path.
-        names: what the caller gave.
-        layout: of the leaves; None if the caller did not say.
-        known: of the axes of the leaves.
+        names: as in `lora_jax.peft.load`, and so is `layout`.
+        layout: of the leaves; None if the caller did not give it.
+        known: the known axes of the leaves.
 
     Raises:
-        TypeError, ValueError: if an argument is none that it may be.
+        TypeError, ValueError: if `names` or `layout` is not valid.
     """
 
     def __init__(
@@ -148,9 +130,9 @@ class Places:
         self.shown: set[str] = set()
         """The families of leaves whose shapes show that they lie (in, out)."""
         self.claimed: set[str] = set()
-        """The leaves that are the weights of modules, whether or not it is clear how."""
+        """The leaves that are weights of modules, even if their axes are not clear."""
         self.unplaced: list[str] = []
-        """The names for which there is no place."""
+        """The names of modules without a leaf."""
 
     @functools.cached_property
     def _biases(self) -> dict[tuple[str, ...], str]:
@@ -167,10 +149,10 @@ class Places:
         return by_mask(self.leaves, all_of_them=True)
 
     def given(self, name: str) -> Given | None:
-        """What the caller says about a module.
+        """The leaf that the caller gave a module.
 
         Raises:
-            CheckpointError: if the path is not there.
+            CheckpointError: if the params lack it.
         """
         found = self._find_given(name)
         if found is None:
@@ -186,7 +168,7 @@ class Places:
         return given
 
     def _find_given(self, name: str) -> tuple[str, Given] | None:
-        """The key of `names` for a module, and what it has."""
+        """The key of `names` for a module, and its value."""
         names = self._names
         if names is None:
             return None
@@ -205,12 +187,12 @@ class Places:
         return None
 
     def gives_axes(self, name: str) -> bool:
-        """Whether the caller says what the axes of a module's weight are."""
+        """Whether the caller gave the axes of a module's weight."""
         found = self._find_given(name)
         return found is not None and found[1].axes is not None
 
     def unused_names(self) -> list[str]:
-        """What is in `names`, and neither in the checkpoint nor in the params."""
+        """The errors of entries of `names` that match nothing."""
         given = self._names if isinstance(self._names, Mapping) else {}
         paths = {name: parse_given(name, value).path for name, value in given.items()}
         taken = {path for name, path in paths.items() if name in self._used}
@@ -220,7 +202,7 @@ class Places:
                 continue
             there = self._has(path)
             if there and path not in taken:
-                continue  # for another checkpoint, which adapts that weight
+                continue  # another checkpoint may adapt that weight
             hint = "" if there else self.hint(path)
             leaf = "" if there else f", nor such a leaf in the params{hint}"
             turned = " They go from modules to paths." if self._has(name) else ""
@@ -231,16 +213,16 @@ class Places:
         return lines
 
     def lies_in_out(self, path: str) -> bool:
-        """Whether the names or the shapes of leaves show that one lies `(in, out)`."""
+        """Whether the names or the shapes of leaves show that a leaf is `(in, out)`."""
         return leaf_word(path) in _IN_OUT or self.family(path) in self.shown
 
     def family(self, path: str) -> str:
-        """Leaves of one family lie alike: those called weight, or all others."""
+        """The leaves that have the same layout: the leaves called weight, or all others."""
         word = leaf_word(path)
         return word if word == WEIGHT else ""
 
     def hint(self, path: str) -> str:
-        """The end of a message about a path; empty for messages that are not shown."""
+        """The nearest path, for messages; empty for messages that are not shown."""
         self._hints += 1
         return tree_paths.nearest_hint(path, self.leaves) if self._hints <= _SHOWN else ""
 
@@ -256,11 +238,11 @@ class Places:
         return search_paths(words, leaves, self._index)
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """The shape of a leaf; `()` of one that is no array."""
+        """The shape of a leaf; `()` if it is not an array."""
         return tuple(getattr(self.leaves[path], "shape", ()))
 
     def not_found(self, name: str, near: Iterable[Found], fits: str) -> CheckpointError:
-        """The error about a name for which there is no place."""
+        """The error for a module without a leaf that fits."""
         self.unplaced.append(name)
         listed = [f"{path!r} {self.shape(path)}{self.axes_of(path)}" for path, _ in near]
         if listed:
@@ -269,8 +251,8 @@ class Places:
             hint = self.hint(name.replace(".", "/")).removeprefix("; ")
         for path, indices in near:
             shape = self.shape(path)
-            if len(indices) > len(shape) or any(
-                sum(own < n for n in shape) < 1 for own in indices
+            if len(indices) > len(shape) or max(indices, default=-1) >= max(
+                shape, default=0
             ):
                 index = ", ".join(map(str, indices))
                 hint += f", a stack without the index [{index}]"
@@ -278,12 +260,12 @@ class Places:
         return CheckpointError(
             f"no leaf of the params fits {name!r}, which needs {fits} in "
             f"layout={self.layout!r}; {hint}. Give names={{{name!r}: path}}, or the "
-            f"function (fn, *args), or layout={other!r} if weights lie the other way, or "
+            f"function (fn, *args), or layout={other!r} if weights have that layout, or "
             "the right params."
         )
 
     def axes_of(self, path: str) -> str:
-        """What is known of the axes of a leaf, for messages."""
+        """The known axes of a leaf, for messages."""
         known = self.known.axes.get(path)
         return f" with the axes {known!r} in {self.known.source}" if known else ""
 
@@ -294,31 +276,31 @@ def find_known(
     args: tuple[Any, ...],
     plan: AdapterPlan | None,
 ) -> Known:
-    """What the arguments of `load` say of the axes.
+    """The axes that the arguments of `load` show.
 
     Args:
         params: of the model.
-        fn: is traced as `fn(params, *args)`; None if there is none.
+        fn: traced as `fn(params, *args)`, if it is given.
         args: of `fn`.
-        plan: of the params; None if there is none.
+        plan: of the params, if it is given.
 
     Raises:
-        KeyError, TypeError, ValueError: if an argument is none that it may be.
+        KeyError, TypeError, ValueError: if an argument is not valid.
     """
     if fn is None and args:
         raise TypeError(
-            "there are arguments and no function: the order is load(directory, params, fn, "
+            "got arguments and no function: the order is load(directory, params, fn, "
             "*args), where fn(params, *args) applies the model."
         )
     if fn is not None and not callable(fn):
         raise TypeError(
             f"fn must be a function, got {type(fn).__name__}: the order is load(directory, "
-            "params, fn, *args), and all else is given by name."
+            "params, fn, *args), and all other arguments are keywords."
         )
     if plan is not None and not isinstance(plan, AdapterPlan):
         raise TypeError(f"plan must be an AdapterPlan, got {type(plan).__name__}.")
     if fn is not None and plan is not None:
-        raise TypeError("both fn and plan say what the axes are: give one of them.")
+        raise TypeError("both fn and plan show the axes: give one of them.")
     leaves = tree_paths.leaf_paths(params)
     if plan is not None:
         plan_checks.check_params(leaves, plan)
@@ -369,7 +351,7 @@ def _letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str:
 
 
 def _letter(roles: set[str]) -> str:
-    """The letter of an axis of a weight that is in no matrix product."""
+    """The letter of an axis of a leaf that is in no matrix product."""
     if not roles:
         return "?"
     if roles <= set(_STACKED):
@@ -395,7 +377,7 @@ def _outputs(use: Use) -> set[int]:
 
 
 def agrees(axes: str, pattern: str) -> bool:
-    """Whether the letters of axes are those that are known, as far as they are."""
+    """Whether letters of axes agree with a pattern of known letters."""
     return len(axes) == len(pattern) and all(
         known in ("?", own) or (known == "-" and own in "io")
         for own, known in zip(axes, pattern, strict=True)

@@ -73,16 +73,10 @@ class Placement(NamedTuple):
             # Fields are named as in the module's name, so that `names` can be the table.
             numbers = lacking_fields(site.name, site.path)
             same = tuple(number for _, number in numbers) == site.indices
-            rows[site.name] = Row(
-                module=site.name,
-                path=site.path,
-                indices=site.indices,
-                shape=self.places.shape(site.path),
-                axes=site.axes,
-                given=given or site.stack != tuple(sorted(site.stack)),
-                stack=site.stack,
-                fields=tuple(field for field, _ in numbers) if same else site.fields,
-            )
+            if same:
+                site = site._replace(fields=tuple(field for field, _ in numbers))
+            given |= site.stack != tuple(sorted(site.stack))
+            rows[site.name] = Row(site, self.places.shape(site.path), given)
         return NameTable.of(rows)
 
 
@@ -224,71 +218,70 @@ def load(
     dtype: FileDtype = None,
     allow_fields: Collection[str] = (),
 ) -> Loaded:
-    """Reads an adapter that PEFT saved, for some params.
+    """Loads an adapter that PEFT saved, for some params.
 
-    PEFT names modules, `model.layers.0.self_attn.q_proj`, and a tree has paths. The weight
-    of a module is the leaf whose path has the longest common end with its name, and the
-    numbers in both have to be the same. Where layers or experts are stacked in one array,
-    each module is one index of it: smaller ranks are filled up with zeros, and `B` takes
-    up other scales. Heads may be axes of their own, `(d, heads, k)`. The table of names and
-    paths goes to the logger `lora_jax.peft` at the level INFO before anything is read, and
-    `match_names` returns it.
+    PEFT has names of modules, such as `model.layers.0.self_attn.q_proj`, and a tree has
+    paths. The weight of a module is the leaf whose path has the longest common end with the
+    name. Both must contain the same numbers. Where layers or experts are stacked in one
+    array, each module is one index of the array. Smaller ranks are then padded with zeros,
+    and other scales are multiplied into `B`. Heads may have their own axis, `(d, heads,
+    k)`. The table of names and paths goes to the logger `lora_jax.peft` at the level INFO,
+    and `match_names` returns it.
 
-    The function shows what each axis of a weight is, as it does in `plan_adapters`. Without
-    it the shapes have to show that: a weight whose shape can be read in two ways is an
+    The function shows the role of each axis of a weight, as in `plan_adapters`. Without a
+    function the shapes have to show the roles. A shape that fits two readings raises an
     error, which prints both.
 
     Args:
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
         params: a pytree of arrays; `jax.ShapeDtypeStruct`s where no values are needed.
-        fn: is traced as `fn(params, *args)`, which computes nothing. Give keyword
-            arguments of the function with `functools.partial`.
+        fn: traced as `fn(params, *args)`; nothing is computed. Give keyword arguments of
+            the function with `functools.partial`.
         args: further arguments of `fn`, which may be `jax.ShapeDtypeStruct`s.
-        plan: of these params, in place of the function: what `plan_adapters` returned.
-        names: the paths that are not to be searched for: a dict from the names of modules
-            to paths, or a function. A name may be a template,
-            `"model.layers.{}.mlp.up"`, whose numbers fill the `{}` of the path and then
-            are indexes of the weight. In place of a path, `(path, axes)` gives the letters
-            of its axes, as `LoraConfig.axes` does. Numbers may have names, which also say
-            which axis is the index of what: `"layers.{layer}.experts.{expert}.up":
-            ("experts/up", "{expert}{layer}io")`.
-        layout: how weights lie that the function does not use: `"jax"`, matrices `(in,
-            out)` and kernels `(*kernel, in, out)`; or `"torch"`, `(out, in)` and `(out, in,
-            *kernel)`, where matrices that lie `(in, out)` are recognized, square ones by
-            the checkpoint's `fan_in_fan_out`. None is `"jax"`, but for square weights that
-            may lie either way: those are an error.
-        on_tied: what to do if the file has an adapter, or a trained array, of the
-            embedding or of the output head, and one leaf is both (tied), or may be: raise
-            an error (`"error"`), or let it act on both (`"allow"`). The function shows
-            which leaves are tied.
-        strict: whether entries without a place, and weights without entries, are errors.
-            Otherwise they are left out, and named in a warning.
-        dtype: of the adapters, magnitudes too. None for float32, or float64 where the file
-            has that: training goes on in it, and in 16 bits small steps would be lost.
-            `"file"` for the dtypes that the file has.
-        allow_fields: names of fields of the config that are not supported, or not known
-            because a newer version of PEFT wrote them, and are ignored nevertheless. Those
-            that are in use go to the logger `lora_jax.peft` at the level INFO.
+        plan: the plan that `plan_adapters` returned for these params, in place of `fn`.
+        names: the paths of modules that are not found by their names: a dict from names to
+            paths, or a function. A name may be a template, `"model.layers.{}.mlp.up"`. Its
+            numbers fill the `{}` of the path, and the other numbers are indexes of the
+            weight. In place of a path, `(path, axes)` gives the letters of the axes, as in
+            `LoraConfig.axes`. Numbers may have names, which show the axis of each index:
+            `"layers.{layer}.experts.{expert}.up": ("experts/up", "{expert}{layer}io")`.
+        layout: of weights that the function does not use. `"jax"`: matrices `(in, out)` and
+            kernels `(*kernel, in, out)`. `"torch"`: `(out, in)` and `(out, in, *kernel)`;
+            matrices `(in, out)` are recognized by their shape, and square ones by the
+            checkpoint's `fan_in_fan_out`. None: `"jax"`, and an error for square weights
+            that may have either layout.
+        on_tied: what to do if the file has an adapter or a trained array of the embedding
+            or the output head, and one leaf is both (tied) or may be both: raise an error
+            (`"error"`), or let it act on both (`"allow"`). The function shows which leaves
+            are tied.
+        strict: whether entries without a leaf, and target weights without entries, raise an
+            error. Otherwise they are left out, with a warning.
+        dtype: of the adapters, including magnitudes. None for float32, or float64 where the
+            file has float64: training continues in this dtype, and 16 bits would lose small
+            steps. `"file"` for the dtypes of the file.
+        allow_fields: names of fields of the config to ignore, although they are not
+            supported or not known. Such fields go to the logger `lora_jax.peft` at the
+            level INFO if they are in use.
 
     Returns:
-        The adapters; their plan; and `replaced`, what the checkpoint holds whole (saved
-        modules, biases, embeddings with trained rows, bases that PiSSA or OLoRA left) by
-        path, in the layout of the params. `replace_leaves` puts that into the params,
-        before they are used or merged. Leaves of `replaced` have the dtype of the adapters
-        too, but at least float32, unless `dtype` is `"file"`; those that only change a leaf
-        of the params (rows, a base, the bias of `lora_bias`) have its dtype.
+        The adapters; their plan; and `replaced`, the full (not low-rank) leaves by path, in
+        the layout of the params: saved modules, biases, embeddings with trained rows, bases
+        that PiSSA or OLoRA changed. `replace_leaves` puts them into the params, before
+        these are used or merged. Leaves of `replaced` have the dtype of the adapters, but
+        at least float32, unless `dtype` is `"file"`. Leaves that the checkpoint changes in
+        part (rows, a base, the bias of `lora_bias`) keep the dtype of the params.
 
     Raises:
-        CheckpointError: if a file is not whole or no PEFT adapter; if it uses what is not
-            supported; if an entry has no place in the params, or more than one, or two
-            entries that differ have one; if shapes do not show how a weight lies; if the
-            config targets a weight that the file lacks; if values are needed and there
-            are shapes only; if `dtype` does not hold a value; if one of the two files is
-            that of another adapter. The message names the file and the entry.
+        CheckpointError: if a file is incomplete or not a PEFT adapter; if the adapter needs
+            what is not supported; if an entry matches no leaf or several, or two entries
+            that differ match one; if shapes do not show the axes of a weight; if the config
+            targets a weight that the file lacks; if values are needed and there are only
+            shapes; if a value is out of the range of `dtype`; if the two files are from two
+            adapters. The message names the file and the entry.
         FileNotFoundError: if there is no such file.
-        KeyError: if the plan is of other params.
+        KeyError: if the plan is for other params.
         ModuleNotFoundError: if the package safetensors is not installed.
-        TypeError, ValueError: if an argument is none that it may be.
+        TypeError, ValueError: if an argument is not valid.
 
     References:
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
@@ -326,9 +319,8 @@ def match_names(
 
     Returns:
         An immutable dict from the names of modules to paths, which `load` and `save` take
-        as `names`. `print` shows a table with the shapes and axes of the weights; where
-        several numbers of a name are indexes, the axes say which is the index of what:
-        `{experts}{layers}io`.
+        as `names`. `print` shows a table with the shapes and axes of the weights. Where
+        several numbers of a name are indexes, the axes name them: `{experts}{layers}io`.
 
     Raises:
         CheckpointError, FileNotFoundError, KeyError, ModuleNotFoundError, TypeError,
@@ -348,19 +340,18 @@ def match_names(
 def replace_leaves(
     params: tree_paths.Tree, replaced: Mapping[str, jax.Array]
 ) -> tree_paths.Tree:
-    """Puts leaves that a checkpoint holds whole into params.
+    """Replaces leaves of params by the full leaves of a checkpoint.
 
     Args:
         params: a pytree.
         replaced: path to array, as `load` returns it.
 
     Returns:
-        A tree like `params`. The leaves of `replaced` have the dtypes of those whose place
-        they take; all others are those of `params`.
+        A tree like `params`. New leaves have the dtypes of the leaves that they replace.
 
     Raises:
         KeyError: if params have no leaf at a path.
-        ValueError: if a shape is another.
+        ValueError: if a shape differs.
     """
     leaves, treedef = tree_paths.flatten(params)
     for path, array in replaced.items():

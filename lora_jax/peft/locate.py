@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
@@ -16,6 +16,7 @@ from lora_jax.peft.layout import (
     has_room,
     known_readings,
     readings,
+    shared_readings,
     turned_readings,
 )
 from lora_jax.peft.leaves import Places, Problems, agrees
@@ -107,20 +108,6 @@ def only(name: str, claims: list[Claim], not_found: Callable[[], CheckpointError
             f"names={{{name!r}: path}}."
         )
     return claims[0]
-
-
-def shared_readings(
-    shape: tuple[int, ...], claims: Sequence[Claim]
-) -> tuple[list[Reading], list[Reading]]:
-    """The ways to see a leaf that fit all claims to it, and those if the leaf is turned."""
-    most = [max(column) for column in zip(*(c.indices for c in claims), strict=True)]
-
-    def shared(options: list[tuple[Reading, ...]]) -> list[Reading]:
-        distinct = dict.fromkeys(options)
-        fitting = (each for each in options[0] if has_room(shape, each.stack, most))
-        return [each for each in fitting if all(each in other for other in distinct)]
-
-    return shared([c.readings for c in claims]), shared([c.turned for c in claims])
 
 
 def find_sites(
@@ -215,7 +202,9 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
         CheckpointError: if there is none, or several.
     """
     first, shape = claims[0], places.shape(claims[0].path)
-    found, turned = shared_readings(shape, claims)
+    indices = [claim.indices for claim in claims]
+    found = shared_readings(shape, [claim.readings for claim in claims], indices)
+    turned = shared_readings(shape, [claim.turned for claim in claims], indices)
     if not found:
         last = max(claims, key=lambda claim: claim.indices)
         raise CheckpointError(
@@ -359,7 +348,8 @@ def _find_parameters(
     ]
     for module, claims in zip(modules, options, strict=True):
         if not claims:
-            near = [each for name in names for each in _search_parameter(places, name)]
+            words = [split_path(name).words for name in names]
+            near = [each for own in words for each in places.search(own, _WEIGHTS)]
             raise _not_found(places, module, near)
     ways = [
         way
@@ -387,16 +377,12 @@ def _parameter_claims(places: Places, module: Module, names: list[str]) -> list[
     for name in names:
         given = places.given(name)
         if given is None:
-            found = _search_parameter(places, name)
+            found = places.search(split_path(name).words, _WEIGHTS)
             claims += fitting(name, found, _reader(places, module, name))
         else:
             with contextlib.suppress(CheckpointError):  # the leaf of another adapter
                 claims.append(_find_given(places, module, given, name))
     return claims
-
-
-def _search_parameter(places: Places, name: str) -> list[Found]:
-    return places.search(split_path(name).words, _WEIGHTS)
 
 
 def _not_found(

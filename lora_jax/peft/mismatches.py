@@ -13,14 +13,7 @@ import numpy as np
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig, saved_in
-from lora_jax.peft.keys import (
-    Entries,
-    Kind,
-    Module,
-    Parameters,
-    nesting,
-    without_wrapper,
-)
+from lora_jax.peft.keys import Entries, Kind, Module, missing_parameters, without_wrapper
 from lora_jax.peft.layout import Site, same_bits
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.names import (
@@ -201,19 +194,7 @@ def _missing_full(
             yield f"the config's modules_to_save has {name!r}, and the file lacks it"
     if config.trainable_token_indices and not entries.tokens:
         yield "the config has trainable_token_indices, and the file has no rows of tokens"
-    parameters = config.target_parameters or ()
-    experts = [m for m in entries.modules.values() if m.kind == "experts"]
-    owners = [nesting(module.name)[0] for module in experts]
-    if parameters and not owners:
-        yield f"the config targets the parameter {parameters[0]!r}, and the file has none"
-    named = Parameters(parameters)
-    for owner in dict.fromkeys(owners):
-        names, count = named.of(owner), owners.count(owner)
-        if count != len(names):
-            yield (
-                f"the config targets {len(names)} parameters of {owner!r}, "
-                f"{', '.join(names)}, and the file has {count}"
-            )
+    yield from missing_parameters(config.target_parameters or (), entries)
     biased = any(name.endswith(f".{BIAS}") for name in entries.wholes)
     layers = [site.name for site in sites if places.bias_of(site.path)]
     if config.bias != "none" and not biased and layers:
@@ -369,15 +350,10 @@ def _tied(
     embedding: bool,
     config: PeftConfig,
 ) -> Iterator[str]:
-    """The error of what a checkpoint has for a module, if one leaf is two modules.
+    """The error of what a checkpoint has for a module, if its leaf is or may be tied.
 
-    Args:
-        places: the leaves.
-        module: the name of the module.
-        path: of the leaf.
-        side: of a tie, that the module may be.
-        embedding: whether the checkpoint sees it as an embedding.
-        config: of the checkpoint.
+    `side` is the side of a tie that the module may be. `embedding` is whether the
+    checkpoint uses it as an embedding.
     """
     tie = places.known.tie(path)
     advice = (

@@ -324,22 +324,25 @@ def _check_fields(name: str, path: str) -> None:
 class Row(NamedTuple):
     """A module and its weight."""
 
-    module: str
-    path: str
-    indices: tuple[int, ...]
+    site: Site
     shape: tuple[int, ...]
-    axes: str
     given: bool = False
     """Whether more than the shape showed the axes."""
-    stack: tuple[int, ...] = ()
-    """The axis of each index."""
-    fields: tuple[str, ...] = ()
-    """The field of each index."""
+
+    @property
+    def module(self) -> str:
+        """The name of the module in the model."""
+        return self.site.name
+
+    @property
+    def path(self) -> str:
+        """The path of the weight."""
+        return self.site.path
 
     @property
     def letters(self) -> str:
         """The letters of the axes, with fields if several axes have an index."""
-        return Reading(self.axes, self.stack).fields(self.fields)
+        return Reading(self.site.axes, self.site.stack).fields(self.site.fields)
 
 
 class NameTable(FrozenDict[str, str | tuple[str, str]]):
@@ -370,6 +373,6 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
 def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:
     yield "module", "path", "shape", "axes"
     for row in rows:
-        pairs = sorted(zip(row.stack, row.indices, strict=True))
+        pairs = sorted(zip(row.site.stack, row.site.indices, strict=True))
         index = f"[{', '.join(str(index) for _, index in pairs)}]" if pairs else ""
         yield row.module, row.path + index, str(row.shape), row.letters

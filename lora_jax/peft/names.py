@@ -1,9 +1,8 @@
-"""Names of modules compared with the paths of weights.
+"""Compares names of modules with paths of leaves.
 
-The names of a checkpoint and the paths of a tree are compared word by word from their
-ends, `model.layers.0.self_attn.q_proj` with `decoder/layers_0/self_attn/q_proj/kernel`.
-The numbers in both have to be the same, but for those of modules whose weights are stacked
-in one array.
+The words of a name and of a path are compared from the last one:
+`model.layers.0.self_attn.q_proj` with `decoder/layers_0/self_attn/q_proj/kernel`. Both must
+contain the same numbers. Only the number of a module in a stacked array is not in the path.
 """
 
 import functools
@@ -12,17 +11,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
-# What modules are called whose weights are (entries, width) in every framework.
+# Names of modules whose weights are (entries, width) in every framework.
 _EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
 _CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
-# What embeddings of tokens and output heads are called.
+# Names of embeddings of tokens and of output heads.
 EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
 )
 HEADS = frozenset({"lm_head", "embed_out"})
 WEIGHT = "weight"
 BIAS = "bias"
-# What the leaves of layers are called.
+# The names of weights and biases in different frameworks.
 _LEAVES = {
     "weight": WEIGHT,
     "kernel": WEIGHT,
@@ -38,8 +37,8 @@ _COLLECTION = "params"
 _NUMBERED = re.compile(r"(.*[^_\d])_?(\d+)")
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)?\}")
 _MASKED = re.compile(r"\d+|\{(?:[A-Za-z_]\w*)?\}")
-# Words that say which of two things a name is of, and parts of words that do; of these the
-# first counts.
+# Words that tell towers and blocks apart, and parts of words. The first part that is found
+# decides.
 _SIDES = (
     {"encoder": ("encoder",), "decoder": ("decoder",)},
     {
@@ -53,50 +52,50 @@ _PARTS = {
     "self": ("attn", "attention"),
 }
 PathIndex: TypeAlias = dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]]
-"""Paths by what the leaf is called, the numbers in them, and each end of their words."""
+"""Paths by the word of the leaf, the numbers in them, and each end of their words."""
 Numbers: TypeAlias = tuple[tuple[str, int], ...]
-"""Numbers of a module's name, each with the name of its field."""
+"""Numbers of a module's name, each with its field."""
 
 
 def last_word(name: str) -> str:
-    """What a module or the module of a leaf is called."""
+    """The last word of a module's name that is not a number."""
     words = [word for word in split_path(name).words if not word.isdecimal()]
     return words[-1] if words else ""
 
 
 def is_embedding(name: str, path: str = "") -> bool:
-    """Whether a module is an embedding, by what it or its leaf is called."""
+    """Whether a module is an embedding, by its name or the path of its leaf."""
     last = [word for word in name.split(".") if not word.isdecimal()][-1:]
     words = path.replace(".", "/").split("/")[-2:]
-    if "kernel" in words:  # of a matrix, such as an output head that is called embed_out
+    if "kernel" in words:  # a matrix, such as an output head called embed_out
         return False
     return any(map(_EMBEDDING.search, last)) or "embedding" in words
 
 
 def is_convolution(name: str) -> bool:
-    """Whether a module is a convolution, by what it is called."""
+    """Whether a module is a convolution, by its name."""
     last = [word for word in name.split(".") if not word.isdecimal()][-1:]
     return any(map(_CONVOLUTION.search, last))
 
 
 class Words(NamedTuple):
-    """A name as words, with numbers apart, and what the leaf is."""
+    """The words of a path, and whether the leaf is `WEIGHT`, `BIAS` or neither (empty)."""
 
     words: tuple[str, ...]
     leaf: str = ""
 
 
 class Found(NamedTuple):
-    """A path for a name."""
+    """A path that matches a name."""
 
     path: str
     indices: tuple[int, ...]
-    """Where in the stacked axes of the leaf, if there are any."""
+    """The numbers of the name that are not in the path: indexes on stacked axes."""
 
 
 @functools.lru_cache(maxsize=2**17)
 def split_path(path: str, *, numbers_apart: bool = True) -> Words:
-    """The words of the path of a leaf, without what the leaf itself is called.
+    """Splits the path of a leaf into words, without the word of the leaf.
 
     Args:
         path: with `/` or `.` between the words.
@@ -114,14 +113,20 @@ def split_path(path: str, *, numbers_apart: bool = True) -> Words:
 
 
 def leaf_word(path: str) -> str:
-    """What the leaf at a path is called."""
+    """The last word of the path of a leaf."""
     words = path.replace(".", "/").split("/")
     return next((word for word in reversed(words) if word not in _BOXES), "")
 
 
+def name_ends(name: str) -> list[str]:
+    """A name, and each end of it after a dot."""
+    words = name.split(".")
+    return [".".join(words[start:]) for start in range(len(words))]
+
+
 @functools.lru_cache(maxsize=2**17)
 def split_name(name: str) -> tuple[str, ...]:
-    """The words of the name of a module."""
+    """Splits the name of a module into words."""
     return tuple(_numbers_apart(name.split(".")))
 
 
@@ -132,7 +137,7 @@ def _numbers_apart(words: Iterable[str]) -> Iterator[str]:
 
 
 def index_paths(paths: Iterable[str]) -> PathIndex:
-    """Paths of leaves by the ends of their words, for `search`."""
+    """Indexes paths of leaves by the ends of their words, for `search_paths`."""
     index: PathIndex = {}
     for path in paths:
         own, leaf = split_path(path)
@@ -149,12 +154,12 @@ def search_paths(
 
     Args:
         words: of the name.
-        leaves: what the leaf may be: `WEIGHT`, `BIAS`, or empty for what ends in no word
-            that is known.
+        leaves: the leaves to find: `WEIGHT`, `BIAS`, or empty for other leaves.
         index: of the paths to search.
 
     Returns:
-        Of several with one such end, one that is the whole path.
+        All such leaves; or only the leaves whose whole path is the common end, if there
+        are some.
     """
     found: dict[Found, tuple[int, bool]] = {}
     for rest, numbers in _without_indexes(words):
@@ -168,7 +173,7 @@ def search_paths(
 def _longest(
     words: tuple[str, ...], leaves: tuple[str, ...], index: PathIndex
 ) -> dict[str, tuple[int, bool]]:
-    """The paths with the longest common end, its length, and whether it is all of them."""
+    """The paths with the longest common end, its length, and whether it is all words."""
     numbers = tuple(_numbers(words))
     for start in range(len(words)):
         found = {}
@@ -199,14 +204,14 @@ def _numbers(words: Iterable[str]) -> list[str]:
 
 
 def _common(words: tuple[str, ...], others: tuple[str, ...]) -> int:
-    """How many words at the end are the same."""
+    """The number of equal words at the end."""
     pairs = zip(reversed(words), reversed(others), strict=False)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
     return sum(1 for _ in same)
 
 
 def _opposite(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Whether what is in front of the common end says that these are two things."""
+    """Whether the words before the common end name different towers or blocks."""
     pairs = [(_parts(words), _parts(others))]
     for group in _SIDES:
         pairs.append((_sides(words, group), _sides(others, group)))
@@ -247,7 +252,7 @@ def name_indices(name: str, path: str, indices: tuple[int, ...]) -> Numbers:
 
 
 def name_fields(name: str) -> tuple[str, ...]:
-    """What the numbers in a name are called: each by the word in front of it."""
+    """The fields of the numbers in a name. A field is the word in front of the number."""
     found, word = [], ""
     for each in split_name(name):
         if each.isdecimal():
@@ -258,7 +263,7 @@ def name_fields(name: str) -> tuple[str, ...]:
 
 
 def template_fields(template: str) -> tuple[str, ...]:
-    """What the fields of a template are called: `{layer}`, or `{}` by the word before."""
+    """The fields of a template: the name in `{layer}`, or the word in front of `{}`."""
     found = []
     for match in _FIELD.finditer(template):
         words = re.split(r"[./]", template[: match.start()].rstrip("./_"))
@@ -267,7 +272,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def _distinct(fields: list[str]) -> tuple[str, ...]:
-    """Names of fields, those that come again with how often."""
+    """Numbers the repetitions in a list of fields."""
     return tuple(
         f"{field}{count + 1}" if (count := fields[:place].count(field)) else field
         for place, field in enumerate(fields)
@@ -275,17 +280,17 @@ def _distinct(fields: list[str]) -> tuple[str, ...]:
 
 
 def is_template(text: str) -> bool:
-    """Whether a text has fields, `{}` or `{layer}`."""
+    """Whether a text contains `{}` or `{layer}`."""
     return _FIELD.search(text) is not None
 
 
 def mask_numbers(text: str) -> str:
-    """A name or a template with `{}` for each number and each field."""
+    """Replaces each number and each field of a name or a template by `{}`."""
     return _MASKED.sub("{}", text)
 
 
 def numbers_in(template: str, name: str) -> tuple[int, ...] | None:
-    """The numbers in a name where a template has fields; None if it is another name."""
+    """The numbers in a name at the fields of a template; None if it does not match."""
     if not is_template(template):
         return () if template == name else None
     match = _template_regex(template).fullmatch(name)
@@ -294,27 +299,27 @@ def numbers_in(template: str, name: str) -> tuple[int, ...] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _template_regex(template: str) -> re.Pattern[str]:
-    """What matches the names of a template."""
+    """The regular expression of the names that a template matches."""
     return re.compile(r"(\d+)".join(map(re.escape, template_parts(template))))
 
 
 def template_parts(template: str) -> list[str]:
-    """What is in a template before, between and after its fields."""
+    """The parts of a template before, between and after its fields."""
     return _FIELD.split(template)[::2]
 
 
 def fill_numbers(template: str, numbers: Iterable[int]) -> str:
-    """A template with numbers in place of its first `{}`."""
+    """Replaces the first `{}` of a template by numbers."""
     for number in numbers:
         template = template.replace("{}", str(number), 1)
     return template
 
 
 def fill_fields(template: str, numbers: Numbers) -> tuple[str, Numbers]:
-    """Fills a path: fields by their names, then `{}` in order.
+    """Fills the template of a path: fields by their names, then `{}` in order.
 
     Returns:
-        The path, and the numbers that it did not take.
+        The path, and the numbers that are not in it.
     """
     left = dict(numbers)
     named = [match[1] for match in _FIELD.finditer(template) if match[1]]

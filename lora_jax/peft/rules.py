@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from lora_jax._core import tree_paths
 from lora_jax.peft.config import Patterns, PeftConfig, is_saved, pattern_key
 from lora_jax.peft.fields import layer_regex, shorten
-from lora_jax.peft.names import BIAS, is_embedding, split_path
+from lora_jax.peft.names import BIAS, is_embedding, name_ends, split_path
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig
 
 __all__ = ["ModuleMatch", "match_modules", "to_lora_config"]
@@ -137,8 +137,7 @@ class _Targets:
         """Whether a name, or its end after a dot, is a target."""
         if self._regex is not None:
             return self._regex.fullmatch(name) is not None
-        starts = (0, *(match.end() for match in re.finditer(r"\.", name)))
-        return any(name[start:] in self._names for start in starts)
+        return any(end in self._names for end in name_ends(name))
 
     def pass_over_layers(self, name: str) -> bool:
         """Whether `layers_to_transform` does not apply: to whole names, and to regexes."""
@@ -195,17 +194,12 @@ class Rules:
 
 
 def _check_modules(modules: Any) -> None:
+    expected = "modules must be a dict from names of modules to names of their classes"
     if not isinstance(modules, Mapping):
-        raise TypeError(
-            "modules must be a dict from the names of modules to the names of their "
-            f"classes, got {type(modules).__name__}."
-        )
+        raise TypeError(f"{expected}, got {type(modules).__name__}.")
     for name, kind in modules.items():
         if not isinstance(name, str) or not isinstance(kind, str):
-            raise TypeError(
-                "modules must be a dict from the names of modules to the names of their "
-                f"classes, got the entry {name!r}: {kind!r}."
-            )
+            raise TypeError(f"{expected}, got the entry {name!r}: {kind!r}.")
 
 
 def _targets(config: PeftConfig) -> Targets:
@@ -288,11 +282,10 @@ def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
     """The end of the message about targets that match no module."""
     names = list(names)
     words = re.findall(r"\w{2,}", targets) if isinstance(targets, str) else targets
-    ends = {name.rpartition(".")[2]: None for name in names}
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
     near = []
     for word in words[:3]:
-        known = names if "." in word else ends
-        near += difflib.get_close_matches(word, known, n=1)
+        near += difflib.get_close_matches(word, names if "." in word else ends, n=1)
     if near:
         return f"; the nearest names are {', '.join(map(repr, dict.fromkeys(near)))}"
     return f"; the first names are {', '.join(map(repr, names[:3]))}"

@@ -1,4 +1,4 @@
-"""Writes adapters as Hugging Face PEFT has them."""
+"""Saves adapters in the format of Hugging Face PEFT."""
 
 import collections
 import dataclasses
@@ -25,7 +25,7 @@ from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedModule, SavedWholes, saved_modules
 from lora_jax.peft.name_table import Naming, SaveNames
-from lora_jax.peft.names import mask_numbers, numbers_in, split_path
+from lora_jax.peft.names import mask_numbers, name_ends, numbers_in, split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -50,48 +50,50 @@ def save(
     dtype: DTypeLike | None = None,
     uniform: bool = False,
 ) -> None:
-    """Writes adapters so that PEFT loads them, with the same outputs.
+    """Saves adapters so that PEFT loads them, with the same outputs.
 
     PEFT needs the names of its modules. Without `names` they are the words of the paths:
     `model/layers_0/q_proj/kernel` is `model.layers.0.q_proj`. Ranks and alphas that differ
-    become `rank_pattern` and `alpha_pattern`; a stack of layers becomes a module for each.
+    become `rank_pattern` and `alpha_pattern`. A stack of layers becomes one module for each
+    layer.
 
-    An old adapter in the directory stays until the new one is on the disk, and `load` reads
-    one of both, whenever this process stops. PEFT does too, or it misses the config. One
-    process may save to a directory at a time.
+    An old adapter in the directory stays until the new one is on the disk. If the process
+    stops while it saves, `load` reads the old or the new adapter. PEFT does too, or finds
+    no config. Only one process may save to a directory at a time.
 
     Args:
-        directory: to write `adapter_config.json` and `adapter_model.safetensors` in. Made
-            if it is not there.
+        directory: to write `adapter_config.json` and `adapter_model.safetensors` in. It is
+            made if it does not exist.
         adapters: the adapters of the plan.
-        plan: what `plan_adapters` returned, or `load`.
+        plan: the plan that `plan_adapters` or `load` returned.
         names: a dict from the names of modules to paths, as `load` takes it and
             `match_names` returns it, or a function from paths to names. A stack of layers
-            or experts needs a name for each index, or a template with `{}`; a single name
-            for a stack of experts is that of a parameter (`target_parameters`), and where
-            a module has several, they come in the order in which it registers them.
-        layout: how the weights of the plan and of `replaced` lie; as in `load`.
-        replaced: path to array for leaves that are written whole: trained heads, norms,
+            or experts needs a name for each index, or a template with `{}`. A single name
+            for a stack of experts is the name of a parameter (`target_parameters`). If a
+            module has several parameters, give them in the order in which the module
+            registers them.
+        layout: of the weights of the plan and of `replaced`; as in `load`.
+        replaced: path to array for full (not low-rank) leaves: trained heads, norms,
             biases, embeddings. They become `modules_to_save`, or entries of the adapted
             layers. The trained leaves of the plan are among them.
         base_model: the name or directory of the base model, for the config.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
         dtype: of all arrays in the file; None for the dtypes that they have.
-        uniform: whether to write one rank and one scale for all modules, for programs that
-            read neither `rank_pattern` nor `alpha_pattern`, such as vLLM, and would scale
-            every module alike. Smaller ranks are filled up with zeros, and `B` takes up
-            other scales: the update is the same, to the last rounding. `use_rslora` is
-            false in the file then. Without it, a warning to the logger `lora_jax.peft`
-            says so where scales differ.
+        uniform: whether to write one rank and one scale for all modules. Programs such as
+            vLLM read neither `rank_pattern` nor `alpha_pattern` and scale every module
+            alike. Smaller ranks are padded with zeros, and other scales are multiplied
+            into `B`. So each update stays the same, up to rounding. `use_rslora` is then
+            false in the file. If this is false and scales differ, a warning goes to the
+            logger `lora_jax.peft`.
 
     Raises:
         KeyError: if the adapters' paths or entries are not the plan's.
         ModuleNotFoundError: if the package safetensors is not installed.
         OSError: if the directory cannot be written to.
         TypeError: if an array has no values, or an argument has the wrong type.
-        ValueError: if a shape is not the plan's; if PEFT has no form for an adapter; if
-            names are missing, two leaves have one name, or a name is of no leaf; if the
-            dtype does not hold a value.
+        ValueError: if a shape is not the plan's; if PEFT cannot represent an adapter; if a
+            name is missing, two leaves have the same name, or a name has no leaf; if a
+            value is out of the range of the dtype.
 
     References:
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
@@ -163,10 +165,10 @@ def make_files(
 def _uniform(
     adapters: Mapping[str, Adapter], plan: AdapterPlan, dtype: Any
 ) -> tuple[Mapping[str, Mapping[str, Any]], AdapterPlan]:
-    """The same updates with one rank and one scale.
+    """Converts adapters to one rank and one scale, with the same updates.
 
-    The scale is the most common one, where that makes alpha a whole number, which some
-    readers need. Otherwise it is 1.
+    The scale is the most common one if it makes alpha an integer, which some programs need.
+    Otherwise it is 1.
     """
     targets = plan.targets
     rank = max((target.rank for target in targets.values()), default=plan.config.rank)
@@ -192,7 +194,7 @@ def _uniform(
 
 
 def _warn_of_patterns(config: PeftConfig) -> None:
-    """Says so where a reader that ignores the patterns would scale a module otherwise."""
+    """Warns if a program that ignores the patterns would scale a module differently."""
     own = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         rank = config.rank_pattern.get(pattern, config.r)
@@ -200,16 +202,16 @@ def _warn_of_patterns(config: PeftConfig) -> None:
         scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         if not math.isclose(scale, own, rel_tol=1e-12):
             _LOG.warning(
-                "modules have other scales than lora_alpha and r say, for example %s. "
+                "the scales of some modules differ from lora_alpha and r, for example %s. "
                 "Programs that read neither rank_pattern nor alpha_pattern, such as vLLM, "
-                "would scale all modules alike: for those write a uniform file.",
+                "would scale all modules alike: for such programs write a uniform file.",
                 pattern,
             )
             return
 
 
 def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
-    """Raises unless each entry of `names` is that of a leaf."""
+    """Raises unless each entry of `names` has a leaf."""
     if names is None or callable(names):
         return
     if not isinstance(names, Mapping):
@@ -258,7 +260,7 @@ def _tensors(modules: list[SavedModule], names: Naming) -> dict[str, np.ndarray]
             tensors[name + entries[entry]] = array
     for owner, own in owners.items():
         own.sort(key=lambda module: names.position(module.name))
-        # The parameter that is registered first lies innermost.
+        # The parameter that is registered first is innermost.
         for depth, module in enumerate(reversed(own)):
             for entry, array in module.arrays.items():
                 tensors[owner + _WRAPPED * depth + _ENTRIES[entry]] = array
@@ -266,7 +268,7 @@ def _tensors(modules: list[SavedModule], names: Naming) -> dict[str, np.ndarray]
 
 
 def _inner(modules: Iterable[SavedModule]) -> set[str]:
-    """The names of modules inside one that is adapted itself: attention of torch.nn."""
+    """The names of modules inside an adapted module: attention of torch.nn."""
     names = {module.name for module in modules}
     return {name for name in names if name.rpartition(".")[0] in names}
 
@@ -278,12 +280,12 @@ def _config(
     base_model: str | None,
     task_type: str | None,
 ) -> PeftConfig:
-    """The config of which PEFT makes the same modules."""
+    """The config that makes PEFT adapt the same modules."""
     methods = {module.target.method for module in modules}
     if len(methods) > 1:
         raise ValueError(
             "a checkpoint of PEFT has adapters of one method, and the plan has LoRA and "
-            "DoRA: save them apart."
+            "DoRA: save them separately."
         )
     stabilized = plan.config.rank_stabilized
     ranks = {module.name: module.target.rank for module in modules}
@@ -311,17 +313,20 @@ def _config(
 
 
 def _target_modules(named: tuple[str, ...], plan: AdapterPlan) -> str | tuple[str, ...]:
-    """The names of modules; one expression if a name is the end of one without adapter."""
+    """The names of modules; or a regular expression of whole names.
+
+    The latter if one of the names is the end of a name without an adapter.
+    """
     others = {".".join(split_path(path).words) for path in plan.skipped}
     others -= set(named)
-    ends = {other[m.end() :] for other in others for m in re.finditer(r"\.", other)}
+    ends = {end for other in others for end in name_ends(other)[1:]}
     if not ends.isdisjoint(named):
         return "|".join(map(re.escape, named))
     return named
 
 
 def _alpha(target: Target, stabilized: bool) -> float:
-    """What gives the scale of a target in PEFT; a whole number where it is one."""
+    """PEFT's alpha for the scale of a target; an integer if it is one."""
     alpha = target.scale * (math.sqrt(target.rank) if stabilized else target.rank)
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
@@ -333,15 +338,11 @@ def _most_common(values: Mapping[str, Any], default: Any) -> Any:
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> FrozenDict[str, Any]:
-    """The modules with another value than the default, by a regular expression each.
+    """A regular expression for each module whose value is not the default.
 
-    PEFT lets an expression match the end of a name; `^` keeps it from those of others.
+    PEFT matches the end of a name. `^` excludes longer names with the same end.
     """
-    ends = collections.Counter(
-        name[start:]
-        for name in values
-        for start in (0, *(match.end() for match in re.finditer(r"\.", name)))
-    )
+    ends = collections.Counter(end for name in values for end in name_ends(name))
     return FrozenDict(
         {
             ("^" if ends[name] > 1 else "") + re.escape(name): value

@@ -1,4 +1,4 @@
-"""Reads adapters that torchtune trained."""
+"""Loads adapters that torchtune trained."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ _SUFFIXES = {
     ".lora_b.weight": ".lora_B.weight",
     ".magnitude": ".lora_magnitude_vector",
 }
-# torchtune's names of a Llama-like model's modules, and those of Hugging Face.
+# From torchtune's names of modules to the names of Hugging Face, for models like Llama.
 _RENAMED = {
     r"layers\.(\d+)\.attn\.(q|k|v)_proj": r"model.layers.\1.self_attn.\2_proj",
     r"layers\.(\d+)\.attn\.output_proj": r"model.layers.\1.self_attn.o_proj",
@@ -55,11 +55,11 @@ def load_torchtune(
     strict: bool = True,
     dtype: FileDtype = None,
 ) -> Loaded:
-    """Reads an adapter that torchtune trained, for some params.
+    """Loads an adapter that torchtune trained, for some params.
 
-    torchtune has the two halves of each rotary pair side by side, Hugging Face has them
-    half a head apart. For a model of the latter kind the rows of `lora_b` and of the
-    magnitude of queries and keys are brought into its order.
+    The two rows of a rotary pair are side by side in torchtune, and half a head apart in
+    Hugging Face's models. For params of such a model, the rows of `lora_b` and of the
+    magnitude of queries and keys are permuted.
 
     Args:
         source: a safetensors file, or the state dict of the adapter as arrays:
@@ -67,28 +67,28 @@ def load_torchtune(
         params: as in `load`.
         fn: as in `load`.
         args: as in `load`.
-        alpha: of the adapter; the state dict does not have it. The update is multiplied by
-            `alpha / rank`.
-        num_heads: of queries.
-        num_kv_heads: of keys; None if as many as of queries.
-        model: what the params are of: `"hf"`, with the names and the rotary order of
-            Hugging Face; `"torchtune"`, with those of torchtune.
+        alpha: of the adapter; the state dict does not contain it. The update is multiplied
+            by `alpha / rank`.
+        num_heads: the number of heads of queries.
+        num_kv_heads: the number of heads of keys; None for `num_heads`.
+        model: the model of the params: `"hf"`, with the names and the rotary order of
+            Hugging Face, or `"torchtune"`.
         plan: as in `load`.
-        names: as in `load`, from the names that `model` has.
+        names: as in `load`, from the names of modules in `model`.
         layout: as in `load`.
         on_tied: as in `load`.
         strict: as in `load`.
-        dtype: as in `load`; `"file"` is that of `source`.
+        dtype: as in `load`; `"file"` for the dtype of `source`.
 
     Returns:
         As `load`.
 
     Raises:
-        CheckpointError: as `load`; also if an entry is none of torchtune's, if heads do
-            not divide its width, or if DoRA is on a layer with a bias, which torchtune
-            multiplies by the magnitude and others do not.
+        CheckpointError: as `load`; also if an entry is not of torchtune, if heads do not
+            divide its width, or if DoRA is on a layer with a bias, which only torchtune
+            multiplies by the magnitude.
         FileNotFoundError, KeyError, ModuleNotFoundError: as `load`.
-        TypeError, ValueError: if an argument is none that it may be.
+        TypeError, ValueError: if an argument is not valid.
 
     References:
         `torchtune.modules.peft`, and `tune_to_peft_adapter_weights` in
@@ -138,13 +138,13 @@ def _check_heads(
         if queries * heads["k"] != keys * heads["q"]:
             raise CheckpointError(
                 f"{where}: {name!r} has {queries} rows for num_heads={heads['q']}, and "
-                f"{other.name!r} has {keys} for num_kv_heads={heads['k']}: these are heads "
-                "of two sizes. Give the numbers that the model has."
+                f"{other.name!r} has {keys} for num_kv_heads={heads['k']}: the sizes of "
+                "these heads differ. Give the numbers of heads of the model."
             )
 
 
 def _opened(source: Any) -> tuple[str, Any]:
-    """What the source is called, and its arrays by name."""
+    """The name of the source for messages, and its arrays by name."""
     if isinstance(source, Mapping):
         return "the state dict", source
     path = pathlib.Path(source)
@@ -157,7 +157,7 @@ def _opened(source: Any) -> tuple[str, Any]:
 
 
 class _State:
-    """A state dict of torchtune, with the names that PEFT has for its entries."""
+    """A state dict of torchtune, with PEFT's names for its entries."""
 
     def __init__(self, where: str, arrays: Any, heads: dict[str, int], model: str) -> None:
         self._arrays, self._heads, self._model = arrays, heads, model
@@ -169,7 +169,7 @@ class _State:
         return tuple(np.shape(self._arrays[self.keys[key]]))
 
     def read(self, key: str) -> np.ndarray:
-        """An entry, its rows in the order of the model."""
+        """An entry, with its rows in the order of the model."""
         name = self.keys[key]
         own = self._arrays
         array = own.read(name) if isinstance(own, TensorFile) else np.asarray(own[name])
@@ -179,7 +179,7 @@ class _State:
         return self._halves_apart(name, array, self._heads[match[1]])
 
     def _halves_apart(self, name: str, array: np.ndarray, heads: int) -> np.ndarray:
-        """Rows `(heads, pairs, 2)` in the order `(heads, 2, pairs)`."""
+        """Permutes rows from `(heads, pairs, 2)` to `(heads, 2, pairs)`."""
         if len(array) % (2 * heads):
             raise CheckpointError(
                 f"{name!r} has {len(array)} rows, which {heads} heads of an even size "
@@ -194,8 +194,8 @@ class _State:
                 module = self._module(name.removesuffix(suffix))
                 return f"{PREFIX}{module}{own}"
         raise CheckpointError(
-            f"{self._where}: {name!r} is no entry of an adapter of torchtune, which end in "
-            f"{', '.join(_SUFFIXES)}: give what get_adapter_state_dict returns."
+            f"{self._where}: {name!r} is not an entry of a torchtune adapter: names must "
+            f"end in {', '.join(_SUFFIXES)}. Give the result of get_adapter_state_dict."
         )
 
     def _module(self, name: str) -> str:
@@ -206,6 +206,6 @@ class _State:
             if match:
                 return match.expand(own)
         raise CheckpointError(
-            f"{self._where}: {name!r} has no name in the models of Hugging Face that is "
-            "known: give model='torchtune' and names={module: path}."
+            f"{self._where}: no name of {name!r} in the models of Hugging Face is known: "
+            "give model='torchtune' and names={module: path}."
         )

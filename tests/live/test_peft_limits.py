@@ -76,7 +76,7 @@ def test_randomized_initializations_are_refused(tmp_path):
     [
         ({"alora_invocation_tokens": [3, 1], "task_type": "CAUSAL_LM"}, "alora_invocation"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"lora_bias": True}, "add one of zeros"),
+        ({"lora_bias": True}, "add a bias of zeros"),
     ],
 )
 def test_settings_that_are_refused(fields, match, tmp_path):

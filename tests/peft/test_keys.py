@@ -98,8 +98,8 @@ def test_only_whole_words_are_wrappers():
             {"q__lora_embedding_A": (2, 5, 3), "q__lora_embedding_B": (7, 2, 1)},
             "do not fit each other",
         ),
-        ({"q__lora_diag": (2,)}, "is of no kind that is known"),
-        ({"q__lora_A__default__weight": (2, 5)}, "is of no kind that is known"),
+        ({"q__lora_diag": (2,)}, "kind of the entry .* is not known"),
+        ({"q__lora_A__default__weight": (2, 5)}, "kind of the entry .* is not known"),
         ({"q__bias": (2,), "q__base_layer__bias": (2,)}, "are the same"),
         (
             {"q__lora_magnitude_vector": (2,), "q__lora_magnitude_vector__weight": (2,)},
@@ -152,5 +152,5 @@ def test_the_number_of_experts():
 
 @pytest.mark.parametrize("rows", [[7], [6, 6]])
 def test_a_number_of_experts_that_does_not_follow(rows):
-    with pytest.raises(CheckpointError, match="do not say of how many experts"):
+    with pytest.raises(CheckpointError, match="do not give a number of experts"):
         experts(rows, {"h.0.moe.up": 2, "h.0.moe.down": 6 if len(rows) == 2 else 2})

@@ -345,7 +345,7 @@ def test_a_square_head_lies_as_the_function_uses_it(tmp_path):
 @pytest.mark.parametrize(
     ("args", "options", "error", "message"),
     [
-        ((None, 1), {}, TypeError, "there are arguments and no function"),
+        ((None, 1), {}, TypeError, "got arguments and no function"),
         ((3,), {}, TypeError, "fn must be a function, got int"),
         ((), {"plan": 3}, TypeError, "plan must be an AdapterPlan, got int"),
         ((), {"on_tied": "ask"}, ValueError, "on_tied must be"),
@@ -362,7 +362,7 @@ def test_a_plan_and_a_function(tmp_path):
     folder = write(tmp_path, linear("q", 5, 7, 2), r=2, target_modules=["q"])
     params = {"q": jnp.zeros((5, 7))}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
-    with pytest.raises(TypeError, match=r"both fn and plan say what the axes are"):
+    with pytest.raises(TypeError, match=r"both fn and plan show the axes"):
         peft.load(folder, params, lambda params: params, plan=plan)
     with pytest.raises(KeyError, match=r"'q'"):
         peft.load(folder, {"k": jnp.zeros((5, 7))}, plan=plan)

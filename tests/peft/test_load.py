@@ -306,7 +306,7 @@ def test_names_that_do_not_fit(names, error, message, tmp_path):
             [("q", 5, 7)],
             {"q": {"kernel": (5, 8)}},
             r"fits 'q', which needs .* 5 in and 7 out in layout='jax'; by its name it is "
-            r"'q/kernel' \(5, 8\)\. Give names=.* or layout='torch' if weights lie",
+            r"'q/kernel' \(5, 8\)\. Give names=.* or layout='torch' if weights have",
         ),
         ([("a.q", 5, 7)], {"b": {"k": (5, 7)}}, "no leaf of the params fits 'a.q'"),
         (

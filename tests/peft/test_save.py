@@ -493,7 +493,7 @@ def test_a_plan_of_two_methods_is_refused(tmp_path):
     plan, _ = plan_of({"q": (5, 7), "k": (5, 7)})
     dora = dataclasses.replace(plan.targets["q"], method="dora")
     plan = dataclasses.replace(plan, targets=FrozenDict({**plan.targets, "q": dora}))
-    with pytest.raises(ValueError, match="LoRA and DoRA: save them apart"):
+    with pytest.raises(ValueError, match="LoRA and DoRA: save them separately"):
         peft.save(tmp_path, adapters_of(plan), plan)
 
 

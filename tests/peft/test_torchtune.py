@@ -97,12 +97,12 @@ ONE = {k: v for k, v in STATE.items() if k.startswith(ATTENTION)}
     [
         (STATE, {"num_heads": 6, "num_kv_heads": 3}, CheckpointError, "which 3 heads"),
         (STATE, {"num_heads": 32, "num_kv_heads": 16}, CheckpointError, "16 heads of an e"),
-        (STATE, {"num_kv_heads": None}, CheckpointError, "these are heads of two sizes"),
+        (STATE, {"num_kv_heads": None}, CheckpointError, "sizes of these heads differ"),
         ({}, {}, CheckpointError, r"have one rank, got \[\]"),
-        (ONE | {"x.weight": draw(2, 2)}, {}, CheckpointError, "is no entry of an adapter"),
+        (ONE | {"x.weight": draw(2, 2)}, {}, CheckpointError, "not an entry of a torch"),
         (
             {"vision.q.lora_a.weight": draw(2, 2)}, {}, CheckpointError,
-            "'vision.q' has no name in the models of Hugging Face .* model='torchtune'",
+            "no name of 'vision.q' in the models of Hugging Face .* model='torchtune'",
         ),
         (
             ONE | {"layers.1.attn.q_proj.lora_a.weight": draw(2, 32),

@@ -17,9 +17,9 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.full import Replaced, bias_site, leaf_values
-from lora_jax.peft.keys import Kind, Module, without_wrapper
-from lora_jax.peft.layout import Site, common_dtype, from_matrix, take_layer, to_matrix
+from lora_jax.peft.full import Replaced, add_bias, common_dtype, leaf_values
+from lora_jax.peft.keys import Kind, Module
+from lora_jax.peft.layout import Site, first_axes, from_matrix, to_matrix
 from lora_jax.peft.leaves import Places
 from lora_jax.plan import selection
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
@@ -59,15 +59,13 @@ def make_adapters(
         matrices = {}
         for site in by_path[path]:
             module = modules[site.module]
-            experts = module.kind == "experts"  # the config names their parameter
-            name = site.name if experts else without_wrapper(module.name)
-            scale = config.scale_of(name)
+            scale = config.scale_of(site.name)
             arrays = {
                 name: checkpoint.arrays.read(key) for name, key in module.keys.items()
             }
             bias = arrays.pop("B_bias", None)
             if bias is not None:
-                _add_bias(replaced, bias_site(places, site, bias.size), bias, scale)
+                add_bias(replaced, places, site, bias, scale)
             own = from_peft(module.kind, site.own_axes, module.experts, arrays)
             matrices[site.indices] = own, scale
         if config.changes_base:
@@ -128,18 +126,9 @@ def _fill_magnitudes(
     weight = leaf_values(site.path, leaf, "some layers of the stack have no magnitude")
     inner = tuple(axis for axis, own in enumerate(site.own_axes) if own == "i")
     for index in absent:
-        layer = take_layer(weight, site.stack, index).astype(np.float64)
+        layer = first_axes(weight, site.stack)[index].astype(np.float64)
         norm = np.sqrt(np.square(layer).sum(inner))
         arrays["m"][index] = norm.reshape(arrays["m"][index].shape)
-
-
-def _add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> None:
-    """Adds the bias of an adapter's B to the bias of its layer."""
-    why = f"{site.module!r} has a bias of its own, which shifts the bias of the layer"
-    old = replaced.current(site, why)
-    wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
-    update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
-    replaced.set(site, (old.astype(wide) + update).astype(old.dtype))
 
 
 def _change_bases(
@@ -155,7 +144,7 @@ def _change_bases(
     """
     olora = str(config.init_lora_weights).lower() == "olora"
     for site in sites:
-        name = without_wrapper(site.module)
+        name = site.name
         if config.init_lora_weights != "pissa" and not olora:
             raise _not_repeatable(config, name, "its result is not unique")
         if modules[site.module].kind != "linear":

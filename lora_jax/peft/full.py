@@ -6,7 +6,6 @@ that an initialization changed, replace leaves too.
 
 import contextlib
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,22 +16,20 @@ from jax.core import Tracer
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Dims
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,
     Reading,
     Site,
-    common_dtype,
     first_axes,
     from_torch,
     has_room,
-    readings,
     same_bits,
     shared_readings,
     size_of,
     stacked_readings,
     to_matrix,
+    torch_forms,
 )
 from lora_jax.peft.leaves import Places, Problems
 from lora_jax.peft.locate import Claim, fitting, given_claim, only
@@ -140,8 +137,15 @@ def _read(
             known[axis] not in stacked for axis in stack if known
         ):
             return []
+        if places.given_layout == "torch" and not known and len(shape) > 1:
+            return [""] if shape == rest else []
         letters = "".join(x for axis, x in enumerate(known) if axis not in stack)
-        return _forms(places, name, path, rest, shape, letters)
+        if len(shape) == 2 and set(letters) <= set("io") and places.known.looked_up(path):
+            letters = letters.translate(SWAPPED)  # the rows are the outputs of a head
+        embedding = is_embedding(name.rpartition(".")[0], path)
+        found, settled = torch_forms(rest, shape, letters, embedding=embedding)
+        settled |= places.given_layout is not None or places.lies_in_out(path)
+        return found[:1] if settled else found
 
     count = len(numbers)
     found = stacked_readings(own, count, lambda *at: forms(*at)[:1])
@@ -149,45 +153,6 @@ def _read(
     stacks = {each.stack for each in found}
     turned = tuple(each for each in turned if each.stack in stacks)
     return Claim(name.rpartition(".")[0], name, path, numbers, found, turned)
-
-
-def _forms(
-    places: Places,
-    name: str,
-    path: str,
-    rest: tuple[int, ...],
-    shape: tuple[int, ...],
-    known: str,
-) -> list[str]:
-    """The letters of an array's axes in a leaf, and others that may be right as well."""
-    if len(shape) < 2:
-        return [""] if size_of(rest) == size_of(shape) and (shape or not rest) else []
-    if places.given_layout == "torch" and not known:
-        return [""] if shape == rest else []
-    settled = bool(known)  # whether more than the sizes shows the form
-    if len(shape) > 2:
-        moved = (*shape[2:], shape[1], shape[0])
-        forms = ["i" * (len(rest) - 1) + "o"] if moved == rest else []
-        forms += [""] if shape == rest else []
-        if known.startswith("o"):
-            forms.reverse()
-    elif known and set(known) <= set("io"):
-        # If rows are gathered, the rows are the outputs of a head.
-        letters = known.translate(SWAPPED) if places.known.looked_up(path) else known
-        sizes = [
-            [n for n, own in zip(rest, letters, strict=True) if own == x] for x in "oi"
-        ]
-        forms = [letters] if tuple(map(math.prod, sizes)) == shape else []
-    else:
-        rows, columns = shape
-        straight = readings(rest, "embedding", Dims(rows, columns), "jax")
-        across = readings(rest, "linear", Dims(columns, rows), "jax")
-        forms = [each.axes for each in across]
-        as_is = [each.axes.translate(SWAPPED) for each in straight]
-        settled = is_embedding(name.rpartition(".")[0], path)
-        forms = as_is + forms if settled else forms + as_is
-    open_ = places.given_layout is None and not settled
-    return forms if open_ and not places.lies_in_out(path) else forms[:1]
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:
@@ -236,6 +201,16 @@ def sibling_bias(places: Places, name: str, path: str) -> str:
             "bias of zeros to the layer"
         )
     return bias
+
+
+def common_dtype(*dtypes: np.dtype) -> np.dtype:
+    """The dtype that holds the values of all dtypes.
+
+    NumPy does not have it for float16 and bfloat16.
+    """
+    if len({dtype for dtype in dtypes if dtype.itemsize == 2}) > 1:
+        dtypes = (*(d for d in dtypes if d.itemsize != 2), np.dtype(np.float32))
+    return np.result_type(*dtypes)
 
 
 def leaf_values(path: str, leaf: Any, why: str) -> np.ndarray:
@@ -334,26 +309,28 @@ class Replaced:
         }
 
 
-def bias_site(places: Places, site: Site, size: int) -> Site:
-    """The site of the bias of a layer, beside the weight of an adapter: `lora_bias`.
-
-    Args:
-        places: the leaves.
-        site: of the adapter.
-        size: of the bias.
+def add_bias(
+    replaced: Replaced, places: Places, site: Site, bias: np.ndarray, scale: float
+) -> None:
+    """Adds the bias of an adapter's B to the bias of its layer: `lora_bias`.
 
     Raises:
         CheckpointError: if the layer has no such bias.
     """
     path = sibling_bias(places, site.module, site.path)
     numbers = tuple(zip(site.fields, site.indices, strict=True))
-    claim = _read(places, f"{site.module}.bias", (size,), path, numbers)
+    claim = _read(places, f"{site.module}.bias", bias.shape, path, numbers)
     if not claim.readings:
         raise CheckpointError(
-            f"{site.module!r} has a bias of {size} entries, and {path!r} has the "
+            f"{site.module!r} has a bias of {bias.size} entries, and {path!r} has the "
             f"shape {places.shape(path)}: it is not the bias of that layer."
         )
-    return claim.site(_one_reading(places, [claim]))
+    own = claim.site(_one_reading(places, [claim]))
+    why = f"{site.module!r} has a bias of its own, which shifts the bias of the layer"
+    old = replaced.current(own, why)
+    wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
+    update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
+    replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
 
 
 def put_rows(

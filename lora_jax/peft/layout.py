@@ -286,11 +286,6 @@ def size_of(shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64))
 
 
-def take_layer(weight: np.ndarray, stack: Index, index: Index) -> np.ndarray:
-    """One of the arrays that are stacked along some axes."""
-    return first_axes(weight, stack)[index]
-
-
 def to_matrix(weight: np.ndarray, axes: str) -> np.ndarray:
     """A weight without batch axes as `(in, out)`."""
     inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
@@ -321,6 +316,41 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(first.view(np.uint8), second.view(np.uint8))
 
 
+def torch_forms(
+    shape: tuple[int, ...], array: tuple[int, ...], known: str, *, embedding: bool
+) -> tuple[list[str], bool]:
+    """The letters that the axes of a leaf may have, which holds an array of PyTorch.
+
+    Args:
+        shape: of the leaf, without the axes of a stack.
+        array: the shape of the array: `(out, in)`, `(out, in, *kernel)` or a vector.
+        known: the known letters of the leaf; empty if none are known.
+        embedding: whether the array is an embedding, by its name.
+
+    Returns:
+        The letters, the most likely first; empty letters for a leaf in PyTorch's layout.
+        And whether more than the sizes shows that the first are right.
+    """
+    if len(array) < 2:
+        fits = math.prod(shape) == math.prod(array) and (array or not shape)
+        return [""] if fits else [], True
+    if len(array) > 2:
+        moved = (*array[2:], array[1], array[0])
+        forms = ["i" * (len(shape) - 1) + "o"] if moved == shape else []
+        forms += [""] if array == shape else []
+        return forms[::-1] if known.startswith("o") else forms, bool(known)
+    if known and set(known) <= set("io"):
+        pairs = [*zip(shape, known, strict=True)]
+        sizes = tuple(math.prod(n for n, own in pairs if own == x) for x in "oi")
+        return [known] if sizes == array else [], True
+    rows, columns = array
+    straight = readings(shape, "embedding", Dims(rows, columns), "jax")
+    across = readings(shape, "linear", Dims(columns, rows), "jax")
+    forms = [each.axes for each in across]
+    as_is = [each.axes.translate(SWAPPED) for each in straight]
+    return as_is + forms if embedding else forms + as_is, embedding
+
+
 def shared_readings(
     shape: tuple[int, ...], options: list[tuple[Reading, ...]], indices: list[Index]
 ) -> list[Reading]:
@@ -340,13 +370,3 @@ def shared_readings(
 def has_room(shape: tuple[int, ...], stack: Index, indices: Iterable[int]) -> bool:
     """Whether the axes of a stack are long enough for indexes."""
     return all(n < shape[axis] for n, axis in zip(indices, stack, strict=True))
-
-
-def common_dtype(*dtypes: np.dtype) -> np.dtype:
-    """The dtype that holds the values of all dtypes.
-
-    NumPy does not have it for float16 and bfloat16.
-    """
-    if len({dtype for dtype in dtypes if dtype.itemsize == 2}) > 1:
-        dtypes = (*(d for d in dtypes if d.itemsize != 2), np.dtype(np.float32))
-    return np.result_type(*dtypes)

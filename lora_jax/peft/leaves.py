@@ -80,14 +80,15 @@ class Known(NamedTuple):
         uses, axes = self.uses.get(path), self.axes.get(path, "")
         if not uses:
             return None
-        return any(axes[a] == "i" for use in uses if _is_look_up(use) for a in _inputs(use))
+        gathers = [use for use in uses if _gathers(use)]
+        return any(axes[axis] == "i" for use in gathers for axis in _sides(use)[0])
 
     def tie(self, path: str) -> tuple[Use, Use] | None:
         """Two uses with inputs and outputs swapped, as of a tied head; None if none."""
-        uses = self.uses.get(path, ())
-        for use in uses:
-            for other in uses:
-                if _inputs(use) & _outputs(other) and _outputs(use) & _inputs(other):
+        sides = [(use, *_sides(use)) for use in self.uses.get(path, ())]
+        for use, inputs, outputs in sides:
+            for other, other_inputs, other_outputs in sides:
+                if inputs & other_outputs and outputs & other_inputs:
                     return use, other
         return None
 
@@ -338,16 +339,11 @@ def _letters(
 
 def _letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str:
     roles = [{use.roles[axis] for use in uses} - {""} for axis in range(len(shape))]
-    known = [use for use in uses if not use.merged]
-    try:
-        found = axis_roles.resolve_axes(shape, known)
-    except axis_roles.UnsuitableError:
+    found = axis_roles.letters_of(shape, [use for use in uses if not use.merged])
+    if found is None:
         return "".join(map(_letter, roles))
-    groups = zip("iob", found, strict=True)
-    letters = {axis: letter for letter, axes in groups for axis in axes}
-    return "".join(
-        letters[axis] if roles[axis] or n == 1 else "?" for axis, n in enumerate(shape)
-    )
+    each = zip(found, roles, shape, strict=True)
+    return "".join(letter if own or n == 1 else "?" for letter, own, n in each)
 
 
 def _letter(roles: set[str]) -> str:
@@ -359,21 +355,18 @@ def _letter(roles: set[str]) -> str:
     return "?" if roles & set(_STACKED) else "-"
 
 
-def _is_look_up(use: Use) -> bool:
+def _gathers(use: Use) -> bool:
     return "indexed" in use.roles and "contracted" not in use.roles
 
 
-def _inputs(use: Use) -> set[int]:
-    role = "indexed" if _is_look_up(use) else "contracted"
-    return {axis for axis, own in enumerate(use.roles) if own == role}
-
-
-def _outputs(use: Use) -> set[int]:
-    if _is_look_up(use):
-        return {
-            axis for axis, own in enumerate(use.roles) if own not in ("indexed", *_STACKED)
-        }
-    return {axis for axis, own in enumerate(use.roles) if own == "kept"}
+def _sides(use: Use) -> tuple[set[int], set[int]]:
+    """The axes of inputs and of outputs. Gathered rows are inputs."""
+    roles = [*enumerate(use.roles)]
+    if _gathers(use):
+        inputs = {axis for axis, own in roles if own == "indexed"}
+        return inputs, {a for a, own in roles if own not in ("indexed", *_STACKED)}
+    inputs = {axis for axis, own in roles if own == "contracted"}
+    return inputs, {axis for axis, own in roles if own == "kept"}
 
 
 def agrees(axes: str, pattern: str) -> bool:

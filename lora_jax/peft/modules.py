@@ -8,7 +8,7 @@ import numpy as np
 from lora_jax._io import tensor_files
 from lora_jax.peft.adapters import to_peft
 from lora_jax.peft.keys import Kind
-from lora_jax.peft.layout import Layout, Site, take_layer, to_matrix
+from lora_jax.peft.layout import Layout, Site, first_axes, to_matrix
 from lora_jax.peft.name_table import Naming, sites_of
 from lora_jax.peft.names import BIAS, WEIGHT, is_convolution, is_embedding, split_path
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -56,7 +56,7 @@ def saved_modules(
     modules = []
     for site in sites_of(path, names, target.shape, target.axes, layout):
         stack = tuple(target.batch_axes.index(axis) for axis in site.stack)
-        entries = {e: take_layer(value, stack, site.indices) for e, value in arrays.items()}
+        entries = {e: first_axes(v, stack)[site.indices] for e, v in arrays.items()}
         kind, axes = _kind(site, plan, layout), site.own_axes
         modules.append(
             SavedModule(

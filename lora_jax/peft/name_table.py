@@ -62,10 +62,7 @@ class Naming:
                 raise TypeError(f"names must return the name of a module, got {name!r}.")
             yield name, ""
             return
-        for name, own, axes in self._by_mask.get(mask_numbers(path), ()):
-            numbers = numbers_in(own, path)
-            if numbers is None:
-                continue
+        for name, own, axes, numbers in self._matching(path):
             fields = template_fields(own)
             if len(fields) > len(template_fields(name)):
                 raise ValueError(
@@ -74,18 +71,21 @@ class Naming:
             pairs = tuple(zip(fields, numbers, strict=True))
             yield _filled_name(name, own, pairs), axes
 
+    def _matching(self, path: str) -> Iterator[tuple[str, str, str, Index]]:
+        """The entries for a path: name, path, axes, and the numbers of the template."""
+        for name, own, axes in self._by_mask.get(mask_numbers(path), ()):
+            numbers = numbers_in(own, path)
+            if numbers is not None:
+                yield name, own, axes, numbers
+
     def has(self, path: str) -> bool:
         """Whether a path has a name, or matches a template that has one."""
-        own = self._by_mask.get(mask_numbers(path), ())
-        return any(numbers_in(each, path) is not None for _, each, _ in own)
+        return any(self._matching(path))
 
     def axes(self, path: str) -> str | None:
         """The letters that the caller gave the axes of a leaf, without names of fields."""
-        own = self._by_mask.get(mask_numbers(path), ())
-        for _, each, axes in own:
-            if axes and numbers_in(each, path) is not None:
-                return parse_axes(axes)[0]
-        return None
+        given = (axes for _, _, axes, _ in self._matching(path) if axes)
+        return next((parse_axes(axes)[0] for axes in given), None)
 
     def position(self, name: str) -> int:
         """The position of a module in the caller's order; 0 if there is no order."""

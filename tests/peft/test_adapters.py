@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from lora_jax.peft.adapters import from_peft, stack_modules, to_peft
-from lora_jax.peft.layout import common_dtype
+from lora_jax.peft.full import common_dtype
 from tests.peft.support import draw
 
 KINDS = {

@@ -210,7 +210,7 @@ def to_peft(
     Args:
         kind: of the module.
         axes: the letters of the axes of the module's weight, without those of a stack.
-        shape: of that weight.
+        shape: of this weight.
         arrays: `A` and `B`, and `m` if there is one.
 
     Returns:

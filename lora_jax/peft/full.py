@@ -278,7 +278,7 @@ class Replaced:
             self._open[path][1].add(site.indices)
 
     def current(self, site: Site, why: str) -> np.ndarray:
-        """The values that `set` would replace: those set before, or those of the params.
+        """The values that `set` would replace: values set before, or values of the params.
 
         Raises:
             CheckpointError: if the params have no values; it says why they are needed.

@@ -243,7 +243,7 @@ def as_experts(
         The adapters. Adapters of parameters have the number of experts.
 
     Raises:
-        CheckpointError: if the ranks of the config do not divide those of the factors.
+        CheckpointError: if the ranks in the config do not divide the ranks of the factors.
     """
     named, marked = Parameters(parameters), dict(modules)
     owners: dict[str, list[Module]] = {}

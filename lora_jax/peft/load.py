@@ -70,13 +70,14 @@ class Placement(NamedTuple):
         for site in self.sites.values():
             given = site.path in self.places.known.axes
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
+            given |= site.stack != tuple(sorted(site.stack))
             # Fields are named as in the module's name, so that `names` can be the table.
             numbers = lacking_fields(site.name, site.path)
             same = tuple(number for _, number in numbers) == site.indices
-            if same:
-                site = site._replace(fields=tuple(field for field, _ in numbers))
-            given |= site.stack != tuple(sorted(site.stack))
-            rows[site.name] = Row(site, self.places.shape(site.path), given)
+            fields = tuple(field for field, _ in numbers) if same else site.fields
+            _, name, path, axes, indices, stack, _ = site
+            shape = self.places.shape(path)
+            rows[name] = Row(name, path, indices, shape, axes, given, stack, fields)
         return NameTable.of(rows)
 
 

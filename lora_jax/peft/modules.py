@@ -112,7 +112,7 @@ def _kind_by_axes(site: Site, layout: Layout) -> Kind:
     return "embedding" if embedding else "linear"
 
 
-class SavedWholes:
+class SavedFull:
     """Collects full leaves as arrays of PEFT.
 
     Args:
@@ -221,8 +221,7 @@ class SavedWholes:
         if is_embedding(name, path) and array.ndim == 2:
             return array
         if module is not None and module.kind == "linear":
-            axes = module.target.axes.replace("b", "")
-            return to_matrix(array, axes).T
+            return to_matrix(array, module.site.own_axes).T
         if array.ndim == 3 and module is None and not self._convolves(path, name):
             axes = self._names.axes(path)
             if axes is None:

@@ -324,25 +324,23 @@ def _check_fields(name: str, path: str) -> None:
 class Row(NamedTuple):
     """A module and its weight."""
 
-    site: Site
+    module: str
+    """The name of the module in the model."""
+    path: str
+    indices: Index
     shape: tuple[int, ...]
+    axes: str
     given: bool = False
     """Whether more than the shape showed the axes."""
-
-    @property
-    def module(self) -> str:
-        """The name of the module in the model."""
-        return self.site.name
-
-    @property
-    def path(self) -> str:
-        """The path of the weight."""
-        return self.site.path
+    stack: Index = ()
+    """The axis of each index."""
+    fields: tuple[str, ...] = ()
+    """The field of each index."""
 
     @property
     def letters(self) -> str:
         """The letters of the axes, with fields if several axes have an index."""
-        return Reading(self.site.axes, self.site.stack).fields(self.site.fields)
+        return Reading(self.axes, self.stack).fields(self.fields)
 
 
 class NameTable(FrozenDict[str, str | tuple[str, str]]):
@@ -373,6 +371,6 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
 def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:
     yield "module", "path", "shape", "axes"
     for row in rows:
-        pairs = sorted(zip(row.site.stack, row.site.indices, strict=True))
+        pairs = sorted(zip(row.stack, row.indices, strict=True))
         index = f"[{', '.join(str(index) for _, index in pairs)}]" if pairs else ""
         yield row.module, row.path + index, str(row.shape), row.letters

@@ -23,7 +23,7 @@ from lora_jax.peft.checkpoint import write_checkpoint
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
-from lora_jax.peft.modules import SavedModule, SavedWholes, saved_modules
+from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
 from lora_jax.peft.name_table import Naming, SaveNames
 from lora_jax.peft.names import mask_numbers, name_ends, numbers_in, split_path
 from lora_jax.plan import plan_checks, trained_leaves
@@ -139,7 +139,7 @@ def make_files(
     task_type: str | None = None,
     dtype: Any = None,
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-    """The config and the arrays that `save` writes; the arguments are those of `save`."""
+    """The config and the arrays that `save` writes. It takes the arguments of `save`."""
     _check_names(names, [*plan.targets, *plan.skipped, *replaced])
     naming = Naming(names)
     modules: list[SavedModule] = []
@@ -151,14 +151,14 @@ def make_files(
             }
             modules += saved_modules(path, adapter, plan, naming, layout)
     _check_distinct(modules)
-    wholes = SavedWholes(plan, naming, layout, modules)
-    wholes.check_complete(replaced)
+    full = SavedFull(plan, naming, layout, modules)
+    full.check_complete(replaced)
     for path, array in replaced.items():
         with checks.at_path(path):
             array = tensor_files.to_numpy("the leaf", array)
-            wholes.put(path, tensor_files.cast("the leaf", array, dtype))
-    tensors = _tensors(modules, naming) | wholes.tensors
-    config = _config(modules, plan, wholes, base_model, task_type)
+            full.put(path, tensor_files.cast("the leaf", array, dtype))
+    tensors = _tensors(modules, naming) | full.tensors
+    config = _config(modules, plan, full, base_model, task_type)
     return config, {f"{PREFIX}{name}": array for name, array in tensors.items()}
 
 
@@ -276,7 +276,7 @@ def _inner(modules: Iterable[SavedModule]) -> set[str]:
 def _config(
     modules: list[SavedModule],
     plan: AdapterPlan,
-    wholes: SavedWholes,
+    full: SavedFull,
     base_model: str | None,
     task_type: str | None,
 ) -> PeftConfig:
@@ -305,8 +305,8 @@ def _config(
         use_rslora=stabilized,
         use_dora="dora" in methods,
         fan_in_fan_out=any(module.lies_in_out for module in modules),
-        bias=wholes.bias,
-        modules_to_save=tuple(wholes.modules) or None,
+        bias=full.bias,
+        modules_to_save=tuple(full.modules) or None,
         task_type=task_type,
         base_model_name_or_path=base_model,
     )

@@ -1,5 +1,6 @@
 """What the compiler makes of the functions: exact facts, no timings."""
 
+import math
 import re
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests import programs
 
 # All different, so that a shape tells which array it is; the weight is by far the largest.
 BATCH, SEQUENCE, N_IN, N_OUT, RANK = 2, 6, 2048, 896, 5
@@ -77,18 +79,12 @@ def compile_step(name, dtype="float32"):
     return jax.jit(step(name)).lower(*abstract_case(name, dtype)).compile()
 
 
-def flops(compiled):
-    analysis = compiled.cost_analysis()
-    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
-
-
 @EVERY_LINEAR
 def test_no_temporary_of_the_size_of_the_weight(name):
     if name.startswith("dora") and "given" not in name and OLD_XLA:
         pytest.skip("XLA on the CPU before jaxlib 0.10.2 squares a weight before it sums")
     # The largest that is allowed: the blocks of the direct norm, 128 rows or columns.
-    temporary = compile_step(name).memory_analysis().temp_size_in_bytes
-    assert temporary < WEIGHT_BYTES / 2
+    assert programs.temporary(compile_step(name)) < WEIGHT_BYTES / 2
 
 
 def test_the_textbook_and_the_merged_layer_have_such_a_temporary():
@@ -98,7 +94,7 @@ def test_the_textbook_and_the_merged_layer_have_such_a_temporary():
         return jax.vjp(forward, x, adapter)[1](c)
 
     compiled = jax.jit(merged).lower(*abstract_case("lora")).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes >= WEIGHT_BYTES
+    assert programs.temporary(compiled) >= WEIGHT_BYTES
 
 
 @pytest.mark.parametrize("name", [n for n in LINEARS if "dropout" not in n])
@@ -112,7 +108,7 @@ def test_no_gradient_of_the_frozen_weight(name):
         direct = 2 * 128 * N_OUT * RANK * max(N_IN, N_OUT) / 128
         passes = 4 if "full" in name else 2
         norm = passes * RANK * N_IN * N_OUT + direct + 16 * N_IN * N_OUT
-    assert flops(compile_step(name)) < 1.1 * (base + adapter) + norm
+    assert programs.flops(compile_step(name)) < 1.1 * (base + adapter) + norm
 
 
 @EVERY_LINEAR
@@ -127,15 +123,9 @@ def test_products_of_the_backward_pass_need_no_transposed_copy(name):
 
 def products(jaxpr):
     """The operands and the result of every matrix product, also inside calls."""
-    for eqn in jaxpr.eqns:
+    for eqn in programs.equations(jaxpr):
         if eqn.primitive.name == "dot_general":
             yield [v.aval for v in (*eqn.invars, *eqn.outvars)]
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from products(inner)
 
 
 def products_with_tokens(name, dtype):
@@ -172,25 +162,16 @@ def residuals(name):
     x, weight, adapter, _ = abstract_case(name)
     linear, options = LINEARS[name]
 
-    def pull(x, weight, adapter):
-        forward = lambda x, adapter: linear(x, weight, adapter, 2.0, **options)  # noqa: E731
-        return jax.vjp(forward, x, adapter)[1]
+    def forward(trained, weight):
+        return linear(trained[0], weight, trained[1], 2.0, **options)
 
-    return [
-        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull, x, weight, adapter))
-    ]
+    return [shape for shape, _ in programs.kept(forward, (x, adapter), weight)]
 
 
 def sizes_with_tokens(shapes):
     """Of residuals with the tokens' axes, the sizes over the number of tokens."""
-    sizes = []
-    for shape in shapes:
-        if shape[:1] == (TOKENS,) or shape[:2] == (BATCH, SEQUENCE):
-            size = 1
-            for n in shape:
-                size *= n
-            sizes.append(size // TOKENS)
-    return sorted(sizes)
+    rows = [s for s in shapes if s[:1] == (TOKENS,) or s[:2] == (BATCH, SEQUENCE)]
+    return sorted(math.prod(shape) // TOKENS for shape in rows)
 
 
 @pytest.mark.parametrize(
@@ -217,14 +198,13 @@ def test_residuals_are_x_and_rank_wide_arrays(name, want):
 
 def test_naive_dropout_keeps_more():
     # Guards the test above: without rematerialization the mask and the masked x are kept.
-    def pull(x, a, key):
-        keep = jax.random.bernoulli(key, 0.9, x.shape)
-        return jax.vjp(lambda x, a: jnp.where(keep, x, 0.0) @ a, x, a)[1]
+    def forward(trained, key):
+        keep = jax.random.bernoulli(key, 0.9, trained[0].shape)
+        return jnp.where(keep, trained[0], 0.0) @ trained[1]
 
     x, _, adapter, _ = abstract_case("lora")
-    kept = jax.eval_shape(pull, x, adapter["A"], KEY)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
-    assert sizes_with_tokens(shapes).count(N_IN) >= 2
+    kept = programs.kept(forward, (x, adapter["A"]), KEY)
+    assert sizes_with_tokens([shape for shape, _ in kept]).count(N_IN) >= 2
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
@@ -293,7 +273,7 @@ def textbook_layer(x, weight, adapter):
 @pytest.mark.parametrize("batch", [(32,), (4, 8)], ids=str)
 def test_a_scan_over_layers_keeps_no_copy_of_the_weights_or_of_x(batch):
     def temporary(layer):
-        return scanned(layer, batch).memory_analysis().temp_size_in_bytes
+        return programs.temporary(scanned(layer, batch))
 
     allowed = temporary(textbook_layer)
     small = 4 * 32 * WIDTH  # one activation

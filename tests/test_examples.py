@@ -438,7 +438,7 @@ def test_save(tmp_path):
     assert config["base"]["format"] == "nf4"
 
 
-# --- a base in few bits --------------------------------------------------------------
+# --- a quantized base ------------------------------------------------------------------
 
 
 @pytest.fixture

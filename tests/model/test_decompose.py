@@ -225,7 +225,7 @@ def test_checks():
         decompose_params(params, lora_jax.plan_adapters(config, params), "pissa")
 
 
-# --------------------------------------------------------------- bases in few bits
+# --------------------------------------------------------------- quantized bases
 
 
 def nf4(weight):

@@ -1,4 +1,4 @@
-"""Params with weights in few bits: which leaves, read when, and what they become."""
+"""Quantized params: which leaves, read when, and what they become."""
 
 import functools
 import inspect

@@ -110,12 +110,6 @@ def assert_golden(case, got, want):
     assert np.abs(np.asarray(got) - want).max() <= bound
 
 
-def flops(compiled):
-    """The floating-point operations of a compiled program."""
-    analysis = compiled.cost_analysis()
-    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
-
-
 def compile_step(optimizer, params, loss):
     """A compiled training step, from shapes."""
 

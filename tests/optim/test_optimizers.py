@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax import optim
+from tests import programs
 from tests import support as tolerances
 from tests.optim import support
 
@@ -345,10 +346,8 @@ def test_lora_fa_computes_and_keeps_nothing_for_a():
     adam = support.compile_step(optax.adam(0.1), adapters, adapted_loss)
     fa = support.compile_step(optim.lora_fa(optax.adam(0.1), 2.0), adapters, adapted_loss)
     # The compiler counts the body of a loop once.
-    assert support.flops(adam) - support.flops(fa) > 0.9 * (
+    assert programs.flops(adam) - programs.flops(fa) > 0.9 * (
         2 * support.TOKENS * support.WIDTH * support.SMALL
     )
-    saved = (
-        adam.memory_analysis().temp_size_in_bytes - fa.memory_analysis().temp_size_in_bytes
-    )
+    saved = programs.temporary(adam) - programs.temporary(fa)
     assert saved > 0.9 * support.LAYERS * support.INPUT_BYTES

@@ -57,14 +57,15 @@ def test_riemannian(batch, dtype):
     assert jax.tree.leaves(state) == []
 
 
-def test_float64():
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_where_float64_is_enabled(dtype):
     with tolerances.x64():
-        params, grads = ({"w": support.adapter(seed=s, dtype="float64")} for s in (0, 1))
+        params, grads = ({"w": support.adapter(seed=s, dtype=dtype)} for s in (0, 1))
         update = jax.jit(optim.scale_by_riemannian().update)
         got, _ = update(grads, optax.EmptyState(), params)
         want = both(grads["w"], params["w"], 1e-2)
         for name in "AB":
-            tolerances.assert_close(got["w"][name], want[name], 100, dtype="float64")
+            tolerances.assert_close(got["w"][name], want[name], 100, dtype=dtype)
 
 
 def test_the_step_does_not_depend_on_which_factor_is_large():

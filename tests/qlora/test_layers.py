@@ -1,7 +1,8 @@
-"""Layers on weights in few bits do what they do on the dequantized weights."""
+"""Layers on quantized weights do what they do on the dequantized weights."""
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import quant
-from tests import reference, support
+from tests import programs, reference, support
 from tests.qlora.support import (
     EVERY_FORMAT,
     FORMATS,
@@ -75,30 +76,31 @@ def run(linear, case, weight):
     return gradients(case.x, case.adapter, weight, case.bias, case.c)
 
 
-# Every layer in one format, and the simplest ones in all.
-LAYERS_AND_FORMATS = [
-    *(("nf4", linear) for linear in LINEARS),
-    *((name, x) for name in list(FORMATS)[1:] for x in ("lora", "dora")),
+# Every layer in one format, the simplest ones in all, and those of every layout.
+ALL = [
+    *(("nf4", linear, "rows") for linear in LINEARS),
+    *((name, x, "rows") for name in list(FORMATS)[1:] for x in ("lora", "dora")),
+    *(("nf4", x, y) for y in support.LAYOUTS for x in ("lora", "dora", "dora, in")),
 ]
-QUICK = [("nf4", "lora"), ("nf4", "dora, in"), ("int8", "dora"), ("fp8", "lora")]
+QUICK = [
+    *(("nf4", "lora", "rows"), ("nf4", "dora, in", "rows"), ("int8", "dora", "rows")),
+    *(("fp8", "lora", "rows"), ("nf4", "dora, dropout, megatron", "rows")),
+    ("nf4", "dora", "experts_in_layers"),
+]
 
 
-@pytest.mark.parametrize(("name", "linear"), slowly(QUICK, LAYERS_AND_FORMATS))
-def test_a_layer_is_that_of_the_dequantized_weight(name, linear):
-    stored, case = layer(name, linear)
+@pytest.mark.parametrize(("name", "linear", "layout"), slowly(QUICK, dict.fromkeys(ALL)))
+def test_a_layer_is_that_of_the_dequantized_weight(name, linear, layout):
+    """The same output and gradients, and no dense weight is kept for them."""
+    stored, case = layer(name, linear, layout)
     assert_same(run(linear, case, stored), run(linear, case, case.weight), 1e-5)
 
+    def forward(trained, weight):
+        return apply(linear)(trained[0], weight, trained[1])
 
-@pytest.mark.parametrize(
-    ("layout", "linear"),
-    slowly(
-        [("experts_in_layers", "dora")],
-        [(x, y) for x in support.LAYOUTS for y in ("lora", "dora", "dora, in")],
-    ),
-)
-def test_a_layer_of_any_layout(layout, linear):
-    stored, case = layer("nf4", linear, layout)
-    assert_same(run(linear, case, stored), run(linear, case, case.weight), 1e-5)
+    for weight, are_kept in ((stored, False), (case.weight, True)):
+        kept = programs.floats(programs.kept(forward, (case.x, case.adapter), weight))
+        assert bool(dense(kept)) == are_kept
 
 
 @pytest.mark.parametrize(
@@ -152,44 +154,21 @@ def test_scan_checkpoint_and_vmap_over_a_stack(name, linear):
         assert_same(grad(adapter, stored), grad(adapter, case.weight), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "linear"),
-    slowly([*QUICK, ("nf4", "dora, dropout, megatron")], LAYERS_AND_FORMATS),
-)
-def test_the_backward_pass_keeps_no_dense_weight(name, linear):
-    stored, case = layer(name, linear)
-    forward = apply(linear)
-
-    def kept(weight):
-        def pull(x, adapter, weight):
-            return jax.vjp(lambda x, a: forward(x, weight, a), x, adapter)[1]
-
-        return jax.tree.leaves(jax.eval_shape(pull, case.x, case.adapter, weight))
-
-    assert not [leaf.shape for leaf in kept(stored) if is_dense(leaf)]
-    assert [leaf for leaf in kept(case.weight) if is_dense(leaf)]  # guards the line above
-
-
-def is_dense(leaf):
-    """Whether it has the size of the weight, in a dtype that one may have."""
-    dtype = getattr(leaf, "dtype", None)
-    floats = (jnp.float32, jnp.bfloat16, jnp.float16)
-    return dtype in floats and leaf.size >= SHAPE[0] * SHAPE[1]
+def dense(shapes):
+    """Those shaped as a weight of `layer` or a stack of them, turned or not, or flat."""
+    sides = sorted(SHAPE), [math.prod(SHAPE)]
+    return [s for s in shapes if sorted(s[-2:]) in sides or list(s[-1:]) in sides]
 
 
 @pytest.mark.parametrize("norm_axis", slowly(["out"], ["out", "in"]))
 def test_norms_keep_no_dense_weight(norm_axis):
     stored, case = layer("nf4", "dora, in" if norm_axis == "in" else "dora")
 
-    def norm(weight, adapter):
+    def norm(adapter, weight):
         return lora_jax.dora_column_norm(weight, adapter, 2.0, norm_axis=norm_axis)
 
-    def kept(weight, adapter):
-        return jax.vjp(functools.partial(norm, weight), adapter)[1]
-
-    leaves = jax.tree.leaves(jax.eval_shape(kept, stored, case.adapter))
-    assert not [leaf.shape for leaf in leaves if is_dense(leaf)]
-    grad = jax.jit(jax.grad(lambda a, w: jnp.sum(jnp.sin(norm(w, a)))))
+    assert not dense(programs.floats(programs.kept(norm, case.adapter, stored)))
+    grad = jax.jit(jax.grad(lambda a, w: jnp.sum(jnp.sin(norm(a, w)))))
     assert_same(grad(case.adapter, stored), grad(case.adapter, case.weight), 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Models on weights in few bits do what the dequantized models do."""
+"""Models on quantized weights do what the dequantized models do."""
 
 import dataclasses
 import functools

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import quant
-from tests import reference, support
+from tests import programs, reference, support
 from tests.qlora.support import (
     OPTIMIZED,
     SHAPE,
@@ -59,17 +58,18 @@ def deep_step(plan, before=lambda params: params):
 
 
 @functools.cache
-def compiled(use_dora, dtype, name="nf4", wrong=False):
+def program(use_dora, dtype, name="nf4", wrong=False):
+    """A compiled training step, and its jaxpr."""
     stored, adapters, x, plan = deep_model(use_dora, dtype, name)
     step = deep_step(plan, dequantized if wrong else lambda params: params)
-    return jax.jit(step).lower(adapters, stored, x).compile()
+    traced = jax.jit(step).trace(adapters, stored, x)
+    return traced.lower().compile(), traced.jaxpr.jaxpr
 
 
-def dense_stacks(text):
-    """Floating-point arrays of a program's text that are as large as a dense stack."""
-    shapes = re.findall(r"\b(?:f32|bf16|f16)\[([\d,]+)\]", text)
-    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
-    return [size for size in sizes if size >= LAYERS * WIDTH * WIDTH]
+def dense_stacks(*texts):
+    """Floating-point arrays of programs that are as large as a dense stack."""
+    shapes = [shape for text in texts for shape in programs.float_shapes(text)]
+    return [shape for shape in shapes if math.prod(shape) >= LAYERS * WIDTH * WIDTH]
 
 
 METHODS = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -77,18 +77,22 @@ METHODS = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"
 
 @OPTIMIZED
 @pytest.mark.parametrize(
-    ("use_dora", "dtype"),
+    ("use_dora", "dtype", "name"),
     slowly(
-        [(False, "float32"), (True, "bfloat16")],
-        [(x, y) for x in (False, True) for y in ("float32", "bfloat16")],
+        [
+            *((False, "float32", name) for name in DEEP),
+            (True, "bfloat16", "nf4"),
+        ],
+        [(x, y, z) for x in (False, True) for y in ("float32", "bfloat16") for z in DEEP],
     ),
 )
-def test_a_step_has_no_dense_stack(use_dora, dtype):
-    program = compiled(use_dora, dtype)
-    assert not dense_stacks(program.as_text())
+def test_a_step_has_no_dense_stack(use_dora, dtype, name):
+    compiled, jaxpr = program(use_dora, dtype, name)
+    assert not dense_stacks(compiled.as_text(), jaxpr)
+    assert (WIDTH, WIDTH) in programs.float_shapes(jaxpr)  # a layer is dense at its use
     activations = 4 * LAYERS * ROWS * WIDTH * (3 if use_dora else 2)
     factors = 4 * LAYERS * RANK * 2 * WIDTH
-    temporary = program.memory_analysis().temp_size_in_bytes
+    temporary = programs.temporary(compiled)
     assert temporary < activations + 2 * factors + 3.5 * DENSE
     assert temporary < LAYERS * DENSE / 2  # half of all weights, dense
 
@@ -97,31 +101,10 @@ def test_a_step_has_no_dense_stack(use_dora, dtype):
 @pytest.mark.parametrize("use_dora", slowly([False], [False, True]))
 def test_a_step_on_dequantized_params_has_one(use_dora):
     # Guards the test above: it can tell.
-    program = compiled(use_dora, "float32", wrong=True)
-    assert dense_stacks(program.as_text())
-    assert program.memory_analysis().temp_size_in_bytes > LAYERS * DENSE
-
-
-@OPTIMIZED
-@pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_a_step_has_no_dense_stack_in_8_bits(name):
-    program = compiled(False, "float32", name)
-    assert not dense_stacks(program.as_text())
-    assert program.memory_analysis().temp_size_in_bytes < LAYERS * DENSE / 2
-
-
-def stacked_outputs(jaxpr):
-    """Shapes and dtypes of what loops stack up, also inside calls."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":
-            carried = eqn.params.get("num_carry")
-            yield from (v.aval for v in eqn.outvars[carried:])
-        for value in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from stacked_outputs(inner)
+    compiled, jaxpr = program(use_dora, "float32", wrong=True)
+    assert dense_stacks(compiled.as_text())
+    assert dense_stacks(jaxpr)
+    assert programs.temporary(compiled) > LAYERS * DENSE
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["", "wrong"])
@@ -136,7 +119,9 @@ def test_loops_stack_up_activations_only(use_dora, wrong):
         return lax.scan(entry, None, params)[1]
 
     step = deep_step(plan, dense_at_once if wrong else lambda params: params)
-    found = list(stacked_outputs(jax.make_jaxpr(step)(adapters, stored, x).jaxpr))
+    jaxpr = jax.make_jaxpr(step)(adapters, stored, x).jaxpr
+    loops = [e for e in programs.equations(jaxpr) if e.primitive.name == "scan"]
+    found = [v.aval for e in loops for v in e.outvars[e.params["num_carry"] :]]
     sizes = [int(np.prod(aval.shape)) for aval in found]
     # A scalar is a counter that some versions of JAX hand on.
     codes = [a for a in found if jnp.issubdtype(a.dtype, jnp.integer) and a.shape]
@@ -158,9 +143,9 @@ def test_stored_bytes_of_a_weight():
 def test_norms_of_a_stack_have_one_entry_dense_at_a_time():
     stored, adapters, _, plan = deep_model(use_dora=True)
     norms = jax.jit(lambda p: lora_jax.adapted_column_norms(p, adapters, plan))
-    program = norms.lower(stored).compile()
-    assert not dense_stacks(program.as_text())
-    assert program.memory_analysis().temp_size_in_bytes < 4 * DENSE
+    compiled = norms.lower(stored).compile()
+    assert not dense_stacks(compiled.as_text())
+    assert programs.temporary(compiled) < 4 * DENSE
     wrong = norms.lower(dequantized(stored)).compile()  # guards the pattern above
     assert dense_stacks(wrong.as_text())
     for path, norm in norms(stored).items():
@@ -175,9 +160,9 @@ def test_norms_of_a_stack_of_two_axes_have_one_entry_dense_at_a_time():
     plan = lora_jax.plan_adapters(config, stored)
     adapters = train(stored, plan)
     norms = lambda p: lora_jax.adapted_column_norms(p, adapters, plan)  # noqa: E731
-    text = str(jax.make_jaxpr(norms)(stored))
-    assert "f32[24,20]" in text
-    assert "f32[3,24,20]" not in text
+    shapes = programs.float_shapes(jax.make_jaxpr(norms)(stored))
+    assert SHAPE in shapes
+    assert (3, *SHAPE) not in shapes
     assert_same(norms(stored), norms(dequantized(stored)), 1e-6)
 
 

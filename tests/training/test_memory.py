@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import lora_jax
-from tests.training import problem, programs
+from tests import programs
+from tests.training import problem
 
 pytestmark = pytest.mark.slow  # half a minute of compiling
 
@@ -92,10 +93,6 @@ def analysis(compiled) -> Any:
     return compiled.memory_analysis()
 
 
-def temporary(compiled):
-    return analysis(compiled).temp_size_in_bytes
-
-
 def skip_squares(method):
     if method == "dora" and OLD_XLA:
         pytest.skip("XLA on the CPU before jaxlib 0.10.2 squares a weight before it sums")
@@ -133,8 +130,8 @@ def test_temporary_memory_is_that_of_the_frozen_model(method, layout, dtype):
         extra += 4 * 128 * 3 * WIDTH * (LAYERS if layout == "scan" else 1)
         # Of the weights that XLA on the CPU widens, one lives on for the norm.
         extra += 4 * WEIGHTS["qkv"] * (dtype == "bfloat16")
-    frozen = temporary(frozen_step(layout, dtype))
-    assert temporary(adapted_step(method, layout, dtype)) < frozen + extra
+    frozen = programs.temporary(frozen_step(layout, dtype))
+    assert programs.temporary(adapted_step(method, layout, dtype)) < frozen + extra
 
 
 @functools.cache
@@ -157,8 +154,8 @@ def test_merging_and_full_fine_tuning_form_them(step, layout):
     # Guards the tests above: they can tell.
     made = large_arrays(step(layout)) - large_arrays(frozen_step(layout))
     assert {"dot", "add", "multiply"} <= {operation for _, operation in made}
-    frozen = temporary(frozen_step(layout))
-    assert temporary(step(layout)) > frozen + 2 * 4 * WEIGHTS["qkv"]
+    frozen = programs.temporary(frozen_step(layout))
+    assert programs.temporary(step(layout)) > frozen + 2 * 4 * WEIGHTS["qkv"]
 
 
 @EVERY_CASE
@@ -243,5 +240,5 @@ def test_accumulated_gradients_cost_no_memory_for_more_microbatches():
         return step.lower(adapters, params, batches).compile()
 
     few, many = compiled(2), compiled(16)
-    assert temporary(many) == temporary(few)
+    assert programs.temporary(many) == programs.temporary(few)
     assert large_arrays(many) == large_arrays(frozen_step("scan"))

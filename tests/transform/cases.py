@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.scipy.linalg import cho_solve, solve_triangular
 
+from tests.support import normal
+
 IDS = np.array([[1, 2, 3], [4, 5, 4]])
 
 
@@ -661,6 +663,21 @@ CASES = {
         {**dict.fromkeys("qkv", "ioo"), "o": "iio"},
     ),
 }
+
+# Refused, see test_rules.py: DoRA would scale a sum, a fill value, inputs and outputs.
+NO_DORA = {"summed", "padded", "fused_rows"}
+NO_DORA |= {"pair", "pair_of_leaves", "complex", "conjugate", "imaginary_part"}
+
+
+def inputs(case, dtype="float64"):
+    params = {
+        name: normal(*shape, seed=7, dtype=dtype) for name, shape in case.params.items()
+    }
+    args = [
+        normal(*a, dtype=dtype) if isinstance(a, tuple) else jnp.asarray(a)
+        for a in case.args
+    ]
+    return params, args
 
 
 # The grid: every way to move a weight about, in front of every product.

@@ -502,8 +502,7 @@ class TestDropout:
 
     @pytest.mark.parametrize("name", ["conv", "ragged_dot", "tied_head", "attention"])
     def test_reaches_every_product(self, name):
-        from tests.transform.cases import CASES
-        from tests.transform.test_cases import inputs
+        from tests.transform.cases import CASES, inputs
 
         case = CASES[name]
         params, args = jax.tree.map(

@@ -1,14 +1,13 @@
 """Adapted and merged function agree in every case, and nothing weight-sized is formed."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 import lora_jax
+from tests import programs
 from tests.support import normal, optimizations, x64
-from tests.transform.cases import CASES, GRID, PRODUCTS
+from tests.transform.cases import CASES, GRID, NO_DORA, PRODUCTS, inputs
 from tests.transform.support import (
     assert_same,
     check,
@@ -20,28 +19,12 @@ from tests.transform.support import (
 )
 
 METHODS = ("lora", "dora")
-# Refused, see test_rules.py: DoRA would scale a sum, a fill value, inputs and outputs.
-NO_DORA = {"summed", "padded", "fused_rows"}
-NO_DORA |= {"pair", "pair_of_leaves", "complex", "conjugate", "imaginary_part"}
-
-
 # Of the others only the values are compared: their columns go the same ways.
 DORA_GRADIENTS = {
     "matmul", "out_in", "heads", "from_heads", "experts", "ragged_dot", "fused", "scan",
     "stacked_here", "used_both_ways", "tied_head", "conv", "conv_torch", "attention",
     "stated", "stated_groups", "stated_groups_turned", "stated_rounding", "stated_results",
 }  # fmt: skip
-
-
-def inputs(case, dtype="float64"):
-    params = {
-        name: normal(*shape, seed=7, dtype=dtype) for name, shape in case.params.items()
-    }
-    args = [
-        normal(*a, dtype=dtype) if isinstance(a, tuple) else jnp.asarray(a)
-        for a in case.args
-    ]
-    return params, args
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,26 +125,6 @@ def test_a_moved_weight_agrees_with_the_merged_one(name, method):
         check_values(case.fn, params, *args, config=config, tolerance=1e-10)
 
 
-def weight_shaped(text, plan):
-    """How many arrays shaped as a weight, or an entry of a stack, a program makes."""
-    wanted = set()
-    for target in plan.targets.values():
-        entry = [n for i, n in enumerate(target.shape) if i not in target.batch_axes]
-        wanted |= {
-            tuple(sorted(n for n in shape if n > 1)) for shape in (target.shape, entry)
-        }
-    # Of what is written to memory: not inside fusions, and no views.
-    inside = re.compile(r"\s*%(fused|wrapped)_")
-    text = "\n".join(block for block in text.split("\n\n") if not inside.match(block))
-    found = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
-    shapes = [
-        tuple(sorted(int(n) for n in shape.split(",") if int(n) > 1))
-        for shape, op in found
-        if op not in ("parameter", "get-tuple-element", "bitcast")
-    ]
-    return sum(shape in wanted for shape in shapes)
-
-
 QUICK = ("matmul", "out_in", "heads", "fused", "scan", "conv", "tied_head")
 QUICK += ("stated", "stated_scan", "stated_groups", "stated_rounding", "stated_kernel")
 
@@ -191,7 +154,9 @@ def compiled_steps(case):
 def test_forms_nothing_of_the_shape_of_the_weight(name):
     with x64():
         plan, *texts = compiled_steps(CASES[name])
-    adapted, frozen, dense = (weight_shaped(text, plan) for text in texts)
+    adapted, frozen, dense = (
+        len(programs.are_weights(programs.made_shapes(text), plan)) for text in texts
+    )
     assert adapted <= frozen
     if name in ("matmul", "out_in", "fused", "scan", "conv"):  # the test can tell
         assert dense > frozen

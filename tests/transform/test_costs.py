@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from tests import programs
+
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 bench = importlib.import_module("bench_transform")
 
@@ -35,7 +37,7 @@ def flops(method, layout, contestant):
 
 
 def temporary(method, layout, contestant):
-    return compiled(method, layout, contestant).memory_analysis().temp_size_in_bytes
+    return programs.temporary(compiled(method, layout, contestant))
 
 
 CASES = [(method, layout) for method in bench.LINEARS for layout in bench.LAYOUTS]

@@ -5,6 +5,7 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
@@ -13,23 +14,26 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; `size` is the number of entries of its largest array."""
+    """One line of a computation, with the shapes of its results."""
 
     name: str
-    size: int
+    shapes: list[tuple[int, ...]]
     opcode: str
     operands: list[str]
     fused: str | None
 
+    @property
+    def size(self):
+        """The number of entries of the largest array."""
+        return max(map(math.prod, self.shapes), default=0)
+
 
 def _instruction(match):
     name, result, opcode, rest = match.groups()
-    sizes = [
-        math.prod(map(int, filter(None, s.split(",")))) for s in _ARRAY.findall(result)
-    ]
+    shapes = [tuple(map(int, filter(None, s.split(",")))) for s in _ARRAY.findall(result)]
     called = re.search(r"calls=%?([\w.\-]+)", rest) if opcode == "fusion" else None
     operands = _OPERAND.findall(rest.split(")")[0])
-    return Instruction(name, max(sizes, default=0), opcode, operands, called and called[1])
+    return Instruction(name, shapes, opcode, operands, called and called[1])
 
 
 def computations(text):
@@ -56,16 +60,25 @@ def large_arrays(text, size):
         has inside is not in memory, but the operations there say what it computes.
     """
     found = computations(text)
+    return {
+        (one.size, opcode)
+        for one in _made(found)
+        if one.size >= size
+        for opcode in _opcodes(one, found, size)
+    }
+
+
+def made_shapes(text):
+    """The shapes of all arrays that a program makes, as `large_arrays` has it."""
+    return [shape for one in _made(computations(text)) for shape in one.shapes]
+
+
+def _made(found):
     inside = {one.fused for body in found.values() for one in body}
-    made = set()
     for name, body in found.items():
-        if name in inside:
-            continue
         by_name = {one.name: one for one in body}
-        for one in body:
-            if one.size >= size and not _is_there_already(one, by_name):
-                made |= {(one.size, opcode) for opcode in _opcodes(one, found, size)}
-    return made
+        if name not in inside:
+            yield from (one for one in body if not _is_there_already(one, by_name))
 
 
 def _is_there_already(one, by_name):
@@ -96,6 +109,53 @@ def kept(loss, trained, *rest):
 
     leaves = jax.tree.leaves(jax.eval_shape(pull, trained, *rest))
     return [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def floats(kept):
+    """The shapes of those arrays of real numbers that a forward pass keeps."""
+    return [shape for shape, dtype in kept if jnp.issubdtype(dtype, jnp.floating)]
+
+
+def float_shapes(program):
+    """The shapes of all arrays of real numbers in the text of a program or a jaxpr."""
+    found = re.findall(r"\b(?:f64|f32|bf16|f16)\[([\d,]+)\]", str(program))
+    return [tuple(map(int, shape.split(","))) for shape in found]
+
+
+def are_weights(shapes, plan):
+    """Those that are shaped as an adapted weight or an entry of a stack, turned or not."""
+    wanted = set()
+    for target in plan.targets.values():
+        entry = [n for i, n in enumerate(target.shape) if i not in target.batch_axes]
+        wanted |= {_sides(target.shape), _sides(entry)}
+    return [shape for shape in shapes if _sides(shape) in wanted]
+
+
+def _sides(shape):
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, also inside calls and loops."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def flops(compiled):
+    """The floating-point operations of a compiled program."""
+    analysis = compiled.cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+def temporary(compiled):
+    """The bytes of temporary memory of a compiled program."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def number_of_bytes(tree):

@@ -1,6 +1,5 @@
 """Adapters in a directory: bit for bit, whole or not there, damaged or refused."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -366,71 +365,6 @@ def test_float64_is_not_narrowed(tmp_path):
 
 
 # ---------------------------------------------------------------------------- crashes
-
-
-class Killed(BaseException):
-    """The process ends."""
-
-
-STEPS = [
-    (os, "open"),
-    (os, "fsync"),
-    (os, "replace"),
-    (os, "unlink"),
-    (pathlib.Path, "touch"),
-    (pathlib.Path, "open"),
-    (pathlib.Path, "chmod"),
-]
-
-
-def dies_at(monkeypatch, number, error):
-    """Lets the call of that number of one of the steps fail, and if killed all after it."""
-    calls = []
-
-    def wrap(name, real):
-        def step(*args, **kwargs):
-            calls.append(name)
-            if len(calls) == number or (error is Killed and len(calls) > number):
-                raise error
-            return real(*args, **kwargs)
-
-        return step
-
-    for owner, name in STEPS:
-        monkeypatch.setattr(owner, name, wrap(name, getattr(owner, name)))
-    return calls
-
-
-@pytest.mark.parametrize("form", ["one file", "two files"])
-@pytest.mark.parametrize("error", [Killed, OSError])
-def test_failing_at_any_step_leaves_old_or_new(tmp_path, monkeypatch, error, form):
-    if form == "two files":
-        shutil.copytree(TWO_FILES, tmp_path / "old")
-    else:
-        saved(tmp_path / "old")
-    old = load_adapters(tmp_path / "old")[0]
-    plan = make_plan(use_dora=True)
-    new = make_adapters(plan, seed=1)
-    outcomes = []
-    for number in range(1, 100):
-        folder = tmp_path / str(number)
-        shutil.copytree(tmp_path / "old", folder)
-        with monkeypatch.context() as patch:
-            calls = dies_at(patch, number, error)
-            with contextlib.suppress(error):
-                save_adapters(folder, new, plan)
-        got = bits(load_adapters(folder)[0])
-        assert got in (bits(old), bits(new))
-        outcomes.append(got == bits(new))
-        rest = [file.name for file in folder.iterdir() if file.name.endswith(".tmp")]
-        assert error is Killed or calls[-1] == "unlink" or not rest
-        save_adapters(folder, new, plan)
-        assert bits(load_adapters(folder)[0]) == bits(new)
-        assert [file.name for file in folder.iterdir()] == [NAME]
-        if len(calls) < number:
-            break
-    assert outcomes == sorted(outcomes), "old before the commit, new after it"
-    assert 5 < outcomes.count(False) < len(outcomes) < 99
 
 
 def test_a_first_save_that_fails_leaves_no_record(tmp_path, monkeypatch):

@@ -33,25 +33,19 @@ QUANT_SIZES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bench_linear():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("bench_linear")
+def script_fixture(name):
+    @pytest.fixture(scope="module", name=name)
+    def imported():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(BENCHMARKS)
+            yield importlib.import_module(name)
+
+    return imported
 
 
-@pytest.fixture(scope="module")
-def bench_transform():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("bench_transform")
-
-
-@pytest.fixture(scope="module")
-def bench_quant():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("bench_quant")
+linear, transform, quant = map(
+    script_fixture, ("bench_linear", "bench_transform", "bench_quant")
+)
 
 
 def run_script(script, arguments, folder):

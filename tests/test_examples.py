@@ -315,15 +315,6 @@ def test_encoder_sees_tokens_and_their_order():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_new_adapters_change_nothing(method):
-    params, batch, plan = tiny_model(method)
-    adapters = classifier.init_trainable(jax.random.key(0), params, plan)["adapters"]
-    expected = classifier.encode(params, batch)
-    actual = classifier.encode_adapted(params, adapters, plan, batch)
-    assert_close(actual, np.asarray(expected), ulps=16)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_adapters_are_on_query_and_value(method):
     params, _, plan = tiny_model(method)
     adapters = classifier.init_trainable(jax.random.key(0), params, plan)["adapters"]
@@ -342,34 +333,6 @@ def test_adapters_are_on_query_and_value(method):
     assert all(("m" in adapter) == (method == "dora") for adapter in adapters.values())
     first, *others = (np.asarray(a["A"]) for a in adapters.values())
     assert all((first != other).any() for other in others)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_merged_is_adapted(method):
-    params, batch, plan = tiny_model(method)
-    adapters = trained(params, plan)["adapters"]
-    before = classifier.fingerprint(params)
-    merged = lora_jax.merge_adapters(params, adapters, plan)
-    assert classifier.fingerprint(params) == before
-    changed = {
-        path
-        for path, leaf in classifier.by_path(merged).items()
-        if (leaf != classifier.by_path(params)[path]).any()
-    }
-    assert changed == set(adapters)
-    actual = classifier.encode(merged, batch)
-    expected = classifier.encode_adapted(params, adapters, plan, batch)
-    plain = classifier.encode(params, batch)
-    assert_close(actual, np.asarray(expected), ulps=64)
-    assert np.max(np.abs(expected - plain)) > 1e-2
-
-
-def test_fingerprint_sees_one_bit():
-    params = tiny_params()
-    before = classifier.fingerprint(params)
-    bias = params["embeddings"]["norm"]["bias"]
-    params["embeddings"]["norm"]["bias"] = bias.at[3].set(jnp.nextafter(bias[3], jnp.inf))
-    assert classifier.fingerprint(params) != before
 
 
 def test_filling_rows_do_not_count():
@@ -463,7 +426,7 @@ def stored_by_path(params):
 
 
 @pytest.mark.parametrize("base", FORMATS)
-def test_base_has_its_kernels_in_few_bits(base, any_size):
+def test_base_has_quantized_kernels(base, any_size):
     params = tiny_params()
     stored = stored_by_path(classifier.quantize_base(params, base))
     for path, leaf in classifier.by_path(params).items():
@@ -500,8 +463,11 @@ def test_stored_encoder_is_the_dense_one(base, any_size):
     assert classifier.megabytes(stored) < classifier.megabytes(params)
 
 
-@pytest.mark.parametrize(("method", "base"), [("lora", "int8"), ("dora", "nf4")])
-def test_merged_is_adapted_on_a_base_in_few_bits(method, base, any_size):
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [("lora", "full"), ("dora", "full"), ("lora", "int8"), ("dora", "nf4")],
+)
+def test_merged_is_adapted(method, base, any_size):
     params, batch, plan = tiny_model(method)
     stored = classifier.quantize_base(params, base)
     assert classifier.make_plan(stored, batch, classifier.Job(method, rank=3)) == plan
@@ -513,21 +479,24 @@ def test_merged_is_adapted_on_a_base_in_few_bits(method, base, any_size):
     expected = classifier.encode_adapted(stored, adapters, plan, batch)
     assert_close(actual, np.asarray(expected), ulps=64)
     assert np.abs(expected - classifier.encode_stored(stored, batch)).max() > 1e-2
+    leaves = stored_by_path(stored)
     for path, leaf in stored_by_path(merged).items():
-        in_few_bits = path.endswith("/kernel") and path not in adapters
-        assert lora_jax.quant.is_quantized(leaf) == in_few_bits
+        is_kernel = path.endswith("/kernel") and path not in adapters
+        assert lora_jax.quant.is_quantized(leaf) == (is_kernel and base != "full")
+        assert (leaf is leaves[path]) == (path not in adapters)
 
 
-def test_fingerprint_sees_one_bit_of_a_code():
-    params = classifier.quantize_base(tiny_params(), "int8")
-    before = classifier.fingerprint(params)
-    attention = params["encoder"]["layer_1"]["attention"]
-    codes = attention["query"]["kernel"].codes
-    other = dataclasses.replace(
-        attention["query"]["kernel"], codes=codes.at[3, 5].set(codes[3, 5] ^ 1)
-    )
-    attention["query"]["kernel"] = other
-    assert classifier.fingerprint(params) != before
+def test_fingerprint_sees_one_bit():
+    def set_bit(base, leaf, changed):
+        params = classifier.quantize_base(tiny_params(), base)
+        before = classifier.fingerprint(params)
+        query = params["encoder"]["layer_1"]["attention"]["query"]
+        query[leaf] = changed(query[leaf])
+        assert classifier.fingerprint(params) != before
+
+    set_bit("full", "bias", lambda b: b.at[3].set(jnp.nextafter(b[3], jnp.inf)))
+    flipped = lambda codes: codes.at[3, 5].set(codes[3, 5] ^ 1)  # noqa: E731
+    set_bit("int8", "kernel", lambda k: dataclasses.replace(k, codes=flipped(k.codes)))
 
 
 # --- the study of its accuracy --------------------------------------------------------

@@ -80,6 +80,12 @@ def test_rates_of_patterns():
     }
 
 
+def test_a_ratio_below_one():
+    rates = rates_of(optim.lora_plus(0.5, 0.25, optimizer=optax.sgd), support.tree())
+    assert rates["adapters/embed/table/B"] == 0.125
+    assert rates["adapters/embed/table/A"] == 0.5
+
+
 def test_groups_of_peft():
     groups = json.loads((support.GOLDEN / "peft_json" / "loraplus_groups.json").read_text())
     params = {
@@ -242,14 +248,17 @@ def test_scales_of_a_plan():
         tolerances.assert_close(updates["adapters"][path]["B"], want, 100)
 
 
-def test_scales_of_a_plan_in_a_nested_tree():
+@pytest.mark.parametrize(
+    "number", [5, 5.0, np.float32(5), np.array(5, "float32"), jnp.float32(5)], ids=repr
+)
+def test_scales_of_a_plan_in_a_nested_tree(number):
     config = lora_jax.LoraConfig(rank=4, alpha=20.0)
     weights = {"stack": {"o": jnp.zeros((12, 9))}, "o": jnp.zeros((12, 9))}
     plan = lora_jax.plan_adapters(config, weights)
     tree = {"stack": {"o": support.adapter()}}
     by_plan, by_number = (
         optimizer.update(tree, optimizer.init(tree), tree)[0]
-        for optimizer in (optim.lora_fa(optax.sgd(1.0), s) for s in (plan, 5.0))
+        for optimizer in (optim.lora_fa(optax.sgd(1.0), s) for s in (plan, number))
     )
     jax.tree.map(np.testing.assert_array_equal, by_plan, by_number)
 

@@ -169,15 +169,6 @@ def test_outputs_are_adapters_state_and_loss(method, layout, dtype):
     assert found.alias_size_in_bytes == changed  # the donated ones
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_the_state_of_adam_is_that_of_the_adapters(method):
-    _, _, adapters = set_up(method, "scan", "bfloat16")
-    state = jax.eval_shape(OPTIMIZER.init, adapters)
-    counter = 4
-    want = 2 * programs.number_of_bytes(adapters) + counter
-    assert programs.number_of_bytes(state) == want
-
-
 def kept(fn, method, **config):
     params, plan, adapters = set_up(method, "scan", **config)
     key = KEY if config else None

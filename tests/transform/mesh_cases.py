@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, auto_axes, explicit_axes
+from jax.sharding import AxisType, NamedSharding, auto_axes, explicit_axes
 from jax.sharding import PartitionSpec as P
 
 from tests.support import normal
@@ -25,25 +25,32 @@ class Place:
 
     mesh: Any = None
 
+    @property
+    def is_explicit(self):
+        """Whether there are axes in the types."""
+        return self.mesh is not None and AxisType.Explicit in self.mesh.axis_types
+
     def on(self, *spec):
         """A sharding on the mesh."""
         return NamedSharding(self.mesh, P(*spec))
 
     def out(self, *spec):
         """The keyword argument for a sharding of a result."""
-        return {} if self.mesh is None else {"out_sharding": self.on(*spec)}
+        return {"out_sharding": self.on(*spec)} if self.is_explicit else {}
 
     def shard(self, x, *spec):
         """An array, sharded."""
-        return x if self.mesh is None else jax.sharding.reshard(x, self.on(*spec))
+        if self.is_explicit:
+            return jax.sharding.reshard(x, self.on(*spec))
+        return x if self.mesh is None else lax.with_sharding_constraint(x, self.on(*spec))
 
     def automatic(self, function, *spec):
         """A function with automatic axes, and its result sharded."""
-        return function if self.mesh is None else auto_axes(function, **self.out(*spec))
+        return auto_axes(function, **self.out(*spec)) if self.is_explicit else function
 
     def explicit(self, function, *specs):
         """A function with explicit axes, and its arguments sharded."""
-        if self.mesh is None:
+        if not self.is_explicit:
             return function
         return explicit_axes(function, in_sharding=tuple(P(*spec) for spec in specs))
 

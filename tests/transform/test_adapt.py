@@ -13,7 +13,7 @@ from jax import lax
 import lora_jax
 from tests.support import count_traces, normal, optimizations, x64
 from tests.transform.cases import block
-from tests.transform.support import assert_same, both, check, merged, plan_of, trained
+from tests.transform.support import assert_same, check, merged, plan_of, trained
 
 X, W = normal(5, 12), normal(12, 10)
 
@@ -31,13 +31,6 @@ def single(dtype="float32", **config):
     params, x = {"w": jnp.asarray(W, dtype)}, jnp.asarray(X, dtype)
     plan = plan_of(model, params, x, **config)
     return params, plan, trained(params, plan), x
-
-
-def test_new_adapters_change_no_bit():
-    params, plan, _, x = single()
-    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
-    got = lora_jax.adapt(model, plan)(params, adapters, x)
-    np.testing.assert_array_equal(got, model(params, x))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -162,25 +155,6 @@ def test_params_are_arguments_of_the_program():
     assert not jaxpr.consts
 
 
-@pytest.mark.parametrize("fn", [model, layers])
-def test_frozen_weights_have_no_gradient_and_no_copy(fn):
-    params = {
-        "w": jnp.asarray(normal(8, 64, 64) if fn is layers else normal(64, 64), "float32")
-    }
-    x = jnp.asarray(normal(5, 64), "float32")
-    plan = plan_of(fn, params, x, rank=2)
-    adapters = trained(params, plan)
-    adapted = lora_jax.adapt(fn, plan)
-    step = jax.jit(jax.grad(lambda a: jnp.sum(adapted(params, a, x))))
-    compiled = (
-        jax.jit(jax.grad(lambda a, p: jnp.sum(adapted(p, a, x))))
-        .lower(adapters, params)
-        .compile()
-    )
-    assert step(adapters)["w"]["A"].shape == adapters["w"]["A"].shape
-    assert compiled.memory_analysis().temp_size_in_bytes < params["w"].nbytes
-
-
 def test_what_is_no_array_stays_as_it_is():
     def fn(params, x, flag, *, mode, act):
         assert flag is True
@@ -210,22 +184,6 @@ def test_a_function_may_close_over_values_of_an_outer_trace():
 
         got = jax.jit(jax.grad(outer))(2.0)
         assert_same(got, jnp.sum(model(merged(params, adapters, plan), x)))
-
-
-def test_an_adapted_function_can_be_adapted():
-    with x64():
-        params, plan, adapters, x = single("float64")
-        inner = lora_jax.adapt(model, plan)
-
-        def fn(params, x):
-            return inner(params, adapters, x)
-
-        second = plan_of(fn, params, x, rank=2)
-        check(lambda p, x: fn(p, x), params, x, plan=second)
-        more = trained(params, second, seed=5)
-        got = lora_jax.adapt(fn, second)(params, more, x)
-        want = model(merged(merged(params, adapters, plan), more, second), x)
-        assert_same(got, want)
 
 
 def test_unused_weights_are_an_error_unless_allowed():
@@ -553,14 +511,6 @@ def test_the_users_keyword_arguments_have_any_name():
     np.testing.assert_array_equal(dense["plan"], fn(params, x, **options)["plan"])
 
 
-def test_gradients_of_a_dora_magnitude():
-    with x64():
-        params, plan, adapters, x = single("float64", use_dora=True)
-        (_, got), (_, want) = both(model, params, plan, adapters, x)
-        assert_same(got, want)
-        assert np.abs(got[0]["w"]["m"]).min() > 0
-
-
 def given_norms(fn, params, x, plan, adapters):
     """The gradient of an adapted function with norms that are formed outside, compiled."""
     norms = lora_jax.adapted_column_norms(params, adapters, plan)
@@ -856,7 +806,7 @@ def test_adapted_functions_are_adapted_again(methods, layout):
     np.testing.assert_allclose(got, fn(weights, x), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("methods", ["ld", "dl", "dd"])
+@pytest.mark.parametrize("methods", ["ll", "ld", "dl", "dd"])
 def test_gradients_of_nested_adapters(methods):
     with x64():
         params, x = {"w": jnp.asarray(W)}, jnp.asarray(X)

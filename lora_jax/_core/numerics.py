@@ -8,7 +8,7 @@ experts). `tokens` stands for all axes of an input between the batch axes and th
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -79,23 +79,25 @@ def multiply(x: jax.Array, scale: float | jax.Array) -> jax.Array:
     return x * (scale.astype(x.dtype) if isinstance(scale, jax.Array) else scale)
 
 
-def wide_delta(
-    adapter: Mapping[str, jax.Array],
-    alpha: float | jax.Array,
-    rank_stabilized: bool,
-    *dtypes: DTypeLike,
+def sum_and_round(
+    base: jax.Array, updates: Iterable[jax.Array], columns: Iterable[jax.Array] = ()
 ) -> jax.Array:
-    """`scale * A @ B`, `(*batch, in, out)`, in the widest of `dtypes` and the factors'."""
-    wide = accumulation_dtype(*dtypes, adapter["A"].dtype, adapter["B"].dtype)
-    a, b = (jnp.asarray(adapter[name], wide) for name in ("A", "B"))
-    product = jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-    return multiply(product, adapter_scale(alpha, a.shape[-1], rank_stabilized, wide))
+    """`columns * (base + updates)`, rounded once to the dtype of `base`.
 
-
-def add_and_round(value: jax.Array, update: jax.Array) -> jax.Array:
-    """`value + update`, added in the dtype of `update`, rounded to the dtype of `value`."""
-    value = jnp.asarray(value)
-    return (value.astype(update.dtype) + update).astype(value.dtype)
+    Args:
+        base: an array.
+        updates: are added to it. The sum has the widest dtype of all of them, at least
+            float32.
+        columns: multiply the sum.
+    """
+    base, updates = jnp.asarray(base), list(updates)
+    wide = accumulation_dtype(base.dtype, *(update.dtype for update in updates))
+    out = base.astype(wide)
+    for update in updates:
+        out = out + update.astype(wide)
+    for column in columns:
+        out = out * column.astype(wide)
+    return out.astype(base.dtype)
 
 
 def fold(x: jax.Array, batch_ndim: int) -> jax.Array:

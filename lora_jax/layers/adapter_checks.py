@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
-from lora_jax._core import checks
+from lora_jax._core import checks, numerics
 
 # How others call the entries of an adapter; used in messages only.
 _OTHER_NAMES = {
@@ -72,6 +73,22 @@ def check_adapter(
                 (*batch, width),
                 f"for A {a.shape} and B {b.shape}",
             )
+
+
+def checked_scale(
+    adapter: Mapping[str, jax.Array],
+    alpha: Any,
+    rank_stabilized: Any,
+    *dtypes: DTypeLike,
+) -> float | jax.Array:
+    """The scale of a checked adapter; raises unless `alpha` and the flag are valid.
+
+    See `numerics.adapter_scale`. A scale that is an array is at least as wide as `dtypes`.
+    """
+    checks.check_number("alpha", alpha)
+    checks.check_flags(rank_stabilized=rank_stabilized)
+    rank, dtype = adapter["A"].shape[-1], numerics.accumulation_dtype(*dtypes)
+    return numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
 
 
 def _check_names(

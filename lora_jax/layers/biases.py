@@ -39,9 +39,9 @@ def lora_bias_delta(
     Raises:
         KeyError, TypeError, ValueError: as `lora_delta`, but biases are welcome.
     """
-    _check_adapter(adapter, alpha, rank_stabilized)
+    scale = _checked_scale(adapter, alpha, rank_stabilized)
     dtype = numerics.promote(*(value.dtype for value in adapter.values()))
-    return _wide_bias_delta(adapter, alpha, rank_stabilized, dtype).astype(dtype)
+    return _wide_bias_delta(adapter, scale, dtype).astype(dtype)
 
 
 def merge_lora_layer(
@@ -70,15 +70,15 @@ def merge_lora_layer(
         KeyError, TypeError, ValueError: as `merge_lora_weight`, but biases are welcome;
             ValueError if `frozen_bias` does not fit.
     """
-    _check_adapter(adapter, alpha, rank_stabilized)
+    scale = _checked_scale(adapter, alpha, rank_stabilized)
     weight = merge_lora_weight(
         frozen_weight, _factors(adapter), alpha, rank_stabilized=rank_stabilized
     )
     if frozen_bias is None:
         frozen_bias = jnp.zeros(weight.shape[:-2] + weight.shape[-1:], weight.dtype)
     checks.check_bias("frozen_bias", frozen_bias, weight.shape)
-    delta = _wide_bias_delta(adapter, alpha, rank_stabilized, frozen_bias.dtype)
-    return weight, numerics.add_and_round(frozen_bias, delta)
+    delta = _wide_bias_delta(adapter, scale, frozen_bias.dtype)
+    return weight, numerics.sum_and_round(frozen_bias, [delta])
 
 
 def unmerge_lora_layer(
@@ -105,26 +105,26 @@ def unmerge_lora_layer(
     Raises:
         KeyError, TypeError, ValueError: as `merge_lora_layer`.
     """
-    _check_adapter(adapter, alpha, rank_stabilized)
+    scale = _checked_scale(adapter, alpha, rank_stabilized)
     weight = unmerge_lora_weight(
         merged_weight, _factors(adapter), alpha, rank_stabilized=rank_stabilized
     )
     checks.check_bias("merged_bias", merged_bias, weight.shape)
-    delta = _wide_bias_delta(adapter, alpha, rank_stabilized, merged_bias.dtype)
-    return weight, numerics.add_and_round(merged_bias, -delta)
+    delta = _wide_bias_delta(adapter, scale, merged_bias.dtype)
+    return weight, numerics.sum_and_round(merged_bias, [-delta])
 
 
-def _check_adapter(
+def _checked_scale(
     adapter: Mapping[str, jax.Array], alpha: float | jax.Array, rank_stabilized: bool
-) -> None:
+) -> float | jax.Array:
     adapter_checks.check_adapter(
         adapter,
         None,
         optional=adapter_checks.BIASES,
         refused=adapter_checks.LOSES_MAGNITUDE,
     )
-    checks.check_number("alpha", alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
+    dtypes = (entry.dtype for entry in adapter.values())
+    return adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
 
 
 def _factors(adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -132,10 +132,7 @@ def _factors(adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _wide_bias_delta(
-    adapter: Mapping[str, jax.Array],
-    alpha: float | jax.Array,
-    rank_stabilized: bool,
-    dtype: DTypeLike,
+    adapter: Mapping[str, jax.Array], scale: float | jax.Array, dtype: DTypeLike
 ) -> jax.Array:
     """`scale * (A_bias @ B + B_bias)`, `(*batch, out)`, in the widest dtype at hand."""
     dtypes = (entry.dtype for entry in adapter.values())
@@ -148,5 +145,4 @@ def _wide_bias_delta(
         delta = delta + jnp.squeeze(through_b, -2)
     if "B_bias" in adapter:
         delta = delta + jnp.asarray(adapter["B_bias"], wide)
-    scale = numerics.adapter_scale(alpha, b.shape[-2], rank_stabilized, wide)
     return numerics.multiply(delta, scale)

@@ -36,7 +36,8 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, numerics, quantized
 from lora_jax.layers import adapter_checks, decompositions
-from lora_jax.layers.lora import Adapter, init_lora_adapter, unmerge_lora_weight
+from lora_jax.layers.lora import Adapter, init_lora_adapter
+from lora_jax.lowrank.low_rank import LowRank
 
 __all__ = [
     "DecomposedWeight",
@@ -118,7 +119,7 @@ def init_pissa_adapter(
         QPiSSA is in the same paper. The randomized SVD: Halko et al., 2011,
         https://arxiv.org/abs/0909.4061.
     """
-    _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
+    wide, scale, dtype = _checked(weight, rank, alpha, rank_stabilized, dtype)
     _check_nonzero(alpha)
     if quantize is not None:
         check_quantize(quantize)
@@ -127,16 +128,13 @@ def init_pissa_adapter(
             "key and iterations go together: give both for a randomized SVD, or neither "
             f"for an exact one, got key={key!r} and iterations={iterations!r}."
         )
-    dtype = _factor_dtype(weight, dtype)
-    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
     if key is None or iterations is None:
         svd = decompositions.exact(wide, rank)
     else:
         checks.check_key("key", key)
         svd = decompositions.randomized(key, wide, rank, _steps(iterations))
-    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
     adapter = _rounded(decompositions.factors(svd, scale), dtype)
-    base = _residual(weight, adapter, alpha, rank_stabilized)
+    base = LowRank(weight, adapter, scale).unmerge()
     if quantize is not None:
         return DecomposedWeight(stored(quantize, base), adapter)
     return DecomposedWeight(base, adapter)
@@ -175,11 +173,9 @@ def init_olora_adapter(
         Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775, section 3. The paper's `W` is
         our `W^T`.
     """
-    _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
-    dtype = _factor_dtype(weight, dtype)
-    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
+    wide, scale, dtype = _checked(weight, rank, alpha, rank_stabilized, dtype)
     adapter = _rounded(decompositions.qr_factors(wide, rank), dtype)
-    base = _residual(weight, adapter, alpha, rank_stabilized)
+    base = LowRank(weight, adapter, scale).unmerge()
     return DecomposedWeight(base, adapter)
 
 
@@ -261,15 +257,12 @@ def init_loftq_adapter(
         scale. Here the factors are divided by it; peft does not divide, and is right at a
         scale of 1 only.
     """
-    _check_weight_and_rank(weight, rank, alpha, rank_stabilized)
+    wide, scale, dtype = _checked(weight, rank, alpha, rank_stabilized, dtype)
     _check_nonzero(alpha)
     check_quantize(quantize)
-    dtype = _factor_dtype(weight, dtype)
-    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
-    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
     base, adapter = weight, {}
     for step in range(_steps(iterations)):
-        rest = _residual(wide, adapter, alpha, rank_stabilized) if step else wide
+        rest = LowRank(wide, adapter, scale).unmerge() if step else wide
         base = stored(quantize, rest.astype(weight.dtype))
         lost = wide - quantized.as_dense(base).astype(wide.dtype)
         adapter = _rounded(
@@ -382,32 +375,37 @@ def stored(quantize: Quantize, base: jax.Array) -> quantized.Weight:
     return value
 
 
-def _factor_dtype(weight: jax.Array, dtype: DTypeLike | None) -> DTypeLike:
-    if dtype is None:
-        return numerics.accumulation_dtype(weight.dtype)
-    return checks.check_factor_dtype(dtype)
-
-
 def _rounded(factors: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Adapter:
     a, b = factors
     return {"A": a.astype(dtype), "B": b.astype(dtype)}
 
 
-def _residual(
-    weight: jax.Array, adapter: Adapter, alpha: float | jax.Array, rank_stabilized: bool
-) -> jax.Array:
-    """`W - scale * A @ B`, rounded once to the dtype of the weight."""
-    return unmerge_lora_weight(weight, adapter, alpha, rank_stabilized=rank_stabilized)
+class _Checked(NamedTuple):
+    wide: jax.Array
+    """The weight, in the dtype that decompositions run in."""
+    scale: float | jax.Array
+    dtype: DTypeLike
+    """Of the factors."""
 
 
-def _check_weight_and_rank(
-    weight: Any, rank: int, alpha: float | jax.Array, rank_stabilized: bool
-) -> None:
+def _checked(
+    weight: Any,
+    rank: int,
+    alpha: float | jax.Array,
+    rank_stabilized: bool,
+    dtype: DTypeLike | None,
+) -> _Checked:
     check_dense(weight)
     checks.check_weight("weight", weight)
     decompositions.check_rank(rank, weight.shape)
     checks.check_number("alpha", alpha)
     checks.check_flags(rank_stabilized=rank_stabilized)
+    if dtype is None:
+        dtype = numerics.accumulation_dtype(weight.dtype)
+    dtype = checks.check_factor_dtype(dtype)
+    wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
+    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
+    return _Checked(wide, scale, dtype)
 
 
 def _check_nonzero(alpha: float | jax.Array) -> None:

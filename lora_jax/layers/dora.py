@@ -32,7 +32,7 @@ References:
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from lora_jax.layers import adapter_checks
 from lora_jax.layers.initializers import Init
 from lora_jax.layers.lora import Adapter, init_lora_adapter
 from lora_jax.lowrank import dora_products, weight_norms
+from lora_jax.lowrank.low_rank import LowRank
 
 __all__ = [
     "dora_column_norm",
@@ -177,19 +178,13 @@ def dora_column_norm(
     checks.check_weight("weight", weight)
     checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     if adapter is None:
-        dense = jnp.asarray(quantized.as_dense(weight))
-        return weight_norms.weight_norm(dense, _axis(norm_axis))
+        return LowRank(weight, {}, 1.0, _axis(norm_axis)).norms()
     adapter_checks.check_adapter(
         adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS
     )
-    checks.check_number("alpha", alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
-    rank = adapter["A"].shape[-1]
-    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, weight.dtype)
-    frozen = quantized.is_quantized(weight)  # formed again in the backward pass
-    norm = weight_norms.frozen_norm if frozen else weight_norms.adapted_norm
-    factors = adapter["A"], adapter["B"]
-    return norm(quantized.as_frozen(weight), *factors, scale, None, _axis(norm_axis))
+    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, weight.dtype)
+    weight = quantized.as_frozen(weight)
+    return LowRank(weight, adapter, scale, _axis(norm_axis)).norms()
 
 
 def dora_linear(
@@ -265,10 +260,11 @@ def dora_linear(
     checks.check_input(x, frozen_weight)
     checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
-    _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
-    checks.check_flags(
-        rank_stabilized=rank_stabilized, scale_bias=scale_bias, detach_norm=detach_norm
+    _check_dora_adapter(adapter, frozen_weight.shape, norm_axis)
+    scale = adapter_checks.checked_scale(
+        adapter, alpha, rank_stabilized, x.dtype, frozen_weight.dtype
     )
+    checks.check_flags(scale_bias=scale_bias, detach_norm=detach_norm)
     checks.check_dropout(dropout_rate, dropout_key)
     _check_norms(frozen_weight.shape, norm_axis, weight_norm_squared, column_norm)
     if bias is not None:
@@ -282,13 +278,10 @@ def dora_linear(
     x, weight = jnp.asarray(x), quantized.as_frozen(frozen_weight)
     adapter = {name: jnp.asarray(value) for name, value in adapter.items()}
     dtype = numerics.promote(x.dtype, weight.dtype)
-    rank = adapter["A"].shape[-1]
-    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
     norm = column_norm
     if norm is None:
-        norm = weight_norms.frozen_norm(
-            weight, adapter["A"], adapter["B"], scale, weight_norm_squared, _axis(norm_axis)
-        )
+        value = LowRank(weight, adapter, scale, _axis(norm_axis))
+        norm = value.frozen_norms(weight_norm_squared)
     if detach_norm:
         norm = lax.stop_gradient(norm)
     factor = weight_norms.factor(adapter["m"], norm)
@@ -333,16 +326,10 @@ def merge_dora_weight(
     References:
         Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353.
     """
-    checks.check_weight("frozen_weight", frozen_weight)
-    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
-    _check_dora_adapter(adapter, frozen_weight.shape, norm_axis, alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
-    delta = numerics.wide_delta(adapter, alpha, rank_stabilized, frozen_weight.dtype)
-    weight = jnp.asarray(quantized.as_dense(frozen_weight))
-    adapted = weight.astype(delta.dtype) + delta
-    norm = weight_norms.weight_norm(weight, _axis(norm_axis), delta)
-    factor = weight_norms.factor(adapter["m"], norm)
-    return (adapted * _along(factor, norm_axis, delta.dtype)).astype(weight.dtype)
+    value = _checked(
+        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, norm_axis
+    )
+    return value.merge()
 
 
 def unmerge_dora_weight(
@@ -379,16 +366,12 @@ def unmerge_dora_weight(
         KeyError, TypeError, ValueError: as `merge_dora_weight`; ValueError if
             `column_norm` does not fit.
     """
-    checks.check_weight("merged_weight", merged_weight)
-    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
-    _check_dora_adapter(adapter, merged_weight.shape, norm_axis, alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
+    value = _checked(
+        "merged_weight", merged_weight, adapter, alpha, rank_stabilized, norm_axis
+    )
     checks.check_array("column_norm", column_norm)
     _check_norms(merged_weight.shape, norm_axis, None, column_norm)
-    delta = numerics.wide_delta(adapter, alpha, rank_stabilized, merged_weight.dtype)
-    factor = _along(weight_norms.factor(adapter["m"], column_norm), norm_axis, delta.dtype)
-    merged = jnp.asarray(quantized.as_dense(merged_weight))
-    return (merged.astype(delta.dtype) / factor - delta).astype(merged.dtype)
+    return value.unmerge(column_norm)
 
 
 def _axis(norm_axis: NormAxis) -> int:
@@ -396,9 +379,21 @@ def _axis(norm_axis: NormAxis) -> int:
     return -2 if norm_axis == "out" else -1
 
 
-def _along(vector: jax.Array, norm_axis: NormAxis, dtype: DTypeLike) -> jax.Array:
-    """Puts back the axis that the norm summed over, with size 1."""
-    return jnp.expand_dims(vector.astype(dtype), _axis(norm_axis))
+def _checked(
+    name: str,
+    weight: Any,
+    adapter: Mapping[str, jax.Array],
+    alpha: float | jax.Array,
+    rank_stabilized: bool,
+    norm_axis: NormAxis,
+) -> LowRank:
+    """The arguments of a merge, checked."""
+    checks.check_weight(name, weight)
+    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
+    _check_dora_adapter(adapter, weight.shape, norm_axis)
+    dtypes = weight.dtype, adapter["A"].dtype, adapter["B"].dtype
+    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
+    return LowRank(weight, adapter, scale, _axis(norm_axis))
 
 
 def _kept(weight_shape: tuple[int, ...], norm_axis: NormAxis) -> tuple[int, ...]:
@@ -411,7 +406,6 @@ def _check_dora_adapter(
     adapter: Mapping[str, jax.Array],
     weight_shape: tuple[int, ...],
     norm_axis: NormAxis,
-    alpha: float | jax.Array,
 ) -> None:
     required = ("A", "B", "m")
     adapter_checks.check_adapter(
@@ -420,7 +414,6 @@ def _check_dora_adapter(
     shape = _kept(weight_shape, norm_axis)
     what = f"one magnitude for each {norm_axis}put, since norm_axis={norm_axis!r}"
     checks.check_vector("adapter['m']", adapter["m"], shape, what)
-    checks.check_number("alpha", alpha)
 
 
 def _check_norms(

@@ -37,6 +37,8 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, numerics, quantized, tree_paths
 from lora_jax.layers import adapter_checks
 from lora_jax.layers.initializers import Init, init_factors
+from lora_jax.lowrank import low_rank
+from lora_jax.lowrank.low_rank import LowRank
 
 __all__ = [
     "Adapter",
@@ -134,10 +136,9 @@ def lora_delta(
     adapter_checks.check_adapter(
         adapter, None, refused=adapter_checks.LOSES_BIAS | adapter_checks.LOSES_MAGNITUDE
     )
-    checks.check_number("alpha", alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
-    dtype = numerics.promote(adapter["A"].dtype, adapter["B"].dtype)
-    return numerics.wide_delta(adapter, alpha, rank_stabilized).astype(dtype)
+    dtypes = adapter["A"].dtype, adapter["B"].dtype
+    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
+    return low_rank.delta(adapter, scale).astype(numerics.promote(*dtypes))
 
 
 def lora_linear(
@@ -200,8 +201,9 @@ def lora_linear(
         optional=adapter_checks.BIASES,
         refused=adapter_checks.LOSES_MAGNITUDE,
     )
-    checks.check_number("alpha", alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
+    scale = adapter_checks.checked_scale(
+        adapter, alpha, rank_stabilized, x.dtype, frozen_weight.dtype
+    )
     checks.check_dropout(dropout_rate, dropout_key)
     checks.check_choice("dropout_position", dropout_position, ("pre", "post"))
     if bias is not None:
@@ -209,8 +211,6 @@ def lora_linear(
 
     x, weight = jnp.asarray(x), quantized.as_frozen(frozen_weight)
     dtype = numerics.promote(x.dtype, weight.dtype)
-    rank = adapter["A"].shape[-1]
-    scale = numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
     y = numerics.frozen_product(x, weight, dtype)  # (*batch, *rows, out), wide
     if dropout_rate and dropout_position == "pre":
         u = _project_dropped(x, adapter["A"], dtype, dropout_rate, dropout_key)
@@ -253,11 +253,9 @@ def merge_lora_weight(
     References:
         Hu et al., 2021, section 4.1, https://arxiv.org/abs/2106.09685.
     """
-    frozen_weight = quantized.as_dense(frozen_weight)
-    delta = _checked_wide_delta(
-        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized
-    )
-    return numerics.add_and_round(frozen_weight, delta)
+    name = "frozen_weight"
+    value = _checked(name, frozen_weight, adapter, alpha, rank_stabilized)
+    return value.merge()
 
 
 def unmerge_lora_weight(
@@ -286,11 +284,9 @@ def unmerge_lora_weight(
         KeyError, TypeError, ValueError: as `merge_lora_weight`; an adapter with biases
             needs `unmerge_lora_layer`.
     """
-    merged_weight = quantized.as_dense(merged_weight)
-    delta = _checked_wide_delta(
-        "merged_weight", merged_weight, adapter, alpha, rank_stabilized
-    )
-    return numerics.add_and_round(merged_weight, -delta)
+    name = "merged_weight"
+    value = _checked(name, merged_weight, adapter, alpha, rank_stabilized)
+    return value.unmerge()
 
 
 def tree_lora_delta(
@@ -376,20 +372,20 @@ def _dropped(
     return numerics.multiply(dropped(update, key), 1.0 / (1.0 - rate))
 
 
-def _checked_wide_delta(
+def _checked(
     name: str,
-    weight: jax.Array,
+    weight: Any,
     adapter: Mapping[str, jax.Array],
     alpha: float | jax.Array,
     rank_stabilized: bool,
-) -> jax.Array:
-    """Checks the arguments of a merge and returns the update in their widest dtype."""
+) -> LowRank:
+    """The arguments of a merge, checked."""
     checks.check_weight(name, weight)
     adapter_checks.check_adapter(
         adapter,
         weight.shape,
         refused=adapter_checks.LOSES_BIAS | adapter_checks.LOSES_MAGNITUDE,
     )
-    checks.check_number("alpha", alpha)
-    checks.check_flags(rank_stabilized=rank_stabilized)
-    return numerics.wide_delta(adapter, alpha, rank_stabilized, weight.dtype)
+    dtypes = weight.dtype, adapter["A"].dtype, adapter["B"].dtype
+    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
+    return LowRank(weight, adapter, scale)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax._core import numerics, quantized
+from lora_jax._core import numerics
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -54,46 +54,18 @@ def weight_norm(weight: jax.Array, axis: int, update: jax.Array | None = None) -
     return _norm(Matrix(summed), lax.stop_gradient(base), axis).value
 
 
-def adapted_norm(
-    weight: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    scale: float | jax.Array,
-    base: jax.Array | None,
-    axis: int,
-) -> jax.Array:
-    """`|W + scale * A @ B|` over `axis` (-2 or -1) of the weight.
+def norm(matrix: "Matrix", squares: jax.Array | None, axis: int) -> jax.Array:
+    """The norms of a matrix over `axis`, `(*batch, kept)`, wide; differentiable.
 
     Args:
-        weight: `(*batch, in, out)`.
-        a: `(*batch, in, rank)`.
-        b: `(*batch, rank, out)`.
-        scale: scalar.
-        base: `|W|^2` over `axis`, `(*batch, kept)`, a constant; or None to form it.
+        matrix: without `columns`.
+        squares: `|W|^2` over `axis`, `(*batch, kept)`, a constant; or None to form it.
         axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
-
-    Returns:
-        `(*batch, kept)`, wide.
     """
-    if base is None:
-        base = weight_norm_squared(weight, axis)
-    base = jnp.asarray(base, numerics.accumulation_dtype(weight.dtype))
-    matrix = Matrix(weight, *sides(a, b, axis, weight.dtype), scale)
-    return _norm(matrix, lax.stop_gradient(base), axis).value
-
-
-def frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
-    """`adapted_norm` with a gradient of the factors (and of the scale) only.
-
-    A quantized weight is formed again in the backward pass.
-    """
-    keep = numerics.keep_arguments(_frozen_norm, 5, frozen=weight)
-    return keep(weight, a, b, scale, base, axis)
-
-
-def _frozen_norm(weight, a, b, scale, base, axis) -> jax.Array:
-    weight = lax.stop_gradient(quantized.as_dense(weight))
-    return adapted_norm(weight, a, b, scale, base, axis)
+    if squares is None:
+        squares = weight_norm_squared(matrix.weight, axis)
+    squares = jnp.asarray(squares, numerics.accumulation_dtype(matrix.weight.dtype))
+    return _norm(matrix, lax.stop_gradient(squares), axis).value
 
 
 class Matrix(NamedTuple):

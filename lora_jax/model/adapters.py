@@ -175,7 +175,7 @@ def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Ad
         checks.check_array("the weight", weight)
         init = config.init
         zero = not isinstance(init, tuple) and init != "orthogonal"  # B, and so A @ B
-        adapter["m"] = merging.magnitude(weight, {} if zero else adapter, target)
+        adapter["m"] = merging.column_norm(weight, {} if zero else adapter, target)
     return adapter
 
 

@@ -243,10 +243,10 @@ class _AsMatrix(QuantizedTensor):
         return 0  # as one weight: its axes may lie in another order
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        return _matrix(self.weight.dequantize(dtype), self.target)
+        return layout.to_matrix(self.weight.dequantize(dtype), self.target)
 
     def quantize_like(self, weight: jax.Array) -> "_AsMatrix":
-        like = self.weight.quantize_like(_weight(weight, self.target))
+        like = self.weight.quantize_like(layout.from_matrix(weight, self.target))
         return _AsMatrix(like, self.target)
 
     def check(self) -> None:
@@ -257,10 +257,10 @@ def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
     """Takes and gives the matrix of a weight, and shows `quantize` the weight itself."""
 
     def quantize_matrix(matrix):
-        base = stored(quantize, _weight(matrix, target))
+        base = stored(quantize, layout.from_matrix(matrix, target))
         if isinstance(base, QuantizedTensor):
             return _AsMatrix(base, target)
-        return _matrix(base, target)
+        return layout.to_matrix(base, target)
 
     return quantize_matrix
 
@@ -269,27 +269,16 @@ def _decompose(weight: jax.Array, target: Target, init: Initializer) -> Decompos
     """The base, in the layout and with the sharding of the weight, and the adapter."""
 
     def split(weight: jax.Array) -> tuple[Any, Adapter]:
-        made, adapter = init(weight=_matrix(weight, target))
-        base: Any = made.weight if isinstance(made, _AsMatrix) else _weight(made, target)
+        made, adapter = init(weight=layout.to_matrix(weight, target))
+        base: Any = (
+            made.weight if isinstance(made, _AsMatrix) else layout.from_matrix(made, target)
+        )
         if target.method == "dora":
-            adapter["m"] = merging.magnitude(base, adapter, target)
+            adapter["m"] = merging.column_norm(base, adapter, target)
         return base, adapter
 
     # Decompositions want the whole of a matrix: no axis of it stays explicit.
     return DecomposedWeight(*placement.keep_sharding(split, jnp.asarray(weight)))
-
-
-def _matrix(weight: jax.Array, target: Target) -> jax.Array:
-    """`(*batch, in, out)`, the right way round also for a flipped weight."""
-    matrix = layout.to_matrix(jnp.asarray(weight), target)
-    return jnp.swapaxes(matrix, -1, -2) if layout.is_flipped(target) else matrix
-
-
-def _weight(matrix: jax.Array, target: Target) -> jax.Array:
-    """The weight of which `_matrix` made a matrix."""
-    if layout.is_flipped(target):
-        matrix = jnp.swapaxes(matrix, -1, -2)
-    return layout.from_matrix(matrix, target)
 
 
 def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:

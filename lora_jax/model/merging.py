@@ -16,12 +16,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, compat, numerics, quantized
-from lora_jax.layers.dora import (
-    dora_column_norm,
-    merge_dora_weight,
-    unmerge_dora_weight,
-)
-from lora_jax.layers.lora import Adapter, merge_lora_weight, unmerge_lora_weight
+from lora_jax.layers.lora import Adapter
+from lora_jax.lowrank import weight_norms
 from lora_jax.plan import layout, stacks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -32,9 +28,6 @@ Fold = Callable[..., jax.Array]
 
 # Inlined where something else is traced; compiled once for each target where it is not.
 _compiled = functools.partial(jax.jit, inline=True)
-
-# Relative changes of a norm below this are the rounding of the norm itself.
-_NORM_ULPS = 8
 
 
 class Finite(NamedTuple):
@@ -81,19 +74,12 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
     return decorate
 
 
-def magnitude(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
-) -> jax.Array:
-    """The DoRA magnitude, `(*batch, out)`, that makes the adapter act as a LoRA one.
+@_compiled
+def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of the columns of the adapted weight, `(*batch, out)`.
 
     The adapter may be empty if its update is zero.
     """
-    return column_norm(weight, adapter, target)
-
-
-@_compiled
-def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
-    """The norms of the columns of the adapted weight, `(*batch, out)`."""
     factors = {name: value for name, value in adapter.items() if name != "m"}
     return stacks.map_entries(_column_norm, weight, factors, target)
 
@@ -102,11 +88,7 @@ def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -
 def _column_norm(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
-    matrix, axis = layout.to_matrix(weight, target), layout.norm_axis(target)
-    if not adapter:
-        return dora_column_norm(matrix, norm_axis=axis)
-    adapter = layout.matrix_adapter(adapter, target)
-    return dora_column_norm(matrix, adapter, target.alpha, norm_axis=axis)
+    return layout.low_rank(weight, adapter, target).norms()
 
 
 @_automatic(keeps=True)
@@ -115,14 +97,8 @@ def merge(
 ) -> jax.Array:
     """The weight with its adapter folded in; `norm` is there for `unmerge`'s sake."""
     del norm
-    matrix = layout.to_matrix(weight, target)
-    adapter = layout.matrix_adapter(adapter, target)
-    if target.method == "dora":
-        axis = layout.norm_axis(target)
-        merged = merge_dora_weight(matrix, adapter, target.alpha, norm_axis=axis)
-    else:
-        merged = merge_lora_weight(matrix, adapter, target.alpha)
-    return layout.from_matrix(merged, target)
+    merged = layout.low_rank(weight, adapter, target).merge()
+    return layout.from_low_rank(merged, target)
 
 
 @_automatic(keeps=True)
@@ -133,14 +109,8 @@ def unmerge(
     target: Target,
 ) -> jax.Array:
     """The weight without the adapter that was folded in."""
-    matrix = layout.to_matrix(weight, target)
-    adapter = layout.matrix_adapter(adapter, target)
-    if norm is not None:
-        axis = layout.norm_axis(target)
-        back = unmerge_dora_weight(matrix, adapter, norm, target.alpha, norm_axis=axis)
-    else:
-        back = unmerge_lora_weight(matrix, adapter, target.alpha)
-    return layout.from_matrix(back, target)
+    restored = layout.low_rank(weight, adapter, target).unmerge(norm)
+    return layout.from_low_rank(restored, target)
 
 
 @functools.partial(_compiled, static_argnums=3)
@@ -159,50 +129,51 @@ def _merge_loss(
     target: Target,
     like: quantized.QuantizedTensor | None,
 ) -> MergeLoss:
-    merged = merge(weight, adapter, None, target)
+    value = layout.low_rank(weight, adapter, target)
+    merged, before = value.merge(), value.weight
     if like is not None:
-        merged = quantized.as_dense(like.quantize_like(merged))
-    merged = layout.to_matrix(merged, target)
-    matrix = layout.to_matrix(weight, target)
-    update = _update(matrix, layout.matrix_adapter(adapter, target), target)
-    wide = matrix.astype(update.dtype)
+        own = like.quantize_like(layout.from_low_rank(merged, target))
+        merged = layout.low_rank(quantized.as_dense(own), {}, target).weight
+    update = value.change()
+    lost = rounding_loss(update, before, merged)
     # For float32 weights too: the difference is exact where the update is the smaller one.
-    error = update - (merged.astype(update.dtype) - wide)
-    zero = jnp.zeros_like(update)
-    vanished = (update != 0) & (merged == matrix)
-    size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
-    ratio = jnp.where(vanished, jnp.abs(update) / size, zero)
-    norm, lost = (_frobenius(x) for x in (update, error))
+    error = update - (merged.astype(update.dtype) - before.astype(update.dtype))
+    norm, error = (_frobenius(x) for x in (update, error))
     return MergeLoss(
-        vanished=jnp.mean(vanished.astype(update.dtype)),
-        largest_vanished=jnp.max(ratio),
-        relative_error=jnp.where(norm == 0, norm, lost / jnp.where(norm == 0, 1, norm)),
+        vanished=jnp.mean(lost.vanished.astype(update.dtype)),
+        largest_vanished=lost.largest,
+        relative_error=jnp.where(norm == 0, norm, error / jnp.where(norm == 0, 1, norm)),
     )
+
+
+class RoundingLoss(NamedTuple):
+    """What rounding loses of an update."""
+
+    vanished: jax.Array
+    """For each entry, whether it has an update and does not change."""
+    largest: jax.Array
+    """The largest `|update| / |weight|` among those, a scalar; 0 if there are none."""
+
+
+def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> RoundingLoss:
+    """What the rounding of a merged weight loses of its update.
+
+    Args:
+        update: in at least float32.
+        weight: before the merge, in the dtype of `merged` or a wider one.
+        merged: the weight with the update, rounded.
+    """
+    zero = jnp.zeros_like(update)
+    wide = weight.astype(update.dtype)
+    vanished = (update != 0) & (merged == weight.astype(merged.dtype))
+    size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
+    ratios = jnp.where(vanished, jnp.abs(update) / size, zero)
+    return RoundingLoss(vanished, jnp.max(ratios))
 
 
 def _frobenius(x: jax.Array) -> jax.Array:
     """The Frobenius norm."""
-    return dora_column_norm(x.reshape(-1, 1))[0]
-
-
-def _update(
-    matrix: jax.Array, adapter: Mapping[str, jax.Array], target: Target
-) -> jax.Array:
-    """What a merge adds to a matrix, wide and with no cancellation in it."""
-    delta = numerics.wide_delta(adapter, target.alpha, False, matrix.dtype)
-    if target.method != "dora":
-        return delta
-    axis = layout.norm_axis(target)
-    factors = {name: adapter[name] for name in ("A", "B")}
-    norm = dora_column_norm(matrix, factors, target.alpha, norm_axis=axis)
-    norm = norm.astype(delta.dtype)
-    change = adapter["m"].astype(delta.dtype) - norm
-    tolerance = _NORM_ULPS * float(jnp.finfo(delta.dtype).eps)
-    one = jnp.ones_like(norm)
-    real = (norm != 0) & (jnp.abs(change) > tolerance * norm)
-    change = jnp.where(real, change / jnp.where(norm == 0, one, norm), 0 * one)
-    change = jnp.expand_dims(change, -2 if axis == "out" else -1)  # m / n - 1
-    return delta + change * (matrix.astype(delta.dtype) + delta)
+    return weight_norms.weight_norm(x.reshape(-1, 1), -2)[0]
 
 
 def fold_all(

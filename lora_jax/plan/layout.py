@@ -1,66 +1,82 @@
-"""A weight of any layout as a matrix `(*batch, in, out)`, and back.
+"""A weight of any layout as a matrix, and back.
 
-Where its axes lie in the order batch, input, output, that is a reshape. Where they lie in
-the order batch, output, input, the weight is not turned round, which would copy it, but
-seen as the *flipped* matrix `(*batch, out, in)`: `W^T + s B^T A^T` is the update of one
-whose factors are `B^T` and `A^T`, and the norms of columns are norms of its rows. Other
-orders are transposed.
+`to_matrix` gives `(*batch, in, out)`. For arithmetic, `low_rank` does not transpose a
+weight whose axes have the order batch, output, input, which would copy it. There the matrix
+is `(*batch, out, in)`: its update is `scale * B^T A^T`, and the norms of the weight's
+columns are norms of its rows.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 
+from lora_jax.lowrank.low_rank import LowRank
 from lora_jax.plan.adapter_plan import Target
 
-
-def is_flipped(target: Target) -> bool:
-    """Whether the matrix of a weight is `(*batch, out, in)`."""
-    straight = (*target.batch_axes, *target.in_axes, *target.out_axes)
-    flipped = (*target.batch_axes, *target.out_axes, *target.in_axes)
-    return not _ascends(straight) and _ascends(flipped)
+_Sides = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def to_matrix(weight: jax.Array, target: Target) -> jax.Array:
-    """The weight as `(*batch, in, out)`, or as `(*batch, out, in)` if it is flipped."""
-    order = _order(target)
-    if not _ascends(order):
-        weight = weight.transpose(order)
-    *batch, n_in, n_out = target.matrix_shape
-    ends = (n_out, n_in) if is_flipped(target) else (n_in, n_out)
-    return weight.reshape(*batch, *ends)
+    """The weight as `(*batch, in, out)`."""
+    return _folded(weight, target, (target.in_axes, target.out_axes))
 
 
 def from_matrix(matrix: jax.Array, target: Target) -> jax.Array:
-    """The weight of which `to_matrix` made a matrix."""
-    order = _order(target)
+    """The weight of which `to_matrix` is the matrix."""
+    return _unfolded(matrix, target, (target.in_axes, target.out_axes))
+
+
+def low_rank(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> LowRank:
+    """The weight and its update as matrices, transposed only where the order requires it.
+
+    Args:
+        weight: dense, in its own layout.
+        adapter: of the weight. It may be empty.
+        target: of the weight.
+    """
+    sides = _sides(target)
+    matrix = _folded(weight, target, sides)
+    if sides[0] == target.in_axes:
+        return LowRank(matrix, adapter, target.scale)
+    turned = {"A": "B", "B": "A"}
+    adapter = {
+        turned.get(name, name): value.swapaxes(-1, -2) if name in turned else value
+        for name, value in adapter.items()
+    }
+    return LowRank(matrix, adapter, target.scale, axis=-1)
+
+
+def from_low_rank(matrix: jax.Array, target: Target) -> jax.Array:
+    """The weight of which `low_rank` has the matrix."""
+    return _unfolded(matrix, target, _sides(target))
+
+
+def _sides(target: Target) -> _Sides:
+    """The axes that the two last axes of the matrix in `low_rank` are made of."""
+    straight = target.in_axes, target.out_axes
+    turned = target.out_axes, target.in_axes
+    orders = [(*target.batch_axes, *sides[0], *sides[1]) for sides in (straight, turned)]
+    return turned if list(map(_ascends, orders)) == [False, True] else straight
+
+
+def _folded(weight: jax.Array, target: Target, sides: _Sides) -> jax.Array:
+    order = (*target.batch_axes, *sides[0], *sides[1])
+    batch = [target.shape[axis] for axis in target.batch_axes]
+    ends = [math.prod(target.shape[axis] for axis in side) for side in sides]
+    if not _ascends(order):
+        weight = weight.transpose(order)
+    return weight.reshape(*batch, *ends)
+
+
+def _unfolded(matrix: jax.Array, target: Target, sides: _Sides) -> jax.Array:
+    order = (*target.batch_axes, *sides[0], *sides[1])
     weight = matrix.reshape([target.shape[axis] for axis in order])
     if _ascends(order):
         return weight
     return weight.transpose([order.index(axis) for axis in range(len(order))])
-
-
-def matrix_adapter(
-    adapter: Mapping[str, jax.Array], target: Target
-) -> dict[str, jax.Array]:
-    """The adapter that fits `to_matrix` of the weight."""
-    if not is_flipped(target):
-        return dict(adapter)
-    a, b = (adapter[name].swapaxes(-1, -2) for name in ("A", "B"))
-    return {**adapter, "A": b, "B": a}
-
-
-def norm_axis(target: Target) -> Literal["out", "in"]:
-    """Which axis of `to_matrix` of the weight a DoRA magnitude stands for."""
-    return "in" if is_flipped(target) else "out"
-
-
-def _order(target: Target) -> tuple[int, ...]:
-    """The axes of the weight in the order that its matrix has them."""
-    if is_flipped(target):
-        return (*target.batch_axes, *target.out_axes, *target.in_axes)
-    return (*target.batch_axes, *target.in_axes, *target.out_axes)
 
 
 def _ascends(axes: tuple[int, ...]) -> bool:

@@ -45,11 +45,8 @@ def constant_norm(
 
 def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """The norms of one weight."""
-    matrix = layout.to_matrix(jnp.asarray(weight), target)
-    factors = layout.matrix_adapter(adapter, target)
-    axis = -1 if layout.is_flipped(target) else -2
-    sides = weight_norms.sides(factors["A"], factors["B"], axis, matrix.dtype)
-    return _CALLS[axis](Matrix(matrix, *sides, target.scale))
+    value = layout.low_rank(jnp.asarray(weight), adapter, target)
+    return _CALLS[value.axis](value.matrix())
 
 
 # Traced once for all weights of one shape. The gradient of the weight is stopped inside:

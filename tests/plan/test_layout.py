@@ -1,7 +1,6 @@
 """A weight of any layout as a matrix, held against `numpy.moveaxis`."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,41 +29,48 @@ def make(name, method="lora"):
     return target, np.arange(np.prod(shape), dtype=np.float32).reshape(shape), flipped
 
 
+def as_low_rank(weight, target):
+    return layout.low_rank(weight, {}, target).weight
+
+
+WAYS = {
+    "straight": (layout.to_matrix, layout.from_matrix),
+    "low rank": (as_low_rank, layout.from_low_rank),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_matrix_and_back(name):
+def test_matrix_and_back(name, way):
     target, weight, flipped = make(name)
-    assert layout.is_flipped(target) is flipped
-    matrix = layout.to_matrix(jnp.asarray(weight), target)
+    there, back = WAYS[way]
     want = straight(weight, target)
-    np.testing.assert_array_equal(matrix, want.swapaxes(-1, -2) if flipped else want)
-    np.testing.assert_array_equal(layout.from_matrix(matrix, target), weight)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_numpy_and_jit(name):
-    target, weight, _ = make(name)
-    matrix = layout.to_matrix(weight, target)
+    if flipped and way == "low rank":
+        want = want.swapaxes(-1, -2)
+    matrix = there(weight, target)
     assert isinstance(matrix, np.ndarray)
-    there = jax.jit(layout.to_matrix)(weight, target)
-    np.testing.assert_array_equal(there, matrix)
-    np.testing.assert_array_equal(jax.jit(layout.from_matrix)(there, target), weight)
+    np.testing.assert_array_equal(matrix, want)
+    np.testing.assert_array_equal(jax.jit(there)(weight, target), want)
+    np.testing.assert_array_equal(back(matrix, target), weight)
+    np.testing.assert_array_equal(jax.jit(back)(matrix, target), weight)
 
 
 @pytest.mark.parametrize("name", ["in out", "out in", "in heads width", "stacked out in"])
 def test_the_usual_layouts_are_not_transposed(name):
     target, weight, _ = make(name)
-    assert "transpose" not in str(jax.make_jaxpr(layout.to_matrix)(weight, target))
-    assert np.shares_memory(layout.to_matrix(weight, target), weight)
+    assert "transpose" not in str(jax.make_jaxpr(as_low_rank)(weight, target))
+    assert np.shares_memory(as_low_rank(weight, target), weight)
 
 
 @pytest.mark.parametrize("name", ["in out", "stacked out in"])
 def test_adapter_of_the_matrix(name):
-    target, _, flipped = make(name, "dora")
+    target, weight, flipped = make(name, "dora")
     rng = np.random.default_rng(0)
-    adapter = {k: rng.normal(size=s) for k, s in target.adapter_shapes.items()}
-    own = layout.matrix_adapter(adapter, target)
+    adapter: dict = {k: rng.normal(size=s) for k, s in target.adapter_shapes.items()}
+    value = layout.low_rank(weight, adapter, target)
     want = adapter["A"] @ adapter["B"]
-    got = own["A"] @ own["B"]
+    got = value.adapter["A"] @ value.adapter["B"]
     np.testing.assert_allclose(got, want.swapaxes(-1, -2) if flipped else want, 1e-12)
-    assert own["m"] is adapter["m"]
-    assert layout.norm_axis(target) == ("in" if flipped else "out")
+    assert value.adapter["m"] is adapter["m"]
+    assert value.axis == (-1 if flipped else -2)
+    assert value.scale == target.scale

@@ -1,0 +1,124 @@
+"""A weight with its low-rank update: the value that LoRA and DoRA compute with."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from lora_jax._core import numerics, quantized
+from lora_jax.lowrank import weight_norms
+
+# Relative changes of a norm below this are the rounding of the norm itself.
+_NORM_ULPS = 8
+
+
+def delta(
+    adapter: Mapping[str, jax.Array], scale: float | jax.Array, *dtypes: DTypeLike
+) -> jax.Array:
+    """`scale * A @ B`, in the widest of `dtypes` and the factors', at least float32."""
+    a, b = adapter["A"], adapter["B"]
+    wide = numerics.accumulation_dtype(*dtypes, a.dtype, b.dtype)
+    a, b = jnp.asarray(a, wide), jnp.asarray(b, wide)
+    return numerics.multiply(jnp.matmul(a, b, precision=lax.Precision.HIGHEST), scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """`V = W + scale * A @ B`, or DoRA's `(m / n) * V`, where `n` are the norms of `V`.
+
+    The methods check nothing, and compute in the widest dtype of their operands, at least
+    float32.
+
+    Attributes:
+        weight: `W (*batch, in, out)`, dense or quantized.
+        adapter: `A`, `B`, and `m` for DoRA. Without `A` and `B` the update is zero.
+        scale: a number or a scalar array.
+        axis: the axis of the weight that norms are summed over. -2 gives one norm for each
+            output, -1 one for each input.
+    """
+
+    weight: Any
+    adapter: Mapping[str, jax.Array]
+    scale: float | jax.Array
+    axis: int = -2
+
+    def merge(self) -> jax.Array:
+        """The dense weight with the update, rounded once to the dtype of the weight."""
+        weight, update = self._dense_and_update()
+        if "m" not in self.adapter:
+            return numerics.sum_and_round(weight, [update])
+        norm = weight_norms.weight_norm(weight, self.axis, update)
+        return numerics.sum_and_round(weight, [update], [self._factor(norm)])
+
+    def unmerge(self, norms: jax.Array | None = None) -> jax.Array:
+        """The dense weight from before the update was merged, rounded once.
+
+        Args:
+            norms: for DoRA, the `norms` from before the merge.
+        """
+        weight, update = self._dense_and_update()
+        if norms is None:
+            return numerics.sum_and_round(weight, [-update])
+        factor = self._factor(norms).astype(update.dtype)
+        return (weight.astype(update.dtype) / factor - update).astype(weight.dtype)
+
+    def change(self) -> jax.Array:
+        """What a merge adds to the weight, without cancellation in it."""
+        weight, update = self._dense_and_update()
+        if "m" not in self.adapter:
+            return update
+        norm = self.norms().astype(update.dtype)
+        change = self.adapter["m"].astype(update.dtype) - norm
+        tolerance = _NORM_ULPS * float(jnp.finfo(update.dtype).eps)
+        real = (norm != 0) & (jnp.abs(change) > tolerance * norm)
+        change = jnp.where(real, change / jnp.where(norm == 0, 1, norm), 0)  # m / n - 1
+        adapted = weight.astype(update.dtype) + update
+        return update + jnp.expand_dims(change, self.axis) * adapted
+
+    def norms(self) -> jax.Array:
+        """The norms `n`, `(*batch, out)` or `(*batch, in)`. Differentiable.
+
+        A quantized weight has no gradient.
+        """
+        if "A" not in self.adapter:
+            dense = jnp.asarray(quantized.as_dense(self.weight))
+            return weight_norms.weight_norm(dense, self.axis)
+        if quantized.is_quantized(self.weight):
+            return self.frozen_norms()
+        return weight_norms.norm(self.matrix(), None, self.axis)
+
+    def frozen_norms(self, squares: jax.Array | None = None) -> jax.Array:
+        """`norms`, without a gradient of the weight.
+
+        Args:
+            squares: the squared norms of the weight alone, to save their computation.
+        """
+        # A quantized weight is formed again in the backward pass.
+        keep = numerics.keep_arguments(_frozen_norms, 5, frozen=self.weight)
+        a, b = self.adapter["A"], self.adapter["B"]
+        return keep(self.weight, a, b, self.scale, squares, self.axis)
+
+    def matrix(self) -> weight_norms.Matrix:
+        """The value as the functions of `weight_norms` take it. The weight is dense."""
+        a, b = self.adapter["A"], self.adapter["B"]
+        sides = weight_norms.sides(a, b, self.axis, self.weight.dtype)
+        return weight_norms.Matrix(self.weight, *sides, self.scale)
+
+    def _dense_and_update(self) -> tuple[jax.Array, jax.Array]:
+        weight = jnp.asarray(quantized.as_dense(self.weight))
+        return weight, delta(self.adapter, self.scale, weight.dtype)
+
+    def _factor(self, norms: jax.Array) -> jax.Array:
+        """`m / n`, with the axis that the norms are summed over."""
+        factor = weight_norms.factor(self.adapter["m"], norms)
+        return jnp.expand_dims(factor, self.axis)
+
+
+def _frozen_norms(weight, a, b, scale, squares, axis) -> jax.Array:
+    weight = lax.stop_gradient(quantized.as_dense(weight))
+    matrix = LowRank(weight, {"A": a, "B": b}, scale, axis).matrix()
+    return weight_norms.norm(matrix, squares, axis)

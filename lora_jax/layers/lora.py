@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, numerics, quantized, tree_paths
 from lora_jax.layers import adapter_checks
 from lora_jax.layers.initializers import Init, init_factors
-from lora_jax.lowrank import low_rank
+from lora_jax.lowrank import contraction, low_rank
 from lora_jax.lowrank.low_rank import LowRank
 
 __all__ = [
@@ -211,12 +211,10 @@ def lora_linear(
 
     x, weight = jnp.asarray(x), quantized.as_frozen(frozen_weight)
     dtype = numerics.promote(x.dtype, weight.dtype)
-    y = numerics.frozen_product(x, weight, dtype)  # (*batch, *rows, out), wide
-    if dropout_rate and dropout_position == "pre":
-        u = _project_dropped(x, adapter["A"], dtype, dropout_rate, dropout_key)
-    else:
-        u = numerics.project_down(x, jnp.asarray(adapter["A"]), dtype)
-    update = _project_up(u, adapter, scale, dtype)
+    y = contraction.frozen_product(x, weight, dtype)  # (*batch, *rows, out), wide
+    rate = dropout_rate if dropout_position == "pre" else 0.0
+    u = contraction.project_down(x, adapter["A"], dtype, rate, dropout_key)
+    update = _project_up(u, adapter, scale, 1.0 / (1.0 - rate), dtype)
     shape = (*x.shape[:-1], weight.shape[-1])
     if dropout_rate and dropout_position == "post":
         update = _dropped(update, dropout_rate, dropout_key, shape)
@@ -332,28 +330,17 @@ def _looks_like_adapter(node: Any) -> bool:
     )
 
 
-def _project_dropped(
-    x: jax.Array, a: jax.Array, dtype: DTypeLike, rate: float, key: jax.Array | None
-) -> jax.Array:
-    """`drop(x) @ A`: wide `(*batch, *rows, rank)`. The backward pass redraws the mask."""
-
-    @jax.checkpoint
-    def project(x, a, key):
-        return numerics.project_down(numerics.drop(x, rate, key), a, dtype)
-
-    return numerics.multiply(project(x, a, key), 1.0 / (1.0 - rate))
-
-
 def _project_up(
     u: jax.Array,
     adapter: Mapping[str, jax.Array],
     scale: float | jax.Array,
+    gain: float,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`scale * ((u + A_bias) @ B + B_bias)`: wide `(*batch, *rows, out)`."""
+    """`scale * ((gain * u + A_bias) @ B + B_bias)`: wide `(*batch, *rows, out)`."""
     if "A_bias" in adapter:
-        u = u + numerics.as_row(adapter["A_bias"], u)
-    update = numerics.project_up(numerics.multiply(u, scale), adapter["B"], dtype)
+        u, gain = numerics.multiply(u, gain) + numerics.as_row(adapter["A_bias"], u), 1.0
+    update = contraction.project_up(u, adapter["B"], scale * gain, dtype)
     if "B_bias" in adapter:
         shift = numerics.as_row(adapter["B_bias"], update)
         update = update + numerics.multiply(shift, scale)

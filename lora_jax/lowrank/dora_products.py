@@ -11,6 +11,7 @@ import jax
 from jax.typing import DTypeLike
 
 from lora_jax._core import numerics
+from lora_jax.lowrank import contraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +44,24 @@ def scale_outputs(
     dtype: DTypeLike,
 ) -> jax.Array:
     """`k * (x @ (W + D))`, `k` one factor for each output."""
-    base = numerics.frozen_product(x, weight, dtype)
+    base = contraction.frozen_product(x, weight, dtype)
     factor = numerics.as_row(factor, base)
     if not dropout.rate:
-        u = numerics.project_down(x, adapter["A"], dtype)
-        return factor * (base + _up(u, adapter, scale, dtype))
+        u = contraction.project_down(x, adapter["A"], dtype)
+        return factor * (base + contraction.project_up(u, adapter["B"], scale, dtype))
 
     # Under jax.checkpoint the masks are drawn again in the backward pass and not kept.
     @jax.checkpoint
     def dropped(x, weight, a, key):
         for_adapter, for_base = _drop(x, dropout, key)
-        u = numerics.project_down(for_adapter, a, dtype)
+        u = contraction.project_down(for_adapter, a, dtype)
         if dropout.keeps_base:
             return u, None
-        return u, numerics.frozen_product(for_base, weight, dtype)
+        return u, contraction.frozen_product(for_base, weight, dtype)
 
     keep = 1.0 - dropout.rate
     u, dropped_base = dropped(x, weight, adapter["A"], dropout.key)
-    update = _up(u, adapter, scale / keep, dtype)
+    update = contraction.project_up(u, adapter["B"], scale / keep, dtype)
     if dropped_base is None:
         return factor * (base + update)
     # base + (k - 1) * dropped_base + k * update, with one array kept for the gradient of
@@ -86,24 +87,26 @@ def scale_inputs(
 
     def project(x, weight, a, factor, key):
         batch_ndim = weight.ndim - 2
-        rows = numerics.fold(x, batch_ndim).astype(numerics.accumulation_dtype(dtype))
+        wide = numerics.accumulation_dtype(dtype)
+        rows = contraction.fold_rows(x, batch_ndim).astype(wide)
         factor = numerics.as_row(factor, rows)
         for_adapter, for_base = (
-            numerics.fold(v, batch_ndim).astype(rows.dtype) for v in _drop(x, dropout, key)
+            contraction.fold_rows(v, batch_ndim).astype(wide)
+            for v in _drop(x, dropout, key)
         )
         keep = 1.0 - dropout.rate
-        u = numerics.project_down(for_adapter * factor / keep, a, dtype)
+        u = contraction.project_down(for_adapter * factor / keep, a, dtype)
         base_input = (
             rows * factor if dropout.keeps_base else rows + for_base * (factor - 1) / keep
         )
         unit = numerics.range_unit(dtype, base_input)
         if unit is None:
-            return u, numerics.frozen_product(base_input, weight, dtype)
-        return u, numerics.frozen_product(base_input / unit, weight, dtype) * unit
+            return u, contraction.frozen_product(base_input, weight, dtype)
+        return u, contraction.frozen_product(base_input / unit, weight, dtype) * unit
 
-    project = jax.checkpoint(project) if dropout.rate else numerics.keep_arguments(project)
-    u, base = project(x, weight, adapter["A"], factor, dropout.key)
-    return base + _up(u, adapter, scale, dtype)
+    keep = jax.checkpoint if dropout.rate else contraction.keep_arguments
+    u, base = keep(project)(x, weight, adapter["A"], factor, dropout.key)
+    return base + contraction.project_up(u, adapter["B"], scale, dtype)
 
 
 def _drop(
@@ -120,13 +123,3 @@ def _drop(
         numerics.drop(x, dropout.rate, key_adapter),
         numerics.drop(x, dropout.rate, key_base),
     )
-
-
-def _up(
-    u: jax.Array,
-    adapter: Mapping[str, jax.Array],
-    scale: float | jax.Array,
-    dtype: DTypeLike,
-) -> jax.Array:
-    """`scale * u @ B`: wide `(*batch, *rows, out)`."""
-    return numerics.project_up(numerics.multiply(u, scale), adapter["B"], dtype)

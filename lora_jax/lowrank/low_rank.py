@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax._core import numerics, quantized
-from lora_jax.lowrank import weight_norms
+from lora_jax.lowrank import contraction, weight_norms
 
 # Relative changes of a norm below this are the rounding of the norm itself.
 _NORM_ULPS = 8
@@ -98,7 +98,7 @@ class LowRank:
             squares: the squared norms of the weight alone, to save their computation.
         """
         # A quantized weight is formed again in the backward pass.
-        keep = numerics.keep_arguments(_frozen_norms, 5, frozen=self.weight)
+        keep = contraction.keep_arguments(_frozen_norms, 5, frozen=self.weight)
         a, b = self.adapter["A"], self.adapter["B"]
         return keep(self.weight, a, b, self.scale, squares, self.axis)
 

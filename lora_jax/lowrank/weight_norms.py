@@ -22,6 +22,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax._core import numerics
+from lora_jax.lowrank import contraction
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -374,7 +375,7 @@ def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax
     stacked = jnp.concatenate(parts, axis=rank_axis).astype(jnp.bfloat16)
     if axis == -2:
         stacked = jnp.swapaxes(stacked, -1, -2)  # (*batch, 3 * rank, summed)
-    product = numerics.contract(stacked, weight, weight.ndim + axis)
+    product = _product(stacked, weight, -1, axis)
     return functools.reduce(jnp.add, jnp.split(product, 3, axis=-2))
 
 
@@ -382,4 +383,5 @@ def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
     """Contracts `x_axis` of `x` with `y_axis` of `y`; the other axes stay in order."""
     batch = tuple(range(x.ndim - 2))
     dimensions = (((x.ndim + x_axis,), (y.ndim + y_axis,)), (batch, batch))
-    return lax.dot_general(x, y, dimensions, precision=_HIGHEST)
+    precision = _HIGHEST if x.dtype != jnp.bfloat16 else None
+    return contraction.dot(x, y, contraction.Dot(dimensions, precision))

@@ -25,6 +25,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat, numerics
+from lora_jax.lowrank import contraction
+from lora_jax.lowrank.contraction import Named, Names
 from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
@@ -280,35 +282,35 @@ def _merge(value: Factored) -> jax.Array:
     dtype = numerics.accumulation_dtype(
         value.dtype, *(p.array.dtype for term in value.terms for p in (term.a, term.b))
     )
-    out = jnp.asarray(value.base).astype(dtype)
-    for term in value.terms:
-        out = out + numerics.multiply(product(value, term, dtype), term.label.scale)
-    for column in value.columns:
-        out = out * column.astype(dtype)
-    return jnp.broadcast_to(out, value.shape).astype(value.dtype)
+    updates = (
+        numerics.multiply(product(value, term, dtype), term.label.scale)
+        for term in value.terms
+    )
+    out = numerics.sum_and_round(jnp.asarray(value.base), updates, value.columns)
+    return jnp.broadcast_to(out, value.shape)
 
 
 def product(value: Factored, term: Term, dtype: jnp.dtype) -> jax.Array:
     """`sum_r a[r] * b[r]`, with 1 for the axes that neither owns, without the scale."""
-    axes = range(value.ndim)
-    a, a_axes = squeeze(value, term.a, dtype)  # (rank, *owned by a)
-    b, b_axes = squeeze(value, term.b, dtype)  # (rank, *owned by b)
-    both = [axis for axis in a_axes if axis in b_axes]
-    batch = [1 + a_axes.index(x) for x in both], [1 + b_axes.index(x) for x in both]
-    out = lax.dot_general(
-        a, b, (((0,), (0,)), batch), precision=lax.Precision.HIGHEST
-    )  # (*both, *rest of a, *rest of b)
-    rest = [axis for axis in (*a_axes, *b_axes) if axis not in both]
-    return place(out, [*both, *rest], axes)
+    names = tuple((axis,) for axis in range(value.ndim))
+    a, b = (owned(value, factor, names) for factor in (term.a, term.b))
+    out = contraction.contract(a, b, names, dtype, lax.Precision.HIGHEST)
+    return place(out.array, out.names, names)
 
 
-def squeeze(
-    value: Factored, factor: Factor, dtype: jnp.dtype
-) -> tuple[jax.Array, list[int]]:
-    """A factor as `(rank, *owned)`, and the axes that it owns."""
-    owned = value.owned(factor)
-    gone = [1 + axis for axis in range(value.ndim) if axis not in owned]
-    return lax.squeeze(factor.leading(dtype), gone), sorted(owned)
+def owned(value: Factored, factor: Factor, names: Names) -> Named:
+    """A factor without the axes that it does not own.
+
+    Args:
+        value: of the factor.
+        factor: of a term of the value.
+        names: of the axes of the weight.
+    """
+    kept = {RANK, *value.owned(factor)}
+    sizes = zip(factor.axes, factor.array.shape, strict=True)
+    axes = [(axis, size) for axis, size in sizes if axis in kept]
+    own = tuple(contraction.RANK if i == RANK else names[i] for i, _ in axes)
+    return Named(factor.array, own, tuple(size for _, size in axes))
 
 
 def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:

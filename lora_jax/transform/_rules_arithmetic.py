@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat, numerics
+from lora_jax.lowrank import contraction
+from lora_jax.lowrank.contraction import Named
 from lora_jax.transform import _deferred
 from lora_jax.transform._choosing import common_form, in_form
 from lora_jax.transform._context import Context, Frame
@@ -21,8 +23,8 @@ from lora_jax.transform._factored import (
     base_of,
     full,
     merge,
+    owned,
     place,
-    squeeze,
     times,
     with_base,
 )
@@ -371,37 +373,31 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
     context.see(f, equation)
     base = _deferred.bind(equation, [f.base])
     dtype = numerics.accumulation_dtype(base.dtype)
-    kept = [axis for axis in range(f.ndim) if axis not in axes]
-    out = base.astype(dtype)
-    for term in f.terms:
-        update = _summed(f, term, axes, kept, dtype)
-        out = out + numerics.multiply(update, term.label.scale)
-    return out.astype(base.dtype)
-
-
-def _summed(f: Factored, term: Term, axes: Any, kept: list[int], dtype: Any) -> jax.Array:
-    """`sum_r a[r] * b[r]` summed over `axes`, with 1 for axes that neither owns."""
-    a, a_axes = squeeze(f, term.a, dtype)  # (rank, *owned by a)
-    b, b_axes = squeeze(f, term.b, dtype)  # (rank, *owned by b)
-
-    def alone(p, own, others):  # sums the axes that only this factor owns
-        gone = [axis for axis in own if axis in axes and axis not in others]
-        left = [axis for axis in own if axis not in gone]
-        return jnp.sum(p, axis=[1 + own.index(axis) for axis in gone]), left
-
-    (a, a_axes), (b, b_axes) = alone(a, a_axes, b_axes), alone(b, b_axes, a_axes)
-    both = [axis for axis in a_axes if axis in b_axes]
-    batch, summed = ([i for i in both if (i in axes) == s] for s in (False, True))
-    contracting = (
-        (0, *(1 + a_axes.index(i) for i in summed)),
-        (0, *(1 + b_axes.index(i) for i in summed)),
+    updates = (
+        numerics.multiply(_summed(f, term, axes, dtype), term.label.scale)
+        for term in f.terms
     )
-    batching = [1 + a_axes.index(i) for i in batch], [1 + b_axes.index(i) for i in batch]
-    out = lax.dot_general(a, b, (contracting, batching), precision=lax.Precision.HIGHEST)
-    names = [*batch, *(i for i in (*a_axes, *b_axes) if i not in both)]
-    unowned = f.owned(term.a) | f.owned(term.b)
-    times = math.prod(f.shape[axis] for axis in axes if axis not in unowned)
-    return place(out, names, kept) * times
+    return numerics.sum_and_round(base, updates)
+
+
+def _summed(f: Factored, term: Term, axes: Any, dtype: Any) -> jax.Array:
+    """`sum_r a[r] * b[r]` summed over `axes`, with 1 for axes that neither owns."""
+    kept = [(axis,) for axis in range(f.ndim) if axis not in axes]
+    names = tuple((axis,) for axis in range(f.ndim))
+    a, b = (owned(f, factor, names) for factor in (term.a, term.b))
+
+    def alone(p: Named, other: Named) -> Named:  # sums the axes that only this one owns
+        shared = {contraction.RANK, *kept, *other.names}
+        gone = [i for i, name in enumerate(p.names) if name not in shared]
+        left = tuple(name for name in p.names if name in shared)
+        array = p.array.reshape(p.shape).astype(dtype)
+        return contraction.named(jnp.sum(array, axis=gone), left)
+
+    highest = lax.Precision.HIGHEST
+    out = contraction.contract(alone(a, b), alone(b, a), kept, dtype, highest)
+    unowned = {(axis,) for axis in axes} - {*a.names, *b.names}
+    times = math.prod(f.shape[axis] for (axis,) in unowned)
+    return place(out.array, out.names, kept) * times
 
 
 REFUSED = {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import numerics
+from lora_jax.lowrank import contraction
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term, merge
@@ -27,15 +28,10 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     if _is_cheaper_merged(equation, f) and not context.drops(f):
         return _deferred.bind(equation, [x, merge(f)])
     base = _deferred.bind(equation, [x, f.base])
-    wide = numerics.accumulation_dtype(base.dtype)
-    out = base.astype(wide)
-    for term in f.terms:
-        out = out + _update(context, equation, x, f, term).astype(wide)
-    for column in f.columns:
-        shape = [1] * out.ndim
-        shape[feature_axis] = column.size
-        out = out * column.astype(wide).reshape(shape)
-    return out.astype(base.dtype)
+    updates = (_update(context, equation, x, f, term) for term in f.terms)
+    shape = [-1 if axis == feature_axis else 1 for axis in range(base.ndim)]
+    columns = (column.reshape(shape) for column in f.columns)
+    return numerics.sum_and_round(base, updates, columns)
 
 
 def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
@@ -81,8 +77,8 @@ def _update(
     rows = jnp.moveaxis(down, feature_axis, -1)  # (..., groups * rank)
     rows = rows.reshape(*rows.shape[:-1], groups, rank)
     dimensions = (((rows.ndim - 1,), (0,)), ((rows.ndim - 2,), (1,)))
-    options = numerics.Dot(dimensions, equation.params.get("precision"))
-    up = numerics.dot(rows, mix.astype(dtype), options)  # (groups, ..., features)
+    options = contraction.Dot(dimensions, equation.params.get("precision"))
+    up = contraction.dot(rows, mix.astype(dtype), options)  # (groups, ..., features)
     up = jnp.moveaxis(up, 0, -2)
     up = up.reshape(*up.shape[:-2], -1)
     return jnp.moveaxis(up, -1, feature_axis)

@@ -1,6 +1,5 @@
 """Products that contract a weight: `dot_general` and `ragged_dot`."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import numerics
+from lora_jax.lowrank.contraction import Name, Named, Names
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import (
@@ -19,7 +19,7 @@ from lora_jax.transform._factored import (
     times,
 )
 from lora_jax.transform._parameters import NotFactorableError, parameter
-from lora_jax.transform._products import Name, Named, Names, Product, add_terms, project
+from lora_jax.transform._products import Product, add_terms, project
 
 
 def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
@@ -195,18 +195,8 @@ def grouped_product(
             x = times(x, rows)
         else:
             after.append(rows)
-    out = form_base(x)
-    wide = numerics.accumulation_dtype(out.dtype)
-    total = out.astype(wide)
-    for term in f.terms:
-        total = total + _ragged_update(context, equation, x, f, term, sizes).astype(wide)
-    if out.dtype == jnp.float16:  # a sum out of its range may be in it when scaled
-        total = functools.reduce(times, after, total)
-        after = []
-    out = total.astype(out.dtype)
-    for rows in after:
-        out = times(out, rows)
-    return out
+    updates = (_ragged_update(context, equation, x, f, term, sizes) for term in f.terms)
+    return numerics.sum_and_round(form_base(x), updates, after)
 
 
 def roles_of_groups(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:

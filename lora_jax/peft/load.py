@@ -36,7 +36,6 @@ from lora_jax.peft.mismatches import (
     without_twins,
 )
 from lora_jax.peft.name_table import NamesArgument, NameTable, Row
-from lora_jax.peft.names import lacking_fields
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["Loaded", "load", "match_names", "replace_leaves"]
@@ -71,11 +70,7 @@ class Placement(NamedTuple):
             given = site.path in self.places.known.axes
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
             given |= site.stack != tuple(sorted(site.stack))
-            # Fields are named as in the module's name, so that `names` can be the table.
-            numbers = lacking_fields(site.name, site.path)
-            same = tuple(number for _, number in numbers) == site.indices
-            fields = tuple(field for field, _ in numbers) if same else site.fields
-            _, name, path, axes, indices, stack, _ = site
+            _, name, path, axes, indices, stack, fields = site
             shape = self.places.shape(path)
             rows[name] = Row(name, path, indices, shape, axes, given, stack, fields)
         return NameTable.of(rows)

@@ -33,7 +33,6 @@ from lora_jax.peft.names import (
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention
 _WEIGHTS = (WEIGHT, "")
-_LISTED = 8
 
 
 class Claim(NamedTuple):
@@ -57,8 +56,14 @@ class Claim(NamedTuple):
         return tuple(number for _, number in self.numbers)
 
     def site(self, reading: Reading) -> Site:
-        """The site, if the array lies as a reading says."""
-        fields = tuple(field for field, _ in self.numbers)
+        """The site, if the array lies as a reading says.
+
+        Its fields are named as in the module's name, so that a `NameTable` can be `names`.
+        """
+        numbers = lacking_fields(self.name, self.path)
+        if tuple(number for _, number in numbers) != self.indices:
+            numbers = self.numbers
+        fields = tuple(field for field, _ in numbers)
         axes, stack = reading
         return Site(self.module, self.name, self.path, axes, self.indices, stack, fields)
 
@@ -104,7 +109,7 @@ def only(name: str, claims: list[Claim], not_found: Callable[[], CheckpointError
     if len(claims) > 1:
         raise CheckpointError(
             f"{name!r} may be any of "
-            f"{', '.join(repr(claim.path) for claim in claims[:_LISTED])}: give "
+            f"{', '.join(repr(claim.path) for claim in claims[:8])}: give "
             f"names={{{name!r}: path}}."
         )
     return claims[0]
@@ -329,16 +334,11 @@ def _find_parameters(
 ) -> list[Claim]:
     """The leaves of the adapters that belong to parameters of one module.
 
-    A checkpoint does not name the parameter of an adapter. The shapes have to show it.
-
-    Args:
-        places: the leaves to search.
-        names: of the parameters.
-        modules: the adapters.
-        config: of the checkpoint.
+    A checkpoint does not name the parameter of an adapter: shapes have to show it. `names`
+    are of the parameters, and `modules` are the adapters.
 
     Raises:
-        CheckpointError: if the shapes do not show it.
+        CheckpointError: if shapes do not show it.
     """
     options = [
         _parameter_claims(

@@ -1,4 +1,4 @@
-"""Full (not low-rank) arrays of a checkpoint: where they lie, and the leaves they replace.
+"""Full (not low-rank) arrays of a checkpoint: their sites, and the leaves they replace.
 
 These are saved modules, biases and rows of embeddings. The bias of an adapter, and a base
 that an initialization changed, replace leaves too.
@@ -242,7 +242,7 @@ class Replaced:
         self._owners: dict[tuple[str, Index], str] = {}
 
     def put(self, site: Site, array: np.ndarray) -> None:
-        """Puts an array of a checkpoint, in PyTorch's layout, where it lies.
+        """Puts an array of a checkpoint, in PyTorch's layout, at its site.
 
         Raises:
             CheckpointError: if another array of the checkpoint is there and differs.

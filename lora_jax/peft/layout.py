@@ -1,4 +1,4 @@
-"""How a module's array lies in a leaf: the record of both, axes, and turned arrays."""
+"""Where and how a leaf holds the array of a module: `Site`, axes, and transposed arrays."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ class Reading(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where the array of a module lies: a leaf, or an index on some axes of a leaf.
+    """Where the array of a module is: a leaf, or an index on some axes of a leaf.
 
     `load` finds sites and `save` writes from them. What else limits a module to a part of a
     leaf is a further field: a slice of an axis, or one use of the leaf.
@@ -116,7 +116,7 @@ def stacked_readings(
         shape: of the leaf.
         count: the number of axes of the stack.
         letters_of: from these axes, and the shape of one array, to the letters of the
-            array's axes; empty letters for an array that lies as in PyTorch.
+            array's axes; empty letters for an array in PyTorch's layout.
 
     Returns:
         The ways that differ in more than an axis of size 1. An index may be on any axis;
@@ -272,7 +272,7 @@ def from_torch(array: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarr
     Args:
         array: `(out, in)`, `(entries, width)`, `(out, in, *kernel)` or a vector.
         shape: of the leaf, without the axes of a stack.
-        axes: the letters of these axes; empty if the leaf lies as in PyTorch.
+        axes: the letters of these axes; empty if the leaf has PyTorch's layout.
     """
     if not axes:
         return array.reshape(shape)

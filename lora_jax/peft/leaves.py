@@ -30,7 +30,7 @@ from lora_jax.transform import discovery
 
 # Further problems are counted and not shown.
 _SHOWN = 10
-# Leaves with these names lie (in, out) in every framework that has such names.
+# Leaves with these names are (in, out) in every framework that has such names.
 _IN_OUT = ("kernel", "w", "embedding", "embeddings")
 _STACKED = ("batch", "stacked")
 
@@ -129,7 +129,7 @@ class Places:
         self._index = index_paths(leaves)
         self._hints = 0
         self.shown: set[str] = set()
-        """The families of leaves whose shapes show that they lie (in, out)."""
+        """The families of leaves whose shapes show that they are (in, out)."""
         self.claimed: set[str] = set()
         """The leaves that are weights of modules, even if their axes are not clear."""
         self.unplaced: list[str] = []

@@ -46,7 +46,7 @@ class Claim(NamedTuple):
     """The numbers in the name that are indexes of the leaf."""
     readings: tuple[Reading, ...]
     turned: tuple[Reading, ...] = ()
-    """Further ways, if the leaf lies the other way round."""
+    """Further ways, if the leaf is transposed."""
     by_shape: bool = False
     """Whether only the shape shows the way."""
 
@@ -56,7 +56,7 @@ class Claim(NamedTuple):
         return tuple(number for _, number in self.numbers)
 
     def site(self, reading: Reading) -> Site:
-        """The site, if the array lies as a reading says.
+        """The site, if a reading of the leaf is right.
 
         Its fields are named as in the module's name, so that a `NameTable` can be `names`.
         """
@@ -168,7 +168,7 @@ def _alike(
 ) -> list[Claim]:
     """The claims that see a leaf as the first claim does, one for each index."""
     first, taken = claims[0], dict[Index, Claim]()
-    for claim in claims:
+    for claim in claims:  # one index has one module: not several parts, or several uses
         with problems.collecting():
             _check_alike(first, claim, modules)
             other = taken.setdefault(claim.indices, claim)

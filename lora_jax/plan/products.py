@@ -222,16 +222,23 @@ def _is_grouped(parts: Sequence[str], output: str) -> bool:
     return len(kept) == 1 and output == x[0] + kept[0]
 
 
-def suggest(operands: Sequence[Shape], outputs: Sequence[Shape], weight: int) -> str | None:
-    """An equation that fits a call, given which operand is the weight."""
-    letters = "abcdefgh"[: len(operands[weight])]
-    others = [i for i in range(len(operands)) if i != weight]
-    tried = [({i: x, weight: own}, out) for x, own, out in _SUGGESTED for i in others]
+def suggest(
+    operands: Sequence[Shape], outputs: Sequence[Shape], weights: Sequence[int]
+) -> str | None:
+    """An equation that fits a call, given which operands may be the weight."""
+    all_operands = range(len(operands))
+    pairs = [(w, i) for w in weights for i in all_operands if i != w]
+    tried = [({w: own, i: x}, out) for x, own, out in _SUGGESTED for w, i in pairs]
     tried += [
-        ({i: "mk", weight: "gkn", j: "g"}, "mn") for i in others for j in others if i != j
+        ({w: "gkn", i: "mk", j: "g"}, "mn")
+        for w, i in pairs
+        for j in all_operands
+        if j not in (w, i)
     ]
-    for parts, out in (*tried, ({weight: letters}, letters)):
-        left = ",".join(parts.get(i, _OTHER) for i in range(len(operands)))
+    letters = [(w, "abcdefgh"[: len(operands[w])]) for w in weights]
+    tried += [({w: own}, own) for w, own in letters]
+    for parts, out in tried:
+        left = ",".join(parts.get(i, _OTHER) for i in all_operands)
         text = f"{left}->{','.join([out, *[_OTHER] * (len(outputs) - 1)])}"
         try:
             fit(text, "", operands, outputs)

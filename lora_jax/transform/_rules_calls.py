@@ -176,8 +176,8 @@ def _refuse_unless_stated(reason: str) -> Callable[..., Any]:
 
     def rule(context: Any, equation: Any, *values: Any) -> Any:
         name = compat.function_name(equation)
-        weight = next(i for i, value in enumerate(values) if context.is_weight(value))
-        stated = suggest(*compat.call_shapes(equation), weight)
+        weights = [i for i, value in enumerate(values) if context.is_weight(value)]
+        stated = suggest(*compat.call_shapes(equation), weights)
         raise NotFactorableError(
             reason.format(name=repr(name))
             + f". If {name!r} multiplies or rounds the weight, state that: "

@@ -16,7 +16,7 @@ from lora_jax.plan.products import Names, StatementError, fit
 from lora_jax.transform import _deferred, _rules_products
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
-from lora_jax.transform._factored import Factored, base_of, is_factored, merge
+from lora_jax.transform._factored import base_of, is_factored, merge
 from lora_jax.transform._finder import Finder, Step, dense
 from lora_jax.transform._parameters import NotFactorableError
 from lora_jax.transform._tracked import Tracked
@@ -38,29 +38,22 @@ class Call:
         self.name, self.equation = name, equation
         self.stated, self.fitted = fit(text, name, *compat.call_shapes(equation))
 
-    def weight(self, values: Sequence[Any], is_weight: Callable[[Any], bool]) -> int:
-        """The position of the one operand that is a weight.
+    def check_weight(self, weight: int) -> None:
+        """Checks that the operand at a position may be the weight.
 
         Raises:
-            NotFactorableError: if there are several, or the weight or the dtypes have no
-                part in such a product.
+            NotFactorableError: if that operand, or the dtypes, are not those of such a
+                product.
         """
-        weights = [i for i, value in enumerate(values) if is_weight(value)]
-        if len(weights) != 1:
-            raise NotFactorableError("several of its operands are adapted weights")
-        names = self.fitted.operands[weights[0]]
-        if names is None:
-            raise NotFactorableError(_NO_PART)
-        if self.stated.is_grouped and len(names) != 3:
+        if self.stated.is_grouped and len(self.fitted.operands[weight] or ()) != 3:
             raise NotFactorableError("the weight is not that of the groups")
         dtype = self.equation.outvars[self.fitted.position].aval.dtype
         if _is_small(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
             raise NotFactorableError(f"it returns {dtype}, to which no update is added")
-        for other in self.others(weights[0])[:1]:
+        for other in self.others(weight)[:1]:
             dtype = self.equation.invars[other].aval.dtype
             if _is_small(dtype):
                 raise NotFactorableError(f"the other operand is {dtype}")
-        return weights[0]
 
     def others(self, weight: int) -> list[int]:
         """The positions of the other operands: what is multiplied, then group sizes."""
@@ -116,8 +109,10 @@ def rule(name: str, text: str) -> Callable[..., Any]:
 
     def apply(context: Context, equation: Any, *values: Any) -> list[Any]:
         call = Call(name, text, equation)
-        operands = [merge(v) if is_factored(v) and v.gathered else v for v in values]
-        i = call.weight(operands, lambda v: isinstance(v, Factored) and bool(v.terms))
+        operands, i = _with_one_weight(context, call, values)
+        if i is None:
+            return _deferred.use(equation, list(map(base_of, operands)))
+        call.check_weight(i)
         k = call.fitted.position
         results: list[Any] = []
 
@@ -130,6 +125,30 @@ def rule(name: str, text: str) -> Callable[..., Any]:
         return [*results[:k], product, *results[k + 1 :]]
 
     return apply
+
+
+def _with_one_weight(
+    context: Context, call: Call, values: Sequence[Any]
+) -> tuple[list[Any], int | None]:
+    """The operands, of which the largest weight alone is not merged, and its position.
+
+    As for a product of two weights, and for rows of a table, that is no report.
+    """
+    operands: list[Any] = list(values)
+    for i, names in enumerate(call.fitted.operands):
+        if is_factored(operands[i]) and operands[i].gathered:
+            operands[i] = merge(operands[i])
+        if names is None and is_factored(operands[i]) and operands[i].terms:
+            operands[i] = context.merge(operands[i], call.equation, _NO_PART)
+    weights = [i for i, v in enumerate(operands) if is_factored(v) and v.terms]
+    if not weights:
+        return operands, None
+    *smaller, largest = sorted(weights, key=lambda i: operands[i].base.size)
+    for i in smaller:
+        context.see(operands[i], call.equation)
+        context.check_no_dropout(operands[i])
+        operands[i] = merge(operands[i])
+    return operands, largest
 
 
 def _apply(
@@ -191,19 +210,24 @@ def step(name: str, text: str) -> Step:
 
     def apply(finder: Finder, equation: Any, *values: Any) -> list[Any]:
         call = Call(name, text, equation)
-        for value in values:
-            if isinstance(value, Tracked) and value.gathered:
-                finder.uses.use_rows(value)
-        i = call.weight(values, lambda v: isinstance(v, Tracked) and not v.gathered)
-        value = values[i]
         out, k = dense(equation), call.fitted.position
-        if call.stated.is_rounding:
-            order, shape = call.order, equation.outvars[k].aval.shape
-            out[k] = value.moved([(order.index(n),) for n in range(value.ndim)], shape)
-            return out
-        roles = call.stated.roles(call.fitted, i)
-        _check_body(finder, equation, call, list(values), value, roles)
-        finder.uses.see_product(value, equation, roles, values[call.others(i)[0]])
+        for i, value in enumerate(values):
+            if not isinstance(value, Tracked):
+                continue
+            if value.gathered:
+                finder.uses.use_rows(value)
+                continue
+            if call.fitted.operands[i] is None:
+                finder.merge(value, equation, _NO_PART)
+                continue
+            call.check_weight(i)
+            if call.stated.is_rounding:
+                order, shape = call.order, equation.outvars[k].aval.shape
+                out[k] = value.moved([(order.index(n),) for n in range(value.ndim)], shape)
+                continue
+            roles = call.stated.roles(call.fitted, i)
+            _check_body(finder, equation, call, list(values), value, roles)
+            finder.uses.see_product(value, equation, roles, values[call.others(i)[0]])
         return out
 
     return apply

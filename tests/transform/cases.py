@@ -363,6 +363,20 @@ CASES = {
         {"w": "ioo", "o": "iio"},
         {"products": {"product_of": "...k,kn->...n; ...d,dhk->...hk; ...hk,hkd->...d"}},
     ),
+    "stated_positions": Case(
+        lambda p, x: mul(x + p["positions"], p["w"]),
+        {"w": (12, 10), "positions": (5, 12)},
+        ((5, 12),),
+        {"w": "io"},
+        STATED,
+    ),
+    "stated_of_weights": Case(
+        lambda p, x: x @ mul(p["a"], p["b"]),
+        {"a": (12, 10), "b": (10, 30)},
+        ((5, 12),),
+        {"a": "oi", "b": "io"},
+        STATED,
+    ),
     "stated_closure": _w(lambda p, x: _closure(jnp.cos(x))(x, p["w"]), "io", **STATED),
     "stated_kernel": _w(
         lambda p, x: kernel(x, p["w"]), "io", products={"kernel": "mk,kn->mn"}

@@ -197,11 +197,6 @@ REFUSED = {
         "small",
         "kn->kn",
     ),
-    "several of its operands are adapted weights": (
-        lambda w, x: mul(w.T, w),
-        "mul",
-        "mk,kn->mn",
-    ),
     "the other operand is float8_e4m3fn": (
         lambda w, x: widened(x.astype("float8_e4m3fn"), w),
         "widened",

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from lora_jax._core import checks, numerics
+from lora_jax._core import checks, numerics, quantized
+from lora_jax.lowrank.low_rank import LowRank
 
 # How others call the entries of an adapter; used in messages only.
 _OTHER_NAMES = {
@@ -89,6 +90,31 @@ def checked_scale(
     checks.check_flags(rank_stabilized=rank_stabilized)
     rank, dtype = adapter["A"].shape[-1], numerics.accumulation_dtype(*dtypes)
     return numerics.adapter_scale(alpha, rank, rank_stabilized, dtype)
+
+
+def checked(
+    name: str,
+    weight: Any,
+    adapter: Mapping[str, jax.Array],
+    alpha: Any,
+    rank_stabilized: Any,
+    axis: int = -2,
+    *,
+    required: Sequence[str] = ("A", "B"),
+    optional: Sequence[str] = (),
+    refused: Mapping[str, str] | None = None,
+) -> LowRank:
+    """The value that a weight and its adapter describe, after all checks.
+
+    `name` is that of the weight, for messages. For the entries see `check_adapter`.
+    """
+    checks.check_weight(name, weight)
+    check_adapter(
+        adapter, weight.shape, required=required, optional=optional, refused=refused
+    )
+    dtypes = weight.dtype, adapter["A"].dtype, adapter["B"].dtype
+    scale = checked_scale(adapter, alpha, rank_stabilized, *dtypes)
+    return LowRank(quantized.as_frozen(weight), adapter, scale, axis)
 
 
 def _check_names(

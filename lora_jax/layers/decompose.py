@@ -1,27 +1,27 @@
-"""Initializers that take a part out of the weight, and the way back to plain adapters.
+"""Initializers that move a part of the weight into the adapter, and the way back.
 
 PiSSA and OLoRA split a weight into a *base* and an adapter that is not zero,
-`W = W_base + scale * A @ B`, so that the adapter starts where the weight does most. LoftQ,
-and PiSSA with a base that is quantized (QPiSSA), do so only nearly; their base may stay in
-few bits, as a `lora_jax.quant.QuantizedTensor`. **Such an adapter belongs to that base.**
-On the original weight it would add its part a second time, and nothing in the arrays shows
-that. Whoever saves it has two choices:
+`W = W_base + scale * A @ B`, so that the adapter starts with the largest part of the
+weight. LoftQ, and PiSSA with a quantized base (QPiSSA), do so approximately. Their base may
+stay quantized, as a `lora_jax.quant.QuantizedTensor`.
 
-- save the base as well, and load the adapter on that; or
-- keep the adapter as it was initialized too, and convert with `to_plain_adapter`: the
-  result is an ordinary adapter of twice the rank for the original weight.
+**Such an adapter belongs to that base.** With the original weight its part would be added
+twice, and nothing in the arrays shows this. There are two ways to save it:
 
-To make the base anew at loading, as peft does, is right only where the decomposition comes
-out the same: not with a randomized one. `lora_jax.decompose_params` has the same for a
-whole model.
+- Save the base as well, and load the adapter on it.
+- Keep the initial adapter as well, and convert with `to_plain_adapter`. The result is an
+  ordinary adapter of twice the rank for the original weight.
 
-All functions are pure: they return a new base, as a `DecomposedWeight`, and leave the
-weight, which is dense, as it is. Weights are `(*batch, in, out)`, and `scale` is
-`alpha / rank`, or `alpha / sqrt(rank)` if `rank_stabilized`. Decompositions and sums run in
-float32, or float64 if the weight or the factors are; the base is rounded once to the dtype
-of the weight. It is formed with the factors as they are stored, so what rounding *them*
-loses stays in the base. What remains is the rounding of the base: `W_base + scale * A @ B`
-is `W` to half a unit in the last place of `W_base`, 1 part in 512 for bfloat16.
+Computing the base again at loading, as peft does, works only if the decomposition is
+deterministic; a randomized one is not. `lora_jax.decompose_params` decomposes the weights
+of a whole model.
+
+All functions are pure: they return a new base in a `DecomposedWeight`. Weights are dense,
+`(*batch, in, out)`, and `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if
+`rank_stabilized`. Decompositions and sums run in float32, or in float64 if the weight or
+the factors are float64. The base is computed from the stored factors and rounded once to
+the dtype of the weight. So `W_base + scale * A @ B` differs from `W` by at most half a unit
+in the last place of `W_base`, 1 part in 512 for bfloat16.
 """
 
 import operator
@@ -86,7 +86,7 @@ def init_pissa_adapter(
 
     With `quantize` the base is quantized (QPiSSA), and `W_base + scale * A @ B` is *near*
     `W`: nearer than `quantize(W)` where the base, without the largest terms, has smaller
-    entries. LoftQ makes its adapter of the loss instead.
+    entries. LoftQ initializes its adapter with the quantization error instead.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
@@ -95,11 +95,10 @@ def init_pissa_adapter(
         dtype: of the factors. None is the weight's, but at least float32.
         rank_stabilized: see `lora_jax.lora_delta`.
         key: a `jax.random` key, for the randomized SVD.
-        iterations: how many steps of subspace iteration the randomized SVD takes, at least
-            1. It costs a few products with `rank + 10` columns and not an SVD of the whole
-            weight. The 10 are there to make few steps do: torch's `svd_lowrank`, as peft
-            calls it, has none, and takes 4 steps or 16 to come close. With neither `key`
-            nor `iterations` the SVD is exact.
+        iterations: the number of steps of subspace iteration of the randomized SVD, at
+            least 1. Each costs a few products with `rank + 10` columns. Because of the 10
+            extra columns, few steps suffice: torch's `svd_lowrank`, as peft calls it, has
+            none and needs 4 or 16 steps. Without `key` and `iterations` the SVD is exact.
         quantize: a function that quantizes the base; see `init_loftq_adapter`.
 
     Returns:
@@ -148,12 +147,12 @@ def init_olora_adapter(
     dtype: DTypeLike | None = None,
     rank_stabilized: bool = False,
 ) -> DecomposedWeight:
-    """Takes the first part of a QR decomposition out of a weight (OLoRA).
+    """Moves the first part of a QR decomposition into an adapter (OLoRA).
 
     With `W^T = Q R`, the rows of `B` are the first `rank` columns of `Q`, orthonormal, and
     `A` is the transpose of the first rows of `R`. As in peft the factors are **not**
-    divided by the scale: what is taken out is `scale * A @ B`, which is `R_r^T Q_r^T` only
-    at a scale of 1.
+    divided by the scale: the adapter has `scale * A @ B`, which is `R_r^T Q_r^T` only at a
+    scale of 1.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
@@ -186,7 +185,7 @@ def init_orthogonal_adapter(
     *,
     dtype: DTypeLike | None = None,
 ) -> Adapter:
-    """Makes factors that are both non-zero and whose product is zero.
+    """Initializes two non-zero factors whose product is zero.
 
     The same as `init_lora_adapter(key, weight, rank, dtype=dtype, init="orthogonal")`. The
     adapter belongs to the original weight and needs no conversion.
@@ -221,7 +220,7 @@ def init_loftq_adapter(
     rank_stabilized: bool = False,
     iterations: int = 1,
 ) -> DecomposedWeight:
-    """Makes an adapter of what quantizing a weight loses (LoftQ).
+    """Initializes an adapter with the quantization error of a weight (LoftQ).
 
     Alternates `W_base = quantize(W - scale * A @ B)`, with `A @ B` zero at first, and
     `scale * A @ B`, the best approximation of `W - W_base` of that rank. So
@@ -234,18 +233,17 @@ def init_loftq_adapter(
         alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
         quantize: a function that quantizes a weight: `(*batch, in, out)`, in the dtype of
             the weight, to a `lora_jax.quant.QuantizedTensor` of that shape and dtype, such
-            as `lora_jax.quant.quantize_nf4`; or to an array of that shape, of any
-            floating-point dtype, if it turns the codes back. That array is rounded to the
-            dtype of the weight before the adapter is made.
+            as `lora_jax.quant.quantize_nf4`; or to the dequantized array, of any
+            floating-point dtype, which is rounded to the dtype of the weight.
         dtype: see `init_pissa_adapter`.
         rank_stabilized: see `lora_jax.lora_delta`.
-        iterations: how often the two steps alternate, at least 1.
+        iterations: the number of times the two steps alternate, at least 1.
 
     Returns:
-        `weight`, the base, `(*batch, in, out)` in the dtype of the weight: what `quantize`
-        returned last, a quantized tensor or an array. `adapter` makes up for what *that*
-        loses, so nothing may quantize the base again: NF4 with nested scales, for one,
-        would give another base.
+        `weight`, the base, `(*batch, in, out)` in the dtype of the weight: the last result
+        of `quantize`, a quantized tensor or an array. `adapter` corrects the errors of this
+        base. Do not quantize it again: NF4 with nested scales, for example, would give
+        another base.
 
     Raises:
         TypeError: as `init_pissa_adapter`.
@@ -274,17 +272,17 @@ def init_loftq_adapter(
 def to_plain_adapter(
     adapter: Mapping[str, jax.Array], initial: Mapping[str, jax.Array]
 ) -> Adapter:
-    """Turns an adapter of a decomposed weight into one of the original weight.
+    """Converts an adapter of a decomposed weight into one of the original weight.
 
-    `A` becomes `[A, A0]` and `B` becomes `[B; -B0]`, so that at the **same scale**
-    `W + scale * A @ B` comes out as `W_base + scale * A @ B` did: `alpha` doubles with the
-    rank, or is multiplied by `sqrt(2)` if `rank_stabilized`. Equal up to the roundings of
-    the sums and that of `W_base`. Where that is quantized, base and adapter are not `W`
-    exactly, and the result is the original weight with the change that was trained.
+    `A` becomes `[A, A0]` and `B` becomes `[B; -B0]`. At the **same scale**, `W` with the
+    new adapter equals `W_base` with the old one, up to the rounding of the sums and of
+    `W_base`. So `alpha` doubles with the rank, or is multiplied by `sqrt(2)` if
+    `rank_stabilized`. If the base is quantized, the result is the original weight with the
+    change that was trained.
 
     Args:
-        adapter: the adapter, after training: `A`, `B`, and `m` if it is one of DoRA.
-        initial: the adapter as it was initialized, with the same entries and shapes.
+        adapter: the trained adapter: `A`, `B`, and `m` for DoRA.
+        initial: the adapter before training, with the same entries and shapes.
 
     Returns:
         `{"A": (*batch, in, 2 * rank), "B": (*batch, 2 * rank, out)}` in the wider of the
@@ -334,7 +332,7 @@ def check_quantize(quantize: Any) -> None:
 
 
 def check_dense(weight: Any) -> None:
-    """Raises if a weight that is to be decomposed is quantized."""
+    """Raises if a weight is quantized."""
     if quantized.is_quantized(weight):
         raise TypeError(
             f"the weight is quantized, {weight!r}, and has lost what a decomposition "
@@ -344,7 +342,7 @@ def check_dense(weight: Any) -> None:
 
 
 def stored(quantize: Quantize, base: jax.Array) -> quantized.Weight:
-    """What a function makes of a base: quantized, or an array of its shape and dtype.
+    """The result of `quantize`: a quantized tensor, or an array in the dtype of the base.
 
     Raises:
         TypeError: if it is neither, or quantized from another dtype.

@@ -6,25 +6,24 @@ columns of `V`:
 
     y = (m / n) * (x @ V) + bias
 
-These are peft's rules, and Megatron's and torchtune's without dropout and bias. With
+peft computes this. Megatron and torchtune do so without dropout and bias. With
 `norm_axis="in"` the magnitude is `(*batch, in)`, `n` are the norms of the *rows* of `V`,
 and `y = (x * m / n) @ V + bias` (Raschka's article).
 
-Dtypes are as in `lora_jax.lora`; norms and magnitudes are in at least float32 whatever
-the weight is. The factor `m / n` of a column of norm zero is 1.
+Dtypes are as in `lora_jax.lora`. Norms and magnitudes are at least float32. The factor
+`m / n` of a column of norm zero is 1.
 
-**Accuracy of the norm.** It is formed without an `(in, out)` array, from `|W|^2`, `A^T W`
-and `A^T A`. For 16-bit weights too, its relative error is at the most `4 eps k^2`, with
-`eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2` (`|A|`, `|B_j|` entry by
-entry): a few rounding units unless the update nearly undoes a column. If it leaves less
-than 1/16 of the norm of any column's terms, all norms of the weight are formed directly
-instead, from blocks of at most 128 rows of `V`, with an error of `4 eps k`. That branch is
-compiled in and skipped at run time, except under `jax.vmap`, which runs both. It also
-runs where the square of a norm is out of the range of float32 (below about 1e-13 or above
-1e18), scales the entries by powers of two, and so is right for all columns whose norms
-and products of `A` and `B` are normal numbers. A column of zeros takes it as well, because
-a square that is zero may be one that underflowed. Columns of at most 128 entries are
-always formed directly, which is as little work and has no branch to compile.
+**Accuracy of the norm.** It is computed without an `(in, out)` array, from `|W|^2`,
+`A^T W` and `A^T A`. Its relative error is at most `4 eps k^2`, for 16-bit weights too,
+with `eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2` (`|A|`, `|B_j|` entry by
+entry). That is a few rounding units, unless the update nearly cancels a column.
+
+All norms of the weight are computed directly instead, from blocks of at most 128 rows of
+`V`, if any column has a norm below 1/16 of that of its terms, or a square outside the range
+of float32 (a norm of zero, below about 1e-13, or above 1e18). The error is then `4 eps k`
+for all columns whose norms and products of `A` and `B` are normal numbers. This branch is
+compiled and skipped at run time, except under `jax.vmap`, which runs both branches. Columns
+of at most 128 entries are always computed directly, which is as little work.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies
@@ -74,14 +73,14 @@ def init_dora_adapter(
     init: Init = "gaussian",
     norm_axis: NormAxis = "out",
 ) -> Adapter:
-    """Makes the DoRA adapter of one weight: `A` random, `B` zero, `m` the norms of `W`.
+    """Initializes a DoRA adapter: `A` random, `B` zero, `m` the norms of `W`.
 
     A new adapter changes nothing but the rounding of `m / n`, one unit in the last place.
 
     Args:
         key: a `jax.random` key.
-        weight: `(*batch, in, out)`, floating point. The magnitude is made of its values, so
-            an abstract weight works inside `jax.eval_shape` only.
+        weight: `(*batch, in, out)`, floating point. The magnitude needs its values, so an
+            abstract weight works inside `jax.eval_shape` only.
         rank: of the adapter, at least 1.
         init_std: see `lora_jax.init_lora_adapter`.
         dtype: of `A` and `B`; see `lora_jax.init_lora_adapter`. Not of the magnitude.
@@ -117,14 +116,14 @@ def init_dora_magnitude(
     rank_stabilized: bool = False,
     norm_axis: NormAxis = "out",
 ) -> jax.Array:
-    """The magnitude with which given factors make an adapted layer `x @ (W + delta)`.
+    """Computes the magnitude with which a DoRA layer is `x @ (W + delta)`.
 
-    For factors that are not zero: a trained LoRA adapter that becomes a DoRA one, or an
-    initializer that makes both.
+    For factors that are not zero: a trained LoRA adapter that becomes a DoRA adapter, or an
+    initializer of both factors.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
-        adapter: `A` and `B`; an `m` in it is ignored, since it is to be replaced.
+        adapter: `A` and `B`. An `m` in it is ignored.
         alpha: see `lora_jax.lora_delta`.
         rank_stabilized: see `lora_jax.lora_delta`.
         norm_axis: see `init_dora_adapter`.
@@ -149,18 +148,19 @@ def dora_column_norm(
     rank_stabilized: bool = False,
     norm_axis: NormAxis = "out",
 ) -> jax.Array:
-    """The L2 norms of the columns of `W`, or of `W + scale * A @ B`.
+    """Computes the L2 norms of the columns of `W`, or of `W + scale * A @ B`.
 
-    Form it once a step and give it to `dora_linear` as `column_norm`, where the layer runs
-    several times with one adapter (gradient accumulation, rematerialized blocks,
-    evaluation). The square of that of `W` alone is `dora_linear`'s `weight_norm_squared`.
+    If a layer runs several times with the same adapter (gradient accumulation,
+    rematerialized blocks, evaluation), compute the norms once and pass them to
+    `dora_linear` as `column_norm`. The squared norms of `W` alone are its
+    `weight_norm_squared`.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
         adapter: `A` and `B`, or None for the norms of the weight; an `m` is ignored.
         alpha: see `lora_jax.lora_delta`.
         rank_stabilized: see `lora_jax.lora_delta`.
-        norm_axis: `"out"` for the norms of columns, `"in"` for those of rows.
+        norm_axis: `"out"` for the norms of columns, `"in"` for the norms of rows.
 
     Returns:
         `(*batch, out)`, or `(*batch, in)`, in the dtype of the weight, but at least
@@ -175,16 +175,22 @@ def dora_column_norm(
     References:
         Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353: the denominator.
     """
-    checks.check_weight("weight", weight)
     checks.check_choice("norm_axis", norm_axis, ("out", "in"))
+    axis = _axis(norm_axis)
     if adapter is None:
-        return LowRank(weight, {}, 1.0, _axis(norm_axis)).norms()
-    adapter_checks.check_adapter(
-        adapter, weight.shape, optional=("m",), refused=_LOSES_BIAS
+        checks.check_weight("weight", weight)
+        return LowRank(weight, {}, 1.0, axis).norms()
+    value = adapter_checks.checked(
+        "weight",
+        weight,
+        adapter,
+        alpha,
+        rank_stabilized,
+        axis,
+        optional=("m",),
+        refused=_LOSES_BIAS,
     )
-    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, weight.dtype)
-    weight = quantized.as_frozen(weight)
-    return LowRank(weight, adapter, scale, _axis(norm_axis)).norms()
+    return value.norms()
 
 
 def dora_linear(
@@ -219,21 +225,21 @@ def dora_linear(
             4.3, peft, torchtune and Megatron do. If false, the gradient is the full one.
         norm_axis: `"out"` for one magnitude for each output, `"in"` for each input.
         weight_norm_squared: `dora_column_norm(frozen_weight) ** 2`, to save the pass over
-            the weight that forms it. It is not checked against the weight's values: form
-            it again when the weight changes.
+            the weight. It is not checked against the weight's values: compute it again
+            when the weight changes.
         column_norm: `dora_column_norm(frozen_weight, adapter, alpha)`, to save all of the
-            norm's work. It has to be of these very factors, and with `detach_norm=False`
-            the gradient goes on through it.
+            norm's work. It must belong to these factors. With `detach_norm=False`, the
+            gradient continues through it.
         dropout_rate: see `lora_jax.lora_linear`.
         dropout_key: see `lora_jax.lora_linear`.
-        dropout_mode: what sees the dropped input. `D` is the update, `k = m / n`, and
+        dropout_mode: which products have dropout. `D` is the update, `k = m / n`, and
             `x1`, `x2` are `x` with two independent masks:
 
             - `"peft"`: `x @ W + (k - 1) * (x1 @ W) + k * (x1 @ D)`
             - `"torchtune"`: `k * (x @ W + x1 @ D)`
             - `"megatron"`: `x @ W + (k - 1) * (x2 @ W) + k * (x1 @ D)`
 
-            The first and the last need a second product with the frozen weight.
+            `"peft"` and `"megatron"` need a second product with the frozen weight.
 
     Returns:
         `(*batch, *tokens, out)`, in the dtype of `x @ frozen_weight`; formed in at least
@@ -258,11 +264,9 @@ def dora_linear(
     """
     checks.check_weight("frozen_weight", frozen_weight)
     checks.check_input(x, frozen_weight)
-    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
-    _check_dora_adapter(adapter, frozen_weight.shape, norm_axis)
-    scale = adapter_checks.checked_scale(
-        adapter, alpha, rank_stabilized, x.dtype, frozen_weight.dtype
+    value = _checked(
+        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, norm_axis
     )
     checks.check_flags(scale_bias=scale_bias, detach_norm=detach_norm)
     checks.check_dropout(dropout_rate, dropout_key)
@@ -275,12 +279,10 @@ def dora_linear(
             "each input and none for the bias."
         )
 
-    x, weight = jnp.asarray(x), quantized.as_frozen(frozen_weight)
-    adapter = {name: jnp.asarray(value) for name, value in adapter.items()}
+    x, weight, scale = jnp.asarray(x), value.weight, value.scale
     dtype = numerics.promote(x.dtype, weight.dtype)
     norm = column_norm
     if norm is None:
-        value = LowRank(weight, adapter, scale, _axis(norm_axis))
         norm = value.frozen_norms(weight_norm_squared)
     if detach_norm:
         norm = lax.stop_gradient(norm)
@@ -304,10 +306,9 @@ def merge_dora_weight(
     rank_stabilized: bool = False,
     norm_axis: NormAxis = "out",
 ) -> jax.Array:
-    """Folds a DoRA adapter into the weight it adapts: `(m / n) * (W + scale * A @ B)`.
+    """Merges a DoRA adapter into its weight: `(m / n) * (W + scale * A @ B)`.
 
-    A layer's bias stays as it is (trained with `scale_bias`, it becomes
-    `(m / n) * bias`).
+    The layer's bias does not change (with `scale_bias`, it becomes `(m / n) * bias`).
 
     Args:
         frozen_weight: `(*batch, in, out)`, floating point.
@@ -317,8 +318,8 @@ def merge_dora_weight(
         norm_axis: see `dora_linear`.
 
     Returns:
-        `(*batch, in, out)`, in the dtype of `frozen_weight`. Formed in the widest dtype at
-        hand, at least float32, and rounded once.
+        `(*batch, in, out)`, in the dtype of `frozen_weight`. The sum is computed in the
+        widest dtype of the arguments, at least float32, and rounded once.
 
     Raises:
         KeyError, TypeError, ValueError: as `dora_linear`.
@@ -341,26 +342,25 @@ def unmerge_dora_weight(
     rank_stabilized: bool = False,
     norm_axis: NormAxis = "out",
 ) -> jax.Array:
-    """Takes a DoRA adapter out of a merged weight: undoes `merge_dora_weight`.
+    """Removes a DoRA adapter from a merged weight: undoes `merge_dora_weight`.
 
-    What the merge rounded away does not come back, and `n / m` multiplies the error: each
-    entry (that is not subnormal) is within `eps * ((n / m) * |merged W| + |W|)` of the
-    weight before the merge, with `eps` the `jnp.finfo(dtype).eps` of a 16-bit weight's
-    dtype. For wider weights, whose sums are formed in their own dtype, it is within
+    The rounding of the merge is not undone, and `n / m` multiplies the error. Each entry
+    that is not subnormal is within `eps * ((n / m) * |merged W| + |W|)` of the weight
+    before the merge, where `eps` is the `jnp.finfo(dtype).eps` of a 16-bit weight's dtype.
+    For wider weights, whose sums run in their own dtype, it is within
     `4 eps * ((n / m) * |merged W| + |W| + |scale| |A| |B|)`, entry by entry.
 
     Args:
         merged_weight: `(*batch, in, out)`, floating point.
         adapter: the adapter that was merged.
-        column_norm: `dora_column_norm(weight, adapter, alpha)` from before the merge: the
-            merged weight does not have it any more.
-        alpha: the one of the merge.
+        column_norm: `dora_column_norm(weight, adapter, alpha)` from before the merge.
+        alpha: as in the merge.
         rank_stabilized: as in the merge.
         norm_axis: as in the merge.
 
     Returns:
         `(*batch, in, out)`, in the dtype of `merged_weight`. A column whose magnitude is
-        zero was lost in the merge and comes back as NaN.
+        zero was lost in the merge; here it is NaN.
 
     Raises:
         KeyError, TypeError, ValueError: as `merge_dora_weight`; ValueError if
@@ -387,33 +387,28 @@ def _checked(
     rank_stabilized: bool,
     norm_axis: NormAxis,
 ) -> LowRank:
-    """The arguments of a merge, checked."""
-    checks.check_weight(name, weight)
+    """The value that a weight and a DoRA adapter describe, after all checks."""
     checks.check_choice("norm_axis", norm_axis, ("out", "in"))
-    _check_dora_adapter(adapter, weight.shape, norm_axis)
-    dtypes = weight.dtype, adapter["A"].dtype, adapter["B"].dtype
-    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
-    return LowRank(weight, adapter, scale, _axis(norm_axis))
+    value = adapter_checks.checked(
+        name,
+        weight,
+        adapter,
+        alpha,
+        rank_stabilized,
+        _axis(norm_axis),
+        required=("A", "B", "m"),
+        refused=_LOSES_BIAS,
+    )
+    kept = _kept(weight.shape, norm_axis)
+    what = f"one magnitude for each {norm_axis}put, since norm_axis={norm_axis!r}"
+    checks.check_vector("adapter['m']", adapter["m"], kept, what)
+    return value
 
 
 def _kept(weight_shape: tuple[int, ...], norm_axis: NormAxis) -> tuple[int, ...]:
     """The shape of a magnitude: `(*batch, out)` or `(*batch, in)`."""
     *batch, n_in, n_out = weight_shape
     return (*batch, n_out if norm_axis == "out" else n_in)
-
-
-def _check_dora_adapter(
-    adapter: Mapping[str, jax.Array],
-    weight_shape: tuple[int, ...],
-    norm_axis: NormAxis,
-) -> None:
-    required = ("A", "B", "m")
-    adapter_checks.check_adapter(
-        adapter, weight_shape, required=required, refused=_LOSES_BIAS
-    )
-    shape = _kept(weight_shape, norm_axis)
-    what = f"one magnitude for each {norm_axis}put, since norm_axis={norm_axis!r}"
-    checks.check_vector("adapter['m']", adapter["m"], shape, what)
 
 
 def _check_norms(

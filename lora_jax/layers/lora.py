@@ -38,7 +38,6 @@ from lora_jax._core import checks, numerics, quantized, tree_paths
 from lora_jax.layers import adapter_checks
 from lora_jax.layers.initializers import Init, init_factors
 from lora_jax.lowrank import contraction, low_rank
-from lora_jax.lowrank.low_rank import LowRank
 
 __all__ = [
     "Adapter",
@@ -56,6 +55,9 @@ DoRA's `m`."""
 
 Adapters: TypeAlias = tree_paths.PyTree
 """`{path: adapter}`. Type checkers allow any tree, since optax returns any."""
+
+# Entries that an update of the weight alone would lose.
+_LOST = adapter_checks.LOSES_BIAS | adapter_checks.LOSES_MAGNITUDE
 
 
 def init_lora_adapter(
@@ -133,9 +135,7 @@ def lora_delta(
     References:
         Hu et al., 2021, equation 3, https://arxiv.org/abs/2106.09685.
     """
-    adapter_checks.check_adapter(
-        adapter, None, refused=adapter_checks.LOSES_BIAS | adapter_checks.LOSES_MAGNITUDE
-    )
+    adapter_checks.check_adapter(adapter, None, refused=_LOST)
     dtypes = adapter["A"].dtype, adapter["B"].dtype
     scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
     return low_rank.delta(adapter, scale).astype(numerics.promote(*dtypes))
@@ -193,23 +193,22 @@ def lora_linear(
         >>> y.shape, bool((y == x @ weight).all())
         ((2, 5, 32), True)
     """
-    checks.check_weight("frozen_weight", frozen_weight)
-    checks.check_input(x, frozen_weight)
-    adapter_checks.check_adapter(
+    value = adapter_checks.checked(
+        "frozen_weight",
+        frozen_weight,
         adapter,
-        frozen_weight.shape,
+        alpha,
+        rank_stabilized,
         optional=adapter_checks.BIASES,
         refused=adapter_checks.LOSES_MAGNITUDE,
     )
-    scale = adapter_checks.checked_scale(
-        adapter, alpha, rank_stabilized, x.dtype, frozen_weight.dtype
-    )
+    checks.check_input(x, frozen_weight)
     checks.check_dropout(dropout_rate, dropout_key)
     checks.check_choice("dropout_position", dropout_position, ("pre", "post"))
     if bias is not None:
         checks.check_bias("bias", bias, frozen_weight.shape)
 
-    x, weight = jnp.asarray(x), quantized.as_frozen(frozen_weight)
+    x, weight, scale = jnp.asarray(x), value.weight, value.scale
     dtype = numerics.promote(x.dtype, weight.dtype)
     y = contraction.frozen_product(x, weight, dtype)  # (*batch, *rows, out), wide
     rate = dropout_rate if dropout_position == "pre" else 0.0
@@ -251,8 +250,9 @@ def merge_lora_weight(
     References:
         Hu et al., 2021, section 4.1, https://arxiv.org/abs/2106.09685.
     """
-    name = "frozen_weight"
-    value = _checked(name, frozen_weight, adapter, alpha, rank_stabilized)
+    value = adapter_checks.checked(
+        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, refused=_LOST
+    )
     return value.merge()
 
 
@@ -282,8 +282,9 @@ def unmerge_lora_weight(
         KeyError, TypeError, ValueError: as `merge_lora_weight`; an adapter with biases
             needs `unmerge_lora_layer`.
     """
-    name = "merged_weight"
-    value = _checked(name, merged_weight, adapter, alpha, rank_stabilized)
+    value = adapter_checks.checked(
+        "merged_weight", merged_weight, adapter, alpha, rank_stabilized, refused=_LOST
+    )
     return value.unmerge()
 
 
@@ -357,22 +358,3 @@ def _dropped(
         return numerics.drop(update.reshape(shape), rate, key).reshape(update.shape)
 
     return numerics.multiply(dropped(update, key), 1.0 / (1.0 - rate))
-
-
-def _checked(
-    name: str,
-    weight: Any,
-    adapter: Mapping[str, jax.Array],
-    alpha: float | jax.Array,
-    rank_stabilized: bool,
-) -> LowRank:
-    """The arguments of a merge, checked."""
-    checks.check_weight(name, weight)
-    adapter_checks.check_adapter(
-        adapter,
-        weight.shape,
-        refused=adapter_checks.LOSES_BIAS | adapter_checks.LOSES_MAGNITUDE,
-    )
-    dtypes = weight.dtype, adapter["A"].dtype, adapter["B"].dtype
-    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
-    return LowRank(weight, adapter, scale)

@@ -103,7 +103,7 @@ def contract(
     *,
     order: Names | None = None,
     rate: float = 0.0,
-    key: jax.Array | None = None,
+    key: Any = None,
 ) -> Named:
     """The product of two arrays, summed over their common names that are not in `keep`.
 
@@ -123,7 +123,7 @@ def contract(
             XLA would undo the transpose. On other devices the barrier costs at most a copy
             of `A`.
         rate: the share of the entries of `x` that are dropped, not divided by `1 - rate`.
-        key: for the dropout; None drops nothing.
+        key: for the dropout, if `rate` is not 0.
 
     Returns:
         The product, wide: first the common axes that are kept, then the other axes of `x`,
@@ -195,7 +195,7 @@ def project_down(
     a: jax.Array,
     dtype: DTypeLike,
     rate: float = 0.0,
-    key: jax.Array | None = None,
+    key: Any = None,
 ) -> jax.Array:
     """`(*batch, *tokens, in), (*batch, in, rank)` -> wide `(*batch, *rows, rank)`.
 
@@ -239,13 +239,10 @@ def dropped(
     x: jax.Array,
     factor: jax.Array,
     rate: float,
-    key: jax.Array | None,
+    key: Any,
 ) -> jax.Array:
-    """`multiply(drop(x), factor)`; the backward pass draws the mask again.
-
-    Without a rate or a key nothing is dropped.
-    """
-    if not rate or key is None:
+    """`multiply(drop(x), factor)`; the backward pass draws the mask again."""
+    if not rate:
         return multiply(x, factor)
 
     # A function of its own each time: JAX would use its trace on other meshes, too.

@@ -1,4 +1,4 @@
-"""The products of a DoRA layer, for both norm axes and every way to drop its input.
+"""The products of a DoRA layer, for both norm axes and every dropout mode.
 
 `x` is `(*batch, *tokens, in)` and `factor` is `m / n`, `(*batch, out)` or `(*batch, in)`.
 Products run in `dtype`; results are wide `(*batch, *rows, out)`, without bias.
@@ -6,6 +6,7 @@ Products run in `dtype`; results are wide `(*batch, *rows, out)`, without bias.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
@@ -16,21 +17,21 @@ from lora_jax.lowrank import contraction
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """What `dora_linear` was told of dropout.
+    """The dropout options of `dora_linear`.
 
     Attributes:
-        rate: a Python number; 0 is no dropout.
+        rate: a Python number; 0 means no dropout.
         key: a `jax.random` key, or None.
         mode: `"peft"`, `"torchtune"` or `"megatron"`.
     """
 
     rate: float
-    key: jax.Array | None
+    key: Any
     mode: str
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the frozen layer and its factor see the input undropped."""
+        """Whether the frozen layer sees the input without dropout."""
         return not self.rate or self.mode == "torchtune"
 
 
@@ -46,26 +47,24 @@ def scale_outputs(
     """`k * (x @ (W + D))`, `k` one factor for each output."""
     base = contraction.frozen_product(x, weight, dtype)
     factor = numerics.as_row(factor, base)
-    if not dropout.rate:
-        u = contraction.project_down(x, adapter["A"], dtype)
-        return factor * (base + contraction.project_up(u, adapter["B"], scale, dtype))
+    keep = 1.0 - dropout.rate
+    if dropout.keeps_base:
+        u = contraction.project_down(x, adapter["A"], dtype, dropout.rate, dropout.key)
+        return factor * (
+            base + contraction.project_up(u, adapter["B"], scale / keep, dtype)
+        )
 
-    # Under jax.checkpoint the masks are drawn again in the backward pass and not kept.
+    # The backward pass draws the masks again.
     @jax.checkpoint
     def dropped(x, weight, a, key):
         for_adapter, for_base = _drop(x, dropout, key)
         u = contraction.project_down(for_adapter, a, dtype)
-        if dropout.keeps_base:
-            return u, None
         return u, contraction.frozen_product(for_base, weight, dtype)
 
-    keep = 1.0 - dropout.rate
     u, dropped_base = dropped(x, weight, adapter["A"], dropout.key)
     update = contraction.project_up(u, adapter["B"], scale / keep, dtype)
-    if dropped_base is None:
-        return factor * (base + update)
-    # base + (k - 1) * dropped_base + k * update, with one array kept for the gradient of
-    # k instead of two.
+    # base + (k - 1) * dropped_base + k * update, which keeps one array for the gradient of
+    # k, not two.
     dropped_base = numerics.multiply(dropped_base, 1.0 / keep)
     return base - dropped_base + factor * (dropped_base + update)
 
@@ -109,17 +108,14 @@ def scale_inputs(
     return base + contraction.project_up(u, adapter["B"], scale, dtype)
 
 
-def _drop(
-    x: jax.Array, dropout: Dropout, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """What the adapter and the frozen layer see of `x`, not divided by `1 - rate`."""
-    if key is None or not dropout.rate:
+def _drop(x: jax.Array, dropout: Dropout, key: Any) -> tuple[jax.Array, jax.Array]:
+    """The inputs of the adapter and of the frozen layer, not divided by `1 - rate`."""
+    if not dropout.rate:
         return x, x
     if dropout.mode != "megatron":
         dropped = numerics.drop(x, dropout.rate, key)
         return dropped, dropped
-    key_adapter, key_base = jax.random.split(key)
-    return (
-        numerics.drop(x, dropout.rate, key_adapter),
-        numerics.drop(x, dropout.rate, key_base),
+    for_adapter, for_base = (
+        numerics.drop(x, dropout.rate, own) for own in jax.random.split(key)
     )
+    return for_adapter, for_base

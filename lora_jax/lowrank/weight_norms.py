@@ -1,16 +1,16 @@
 """Norms of the columns of `W + scale * A @ B`, without forming it.
 
 For the columns, `|W + s A B|^2 = |W|^2 + 2 s (A^T W) . B + s^2 B . (A^T A) B`, where `.`
-multiplies entry by entry and sums over the rank: one product with `W` that is `rank` rows
-high. Rows (the norm of each input) are the same with `W^T`, `B^T`, `A^T` for `W`, `A`, `B`.
-Below, the *summed* axis of the weight is the one that the squares are summed over, and the
-*kept* axis the other; `left` is the factor with the summed axis and `right
-(*batch, rank, kept)` the other one.
+multiplies entry by entry and sums over the rank. This needs one product with `W` that has
+`rank` rows. The norms of rows, one for each input, are computed in the same way from `W^T`,
+`B^T` and `A^T`. Below, squares are summed over the *summed* axis of the weight. The other
+axis is the *kept* axis. `left` is the factor with the summed axis, and
+`right (*batch, rank, kept)` the other factor.
 
-The factored sum is wrong where it cancels, because the update nearly undoes a column, and
-where a square leaves the range of its dtype. The columns are then formed directly, block by
-block, each divided by a power of two. That is a branch for each weight, and compiling it
-counts in models of many layers that are not scanned: hence its few operations.
+The factored sum is wrong if the update nearly cancels a column, and if a square is outside
+the range of its dtype. The columns are then formed directly, block by block, and their
+entries scaled by powers of two. Each weight has this branch, and models with many unscanned
+layers compile it many times. So it has few operations.
 """
 
 import functools
@@ -26,11 +26,11 @@ from lora_jax.lowrank import contraction
 
 _HIGHEST = lax.Precision.HIGHEST
 
-# The factored square is trusted above this part of the terms that it is the sum of: there
-# it has lost at the most 8 of its 24 bits.
+# The factored square is used if it is above this part of its terms: then it has lost at
+# most 8 of its 24 bits.
 _TRUSTED = 2.0**-8
 
-# Rows or columns of the weight that `_direct` forms at a time, at the most.
+# The largest number of rows or columns of the weight that `_direct` forms at a time.
 _BLOCK = 128
 
 
@@ -38,7 +38,7 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
     """`m / n`, DoRA's factor, wide; 1, with a zero gradient, where `n` is zero."""
     dtype = numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
     magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
-    # A norm is not negative. So only one array is made of it, which has the zeros marked.
+    # A norm is not negative, so -1 marks the zeros, and only one array is kept.
     safe = lax.select(norm == 0, lax.full_like(norm, -1), norm)
     return lax.select(safe < 0, lax.full_like(safe, 1), magnitude / safe)
 
@@ -79,7 +79,7 @@ class Matrix(NamedTuple):
         right: the other factor, `(*batch, rank, kept)`. Wide. Without factors both are
             None, and the scale too.
         scale: scalar.
-        columns: what multiplies the weight, `(*batch, kept)`, wide; None for nothing.
+        columns: multiply the weight, `(*batch, kept)`, wide; or None.
     """
 
     weight: Any
@@ -101,17 +101,7 @@ def sides(
 def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
     """The norms of a matrix over `axis`, `(*batch, kept)`, without a gradient."""
     matrix = lax.stop_gradient(matrix)
-    if _is_one_block(matrix, axis):
-        return _direct(matrix, axis).value
-    matrix = _with_scale_in_right(matrix)
-    base = weight_norm_squared(matrix.weight, axis)
-    squares = _factored_squares(matrix, _gained(base, matrix), axis)
-    root = _root_of(squares)
-    return lax.cond(
-        _are_right(squares),
-        lambda: root,
-        lambda: _direct(matrix, axis, root).value,
-    )
+    return _norms(matrix, weight_norm_squared(matrix.weight, axis), axis).value
 
 
 def _with_scale_in_right(matrix: Matrix) -> Matrix:
@@ -134,14 +124,16 @@ class _Norm(NamedTuple):
     unit: jax.Array
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _norm(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
+def _norms(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
     """The norms over `axis`; `base` is `|W|^2` over it, without `columns`."""
     if _is_one_block(matrix, axis):
         return _direct(matrix, axis)
     matrix = _with_scale_in_right(matrix)
     squares = _factored_squares(matrix, _gained(base, matrix), axis)
     return _correction(squares, matrix, axis=axis)
+
+
+_norm = jax.custom_jvp(_norms, nondiff_argnums=(2,))
 
 
 @functools.partial(_norm.defjvp, symbolic_zeros=True)
@@ -175,8 +167,8 @@ class _Squares(NamedTuple):
 
     Attributes:
         value: of the squares.
-        least: what a square has to reach to be right: a part of the terms that it is the
-            sum of, if they do not cancel, and of what underflow may take from them.
+        least: smaller squares may be wrong. It is a part of the terms that are summed, and
+            of what underflow may take from them.
     """
 
     value: jax.Array
@@ -199,7 +191,7 @@ def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
         cross = cross * columns[..., None, :]
     own = jnp.matmul(gram, right, precision=_HIGHEST)
     value = base + jnp.sum((2 * cross + own) * right, axis=-2)
-    # |A_r|^2 B_rj^2, summed: what `own` would be without cancellation within A @ B.
+    # |A_r|^2 B_rj^2, summed: the last term without cancellation within A @ B.
     each = jnp.sum(jnp.square(left), axis=axis)[..., None]  # (*batch, rank, 1)
     lost = right.shape[-2] * lost
     apart = jnp.sum((_TRUSTED * each + lost) * jnp.square(right), axis=-2)
@@ -241,15 +233,13 @@ def _is_one_block(matrix: Matrix, axis: int) -> bool:
 
 
 def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
-    """The norms of the columns themselves, from a block along the summed axis at a time.
+    """The norms of the columns, from one block of the summed axis at a time.
 
-    On a mesh with explicit axes a loop over blocks needs `like`, sharded as the result.
+    A loop over blocks needs `like`, an array that is sharded as the result is.
 
-    Each column is divided by a power of two about as large as its largest entry so far.
-
-    A block is every `count`-th row (or column), not a run of them: cutting it out of a
-    weight that is sharded along that axis moves nothing between devices. The size of a
-    block divides the axis, so an axis of prime length takes as many steps as it is long.
+    A block is every `count`-th row (or column), not a run of them. So no data move between
+    devices if the weight is sharded along that axis. The size of a block divides the axis,
+    so an axis of prime length takes as many steps as it is long.
     """
     weight, left, right, scale, columns = matrix
     n = jax.tree.leaves(weight)[0].shape[axis]
@@ -288,8 +278,8 @@ def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
 def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     """The sums over `axis` of the squares of small, of ordinary and of large entries.
 
-    They are of all entries, multiplied by powers of two that bring those into the range of
-    the dtype: Blue's accumulators.
+    Before squaring, small and large entries are multiplied by powers of two that bring
+    their squares into the range of the dtype: Blue's accumulators.
     """
     step = _step(block.dtype)
     scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
@@ -302,7 +292,7 @@ def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
 
 
 def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
-    """The norms of columns of `n` entries, from the sum that is in range."""
+    """The norms of columns of `n` entries, from the sum that is in the range."""
     small, ordinary, large = sums
     info, step = jnp.finfo(ordinary.dtype), _step(ordinary.dtype)
     ones = lax.full_like(ordinary, 1)

@@ -1,17 +1,15 @@
-"""The factored value: what an adapted weight is while a program is evaluated.
+"""The factored value: an adapted weight while a program is evaluated.
 
     value = prod(columns) * (base + sum over terms of scale * sum_r a[r] * b[r])
 
-`base` is the dense weight `(*axes)`. Each of `a` and `b` is `(*axes)` with a rank axis
-among them, and each entry of `columns` (DoRA's `m / norm`) is `(*axes)`, where an axis is
-either as long as that of the weight, and then *owned*, or 1. Ownership says everything:
-axes that only `a` owns are inputs, those that only `b` owns are outputs, those that both
-own batch axes (stacked layers, experts). So a primitive that moves axes about acts on base,
-factors and columns alike, and one that contracts the weight contracts the factors one after
-the other.
+`base` is the dense weight `(*axes)`. `a` and `b` are `(*axes)` with a rank axis among them,
+and `columns` (DoRA's `m / norm`) are `(*axes)`. Each of their axes is as long as that of
+the weight, and then *owned*, or has size 1. Axes that only `a` owns are inputs, axes that
+only `b` owns are outputs, and axes that both own are batch axes (stacked layers, experts).
+So a primitive that moves axes moves those of base, factors and columns alike, and one that
+contracts the weight contracts one factor after the other.
 
-The scale is static. Factors keep the dtype that they were given in until they are
-multiplied; columns are wide.
+The scale is static. Factors keep their dtype until they are multiplied. Columns are wide.
 """
 
 import dataclasses
@@ -31,7 +29,7 @@ from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
 
-# The name of the rank axis, where the axes of a weight go by their numbers.
+# The number of the rank axis, beside those of the axes of the weight.
 RANK = -1
 
 
@@ -44,8 +42,8 @@ class Label:
             numbers among the arguments of a call that is traced once for many weights.
         scale: multiplies the product of the factors.
         dropout: the rate at which entries of the other operand are dropped.
-        swapped: for each name whether its `a` and `b` have changed places, so that they
-            fit those of the weights they were stacked with; empty if none has.
+        swapped: for each name whether `a` and `b` have changed places, to match the other
+            weights of a stack; empty if none have.
     """
 
     names: tuple[str | int, ...]
@@ -63,12 +61,12 @@ class Label:
 class Factor:
     """One factor of a term, with its axes where they are stored.
 
-    They stay there as long as nothing moves them: a copy in another layout would be kept
-    for the backward pass, and under `lax.scan` one for each layer.
+    They keep their order as long as nothing moves them. A copy in another layout would be
+    kept for the backward pass, and under `lax.scan` one for each layer.
 
     Attributes:
-        array: the rank axis, and axes of the weight; those that are missing have size 1.
-        axes: which axis of the weight each of its axes is, or `RANK`.
+        array: has the rank axis and axes of the weight. Missing axes have size 1.
+        axes: for each axis of the array, the axis of the weight that it is, or `RANK`.
         ndim: of the weight.
     """
 
@@ -83,7 +81,7 @@ class Factor:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the axes of the weight."""
+        """The sizes of the axes of the weight."""
         known = dict(zip(self.axes, self.array.shape, strict=True))
         return tuple(known.get(axis, 1) for axis in range(self.ndim))
 
@@ -93,7 +91,7 @@ class Factor:
         return array if dtype is None else array.astype(dtype)
 
     def map(self, function: Map) -> "Factor":
-        """With `function` applied to it as to an array of the axes of the weight."""
+        """The factor after `function`, which sees an array of the axes of the weight."""
         return from_leading(jax.vmap(function)(self.leading()))
 
 
@@ -119,7 +117,7 @@ class Term:
         return dataclasses.replace(self, a=function(self.a), b=function(self.b))
 
     def named(self, names: tuple[str | int, ...]) -> "Term":
-        """The term with its weights called otherwise."""
+        """The term with other names of its weights."""
         swapped = self.label.swapped if names else ()
         label = dataclasses.replace(self.label, names=names, swapped=swapped)
         return dataclasses.replace(self, label=label)
@@ -135,13 +133,13 @@ class Factored:
     """A weight with its low-rank terms.
 
     Attributes:
-        base: `(*axes)`, the frozen weight; deferred if it is stored in few bits.
-        terms: see `Term`. None of them: a weight without an adapter, in few bits.
-        columns: `(*axes)` each; the value is multiplied by all of them.
-        gathered: whether it is rows looked up in a table, and by what: `"data"`, or indices
-            that depend on no argument of the function (`"constants"`), which may as well
-            put the rows of a weight in another order. The frozen program has an array of
-            that size too, so that merging them costs little and is not worth a report.
+        base: `(*axes)`, the frozen weight; deferred if it is quantized.
+        terms: see `Term`. A quantized weight without an adapter has none.
+        columns: `(*axes)` each; they multiply the value.
+        gathered: not empty if the value is rows of a table. The indices are `"data"`, or
+            `"constants"`, which depend on no argument of the function and may reorder the
+            rows of a weight. The frozen program has an array of this size too, so a merge
+            is cheap and is not reported.
     """
 
     base: jax.Array | Deferred
@@ -151,22 +149,22 @@ class Factored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
+        """The shape of the weight."""
         return self.base.shape
 
     @property
     def ndim(self) -> int:
-        """That of the weight."""
+        """The number of axes of the weight."""
         return self.base.ndim
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the weight."""
+        """The dtype of the weight."""
         return self.base.dtype
 
     @property
     def names(self) -> tuple[str | int, ...]:
-        """The names of the weights in it, each once."""
+        """The names of its weights, each once."""
         return tuple(dict.fromkeys(n for term in self.terms for n in term.label.names))
 
     def replace(self, **changes) -> "Factored":
@@ -192,7 +190,7 @@ class Factored:
         )
 
     def is_thin(self) -> bool:
-        """Whether no term couples two axes: then merging costs no more than a factor."""
+        """Whether no term couples two axes, so that a merge costs no more than a factor."""
 
         def thin(term: Term) -> bool:
             a, b = self.owned(term.a), self.owned(term.b)
@@ -207,17 +205,17 @@ def is_factored(value: object) -> bool:
 
 
 def base_of(value: Any) -> Any:
-    """The frozen weight of a factored value; any other value as it is."""
+    """The frozen weight of a factored value; other values unchanged."""
     return value.base if isinstance(value, Factored) else value
 
 
 def with_base(value: Any, base: Any) -> Any:
-    """A factored value with another frozen weight; instead of any other value, `base`."""
+    """A factored value with another frozen weight; `base` in place of other values."""
     return value.replace(base=base) if isinstance(value, Factored) else base
 
 
 def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
-    """A factor or column, seen without its rank axis, made to own an axis."""
+    """A factor without its rank axis, or a column, broadcast along an axis."""
     if array.shape[axis] == value.shape[axis]:
         return array
     shape = (*array.shape[:axis], value.shape[axis], *array.shape[axis + 1 :])
@@ -225,9 +223,9 @@ def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
 
 
 def specs(value: Factored, spec: Sequence[Any]) -> Factored:
-    """The mesh axes of each array of a value, those of the weight's axes being `spec`.
+    """The mesh axes of each array of a value, if the weight is sharded as `spec`.
 
-    A factor or a column has those of the axes that it owns.
+    A factor or a column is sharded along the axes that it owns.
     """
     whole = (*spec, *[None] * (value.ndim - len(spec)))
 
@@ -246,9 +244,9 @@ def specs(value: Factored, spec: Sequence[Any]) -> Factored:
 
 
 def retyped(value: Any, kind: Any) -> Any:
-    """A value sharded in its type as `kind`, the type of it in the program.
+    """A value with the sharding of `kind`, its type in the program.
 
-    Of a factored one the factors and columns are, along the axes that they own.
+    Factors and columns are sharded along the axes that they own.
     """
     mesh = compat.mesh_of(kind)
     if not mesh.axis_names:
@@ -268,7 +266,7 @@ def retyped(value: Any, kind: Any) -> Any:
 
 
 def merge(value: Factored) -> jax.Array:
-    """The dense weight, formed in at least float32 and rounded once."""
+    """The dense weight, computed in at least float32 and rounded once."""
     base = form(value.base)
     if not value.terms and not value.columns:
         return base
@@ -314,7 +312,7 @@ def owned(value: Factored, factor: Factor, names: Names) -> Named:
 
 
 def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
-    """Orders the axes, named by `have`, as in `want`, with 1 for those it lacks."""
+    """Reorders axes named `have` as in `want`; missing axes have size 1."""
     order = [have.index(name) for name in want if name in have]
     if order != sorted(order):
         array = lax.transpose(array, order)

@@ -1,7 +1,7 @@
 """Weights joined along a batch axis: one term for all of them.
 
-Layers kept in a list and stacked for a `lax.scan` come to this. Terms of their own, padded
-with zeros, would make each layer pay for all others.
+Layers in a list that are stacked for a `lax.scan` are an example. With one term for each
+layer, padded with zeros, each layer would pay for all others.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class _Piece(NamedTuple):
     """All terms of one weight as one.
 
     Attributes:
-        a: `(rank, *axes)`, with the scales in it if they differ.
+        a: `(rank, *axes)`, multiplied by the scales if they differ.
         b: `(rank, *axes)`.
-        axes: that `a` owns and that `b` owns, without the axis of the join.
+        axes: the axes that `a` owns, and those that `b` owns, without the joined axis.
         scale: of the term.
         dropout: of the term.
     """
@@ -34,12 +34,12 @@ class _Piece(NamedTuple):
 
 
 def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factored | None:
-    """The value with one term whose factors both own `axis`, or None if there is none.
+    """The joined value with one term whose factors own `axis`; None if there is none.
 
     Args:
-        values: the weights, `(*axes)`; dense ones have a term of zeros.
-        axis: they are joined along.
-        base: of the result.
+        values: the weights, `(*axes)`. Dense weights get a term of zeros.
+        axis: the axis along which they are joined.
+        base: the frozen weight of the result.
     """
     pieces = [_piece(v, axis) for v in values if isinstance(v, Factored)]
     known = [piece for piece in pieces if piece is not None]
@@ -68,7 +68,7 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
 def _names_swapped(
     values: Sequence[Factored], turned: Sequence[bool]
 ) -> dict[str | int, bool]:
-    """For each weight in some values whether its factors change, or changed, places."""
+    """For each weight whether its factors have changed places, now or before."""
     swapped: dict[str | int, bool] = {}
     for value, now in zip(values, turned, strict=True):
         for label in (term.label for term in value.terms):
@@ -79,7 +79,7 @@ def _names_swapped(
 
 
 def _piece(value: Factored, axis: int) -> _Piece | None:
-    """The terms of a weight as one; None if they, or the axis, do not allow it."""
+    """The terms of a weight as one; None if that is not possible."""
     owned = {(value.owned(term.a), value.owned(term.b)) for term in value.terms}
     dropouts = {term.label.dropout for term in value.terms}
     if len(owned) != 1 or len(dropouts) != 1 or value.gathered:
@@ -107,7 +107,7 @@ def _swapped(piece: _Piece) -> _Piece:
 
 
 def _side(piece: _Piece | None, side: str, scale: float) -> jax.Array | None:
-    """One factor of a piece, for terms of that scale."""
+    """One factor of a piece, for a term with that scale."""
     if piece is None:
         return None
     array = getattr(piece, side)
@@ -117,7 +117,7 @@ def _side(piece: _Piece | None, side: str, scale: float) -> jax.Array | None:
 def _join(
     factors: Sequence[jax.Array | None], values: Sequence[Any], axis: int
 ) -> jax.Array:
-    """`(rank, *axes)` factors, joined: their ranks made alike with zeros."""
+    """Joins `(rank, *axes)` factors. Smaller ranks are padded with zeros."""
     known = [factor for factor in factors if factor is not None]
     rank = max(factor.shape[0] for factor in known)
     dtype = numerics.promote(*(factor.dtype for factor in known))
@@ -135,7 +135,7 @@ def _join(
 
 
 def _columns(values: Sequence[Any], axis: int) -> tuple[jax.Array, ...]:
-    """The columns of all weights as one, with ones for those that have none."""
+    """The columns of all weights as one, with ones for weights without columns."""
     columns = [list(v.columns) if isinstance(v, Factored) else [] for v in values]
     known = [column for own in columns for column in own]
     if not known:

@@ -1,9 +1,9 @@
-"""DoRA's norms in an adapted function, and their rule.
+"""The rule for DoRA's norms in an adapted function.
 
-`adapt` may be applied to an adapted function. For the outer `adapt`, the weight of an inner
-norm is a factored value. Its terms and those of the inner adapter are one sum of terms, so
-that the norm is formed without merging any. The outer one finds the norms in the program as
-calls of the functions in `_CALLS`.
+`adapt` may be applied to an adapted function. To the outer `adapt`, the weight of an inner
+norm is a factored value. Its terms and the inner adapter are one sum of terms, so the norm
+is computed without a merge. The norms are calls of the functions in `_CALLS`, which the
+outer `adapt` recognizes by name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,9 @@ from lora_jax.transform._parameters import NotFactorableError
 def constant_norm(
     weight: Any, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
-    """`|W + scale * A @ B|` by columns, `(*batch, out)`, without a gradient.
+    """The norms of the columns of `W + scale * A @ B`, `(*batch, out)`, constants.
 
-    Args:
-        weight: dense or quantized.
-        adapter: of the weight.
-        target: of the weight.
+    The weight may be quantized.
     """
     factors = {name: lax.stop_gradient(adapter[name]) for name in ("A", "B")}
     form_norm = _of_quantized if quantized.is_quantized(weight) else _of_dense
@@ -49,8 +46,8 @@ def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax
     return _CALLS[value.axis](value.matrix())
 
 
-# Traced once for all weights of one shape. The gradient of the weight is stopped inside:
-# outside, that would be a use of it in the program of an outer `adapt`.
+# Traced once for all weights of one shape. The gradient of the weight is stopped inside.
+# Outside, an outer `adapt` would see this as a use of the weight.
 @jax.jit
 def lora_jax_column_norms(matrix: Matrix) -> jax.Array:
     """The norms of the columns of a matrix, constants."""
@@ -64,7 +61,7 @@ def lora_jax_row_norms(matrix: Matrix) -> jax.Array:
 
 
 _CALLS = {-2: lora_jax_column_norms, -1: lora_jax_row_norms}
-# By the names that their calls have in a program.
+# The names of their calls in a program.
 _AXES = {"lora_jax_column_norms": -2, "lora_jax_row_norms": -1}
 
 
@@ -75,19 +72,19 @@ def _of_quantized(weight: Any, adapter: dict[str, jax.Array], target: Target) ->
 
 
 def norm_axis(equation: Any) -> int | None:
-    """The axis that an equation forms norms over, if it is a call that does."""
+    """The axis that an equation sums over, if it is a call that computes norms."""
     return _AXES.get(str(equation.params.get("name")))
 
 
 def adapted(context: Context, equation: Any, axis: int, *values: Any) -> list[jax.Array]:
-    """What a call of one of the functions above gives for a factored weight."""
+    """The result of a call of one of the functions above, for a factored weight."""
     check_can_form(equation, axis, list(map(is_factored, values)))
     matrix = Matrix(*values)
     return [_norm(_with_terms(matrix.weight, matrix, axis), axis)]
 
 
 def check_can_form(equation: Any, axis: int, weights: Sequence[bool]) -> None:
-    """Raises unless the rule forms the norms, given which operands are weights."""
+    """Raises unless the rule computes the norms, given which operands are weights."""
     if [i for i, is_weight in enumerate(weights) if is_weight] != [0]:
         raise NotFactorableError("a factor of a DoRA adapter is an adapted weight")
     matrix = Matrix(*(atom.aval for atom in equation.invars))
@@ -96,7 +93,7 @@ def check_can_form(equation: Any, axis: int, weights: Sequence[bool]) -> None:
 
 
 def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
-    """Whether the arrays have the shapes of `Matrix`, which `jax.vmap` changes."""
+    """Whether the arrays have the shapes of `Matrix`. `jax.vmap` changes them."""
     weight, left, right = matrix.weight, matrix.left, matrix.right
     kept = -1 if axis == -2 else -2
     batch, rank = weight.shape[:-2], right.shape[-2]
@@ -112,7 +109,7 @@ def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
 
 
 def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
-    """The matrix of which the weight is a factored value."""
+    """The matrix with the terms of its weight `f` among its own."""
     summed = f.ndim + axis
     kept = f.ndim - 1 if axis == -2 else f.ndim - 2
     gain = matrix.columns

@@ -1,10 +1,8 @@
 """Products of an activation with a factored weight: with one factor, then with the other.
 
-Axes go by names. A weight's axes and those of the activation that they are multiplied with
-have the same name; a name that the result has as well is a batch axis, one that it lacks is
-contracted. The `(in, out)`-sized product of the factors never exists.
-
-`lowrank.contraction` forms the two products.
+Axes have names. An axis of the weight has the same name as the axis of the activation that
+it is multiplied with. If the result has this name too, it is a batch axis; otherwise it is
+contracted. The `(in, out)`-sized product of the factors is never formed.
 """
 
 import functools
@@ -22,7 +20,7 @@ from lora_jax.lowrank.contraction import RANK, Name, Named, Names, named
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term, owned, place
 
-# What an axis counts as in choosing the order of the products, if its size is symbolic.
+# The size of a symbolic axis, in the choice of the order of the products.
 _SYMBOLIC_SIZE = 1024
 
 
@@ -52,13 +50,13 @@ def add_terms(
     base: jax.Array,
     columns: Sequence[jax.Array],
 ) -> jax.Array:
-    """`base`, the product with the frozen weight, plus those with the terms, scaled.
+    """Adds the products with the terms to `base`, the product with the frozen weight.
 
     Returns:
-        As `base`. Formed in at least float32 and rounded once.
+        `columns * (base + updates)`, like `base`, rounded once.
     """
     keys = [context.dropout(term.label, x)[1] for term in f.terms]
-    # The names of the weights are no part of the program.
+    # The program does not depend on the names of the weights.
     terms = tuple(term.named(()) for term in f.terms)
     static = product, f.shape, f.dtype
     return _add_terms(x, base, terms, keys, list(columns), static)
@@ -105,8 +103,7 @@ def project(
 ) -> jax.Array:
     """`scale * multiply(x, factor)` in `factor_dtype(dtype)`, with entries of `x` dropped.
 
-    The first of the two products with the factors of a term, where that is not a
-    `lax.dot_general`.
+    The first of the two products of a term, if it is not a `lax.dot_general`.
     """
     rate, key = context.dropout(term.label, x)
     dtype = numerics.factor_dtype(dtype)
@@ -121,19 +118,19 @@ def project(
 
 
 def precision_for(precision: Any, x: jax.Array, dtype: Any) -> Any:
-    """The precision of products that the equation has in another dtype than `dtype`.
+    """The precision of the equation's product, if it runs in `dtype`.
 
-    An algorithm is one for certain dtypes.
+    An algorithm supports certain dtypes only.
     """
     known = isinstance(precision, lax.Precision | tuple)
     return precision if known or x.dtype == dtype else None
 
 
 def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
-    """The activation with each run of axes that the weight lacks as one axis.
+    """Folds runs of axes that the weight lacks: see `contraction.fold`.
 
     Returns:
-        The activation, and the names of the axes of a result that has the same runs.
+        The activation, and the names of the axes of the result with the same runs.
     """
     rows = contraction.fold(named(x, product.x_names), product.weight_names)
     runs = {run[:1]: run for run in rows.names}

@@ -99,15 +99,21 @@ def test_direct_norm_counts_every_row_once(norm_axis, n_in):
     assert_law(got, *law(weight, adapter, 1.0, norm_axis))
 
 
-def test_stacked_weights_one_of_which_cancels():
-    hard, easy = cancelling_case(1.0), cancelling_case(0.0)
+@pytest.mark.parametrize("norm_axis", ["out", "in"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stacked_weights_one_of_which_cancels(dtype, norm_axis):
+    hard, easy = (cancelling_case(part, dtype, norm_axis) for part in (1.0, 0.0))
+    norm = functools.partial(lora_jax.dora_column_norm, norm_axis=norm_axis)
     weight, adapter = jax.tree.map(lambda *v: jnp.stack(v), easy, hard)
-    got = lora_jax.dora_column_norm(weight, adapter, float(RANK))
-    mapped = jax.vmap(lora_jax.dora_column_norm, in_axes=(0, 0, None))(
-        weight, adapter, float(RANK)
-    )
+    got = norm(weight, adapter, float(RANK))
+    mapped = jax.vmap(norm, in_axes=(0, 0, None))(weight, adapter, float(RANK))
+    # Without the hard one the factored form is right.
+    alike = norm(*jax.tree.map(lambda v: jnp.stack([v, 2 * v]), easy), float(RANK))
+    for i, part in enumerate((1, 2)):
+        own = jax.tree.map(lambda v: part * v, easy)  # noqa: B023
+        assert_law(alike[i], *law(*own, 1.0, norm_axis))
     for i, case in enumerate((easy, hard)):
-        want, k_squared, _ = law(*case, 1.0, "out")
+        want, k_squared, _ = law(*case, 1.0, norm_axis)
         # One column that cancels has the norms of the whole stack formed directly.
         assert_law(got[i], want, k_squared, direct=True)
         assert_law(mapped[i], want, k_squared, direct=True)
@@ -143,6 +149,22 @@ def test_gradient_where_the_norm_cancels_and_where_not(part, dtype):
     error_b = np.abs(reference.f64(grads["B"]) - f["A"].T @ d_v).max()
     assert error_a <= unit * np.linalg.norm(f["B"], axis=1).max()
     assert error_b <= unit * np.linalg.norm(f["A"], axis=0).max()
+
+
+def test_gradient_of_a_factor_that_is_zero():
+    case = support.make_case("rows", shape=(256, 40))
+    zero, b = jnp.zeros_like(case.adapter["A"]), case.adapter["B"]
+    norm = lambda a: lora_jax.dora_column_norm(case.weight, {"A": a, "B": b}, support.RANK)  # noqa: E731
+    weight = reference.f64(case.weight)
+    want = weight / reference.norms(weight, "out") @ reference.f64(b).T
+    support.assert_close(jax.grad(lambda a: norm(a).sum())(zero), want, 16, scale=1.0)
+
+
+@pytest.mark.parametrize(("n_in", "branches"), [(128, 0), (129, 1)])
+def test_short_columns_need_no_branch(n_in, branches):
+    weight, adapter = cancelling_case(1.0, n_in=n_in)
+    text = str(jax.make_jaxpr(lora_jax.dora_column_norm)(weight, adapter))
+    assert text.count("cond[") == branches
 
 
 def test_factors_that_cancel_each_other():

@@ -526,6 +526,18 @@ def test_an_update_of_zero_loses_nothing(dtype, method):
     assert all(value == 0 for value in jax.tree.leaves(losses))
 
 
+@pytest.mark.parametrize(("ulps", "lost"), [(4, False), (64, True)])
+@pytest.mark.parametrize("size", [2.0**-10, 2.0**10])
+def test_the_rounding_of_a_magnitude_is_no_update(size, ulps, lost):
+    params, _, plan = make("dora", "bfloat16", names=("w",))
+    params["block"]["w"] = params["block"]["w"] * size
+    adapters = init_adapters(jax.random.key(0), params, plan)
+    magnitude = adapters["block/w"]["m"]
+    adapters["block/w"]["m"] = magnitude * (1 + ulps * 2.0**-23)
+    loss = merge_losses(params, adapters, plan)["block/w"]
+    assert (loss.vanished > 0) == (loss.largest_vanished > 0) == lost
+
+
 def test_an_entry_of_zero_never_vanishes():
     params, adapters, plan = make(dtype="bfloat16", names=("w",))
     params["block"]["w"] = jnp.zeros((12, 9), "bfloat16")

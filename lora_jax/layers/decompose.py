@@ -378,21 +378,14 @@ def _rounded(factors: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Adapter:
     return {"A": a.astype(dtype), "B": b.astype(dtype)}
 
 
-class _Checked(NamedTuple):
-    wide: jax.Array
-    """The weight, in the dtype that decompositions run in."""
-    scale: float | jax.Array
-    dtype: DTypeLike
-    """Of the factors."""
-
-
 def _checked(
     weight: Any,
     rank: int,
     alpha: float | jax.Array,
     rank_stabilized: bool,
     dtype: DTypeLike | None,
-) -> _Checked:
+) -> tuple[jax.Array, float | jax.Array, DTypeLike]:
+    """The weight, in the dtype of decompositions; the scale; the dtype of the factors."""
     check_dense(weight)
     checks.check_weight("weight", weight)
     decompositions.check_rank(rank, weight.shape)
@@ -403,7 +396,7 @@ def _checked(
     dtype = checks.check_factor_dtype(dtype)
     wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
     scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
-    return _Checked(wide, scale, dtype)
+    return wide, scale, dtype
 
 
 def _check_nonzero(alpha: float | jax.Array) -> None:

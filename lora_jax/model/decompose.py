@@ -1,7 +1,7 @@
-"""Params split into a base and the adapters of a plan, and adapters made plain again.
+"""Decomposes the weights of a plan into a base and adapters, and converts them back.
 
-What `layers.decompose` does to one weight, for a whole model. The adapters belong to the
-base that comes with them: save both, or convert with `to_plain_adapters`.
+This applies `layers.decompose` to a whole model. The adapters belong to the base that is
+returned with them: save both, or convert with `to_plain_adapters`.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ _SAME = 1e-12
 
 
 class Decomposed(NamedTuple, Generic[Tree]):
-    """What `decompose_params` made of some params."""
+    """The result of `decompose_params`."""
 
     params: Tree
     """The base: a tree like the params."""
@@ -92,10 +92,10 @@ def decompose_params(
     iterations: int | None = None,
     quantize: Quantize | None = None,
 ) -> Decomposed[Tree]:
-    """Takes the adapters of a plan out of the weights.
+    """Moves parts of the weights of a plan into adapters.
 
-    Instead of `init_adapters`. Train, merge and save the adapters with the params that come
-    back, or convert them with `to_plain_adapters`: the module's text says why.
+    Use it in place of `init_adapters`. Train, merge and save the adapters with the returned
+    params, or convert them with `to_plain_adapters`: see the module's docstring.
 
     Args:
         params: the params of the plan.
@@ -166,7 +166,7 @@ def to_plain_adapters(
     initial: Adapters,
     plan: AdapterPlan,
 ) -> PlainAdapters:
-    """Turns the adapters of decomposed params into adapters of the original params.
+    """Converts the adapters of decomposed params into adapters of the original params.
 
     See `to_plain_adapter`, and `decompose_params` for an example.
 
@@ -196,7 +196,7 @@ def to_plain_adapters(
 
 
 def _checked_options(method: str, **given: Any) -> dict[str, Any]:
-    """The options that were given, if they are those that the method needs and takes."""
+    """The given options; raises unless the method needs and takes them."""
     checks.check_choice("method", method, tuple(_METHODS))
     options = {name: value for name, value in given.items() if value is not None}
     needs, takes = _METHODS[method].needs, _METHODS[method].takes
@@ -214,7 +214,7 @@ def _checked_options(method: str, **given: Any) -> dict[str, Any]:
 def _initializer(
     method: str, target: Target, dtype: DTypeLike | None, options: Mapping[str, Any]
 ) -> Initializer:
-    """What makes base and adapter of the `(*batch, in, out)` matrix of a target."""
+    """The function from the `(*batch, in, out)` matrix of a target to base and adapter."""
     options = {"rank": target.rank, "alpha": target.alpha, "dtype": dtype, **options}
     if "quantize" in options:
         check_quantize(options["quantize"])
@@ -254,7 +254,7 @@ class _AsMatrix(QuantizedTensor):
 
 
 def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
-    """Takes and gives the matrix of a weight, and shows `quantize` the weight itself."""
+    """A function of the matrix of a weight, which calls `quantize` with the weight."""
 
     def quantize_matrix(matrix):
         base = stored(quantize, layout.from_matrix(matrix, target))

@@ -1,8 +1,8 @@
-"""What the functions on a whole model do to each weight.
+"""Merges, unmerges, norms and rounding losses of the weights of a plan.
 
-The functions on values take one weight in its own layout, the adapter and the target.
+The functions of one weight take it in its own layout, with its adapter and its target.
 Outside a trace they run compiled, once for each kind of target, so that nothing wider than
-the weight is kept, and their results have the sharding of the weight.
+the weight is kept. Their results have the sharding of the weight.
 """
 
 import functools
@@ -26,12 +26,12 @@ _LOG = logging.getLogger("lora_jax")
 F = TypeVar("F", bound=Callable[..., Any])
 Fold = Callable[..., jax.Array]
 
-# Inlined where something else is traced; compiled once for each target where it is not.
+# Inlined into a program that is being traced; otherwise compiled once for each target.
 _compiled = functools.partial(jax.jit, inline=True)
 
 
 class Finite(NamedTuple):
-    """Scalars: whether all entries of a result, and of what it was made of, are finite."""
+    """Scalars: whether all entries of a result and of its arguments are finite."""
 
     result: Any
     weight: Any
@@ -95,7 +95,7 @@ def _column_norm(
 def merge(
     weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, target: Target
 ) -> jax.Array:
-    """The weight with its adapter folded in; `norm` is there for `unmerge`'s sake."""
+    """The weight with its adapter merged. `norm` is not used: `unmerge` has it."""
     del norm
     merged = layout.low_rank(weight, adapter, target).merge()
     return layout.from_low_rank(merged, target)
@@ -108,7 +108,7 @@ def unmerge(
     norm: jax.Array | None,
     target: Target,
 ) -> jax.Array:
-    """The weight without the adapter that was folded in."""
+    """The weight without the adapter that was merged."""
     restored = layout.low_rank(weight, adapter, target).unmerge(norm)
     return layout.from_low_rank(restored, target)
 
@@ -117,7 +117,7 @@ def unmerge(
 def merge_loss(
     weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
 ) -> MergeLoss:
-    """What `merge` of a weight loses; of a quantized one, dense or quantized again."""
+    """The rounding loss of `merge`; with `requantize`, that of quantizing it again too."""
     like = weight if requantize and quantized.is_quantized(weight) else None
     return _merge_loss(weight, adapter, target, like)
 
@@ -207,7 +207,7 @@ def fold_all(
 def requantize_all(
     leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """Merged weights, quantized as the leaves at their paths are; and says what is lost."""
+    """Quantizes merged weights like the leaves at their paths, and logs what is lost."""
     stored = {}
     for path, weight in merged.items():
         old = leaves[path]
@@ -223,7 +223,7 @@ def requantize_all(
 
 @jax.jit
 def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
-    """The norm of what is lost, over that of the update; infinite without an update."""
+    """`|lost| / |update|`; infinite without an update."""
     wide = numerics.accumulation_dtype(merged.dtype)
     dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
     merged = merged.astype(wide).ravel()
@@ -232,7 +232,7 @@ def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
 
 
 def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
-    """What made a result infinite or NaN."""
+    """The reason why a result is infinite or NaN."""
     before = [name for name in ("weight", "adapter") if not bool(getattr(flags, name))]
     if before:
         return f"the {' and the '.join(before)} had an infinity or a NaN already"
@@ -241,7 +241,7 @@ def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
 
 
 def _is_traced(*trees: Any) -> bool:
-    """Whether any leaf of some trees is a value inside a trace."""
+    """Whether any leaf of the trees is a value inside a trace."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 
@@ -136,6 +138,30 @@ def assert_close(got, want, ulps, dtype=None, scale=None):
     assert np.all(error <= ulps * eps * scale), (
         f"off by {np.max(error / (eps * scale)):.3g} units of {eps:.3g}, allowed {ulps}"
     )
+
+
+def assert_golden(case, got, want, name=""):
+    """The comparison that tests/golden/README.md asks for."""
+    got, want = reference.f64(got), reference.f64(want)
+    assert got.shape == want.shape, name
+    bound = (case["atol"] + case["rtol"]) * max(1.0, np.abs(want).max())
+    error = np.abs(got - want).max()
+    assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+def by_path(tree):
+    """The leaves of a tree by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves}
+
+
+def file_digest(record, arrays):
+    """The SHA-256 that a file of the library has of its record and its arrays."""
+    digest = hashlib.sha256(record.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, array.dtype.name, list(array.shape)]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def bits(array):

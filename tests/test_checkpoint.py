@@ -1,7 +1,6 @@
 """Adapters in a directory: bit for bit, whole or not there, damaged or refused."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -25,7 +24,7 @@ from lora_jax.model.adapters import plan_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target
-from tests.support import x64
+from tests.support import file_digest, x64
 
 SHAPES = {"w": (12, 9), "q": (12, 2, 3), "stack": (3, 12, 9), "o:A": (9, 12)}
 AXES = {"*/w": "io", "*/q": "ioo", "*/stack": "bio", "*/o:A": "oi"}
@@ -84,12 +83,8 @@ def rewrite(folder, arrays=None, record=(), **metadata):
     """Writes other arrays and fields as another program would, with a right digest."""
     arrays = stored_arrays(folder) if arrays is None else arrays
     text = json.dumps(stored_record(folder) | dict(record))
-    digest = hashlib.sha256(text.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(json.dumps([name, array.dtype.name, list(array.shape)]).encode())
-        digest.update(array.tobytes())
     fields = {"format": "lora_jax adapters", "version": "2", "record": text}
-    fields |= {"digest": digest.hexdigest()} | metadata
+    fields |= {"digest": file_digest(text, arrays)} | metadata
     (folder / NAME).write_bytes(tensor_files.tensor_bytes(arrays, fields))
 
 

@@ -19,6 +19,7 @@ import optax
 import pytest
 
 import lora_jax
+from tests.support import assert_close
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -94,12 +95,6 @@ def trained(params, plan):
         for leaf, key in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(structure, moved)
-
-
-def assert_close(actual, expected, ulps):
-    """Compares to some rounding units of the largest value expected."""
-    unit = np.finfo(np.float32).eps * np.max(np.abs(expected))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=ulps * unit)
 
 
 # --- packages ---------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Layers of peft and torchtune: outputs, gradients, merged and unmerged weights."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,8 @@ from safetensors.flax import load_file
 
 import lora_jax
 from tests import support
+from tests.support import GOLDEN
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
 # The gradients' names there and here; biases have no transpose.
 NAMES = ("A", "B", "m", "B_bias")
@@ -59,12 +58,7 @@ class Golden:
         return lora_jax.dora_linear(x, self.weight, adapter, self.alpha, **options)
 
     def check(self, name, got, want):
-        case = self.case
-        got, want = (np.asarray(v, np.float64) for v in (got, want))
-        assert got.shape == want.shape, name
-        bound = (case["atol"] + case["rtol"]) * max(1.0, np.abs(want).max())
-        error = np.abs(got - want).max()
-        assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"
+        support.assert_golden(self.case, got, want, name)
 
 
 def case_id(case):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file
 
-from tests.support import GOLDEN, draw
+from tests.support import GOLDEN, by_path, draw
 
 N_IN, N_OUT, RANK = 12, 9, 4
 # Of the models that are compiled.
@@ -40,12 +40,6 @@ def tree(seed=0):
 def gradients():
     """Three steps for the params `tree()`."""
     return [tree(seed) for seed in (2, 3, 4)]
-
-
-def by_path(tree):
-    """The leaves of a tree by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in leaves}
 
 
 def stateful(state, name="mu"):
@@ -101,13 +95,6 @@ def golden(name):
     cases = json.loads((GOLDEN / "manifest.json").read_text())["optimizer_cases"]
     (case,) = [case for case in cases if case["id"] == name]
     return {k: jnp.asarray(v.T) for k, v in load_file(GOLDEN / case["file"]).items()}, case
-
-
-def assert_golden(case, got, want):
-    """The comparison that tests/golden/README.md asks for."""
-    want = np.asarray(want)
-    bound = (case["atol"] + case["rtol"]) * max(1.0, np.abs(want).max())
-    assert np.abs(np.asarray(got) - want).max() <= bound
 
 
 def compile_step(optimizer, params, loss):

@@ -1,8 +1,5 @@
 """Quantized layers of torchtune: NF4 in blocks of the rows of PyTorch's (out, in)."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,17 +9,11 @@ from safetensors.flax import load_file
 
 import lora_jax
 from lora_jax import quant
-from tests import reference
-from tests.qlora.support import (
-    KEY,
-)
+from tests.qlora.support import KEY
+from tests.quant.support import golden_cases
+from tests.support import GOLDEN, assert_golden
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-CASES = [
-    case
-    for case in json.loads((GOLDEN / "manifest.json").read_text())["quantized_cases"]
-    if case["suite"] == "torchtune"
-]
+CASES = golden_cases("torchtune")
 
 
 class Golden:
@@ -78,10 +69,7 @@ class Golden:
         )
 
     def check(self, name, got, want):
-        got, want = reference.f64(got), reference.f64(want)
-        bound = self.case["atol"] + self.case["rtol"]
-        assert got.shape == want.shape, name
-        assert np.abs(got - want).max() <= bound * max(1.0, np.abs(want).max()), name
+        assert_golden(self.case, got, want, name)
 
 
 def torch_linear(params, x):

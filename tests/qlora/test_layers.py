@@ -41,7 +41,6 @@ LINEARS = {
     "dora, dropout, megatron": {**DROP, "dropout_mode": "megatron"},
     "dora, dropout, in": {**DROP, "norm_axis": "in"},
 }
-EVERY_LINEAR = pytest.mark.parametrize("linear", LINEARS)
 
 
 def layer(name, linear, layout="rows", dtype="float32"):

@@ -1,6 +1,5 @@
 """Quantized weights on disk: the same bits, or an error that says what is wrong."""
 
-import hashlib
 import json
 import random
 
@@ -15,7 +14,7 @@ import lora_jax
 from lora_jax import quant
 from lora_jax.quant import tensors
 from tests.quant.support import ALL, SHAPE
-from tests.support import assert_same_bits, draw
+from tests.support import assert_same_bits, draw, file_digest
 
 
 @pytest.fixture
@@ -95,11 +94,7 @@ def rewrite(path, edit):
     record = json.loads(metadata["record"])
     edit(record, arrays, metadata)
     text = metadata["record"] = json.dumps(record)
-    digest = hashlib.sha256(text.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(json.dumps([name, array.dtype.name, list(array.shape)]).encode())
-        digest.update(array.tobytes())
-    metadata["digest"] = digest.hexdigest()
+    metadata["digest"] = file_digest(text, arrays)
     save_file(arrays, path, metadata)
 
 

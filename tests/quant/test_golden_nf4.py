@@ -6,7 +6,7 @@ from safetensors.flax import load_file
 
 from lora_jax import quant
 from tests.quant.support import golden_cases, nibbles
-from tests.support import GOLDEN
+from tests.support import GOLDEN, assert_golden
 
 
 def load(case):
@@ -16,9 +16,7 @@ def load(case):
 def check_dequantized(case, quantized, tensors):
     got, want = np.asarray(quant.dequantize(quantized)), tensors["dequantized"]
     assert got.dtype == want.dtype
-    got, want = got.astype(np.float64), want.astype(np.float64)
-    bound = (case["atol"] + case["rtol"]) * max(1.0, np.abs(want).max())
-    assert np.abs(got - want).max() <= bound
+    assert_golden(case, got, want)
     if case["meta"]["dtype"] != "float32":  # 16 bits: the last bit of a mean is rounded off
         np.testing.assert_array_equal(got, want)
 

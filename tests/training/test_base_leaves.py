@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import lora_jax
-from tests.support import normal, x64
+from tests.support import by_path, normal, x64
 from tests.training import problem
 from tests.transform.support import assert_same, merged, trained
 
@@ -51,11 +51,6 @@ def apply(params, ids):
     x = problem.normalize(x, params["norm"]).mean(axis=1)
     logits = x @ params["head"]["kernel"]
     return logits + problem.like(params["head"]["bias"], logits)
-
-
-def by_path(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
 
 
 def put(params, rows):

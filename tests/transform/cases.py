@@ -733,14 +733,6 @@ def _order(shape, axis):
     return np.r_[: shape[axis] : 2, 1 : shape[axis] : 2].astype("int32")
 
 
-def _inserted(text, axis, new):
-    return (
-        (*text[:axis], new, *text[axis:])
-        if isinstance(text, tuple)
-        else (text[:axis] + new + text[axis:])
-    )
-
-
 def _first(w, axis):
     """The axis moved to the front, as in a stored weight with another order of axes."""
     return jnp.moveaxis(w, 0, axis)

@@ -132,27 +132,6 @@ def test_a_function_is_a_format():
     )
 
 
-def test_a_model_takes_the_result():
-    def layer(x, weight):
-        return jnp.tanh(x @ weight) @ weight.T, None
-
-    def network(params, x):
-        x = jnp.tanh(x @ params["up"]["kernel"])
-        return jax.lax.scan(layer, x, params["layers"]["kernel"])[0]
-
-    weights = make()
-    params = {k: {"kernel": weights[k]["kernel"] / 3} for k in ("up", "layers")}
-    x = draw(5, 12, seed=1)
-    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(2), params, network, x)
-    stored = quantize_params(params, plan, "int8")
-    assert stored["layers"]["kernel"].batch_ndim == 1
-    dense = jax.tree.map(quant.dequantize, stored, is_leaf=quant.is_quantized)
-    adapters = lora_jax.init_adapters(jax.random.key(0), stored, plan)
-    got = jax.jit(lora_jax.adapt(network, plan))(stored, adapters, x)
-    np.testing.assert_allclose(got, network(dense, x), rtol=1e-5)
-    np.testing.assert_allclose(got, network(params, x), atol=0.05)
-
-
 # ------------------------------------------------------------------- kinds of leaves
 
 

@@ -224,13 +224,3 @@ def test_merge_losses_of_requantized_weights(name, use_dora):
         assert float(got.relative_error) == pytest.approx(want, rel=1e-3, abs=1e-6)
     dense = lora_jax.merge_losses(stored, adapters, plan)
     assert all(float(loss.relative_error) < 1e-3 for loss in dense.values())
-
-
-def test_adapters_of_quantized_params_are_saved_and_read(tmp_path):
-    stored, x = make_model()
-    plan = plan_model(stored, x)
-    adapters = train(stored, plan)
-    lora_jax.save_adapters(tmp_path / "adapters", adapters, plan)
-    read, read_plan = lora_jax.load_adapters(tmp_path / "adapters")
-    assert read_plan == plan
-    assert_same(read, adapters, 0)

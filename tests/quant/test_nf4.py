@@ -418,3 +418,11 @@ def test_check_finds_what_does_not_fit(name):
     change, match = BROKEN[name]
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(q, **change(q)).check()
+
+
+@pytest.mark.parametrize("name", ["group_scales", "mean"])
+def test_plain_scales_have_nothing_of_nested_ones(name):
+    plain, nested = (quant.quantize_nf4(draw(16, 24), 16, size) for size in (None, 4))
+    plain.check()
+    with pytest.raises(ValueError, match="group_scales and mean belong to nested scales"):
+        dataclasses.replace(plain, **{name: getattr(nested, name)}).check()

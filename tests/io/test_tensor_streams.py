@@ -168,3 +168,15 @@ def test_copies_are_the_same_bytes(tmp_path):
     counts = list(tensor_streams.copy_file(tmp_path / "old", tmp_path / "new", 300))
     assert counts == [300, 300, 300, 100]
     assert (tmp_path / "new").read_bytes() == data
+
+
+def test_pieces_of_an_open_file_are_its_bytes(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", make()
+    save_file(tensors, path)
+    data, file = path.read_bytes(), tensor_files.TensorFile(path)
+    path.unlink()  # the values are those of the open file
+    list(tensor_streams.write_pieces(tmp_path / "new", file.read_pieces(100)))
+    assert (tmp_path / "new").read_bytes() == data
+    for name, span in tensor_streams.find_spans(file).items():
+        assert_same(np.asarray(span), tensors[name])
+        assert_same(span.read_flat(0, span.size), tensors[name].ravel())

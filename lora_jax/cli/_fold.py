@@ -10,18 +10,15 @@ import numpy as np
 
 from lora_jax.cli import _blocks
 from lora_jax.layers.lora import Adapter
-from lora_jax.lowrank import rounding
-from lora_jax.model.adapters import merge_adapters, merge_losses
+from lora_jax.model import merging
+from lora_jax.model.adapters import merge_adapters
+from lora_jax.plan import layout
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
 # The number of entries that are merged at once. A merge holds a few float32 arrays of this
 # size, most of which fit into the cache of a processor.
 BLOCK = 2**20
-# Part of the plan, but not used by a merge.
-_CONFIG = LoraConfig()
-# All weights have this name in their plan, so that weights of one kind are compiled once.
-_ANY = "weight"
 
 
 class Loss(NamedTuple):
@@ -77,15 +74,10 @@ def fold_weight(
 def _fold(
     name: str, rows: np.ndarray, adapter: Adapter, target: Target, dtype: np.dtype
 ) -> tuple[np.ndarray, Loss]:
-    values, plan = jnp.asarray(rows), AdapterPlan(_CONFIG, {_ANY: target})
-    merged, vanished, largest, finite = _merge_rows(values, adapter, plan, dtype)
+    values = jnp.asarray(rows)
+    merged, vanished, largest, finite = _merge_rows(values, adapter, target, dtype)
     if not bool(finite):
         raise _explain(name, values, adapter, target, dtype)
-    if target.method == "dora" and holds(dtype, rows.dtype):
-        # Also counts updates that float32 does not hold next to the weight.
-        params, adapters = {_ANY: values.astype(dtype)}, {_ANY: adapter}
-        vanished, largest, _ = merge_losses(params, adapters, plan)[_ANY]
-        vanished = round(float(vanished) * rows.size)
     return np.asarray(merged), Loss(int(vanished), rows.size, float(largest))
 
 
@@ -93,7 +85,7 @@ def _explain(
     name: str, rows: jax.Array, adapter: Adapter, target: Target, dtype: np.dtype
 ) -> FloatingPointError:
     """An error that says why a result is not finite."""
-    wide, plan = rows.astype(_wide(rows.dtype)), AdapterPlan(_CONFIG, {name: target})
+    wide, plan = rows.astype(_wide(rows.dtype)), AdapterPlan(LoraConfig(), {name: target})
     try:
         result = merge_adapters({name: wide}, {name: adapter}, plan)[name]
         round_to(name, np.asarray(result), dtype)
@@ -102,37 +94,26 @@ def _explain(
     return FloatingPointError(f"at {name!r}: the result has an infinity or a NaN in it.")
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@functools.partial(jax.jit, static_argnames=("target", "dtype"))
 def _merge_rows(
-    rows: jax.Array, adapter: Adapter, plan: AdapterPlan, dtype: np.dtype
+    rows: jax.Array, adapter: Adapter, target: Target, dtype: np.dtype
 ) -> tuple[jax.Array, ...]:
-    """Merges rows and counts the loss in one pass.
+    """Merges rows and counts the loss in one pass. Compiled once for a kind of target.
 
     Returns:
         The result, the number of vanished entries, the largest `|update| / |weight|` among
         them, and whether the result is finite.
     """
-
-    def merge(values: jax.Array) -> jax.Array:
-        return merge_adapters({_ANY: values}, {_ANY: adapter}, plan)[_ANY]
-
-    wide = rows.astype(_wide(rows.dtype))
-    exact = merge(wide)
-    is_lora = plan.targets[_ANY].method == "lora"
-    update = merge(jnp.zeros_like(wide)) if is_lora else exact - wide
-    merged = exact.astype(dtype)
-    vanished, largest = rounding.find_vanished(wide, update, merged)
-    return merged, jnp.sum(vanished), largest, jnp.all(jnp.isfinite(merged))
+    value = layout.low_rank(rows.astype(_wide(rows.dtype)), adapter, target)
+    merged = value.merge().astype(dtype)
+    lost = merging.rounding_loss(value.change(), value.weight, merged)
+    finite = jnp.all(jnp.isfinite(merged))
+    rows = layout.from_low_rank(merged, target)
+    return rows, jnp.sum(lost.vanished), lost.largest, finite
 
 
 def _wide(dtype: np.dtype) -> np.dtype:
     return np.result_type(dtype, np.float32)
-
-
-def holds(dtype: np.dtype, other: np.dtype) -> bool:
-    """Whether a floating-point dtype has all values of another."""
-    a, b = jnp.finfo(dtype), jnp.finfo(other)
-    return a.nmant >= b.nmant and a.nexp >= b.nexp
 
 
 def check_finite(name: str, values: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli import _fold
+from lora_jax.plan import layout
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 from tests import support
@@ -74,27 +75,32 @@ def test_merged_rounded_and_counted(method, dtype, out):
         assert 0.1 < loss.fraction < 0.9
 
 
-def test_updates_below_float32_are_counted_too():
-    plan, rows, adapter = make("lora", 1e-12, "float32")
-    _, loss = fold(plan, rows, adapter, np.dtype("float32"))
+@pytest.mark.parametrize(
+    ("method", "out"), [("lora", "float32"), ("lora", "bfloat16"), ("dora", "bfloat16")]
+)
+def test_updates_below_float32_are_counted_too(method, out):
+    plan, rows, adapter = make(method, 1e-12, "float32")
+    if method == "dora":
+        adapter["m"] = np.linalg.norm(rows, axis=1)
+    _, loss = fold(plan, rows, adapter, jnp.dtype(out))
     assert loss.vanished == N_IN * (N_OUT - 1)  # all but those of the row of zeros
 
 
 def test_weights_of_one_kind_are_compiled_once(monkeypatch):
-    calls, merge = [], _fold.merge_adapters
+    calls, low_rank = [], layout.low_rank
 
     def counted(*arguments):
         calls.append(None)
-        return merge(*arguments)
+        return low_rank(*arguments)
 
-    monkeypatch.setattr(_fold, "merge_adapters", counted)
+    monkeypatch.setattr(layout, "low_rank", counted)
     plan, rows, adapter = make("lora", 1e-2, "float32")
     target = dataclasses.replace(plan.targets["w"], scale=0.375)
     arrays = jax.tree.map(jnp.asarray, adapter)
     for name in ("first", "second"):
         dtype = np.dtype("float32")
         list(_fold.fold_weight(name, rows_of(rows), arrays, target, dtype))
-    assert len(calls) == 2  # of the weight and of zeros, while the first is traced
+    assert len(calls) == 1  # while the first is traced
 
 
 def test_losses_of_parts_add_up():
@@ -102,22 +108,6 @@ def test_losses_of_parts_add_up():
     assert sum(parts, _fold.Loss()) == _fold.Loss(3, 30, 0.5)
     assert sum(parts, _fold.Loss()).fraction == 0.1
     assert _fold.Loss().fraction == 0
-
-
-@pytest.mark.parametrize(
-    ("dtype", "other", "want"),
-    [
-        ("float32", "bfloat16", True),
-        ("float32", "float16", True),
-        ("bfloat16", "float16", False),
-        ("float16", "bfloat16", False),
-        ("bfloat16", "float32", False),
-        ("float16", "float16", True),
-        ("float32", "float64", False),
-    ],
-)
-def test_which_dtype_holds_which(dtype, other, want):
-    assert _fold.holds(jnp.dtype(dtype), jnp.dtype(other)) == want
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

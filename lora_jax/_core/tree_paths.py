@@ -224,6 +224,11 @@ def first_match(patterns: Iterable[str], path: str) -> str | None:
     return next((pattern for pattern in patterns if matches(pattern, path)), None)
 
 
+def first_path(pattern: str, paths: Iterable[str]) -> str | None:
+    """The first of some paths that a pattern matches, or None."""
+    return next((path for path in paths if matches(pattern, path)), None)
+
+
 def look_up(values: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern in a mapping that matches a path."""
     pattern = first_match(values, path)

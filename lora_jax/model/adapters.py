@@ -19,7 +19,7 @@ from lora_jax._core import checks, tree_paths
 from lora_jax.layers.lora import Adapter, Adapters, init_lora_adapter
 from lora_jax.model import merging
 from lora_jax.model.merging import MergeLoss
-from lora_jax.plan import plan_checks, selection, trained_leaves
+from lora_jax.plan import parts, plan_checks, selection, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 from lora_jax.transform import discovery
@@ -162,7 +162,8 @@ def init_adapters(
     for path, target in plan.targets.items():
         with checks.at_path(path):
             own_key = tree_paths.fold_in(key, path)
-            adapters[path] = _init(own_key, leaves[path], target, plan.config)
+            weight = leaves[plan.leaf(path)]
+            adapters[path] = _init(own_key, weight, target, plan.config)
     return adapters | trained_leaves.init_all(leaves, plan)
 
 
@@ -214,13 +215,14 @@ def merge_adapters(
         KeyError: if params lack a weight of the plan, or the adapters' paths or entries
             are not the plan's.
         TypeError: if an array is not floating point.
-        ValueError: if a shape is not the plan's, an adapter has biases, or a weight to
-            donate is at two paths.
+        ValueError: if a shape is not the plan's, an adapter has biases, a weight to
+            donate is at two paths, or an adapter is of one use of a weight that has two.
     """
     leaves, treedef = _checked(params, adapters, plan)
+    _check_all_uses(plan)
     checks.check_flags(donate=donate, requantize=requantize)
     if donate:
-        plan_checks.check_none_is_shared(leaves, plan.targets, "merge with donate=False")
+        plan_checks.check_none_is_shared(leaves, plan.by_leaf(), "merge with donate=False")
     merged = merging.fold_all(merging.merge, leaves, adapters, {}, plan, donate)
     if requantize:
         merged = merging.requantize_all(leaves, merged)
@@ -261,6 +263,7 @@ def unmerge_adapters(
             `column_norms` or `originals` are missing, or given and not needed.
     """
     leaves, treedef = _checked(params, adapters, plan)
+    _check_all_uses(plan)
     norms = _checked_norms(column_norms, plan)
     trained = trained_leaves.restore(originals, plan)
     restored = merging.fold_all(merging.unmerge, leaves, adapters, norms, plan, False)
@@ -291,7 +294,7 @@ def adapted_column_norms(
     for path in _dora_paths(plan):
         with checks.at_path(path):
             norms[path] = merging.column_norm(
-                leaves[path], dict(adapters[path]), plan.targets[path]
+                leaves[plan.leaf(path)], dict(adapters[path]), plan.targets[path]
             )
     return norms
 
@@ -330,7 +333,8 @@ def merge_losses(
     for path, target in plan.targets.items():
         with checks.at_path(path):
             adapter = dict(adapters[path])
-            losses[path] = merging.merge_loss(leaves[path], adapter, target, requantize)
+            weight = leaves[plan.leaf(path)]
+            losses[path] = merging.merge_loss(weight, adapter, target, requantize)
     return losses
 
 
@@ -360,11 +364,26 @@ def _checked(
     """The leaves of params by path, and their structure, after the checks."""
     leaves, treedef = tree_paths.flatten(params)
     plan_checks.check_params(leaves, plan)
-    for path in plan.targets:
+    for path in plan.by_leaf():
         with checks.at_path(path):
             checks.check_array("the weight", leaves[path])
     plan_checks.check_adapters(adapters, plan)
     return leaves, treedef
+
+
+def _check_all_uses(plan: AdapterPlan) -> None:
+    """Raises for adapters of one use of a weight that the function uses otherwise, too."""
+    for path, target in plan.targets.items():
+        leaf = plan.leaf(path)
+        kinds = {use.kind for use in plan.uses.get(leaf, ())} - {""}
+        if target.use and kinds != {target.use}:
+            other = "products" if target.use == parts.LOOKUP else "look-ups"
+            raise ValueError(
+                f"{path!r} adapts one use of {leaf!r} alone, and a merge would change the "
+                f"{other} of the same array, too. Untie them first: keep a copy of "
+                f"{leaf!r} under another path, have the function read that for its "
+                f"{other}, and make the plan anew; or run the model with adapt."
+            )
 
 
 def _dora_paths(plan: AdapterPlan) -> list[str]:

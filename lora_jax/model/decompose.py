@@ -32,7 +32,7 @@ from lora_jax.layers.decompose import (
 )
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model import merging
-from lora_jax.plan import layout, plan_checks, trained_leaves
+from lora_jax.plan import layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
@@ -150,13 +150,19 @@ def decompose_params(
     for path, target in plan.targets.items():
         if key is not None:
             options["key"] = tree_paths.fold_in(key, path)
+        leaf = plan.leaf(path)
+        weight = bases.get(leaf, leaves[leaf])
         with checks.at_path(path):
-            check_dense(leaves[path])
-            checks.check_array("the weight", leaves[path])
-            init = _initializer(method, target, plan.config.dtype, options)
-            base, adapters[path] = _decompose(leaves[path], target, init)
+            check_dense(weight)
+            checks.check_array("the weight", weight)
+            _check_can_decompose(target, method, quantize)
+            init = _initializer(method, target.alone, plan.config.dtype, options)
+            own = parts.take(jnp.asarray(weight), target.part)
+            base, adapters[path] = _decompose(own, target.alone, init)
+        if target.part:
+            base = parts.put(jnp.asarray(weight), target.part, jnp.asarray(base))
         if method != "orthogonal":
-            bases[path] = base
+            bases[leaf] = base
     adapters |= trained_leaves.init_all(leaves, plan)
     return Decomposed(treedef.unflatten((leaves | bases).values()), adapters)
 
@@ -193,6 +199,20 @@ def to_plain_adapters(
             plain[path] = to_plain_adapter(adapters[path], initial[path])
     plain |= {path: dict(adapters[path]) for path in plan.trained}
     return PlainAdapters(plain, _doubled_plan(plan))
+
+
+def _check_can_decompose(target: Target, method: str, quantize: Quantize | None) -> None:
+    if target.part and quantize is not None:
+        raise ValueError(
+            f"quantize gives a whole weight, and the target is the part {target.part} of "
+            "one: adapt the whole weight, or decompose it without quantize."
+        )
+    if target.use and method != "orthogonal":
+        raise ValueError(
+            f"method={method!r} changes the weight for all of its uses, and the adapter "
+            f"is for its {target.use} alone: adapt the weight for all uses, or make the "
+            "adapter with init_adapters."
+        )
 
 
 def _checked_options(method: str, **given: Any) -> dict[str, Any]:

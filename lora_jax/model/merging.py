@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax._core import checks, compat, numerics, quantized
 from lora_jax.layers.lora import Adapter
 from lora_jax.lowrank import weight_norms
-from lora_jax.plan import layout, stacks
+from lora_jax.plan import layout, parts, stacks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 _LOG = logging.getLogger("lora_jax")
@@ -74,7 +74,32 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
     return decorate
 
 
+def _of_part(function: F) -> F:
+    """Makes a function of a weight and its target one of the part that the target is."""
+
+    @functools.wraps(function)
+    def wrapped(weight, *rest):
+        *others, target = rest
+        return function(stacks.take(weight, target), *others, target.alone)
+
+    return cast(F, wrapped)
+
+
+def _in_part(fold: F) -> F:
+    """The same for a function whose result takes the place of the weight."""
+
+    @functools.wraps(fold)
+    def wrapped(weight, adapter, norm, target):
+        if not target.part:
+            return fold(weight, adapter, norm, target)
+        result = fold(parts.take(weight, target.part), adapter, norm, target.alone)
+        return parts.put(weight, target.part, result)
+
+    return cast(F, wrapped)
+
+
 @_compiled
+@_of_part
 def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
     """The norms of the columns of the adapted weight, `(*batch, out)`.
 
@@ -92,6 +117,7 @@ def _column_norm(
 
 
 @_automatic(keeps=True)
+@_in_part
 def merge(
     weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, target: Target
 ) -> jax.Array:
@@ -102,6 +128,7 @@ def merge(
 
 
 @_automatic(keeps=True)
+@_in_part
 def unmerge(
     weight: jax.Array,
     adapter: Mapping[str, jax.Array],
@@ -129,11 +156,13 @@ def _merge_loss(
     target: Target,
     like: quantized.QuantizedTensor | None,
 ) -> MergeLoss:
-    value = layout.low_rank(weight, adapter, target)
+    part, own = parts.take(weight, target.part), target.alone
+    value = layout.low_rank(part, adapter, own)
     merged, before = value.merge(), value.weight
     if like is not None:
-        own = like.quantize_like(layout.from_low_rank(merged, target))
-        merged = layout.low_rank(quantized.as_dense(own), {}, target).weight
+        whole = parts.put(weight, target.part, layout.from_low_rank(merged, own))
+        stored = quantized.as_dense(like.quantize_like(whole))
+        merged = layout.low_rank(parts.take(stored, target.part), {}, own).weight
     update = value.change()
     lost = rounding_loss(update, before, merged)
     # For float32 weights too: the difference is exact where the update is the smaller one.
@@ -186,19 +215,26 @@ def fold_all(
 ) -> dict[str, jax.Array]:
     """Runs `merge` or `unmerge` on each weight of a plan.
 
+    Returns:
+        The new weights by their paths.
+
     Raises:
         FloatingPointError: if a result has an infinity or a NaN, outside a trace.
     """
     results, finite = {}, {}
     for path, target in plan.targets.items():
         with checks.at_path(path):
-            results[path], finite[path] = _run(
-                fold, leaves[path], adapters[path], norms.get(path), target, donate
+            leaf = plan.leaf(path)
+            weight = results.get(leaf, leaves[leaf])
+            donates = donate or leaf in results  # one part after the other
+            results[leaf], finite[path] = _run(
+                fold, weight, adapters[path], norms.get(path), target, donates
             )
     lines = []
     for path, flags in finite.items():
         if flags is not None and not _is_traced(flags) and not bool(flags.result):
-            lines.append(f"  {path!r}: {_blame(flags, results[path], adapters[path])}")
+            result = results[plan.leaf(path)]
+            lines.append(f"  {path!r}: {_blame(flags, result, adapters[path])}")
     if lines:
         raise FloatingPointError("\n".join(["the result is not finite:", *lines]))
     return results

@@ -152,7 +152,7 @@ def _quantizer(format: Format, settings: Mapping[str, Any]) -> Quantize:
 def _chosen(leaves: Mapping[str, Any], patterns: Patterns) -> list[str]:
     """The paths of the weights to quantize, in order."""
     if isinstance(patterns, AdapterPlan):
-        return list(patterns.targets)
+        return list(patterns.by_leaf())
     if isinstance(patterns, Iterable) and not isinstance(patterns, str | Mapping):
         patterns = tuple(patterns)
     texts = tree_paths.as_texts("patterns", patterns)
@@ -191,7 +191,8 @@ def _batch_axes(
     texts = {tree_paths.as_text("batch_axes", pattern): n for pattern, n in given.items()}
     tree_paths.check_matched("batch_axes", texts, paths, "weight to quantize")
     targets = {} if plan is None else plan.targets
-    letters = {path: targets[path].axes if path in targets else "" for path in paths}
+    known = {plan.leaf(p): own.axes for p, own in targets.items()} if plan else {}
+    letters = {path: known.get(path, "") for path in paths}
     leading = {path: len(axes) - len(axes.lstrip("b")) for path, axes in letters.items()}
     return {path: tree_paths.look_up(texts, path, leading[path]) for path in paths}
 

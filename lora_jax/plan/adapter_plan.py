@@ -9,7 +9,7 @@ import jax
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
-from lora_jax.plan import plan_json
+from lora_jax.plan import parts, plan_json
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
@@ -83,11 +83,13 @@ class AdapterPlan:
             )
         for name, kind in _BY_PATH.items():
             object.__setattr__(self, name, _by_path(name, getattr(self, name), kind))
-        for path in (*self.targets, *self.trained):
-            if (path in self.targets) + (path in self.trained) + (path in self.skipped) > 1:
+        leaves = self.by_leaf()
+        for path in (*leaves, *self.trained):
+            if (path in leaves) + (path in self.trained) + (path in self.skipped) > 1:
                 raise ValueError(
                     f"the path {path!r} must be in one of targets, trained and skipped."
                 )
+        _check_disjoint(self)
         config, targets = self._made or (self.config, self.targets)
         if config != self.config and targets == self.targets:
             _check_same_targets(config, self.config)
@@ -102,6 +104,18 @@ class AdapterPlan:
     def entries(self) -> dict[str, Target | TrainedLeaf]:
         """The targets and the trained leaves by path, in the order of `init_adapters`."""
         return {**self.targets, **self.trained}
+
+    def leaf(self, path: str) -> str:
+        """The path of the leaf that an entry is, or is a part of."""
+        target = self.targets.get(path)
+        return path if target is None else path.removesuffix(target.suffix)
+
+    def by_leaf(self) -> dict[str, list[str]]:
+        """The paths of the targets of each weight, by the path of the weight."""
+        found: dict[str, list[str]] = {}
+        for path in self.targets:
+            found.setdefault(self.leaf(path), []).append(path)
+        return found
 
     @property
     def scales(self) -> dict[str, float]:
@@ -138,11 +152,11 @@ class AdapterPlan:
         for name, value in given.items():
             if isinstance(value, Mapping):
                 patterns = tree_paths.as_entries(name, value)
-                tree_paths.check_matched(name, patterns, self.targets, "target of the plan")
+                parts.check_matched(name, patterns, self.targets, "target of the plan")
             else:
                 patterns = {"*": value}
             for path, own in fields.items():
-                if (pattern := tree_paths.first_match(patterns, path)) is not None:
+                if (pattern := self._first_match(patterns, path)) is not None:
                     own[name] = _static_number(name, patterns[pattern])
         targets = {}
         for path, target in self.targets.items():
@@ -167,15 +181,21 @@ class AdapterPlan:
         texts = tree_paths.as_texts("the subset", patterns)
         if not texts:
             raise ValueError("patterns is empty: a subset has at least one target.")
-        tree_paths.check_matched("the subset", texts, self.entries, "target of the plan")
-        kept = {path for path in self.entries if tree_paths.first_match(texts, path)}
-        rest = {path: _NOT_IN_SUBSET for path in self.entries if path not in kept}
+        parts.check_matched("the subset", texts, self.entries, "target of the plan")
+        kept = {path for path in self.entries if self._first_match(texts, path)}
+        left = {self.leaf(path) for path in kept}
+        leaves = map(self.leaf, self.entries)
+        rest = {path: _NOT_IN_SUBSET for path in leaves if path not in left}
         return dataclasses.replace(
             self,
             targets={path: own for path, own in self.targets.items() if path in kept},
             trained={path: own for path, own in self.trained.items() if path in kept},
             skipped={**self.skipped, **rest},
         )
+
+    def _first_match(self, patterns: Iterable[str], path: str) -> str | None:
+        entry = self.targets.get(path) or self.trained[path]
+        return parts.first_match(patterns, path, entry.suffix, entry.shape)
 
     def __or__(self, other: "AdapterPlan") -> "AdapterPlan":
         """Combines the targets and trained leaves of two plans for the same params.
@@ -192,13 +212,13 @@ class AdapterPlan:
         if not isinstance(other, AdapterPlan):
             return NotImplemented
         _check_joinable(self, other)
-        entries = {**self.entries, **other.entries}
+        leaves = {plan.leaf(path) for plan in (self, other) for path in plan.entries}
         skipped = {**other.skipped, **self.skipped}
         return AdapterPlan(
             config=_joined(self, other),
             targets={**self.targets, **other.targets},
             trained={**self.trained, **other.trained},
-            skipped={path: why for path, why in skipped.items() if path not in entries},
+            skipped={path: why for path, why in skipped.items() if path not in leaves},
             uses={**other.uses, **self.uses},
             total=self.total or other.total,
         )
@@ -214,9 +234,9 @@ class AdapterPlan:
         total = self.total and self.total + self.parameters
         rows: list[tuple[str, ...]] = [_HEADER]
         for path, target in self.targets.items():
-            shape, count = str(target.shape), target.parameters
+            shape, count = str(target.alone.shape), target.parameters
             numbers = str(target.rank), f"{target.scale:g}", *_counted(count, total)
-            rows.append((path, shape, target.axes, target.method, *numbers))
+            rows.append((path, shape, target.alone.axes, target.method, *numbers))
         for path, leaf in self.trained.items():
             counted = _counted(leaf.parameters, total)
             rows.append((path, str(leaf.shape), "", "trained", "", "", *counted))
@@ -224,13 +244,13 @@ class AdapterPlan:
         rows.append((f"total of {len(self.entries)}", *[""] * 5, *whole))
         merged = [
             f"to be merged: {path!r}, {use}"
-            for path in self.targets
+            for path in self.by_leaf()
             for use in self.uses.get(path, ())
             if use.merged
         ]
         stopped = [
             f"gradient stopped: {path!r}, {use}"
-            for path in self.targets
+            for path in self.by_leaf()
             for use in self.uses.get(path, ())
             if "stopped" in use.roles
         ]
@@ -250,20 +270,26 @@ class AdapterPlan:
         Raises:
             KeyError: if the params have no such leaf.
         """
-        path = tree_paths.find(path, [*self.entries, *self.skipped])
+        of_leaf = self.by_leaf()
+        paths = dict.fromkeys((*self.entries, *of_leaf, *self.skipped))
+        path = tree_paths.find(path, paths)
         if path in self.skipped:
-            lines = [f"{path}: no adapter, because {self.skipped[path]}."]
+            lines, leaf = [f"{path}: no adapter, because {self.skipped[path]}."], path
         elif path in self.targets:
-            lines = [*_explained(self, path, self.targets[path])]
+            lines, leaf = [*_explained(self, path, self.targets[path])], self.leaf(path)
         elif path in self.trained:
             pattern = tree_paths.first_match(kept_patterns(self.config.train), path)
-            count = self.trained[path].parameters
+            count, leaf = self.trained[path].parameters, path
             lines = [f"{path}: trained without an adapter, {count:,} parameters."]
             lines += [f"chosen by train: {pattern!r}"] if pattern else []
+        elif path in of_leaf:
+            lines, leaf = [f"{path}: adapted in part."], path
+            for own in of_leaf[path]:
+                lines += _explained(self, own, self.targets[own])
         else:
-            hint = tree_paths.nearest_hint(path, [*self.entries, *self.skipped])
+            hint = tree_paths.nearest_hint(path, paths)
             raise KeyError(f"the params of this plan have no leaf at {path!r}{hint}.")
-        uses = self.uses.get(path, ())
+        uses = self.uses.get(leaf, ())
         return "\n  ".join([*lines, *(f"use: {use}" for use in uses)])
 
     def to_json(self) -> str:
@@ -293,6 +319,31 @@ class AdapterPlan:
                 there twice, or a value is not valid for its field.
         """
         return cls(**plan_json.from_text(text))
+
+
+def _check_disjoint(plan: AdapterPlan) -> None:
+    """Raises if targets of a plan are of one entry of a weight, for the same use."""
+    for path, target in plan.targets.items():
+        if target.suffix and not path.endswith(target.suffix):
+            raise ValueError(
+                f"the path of a target of {target.suffix!r} must end so, got {path!r}."
+            )
+    for leaf, paths in plan.by_leaf().items():
+        for i, path in enumerate(paths):
+            target = plan.targets[path]
+            for other in paths[:i]:
+                own = plan.targets[other]
+                if own.shape != target.shape:
+                    raise ValueError(
+                        f"{other!r} and {path!r} are parts of {leaf!r}, and have it with "
+                        f"the shapes {own.shape} and {target.shape}."
+                    )
+                same_use = not (own.use and target.use and own.use != target.use)
+                if same_use and parts.overlap(own.part, target.part, target.shape):
+                    raise ValueError(
+                        f"{other!r} and {path!r} overlap: an entry of a weight has one "
+                        "adapter. Give them parts without a common entry, or leave one out."
+                    )
 
 
 def _by_path(name: str, given: Any, kind: type) -> FrozenDict[str, Any]:
@@ -365,7 +416,7 @@ def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
     axes = {
         path: letters
         for plan in (first, second)
-        for path in plan.targets
+        for path in plan.by_leaf()
         if (letters := plan.config.axes_of(path)) is not None
     }
     return dataclasses.replace(
@@ -442,9 +493,10 @@ def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:
     yield f"chosen by targets: {_choice(plan, path)}"
     *batch, n_in, n_out = target.matrix_shape
     stack = f"{' x '.join(map(str, batch))} of " if batch else ""
-    pattern = tree_paths.first_match(plan.config.axes, path)
+    pattern = tree_paths.first_match(plan.config.axes, plan.leaf(path))
     given = "" if pattern is None else f", given by axes[{pattern!r}]"
-    yield f"axes: {target.axes} of {target.shape}{given}: {stack}({n_in}, {n_out})"
+    part = f", of which {target.part}" if target.part else ""
+    yield f"axes: {target.axes} of {target.shape}{part}{given}: {stack}({n_in}, {n_out})"
     if target.rank * (n_in + n_out) >= n_in * n_out:
         yield (
             f"note: at rank {target.rank} A and B have {target.rank * (n_in + n_out):,} "
@@ -456,7 +508,9 @@ def _choice(plan: AdapterPlan, path: str) -> str:
     """Which pattern chose a target."""
     targets = plan.config.targets
     if targets != ALL_LINEAR:
-        return repr(tree_paths.first_match(kept_patterns(targets), path))
+        target = plan.targets[path]
+        patterns = kept_patterns(targets)
+        return repr(parts.first_match(patterns, path, target.suffix, target.shape))
     if plan.uses:
         return "'all-linear', since a matrix product uses it"
     return "'all-linear', which without a function means every floating-point matrix"

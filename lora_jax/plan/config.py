@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.layers.initializers import Init, check_init
+from lora_jax.plan import parts
 from lora_jax.plan.products import parse_equations
 
 __all__ = ["LoraConfig"]
@@ -147,16 +148,15 @@ class LoraConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank of the adapter at a path."""
-        return tree_paths.look_up(self.rank_pattern, path, self.rank)
+        return _look_up(self.rank_pattern, path, self.rank)
 
     def alpha_of(self, path: str) -> float:
         """The alpha of the adapter at a path."""
-        return tree_paths.look_up(self.alpha_pattern, path, self.alpha)
+        return _look_up(self.alpha_pattern, path, self.alpha)
 
     def scale_of(self, path: str) -> float:
         """The scale of `A @ B` at a path: `alpha / rank`, or `alpha / sqrt(rank)`."""
-        rank = self.rank_of(path)
-        return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
+        return resolved_scale(self, self.rank_of(path), self.alpha_of(path))
 
     def axes_of(self, path: str) -> str | None:
         """The letters of the weight's axes from `axes`, or None."""
@@ -199,6 +199,18 @@ class LoraConfig:
         """
         with checks.reading_json("the JSON of a LoraConfig", text) as given:
             return from_fields(given)
+
+
+def resolved_scale(config: LoraConfig, rank: int, alpha: float) -> float:
+    """The scale of `A @ B` for a rank and an alpha."""
+    return alpha / (math.sqrt(rank) if config.rank_stabilized else rank)
+
+
+def _look_up(values: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value for a path, which may be that of a part of a weight."""
+    suffix = path.removeprefix(parts.split(path).base)
+    pattern = parts.first_match(values, path, suffix, None)
+    return default if pattern is None else values[pattern]
 
 
 def from_fields(given: Any) -> LoraConfig:

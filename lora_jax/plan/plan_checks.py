@@ -46,16 +46,16 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
         ValueError: if one has another shape than in the plan.
     """
     check_plan(plan)
-    missing = [path for path in plan.entries if path not in params_by_path]
+    missing = [leaf for leaf in map(plan.leaf, plan.entries) if leaf not in params_by_path]
     if missing:
         hint = tree_paths.nearest_hint(missing[0], params_by_path)
-        verb = "adapts" if missing[0] in plan.targets else "trains"
+        verb = "trains" if missing[0] in plan.trained else "adapts"
         raise KeyError(
             f"params lack weights that the plan {verb}: {tree_paths.listed(missing)}{hint}."
             " Is the plan that of these params? They come first, before the adapters."
         )
     for path, entry in plan.entries.items():
-        weight = params_by_path[path]
+        weight = params_by_path[plan.leaf(path)]
         with checks.at_path(path):
             checks.check_abstract_array("the weight", weight)
             if path in plan.trained and is_quantized(weight):

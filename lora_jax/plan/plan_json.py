@@ -10,6 +10,8 @@ from lora_jax.plan.config import from_fields
 from lora_jax.plan.target import ROLES, Target, TrainedLeaf, Use
 
 FIELDS = ("config", "targets", "trained", "skipped", "uses", "total")
+# Left out for a whole weight, as in plans of versions without parts.
+_WHOLE = {"part": "", "use": ""}
 
 
 def to_text(fields: Mapping[str, Any]) -> str:
@@ -26,7 +28,12 @@ def to_text(fields: Mapping[str, Any]) -> str:
 
 
 def _as_dicts(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: dataclasses.asdict(entry) for path, entry in entries.items()}
+    return {path: _as_dict(entry) for path, entry in entries.items()}
+
+
+def _as_dict(entry: Target | TrainedLeaf) -> dict[str, Any]:
+    fields = dataclasses.asdict(entry)
+    return {name: value for name, value in fields.items() if _WHOLE.get(name) != value}
 
 
 def from_text(text: str) -> dict[str, Any]:
@@ -68,6 +75,8 @@ def _entries(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     names, entries = tuple(field.name for field in dataclasses.fields(kind)), {}
     for path, fields in given.items():
         with checks.at_path(path):
+            if kind is Target and isinstance(fields, dict):
+                fields = {**_WHOLE, **fields}
             _check_fields(kind.__name__, fields, names)
             entries[path] = kind(**fields)
     return entries

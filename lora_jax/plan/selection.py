@@ -1,14 +1,15 @@
 """Selects the weights that a config adapts, with a reason for each other leaf."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax._core import checks, quantized, tree_paths
-from lora_jax.plan import axis_roles
+from lora_jax.plan import axis_roles, parts
 from lora_jax.plan.adapter_plan import (
     EXCLUDED,
     NOT_CHOSEN,
@@ -16,7 +17,7 @@ from lora_jax.plan.adapter_plan import (
     AdapterPlan,
     alike,
 )
-from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns, resolved_scale
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
@@ -45,39 +46,31 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
     skipped: dict[str, str] = {}
     refused: dict[str, axis_roles.UnsuitableError] = {}
     all_linear = config.targets == ALL_LINEAR
-    if not all_linear:
-        tree_paths.check_matched(
-            "targets", kept_patterns(config.targets), arrays, "array of params"
-        )
-    for name in ("exclude", "train"):
-        patterns = kept_patterns(getattr(config, name))
-        tree_paths.check_matched(name, patterns, arrays, "array of params")
-    trained = _trained(config, arrays)
+    patterns = _Patterns(config, arrays)
+    trained = _trained(patterns, arrays)
     for path, leaf in leaves.items():
         if path in trained:
             continue
-        reason = _passed_over(config, path, leaf)
+        reason = _passed_over(patterns, path, leaf)
         if reason is not None:
             skipped[path] = reason
             continue
         try:
-            targets[path] = _target(config, path, leaf, uses)
+            found = _targets(config, patterns, path, leaf, uses)
         except axis_roles.UnsuitableError as error:
             skipped[path] = str(error)
             refused[path] = error
+            continue
+        if not found:
+            skipped[path] = f"the patterns of its parts {EXCLUDED}"
+        targets |= found
     if all_linear:  # skips weights that do not fit, but not ambiguous ones
         refused = {path: why for path, why in refused.items() if uses and _unclear(why)}
     if refused:
         raise ValueError(_refusal(refused))
     if not targets:
         raise ValueError(_nothing(config, arrays, skipped))
-    for name in _PER_WEIGHT:
-        patterns = getattr(config, name)
-        lost = tree_paths.unmatched(patterns, targets)
-        others = [(p, why) for p, why in skipped.items() if tree_paths.first_match(lost, p)]
-        hint = f" {others[0][0]!r} has no adapter: {others[0][1]}." if others else ""
-        tree_paths.check_matched(name, patterns, targets, "weight that is adapted", hint)
-    return AdapterPlan(
+    plan = AdapterPlan(
         config=config,
         targets=targets,
         skipped=skipped,
@@ -85,21 +78,125 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         total=count(arrays.values()),
         trained=trained,
     )
+    adapted = plan.by_leaf()
+    for name in _PER_WEIGHT:
+        bases = [own.base for own in patterns.readings[name].values()]
+        lost = tree_paths.unmatched(bases, adapted)
+        others = [(p, why) for p, why in skipped.items() if tree_paths.first_match(lost, p)]
+        hint = f" {others[0][0]!r} has no adapter: {others[0][1]}." if others else ""
+        tree_paths.check_matched(name, bases, adapted, "weight that is adapted", hint)
+    return plan
 
 
-def _trained(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str, TrainedLeaf]:
+class _Patterns:
+    """The patterns of a config, each as the paths of some params read it."""
+
+    def __init__(self, config: LoraConfig, paths: Iterable[str]):
+        paths = list(paths)
+        given: dict[str, Iterable[str]] = {
+            "targets": kept_patterns(config.targets),
+            "exclude": kept_patterns(config.exclude),
+            "train": kept_patterns(config.train),
+            **{name: getattr(config, name) for name in _PER_WEIGHT},
+        }
+        if config.targets == ALL_LINEAR:
+            given["targets"] = ()
+        self.all_linear = config.targets == ALL_LINEAR
+        self.readings = {
+            name: {pattern: parts.read(name, pattern, paths) for pattern in own}
+            for name, own in given.items()
+        }
+        for name in ("targets", "exclude", "train"):
+            bases = [own.base for own in self.readings[name].values()]
+            tree_paths.check_matched(name, bases, paths, "array of params")
+
+    def of(self, name: str, path: str) -> dict[str, parts.Reading]:
+        """The patterns of a field that match a leaf, or parts of it, in their order."""
+        return {
+            pattern: own
+            for pattern, own in self.readings[name].items()
+            if tree_paths.matches(own.base, path)
+        }
+
+
+class _Piece(NamedTuple):
+    """A weight, or a part of one, that has an adapter of its own."""
+
+    part: str
+    use: str
+    rank: int
+    alpha: float
+
+
+def _pieces(
+    config: LoraConfig,
+    patterns: _Patterns,
+    path: str,
+    shape: tuple[int, ...],
+    kinds: Sequence[str],
+) -> list[_Piece]:
+    """What of a leaf has adapters, with the rank and alpha of each.
+
+    Each chosen part is cut where patterns of `exclude`, `rank_pattern` and `alpha_pattern`
+    differ between its indices, or between the kinds of uses that the leaf has.
+    """
+    chosen = patterns.of("targets", path).values() or [parts.Reading(path)]
+    excluded, ranks, alphas = (
+        patterns.of(name, path) for name in ("exclude", "rank_pattern", "alpha_pattern")
+    )
+    others = (*excluded.values(), *ranks.values(), *alphas.values())
+    cuts, by_use = [own.part for own in others], any(own.use for own in others)
+    wholes = dict.fromkeys(
+        (parts.canonical(own.part, shape), use)
+        for own in chosen
+        for use in (kinds if by_use and not own.use else [own.use])
+    )
+    pieces = []
+    for whole, use in wholes:
+        alike: dict[tuple[int, float], list[str]] = {}
+        for part in parts.cut(whole, cuts, shape):
+            first = functools.partial(_first_of_part, part, use, shape)
+            if first(excluded) is None:
+                rank, alpha = first(ranks), first(alphas)
+                numbers = (
+                    config.rank if rank is None else config.rank_pattern[rank],
+                    config.alpha if alpha is None else config.alpha_pattern[alpha],
+                )
+                alike.setdefault(numbers, []).append(part)
+        for numbers, own in alike.items():
+            pieces += [_Piece(part, use, *numbers) for part in parts.joined(own, shape)]
+    return pieces
+
+
+def _first_of_part(
+    part: str, use: str, shape: tuple[int, ...], found: Mapping[str, parts.Reading]
+) -> str | None:
+    """The first of some patterns that is for a part, which none of them cuts."""
+    for pattern, own in found.items():
+        if own.use in ("", use) and parts.overlap(own.part, part, shape):
+            return pattern
+    return None
+
+
+def _trained(patterns: _Patterns, arrays: Mapping[str, Any]) -> dict[str, TrainedLeaf]:
     """The leaves that the patterns of `train` select."""
     trained, refused = {}, []
     for path, leaf in arrays.items():
-        if tree_paths.first_match(kept_patterns(config.train), path) is None:
+        selected = patterns.of("train", path)
+        if not selected:
             continue
         trained[path] = TrainedLeaf(tuple(leaf.shape))
         if quantized.is_quantized(leaf):
             refused.append(f"  {path!r}: it is quantized, so a step would change its codes")
         elif (reason := _not_trainable(leaf.dtype)) is not None:
             refused.append(f"  {path!r}: {reason}")
-        elif config.targets != ALL_LINEAR and _passed_over(config, path, leaf) is None:
-            pattern = tree_paths.first_match(kept_patterns(config.targets), path)
+        elif part := next((p for p, own in selected.items() if own.part or own.use), None):
+            refused.append(
+                f"  {path!r}: the pattern {part!r} has a part of it, and a leaf is trained "
+                "whole"
+            )
+        elif not patterns.all_linear and _passed_over(patterns, path, leaf) is None:
+            pattern = next(iter(patterns.of("targets", path)))
             refused.append(
                 f"  {path!r}: the pattern {pattern!r} of targets adapts it. To train it, "
                 f"give exclude=({path!r},)"
@@ -134,37 +231,62 @@ def count(leaves: Iterable[Any]) -> int:
     )
 
 
-def _passed_over(config: LoraConfig, path: str, leaf: Any) -> str | None:
+def _passed_over(patterns: _Patterns, path: str, leaf: Any) -> str | None:
     """Why the config does not choose a leaf, or None if it does."""
     if not checks.is_array(leaf):
         return f"it is not an array: {type(leaf).__name__}"
-    excluded = tree_paths.first_match(kept_patterns(config.exclude), path)
-    if excluded is not None:
-        return f"the pattern {excluded!r} {EXCLUDED}"
-    if config.targets == ALL_LINEAR or tree_paths.first_match(
-        kept_patterns(config.targets), path
-    ):
-        return None
-    return NOT_CHOSEN
+    for pattern, own in patterns.of("exclude", path).items():
+        if not own.part and not own.use:
+            return f"the pattern {pattern!r} {EXCLUDED}"
+    return None if patterns.all_linear or patterns.of("targets", path) else NOT_CHOSEN
 
 
-def _target(config: LoraConfig, path: str, leaf: Any, uses: Uses | None) -> Target:
+def _targets(
+    config: LoraConfig, patterns: _Patterns, path: str, leaf: Any, uses: Uses | None
+) -> dict[str, Target]:
+    """The targets of a leaf that the config chooses, whole or in parts, by their paths."""
     shape = tuple(leaf.shape)
     _check_leaf(shape, leaf.dtype)
     if uses is None:
         axes = _axes_without_function(config, path, shape)
     else:
         axes = _axes_of_uses(config, path, shape, uses.get(path, ()))
-    return Target(
-        shape=shape,
-        method=config.method,
-        rank=config.rank_of(path),
-        scale=config.scale_of(path),
-        dropout=config.dropout,
-        in_axes=axes.in_axes,
-        out_axes=axes.out_axes,
-        batch_axes=axes.batch_axes,
-    )
+    targets = {}
+    own = None if uses is None else uses.get(path, ())
+    kinds = [k for k in parts.USES if own is None or any(use.kind == k for use in own)]
+    with checks.at_path(path):
+        pieces = _pieces(config, patterns, path, shape, kinds)
+    for piece in pieces:
+        _check_has_use(piece.use, own)
+        with checks.at_path(path):
+            target = Target(
+                shape=shape,
+                method=config.method,
+                rank=piece.rank,
+                scale=resolved_scale(config, piece.rank, piece.alpha),
+                dropout=config.dropout,
+                in_axes=axes.in_axes,
+                out_axes=axes.out_axes,
+                batch_axes=axes.batch_axes,
+                part=piece.part,
+                use=piece.use,
+            )
+            if min(target.matrix_shape[-2:]) == 1:
+                raise ValueError(
+                    f"the part {target.part} is a vector: as a matrix it is "
+                    f"{target.matrix_shape[-2:]}, of rank 1."
+                )
+        targets[path + target.suffix] = target
+    return targets
+
+
+def _check_has_use(use: str, uses: Sequence[Use] | None) -> None:
+    """Raises unless a weight is used in the way that is to be adapted."""
+    if use and uses is not None and not any(own.kind == use for own in uses):
+        what = "look-up of its rows" if use == parts.LOOKUP else "product"
+        raise axis_roles.UnsuitableError(
+            f"the function has no {what} that '@{use}' would adapt, only {_listed(uses)}"
+        )
 
 
 def _check_leaf(shape: tuple[int, ...], dtype: Any) -> None:

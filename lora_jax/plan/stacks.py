@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax._core import compat, quantized
+from lora_jax.plan import parts
 from lora_jax.plan.target import Target
 
 Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
@@ -40,6 +41,24 @@ def map_entries(
     mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
     out = compat.automatically(each, mesh, weight, adapter)
     return jax.tree.map(lambda x: compat.replicated(x, mesh), out)
+
+
+def take(weight: Any, target: Target) -> Any:
+    """The part of a weight that a target is: of a quantized stack, quantized."""
+    if not target.part:
+        return weight
+    if quantized.is_quantized(weight) and weight.batch_ndim:
+        (first, *rest) = parts.entries(target.part, target.shape)
+        if parts.count(first) < target.shape[0]:
+            alone = [first, *map(range, target.shape[1:])]
+            cut = parts.as_text(alone, target.shape)
+            weight = jax.tree.map(lambda x: parts.take(x, cut), weight)
+            gone = isinstance(first, int)
+            left = [*rest] if gone else [range(parts.count(first)), *rest]
+            shape = target.shape[1:] if gone else (parts.count(first), *target.shape[1:])
+            inner = parts.as_text(left, shape)
+            return parts.take(quantized.as_dense(weight), inner) if inner else weight
+    return parts.take(quantized.as_dense(weight), target.part)
 
 
 def _entry(target: Target) -> Target:

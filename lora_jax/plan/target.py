@@ -3,16 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
 from lora_jax._core import checks
+from lora_jax.plan import parts
 
 __all__ = ["Target", "TrainedLeaf", "Use"]
 
 METHODS = ("lora", "dora")
-ROLES = ("contracted", "kept", "batch", "indexed", "stacked", "")
+ROLES = ("contracted", "kept", "batch", "indexed", "moved", "stacked", "stopped", "")
 NOT_FOLLOWED = "its axes cannot be followed through it"
 VALUE = "value"
 """The entry of a trained leaf in adapters."""
@@ -40,6 +41,16 @@ class Use(NamedTuple):
         """Whether the axes of the weight could be followed through the use."""
         return not self.merged.startswith(NOT_FOLLOWED)
 
+    @property
+    def kind(self) -> str:
+        """`"product"` for a use that multiplies, `"lookup"` for one that looks rows up.
+
+        Empty for any other use.
+        """
+        if {"contracted", "kept"} <= {*self.roles}:
+            return parts.PRODUCT
+        return parts.LOOKUP if "indexed" in self.roles else ""
+
     def __str__(self) -> str:
         roles = ", ".join(role or "unknown" for role in self.roles)
         where = f" at {self.where}" if self.where else ""
@@ -50,14 +61,14 @@ class Use(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adapted weight: its method, numbers and axes.
+    """One adapted weight, or a part of one: its method, numbers and axes.
 
     `A` and `B` adapt the weight as a matrix, or as a stack of matrices, of shape
     `(*batch, in, out)`. The input axes are folded into one axis, and so are the output
-    axes, in the order given here.
+    axes, in the order given here. The adapter of a part has the sizes of the part.
 
     Args:
-        shape: of the weight.
+        shape: of the whole weight.
         method: `"lora"` or `"dora"`.
         rank: of the adapter.
         scale: multiplies `A @ B`.
@@ -65,11 +76,18 @@ class Target:
         in_axes: the axes of the weight that are contracted with an input.
         out_axes: the axes of the weight that an output has.
         batch_axes: the axes that stack matrices.
+        part: the part of the weight that is adapted, as a NumPy index in brackets:
+            `"[4:]"` for all but the first four entries of the first axis, `"[0]"`,
+            `"[:,64:]"`, `"[[0,3]]"`. An integer drops its axis. Empty for the whole weight.
+        use: the uses of the weight that are adapted: `"lookup"` for those that look up
+            rows, `"product"` for those that multiply, or empty for all.
 
     Raises:
         TypeError: if a number has the wrong type.
-        ValueError: if the method is unknown, a number is out of its range, or the axes do
-            not list each axis of the shape once, with an input and an output.
+        ValueError: if the method is unknown, a number is out of its range, the axes do not
+            list each axis of the shape once, with an input and an output, `part` is not an
+            index of the shape, or the method is DoRA and a part has only some of the
+            inputs.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +98,8 @@ class Target:
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     batch_axes: tuple[int, ...] = ()
+    part: str = ""
+    use: str = ""
 
     def __post_init__(self) -> None:
         for name in ("shape", "in_axes", "out_axes", "batch_axes"):
@@ -96,6 +116,35 @@ class Target:
                 f"and batch_axes, and the first two must not be empty, got {self.in_axes}, "
                 f"{self.out_axes} and {self.batch_axes}."
             )
+        checks.check_choice("use", self.use, ("", *parts.USES))
+        object.__setattr__(self, "part", parts.canonical(self.part, self.shape))
+        if self.method == "dora" and self.part:
+            own = parts.entries(self.part, self.shape)
+            if any(parts.count(own[axis]) < self.shape[axis] for axis in self.in_axes):
+                raise ValueError(
+                    f"DoRA scales whole columns, and the part {self.part} has only some of "
+                    "the inputs: take all of the inputs, or use LoRA."
+                )
+
+    @property
+    def suffix(self) -> str:
+        """What follows the path of the weight in the path of the target."""
+        return self.part + (f"@{self.use}" if self.use else "")
+
+    @property
+    def alone(self) -> "Target":
+        """The target of the part as a weight of its own, an array of the part's shape."""
+        if not self.suffix:
+            return self
+        own = parts.entries(self.part, self.shape)
+        left = [axis for axis, entry in enumerate(own) if not isinstance(entry, int)]
+        at = {axis: place for place, axis in enumerate(left)}
+        groups = {
+            name: tuple(at[axis] for axis in getattr(self, name) if axis in at)
+            for name in ("in_axes", "out_axes", "batch_axes")
+        }
+        shape = tuple(parts.count(own[axis]) for axis in left)
+        return dataclasses.replace(self, shape=shape, part="", use="", **groups)
 
     @property
     def axes(self) -> str:
@@ -107,11 +156,14 @@ class Target:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """`(*batch, in, out)`, with the input axes and the output axes folded."""
-        batch, n_in, n_out = (
-            tuple(self.shape[axis] for axis in axes)
-            for axes in (self.batch_axes, self.in_axes, self.out_axes)
+        own = parts.entries(self.part, self.shape)
+        batch = (own[axis] for axis in self.batch_axes)
+        stack = (parts.count(entry) for entry in batch if not isinstance(entry, int))
+        n_in, n_out = (
+            math.prod(parts.count(own[axis]) for axis in axes)
+            for axes in (self.in_axes, self.out_axes)
         )
-        return (*batch, math.prod(n_in), math.prod(n_out))
+        return (*stack, n_in, n_out)
 
     @property
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -146,6 +198,7 @@ class TrainedLeaf:
     """
 
     shape: tuple[int, ...]
+    suffix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", _sizes("shape", self.shape))

@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from lora_jax._core import compat
 from lora_jax.plan import axis_roles
 from lora_jax.plan.adapter_plan import Target
 from lora_jax.plan.axis_roles import Side
+from lora_jax.plan.parts import LOOKUP
 from lora_jax.transform._factored import Factored, Label, Term, merge
 
 Rule = Callable[..., Any]
@@ -79,6 +83,16 @@ def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> 
     ]
 
 
+class Parts(NamedTuple):
+    """Where the terms and the columns of a value act: elsewhere they change nothing.
+
+    Masks `(*axes)`, of size 1 along axes that do not matter.
+    """
+
+    terms: tuple[np.ndarray, ...]
+    columns: tuple[np.ndarray, ...]
+
+
 @dataclasses.dataclass
 class Frame:
     """One jaxpr that is being evaluated: its values and the origin of its broadcasts."""
@@ -121,6 +135,7 @@ class Context:
     targets: Mapping[str, Target] = dataclasses.field(default_factory=dict)
     closed_over_is_constant: bool = False
     _constants: dict[int, Any] = dataclasses.field(default_factory=dict)
+    _parts: dict[int, tuple[Factored, Parts]] = dataclasses.field(default_factory=dict)
     _names: tuple[Mapping[Any, str | int], ...] = ()
     _keys_made: int = 0
 
@@ -210,10 +225,65 @@ class Context:
     def merge(self, value: Factored, equation: Any, reason: str) -> jax.Array:
         """The dense value, with a report, unless it is rows of a table, or a vector."""
         if value.gathered or self.is_vector(value):
+            if value.has_uses:
+                value = value.for_use(LOOKUP)
+                self.see(value, equation)
             return merge(value)
+        if value.has_uses:
+            self.refuse_use(value, equation)
         self.see(value, equation, merged=reason)
         self.check_no_dropout(value)
         return merge(value)
+
+    def keep_parts(self, value: Factored, known: Parts | Factored) -> None:
+        """Remembers where the terms of a value act, or that it is where another's do."""
+        if isinstance(known, Factored):
+            if id(known) not in self._parts:
+                return
+            known = self._parts[id(known)][1]
+        self._parts[id(value)] = (value, known)
+
+    def without_others(
+        self, before: Factored, after: Factored, move: Callable[[Any], Any]
+    ) -> Factored:
+        """A part of a value, without terms and columns that act in other parts only.
+
+        Args:
+            before: the whole value.
+            after: what `move` made of it.
+            move: of an array of the axes of `before`.
+        """
+        if id(before) not in self._parts:
+            return after
+        with jax.ensure_compile_time_eval():
+            known = jax.tree.map(move, self._parts[id(before)][1])
+        if any(isinstance(own, Tracer) for own in jax.tree.leaves(known)):
+            return after  # which part it is, is not known
+        known = jax.tree.map(np.asarray, known)
+        in_terms, in_columns = ([own.any() for own in each] for each in known)
+        uses = after.column_uses and tuple(
+            itertools.compress(after.column_uses, in_columns)
+        )
+        left = after.replace(
+            terms=tuple(itertools.compress(after.terms, in_terms)),
+            columns=tuple(itertools.compress(after.columns, in_columns)),
+            column_uses=uses,
+        )
+        terms, columns = map(tuple, map(itertools.compress, known, (in_terms, in_columns)))
+        self.keep_parts(left, Parts(terms, columns))
+        return left
+
+    def refuse_use(self, value: Factored, equation: Any) -> NoReturn:
+        """Raises for a use of adapters for one kind of use that is of neither kind."""
+        name, where = "output", "the end of the function"
+        if equation is not None:
+            name = equation.primitive.name
+            where = compat.called_at(equation, self.callers)
+        raise ValueError(
+            f"the adapter {self._path(value.names[0])!r} is for one kind of use of its "
+            f"weight, and `{name}` at {where} is neither a look-up of rows nor a product. "
+            "Adapt the weight for all uses, without the '@lookup' or '@product'."
+        )
 
     def check_may_stop(self, value: Factored, equation: Any) -> None:
         """Raises for a `stop_gradient` of adapted weights, unless the user allowed it."""

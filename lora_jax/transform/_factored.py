@@ -42,6 +42,7 @@ class Label:
             numbers among the arguments of a call that is traced once for many weights.
         scale: multiplies the product of the factors.
         dropout: the rate at which entries of the other operand are dropped.
+        use: the kind of use that the term is for, `"lookup"` or `"product"`; empty for any.
         swapped: for each name whether `a` and `b` have changed places, to match the other
             weights of a stack; empty if none have.
     """
@@ -50,6 +51,7 @@ class Label:
     scale: float = 1.0
     dropout: float = 0.0
     swapped: tuple[bool, ...] = ()
+    use: str = ""
 
 
 @functools.partial(
@@ -126,7 +128,7 @@ class Term:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "terms", "columns"],
-    meta_fields=["gathered"],
+    meta_fields=["gathered", "column_uses"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factored:
@@ -140,12 +142,15 @@ class Factored:
             `"constants"`, which depend on no argument of the function and may reorder the
             rows of a weight. The frozen program has an array of this size too, so a merge
             is cheap and is not reported.
+        column_uses: the kind of use of each column, as `Label.use`; empty if all are for
+            any use.
     """
 
     base: jax.Array | Deferred
     terms: tuple[Term, ...]
     columns: tuple[jax.Array, ...] = ()
     gathered: Literal["", "data", "constants"] = ""
+    column_uses: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,6 +171,24 @@ class Factored:
     def names(self) -> tuple[str | int, ...]:
         """The names of its weights, each once."""
         return tuple(dict.fromkeys(n for term in self.terms for n in term.label.names))
+
+    @property
+    def has_uses(self) -> bool:
+        """Whether a part of it is there for one kind of use only."""
+        return any(self.column_uses) or any(term.label.use for term in self.terms)
+
+    def for_use(self, use: str) -> "Factored":
+        """What the value is for a use of one kind, `"lookup"` or `"product"`."""
+        kinds = ("", use)
+        terms = tuple(
+            dataclasses.replace(term, label=dataclasses.replace(term.label, use=""))
+            for term in self.terms
+            if term.label.use in kinds
+        )
+        uses = self.column_uses or ("",) * len(self.columns)
+        pairs = zip(self.columns, uses, strict=True)
+        columns = tuple(column for column, own in pairs if own in kinds)
+        return self.replace(terms=terms, columns=columns, column_uses=())
 
     def replace(self, **changes) -> "Factored":
         """The value with other fields."""

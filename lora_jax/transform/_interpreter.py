@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax._core import compat
+from lora_jax.plan.parts import LOOKUP, PRODUCT
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
@@ -19,6 +20,17 @@ _KEEP_GATHERED = named(lambda row: row.keeps_rows) | {"closed_call", "dot_genera
 _END_GATHERED = frozenset({"add", "add_any", "reduce_sum", "shard_map", "sub"})
 # Products of an activation with a kernel: rows are the former.
 _KERNELS = frozenset({"conv_general_dilated", "ragged_dot_general"})
+
+# Products, and what leaves open which use of a weight it is for.
+_PRODUCTS = frozenset(
+    {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+)
+_OPEN = named(lambda row: row.keeps_vectors or row.is_entrywise) | {
+    *("broadcast_in_dim", "reshard", "mesh_cast", "sharding_constraint"),
+    *("layout_constraint", "jit", "pjit", "closed_call", "core_call", "remat2"),
+    *("checkpoint", "scan", "while", "cond", "shard_map"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+}
 
 # A vector of a weight is merged as well, but not for these.
 _KEEP_VECTOR = named(lambda row: row.keeps_vectors)
@@ -77,6 +89,8 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     if not any(map(is_factored, values)):
         return compat.bind(equation, values)
     values = _merge_gathered(context, equation, values)
+    if any(isinstance(value, Factored) and value.has_uses for value in values):
+        values = _of_use(context, equation, values)
     if not any(map(is_factored, values)):
         return compat.bind(equation, values)
     rule = context.rules.get(equation.primitive.name)
@@ -95,6 +109,32 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
         for value in values
     ]
     return _deferred.use(equation, context.merge_all(dense, equation, reason))
+
+
+def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:
+    """The values as the equation uses them, where that is a look-up or a product."""
+    name = equation.primitive.name
+    if name in _OPEN:
+        return values
+    chosen = []
+    for i, value in enumerate(values):
+        if isinstance(value, Factored) and value.has_uses:
+            others = zip(equation.invars, values, strict=True)
+            is_input = value.gathered and all(
+                context.is_constant_atom(other, own)
+                for j, (other, own) in enumerate(others)
+                if j != i
+            )
+            if name in _PRODUCTS and not is_input:
+                value = value.for_use(PRODUCT)
+            elif is_input or value.gathered or context.is_vector(value):
+                value = value.for_use(LOOKUP)
+            else:
+                context.refuse_use(value, equation)
+            if not value.terms and not isinstance(value.base, Deferred):
+                value = merge(value)
+        chosen.append(value)
+    return chosen
 
 
 def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:
@@ -120,7 +160,8 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
             keep = keeps_rows(name, i, only_rows=only_rows)
         rows = value.gathered and not keep
         if rows or (not keep_vectors and context.is_vector(value)):
-            if not rows:
+            if not rows or value.has_uses:
+                value = value.for_use(LOOKUP)
                 context.see(value, equation)
             frame.values[atom] = merge(value)
     return [frame.read(atom) for atom in equation.invars]
@@ -152,6 +193,7 @@ def _settled(context: Context, equation: Any, out: Any) -> Any:
         if isinstance(value, Factored) and not value.terms:
             value = value if isinstance(value.base, Deferred) else merge(value)
         elif isinstance(value, Factored) and context.is_vector(value):
+            value = value if moved else value.for_use(LOOKUP)
             context.see(value, equation)
             value = value if moved else merge(value)
         settled.append(value)

@@ -4,6 +4,7 @@ Layers in a list that are stacked for a `lax.scan` are an example. With one term
 layer, padded with zeros, each layer would pay for all others.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import numerics
-from lora_jax.transform._factored import Factored, Label, Term, from_leading, full
+from lora_jax.transform._factored import (
+    RANK,
+    Factor,
+    Factored,
+    Label,
+    Term,
+    from_leading,
+    full,
+)
 
 
 class _Piece(NamedTuple):
@@ -63,6 +72,37 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
     label = Label(tuple(swapped), scale, first.dropout, swapped=flags)
     term = Term(from_leading(a), from_leading(b), label)
     return Factored(base, (term,), _columns(values, axis))
+
+
+def sum_of_parts(terms: Sequence[Term]) -> Term:
+    """Terms of which both factors are zero but for a part of a stack, as one term.
+
+    No entry of the stack is in two of the parts. Ranks are filled up with zeros.
+    """
+    scales = {term.label.scale for term in terms}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    rank = max(term.a.rank for term in terms)
+    names = tuple(name for term in terms for name in term.label.names)
+    a = _sum([term.a for term in terms], [1.0] * len(terms), rank)
+    b = _sum([term.b for term in terms], [t.label.scale / scale for t in terms], rank)
+    first = terms[0].label
+    return Term(a, b, Label(names, scale, first.dropout, use=first.use))
+
+
+def _sum(factors: Sequence[Factor], by: Sequence[float], rank: int) -> Factor:
+    """The sum of factors that are alike but for their ranks, each times a number."""
+    dtype = numerics.promote(*(factor.array.dtype for factor in factors))
+    if any(number != 1.0 for number in by):
+        dtype = numerics.accumulation_dtype(dtype)
+    total: Any = None
+    for factor, number in zip(factors, by, strict=True):
+        missing = [
+            (0, rank - factor.rank if axis == RANK else 0, 0) for axis in factor.axes
+        ]
+        array = _scaled(factor.array.astype(dtype), number)
+        array = lax.pad(array, jnp.zeros((), dtype), missing)
+        total = array if total is None else total + array
+    return dataclasses.replace(factors[0], array=total)
 
 
 def _names_swapped(

@@ -42,7 +42,9 @@ def on_base(context: Context, equation: Any, f: Factored) -> Factored:
 
     The factors are cast when they are multiplied.
     """
-    return f.replace(base=_deferred.bind(equation, [f.base]))
+    out = f.replace(base=_deferred.bind(equation, [f.base]))
+    context.keep_parts(out, f)
+    return out
 
 
 def convert(context: Context, equation: Any, f: Factored) -> Factored:

@@ -24,7 +24,8 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     row = MOVES["gather"]
     check_weight_is(row.operand, (f, indices), Factored, row.otherwise)
     (own,) = row.moves(equation)
-    context.see_indexed(f, equation, own.indexed)
+    # Whether a look-up is meant of a weight of two uses shows what is done with the rows.
+    context.see_indexed(f, equation, own.indexed, moved=f.has_uses)
     base = _deferred.bind(equation, [f.base, indices])
     taken = frozenset(axis for axis, is_taken in enumerate(own.indexed) if is_taken)
     fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
@@ -49,7 +50,7 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     terms, columns = tuple(map(slices, f.terms)), tuple(map(column, f.columns))
     rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
     kind = kind_of_rows(taken, is_constant=context.is_constant(indices)) if rows else ""
-    return Factored(base, terms, columns, f.gathered or kind)
+    return f.replace(base=base, terms=terms, columns=columns, gathered=f.gathered or kind)
 
 
 def kind_of_rows(

@@ -44,7 +44,8 @@ def move(context: Context, equation: Any, *values: Any) -> Any:
         if any(own.indexed) and (name == "split" or not out):
             context.see_indexed(f, equation, own.indexed, moved=True)
         _check_joins(f, own, base.shape)
-        out.append(f.map(base, functools.partial(_moved, own, others)))
+        moved = functools.partial(_moved, own, others)
+        out.append(context.without_others(f, f.map(base, moved), moved))
     return out if several else out[0]
 
 

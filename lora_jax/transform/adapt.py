@@ -1,33 +1,22 @@
 """`adapt`: any JAX function, run with low-rank adapters."""
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lora_jax._core import checks, compat, numerics, quantized, tree_paths
+from lora_jax._core import checks, tree_paths
 from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.lora import Adapters
-from lora_jax.lowrank import weight_norms
 from lora_jax.plan import axis_roles, plan_checks, trained_leaves
-from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target
-from lora_jax.transform import _interpreter, _norms, _tracing
+from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
+from lora_jax.plan.target import Target, Use
+from lora_jax.transform import _interpreter, _tracing
+from lora_jax.transform._adapted_weights import Update, factored, parts_of, unadapted
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
-from lora_jax.transform._deferred import Deferred
-from lora_jax.transform._factored import (
-    RANK,
-    Factor,
-    Factored,
-    Label,
-    Term,
-    place,
-    retyped,
-)
 from lora_jax.transform._rules import RULES, rules_for
 
 __all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
@@ -170,6 +159,7 @@ def adapt(
     traced_scales = plan_checks.check_scales(scales, plan, norms)
     compared = _to_be_compared(plan)
     rules = rules_for(plan.config.products)
+    by_leaf = plan.by_leaf()
     has_dropout = any(target.dropout for target in plan.targets.values())
 
     def adapted(
@@ -181,6 +171,7 @@ def adapt(
         traced = _tracing.trace(fn, own, args, kwargs)
         traced.check_values()
         key = dropout_key if has_dropout else None
+        has_uses = any(target.use for target in plan.targets.values())
         context = Context(
             rules,
             report,
@@ -189,22 +180,29 @@ def adapt(
             targets=compared,
             closed_over_is_constant=None in traced.paths,
         )
-        values = [
-            _factored(
-                plan.targets[path],
-                path,
-                kind,
-                value,
-                adapters[path],
-                norms.get(path),
-                traced_scales.get(path),
-            )
-            if path is not None and path in plan.targets
-            else _unadapted(value)
-            for path, kind, value in zip(
-                traced.paths, traced.types, traced.arguments, strict=True
-            )
-        ]
+        values = []
+        for path, kind, value in zip(
+            traced.paths, traced.types, traced.arguments, strict=True
+        ):
+            if path not in by_leaf:
+                values.append(unadapted(value))
+                continue
+            updates = [
+                Update(
+                    own,
+                    plan.targets[own],
+                    dict(adapters[own]),
+                    norms.get(own),
+                    traced_scales.get(own),
+                )
+                for own in by_leaf[path]
+            ]
+            values.append(factored(kind, value, updates))
+            if any(own.target.part for own in updates):
+                context.keep_parts(values[-1], parts_of(values[-1], updates))
+        if has_uses:  # then it matters which products are of weights alone
+            own = zip(traced.paths, values, strict=True)
+            context.add_constants(value for path, value in own if path is not None)
         out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
         out = context.merge_all(out, None, "the function returns it")
         if on_unused == "error":
@@ -249,7 +247,7 @@ def accept_quantized(fn: Callable[P, R]) -> Callable[P, R]:
         )
         traced.check_values()
         context = Context(RULES, _refuse)
-        values = list(map(_unadapted, traced.arguments))
+        values = list(map(unadapted, traced.arguments))
         out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
         return traced.result(context.merge_all(out, None, "the function returns it"))
 
@@ -328,7 +326,7 @@ def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
     A product with the rows of a look-up may be merged here, and then tells nothing.
     """
     return sighting.primitive == "gather" and any(
-        "moved" in use.roles for use in plan.uses.get(path, ())
+        "moved" in use.roles for use in _uses(plan, path)
     )
 
 
@@ -339,84 +337,22 @@ def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
         for path, target in plan.targets.items()
         if _is_of_checkpoint(plan, path)
         or not (
-            plan.config.axes_of(path)
-            or any(axis_roles.contradicts(target, use) for use in plan.uses.get(path, ()))
+            plan.config.axes_of(plan.leaf(path))
+            or any(axis_roles.contradicts(target, use) for use in _uses(plan, path))
         )
     }
 
 
+def _uses(plan: AdapterPlan, path: str) -> tuple[Use, ...]:
+    """What the plan has found of the weight of a target."""
+    return plan.uses.get(plan.leaf(path), ())
+
+
 def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
-    return any(use.where == FROM_CHECKPOINT for use in plan.uses.get(path, ()))
+    return any(use.where == FROM_CHECKPOINT for use in _uses(plan, path))
 
 
 def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
     """Whether a use is one of parts of a module, such as its heads, that is a matrix."""
     turned = axis_roles.turned(plan.targets[path].axes)
     return _is_of_checkpoint(plan, path) and letters != turned
-
-
-def _factored(
-    target: Target,
-    path: str,
-    kind: Any,
-    weight: Any,
-    adapter: Mapping[str, jax.Array],
-    norm: jax.Array | None,
-    scale: ArrayLike | None,
-) -> Factored:
-    """The value that the weight is evaluated as, sharded as `kind`, the weight's type."""
-    mesh = compat.mesh_of(kind)
-    make = functools.partial(_with_terms, path, target)
-    value = compat.automatically(make, mesh, weight, dict(adapter), norm, scale)
-    return retyped(value.replace(base=_base(weight)), kind)
-
-
-def _with_terms(
-    path: str,
-    target: Target,
-    weight: Any,
-    adapter: Mapping[str, jax.Array],
-    norm: jax.Array | None,
-    scale: ArrayLike | None,
-) -> Factored:
-    """The weight with its update. Factors stay as they are stored, `B` but for a scale."""
-    if scale is not None:
-        b = jnp.asarray(adapter["B"])
-        wide = b.astype(numerics.accumulation_dtype(b.dtype))
-        factor = jnp.asarray(scale).astype(wide.dtype)
-        ones = [1] * (wide.ndim - factor.ndim)
-        adapter = {**adapter, "B": wide * factor.reshape(*factor.shape, *ones)}
-        target = dataclasses.replace(target, scale=1.0)
-    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
-    sizes = {RANK: target.rank, **dict(enumerate(target.shape))}
-
-    def unfold(name: str, *axes: int) -> jax.Array:
-        return jnp.asarray(adapter[name]).reshape([sizes[axis] for axis in axes])
-
-    ndim = len(target.shape)
-    a, b = (*batch, *ins, RANK), (*batch, RANK, *outs)
-    term = Term(
-        Factor(unfold("A", *a), a, ndim),
-        Factor(unfold("B", *b), b, ndim),
-        Label((path,), target.scale, target.dropout),
-    )
-    base = _base(weight)
-    if target.method == "lora":
-        return Factored(base, (term,))
-    axes = (*batch, *outs)
-    known = _norms.constant_norm(weight, adapter, target) if norm is None else norm
-    column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(known))
-    column = column.reshape([sizes[axis] for axis in axes])
-    return Factored(base, (term,), (place(column, axes, range(ndim)),))
-
-
-def _base(weight: Any) -> jax.Array | Deferred:
-    """The weight as the program has it; if it is stored in few bits, it stays so."""
-    if not quantized.is_quantized(weight):
-        return jnp.asarray(weight)
-    return Deferred((jax.tree.map(jnp.asarray, weight),))
-
-
-def _unadapted(value: Any) -> Any:
-    """A value that has no adapter; a quantized one is formed where it is used."""
-    return Factored(_base(value), ()) if quantized.is_quantized(value) else value

@@ -26,30 +26,46 @@ def trained(params, plan, seed=0):
     )
 
 
-def merged(params, adapters, plan, scales=None):
-    """The params with dense weights, formed apart from the library's own merge.
+def as_index(part):
+    """The NumPy index that the text of a part is."""
+    entries = eval(f"np.index_exp{part or '[...]'}", {"np": np})
+    return tuple(np.array(e) if isinstance(e, list) else e for e in entries)
+
+
+def merged_matrix(weight, adapter, target, scale):
+    """A dense weight with its update.
 
     DoRA's norms are constants to differentiation, as section 4.3 of its paper has it.
+    """
+    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
+    matrix = weight.transpose(order).reshape(target.matrix_shape)
+    if jnp.ndim(scale):  # one for each index of the batch axes
+        scale = scale[..., None, None]
+    matrix = matrix + scale * jnp.matmul(adapter["A"], adapter["B"])
+    if "m" in adapter:
+        norm = jnp.sqrt(jnp.sum(matrix**2, axis=-2, keepdims=True))
+        matrix = adapter["m"][..., None, :] * matrix / jax.lax.stop_gradient(norm)
+    shape = [weight.shape[axis] for axis in order]
+    return matrix.reshape(shape).transpose(np.argsort(order))
+
+
+def merged(params, adapters, plan, scales=None, use=""):
+    """The params with dense weights, formed apart from the library's own merge.
+
+    With `use`, as one kind of use of them sees them.
     """
 
     def merge(path, weight):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in plan.trained:
             return adapters[name]["value"].astype(weight.dtype)
-        if name not in plan.targets:
-            return weight
-        target, adapter = plan.targets[name], adapters[name]
-        order = (*target.batch_axes, *target.in_axes, *target.out_axes)
-        matrix = weight.transpose(order).reshape(target.matrix_shape)
-        scale = (scales or plan.scales)[name]
-        if jnp.ndim(scale):  # one for each index of the batch axes
-            scale = scale[..., None, None]
-        matrix = matrix + scale * jnp.matmul(adapter["A"], adapter["B"])
-        if "m" in adapter:
-            norm = jnp.sqrt(jnp.sum(matrix**2, axis=-2, keepdims=True))
-            matrix = adapter["m"][..., None, :] * matrix / jax.lax.stop_gradient(norm)
-        shape = [weight.shape[axis] for axis in order]
-        return matrix.reshape(shape).transpose(np.argsort(order))
+        for own, target in plan.targets.items():
+            if plan.leaf(own) == name and target.use in ("", use):
+                scale = (scales or plan.scales)[own]
+                index = as_index(target.part)
+                part = merged_matrix(weight[index], adapters[own], target.alone, scale)
+                weight = weight.at[index].set(part)
+        return weight
 
     return jax.tree_util.tree_map_with_path(merge, params)
 

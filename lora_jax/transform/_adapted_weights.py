@@ -1,0 +1,137 @@
+"""The values that adapted weights have while a function is evaluated.
+
+A weight may have several adapters, each of a part of it. Their terms are made as large as
+the weight, with zeros outside of the part.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from lora_jax._core import compat, numerics, quantized
+from lora_jax.lowrank import weight_norms
+from lora_jax.plan import parts, stacks
+from lora_jax.plan.target import Target
+from lora_jax.transform import _norms
+from lora_jax.transform._context import Parts
+from lora_jax.transform._deferred import Deferred
+from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place, retyped
+from lora_jax.transform._joining import sum_of_parts
+
+
+class Update(NamedTuple):
+    """What one adapter does to its weight."""
+
+    path: str
+    target: Target
+    adapter: dict[str, jax.Array]
+    norm: jax.Array | None
+    """That of the columns, where it was given."""
+    scale: ArrayLike | None
+    """What takes the place of the target's."""
+
+
+def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
+    """The value that the weight is evaluated as, sharded as `kind`, the weight's type."""
+    mesh = compat.mesh_of(kind)
+    static = [(own.path, own.target) for own in updates]
+    arrays = [own[2:] for own in updates]
+
+    def make(weight: Any, arrays: Sequence[Any]) -> Factored:
+        made = [
+            _with_term(weight, Update(*names, *own))
+            for names, own in zip(static, arrays, strict=True)
+        ]
+        terms = [term for own in made for term in own.terms]
+        if _are_of_one_stack([target for _, target in static]):
+            terms = [sum_of_parts(terms)]
+        columns = [column for own in made for column in own.columns]
+        uses = [target.use for _, target in static if target.method == "dora"]
+        if not any(uses):
+            if len({column.shape for column in columns}) == 1:
+                columns = [math.prod(columns[1:], start=columns[0])]
+            uses = []
+        return Factored(
+            _base(weight), tuple(terms), tuple(columns), column_uses=tuple(uses)
+        )
+
+    value = compat.automatically(make, mesh, weight, arrays)
+    return retyped(value.replace(base=_base(weight)), kind)
+
+
+def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
+    """Where the terms and columns of a value act, which `factored` made of updates."""
+
+    def masks(count: int, targets: Sequence[Target]) -> tuple[np.ndarray, ...]:
+        own = [parts.mask(target.part, target.shape) for target in targets]
+        if count == len(own):
+            return tuple(own)
+        return (functools.reduce(np.logical_or, own),)
+
+    targets = [own.target for own in updates]
+    dora = [target for target in targets if target.method == "dora"]
+    return Parts(masks(len(value.terms), targets), masks(len(value.columns), dora))
+
+
+def _with_term(weight: Any, update: Update) -> Factored:
+    """The weight with one update. Factors stay as they are stored, `B` but for a scale."""
+    path, target, adapter, norm, scale = update
+    if scale is not None:
+        b = jnp.asarray(adapter["B"])
+        wide = b.astype(numerics.accumulation_dtype(b.dtype))
+        factor = jnp.asarray(scale).astype(wide.dtype)
+        ones = [1] * (wide.ndim - factor.ndim)
+        adapter = {**adapter, "B": wide * factor.reshape(*factor.shape, *ones)}
+        target = dataclasses.replace(target, scale=1.0)
+    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
+    entries = parts.entries(target.part, target.shape)
+    sizes = {RANK: target.rank, **dict(enumerate(map(parts.count, entries)))}
+    ndim = len(target.shape)
+
+    def unfold(array: jax.Array, axes: tuple[int, ...], fill: float) -> jax.Array:
+        array = jnp.asarray(array).reshape([sizes[axis] for axis in axes])
+        return parts.spread(array, axes, entries, target.shape, fill)
+
+    a, b = (*batch, *ins, RANK), (*batch, RANK, *outs)
+    term = Term(
+        Factor(unfold(adapter["A"], a, 0.0), a, ndim),
+        Factor(unfold(adapter["B"], b, 0.0), b, ndim),
+        Label((path,), target.scale, target.dropout, use=target.use),
+    )
+    base = _base(weight)
+    if target.method == "lora":
+        return Factored(base, (term,))
+    axes = (*batch, *outs)
+    if norm is None:
+        part = stacks.take(weight, target)
+        norm = _norms.constant_norm(part, adapter, target.alone)
+    column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(norm))
+    column = unfold(column, axes, 1.0)
+    return Factored(base, (term,), (place(column, axes, range(ndim)),))
+
+
+def _are_of_one_stack(targets: Sequence[Target]) -> bool:
+    """Whether targets are parts of a weight along one batch axis, dropped out alike."""
+    if len({(target.dropout, target.use) for target in targets}) > 1:
+        return False
+    cut = {parts.cut_axes(target.part, target.shape) for target in targets}
+    return len(cut) == 1 and len(targets) > 1 and {*cut.pop()} <= {*targets[0].batch_axes}
+
+
+def _base(weight: Any) -> jax.Array | Deferred:
+    """The weight as the program has it; if it is stored in few bits, it stays so."""
+    if not quantized.is_quantized(weight):
+        return jnp.asarray(weight)
+    return Deferred((jax.tree.map(jnp.asarray, weight),))
+
+
+def unadapted(value: Any) -> Any:
+    """A value that has no adapter; a quantized one is formed where it is used."""
+    return Factored(_base(value), ()) if quantized.is_quantized(value) else value

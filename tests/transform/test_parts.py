@@ -1,0 +1,374 @@
+"""Adapters of a part of a weight, and of one kind of its uses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import quant
+from tests.support import normal, optimizations, x64
+from tests.transform.cases import CASES
+from tests.transform.support import (
+    assert_same,
+    check,
+    check_values,
+    loss_of,
+    merged,
+    plan_of,
+    trained,
+)
+from tests.transform.test_cases import DORA_GRADIENTS, inputs
+
+LAYERS = 4
+
+
+def _part_of(path, letters, shape, of):
+    """Half of the outputs of a weight, or of its stack, as a pattern; or all of it."""
+    axes = [i for i, own in enumerate(letters) if own == of and shape[i] > 1]
+    return f"{path}[{':,' * axes[0]}{shape[axes[0]] // 2}:]" if axes else path
+
+
+HALVES = {
+    (name, of): [
+        _part_of(path, own, case.params[path], of) for path, own in case.axes.items()
+    ]
+    for name, case in CASES.items()
+    for of in "ob"
+    if of == "o" or any("b" in own for own in case.axes.values())
+}
+
+
+@pytest.mark.parametrize(("name", "of"), HALVES)
+def test_half_of_a_weight_agrees_with_the_merged_function(name, of):
+    case, targets = CASES[name], HALVES[name, of]
+    with x64():
+        params, args = inputs(case)
+        config = {**case.config, "targets": targets}
+        tolerance = {"cast": 1e-5}.get(name, 1e-10)
+        options = {"config": config, "tolerance": tolerance, **case.options}
+        plan = check_values(case.fn, params, *args, **options)
+        assert list(plan.targets) == targets
+        if name in DORA_GRADIENTS:
+            options["config"] = {**config, "use_dora": True}
+            check(case.fn, params, *args, **options)
+
+
+def stack(params, x):
+    """The layers of a stack, in a loop."""
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["up"])[0]
+
+
+def unrolled(params, x):
+    for w in params["up"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def fused(params, x):
+    q, k, v = jnp.einsum("td,cdhk->cthk", x, params["qkv"])
+    return q * k + v
+
+
+def fused_flat(params, x):
+    q, k, v = jnp.split(x @ params["qkv"], 3, axis=-1)
+    return jnp.tanh(q) * k + v
+
+
+def unstacked(params, x):
+    q, k, v = (jnp.einsum("td,dhk->thk", x, w) for w in params["qkv"])
+    return q * k + v
+
+
+def kv(params, x):
+    k, v = jnp.einsum("td,ckdh->ctkh", x, params["kv"])
+    return k * v
+
+
+def output(params, x):
+    heads = x.reshape(5, 2, 4)
+    return jnp.einsum("thk,hkd->td", heads, params["o"])
+
+
+UP, QKV, FLAT = {"up": (LAYERS, 8, 8)}, {"qkv": (3, 8, 2, 4)}, {"qkv": (8, 24)}
+PARTS = {
+    "last layers": (stack, UP, ["up[2:]"]),
+    "one layer": (stack, UP, ["up[-1]"]),
+    "some layers": (stack, UP, ["up[[0, 2, 3]]"]),
+    "every other layer": (stack, UP, ["up[::2]"]),
+    "layers apart": (stack, UP, ["up[:1]", "up[2]"]),
+    "outputs of layers": (stack, UP, ["up[1:, :, 4:]"]),
+    "layers of a Python loop": (unrolled, UP, ["up[2:]"]),
+    "query and value": (fused, QKV, ["qkv[0]", "qkv[2]"]),
+    "query and value, with one A": (fused, QKV, ["qkv[::2]"]),
+    "query and value, stacked": (unstacked, QKV, ["qkv[0]", "qkv[2]"]),
+    "query and value, flat": (fused_flat, FLAT, ["qkv[:, :8]", "qkv[:, 16:]"]),
+    "one head of the query": (fused, QKV, ["qkv[0, :, 1]"]),
+    "key of Gemma": (kv, {"kv": (2, 2, 8, 4)}, ["kv[0]"]),
+}
+INPUTS = {"a head of the output": (output, {"o": (2, 4, 8)}, ["o[1]"])}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", PARTS | INPUTS)
+def test_parts(name, method):
+    fn, shapes, targets = (PARTS | INPUTS)[name]
+    with x64():
+        params = {path: normal(*shape, seed=3) for path, shape in shapes.items()}
+        x = normal(5, 8, seed=4)
+        config = {"targets": targets, "use_dora": method == "dora"}
+        if method == "dora" and name in INPUTS:
+            with pytest.raises(ValueError, match="only some of the inputs"):
+                plan_of(fn, params, x, **config)
+            return
+        plan = check(fn, params, x, config=config)
+        params, x = jax.tree.map(jnp.asarray, (params, x))
+        fresh = lora_jax.init_adapters(jax.random.key(0), params, plan)
+        out = lora_jax.adapt(fn, plan)(params, fresh, x)
+        np.testing.assert_allclose(
+            out, fn(params, x), rtol=0 if method == "lora" else 1e-12
+        )
+        _check_merges(params, trained(params, plan), plan)
+
+
+def _check_merges(params, adapters, plan):
+    """The library's own merge, and back; and what it says of it."""
+    params = jax.tree.map(jnp.asarray, params)
+    norms = lora_jax.adapted_column_norms(params, adapters, plan) or None
+    folded = lora_jax.merge_adapters(params, adapters, plan)
+    assert_same(folded, merged(params, adapters, plan))
+    back = lora_jax.unmerge_adapters(folded, adapters, plan, column_norms=norms)
+    assert_same(back, params)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert lora_jax.count_parameters(params, plan).trainable == sizes
+    for loss in lora_jax.merge_losses(params, adapters, plan).values():
+        assert loss.relative_error < 1e-12
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_ranks_and_alphas_by_layer(method):
+    with x64():
+        params, x = {"up": normal(LAYERS, 8, 8)}, normal(5, 8)
+        plan = check(
+            stack,
+            params,
+            x,
+            config={
+                "rank_pattern": {"up[3]": 4},
+                "alpha_pattern": {"up[[0, 2]]": 1.0},
+                "exclude": "up[1]",
+                "use_dora": method == "dora",
+            },
+        )
+    assert {path: (t.rank, t.scale) for path, t in plan.targets.items()} == {
+        "up[::2]": (3, 1 / 3),
+        "up[3:]": (4, 1.5),
+    }
+
+
+def test_layers_outside_of_a_part_keep_their_program():
+    """A Python loop over layers has products with the factors where they are adapted."""
+    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, jnp.ones((5, 8))
+
+    def products(fn, *args):
+        return str(jax.make_jaxpr(fn)(*args)).count("dot_general[")
+
+    def one_by_one(params, x):  # no two layers alike, so that none shares its program
+        for i in range(LAYERS):
+            x = jnp.tanh(x @ params["up"].astype("float32")[i] + i)[: 4 - i]
+        return x
+
+    before = products(one_by_one, params, x)
+    for targets, layers in (("up[2:]", 2), ("up[0]", 1), ("up", LAYERS)):
+        plan = plan_of(one_by_one, params, x, targets=targets)
+        adapters = trained(params, plan)
+        model = lora_jax.adapt(one_by_one, plan)
+        assert products(model, params, adapters, x) - before == 2 * layers
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("part", ["up[2:]", "up[1]", "up[[0, 3]]", "up[1:, :, 8:]"])
+def test_parts_of_a_quantized_stack(part, method, format):
+    with optimizations(False):
+        params, x = (
+            {"up": normal(LAYERS, 16, 16, dtype="float32")},
+            normal(5, 16, dtype="float32"),
+        )
+        plan = plan_of(stack, params, x, targets=part, use_dora=method == "dora")
+        stored = lora_jax.quantize_params(params, "up", format=format, batch_axes=1)
+        dense = {"up": stored["up"].dequantize("float32")}
+        adapters = trained(stored, plan)
+        out = jax.jit(lora_jax.adapt(stack, plan))(stored, adapters, x)
+        assert_same(out, stack(merged(dense, adapters, plan), x), 1e-5)
+        losses = lora_jax.merge_losses(stored, adapters, plan, requantize=True)
+        assert all(0 < loss.relative_error < 1 for loss in losses.values())
+
+
+def test_dropout_of_a_part():
+    """Layers without an adapter drop nothing; at scale 0 nothing is left of the rest."""
+    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, jnp.ones((5, 8))
+    plan = plan_of(stack, params, x, targets="up[3:]", dropout=0.5)
+    adapters = trained(params, plan)
+    run = lora_jax.adapt(stack, plan, dropout_key=jax.random.key(1))
+    assert not np.allclose(
+        run(params, adapters, x), lora_jax.adapt(stack, plan)(params, adapters, x)
+    )
+    off = lora_jax.adapt(
+        stack, plan, dropout_key=jax.random.key(1), scales={"up[3:]": np.zeros(1, "f4")}
+    )
+    np.testing.assert_array_equal(off(params, adapters, x), stack(params, x))
+
+
+# Uses of a tied table: `fn(table of the look-ups, table of the products, other, tokens)`.
+
+
+def tied(looked_up, multiplied, w, tokens):
+    return jnp.tanh(looked_up[tokens] @ w) @ multiplied.T
+
+
+def called(looked_up, multiplied, w, tokens):
+    """In a call, behind casts and a checkpoint."""
+
+    @jax.jit
+    def inner(looked_up, multiplied, tokens):
+        rows = jax.checkpoint(lambda table: 2 * jnp.take(table, tokens, axis=0))
+        return jnp.tanh(rows(looked_up) @ w) @ multiplied.T
+
+    return inner(looked_up, multiplied, tokens)
+
+
+def sampled(looked_up, multiplied, w, tokens):
+    """A softmax over sampled classes: their rows are looked up for a product."""
+    return jnp.tanh(looked_up[tokens] @ w) @ multiplied[tokens[::-1]].T
+
+
+USES = {
+    "the look-ups": ("table@lookup",),
+    "the products": ("table@product",),
+    "each with its own": ("table@lookup", "table@product"),
+    "rows of the look-ups": ("table[4:]@lookup", "table@product", "w"),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("fn", [tied, called, sampled])
+def test_one_use_of_a_tied_table(fn, name, method):
+    if method == "dora" and "[" in USES[name][0]:
+        pytest.skip("DoRA takes all of the inputs, see test_parts")
+
+    def model(params, tokens):
+        return fn(params["table"], params["table"], params["w"], tokens)
+
+    def untied(adapters):
+        lookup, product = (
+            merged(params, adapters, plan, use=use) for use in ("lookup", "product")
+        )
+        return fn(lookup["table"], product["table"], lookup["w"], tokens)
+
+    def adapted(adapters):
+        return lora_jax.adapt(model, plan)(params, adapters, tokens)
+
+    with x64(), optimizations(False):
+        params = {"table": normal(20, 8), "w": normal(8, 8, seed=1)}
+        params, tokens = jax.tree.map(jnp.asarray, params), jnp.arange(6)
+        plan = plan_of(model, params, tokens, targets=USES[name], use_dora=method == "dora")
+        adapters = trained(params, plan)
+        got, want = (
+            jax.jit(jax.value_and_grad(loss_of(f), has_aux=True))(adapters)
+            for f in (adapted, untied)
+        )
+    assert_same(got, want)
+
+
+def _model(params, tokens):
+    return tied(params["table"], params["table"], params["w"], tokens)
+
+
+def _squared(params, tokens):
+    return params["table"] ** 2 + _model(params, tokens).sum()
+
+
+@pytest.fixture
+def table():
+    return {"table": normal(20, 8, dtype="float32"), "w": normal(8, 8, dtype="float32")}
+
+
+def test_a_merge_of_one_use_says_to_untie(table):
+    tokens = jnp.arange(6)
+    plan = plan_of(_model, table, tokens, targets="table@lookup")
+    adapters = trained(table, plan)
+    norms = lora_jax.adapted_column_norms(table, adapters, plan)
+    for fold in (
+        lora_jax.merge_adapters,
+        lambda *args: lora_jax.unmerge_adapters(*args, column_norms=norms),
+    ):
+        with pytest.raises(ValueError, match=r"'table@lookup' adapts one use.*Untie them"):
+            fold(table, adapters, plan)
+
+
+def test_a_merge_of_the_only_use(table):
+    def head(params, x):
+        return x @ params["table"].T
+
+    plan = plan_of(head, table, jnp.ones((3, 8)), targets="table@product")
+    adapters = trained(table, plan)
+    whole = plan_of(head, table, jnp.ones((3, 8)), targets="table")
+    own = {"table": adapters["table@product"]}
+    assert_same(
+        lora_jax.merge_adapters(table, adapters, plan),
+        lora_jax.merge_adapters(table, own, whole),
+    )
+
+
+def test_a_use_of_neither_kind_is_an_error(table):
+    tokens = jnp.arange(6)
+    plan = plan_of(_squared, table, tokens, targets="table@product", axes={"table": "io"})
+    with pytest.raises(ValueError, match=r"integer_pow|`square`.*neither a look-up"):
+        lora_jax.adapt(_squared, plan, on_merge="allow")(
+            table, trained(table, plan), tokens
+        )
+
+
+def test_a_use_that_is_missing_counts_as_unused(table):
+    tokens = jnp.arange(6)
+    plan = plan_of(_model, table, tokens, targets=("table@product", "w"))
+
+    def without_head(params, tokens):
+        return params["table"][tokens] @ params["w"]
+
+    with pytest.raises(ValueError, match=r"never uses .*'table@product'"):
+        lora_jax.adapt(without_head, plan)(table, trained(table, plan), tokens)
+
+
+def test_decomposed_parts_are_the_function(table):
+    """The base of a part, with its adapter, is the weight again."""
+    with x64():
+        params, x = {"up": jnp.asarray(normal(LAYERS, 8, 8))}, normal(5, 8)
+        plan = plan_of(stack, params, x, targets=("up[1:3]", "up[3]"))
+        base, adapters = lora_jax.decompose_params(params, plan, "pissa")
+        assert_same(lora_jax.merge_adapters(base, adapters, plan), params)
+        np.testing.assert_array_equal(base["up"][0], params["up"][0])
+        doubled = lora_jax.to_plain_adapters(adapters, adapters, plan)
+        again = lora_jax.plan_adapters(doubled.plan.config, params, stack, x)
+        assert again == doubled.plan
+        with pytest.raises(ValueError, match="quantize gives a whole weight"):
+            lora_jax.decompose_params(params, plan, "loftq", quantize=quant.quantize_int8)
+    plan = plan_of(_model, table, jnp.arange(6), targets="table@lookup")
+    with pytest.raises(ValueError, match="changes the weight for all of its uses"):
+        lora_jax.decompose_params(table, plan, "pissa")
+
+
+def test_one_trace_for_all_scales_of_parts():
+    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, jnp.ones((5, 8))
+    plan = plan_of(stack, params, x, targets=("up[:2]", "up[2:]"))
+    adapters = trained(params, plan)
+    scales = {"up[:2]": jnp.array([0.5, 2.0]), "up[2:]": jnp.float32(0.0)}
+    out = lora_jax.adapt(stack, plan, scales=scales)(params, adapters, x)
+    want = stack(merged(jax.tree.map(jnp.asarray, params), adapters, plan, scales), x)
+    assert_same(out, want, 1e-5)
+    off = dataclasses.replace(plan, targets={"up[:2]": plan.targets["up[:2]"]})
+    assert list(off.targets) == ["up[:2]"]

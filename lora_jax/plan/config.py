@@ -33,6 +33,11 @@ class LoraConfig:
     also matches `/`. Or it is a regular expression that has to match the whole path, as an
     `re.Pattern` or as `"re:..."`. In a dict of patterns, the first matching pattern wins.
 
+    A glob in `targets`, `exclude`, `rank_pattern` or `alpha_pattern` may name a part of the
+    weight behind its path, as a NumPy index: `"layers/up[4:]"`, `"*/qkv[0]"`,
+    `"*/qkv[:, 64:]"`. Any pattern there may end in `"@lookup"` or `"@product"`, for the
+    look-ups of a table's rows or its products alone.
+
     Args:
         rank: of the adapters, at least 1.
         alpha: a finite number other than 0. The update is multiplied by `alpha / rank`.

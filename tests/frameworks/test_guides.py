@@ -17,6 +17,7 @@ PACKAGES = {
     "peft": "safetensors",
     "plain": "jax",
     "quantized": "safetensors",
+    "targets": "jax",
     "training": "jax",
 }
 

@@ -245,6 +245,19 @@ def sampled(looked_up, multiplied, w, tokens):
     return jnp.tanh(looked_up[tokens] @ w) @ multiplied[tokens[::-1]].T
 
 
+@jax.custom_vjp
+def head(x, table):
+    return x @ table.T
+
+
+head.defvjp(lambda x, w: (x @ w.T, (x, w)), lambda kept, g: (g @ kept[1], g.T @ kept[0]))
+
+
+def stated(looked_up, multiplied, w, tokens):
+    """A head that is stated to be a product."""
+    return head(jnp.tanh(looked_up[tokens] @ w), multiplied)
+
+
 USES = {
     "the look-ups": ("table@lookup",),
     "the products": ("table@product",),
@@ -255,7 +268,7 @@ USES = {
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("name", USES)
-@pytest.mark.parametrize("fn", [tied, called, sampled])
+@pytest.mark.parametrize("fn", [tied, called, sampled, stated])
 def test_one_use_of_a_tied_table(fn, name, method):
     if method == "dora" and "[" in USES[name][0]:
         pytest.skip("DoRA takes all of the inputs, see test_parts")
@@ -275,7 +288,10 @@ def test_one_use_of_a_tied_table(fn, name, method):
     with x64(), optimizations(False):
         params = {"table": normal(20, 8), "w": normal(8, 8, seed=1)}
         params, tokens = jax.tree.map(jnp.asarray, params), jnp.arange(6)
-        plan = plan_of(model, params, tokens, targets=USES[name], use_dora=method == "dora")
+        config = {"targets": USES[name], "use_dora": method == "dora"}
+        if fn is stated:
+            config["products"] = {"head": "...d,vd->...v"}
+        plan = plan_of(model, params, tokens, **config)
         adapters = trained(params, plan)
         got, want = (
             jax.jit(jax.value_and_grad(loss_of(f), has_aux=True))(adapters)

@@ -33,13 +33,16 @@ def common_form(values: Sequence[Any]) -> Form:
     """The form of some weights, dense ones among them.
 
     Raises:
-        NotFactorableError: if DoRA scales other axes of each.
+        NotFactorableError: if DoRA scales other axes of each, or an adapter is for one kind
+            of use.
     """
     terms: list[Term] = []
     columns: list[Any] = []
     for value in values:
         if not isinstance(value, Factored):
             continue
+        if value.has_uses:
+            raise NotFactorableError("an adapter of it is for one kind of use")
         _, missing = _matched(terms, value.terms)
         terms += missing
         for known, column in zip(columns, value.columns, strict=False):

@@ -308,6 +308,12 @@ def _squared(params, tokens):
     return params["table"] ** 2 + _model(params, tokens).sum()
 
 
+def _chosen(params, tokens):
+    table = params["table"]
+    table = jax.lax.cond(tokens[0] > 0, lambda: table, lambda: 2 * table)
+    return tied(table, table, params["w"], tokens)
+
+
 @pytest.fixture
 def table():
     return {"table": normal(20, 8, dtype="float32"), "w": normal(8, 8, dtype="float32")}
@@ -340,13 +346,16 @@ def test_a_merge_of_the_only_use(table):
     )
 
 
-def test_a_use_of_neither_kind_is_an_error(table):
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("fn", "primitive"), [(_squared, "integer_pow|square"), (_chosen, "mul|cond")]
+)
+def test_a_use_of_neither_kind_is_an_error(table, fn, primitive, method):
     tokens = jnp.arange(6)
-    plan = plan_of(_squared, table, tokens, targets="table@product", axes={"table": "io"})
-    with pytest.raises(ValueError, match=r"integer_pow|`square`.*neither a look-up"):
-        lora_jax.adapt(_squared, plan, on_merge="allow")(
-            table, trained(table, plan), tokens
-        )
+    config = {"targets": "table@product", "axes": {"table": "io"}}
+    plan = plan_of(fn, table, tokens, **config, use_dora=method == "dora")
+    with pytest.raises(ValueError, match=f"`({primitive})`.*neither a look-up"):
+        lora_jax.adapt(fn, plan, on_merge="allow")(table, trained(table, plan), tokens)
 
 
 def test_a_use_that_is_missing_counts_as_unused(table):

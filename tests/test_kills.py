@@ -137,8 +137,8 @@ def read_one_or_two_files(folder):
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("save_adapters", (7, 12)),
-        ("two files", (7, 13)),
+        ("save_adapters", (8, 13)),
+        ("two files", (8, 24)),
         ("peft.save", (10, 15)),
         ("save_quantized", (7, 11)),
     ],

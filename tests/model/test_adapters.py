@@ -101,7 +101,7 @@ def test_plan_of_shapes_is_that_of_arrays():
 def test_arguments_go_to_the_function(monkeypatch):
     seen = []
 
-    def find_uses(fn, params, args, kwargs):
+    def find_uses(fn, params, args, kwargs, products):
         seen.append((fn, params, args, kwargs))
         use = Use("dot_general", ("kept", "contracted"), linear=True)
         return {"block/o": (use,)}

@@ -307,7 +307,8 @@ SAME_RULE = {
     "remat2": "checkpoint",
 }
 # Kernels and callbacks, all of one rule, which merges: see `tests/transform/calls.py`.
-OPAQUE = [name for name, rule in RULES.items() if rule is RULES["pallas_call"]]
+REFUSED = RULES["pallas_call"], RULES["pure_callback"]
+OPAQUE = [name for name, rule in RULES.items() if rule in REFUSED]
 # Primitives that no public function of every JAX gives: their equations are made by hand.
 BY_HAND = {
     "closed_call": lambda jaxpr: {"call_jaxpr": jaxpr},

@@ -1,6 +1,6 @@
-"""`adapt`, and the tracing that finds how a function uses its weights.
+"""`adapt`, and `find_uses`, which infers the roles of the axes of weights.
 
-A function is traced to a jaxpr, and its equations are evaluated with every adapted weight
-held as a factored value. One file of rules for each family of primitives says what an
-equation does to such a value.
+`adapt` traces a function to a jaxpr and evaluates its equations. Each adapted weight is a
+factored value: the frozen weight and its low-rank terms. The files `_rules_*.py` have the
+rules, one file for each family of primitives.
 """

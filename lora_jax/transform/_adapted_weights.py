@@ -1,7 +1,7 @@
-"""The values that adapted weights have while a function is evaluated.
+"""Builds the factored value of each adapted weight.
 
-A weight may have several adapters, each of a part of it. Their terms are made as large as
-the weight, with zeros outside of the part.
+A weight may have several adapters, one for each adapted part. Their terms are padded with
+zeros to the shape of the weight.
 """
 
 import dataclasses
@@ -27,19 +27,25 @@ from lora_jax.transform._joining import sum_of_parts
 
 
 class Update(NamedTuple):
-    """What one adapter does to its weight."""
+    """One adapter of a weight, with its target and options.
+
+    Attributes:
+        path: of the target.
+        target: of the plan.
+        adapter: the arrays of the adapter.
+        norm: the column norms, if the caller gave them.
+        scale: replaces the target's scale, if the caller gave one.
+    """
 
     path: str
     target: Target
     adapter: dict[str, jax.Array]
     norm: jax.Array | None
-    """That of the columns, where it was given."""
     scale: ArrayLike | None
-    """What takes the place of the target's."""
 
 
 def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
-    """The value that the weight is evaluated as, sharded as `kind`, the weight's type."""
+    """The factored value of a weight, with the sharding of `kind`, the weight's type."""
     mesh = compat.mesh_of(kind)
     static = [(own.path, own.target) for own in updates]
     arrays = [own[2:] for own in updates]
@@ -67,7 +73,7 @@ def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
 
 
 def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
-    """Where the terms and columns of a value act, which `factored` made of updates."""
+    """Where the terms and columns of `value` act, given the updates it was made from."""
 
     def masks(count: int, targets: Sequence[Target]) -> tuple[np.ndarray, ...]:
         own = [parts.mask(target.part, target.shape) for target in targets]
@@ -81,7 +87,10 @@ def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
 
 
 def _with_term(weight: Any, update: Update) -> Factored:
-    """The weight with one update. Factors stay as they are stored, `B` but for a scale."""
+    """The weight with one update.
+
+    The factors keep their stored dtype and layout. Only a given scale multiplies `B`.
+    """
     path, target, adapter, norm, scale = update
     if scale is not None:
         b = jnp.asarray(adapter["B"])
@@ -118,7 +127,7 @@ def _with_term(weight: Any, update: Update) -> Factored:
 
 
 def _are_of_one_stack(targets: Sequence[Target]) -> bool:
-    """Whether targets are parts of a weight along one batch axis, dropped out alike."""
+    """Whether the targets cut one batch axis and have the same dropout and use."""
     if len({(target.dropout, target.use) for target in targets}) > 1:
         return False
     cut = {parts.cut_axes(target.part, target.shape) for target in targets}
@@ -126,12 +135,12 @@ def _are_of_one_stack(targets: Sequence[Target]) -> bool:
 
 
 def _base(weight: Any) -> jax.Array | Deferred:
-    """The weight as the program has it; if it is stored in few bits, it stays so."""
+    """The frozen weight of the program: an array, or a deferred quantized weight."""
     if not quantized.is_quantized(weight):
         return jnp.asarray(weight)
     return Deferred((jax.tree.map(jnp.asarray, weight),))
 
 
 def unadapted(value: Any) -> Any:
-    """A value that has no adapter; a quantized one is formed where it is used."""
+    """A value without an adapter; a quantized one becomes a `Factored` without terms."""
     return Factored(_base(value), ()) if quantized.is_quantized(value) else value

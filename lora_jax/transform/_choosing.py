@@ -1,6 +1,6 @@
-"""Weights of which a program takes one: the same terms and columns for all of them.
+"""Gives weights that a program chooses between the same terms and columns.
 
-What one of them lacks is a factor of zeros, or a column of ones.
+A missing term has factors of zeros, and a missing column has ones.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from lora_jax.transform._parameters import NotFactorableError
 
 
 class Form(NamedTuple):
-    """The terms and columns that several weights come to. Of the arrays the shapes count.
+    """The terms and columns that several weights are given. Only shapes and dtypes matter.
 
     Attributes:
-        terms: one for each that any of the weights has.
-        columns: as many as the weight with the most of them has.
+        terms: each term that any of the weights has.
+        columns: those of the weight with the most columns.
     """
 
     terms: tuple[Term, ...]
@@ -30,11 +30,11 @@ class Form(NamedTuple):
 
 
 def common_form(values: Sequence[Any]) -> Form:
-    """The form of some weights, dense ones among them.
+    """The common form of weights, some of which may be dense.
 
     Raises:
-        NotFactorableError: if DoRA scales other axes of each, or an adapter is for one kind
-            of use.
+        NotFactorableError: if DoRA scales different axes of the weights, or an adapter is
+            for one kind of use.
     """
     terms: list[Term] = []
     columns: list[Any] = []
@@ -68,7 +68,7 @@ def in_form(value: Any, form: Form) -> Factored:
 def _matched(
     templates: Sequence[Term], terms: Sequence[Term]
 ) -> tuple[list[Term | None], list[Term]]:
-    """A term of its kind for each template, or None; and the terms that are left."""
+    """For each template a term of the same kind, or None; and the other terms."""
     left = list(terms)
     found: list[Term | None] = []
     for template in templates:
@@ -80,7 +80,7 @@ def _matched(
 
 
 def _kind(term: Term) -> Any:
-    """What two terms share that can stand in the same place."""
+    """A key that is equal for two terms that can replace each other."""
     sides = term.a, term.b
     return term.label, *((p.array.shape, p.array.dtype, p.axes) for p in sides)
 

@@ -1,4 +1,4 @@
-"""What the evaluation of one program with adapters carries: keys, uses, and merges."""
+"""The state of one evaluation of a program: dropout keys, recorded uses and merges."""
 
 import contextlib
 import dataclasses
@@ -27,9 +27,9 @@ class Merge(NamedTuple):
 
     Attributes:
         path: of the weight.
-        shape: of the value that was merged; the weight's, or that of a part of it.
-        primitive: the JAX primitive that it reached.
-        reason: why that has no low-rank form.
+        shape: of the merged value, which is the weight or a part of it.
+        primitive: the JAX primitive that used the value.
+        reason: why this use has no low-rank form.
         where: the line of the user's code, `file:line (function)`.
     """
 
@@ -54,12 +54,14 @@ class Sighting(NamedTuple):
     Attributes:
         name: of the weight.
         shape: of the value.
-        primitive: its name.
-        where: the line of the user's code, where it is of interest.
+        primitive: the name of the primitive.
+        where: the line of the user's code; recorded for merges and for uses that disagree
+            with the plan.
         merged: why the weight was merged there; empty if it was not.
-        axes: the letters of the axes of the weight as the use has them; empty where it does
-            not say so.
-        moved: whether it is no use yet: a part is taken, or a loop runs over it.
+        axes: the letters of the weight's axes in this use; empty if the use does not show
+            them.
+        moved: whether the value is only moved: a part of it is taken, or a loop runs over
+            it.
     """
 
     name: str | int
@@ -72,7 +74,7 @@ class Sighting(NamedTuple):
 
 
 def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> list[Side]:
-    """The axes of a value that only one factor of a term owns, with their roles."""
+    """The axes that exactly one factor of a term owns, with their roles."""
     a, b = value.owned(term.a), value.owned(term.b)
     ins, outs = (b - a, a - b) if swapped else (a - b, b - a)
     groups = (("i", ins), ("o", outs))
@@ -84,9 +86,9 @@ def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> 
 
 
 class Parts(NamedTuple):
-    """Where the terms and the columns of a value act: elsewhere they change nothing.
+    """Masks of the entries that the terms and the columns of a value change.
 
-    Masks `(*axes)`, of size 1 along axes that do not matter.
+    The masks are `(*axes)`, with size 1 for axes along which they do not vary.
     """
 
     terms: tuple[np.ndarray, ...]
@@ -95,7 +97,7 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass
 class Frame:
-    """One jaxpr that is being evaluated: its values and the origin of its broadcasts."""
+    """A jaxpr under evaluation: its values, and the equations that made broadcasts."""
 
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
     broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -110,18 +112,17 @@ class Context:
     """The state of one evaluation.
 
     Attributes:
-        rules: what to do with a factored operand, by the primitive's name.
-        on_merge: called with each `Merge` before it is done; may raise.
+        rules: the rule for factored operands, by the primitive's name.
+        on_merge: called with each `Merge` before the merge; may raise.
         on_stop_gradient: what a `stop_gradient` of an adapted weight does; see `adapt`.
-        key: for dropout, a value of the trace that is under way; None for none.
+        key: for dropout, a value of the current trace; None for no dropout.
         sightings: every use so far.
-        frame: the jaxpr that is being evaluated.
-        callers: the equations whose rules are under way, the outermost first.
-        calls: of jitted functions, by what they are traced for; see `_rules_calls`.
-        targets: of the plan whose adapters are run, by path, as far as their axes are to be
-            compared with the uses.
-        closed_over_is_constant: whether what the function closes over is no data: it has
-            other arguments.
+        frame: the jaxpr under evaluation.
+        callers: the equations whose rules are running, the outermost first.
+        calls: traced calls of jitted functions, by their cache keys; see `_rules_calls`.
+        targets: of the plan, by path; only those whose axes are compared with the uses.
+        closed_over_is_constant: whether arrays that the function closes over count as
+            constants. They do if the function has arguments besides the params.
     """
 
     rules: Mapping[str, Rule]
@@ -148,7 +149,7 @@ class Context:
         *,
         moved: bool = False,
     ) -> None:
-        """Records a use; `roles` has a word for each axis of the value, or is empty."""
+        """Records a use; `roles` has one role for each axis of the value, or is empty."""
         primitive, where = "output", "the end of the function"
         if equation is not None:
             primitive = equation.primitive.name
@@ -157,7 +158,7 @@ class Context:
         for weight in value.names:
             shape, letters = tuple(value.shape), as_used.get(weight, "")
             if letters and letters != self.targets[self._path(weight)].axes:
-                # A part of a weight may be one of any axis.
+                # The part may have been taken along any axis.
                 letters = "" if moved and "indexed" in roles else letters
                 where = where or compat.called_at(equation, self.callers)
             self.record(Sighting(weight, shape, primitive, where, merged, letters, moved))
@@ -170,12 +171,12 @@ class Context:
         *,
         moved: bool = False,
     ) -> None:
-        """Records a use that takes some entries of the axes that are `indexed`."""
+        """Records a use that takes some entries of the `indexed` axes."""
         roles = ["indexed" if is_indexed else "" for is_indexed in indexed]
         self.see(value, equation, roles, moved=moved)
 
     def _axes_as_used(self, value: Factored, roles: Sequence[str]) -> dict[Any, str]:
-        """The letters of the axes of each weight in a value, as a use of it has them."""
+        """The letters of each weight's axes, given the roles of the value's axes."""
         if "indexed" in roles and "contracted" not in roles:
             roles = [role or "kept" for role in roles]
         ndim = sum(size != 1 for size in value.shape)
@@ -197,19 +198,19 @@ class Context:
         return isinstance(value, Factored)
 
     def add_constants(self, values: Iterable[Any]) -> None:
-        """Notes that values depend on no argument of the function, except its weights."""
+        """Marks values as constants: they depend on no argument except the weights."""
         self._constants.update((id(value), value) for value in values)
 
     def is_constant(self, value: Any) -> bool:
-        """Whether a value, that is no literal, is known to depend on no argument."""
+        """Whether a value, not a literal, is known to be a constant."""
         return id(value) in self._constants
 
     def is_constant_atom(self, atom: Any, value: Any) -> bool:
-        """The same of an operand of an equation, which may be a literal."""
+        """Whether an operand of an equation is a literal or a known constant."""
         return isinstance(atom, compat.Literal) or self.is_constant(value)
 
     def record(self, sighting: Sighting) -> None:
-        """Keeps a sighting, and reports it if it is of a merge."""
+        """Records a sighting, and calls `on_merge` if it is a merge."""
         self.sightings.append(sighting)
         if sighting.merged:
             self.on_merge(
@@ -223,7 +224,7 @@ class Context:
             )
 
     def merge(self, value: Factored, equation: Any, reason: str) -> jax.Array:
-        """The dense value, with a report, unless it is rows of a table, or a vector."""
+        """The dense value. The merge is reported, except for table rows and vectors."""
         if value.gathered or self.is_vector(value):
             if value.has_uses:
                 value = value.for_use(LOOKUP)
@@ -236,7 +237,7 @@ class Context:
         return merge(value)
 
     def keep_parts(self, value: Factored, known: Parts | Factored) -> None:
-        """Remembers where the terms of a value act, or that it is where another's do."""
+        """Records where the terms of a value act: given, or copied from another value."""
         if isinstance(known, Factored):
             if id(known) not in self._parts:
                 return
@@ -246,19 +247,19 @@ class Context:
     def without_others(
         self, before: Factored, after: Factored, move: Callable[[Any], Any]
     ) -> Factored:
-        """A part of a value, without terms and columns that act in other parts only.
+        """A part of a value, without the terms and columns that act only elsewhere.
 
         Args:
             before: the whole value.
-            after: what `move` made of it.
-            move: of an array of the axes of `before`.
+            after: the result of the move for `before`.
+            move: the move, as a function of an array with the axes of `before`.
         """
         if id(before) not in self._parts:
             return after
         with jax.ensure_compile_time_eval():
             known = jax.tree.map(move, self._parts[id(before)][1])
         if any(isinstance(own, Tracer) for own in jax.tree.leaves(known)):
-            return after  # which part it is, is not known
+            return after  # the index is traced, so the part is not known
         known = jax.tree.map(np.asarray, known)
         in_terms, in_columns = ([own.any() for own in each] for each in known)
         uses = after.column_uses and tuple(
@@ -274,7 +275,7 @@ class Context:
         return left
 
     def refuse_use(self, value: Factored, equation: Any) -> NoReturn:
-        """Raises for a use of adapters for one kind of use that is of neither kind."""
+        """Raises if an adapter is for one kind of use and this use is of neither kind."""
         name, where = "output", "the end of the function"
         if equation is not None:
             name = equation.primitive.name
@@ -286,7 +287,7 @@ class Context:
         )
 
     def check_may_stop(self, value: Factored, equation: Any) -> None:
-        """Raises for a `stop_gradient` of adapted weights, unless the user allowed it."""
+        """Raises for a `stop_gradient` of an adapted weight, unless the user allowed it."""
         if self.on_stop_gradient != "error":
             return
         names = ", ".join(repr(self._path(name)) for name in value.names)
@@ -295,24 +296,24 @@ class Context:
             f"the function stops the gradient of the adapted weight {names} (here of shape "
             f"{tuple(value.shape)}) with `stop_gradient`, at {where}: the "
             "adapter would get no gradient through this use. If only the base weight is "
-            "frozen there, set on_stop_gradient='base': the adapter is trained. If the "
-            "adapter is not to be trained by this use either (a target network, a "
+            "frozen there, set on_stop_gradient='base': the adapter is trained. If this "
+            "use must not train the adapter either (a target network, a "
             "straight-through estimator), set on_stop_gradient='all'."
         )
 
     def is_vector(self, value: Factored) -> bool:
-        """Whether merging a value costs no more than one of its factors.
+        """Whether a merged value is no larger than one of its factors.
 
-        With dropout it stays factored all the same, for the product that it is used in.
+        With dropout the answer is no: the product that uses the value needs the factors.
         """
         return bool(value.terms) and value.is_thin() and not self.drops(value)
 
     def drops(self, value: Factored) -> bool:
-        """Whether products with the value drop entries of the other operand."""
+        """Whether products with the value have dropout on the other operand."""
         return self.key is not None and any(t.label.dropout for t in value.terms)
 
     def check_no_dropout(self, value: Factored) -> None:
-        """Raises for a use that has no input to drop entries of."""
+        """Raises if the value has dropout, for a use without an input to drop."""
         if self.drops(value):
             raise ValueError(
                 f"the adapter of {self._path(value.names[0])!r} has dropout, which a "
@@ -321,7 +322,7 @@ class Context:
             )
 
     def _path(self, name: str | int) -> str:
-        """The path of a weight, by what it goes by in here."""
+        """The user's path of a weight, given its name in the current call."""
         for names in reversed(self._names):
             name = names[name]
         return str(name)
@@ -334,9 +335,9 @@ class Context:
         ]
 
     def make_key(self, x: jax.Array | None = None) -> jax.Array | None:
-        """A new dropout key in each call, or None where there is no dropout.
+        """A new dropout key for each call; None if there is no dropout.
 
-        Inside `jax.shard_map` the mask of `x` differs between devices where `x` does.
+        Inside `jax.shard_map`, devices with different parts of `x` get different keys.
         """
         if self.key is None:
             return None
@@ -347,16 +348,16 @@ class Context:
         return key
 
     def dropout(self, label: Label, x: jax.Array) -> tuple[float, jax.Array | None]:
-        """The rate at which a product with a term drops entries of `x`, and its key.
+        """The dropout rate of `x` in a product with a term, and the key.
 
-        They are 0 and None where nothing is dropped.
+        Without dropout they are 0 and None.
         """
         rate = label.dropout if self.key is not None else 0.0
         return rate, self.make_key(x) if rate else None
 
     @contextlib.contextmanager
     def using_key(self, key: jax.Array | None) -> Iterator[None]:
-        """Makes keys from `key`, a value of the trace that starts here."""
+        """Derives dropout keys from `key`, a value of the trace that starts here."""
         saved = self.key, self._keys_made
         self.key, self._keys_made = key, 0
         try:
@@ -366,7 +367,7 @@ class Context:
 
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:
-        """Evaluates something for its shapes: what is seen there does not count."""
+        """Discards the uses and merges of an evaluation that is only done for shapes."""
         saved = self.sightings, self.on_merge, self._keys_made
         self.sightings = list(self.sightings)
         self.on_merge = lambda merge: None
@@ -377,7 +378,7 @@ class Context:
 
     @contextlib.contextmanager
     def renamed(self, names: Mapping[Any, str | int]) -> Iterator[list[Sighting]]:
-        """Collects what is seen of weights that go by other names in here."""
+        """Renames the weights in a call, and collects the uses under the new names."""
         saved = self.sightings, self._names
         self.sightings, self._names = [], (*self._names, names)
         try:

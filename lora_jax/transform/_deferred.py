@@ -1,9 +1,9 @@
-"""Frozen weights that are stored in few bits, and formed where they are used.
+"""Quantized frozen weights, which are dequantized at each use.
 
-In the program a quantized weight is a `Deferred` array: its stored arrays, and the
-primitives that move it about, cast it or join it with others, none of which runs. A use,
-such as a product, forms it; inside `jax.checkpoint`, so that the backward pass forms it
-again, and nothing dense is kept in between.
+In the program a quantized weight is a `Deferred` array: its stored arrays, and a record of
+the primitives that move, cast or join it, which have not run yet. A use, such as a product,
+runs them. It does so inside `jax.checkpoint`: the backward pass dequantizes again, and no
+dense copy is kept in between.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from jax import lax
 from lora_jax._core import compat, placement, quantized
 from lora_jax.transform._moves import MOVES, named
 
-# What is put off until the weight is used.
+# Primitives that are recorded, and run when the weight is used.
 _PUT_OFF = named(lambda row: row.is_deferred)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """An output of an equation that is put off. Equal to itself only."""
+    """One output of a recorded equation. Compared by identity."""
 
     equation: Any
     output: int
 
     @property
     def entrywise(self) -> bool:
-        """Whether an entry of the result is this step of an entry of its one operand."""
+        """Whether the step has one operand and acts on each entry of it alone."""
         return MOVES[self.equation.primitive.name].is_entrywise
 
 
@@ -40,11 +40,12 @@ class Step:
 )
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """An array that has yet to be formed.
+    """An array that is not computed yet.
 
     Attributes:
-        operands: of the step: arrays or deferred ones. Without a step a quantized weight.
-        step: that makes the array of the operands.
+        operands: the operands of the step, any of which may be deferred. Without a step,
+            one quantized weight.
+        step: computes the array from the operands; None to dequantize the weight.
     """
 
     operands: tuple[Any, ...]
@@ -58,34 +59,34 @@ class Deferred:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the array."""
+        """The shape of the array."""
         return self._abstract.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of the array."""
+        """The dtype of the array."""
         return self._abstract.dtype
 
     @property
     def ndim(self) -> int:
-        """That of the array."""
+        """The number of axes of the array."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """That of the array."""
+        """The number of entries of the array."""
         return self._abstract.size
 
     @property
     def batch_ndim(self) -> int:
-        """How many leading axes of the array are leading axes of all that is stored."""
+        """How many leading axes the array shares with all of its stored arrays."""
         if self.step is None or self.step.entrywise:
             return self.operands[0].batch_ndim
         return 0
 
 
 def form(value: Any) -> Any:
-    """The dense array, without a gradient; any other value as it is."""
+    """The dense array, with its gradient stopped; other values unchanged."""
     if not isinstance(value, Deferred):
         return value
     if value.step is None:
@@ -97,9 +98,9 @@ def form(value: Any) -> Any:
 
 
 def bind(equation: Any, values: Sequence[Any]) -> Any:
-    """What the equation's primitive gives for other values, any of which may be deferred.
+    """Applies an equation's primitive to values, any of which may be deferred.
 
-    The result is deferred, too, if the primitive is one that only moves it about.
+    If the primitive only moves, casts or joins a deferred value, the result is deferred.
     """
     if compat.explicit_mesh(equation) is None:
         return _bind(equation, values)
@@ -107,10 +108,10 @@ def bind(equation: Any, values: Sequence[Any]) -> Any:
 
 
 def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
-    """`bind` on the mesh of the equation, also where its axes are automatic here."""
+    """`bind` on the explicit mesh of the equation, even inside automatic axes."""
     automatic = compat.is_automatic()
     with compat.on_mesh_of_equation(equation):
-        # A value that the program has on no mesh may be on this one here.
+        # A value without a mesh in the program may have one here.
         own = [
             compat.retyped(value, atom.aval.sharding)
             if compat.mesh_of(atom.aval).axis_names
@@ -135,22 +136,22 @@ def _bind(equation: Any, values: Sequence[Any]) -> Any:
 
 
 def use(equation: Any, values: Sequence[Any]) -> Any:
-    """What the equation's primitive gives, with deferred values formed for it alone."""
+    """Applies an equation's primitive, with deferred values computed for it alone."""
     if not any(isinstance(value, Deferred) for value in values):
         return compat.bind(equation, values)
 
     def used(values):
         return compat.bind(equation, [form(value) for value in values])
 
-    # jax.checkpoint refuses or repeats what has effects, and old versions of JAX cannot
-    # compile pmap inside it.
+    # jax.checkpoint refuses or repeats effects, and old versions of JAX cannot compile
+    # pmap inside it.
     if equation.effects or equation.primitive.name == "xla_pmap":
         return used(values)
-    return jax.checkpoint(used)(list(values))  # forms them again in the backward pass
+    return jax.checkpoint(used)(list(values))  # the backward pass computes them again
 
 
 def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:
-    """Some entries of a stack, taken from what is stored; None if it is anything else."""
+    """Entries of a stack, taken from the stored arrays; None for any other equation."""
     if not isinstance(value, Deferred):
         return None
     if value.step is not None:

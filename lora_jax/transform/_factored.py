@@ -1,15 +1,16 @@
-"""The factored value: an adapted weight while a program is evaluated.
+"""The factored value: an adapted weight during the evaluation of a program.
 
     value = prod(columns) * (base + sum over terms of scale * sum_r a[r] * b[r])
 
-`base` is the dense weight `(*axes)`. `a` and `b` are `(*axes)` with a rank axis among them,
-and `columns` (DoRA's `m / norm`) are `(*axes)`. Each of their axes is as long as that of
-the weight, and then *owned*, or has size 1. Axes that only `a` owns are inputs, axes that
-only `b` owns are outputs, and axes that both own are batch axes (stacked layers, experts).
-So a primitive that moves axes moves those of base, factors and columns alike, and one that
-contracts the weight contracts one factor after the other.
+`base` is the frozen weight `(*axes)`. `a` and `b` have these axes and a rank axis, and
+`columns` (DoRA's `m / norm`) are `(*axes)`. A factor or column *owns* an axis if it is as
+long there as the weight. Along other axes it has size 1. Axes that only `a` owns are
+inputs, axes that only `b` owns are outputs, and axes that both own are batch axes (stacked
+layers, experts). So a primitive that moves axes acts on base, factors and columns alike,
+and a primitive that contracts the weight contracts one factor after the other.
 
-The scale is static. Factors keep their dtype until they are multiplied. Columns are wide.
+The scale is static. Factors keep their dtype until they are multiplied. Columns have at
+least float32.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
 
-# The number of the rank axis, beside those of the axes of the weight.
+# Stands for the rank axis where axes of the weight are given by number.
 RANK = -1
 
 
@@ -38,13 +39,13 @@ class Label:
     """The static part of a term.
 
     Attributes:
-        names: the paths of the weights (several, where weights were stacked), or their
-            numbers among the arguments of a call that is traced once for many weights.
+        names: the paths of the weights, several if weights were stacked. In a call that is
+            traced once for many weights, their numbers among the arguments.
         scale: multiplies the product of the factors.
-        dropout: the rate at which entries of the other operand are dropped.
+        dropout: the dropout rate of the other operand of a product.
         use: the kind of use that the term is for, `"lookup"` or `"product"`; empty for any.
-        swapped: for each name whether `a` and `b` have changed places, to match the other
-            weights of a stack; empty if none have.
+        swapped: for each name, whether `a` and `b` were exchanged to match the other
+            weights of a stack; empty if none were.
     """
 
     names: tuple[str | int, ...]
@@ -61,15 +62,15 @@ class Label:
 )
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """One factor of a term, with its axes where they are stored.
+    """One factor of a term, in its stored layout.
 
-    They keep their order as long as nothing moves them. A copy in another layout would be
-    kept for the backward pass, and under `lax.scan` one for each layer.
+    The axes keep their stored order until a primitive moves them. The backward pass would
+    keep a copy in another layout, and under `lax.scan` one copy for each layer.
 
     Attributes:
-        array: has the rank axis and axes of the weight. Missing axes have size 1.
-        axes: for each axis of the array, the axis of the weight that it is, or `RANK`.
-        ndim: of the weight.
+        array: has the rank axis and some axes of the weight. The others have size 1.
+        axes: for each axis of the array, its axis of the weight, or `RANK`.
+        ndim: the number of axes of the weight.
     """
 
     array: jax.Array
@@ -83,22 +84,22 @@ class Factor:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sizes of the axes of the weight."""
+        """The size of the factor along each axis of the weight."""
         known = dict(zip(self.axes, self.array.shape, strict=True))
         return tuple(known.get(axis, 1) for axis in range(self.ndim))
 
     def leading(self, dtype: jnp.dtype | None = None) -> jax.Array:
-        """`(rank, *axes)`, in a dtype if one is given."""
+        """The factor as an array `(rank, *axes)`, cast to `dtype` if one is given."""
         array = place(self.array, self.axes, (RANK, *range(self.ndim)))
         return array if dtype is None else array.astype(dtype)
 
     def map(self, function: Map) -> "Factor":
-        """The factor after `function`, which sees an array of the axes of the weight."""
+        """Applies `function` to `(*axes)` arrays; the rank axis is mapped over."""
         return from_leading(jax.vmap(function)(self.leading()))
 
 
 def from_leading(array: jax.Array) -> Factor:
-    """The factor of which `Factor.leading` is `array`, `(rank, *axes)`."""
+    """The factor with the array `(rank, *axes)`."""
     ndim = array.ndim - 1
     return Factor(array, (RANK, *range(ndim)), ndim)
 
@@ -108,7 +109,7 @@ def from_leading(array: jax.Array) -> Factor:
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank term: two factors and what is static about them."""
+    """One low-rank term: two factors and their static part."""
 
     a: Factor
     b: Factor
@@ -119,7 +120,7 @@ class Term:
         return dataclasses.replace(self, a=function(self.a), b=function(self.b))
 
     def named(self, names: tuple[str | int, ...]) -> "Term":
-        """The term with other names of its weights."""
+        """The term with other names for its weights."""
         swapped = self.label.swapped if names else ()
         label = dataclasses.replace(self.label, names=names, swapped=swapped)
         return dataclasses.replace(self, label=label)
@@ -138,12 +139,12 @@ class Factored:
         base: `(*axes)`, the frozen weight; deferred if it is quantized.
         terms: see `Term`. A quantized weight without an adapter has none.
         columns: `(*axes)` each; they multiply the value.
-        gathered: not empty if the value is rows of a table. The indices are `"data"`, or
-            `"constants"`, which depend on no argument of the function and may reorder the
-            rows of a weight. The frozen program has an array of this size too, so a merge
-            is cheap and is not reported.
-        column_uses: the kind of use of each column, as `Label.use`; empty if all are for
-            any use.
+        gathered: says how rows of a table were looked up; empty for other values.
+            `"data"`: by indices that depend on arguments. `"constants"`: by indices that
+            do not, which may only reorder the rows. The frozen program has an array of this
+            size too, so a merge is cheap and is not reported.
+        column_uses: the kind of use of each column, as `Label.use`; empty if all columns
+            are for any use.
     """
 
     base: jax.Array | Deferred
@@ -169,16 +170,16 @@ class Factored:
 
     @property
     def names(self) -> tuple[str | int, ...]:
-        """The names of its weights, each once."""
+        """The names of the weights in the value, each once."""
         return tuple(dict.fromkeys(n for term in self.terms for n in term.label.names))
 
     @property
     def has_uses(self) -> bool:
-        """Whether a part of it is there for one kind of use only."""
+        """Whether a term or column is for one kind of use only."""
         return any(self.column_uses) or any(term.label.use for term in self.terms)
 
     def for_use(self, use: str) -> "Factored":
-        """What the value is for a use of one kind, `"lookup"` or `"product"`."""
+        """The value for a `"lookup"` or `"product"`, without terms for the other use."""
         kinds = ("", use)
         terms = tuple(
             dataclasses.replace(term, label=dataclasses.replace(term.label, use=""))
@@ -197,7 +198,7 @@ class Factored:
     def map(self, base: Any, function: Map) -> "Factored":
         """The value with `base`, and `function` applied to every factor and column.
 
-        The function sees arrays of the axes of the weight: the rank axis is mapped over.
+        The function gets `(*axes)` arrays: the rank axis is mapped over.
         """
         return self.replace(
             base=base,
@@ -213,7 +214,10 @@ class Factored:
         )
 
     def is_thin(self) -> bool:
-        """Whether no term couples two axes, so that a merge costs no more than a factor."""
+        """Whether one factor of each term owns all axes of the other.
+
+        Then a merged value is no larger than a factor.
+        """
 
         def thin(term: Term) -> bool:
             a, b = self.owned(term.a), self.owned(term.b)
@@ -233,12 +237,12 @@ def base_of(value: Any) -> Any:
 
 
 def with_base(value: Any, base: Any) -> Any:
-    """A factored value with another frozen weight; `base` in place of other values."""
+    """A factored value with the frozen weight `base`; `base` itself for other values."""
     return value.replace(base=base) if isinstance(value, Factored) else base
 
 
 def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
-    """A factor without its rank axis, or a column, broadcast along an axis."""
+    """Broadcasts a column, or a factor without its rank axis, along an axis."""
     if array.shape[axis] == value.shape[axis]:
         return array
     shape = (*array.shape[:axis], value.shape[axis], *array.shape[axis + 1 :])
@@ -246,7 +250,7 @@ def full(value: Factored, array: jax.Array, axis: int) -> jax.Array:
 
 
 def specs(value: Factored, spec: Sequence[Any]) -> Factored:
-    """The mesh axes of each array of a value, if the weight is sharded as `spec`.
+    """The partition spec of each array of a value, given that of the weight.
 
     A factor or a column is sharded along the axes that it owns.
     """
@@ -269,14 +273,14 @@ def specs(value: Factored, spec: Sequence[Any]) -> Factored:
 def retyped(value: Any, kind: Any) -> Any:
     """A value with the sharding of `kind`, its type in the program.
 
-    Factors and columns are sharded along the axes that they own.
+    A factor or a column is sharded along the axes that it owns.
     """
     mesh = compat.mesh_of(kind)
     if not mesh.axis_names:
         return value
     if not isinstance(value, Factored):
         return compat.retyped(value, kind.sharding)
-    # A deferred weight has that type when it is formed.
+    # A deferred weight gets this sharding when it is computed.
     deferred = isinstance(value.base, Deferred)
     base = value.base if deferred else compat.retyped(value.base, kind.sharding)
     places = specs(value, kind.sharding.spec)
@@ -312,7 +316,7 @@ def _merge(value: Factored) -> jax.Array:
 
 
 def product(value: Factored, term: Term, dtype: jnp.dtype) -> jax.Array:
-    """`sum_r a[r] * b[r]`, with 1 for the axes that neither owns, without the scale."""
+    """`sum_r a[r] * b[r]` without the scale; axes that neither factor owns have size 1."""
     names = tuple((axis,) for axis in range(value.ndim))
     a, b = (owned(value, factor, names) for factor in (term.a, term.b))
     out = contraction.contract(a, b, names, dtype, lax.Precision.HIGHEST)
@@ -323,9 +327,9 @@ def owned(value: Factored, factor: Factor, names: Names) -> Named:
     """A factor without the axes that it does not own.
 
     Args:
-        value: of the factor.
-        factor: of a term of the value.
-        names: of the axes of the weight.
+        value: the factored value.
+        factor: a factor of one of its terms.
+        names: the names of the axes of the weight.
     """
     kept = {RANK, *value.owned(factor)}
     sizes = zip(factor.axes, factor.array.shape, strict=True)
@@ -335,7 +339,7 @@ def owned(value: Factored, factor: Factor, names: Names) -> Named:
 
 
 def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
-    """Reorders axes named `have` as in `want`; missing axes have size 1."""
+    """Transposes axes named `have` to the order `want`; missing axes get size 1."""
     order = [have.index(name) for name in want if name in have]
     if order != sorted(order):
         array = lax.transpose(array, order)
@@ -344,7 +348,10 @@ def place(array: jax.Array, have: Sequence, want: Sequence) -> jax.Array:
 
 
 def times(x: jax.Array, by: jax.Array) -> jax.Array:
-    """`x * by`, multiplied wide, in the dtype of `x`, or a complex one if `by` is."""
+    """`x * by`, computed in at least float32 and rounded to the dtype of `x`.
+
+    If `by` is complex, the result is complex and is not rounded.
+    """
     wide = numerics.accumulation_dtype(x.dtype, by.dtype)
     out = x.astype(wide) * by.astype(wide)
     return out if jnp.iscomplexobj(by) else out.astype(x.dtype)

@@ -1,4 +1,7 @@
-"""Follows weights through a program, equation by equation. Nothing is computed."""
+"""Follows the axes of weights through a program, equation by equation.
+
+No equation runs.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +17,7 @@ from lora_jax.transform._tracked import Dense, Tracked, Uses, is_tracked
 
 Step = Callable[..., list[Any]]
 
-# In the body of a call the axes of a weight are followed through these too.
+# In the body of a merged call, axes are also followed through these primitives.
 _ENTRYWISE = frozenset(
     {
         *("abs", "add", "ceil", "clamp", "convert_element_type", "div", "exp", "exp2"),
@@ -28,9 +31,10 @@ class Finder:
     """Follows weights through a program.
 
     Attributes:
-        steps: what becomes of the operands of an equation, by the primitive's name.
-        uses: that were found so far.
-        frame: the jaxpr that is being followed.
+        steps: for each primitive, a function from the tracked operands of an equation to
+            its tracked results.
+        uses: the uses found so far.
+        frame: the jaxpr that is being read.
     """
 
     def __init__(self, steps: Mapping[str, Step], *, closed_over_is_constant: bool):
@@ -38,7 +42,7 @@ class Finder:
         self.uses = Uses()
         self.frame = Frame()
         self._constants = Dense(closed_over_is_constant)
-        # Whether this is the body of a call that merges its weights.
+        # Whether the finder is inside the body of a call that merges its weights.
         self._reading = False
 
     def is_weight(self, value: Any) -> bool:
@@ -46,7 +50,7 @@ class Finder:
         return is_tracked(value)
 
     def follow(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
-        """The outputs of a jaxpr, any of which may be tracked."""
+        """Follows the arguments to the outputs of a jaxpr, any of which may be tracked."""
         jaxpr, _ = compat.open_jaxpr(jaxpr)
         frame, outer = Frame(), self.frame
         frame.values.update(dict.fromkeys(jaxpr.constvars, self._constants))
@@ -67,7 +71,7 @@ class Finder:
         return [_read(self.frame, atom) for atom in equation.invars]
 
     def _apply(self, equation: Any, values: list[Any]) -> list[Any]:
-        """What the equation gives: by its step, or with its operands merged."""
+        """The results of an equation: from its step, or with its operands merged."""
         name = equation.primitive.name
         if name == "broadcast_in_dim":
             self.frame.broadcasts[equation.outvars[0]] = equation
@@ -92,7 +96,7 @@ class Finder:
         return self._inside(equation, values, reason)
 
     def _merge_rows(self, equation: Any, values: list[Any]) -> list[Any]:
-        """Notes which rows of tables are activations for an equation."""
+        """Records which rows of tables an equation uses as activations."""
         name = equation.primitive.name
         weights = [value for value in values if isinstance(value, Tracked)]
         only_rows = all(value.gathered for value in weights)
@@ -107,10 +111,10 @@ class Finder:
         return self._operands(equation)
 
     def _inside(self, equation: Any, values: list[Any], reason: str) -> list[Any]:
-        """Records a use that is merged, with the roles that the body of a call says.
+        """Records a merged use, with the roles that the body of the call shows.
 
-        A custom derivative, for one, is about the dense weight, but the function that it
-        is of says what the axes are. The rule of the derivative is not looked at.
+        A function with a custom derivative gets the dense weight, for example, but its body
+        shows the roles of the axes. The rule of the derivative is not read.
         """
         roles: dict[str, list[dict[int, str]]] = {}
         passed: list[Any] = []
@@ -123,17 +127,17 @@ class Finder:
             self.uses.use_rows(value)
             if not value.gathered:
                 self.uses.see_merged(value, equation, reason, roles)
-        if any(map(is_tracked, passed)):  # a weight goes through, such as a rounded one
+        if any(map(is_tracked, passed)):  # the call returns a weight, such as a rounded one
             return [_merged_before(reason, value) for value in passed]
         if not self._reading or equation.primitive.name not in _ENTRYWISE:
             return dense(equation)
-        # Merged or not, the axes are what they were: of a weight that is quantized, say.
+        # Entrywise operations, such as a rounding, keep the axes of the merged weight.
         shape = equation.outvars[0].aval.shape
         axes = tuple(own for value in weights if value.shape == shape for own in value.axes)
         return [Tracked(shape, axes)] if axes else dense(equation)
 
     def read_aside(self, body: Any, values: list[Any], roles: Any) -> list[Any]:
-        """The outputs of the body of a call; its uses are added to `roles` alone."""
+        """The outputs of the body of a call, whose uses are only added to `roles`."""
         saved = self.uses.found, self._reading
         self.uses.found, self._reading = [], True
         try:
@@ -148,7 +152,7 @@ class Finder:
     def _not_followed(
         self, equation: Any, values: Sequence[Any], error: Exception
     ) -> list[Any]:
-        """Records that a step failed: a plan may not need it."""
+        """Records the error of a step as a reason: the plan may not need this weight."""
         line = str(error).partition("\n")[0]
         reason = f"{NOT_FOLLOWED}: {type(error).__name__}: {line}"
         for value in filter(is_tracked, values):
@@ -176,12 +180,12 @@ def _read(frame: Frame, atom: Any) -> Any:
 
 
 def dense(equation: Any) -> list[Any]:
-    """The results of an equation, none of which is a weight."""
+    """The results of an equation that returns no weight."""
     return [Dense()] * len(equation.outvars)
 
 
 def _with_rows(values: Sequence[Any], out: list[Any]) -> list[Any]:
-    """Outputs of a step, which are rows of tables if all weights among its values are."""
+    """Marks the outputs of a step as table rows if all weights among `values` are rows."""
     kinds = {value.gathered for value in values if isinstance(value, Tracked)}
     if "" in kinds:
         return out
@@ -195,7 +199,7 @@ def _with_rows(values: Sequence[Any], out: list[Any]) -> list[Any]:
 
 
 def _merged_before(reason: str, value: Any) -> Any:
-    """What a merged call returns: if it is a weight, its later uses are of a merged one."""
+    """An output of a merged call; if it is a weight, its axes are marked as merged."""
     if not isinstance(value, Tracked):
         return Dense()
     axes = [dataclasses.replace(own, merged=reason) for own in value.axes]

@@ -1,4 +1,4 @@
-"""Evaluates a jaxpr in which some values are factored."""
+"""Evaluates a jaxpr with factored values."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from lora_jax.transform._factored import Factored, is_factored, merge
 from lora_jax.transform._moves import named
 from lora_jax.transform._parameters import NotFactorableError, no_rule
 
-# Rows of a table stay factored through these; everything else gets them merged.
+# Rows of a table stay factored through these primitives; others get the merged rows.
 _KEEP_GATHERED = named(lambda row: row.keeps_rows) | {"closed_call", "dot_general", "jit"}
 
-# Rows that constants looked up, which may be those of a weight in another order, stay
-# factored through all rules but these; and so do all rows in the search for axes.
+# Rows looked up by constants may be a weight with reordered rows. They stay factored
+# through all rules except these. While axes are inferred, all rows do.
 _END_GATHERED = frozenset({"add", "add_any", "reduce_sum", "shard_map", "sub"})
-# Products of an activation with a kernel: rows are the former.
+# Products of an activation with a kernel. Rows of a table are the activation.
 _KERNELS = frozenset({"conv_general_dilated", "ragged_dot_general"})
 
-# Products, and what leaves open which use of a weight it is for.
+# Products, and primitives after which the kind of use is still open.
 _PRODUCTS = frozenset(
     {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
 )
@@ -32,18 +32,18 @@ _OPEN = named(lambda row: row.keeps_vectors or row.is_entrywise) | {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
 
-# A vector of a weight is merged as well, but not for these.
+# Vectors, such as one column of a weight, are merged except for these primitives.
 _KEEP_VECTOR = named(lambda row: row.keeps_vectors)
 
 
 def keeps_rows(name: str, position: int, *, only_rows: bool) -> bool:
-    """Whether rows of a table stay as they are as an operand of a primitive.
+    """Whether rows of a table stay factored as an operand of a primitive.
 
     Args:
         name: of the primitive.
         position: of the operand.
-        only_rows: whether they may be those of a weight in another order, and the other
-            weights among the operands are rows too.
+        only_rows: whether the rows may be a reordered weight, and all other weights among
+            the operands are rows as well.
     """
     anywhere = only_rows and name not in _END_GATHERED
     is_input = position == 0 and name in _KERNELS
@@ -53,7 +53,7 @@ def keeps_rows(name: str, position: int, *, only_rows: bool) -> bool:
 def evaluate(
     context: Context, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]
 ) -> list[Any]:
-    """The outputs of a jaxpr, any of which may be factored."""
+    """Evaluates a jaxpr; its arguments and outputs may be factored."""
     frame, outer = Frame(), context.frame
     if context.closed_over_is_constant:
         context.add_constants(constants)
@@ -65,7 +65,7 @@ def evaluate(
             values = [frame.read(atom) for atom in equation.invars]
             with compat.at_equation(equation):
                 out = _apply(context, equation, values)
-            # A rule may return its only result alone, also where JAX has it in a list.
+            # A rule may return a single result without a list.
             outputs = out if isinstance(out, list | tuple) else [out]
             if all(map(context.is_constant_atom, equation.invars, values)):
                 context.add_constants(outputs)
@@ -76,13 +76,13 @@ def evaluate(
 
 
 def evaluate_closed(context: Context, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
-    """`evaluate` for a jaxpr that has its constants with it."""
+    """Evaluates a closed jaxpr; see `evaluate`."""
     inner, constants = compat.open_jaxpr(jaxpr)
     return evaluate(context, inner, constants, arguments)
 
 
 def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
-    """What the equation gives: by its rule, or with its operands merged."""
+    """The results of an equation: from its rule, or with its operands merged."""
     frame = context.frame
     if equation.primitive.name == "broadcast_in_dim":
         frame.broadcasts[equation.outvars[0]] = equation
@@ -112,7 +112,10 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
 
 
 def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:
-    """The values as the equation uses them, where that is a look-up or a product."""
+    """The values, with only the terms for the equation's kind of use.
+
+    Values for an equation whose kind of use is still open are unchanged.
+    """
     name = equation.primitive.name
     if name in _OPEN:
         return values
@@ -138,12 +141,12 @@ def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:
 
 
 def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:
-    """Merges rows of tables, once for all their uses, where they do not stay factored."""
+    """Merges the rows of tables that do not stay factored, once for all their uses."""
     frame = context.frame
     name = equation.primitive.name
     weights = [value for value in values if isinstance(value, Factored)]
     kinds = {value.gathered for value in weights}
-    # Parts of one weight that DoRA scales alike stay alike where they are joined.
+    # Parts of one weight with the same DoRA columns keep them when they are joined.
     joined = name == "concatenate" and any(
         value.columns and not context.is_vector(value) for value in weights
     )
@@ -152,7 +155,7 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
         if not isinstance(value, Factored):
             continue
         if name == "dot_general" and len(weights) > 1:
-            # Rows are the activation of a product with a weight; see `dot_general`.
+            # Rows are the activation in a product with a weight; see `dot_general`.
             ordered = value.gathered == "constants"
             keep = ordered and kinds == {"constants", "data"}
         else:
@@ -168,7 +171,7 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
 
 
 def _with_rows(values: Sequence[Any], out: Any) -> Any:
-    """Outputs of a rule, which are rows of tables if all weights among its values are."""
+    """Marks the outputs of a rule as table rows if all weights among `values` are rows."""
     kinds = {value.gathered for value in values if isinstance(value, Factored)}
     if "" in kinds:
         return out
@@ -180,10 +183,10 @@ def _with_rows(values: Sequence[Any], out: Any) -> Any:
 
 
 def _settled(context: Context, equation: Any, out: Any) -> Any:
-    """Outputs of a rule, of which those stay factored that are of use so.
+    """The outputs of a rule; those that later rules can use stay factored.
 
-    Those that are vectors by now are merged: they cost no more than a factor. A weight
-    without an adapter that is dense by now is an array.
+    Vectors are merged, since a merged vector is no larger than a factor. A weight without
+    an adapter becomes an array if it is dense.
     """
     moved = equation.primitive.name in _KEEP_VECTOR
     if not isinstance(out, list | tuple):

@@ -1,7 +1,7 @@
-"""Weights joined along a batch axis: one term for all of them.
+"""Joins weights along a batch axis into one value with one term.
 
-Layers in a list that are stacked for a `lax.scan` are an example. With one term for each
-layer, padded with zeros, each layer would pay for all others.
+An example is a list of layers that is stacked for `lax.scan`. With one padded term for each
+layer, the cost of every layer would grow with the number of layers.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from lora_jax.transform._factored import (
 
 
 class _Piece(NamedTuple):
-    """All terms of one weight as one.
+    """All terms of one weight, combined into one.
 
     Attributes:
         a: `(rank, *axes)`, multiplied by the scales if they differ.
         b: `(rank, *axes)`.
-        axes: the axes that `a` owns, and those that `b` owns, without the joined axis.
-        scale: of the term.
-        dropout: of the term.
+        axes: the axes that `a` owns and the axes that `b` owns, without the joined axis.
+        scale: the scale of the combined term.
+        dropout: the dropout rate of the combined term.
     """
 
     a: jax.Array
@@ -43,12 +43,15 @@ class _Piece(NamedTuple):
 
 
 def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factored | None:
-    """The joined value with one term whose factors own `axis`; None if there is none.
+    """The joined value with one term, both factors of which own `axis`.
 
     Args:
         values: the weights, `(*axes)`. Dense weights get a term of zeros.
         axis: the axis along which they are joined.
         base: the frozen weight of the result.
+
+    Returns:
+        The joined value; None if the terms do not fit into one.
     """
     pieces = [_piece(v, axis) for v in values if isinstance(v, Factored)]
     known = [piece for piece in pieces if piece is not None]
@@ -75,9 +78,10 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
 
 
 def sum_of_parts(terms: Sequence[Term]) -> Term:
-    """Terms of which both factors are zero but for a part of a stack, as one term.
+    """Adds terms for disjoint parts of a stack into one term.
 
-    No entry of the stack is in two of the parts. Ranks are filled up with zeros.
+    Outside of its part, both factors of a term are zero. Smaller ranks are padded with
+    zeros.
     """
     scales = {term.label.scale for term in terms}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -90,7 +94,7 @@ def sum_of_parts(terms: Sequence[Term]) -> Term:
 
 
 def _sum(factors: Sequence[Factor], by: Sequence[float], rank: int) -> Factor:
-    """The sum of factors that are alike but for their ranks, each times a number."""
+    """The sum of factors, each multiplied by a number and padded to `rank`."""
     dtype = numerics.promote(*(factor.array.dtype for factor in factors))
     if any(number != 1.0 for number in by):
         dtype = numerics.accumulation_dtype(dtype)
@@ -108,7 +112,7 @@ def _sum(factors: Sequence[Factor], by: Sequence[float], rank: int) -> Factor:
 def _names_swapped(
     values: Sequence[Factored], turned: Sequence[bool]
 ) -> dict[str | int, bool]:
-    """For each weight whether its factors have changed places, now or before."""
+    """For each weight, whether its factors are exchanged, now or by an earlier join."""
     swapped: dict[str | int, bool] = {}
     for value, now in zip(values, turned, strict=True):
         for label in (term.label for term in value.terms):
@@ -119,7 +123,7 @@ def _names_swapped(
 
 
 def _piece(value: Factored, axis: int) -> _Piece | None:
-    """The terms of a weight as one; None if that is not possible."""
+    """The terms of a weight, combined into one; None if they do not fit."""
     owned = {(value.owned(term.a), value.owned(term.b)) for term in value.terms}
     dropouts = {term.label.dropout for term in value.terms}
     if len(owned) != 1 or len(dropouts) != 1 or value.gathered:
@@ -142,12 +146,12 @@ def _scaled(array: jax.Array, by: float) -> jax.Array:
 
 
 def _swapped(piece: _Piece) -> _Piece:
-    """The same product with the factors in the other order."""
+    """The same term with its factors exchanged."""
     return piece._replace(a=piece.b, b=piece.a, axes=piece.axes[::-1])
 
 
 def _side(piece: _Piece | None, side: str, scale: float) -> jax.Array | None:
-    """One factor of a piece, for a term with that scale."""
+    """One factor of a piece, rescaled for a term with the given scale."""
     if piece is None:
         return None
     array = getattr(piece, side)
@@ -175,7 +179,7 @@ def _join(
 
 
 def _columns(values: Sequence[Any], axis: int) -> tuple[jax.Array, ...]:
-    """The columns of all weights as one, with ones for weights without columns."""
+    """The product of each weight's columns, joined; ones for weights without columns."""
     columns = [list(v.columns) if isinstance(v, Factored) else [] for v in values]
     known = [column for own in columns for column in own]
     if not known:

@@ -47,7 +47,7 @@ def common_form(values: Sequence[Any]) -> Form:
         terms += missing
         for known, column in zip(columns, value.columns, strict=False):
             if known.shape != column.shape or known.dtype != column.dtype:
-                raise NotFactorableError("DoRA scales other axes of each of them")
+                raise NotFactorableError("DoRA scales different axes of the weights")
         columns += value.columns[len(columns) :]
     return Form(tuple(terms), tuple(columns))
 

@@ -1,7 +1,7 @@
-"""Primitives that move, keep or join the axes of a weight: one row of a table for each.
+"""A table of the primitives that move, keep or join the axes of a weight.
 
-A row says what becomes of each axis of the operand. The rules for low-rank weights, the
-search for axes, quantized weights that are yet to be formed, and the interpreter read it.
+A row says where each axis of the operand goes. The table is read by the rules for factored
+values, by the inference of axes, by deferred quantized weights and by the interpreter.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ def _not_of_factors(p: jax.Array, *others: Any) -> jax.Array:
 
 
 class Move(NamedTuple):
-    """What an equation makes of the axes of its operand in one of its results.
+    """Where the axes of an operand go in one result of an equation.
 
     Attributes:
-        axes: for each axis of the operand, those of the result that it becomes.
-        of: does the same to an array, given the other operands. The array may have 1 for
-            an axis; then it has 1 for what becomes of that.
-        indexed: for each axis of the operand, whether one entry of it is taken, or entries
-            that start anywhere; empty if that is so for none.
+        axes: for each axis of the operand, the axes of the result that it becomes.
+        of: applies the move to an array, given the other operands. Where the array has
+            size 1 instead of an axis of the operand, the result has size 1 as well.
+        indexed: for each axis of the operand, whether one entry is taken, or a range with a
+            traced start; empty if no axis is indexed.
     """
 
     axes: tuple[tuple[int, ...], ...]
@@ -38,19 +38,19 @@ class Move(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is known of a primitive.
+    """The row of one primitive.
 
     Attributes:
-        moves: for an equation a `Move` for each result. What joins several arrays does
-            the same with the axes of each.
-        operand: which operand may be the weight.
-        otherwise: why the weight is merged if it is another one.
-        is_deferred: whether a quantized weight is moved before it is formed.
-        is_entrywise: whether, applied to one entry of a stack, it gives that of the result.
-        keeps_rows: whether rows of a table stay factored through it, so that a product with
-            them is factored (a softmax over sampled classes).
-        keeps_vectors: whether a vector of a weight stays factored through it: where its
-            gradient is stopped, that of its factors may not be.
+        moves: from an equation, a `Move` for each result. A primitive that joins arrays has
+            the same move for each of them.
+        operand: the position of the operand that may be the weight.
+        otherwise: why the weight is merged at another position.
+        is_deferred: whether a quantized weight is dequantized only after the primitive.
+        is_entrywise: whether the primitive can be applied to each entry of a stack alone.
+        keeps_rows: whether rows of a table stay factored, so that a later product with them
+            is factored (a softmax over sampled classes).
+        keeps_vectors: whether a vector of a weight stays factored. A `stop_gradient` of
+            it, for example, may apply to the frozen weight and not to the factors.
     """
 
     moves: Callable[[Any], Sequence[Move]]
@@ -71,7 +71,7 @@ def _each(ndim: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _without(ndim: int, gone: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The axes of the operand where some of them are dropped."""
+    """Where the axes go if the axes `gone` are removed."""
     left = [axis for axis in range(ndim) if axis not in gone]
     return tuple((left.index(a),) if a in left else () for a in range(ndim))
 
@@ -85,7 +85,7 @@ def cast(equation: Any) -> list[Move]:
     """A cast to another floating-point dtype of at least 16 bits, or a complex one."""
     dtype = jnp.dtype(parameter(equation, "new_dtype"))
     if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
-        raise NotFactorableError(f"a sum cast to {dtype} is no sum of casts")
+        raise NotFactorableError(f"a cast to {dtype} has no low-rank form")
     return same(equation)
 
 
@@ -102,9 +102,9 @@ def _squeeze(equation: Any) -> list[Move]:
 
 
 def _broadcast_in_dim(equation: Any) -> list[Move]:
-    """New axes, and axes of size 1 made longer, are owned by no factor."""
+    """No factor owns the new axes, or the axes of size 1 that become longer."""
     if len(equation.invars) > 1:
-        raise NotFactorableError("its shape is an array")
+        raise NotFactorableError("its shape is traced")
     ndim = len(parameter(equation, "shape"))
     positions = parameter(equation, "broadcast_dimensions")
 
@@ -118,11 +118,11 @@ def _broadcast_in_dim(equation: Any) -> list[Move]:
 
 
 def _reshape(equation: Any) -> list[Move]:
-    """Splits and joins axes; a factor that owns one of those joined is made to own all."""
+    """Splits and joins axes. A factor that owns one of the joined axes then owns all."""
     old, new = equation.invars[0].aval.shape, tuple(parameter(equation, "new_sizes"))
     plain = len(equation.invars) == 1 and parameter(equation, "dimensions") is None
     if not plain or 0 in old:
-        raise NotFactorableError("it is no plain reshape")
+        raise NotFactorableError("it transposes, has a traced shape, or an axis of size 0")
     groups = _reshaped_together(old, new)
 
     def reshaped(p):
@@ -142,7 +142,7 @@ def _reshape(equation: Any) -> list[Move]:
 def _reshaped_together(
     old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """Pairs of axes of the two shapes that hold the same entries; not those of size 1."""
+    """Groups of old and new axes with the same entries, without axes of size 1."""
     left = [axis for axis, size in enumerate(old) if size != 1]
     right = [axis for axis, size in enumerate(new) if size != 1]
     groups = []
@@ -162,13 +162,13 @@ def _products(old, new, group) -> tuple[int, int]:
 def _indexed(
     sizes: Sequence[int], whole: Sequence[int], *, dynamic: bool = False
 ) -> tuple[bool, ...]:
-    """The axes of which one entry is taken, or a run that starts anywhere."""
+    """The axes of which one entry is taken, or with `dynamic` a range."""
     pairs = zip(sizes, whole, strict=True)
     return tuple(size != of and (size == 1 or dynamic) for size, of in pairs)
 
 
 def _slice(equation: Any) -> list[Move]:
-    """A part of each axis; one entry of an axis is an index of it."""
+    """A range of each axis. A range of one entry counts as an index."""
     old, new = _shapes(equation)
     start = parameter(equation, "start_indices")
     limit = parameter(equation, "limit_indices")
@@ -189,7 +189,7 @@ def _slice(equation: Any) -> list[Move]:
 
 
 def _dynamic_slice(equation: Any) -> list[Move]:
-    """As `slice`, from positions that are arrays."""
+    """As `_slice`, with traced starts."""
     old, sizes = equation.invars[0].aval.shape, parameter(equation, "slice_sizes")
 
     def cut(p, *starts):
@@ -211,7 +211,7 @@ def _rev(equation: Any) -> list[Move]:
 
 
 def _piece(p: jax.Array, whole: int, axis: int, start: int, size: int) -> jax.Array:
-    """A part of an axis of an array, if it is as long there as the whole."""
+    """A range of an axis of `p`, if `p` owns the axis: has its whole length."""
     if p.shape[axis] != whole:
         return p
     return lax.slice_in_dim(p, start, start + size, axis=axis)
@@ -247,7 +247,7 @@ def _unstack(equation: Any) -> list[Move]:
 
 
 def _tile(equation: Any) -> list[Move]:
-    """Axes repeated; an axis that a factor does not own repeats as it is."""
+    """Repeats axes. A factor is repeated only along axes that it owns."""
     old, repeats = equation.invars[0].aval.shape, parameter(equation, "reps")
 
     def tiled(p):
@@ -258,25 +258,25 @@ def _tile(equation: Any) -> list[Move]:
 
 
 def _pad(equation: Any) -> list[Move]:
-    """Axes made longer at their ends."""
+    """Pads axes at their ends."""
     widths = parameter(equation, "padding_config")
     if any(inside or min(low, high) < 0 for low, high, inside in widths):
-        raise NotFactorableError("it pads between entries, or cuts them off")
+        raise NotFactorableError("it pads between entries, or removes entries")
     return same(equation)[:1]
 
 
 def _gather(equation: Any) -> list[Move]:
-    """Slices at indices: an axis that is indexed becomes those of the indices."""
+    """Slices at indices. An indexed axis becomes the axes of the indices."""
     numbers = parameter(equation, "dimension_numbers")
     if numbers.operand_batching_dims:
-        raise NotFactorableError("it has other indices for each entry of a batch axis")
+        raise NotFactorableError("it has different indices for each entry of a batch axis")
     old, new = _shapes(equation)
     sizes, ndim = parameter(equation, "slice_sizes"), len(old)
-    # An axis that is taken whole can only start at 0, whatever its index.
+    # A slice as long as its axis starts at 0, whatever its index is.
     indexed = [i in numbers.start_index_map and sizes[i] != old[i] for i in range(ndim)]
     fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
     if fills and sum(indexed) != len(numbers.start_index_map):
-        raise NotFactorableError("it fills where an axis taken whole starts elsewhere")
+        raise NotFactorableError("its index of a whole axis may be out of range and fill")
     offsets = numbers.offset_dims
     of_indices = tuple(axis for axis in range(len(new)) if axis not in offsets)
     inside = _without(ndim, numbers.collapsed_slice_dims)
@@ -306,11 +306,11 @@ MOVES: dict[str, Row] = {
     "reshape": Row(_reshape, keeps_rows=True, keeps_vectors=True),
     "slice": Row(_slice, keeps_rows=True, keeps_vectors=True),
     "dynamic_slice": Row(
-        _dynamic_slice, otherwise="the weight is an index of it", keeps_vectors=True
+        _dynamic_slice, otherwise="the weight is its index", keeps_vectors=True
     ),
     "gather": Row(
         _gather,
-        otherwise="the weight is an index of it",
+        otherwise="the weight is its index",
         is_deferred=False,
         keeps_vectors=True,
     ),
@@ -318,7 +318,7 @@ MOVES: dict[str, Row] = {
     "split": Row(_split),
     "unstack": Row(_unstack),
     "tile": Row(_tile),
-    "pad": Row(_pad, otherwise="the weight is the value to pad with"),
+    "pad": Row(_pad, otherwise="the weight is the padding value"),
     "concatenate": _SAME,
     "stack": Row(_stack),
     "convert_element_type": Row(
@@ -340,7 +340,7 @@ MOVES: dict[str, Row] = {
     "pcast": _LINEAR,
     "cumsum": _LINEAR,
     "triangular_solve": Row(
-        same, operand=1, otherwise="it solves with the weight", is_deferred=False
+        same, operand=1, otherwise="the weight is its matrix", is_deferred=False
     ),
     "mul": _SAME,
     "div": _SAME,
@@ -353,5 +353,5 @@ MOVES: dict[str, Row] = {
 
 
 def named(test: Callable[[Row], bool]) -> frozenset[str]:
-    """The primitives whose row passes a test."""
+    """The names of the primitives whose rows pass `test`."""
     return frozenset(name for name, row in MOVES.items() if test(row))

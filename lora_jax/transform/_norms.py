@@ -31,7 +31,7 @@ from lora_jax.transform._parameters import NotFactorableError
 def constant_norm(
     weight: Any, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
-    """The norms of the columns of `W + scale * A @ B`, `(*batch, out)`, constants.
+    """The column norms of `W + scale * A @ B`, `(*batch, out)`, with stopped gradients.
 
     The weight may be quantized.
     """
@@ -46,54 +46,54 @@ def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax
     return _CALLS[value.axis](value.matrix())
 
 
-# Traced once for all weights of one shape. The gradient of the weight is stopped inside.
-# Outside, an outer `adapt` would see this as a use of the weight.
+# Traced once for all weights of one shape. The gradient of the weight is stopped inside. If
+# it were stopped outside, an outer `adapt` would see a `stop_gradient` of the weight.
 @jax.jit
 def lora_jax_column_norms(matrix: Matrix) -> jax.Array:
-    """The norms of the columns of a matrix, constants."""
+    """The column norms of a matrix, with stopped gradients."""
     return weight_norms.constant_norm(matrix, axis=-2)
 
 
 @jax.jit
 def lora_jax_row_norms(matrix: Matrix) -> jax.Array:
-    """The norms of its rows."""
+    """The row norms of a matrix, with stopped gradients."""
     return weight_norms.constant_norm(matrix, axis=-1)
 
 
 _CALLS = {-2: lora_jax_column_norms, -1: lora_jax_row_norms}
-# The names of their calls in a program.
+# The names of these functions in a jaxpr.
 _AXES = {"lora_jax_column_norms": -2, "lora_jax_row_norms": -1}
 
 
 @jax.jit
 def _of_quantized(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
-    """The norms of a quantized weight, an entry of a stack at a time."""
+    """The norms of a quantized weight, computed for one entry of a stack at a time."""
     return stacks.map_entries(_of_dense, weight, adapter, target)
 
 
 def norm_axis(equation: Any) -> int | None:
-    """The axis that an equation sums over, if it is a call that computes norms."""
+    """The axis that the norms are taken over, if the equation is a call in `_CALLS`."""
     return _AXES.get(str(equation.params.get("name")))
 
 
 def adapted(context: Context, equation: Any, axis: int, *values: Any) -> list[jax.Array]:
-    """The result of a call of one of the functions above, for a factored weight."""
+    """The rule for a call in `_CALLS` whose weight is factored."""
     check_can_form(equation, axis, list(map(is_factored, values)))
     matrix = Matrix(*values)
     return [_norm(_with_terms(matrix.weight, matrix, axis), axis)]
 
 
 def check_can_form(equation: Any, axis: int, weights: Sequence[bool]) -> None:
-    """Raises unless the rule computes the norms, given which operands are weights."""
+    """Raises if `adapted` cannot compute the norms, given which operands are weights."""
     if [i for i, is_weight in enumerate(weights) if is_weight] != [0]:
         raise NotFactorableError("a factor of a DoRA adapter is an adapted weight")
     matrix = Matrix(*(atom.aval for atom in equation.invars))
     if not _is_matrix(matrix, axis, equation.outvars[0].aval.shape):
-        raise NotFactorableError("the norms of its DoRA adapter are mapped over")
+        raise NotFactorableError("the norms of its DoRA adapter are under `jax.vmap`")
 
 
 def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
-    """Whether the arrays have the shapes of `Matrix`. `jax.vmap` changes them."""
+    """Whether the arrays have the shapes of a `Matrix`. Under `jax.vmap` they do not."""
     weight, left, right = matrix.weight, matrix.left, matrix.right
     kept = -1 if axis == -2 else -2
     batch, rank = weight.shape[:-2], right.shape[-2]
@@ -109,13 +109,13 @@ def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
 
 
 def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
-    """The matrix with the terms of its weight `f` among its own."""
+    """The matrix, with the terms and columns of its factored weight `f` included."""
     summed = f.ndim + axis
     kept = f.ndim - 1 if axis == -2 else f.ndim - 2
     gain = matrix.columns
     for column in f.columns:
         if summed in f.owned(column):
-            raise NotFactorableError("another DoRA adapter scales what its norm sums over")
+            raise NotFactorableError("another DoRA adapter scales the summed axis")
         shape = [size for i, size in enumerate(f.shape) if i != summed]
         column = jnp.broadcast_to(lax.squeeze(column, [summed]), shape)
         gain = column if gain is None else gain * column
@@ -134,7 +134,7 @@ def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
 def _term_sides(
     f: Factored, term: Term, summed: int, kept: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """`(rank, *batch, summed)` and, times the scale, `(rank, *batch, kept)`."""
+    """`(rank, *batch, summed)` and `(rank, *batch, kept)`, the second times the scale."""
     for a, b in ((term.a, term.b), (term.b, term.a)):
         if kept not in f.owned(a) and summed not in f.owned(b):
             left, right = a.leading(dtype), b.leading(dtype)
@@ -145,14 +145,14 @@ def _term_sides(
                 return jnp.broadcast_to(x, (x.shape[0], *shape))
 
             return whole(left, kept), whole(right, summed) * term.label.scale
-    raise NotFactorableError("its adapters have other inputs and outputs")
+    raise NotFactorableError("its adapters have different inputs and outputs")
 
 
 def _norm(matrix: Matrix, axis: int) -> jax.Array:
-    """The norms of a weight; of a quantized stack, an entry at a time."""
+    """The norms of a matrix; a quantized stack is processed one entry at a time."""
     weight = matrix.weight
     if isinstance(weight, Deferred) and weight.batch_ndim:
         alone, scale = matrix._replace(scale=None), matrix.scale
         return lax.map(lambda entry: _norm(entry._replace(scale=scale), axis), alone)
-    # The same call again, for the `adapt` around this one.
+    # The call stays in the program, for an `adapt` around this one.
     return _CALLS[axis](matrix._replace(weight=form(weight)))

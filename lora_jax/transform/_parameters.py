@@ -16,14 +16,14 @@ _NOT_LINEAR = frozenset(
 
 
 class NotFactorableError(Exception):
-    """What a rule raises if the value cannot stay factored: the weight is merged there."""
+    """Raised by a rule if a value cannot stay factored; the weight is then merged."""
 
 
 def parameter(equation: Any, *names: str) -> Any:
-    """The first of these parameters that the equation has.
+    """The first of the named parameters that the equation has.
 
     Raises:
-        NotFactorableError: if it has none: a version of JAX that the rule does not know.
+        NotFactorableError: if it has none, as in a version of JAX that renamed them.
     """
     for name in names:
         if name in equation.params:
@@ -36,13 +36,13 @@ def parameter(equation: Any, *names: str) -> Any:
 def check_weight_is(
     position: int, values: Sequence[Any], kind: type[Any], otherwise: str
 ) -> None:
-    """Raises unless the operand at that position, and no other, is of a kind: a weight."""
+    """Raises unless the operand at `position`, and no other, is of the weights' class."""
     if [i for i, value in enumerate(values) if isinstance(value, kind)] != [position]:
         raise NotFactorableError(otherwise)
 
 
 def refuse(reason: str) -> Callable[..., Any]:
-    """The rule of a primitive that has no low-rank form, for that reason."""
+    """A rule that always raises `NotFactorableError` with `reason`."""
 
     def rule(context: Any, equation: Any, *values: Any) -> Any:
         raise NotFactorableError(reason)
@@ -51,7 +51,7 @@ def refuse(reason: str) -> Callable[..., Any]:
 
 
 def no_rule(equation: Any) -> str:
-    """Why a weight is merged for a primitive without a rule."""
+    """The reason for the merge at a primitive without a rule."""
     reason = "there is no low-rank rule for it"
     if equation.primitive.name in _NOT_LINEAR:
         return f"{reason}, since it is not linear"

@@ -1,8 +1,8 @@
 """Products of an activation with a factored weight: with one factor, then with the other.
 
-Axes have names. An axis of the weight has the same name as the axis of the activation that
-it is multiplied with. If the result has this name too, it is a batch axis; otherwise it is
-contracted. The `(in, out)`-sized product of the factors is never formed.
+Axes have names. If the activation and the weight share a name, the axis is a batch axis if
+the result has the name too, and is contracted otherwise. The `(in, out)` product of the
+factors is never computed.
 """
 
 import functools
@@ -20,7 +20,7 @@ from lora_jax.lowrank.contraction import RANK, Name, Named, Names, named
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term, owned, place
 
-# The size of a symbolic axis, in the choice of the order of the products.
+# The assumed size of a symbolic axis when the order of the products is chosen.
 _SYMBOLIC_SIZE = 1024
 
 
@@ -28,11 +28,11 @@ class Product(NamedTuple):
     """A product of an activation with a factored weight. Static.
 
     Attributes:
-        x_names: of the axes of the activation.
-        weight_names: of the axes of the weight.
-        out_names: of the axes of the result.
-        column_names: of the axes of each column that scales the result.
-        precision: as `lax.dot_general` takes it, the activation's side first.
+        x_names: the names of the axes of the activation.
+        weight_names: the names of the axes of the weight.
+        out_names: the names of the axes of the result.
+        column_names: for each column that scales the result, the names of its axes.
+        precision: as in `lax.dot_general`, with the activation as the first operand.
     """
 
     x_names: Names
@@ -56,13 +56,13 @@ def add_terms(
         `columns * (base + updates)`, like `base`, rounded once.
     """
     keys = [context.dropout(term.label, x)[1] for term in f.terms]
-    # The program does not depend on the names of the weights.
+    # The names of the weights are removed, so that layers share one trace.
     terms = tuple(term.named(()) for term in f.terms)
     static = product, f.shape, f.dtype
     return _add_terms(x, base, terms, keys, list(columns), static)
 
 
-@functools.partial(jax.jit, static_argnums=5, inline=True)  # traced once for all like it
+@functools.partial(jax.jit, static_argnums=5, inline=True)  # traced once for equal shapes
 def _add_terms(
     x: jax.Array,
     base: jax.Array,
@@ -101,9 +101,10 @@ def project(
     dtype: Any,
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`scale * multiply(x, factor)` in `factor_dtype(dtype)`, with entries of `x` dropped.
+    """The first of the two products of a term, if it is not a `lax.dot_general`.
 
-    The first of the two products of a term, if it is not a `lax.dot_general`.
+    Returns:
+        `scale * multiply(x, factor)` in `factor_dtype(dtype)`, with dropout on `x`.
     """
     rate, key = context.dropout(term.label, x)
     dtype = numerics.factor_dtype(dtype)
@@ -118,19 +119,20 @@ def project(
 
 
 def precision_for(precision: Any, x: jax.Array, dtype: Any) -> Any:
-    """The precision of the equation's product, if it runs in `dtype`.
+    """The precision for a product that runs in `dtype`.
 
-    An algorithm supports certain dtypes only.
+    An algorithm of the equation is dropped if the dtype differs from that of `x`, since an
+    algorithm supports certain dtypes only.
     """
     known = isinstance(precision, lax.Precision | tuple)
     return precision if known or x.dtype == dtype else None
 
 
 def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
-    """Folds runs of axes that the weight lacks: see `contraction.fold`.
+    """Folds adjacent axes that the weight lacks into one; see `contraction.fold`.
 
     Returns:
-        The activation, and the names of the axes of the result with the same runs.
+        The folded activation, and the names of the axes of the folded result.
     """
     rows = contraction.fold(named(x, product.x_names), product.weight_names)
     runs = {run[:1]: run for run in rows.names}
@@ -142,7 +144,7 @@ def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
 def _update(
     f: Factored, term: Term, key: jax.Array | None, x: Named, product: Product
 ) -> Named:
-    """`scale * (x * first factor) * second factor`, wide."""
+    """`scale * (x @ first factor) @ second factor`, in at least float32."""
     dtype = numerics.factor_dtype(numerics.promote(x.array.dtype, f.dtype))
     precision = precision_for(product.precision, x.array, dtype)
     a, b = (owned(f, p, product.weight_names) for p in (term.a, term.b))
@@ -159,7 +161,7 @@ def _update(
 
 
 def _sum_unowned(x: Named, product: Product, known: set[Name]) -> Named:
-    """The activation, summed over contracted axes that no factor varies along."""
+    """The activation, summed over the contracted axes that neither factor owns."""
     known = known | {*product.out_names}
     gone = [axis for axis, name in enumerate(x.names) if name not in known]
     if not gone:
@@ -169,7 +171,7 @@ def _sum_unowned(x: Named, product: Product, known: set[Name]) -> Named:
 
 
 def _a_is_first(x: Named, a: Named, b: Named, out_names: Names) -> bool:
-    """Whether the activation meets `a` first: the order with fewer multiplications."""
+    """Whether it takes fewer multiplications to multiply by `a` first."""
     sizes = {
         name: size
         for operand in (x, a, b)

@@ -1,7 +1,7 @@
-"""What each primitive does with the axes of a weight: moves, keeps or contracts them.
+"""The steps of the finder: what each primitive does with the axes of a weight.
 
-What only moves axes is read from the table of moves. The families of rules say for products
-and sums which axes are contracted, and which operands have no low-rank form.
+Moves of axes are read from the table in `_moves`. The files `_rules_*.py` say which axes a
+product or sum contracts, and which operands have no low-rank form.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from lora_jax.transform._tracked import Dense, Tracked, WeightAxis, is_tracked
 
 
 def _unknown(value: Any) -> Any:
-    """A value inside of a call, where nothing is known to be constant."""
+    """The value, not known to be constant, as inside the body of a call."""
     return dataclasses.replace(value, is_constant=False)
 
 
 def _move(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """What moves the axes of one weight, or takes entries of them."""
+    """Moves the axes of one weight, or takes entries of them."""
     name = equation.primitive.name
     row = MOVES[name]
     check_weight_is(row.operand, values, Tracked, row.otherwise)
     value, moves = values[row.operand], row.moves(equation)
     shapes = [atom.aval.shape for atom in equation.outvars]
-    if name == "split":  # the pieces are looked up one by one
+    if name == "split":  # each piece is a look-up of its own
         seen = [_looked_up(finder, equation, value, own) for own in moves]
     else:
         seen = [_looked_up(finder, equation, value, moves[0])] * len(moves)
@@ -54,7 +54,7 @@ def _looked_up(finder: Finder, equation: Any, value: Tracked, move: Move) -> Tra
 
 
 def _gather(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """Slices at indices: rows of a table, or entries of a batch axis."""
+    """Takes slices at indices: rows of a table, or entries of a batch axis."""
     row = MOVES["gather"]
     check_weight_is(row.operand, values, Tracked, row.otherwise)
     value, indices = values
@@ -76,15 +76,15 @@ def _stop_gradient(finder: Finder, equation: Any, value: Tracked) -> list[Any]:
 def _pad(finder: Finder, equation: Any, *values: Any) -> list[Any]:
     row = MOVES["pad"]
     check_weight_is(row.operand, values, Tracked, row.otherwise)
-    row.moves(equation)  # raises for what it cannot be
+    row.moves(equation)  # raises for paddings without a low-rank form
     return [values[0].longer(equation.outvars[0].aval.shape)]
 
 
 def _join(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """Weights side by side, or along a new axis."""
+    """Joins weights along an axis, which may be new."""
     (atom,) = equation.outvars
     (own,) = MOVES[equation.primitive.name].moves(equation)
-    # Where the axis of the join is new, each has size 1 there at first.
+    # Along a new axis each weight has size 1 before the join.
     joined = parameter(equation, "dimension", "axis")
     axes = []
     for value in filter(is_tracked, values):
@@ -95,13 +95,13 @@ def _join(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 
 
 def _sum(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """All weights among some values, as terms of a sum or cases of a choice."""
+    """A value with the axes of all weights, which are added or chosen between."""
     axes = [own for value in values if isinstance(value, Tracked) for own in value.axes]
     return [Tracked(equation.outvars[0].aval.shape, tuple(axes))]
 
 
 def _add(finder: Finder, equation: Any, x: Any, y: Any) -> list[Any]:
-    """Plus or minus another weight, or a dense array, as biases and positions are."""
+    """Adds or subtracts another weight, or a dense array such as a bias."""
     for value, other, atom in zip((x, y), (y, x), equation.invars[::-1], strict=True):
         if is_tracked(value) and atom.aval.shape and not is_tracked(other):
             finder.uses.see(value, equation)
@@ -121,7 +121,7 @@ def _div(finder: Finder, equation: Any, x: Any, y: Any) -> list[Any]:
 
 
 def _scaled(finder: Finder, equation: Any, value: Tracked, by: int) -> list[Any]:
-    """Times or by the operand at a position."""
+    """Multiplies or divides a weight by the operand at position `by`."""
     _rules_arithmetic.broadcasts_before(finder.frame, equation, by)
     _rules_arithmetic.check_is_whole(equation, value)
     return [value.replace()]
@@ -138,7 +138,7 @@ def _reduce_sum(finder: Finder, equation: Any, value: Tracked) -> list[Any]:
 
 
 def _product(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """Products that contract a weight, each with the roles that its family says."""
+    """Records a product that contracts a weight, with the roles of the axes."""
     tracked = list(map(is_tracked, values))
     roles = _ROLES[equation.primitive.name](equation, tracked)
     if sum(tracked) > 1:
@@ -153,7 +153,7 @@ def _product(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 def _product_of_weights(
     finder: Finder, equation: Any, values: Sequence[Any], roles: Sequence[Sequence[str]]
 ) -> None:
-    """Records a product of two weights: each is the weight, for its own axes."""
+    """Records a product of two weights: a use of each, unless it is the activation."""
     pairs = list(zip(values, roles, strict=True))
     for (value, own), (other, others) in (pairs, pairs[::-1]):
         if _is_activation(value, own, other, others):
@@ -165,7 +165,7 @@ def _product_of_weights(
 def _is_activation(
     value: Tracked, roles: Sequence[str], other: Tracked, others: Sequence[str]
 ) -> bool:
-    """Whether one of two weights is rows of a table, multiplied with the other."""
+    """Whether `value` is rows of a table that are multiplied by the weight `other`."""
     if not value.gathered or not other.gathered:
         return bool(value.gathered)
     if value.is_multiplied(roles) != other.is_multiplied(others):
@@ -203,7 +203,7 @@ def _compute_on(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 
 
 def _scan(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """A loop over stacked weights; a carry that the body changes is merged."""
+    """Follows a scan over stacked weights; a carry that the body changes is merged."""
     body, _ = compat.open_jaxpr(parameter(equation, "jaxpr"))
     n_constants, n_carry = _rules_loops.scan_counts(equation, body)
     carry = values[n_constants : n_constants + n_carry]
@@ -226,7 +226,7 @@ def _scan(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 
 
 def _stacked(value: Any, atom: Any) -> Any:
-    """An output of a scan, which has the stack in front."""
+    """A stacked output of a scan: the stacked axis is the first."""
     if not isinstance(value, Tracked):
         return Dense()
     return value.moved([(axis + 1,) for axis in range(value.ndim)], atom.aval.shape)
@@ -249,7 +249,7 @@ def _while(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 
 
 def _cond(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """One of several weights is each of them."""
+    """Follows each branch. An output may be any of the weights that the branches return."""
     _rules_loops.check_branches(finder, equation, values[0])
     operands = list(map(_unknown, values[1:]))
     outputs = [finder.follow(jaxpr, operands) for jaxpr in parameter(equation, "branches")]
@@ -257,14 +257,14 @@ def _cond(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 
 
 def _chosen(finder: Finder, equation: Any, found: Sequence[Any]) -> Any:
-    """One of the outputs of some branches."""
+    """Combines what the branches return for one output."""
     weights = [value for value in found if isinstance(value, Tracked)]
     if not weights:
         return Dense()
     if any(value.gathered for value in weights):
         finder.merge_all(weights, equation, _rules_loops.CHOSEN)
         return Dense()
-    # What is alike in all of them but for its look-ups is one axis with all of those.
+    # Axes that differ only in their look-ups become one axis with all of the look-ups.
     alike: list[list[WeightAxis]] = []
     for value in weights:
         left = list(alike)
@@ -284,7 +284,7 @@ def _with_all_look_ups(alike: Sequence[WeightAxis]) -> WeightAxis:
 
 
 def _shard_map(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    """What the body makes of values of the sizes of a shard."""
+    """Follows the body with values of the shapes of the shards."""
     body, _ = compat.open_jaxpr(parameter(equation, "jaxpr"))
     shards = [
         value.moved([(axis,) for axis in range(value.ndim)], atom.aval.shape)

@@ -1,7 +1,7 @@
 """The rules for all primitives, by name.
 
-What is not here is merged where it is used. A primitive that a new JAX brings thus costs
-speed until it has a rule, never correctness.
+A primitive without a rule gets the merged weight. So a new primitive of JAX may cost speed
+until it has a rule, but results stay correct.
 """
 
 import functools
@@ -28,11 +28,11 @@ from lora_jax.transform._factored import retyped
 
 
 def _on_any_mesh(rule: Rule) -> Rule:
-    """The rule, for meshes with explicit axes as well.
+    """Extends a rule to meshes with explicit axes.
 
-    To the rule those are automatic, so that it need not know how to shard what it makes of
-    factors. Its results have the types that the program has for them; factors and columns
-    are sharded along the axes that they own, as the weight is.
+    The rule runs with automatic axes, so that it need not give shardings for factors. Its
+    results then get the shardings of the program. Factors and columns are sharded as the
+    weight is, along the axes that they own.
     """
 
     @functools.wraps(rule)
@@ -70,13 +70,13 @@ _OTHERS = {
     **_rules_convolution.RULES,
     **_rules_gather.RULES,
 }
-# Calls hand their values to equations that have types of their own.
+# Rules of calls are not wrapped: the equations in their bodies have their own meshes.
 RULES: dict[str, Rule] = {name: _on_any_mesh(rule) for name, rule in _OTHERS.items()}
 RULES |= _CALLS
 
 
 def rules_for(products: Mapping[str, str]) -> Mapping[str, Rule]:
-    """The rules, given what functions are stated to be products."""
+    """The rules, given the functions that `LoraConfig(products=...)` states."""
     if not products:
         return RULES
     return _stated.with_products(

@@ -1,4 +1,4 @@
-"""Primitives that keep the form of a sum, entry by entry."""
+"""Rules for elementwise arithmetic, casts, choices, sums and solves of weights."""
 
 import functools
 import math
@@ -38,7 +38,7 @@ from lora_jax.transform._parameters import (
 
 
 def on_base(context: Context, equation: Any, f: Factored) -> Factored:
-    """What concerns the frozen weight alone: where it lies, and in how many bits.
+    """Applies the primitive to the frozen weight alone: for casts and placements.
 
     The factors are cast when they are multiplied.
     """
@@ -63,7 +63,7 @@ def stop_gradient(context: Context, equation: Any, f: Factored) -> Factored:
 
 
 def on_all(context: Context, equation: Any, f: Factored) -> Factored:
-    """What has to hold of the factors as it does of the weight."""
+    """Applies the primitive to the frozen weight, the factors and the columns."""
     bind = functools.partial(compat.bind_one, equation)
     base = f.base
     base = _deferred.bind(equation, [base]) if isinstance(base, Deferred) else bind(base)
@@ -71,7 +71,7 @@ def on_all(context: Context, equation: Any, f: Factored) -> Factored:
 
 
 def complex_(context: Context, equation: Any, x: Any, y: Any) -> Factored:
-    """`x + 1j * y`, either of which may be dense: the terms of both."""
+    """`x + 1j * y`, with the terms of both. One of them may be dense."""
     base = _deferred.bind(equation, [base_of(x), base_of(y)])
     weights = [value for value in (x, y) if isinstance(value, Factored)]
     if any(value.columns for value in weights):
@@ -88,12 +88,12 @@ def _times(term: Term, by: jax.Array) -> Term:
 
 
 def _in_range(p: jax.Array, by: jax.Array) -> jax.Array:
-    """A factor times `by`. In float16 that may be out of range, so it is float32 then."""
+    """A factor times `by`. A float16 factor becomes float32, so that it cannot overflow."""
     return times(p.astype(numerics.factor_dtype(p.dtype)), by)
 
 
 def part(context: Context, equation: Any, f: Factored) -> Factored:
-    """`real` or `imag`: of a product of two complex factors, two products of real ones."""
+    """`real` or `imag`. A term of two complex factors becomes two real terms."""
     base = _deferred.bind(equation, [f.base])
     of_real = equation.primitive.name == "real"
     terms = []
@@ -107,7 +107,7 @@ def part(context: Context, equation: Any, f: Factored) -> Factored:
             if all(take is jnp.real or _is_complex(p) for take, p in sides):
                 taken = Term(term.a.map(take_a), term.b.map(take_b), term.label)
                 terms.append(taken if sign == 1 else _negative(taken))
-    if not terms:  # the imaginary part of a weight that is real
+    if not terms:  # the imaginary part of real factors
         terms = [_times(term, jnp.zeros((), base.dtype)) for term in f.terms]
     return f.replace(base=base, terms=tuple(terms))
 
@@ -122,7 +122,7 @@ def conj(context: Context, equation: Any, f: Factored) -> Factored:
 
 
 def cumsum(context: Context, equation: Any, f: Factored) -> Factored:
-    """Sums along one axis: those of the one factor that varies along it."""
+    """Cumulative sums along one axis, of the one factor that owns it."""
     axis = parameter(equation, "axis")
     bind = functools.partial(compat.bind_one, equation)
     return along_axis(context, equation, f, axis, f.base, bind)
@@ -137,20 +137,20 @@ def along_axis(
     function: Callable[[jax.Array], jax.Array],
     *others: Any,
 ) -> Factored:
-    """A linear map of one axis, which is that of the one factor that varies along it.
+    """Applies a linear map of one axis to the one factor that owns it.
 
     Args:
         context: of the evaluation.
-        equation: does it to the frozen weight.
+        equation: applies the map to the frozen weight.
         f: the weight.
-        axis: of the weight, as long afterwards as before.
+        axis: the mapped axis. Its size does not change.
         operand: the frozen weight.
-        function: does it to a factor with that axis, and any of the others or 1.
-        others: operands of the equation in front of the weight.
+        function: applies the map to a factor with that axis; other axes may have size 1.
+        others: the operands of the equation before the weight.
     """
     base = _deferred.bind(equation, [*others, operand])
     if any(axis in f.owned(column) for column in f.columns):
-        raise NotFactorableError("DoRA scales the axis along which it mixes entries")
+        raise NotFactorableError("it mixes entries along an axis that DoRA scales")
 
     def mapped(term: Term) -> Term:
         of_a, of_b = (axis in f.owned(p) for p in (term.a, term.b))
@@ -164,7 +164,7 @@ def along_axis(
 
 
 def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factored:
-    """Solves for the columns or rows of the weight: the factor that varies along them."""
+    """Solves for the columns or rows of the weight, in the factor that owns their axis."""
     row = MOVES["triangular_solve"]
     check_weight_is(row.operand, (a, f), Factored, row.otherwise)
     axis = f.ndim - (2 if parameter(equation, "left_side") else 1)
@@ -178,7 +178,7 @@ def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factore
 
 
 def select_n(context: Context, equation: Any, which: Any, *cases: Any) -> Factored:
-    """One of some weights; or of their rows, or columns, one by one."""
+    """Chooses between weights, or between their rows or columns."""
     check_choice(context, equation, which)
     base = _deferred.bind(equation, [which, *map(base_of, cases)])
     try:
@@ -188,9 +188,9 @@ def select_n(context: Context, equation: Any, which: Any, *cases: Any) -> Factor
 
 
 def check_choice(context: Any, equation: Any, which: Any) -> None:
-    """Raises where weights are chosen from entry by entry, or choose."""
+    """Raises if a weight is the condition, or the choice is made entry by entry."""
     if context.is_weight(which):
-        raise NotFactorableError("the weight is what chooses")
+        raise NotFactorableError("the weight is its condition")
     try:
         broadcasts_before(context.frame, equation, 0)
     except NotFactorableError as error:
@@ -217,13 +217,13 @@ def _chosen(which: jax.Array, cases: Sequence[Any], base: Any) -> Factored:
         here = which.astype("int32") == i
         terms += [_scaled_term(case, term, here) for term in case.terms]
         if case.columns and columns:
-            raise NotFactorableError("DoRA scales each of them otherwise")
+            raise NotFactorableError("DoRA scales each of the weights differently")
         columns += [jnp.where(here, c, jnp.ones_like(c)) for c in case.columns]
     return Factored(base, tuple(terms), tuple(columns))
 
 
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """Holds factors back as it does the weight."""
+    """Applies the barrier to factors and frozen weights together."""
     leaves, tree = jax.tree.flatten(values)
     return list(jax.tree.unflatten(tree, _deferred.bind(equation, leaves)))
 
@@ -235,7 +235,7 @@ def device_put(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 
 def neg(context: Context, equation: Any, f: Factored) -> Factored:
-    """The sign goes to the base and to one factor of each term."""
+    """Negates the frozen weight and one factor of each term."""
     return f.replace(
         base=_deferred.bind(equation, [f.base]), terms=tuple(map(_negative, f.terms))
     )
@@ -246,7 +246,7 @@ def _negative(term: Term) -> Term:
 
 
 def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
-    """Times a scalar, or something that varies along the axes of one factor only."""
+    """Multiplies by a scalar, or by an array along axes of one factor only."""
     x, y = factors_of_product(context, equation, x, y)
     f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
     compact = _before_broadcast(context, equation, position, other)
@@ -255,7 +255,7 @@ def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
 
 
 def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
-    """By a scalar, or something that varies along the axes of one factor only."""
+    """Divides by a scalar, or by an array along axes of one factor only."""
     y = merge_divisor(context, equation, x, y)
     compact = _before_broadcast(context, equation, 1, y)
     wide = compact.astype(numerics.accumulation_dtype(compact.dtype))
@@ -263,7 +263,7 @@ def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
 
 
 def merge_divisor(context: Any, equation: Any, x: Any, y: Any) -> Any:
-    """What a weight is divided by; a weight is merged for that."""
+    """The divisor; it is merged if it is a weight as well."""
     if not context.is_weight(y):
         return y
     if not context.is_weight(x):
@@ -272,9 +272,9 @@ def merge_divisor(context: Any, equation: Any, x: Any, y: Any) -> Any:
 
 
 def factors_of_product(context: Any, equation: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    """The operands; of two weights, the one that is broadcast to the other's shape merged.
+    """The operands of a product; of two weights, the one that is broadcast is merged.
 
-    Usually that has no adapter, as the scale of a matrix has none, and this finds axes.
+    The finder calls this for params without an adapter too, such as the scale of a matrix.
     """
     if not (context.is_weight(x) and context.is_weight(y)):
         return x, y
@@ -294,7 +294,7 @@ def factors_of_product(context: Any, equation: Any, x: Any, y: Any) -> tuple[Any
 def _before_broadcast(
     context: Context, equation: Any, position: int, value: Any
 ) -> jax.Array:
-    """An operand with 1 for the axes along which it does not vary."""
+    """An operand with size 1 along the axes that it was broadcast to."""
     steps = broadcasts_before(context.frame, equation, position)
     if not steps:
         return jnp.asarray(value)
@@ -311,12 +311,12 @@ def _before_broadcast(
 
 
 def broadcasts_before(frame: Frame, equation: Any, position: int) -> list[Any]:
-    """What made an operand that varies along all its axes of one that does not, last first.
+    """The equations that broadcast an operand to its shape, the last one first.
 
-    Empty if it does not.
+    Empty if the operand is a scalar or has an axis of size 1.
 
     Raises:
-        NotFactorableError: if nothing did.
+        NotFactorableError: if no equation broadcast it: it varies along all its axes.
     """
     atom, steps = equation.invars[position], []
     if not atom.aval.shape or 1 in atom.aval.shape:
@@ -330,13 +330,13 @@ def broadcasts_before(frame: Frame, equation: Any, position: int) -> list[Any]:
 
 
 def check_is_whole(equation: Any, value: Any) -> None:
-    """Raises if a weight is broadcast to the shape of the result."""
+    """Raises if the equation broadcasts the weight to the shape of the result."""
     if equation.outvars[0].aval.shape != value.shape:
         raise NotFactorableError("it broadcasts the weight")
 
 
 def _scaled(equation: Any, f: Factored, base: jax.Array, by: jax.Array) -> Factored:
-    """The terms times `by`, `()` or `(*axes)`, in a factor that varies where `by` does."""
+    """The value with `base`, and each term times `by`, `()` or `(*axes)`."""
     check_is_whole(equation, f)
     return f.replace(base=base, terms=tuple(_scaled_term(f, t, by) for t in f.terms))
 
@@ -352,7 +352,7 @@ def _scaled_term(f: Factored, term: Term, by: jax.Array) -> Term:
 
 
 def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
-    """Plus or minus a dense array, or another adapted weight: all the terms of both."""
+    """Adds or subtracts a dense array or another adapted weight; keeps all terms."""
     base = _deferred.bind(equation, [base_of(x), base_of(y)])
     negative = equation.primitive.name == "sub"
     terms = []
@@ -367,7 +367,7 @@ def add(context: Context, equation: Any, x: Any, y: Any) -> Factored:
 
 
 def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
-    """Sums of the weight: dense, and as small as the frozen program's."""
+    """Sums of the weight, as a dense array of the size that the frozen program has."""
     if f.columns:
         raise NotFactorableError("DoRA scales what is summed")
     context.check_no_dropout(f)
@@ -383,12 +383,12 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
 
 
 def _summed(f: Factored, term: Term, axes: Any, dtype: Any) -> jax.Array:
-    """`sum_r a[r] * b[r]` summed over `axes`, with 1 for axes that neither owns."""
+    """`sum_r a[r] * b[r]`, summed over `axes`, with size 1 for axes that neither owns."""
     kept = [(axis,) for axis in range(f.ndim) if axis not in axes]
     names = tuple((axis,) for axis in range(f.ndim))
     a, b = (owned(f, factor, names) for factor in (term.a, term.b))
 
-    def alone(p: Named, other: Named) -> Named:  # sums the axes that only this one owns
+    def alone(p: Named, other: Named) -> Named:  # sums over the axes that only `p` has
         shared = {contraction.RANK, *kept, *other.names}
         gone = [i for i, name in enumerate(p.names) if name not in shared]
         left = tuple(name for name in p.names if name in shared)
@@ -403,13 +403,13 @@ def _summed(f: Factored, term: Term, axes: Any, dtype: Any) -> jax.Array:
 
 
 REFUSED = {
-    # Its solver takes right-hand sides of one shape, which no factor has.
+    # Its solver takes right-hand sides of the weight's shape; factors have other shapes.
     "custom_linear_solve": refuse(
         "there is no low-rank rule for it: its solver is made for right-hand sides of the "
         "shape of the weight; jax.scipy.linalg.cho_solve, lu_solve and solve_triangular "
-        "have one"
+        "have a rule"
     ),
-    # It would be one of each factor, if each varied along axes that it transforms.
+    # Not implemented: each factor would be transformed along the axes that it owns.
     "fft": refuse(
         "there is no low-rank rule for it: transform the activations, or the product"
     ),

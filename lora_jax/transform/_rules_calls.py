@@ -1,4 +1,4 @@
-"""Primitives that call a jaxpr once: `jit`, `checkpoint`, `compute_on`, own derivatives."""
+"""Rules for calls of a jaxpr: `jit`, `checkpoint`, `compute_on`, custom derivatives."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,19 +21,20 @@ from lora_jax.transform._factored import (
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import NotFactorableError, parameter, refuse
 
-# A jitted function of fewer equations is evaluated in place.
+# A jitted function with fewer equations is evaluated in place.
 _SMALL = 24
 
 
 class _Call:
-    """A jitted function, traced once for all calls with factored values of one structure.
+    """A jitted function, traced once for all calls with values of the same structure.
 
-    Inside, weights go by numbers, so that calls for other weights look the same.
+    Inside the function, weights are identified by numbers instead of paths. So calls with
+    different weights share one trace.
     """
 
     def __init__(self, context: Context, jaxpr: Any, name: str):
         self.context = context
-        self.jaxpr = jaxpr  # kept alive, since calls are found by its identity
+        self.jaxpr = jaxpr  # kept alive, since its id is part of the cache key
         self.weights: Mapping[Any, str | int] = {}
         self.sightings: list[Sighting] = []
         self.was_traced = False
@@ -50,12 +51,12 @@ class _Call:
     def __call__(
         self, key: jax.Array | None, values: Sequence[Any], weights: Mapping[int, str | int]
     ) -> list[Any]:
-        """Calls it for `weights`, by number; what it saw before, it sees of these."""
+        """Calls the function for `weights`, by number, and records their uses."""
         self.weights, self.was_traced = weights, False
         out = self.function(key, values)
         for sighting in self.sightings:
             sighting = sighting._replace(name=weights[int(sighting.name)])
-            if self.was_traced:  # reported while it was
+            if self.was_traced:  # tracing reported the merges already
                 self.context.sightings.append(sighting)
             else:
                 self.context.record(sighting)
@@ -63,10 +64,10 @@ class _Call:
 
 
 def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """Evaluated in place if it is small; else it stays a jitted function.
+    """Evaluates a small jitted function in place; a larger one stays jitted.
 
-    Its shardings become constraints. Its donations are dropped: the operands belong to
-    the function that is adapted.
+    Its shardings become constraints. Donations are dropped, since the operands belong to
+    the adapted function.
     """
     if (axis := _norms.norm_axis(equation)) is not None:
         return _norms.adapted(context, equation, axis, *values)
@@ -84,12 +85,12 @@ def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
 def _constrained(
     context: Context, values: Sequence[Any], shardings: Sequence[Any] | None
 ) -> list[Any]:
-    """The values, laid out as a jit was told to; of a factored one, the frozen weight."""
+    """The values with the shardings of a `jit`; a factored value's frozen weight alone."""
     if shardings is None:
         return list(values)
     out = []
     for value, sharding in zip(values, shardings, strict=True):
-        # What is stored in few bits stays where it is.
+        # Quantized weights keep their sharding.
         dense = not isinstance(base_of(value), Deferred)
         if isinstance(sharding, jax.sharding.Sharding) and dense:
             base = lax.with_sharding_constraint(base_of(value), sharding)
@@ -101,7 +102,7 @@ def _constrained(
 def _call_once_traced(
     context: Context, jaxpr: Any, name: str, values: Sequence[Any]
 ) -> list[Any]:
-    """Calls a jitted function that other calls share: those of the layers of a model."""
+    """Calls a jitted function with the trace that equal calls share, such as layers."""
     numbers: dict[str | int, int] = {}
     for value in filter(is_factored, values):
         for weight in value.names:
@@ -117,7 +118,7 @@ def _call_once_traced(
 
 
 def _renamed(value: Any, names: dict[Any, Any]) -> Any:
-    """The value with its weights called otherwise."""
+    """The value with its weights renamed."""
     if not isinstance(value, Factored):
         return value
 
@@ -128,12 +129,12 @@ def _renamed(value: Any, names: dict[Any, Any]) -> Any:
 
 
 def checkpoint(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """Stays a checkpoint, with its policy."""
+    """Evaluates the body inside `jax.checkpoint`, with the same policy."""
     jaxpr, options = of_checkpoint(equation)
     operands = list(values)
     if equation.params.get("differentiated") and options["prevent_cse"]:
-        # The backward pass of a checkpoint in the function: without the barrier that JAX
-        # puts there, the compiler would undo the recomputation.
+        # The function differentiates a checkpoint. JAX has a barrier in the backward pass;
+        # without it, the compiler would undo the recomputation.
         operands = lax.optimization_barrier(operands)
 
     def body(key, values):
@@ -156,7 +157,7 @@ def of_checkpoint(equation: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def compute_on(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """Stays on the host, or where it was; a weight that it returns is merged there."""
+    """Evaluates the body on the same device type; weights that it returns are merged."""
 
     def body(key, values):
         with context.using_key(key):
@@ -167,12 +168,12 @@ def compute_on(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 
 def closed_call(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """Evaluated in place."""
+    """Evaluates the body in place."""
     return evaluate_closed(context, parameter(equation, "call_jaxpr"), values)
 
 
 def _refuse_unless_stated(reason: str) -> Callable[..., Any]:
-    """The rule of a call that stays low-rank if the user states what it multiplies."""
+    """A rule that refuses a call, and says how to state what the call multiplies."""
 
     def rule(context: Any, equation: Any, *values: Any) -> Any:
         name = compat.function_name(equation)
@@ -188,13 +189,13 @@ def _refuse_unless_stated(reason: str) -> Callable[..., Any]:
 
 
 _KERNEL = (
-    "it is a kernel or a callback, of which there is no low-rank rule and no body to read "
+    "it is a kernel or a callback, so there is no low-rank rule for it and no body to read "
     "the axes from"
 )
 _KERNELS = ("pallas_call", "ffi_call")
 _CALLBACKS = ("pure_callback", "io_callback", "custom_call")
-# The user's rule for a derivative is one about the dense weight.
-_DERIVATIVE = "the custom derivative of {name} is one of the dense weight"
+# The user's derivative rule expects the dense weight.
+_DERIVATIVE = "the custom derivative of {name} expects the dense weight"
 _DERIVATIVES = ("custom_jvp_call", "custom_vjp_call")
 REFUSED = {
     **dict.fromkeys(_CALLBACKS, refuse(_KERNEL)),

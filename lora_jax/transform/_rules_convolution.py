@@ -1,4 +1,4 @@
-"""Convolutions: a kernel with `rank` output features, then one with a single position."""
+"""The rule for convolutions: first `rank` output features, then a product to the rest."""
 
 import functools
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     numbers = parameter(equation, "dimension_numbers")
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
     if any(f.owned(column) - {out_axis} for column in f.columns):
-        raise NotFactorableError("DoRA scales other axes than its output features")
+        raise NotFactorableError("DoRA scales axes other than its output features")
     if _is_cheaper_merged(equation, f) and not context.drops(f):
         return _deferred.bind(equation, [x, merge(f)])
     base = _deferred.bind(equation, [x, f.base])
@@ -35,7 +35,7 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
 
 
 def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
-    """For both operands the role of each axis, given which of them is a weight.
+    """For each operand, the role of each axis, given which operand is the weight.
 
     Raises:
         NotFactorableError: if there is no low-rank rule for it.
@@ -50,7 +50,7 @@ def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
 
 
 def _is_cheaper_merged(equation: Any, f: Factored) -> bool:
-    """Whether `rank` features for each group are more than the convolution has at all."""
+    """Whether `rank` features in each group are more than the convolution's features."""
     groups = parameter(equation, "feature_group_count")
     out_axis = parameter(equation, "dimension_numbers").rhs_spec[0]
     ranks = sum(term.a.rank for term in f.terms)
@@ -60,7 +60,10 @@ def _is_cheaper_merged(equation: Any, f: Factored) -> bool:
 def _update(
     context: Context, equation: Any, x: jax.Array, f: Factored, term: Term
 ) -> jax.Array:
-    """`scale * (x conv kernel of rank features) * out features`, laid out as the result."""
+    """`scale * (x conv kernel) @ mix`, with the axes of the result.
+
+    `kernel` has `rank` output features, and `mix` maps them to the output features.
+    """
     numbers = parameter(equation, "dimension_numbers")
     groups = parameter(equation, "feature_group_count")
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
@@ -69,7 +72,7 @@ def _update(
     dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
     # (rank, *axes with 1 for the features) -> (*axes with rank for the features)
     kernel = jnp.moveaxis(lax.squeeze(kernel, [1 + out_axis]), 0, out_axis)
-    # Each group sees its own features of x through the same kernel.
+    # Each group has its own features of x, and all groups share one kernel.
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
     mix = mix.reshape(rank, groups, -1)  # (rank, groups, features of a group)
     convolve = functools.partial(_convolve, equation)
@@ -85,7 +88,7 @@ def _update(
 
 
 def _sides(f: Factored, term: Term, out_axis: int) -> tuple[jax.Array, jax.Array]:
-    """The factor of positions and input features, made whole, and that of the outputs."""
+    """The factor with positions and input features, broadcast, and the output factor."""
     pair = (term.a, term.b) if out_axis in f.owned(term.b) else (term.b, term.a)
     if out_axis in f.owned(pair[0]) or f.owned(pair[1]) - {out_axis}:
         raise NotFactorableError("its factors are not (positions, in) and (out)")
@@ -97,7 +100,7 @@ def _sides(f: Factored, term: Term, out_axis: int) -> tuple[jax.Array, jax.Array
 
 
 def _convolve(equation: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution of the equation, with a kernel of other output features."""
+    """The convolution of the equation, with another number of output features."""
     names = (
         "window_strides",
         "padding",

@@ -1,4 +1,4 @@
-"""Gathers: rows of an embedding table, and entries of a batch axis."""
+"""The rule for gathers: rows of an embedding table, and entries of a batch axis."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,31 +18,31 @@ from lora_jax.transform._parameters import check_weight_is, parameter
 def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     """Slices of the weight, and the same slices of each factor.
 
-    Rows of a table, unlike the matrices of a batch, are an activation by now: they are
-    merged where they are used, unless that is a product.
+    Rows of a table are activations, unlike entries of a batch axis. They are merged at
+    their first use, unless that is a product.
     """
     row = MOVES["gather"]
     check_weight_is(row.operand, (f, indices), Factored, row.otherwise)
     (own,) = row.moves(equation)
-    # Whether a look-up is meant of a weight of two uses shows what is done with the rows.
+    # If the adapter is for one kind of use, the next use of the rows decides the kind.
     context.see_indexed(f, equation, own.indexed, moved=f.has_uses)
     base = _deferred.bind(equation, [f.base, indices])
     taken = frozenset(axis for axis, is_taken in enumerate(own.indexed) if is_taken)
     fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
     found = _found(equation, f, indices, base.ndim, taken) if fills else None
-    # What is filled in may be scaled as DoRA scales the weight if it is 0.
+    # DoRA may scale filled entries only if they are 0.
     stays = equation.params.get("fill_value") == 0
 
-    def factor(p, owns):  # zero where the base is filled
+    def factor(p, owns):  # zero in filled slices
         out = _gather(equation, f, p, indices, base.ndim, 0.0)
         return out if found is None or owns else out * found.astype(out.dtype)
 
-    def column(p):  # one where the base is filled
+    def column(p):  # one in filled slices
         out = _gather(equation, f, p, indices, base.ndim, 1.0)
         owns = stays or taken <= f.owned(p)
         return out if found is None or owns else jnp.where(found, out, 1)
 
-    def slices(term):  # one factor that is zero there is enough
+    def slices(term):  # one zero factor is enough
         owns = any(taken <= f.owned(p) for p in (term.a, term.b))
         a = term.a.map(lambda p: factor(p, owns))
         return Term(a, term.b.map(lambda p: factor(p, True)), term.label)
@@ -56,9 +56,9 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
 def kind_of_rows(
     taken: frozenset[int], *, is_constant: bool
 ) -> Literal["", "data", "constants"]:
-    """What rows of a table are looked up by; see `Factored.gathered`.
+    """How rows of a table are looked up; see `Factored.gathered`.
 
-    Constants that index other axes than the first put columns in another order.
+    Empty for constant indices of axes other than the first: they reorder columns.
     """
     if not is_constant:
         return "data"
@@ -68,7 +68,7 @@ def kind_of_rows(
 def _found(
     equation: Any, f: Factored, indices: jax.Array, ndim: int, indexed: frozenset[int]
 ) -> jax.Array:
-    """Which slices are within bounds, with 1 for the axes of a slice."""
+    """Which slices are within bounds; the axes of a slice have size 1."""
     sizes = [size if axis in indexed else 1 for axis, size in enumerate(f.shape)]
     return _gather(equation, f, jnp.ones(sizes, "int8"), indices, ndim, 0) > 0
 
@@ -81,7 +81,7 @@ def _gather(
     ndim: int,
     fill: int | float,
 ) -> jax.Array:
-    """The slices of a factor or column, with 1 for axes that it does not own."""
+    """The slices of a factor or column; axes that it does not own have size 1."""
     numbers = parameter(equation, "dimension_numbers")
     sizes, collapsed = parameter(equation, "slice_sizes"), numbers.collapsed_slice_dims
     offsets = numbers.offset_dims
@@ -110,7 +110,7 @@ def _place(
     offsets: Sequence[int],
     ndim: int,
 ) -> jax.Array:
-    """A factor that owns no indexed axis: the same slice for every index."""
+    """The slice of a factor that owns no indexed axis: the same for every index."""
     p = lax.slice(p, [0] * p.ndim, shape)
     p = lax.squeeze(p, collapsed)
     new = [1] * ndim

@@ -1,4 +1,4 @@
-"""Control flow: `scan`, `while`, `cond`, each written anew with the public function."""
+"""Rules for `scan`, `while` and `cond`, which are rebuilt with JAX's public functions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,15 +23,15 @@ from lora_jax.transform._parameters import NotFactorableError, parameter
 
 # Why weights are merged.
 CHANGED = "it is carried by a loop that changes it"
-MADE = "the loop makes it its carry"
-CHOSEN = "it is chosen by a branch"
+MADE = "the body of the loop makes it a carry"
+CHOSEN = "a branch returns it"
 
 
 def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """A scan; of a stacked weight the factors are sliced as the weight is.
+    """Rebuilds a scan; the factors of a stacked weight are sliced with the weight.
 
-    A carry that the body hands on unchanged is a constant. Another carry is merged, before
-    the loop and after each step.
+    A carry that the body returns unchanged is treated as a constant. Other carries are
+    merged, before the loop and after each step.
     """
     body, constants = compat.open_jaxpr(parameter(equation, "jaxpr"))
     n_constants, n_carry = scan_counts(equation, body)
@@ -61,10 +61,11 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 
 def scan_counts(equation: Any, body: Any) -> tuple[int, int]:
-    """How many operands are constants and carries, by their ranks.
+    """The number of constants and the number of carries among the operands of a scan.
 
-    What is scanned over has one axis more than the body's argument, what is stacked one
-    more than its output. The parameters that say so differ between versions of JAX.
+    They are counted by numbers of axes, since the parameters differ between versions of
+    JAX. An operand that is scanned over has one axis more than the body's argument, and a
+    stacked result has one axis more than the body's output.
     """
 
     def rank(atom):
@@ -82,7 +83,7 @@ def scan_counts(equation: Any, body: Any) -> tuple[int, int]:
 
 
 class _Stack:
-    """What a scan runs over: an array, or a factored weight with its stacked factors."""
+    """An operand that a scan runs over: an array, or a factored weight with its factors."""
 
     def __init__(self, context: Context, equation: Any, value: Any):
         self.sliced, self.shared, self.tree = value, None, None
@@ -96,20 +97,20 @@ class _Stack:
         leaves, self.tree = jax.tree.flatten(_with_factors(value, self._stack_first))
         scanned = [leaf.shape[0] == self.length for leaf in leaves]
         self.sliced = [leaf if s else None for leaf, s in zip(leaves, scanned, strict=True)]
-        # What all entries share: factors that do not vary along the stack.
+        # Factors that do not vary along the stack are shared by all entries.
         self.shared = [
             None if s else lax.squeeze(leaf, [0])
             for leaf, s in zip(leaves, scanned, strict=True)
         ]
 
     def _stack_first(self, factor: Factor) -> Factor:
-        """With the stack as the first axis of the array, so that a scan can slice it."""
+        """The factor with the stack as its first stored axis, so that a scan slices it."""
         others = tuple(axis for axis in factor.axes if axis != 0)
         array = place(factor.array, factor.axes, (0, *others))
         return Factor(array, (0, *others), factor.ndim)
 
     def entry(self, sliced: Any) -> Any:
-        """The value that the body sees, of a slice of `sliced`."""
+        """The value that the body gets, from one entry of `sliced`."""
         if self.tree is None or self.shared is None:
             return sliced
         leaves = [
@@ -124,18 +125,18 @@ def _with_factors(value: Factored, function: Callable[[Factor], Factor]) -> Fact
 
 
 def _entry(factor: Factor) -> Factor:
-    """A factor of which the first axis, that of the stack, is gone."""
+    """The factor of one entry, without the stacked axis."""
     axes = tuple(axis if axis == RANK else axis - 1 for axis in factor.axes[1:])
     return Factor(factor.array, axes, factor.ndim - 1)
 
 
 def _formed(value: Any) -> Any:
-    """With a frozen weight that can be stacked as the entries of an output."""
+    """The value with a dense frozen weight, which an output of a scan can stack."""
     return with_base(value, form(base_of(value)))
 
 
 def _stacked(value: Any) -> Any:
-    """An output of a scan, whose factors now have the stack in front."""
+    """A stacked output of a scan, whose factors have the stack as their first axis."""
     if not isinstance(value, Factored):
         return value
 
@@ -147,7 +148,7 @@ def _stacked(value: Any) -> Any:
 
 
 def invariant(context: Any, body: Any, carry: Sequence[Any], offset: int) -> list[Any]:
-    """Weights among carries that the body hands on unchanged; None for all others."""
+    """The carried weights that the body returns unchanged; None for other carries."""
     return [
         value
         if context.is_weight(value) and body.outvars[i] is body.invars[offset + i]
@@ -159,7 +160,7 @@ def invariant(context: Any, body: Any, carry: Sequence[Any], offset: int) -> lis
 def carried(
     context: Any, equation: Any, carry: Sequence[Any], kept: Sequence[Any], reason: str
 ) -> list[Any]:
-    """The carry of the new loop: None for what is kept, other weights merged."""
+    """The carry of the new loop: None for the kept weights; other weights are merged."""
     changing = [
         None if constant is not None else value
         for value, constant in zip(carry, kept, strict=True)
@@ -175,7 +176,7 @@ def _with_kept(carry: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
 
 
 def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
-    """A while loop; its carries are treated as those of `scan`."""
+    """Rebuilds a while loop; carries are treated as in `scan`."""
     n_condition = parameter(equation, "cond_nconsts")
     n_body = parameter(equation, "body_nconsts")
     condition_jaxpr = parameter(equation, "cond_jaxpr")
@@ -203,7 +204,7 @@ def while_(context: Context, equation: Any, *values: Any) -> list[Any]:
 
 
 def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]:
-    """A `cond` or `switch`; one of several weights has the terms of all of them."""
+    """Rebuilds a `cond` or `switch`; a chosen weight has the terms of all branches."""
     check_branches(context, equation, index)
     jaxprs, key = parameter(equation, "branches"), context.make_key()
     forms = _forms(context, jaxprs, key, list(values))
@@ -225,9 +226,9 @@ def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]
 
 
 def check_branches(context: Any, equation: Any, index: Any) -> None:
-    """Raises unless the branches are those of a number, which is no weight."""
+    """Raises unless a number chooses the branch, and it is not a weight."""
     if equation.params.get("branches_platforms") is not None:
-        raise NotFactorableError("its branches are those of platforms")
+        raise NotFactorableError("its branches are for different platforms")
     if context.is_weight(index):
         raise NotFactorableError("the weight chooses the branch")
 
@@ -235,7 +236,7 @@ def check_branches(context: Any, equation: Any, index: Any) -> None:
 def _forms(
     context: Context, jaxprs: Sequence[Any], key: Any, values: list[Any]
 ) -> list[Form | None]:
-    """The form of each output that is a weight in some branches; None for all others."""
+    """The common form of each output that is a weight in some branch; None for others."""
     n_outputs = len(compat.open_jaxpr(jaxprs[0])[0].outvars)
     if not any(_may_return_weight(context, jaxpr, values) for jaxpr in jaxprs):
         return [None] * n_outputs
@@ -262,7 +263,7 @@ def _forms(
 
 
 def _may_return_weight(context: Context, jaxpr: Any, values: Sequence[Any]) -> bool:
-    """Whether a weight may reach an output of a branch, as far as its rules tell."""
+    """Whether a weight may reach an output of a branch, according to the rules."""
     inner, _ = compat.open_jaxpr(jaxpr)
     reached = {
         variable
@@ -281,7 +282,7 @@ def _may_return_weight(context: Context, jaxpr: Any, values: Sequence[Any]) -> b
     return any(map(is_reached, inner.outvars))
 
 
-# Rules whose results are activations.
+# Primitives whose results are activations.
 _PRODUCTS = frozenset(
     {"conv_general_dilated", "dot_general", "ragged_dot_general", "reduce_sum"}
 )

@@ -1,4 +1,4 @@
-"""Products that contract a weight: `dot_general` and `ragged_dot`."""
+"""Rules for the products that contract a weight: `dot_general` and `ragged_dot`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,11 +65,11 @@ def multiply(
     roles: Sequence[str] | None = None,
     form_base: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """A product with a weight; `flipped` if the weight is the first operand.
+    """The product of an activation with a factored weight.
 
-    `roles` are what to record of the axes of the weight, if not what the names say.
-    `form_base` forms the product of an activation with the frozen weight, if the equation
-    is none of two operands.
+    `flipped` means that the weight is the first operand. `roles` replaces the roles of the
+    weight's axes that follow from the names. `form_base` computes the product with the
+    frozen weight, if the equation is not a product of two operands.
     """
     context.see(f, equation, _roles(f_names) if roles is None else roles)
     contracted = [name for name in f_names if name not in out_names]
@@ -98,9 +98,9 @@ def multiply(
 
 
 def check_multiplies(dtype: Any, *, integers: bool = True) -> None:
-    """Raises unless an operand of a dtype can be multiplied with factors.
+    """Raises unless an operand of this dtype can be multiplied by factors.
 
-    Integers can, unless they are scaled by DoRA, or dropped.
+    Integers can, except with DoRA or dropout, which `integers=False` stands for.
     """
     if not jnp.issubdtype(dtype, jnp.inexact if not integers else jnp.number):
         raise NotFactorableError(f"the other operand is {dtype}")
@@ -109,27 +109,27 @@ def check_multiplies(dtype: Any, *, integers: bool = True) -> None:
 def _product_of_weights(
     context: Context, equation: Any, x: Factored, y: Factored, axes: _Axes
 ) -> jax.Array:
-    """A product of two adapted weights: the smaller one is merged, the larger is not.
+    """A product of two adapted weights, the smaller of which is merged.
 
-    That is a small part (rank over width) of the work of this very product, and no report.
+    The merge costs a small part (rank over width) of the product, so it is not reported.
     """
     smaller = min(x, y, key=lambda f: f.base.size)
     context.see(smaller, equation)
     context.check_no_dropout(smaller)
     dense = merge(smaller)
-    # Which of its axes is input of a larger product does not show here.
+    # This use does not show which axes of the merged weight are its inputs.
     own = (y, axes.y, dense, axes.x) if smaller is x else (x, axes.x, dense, axes.y)
     return multiply(context, equation, *own, axes.out, flipped=smaller is y, roles=())
 
 
 def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
-    """For both operands the role of each axis, whichever of them is the weight."""
+    """For both operands, the role of each axis if that operand is the weight."""
     axes = _Axes(equation)
     return [_roles(axes.x), _roles(axes.y)]
 
 
 def _roles(names: Names) -> list[str]:
-    """What becomes of axes of these names."""
+    """The roles of axes with these names."""
     kinds = [name[0][0] for name in names]  # pyright: ignore
     return [kind if kind in ("contracted", "batch") else "kept" for kind in kinds]
 
@@ -154,7 +154,7 @@ def _columns(
 def ragged_dot(
     context: Context, equation: Any, x: Any, f: Any, sizes: Any, *rest: Any
 ) -> jax.Array:
-    """`(rows, in), (groups, in, out), (groups,) -> (rows, out)`: experts."""
+    """The rule for `(rows, in), (groups, in, out), (groups,) -> (rows, out)`: experts."""
     values = x, f, sizes, *rest
     _, own, *_ = roles_of_groups(equation, [isinstance(v, Factored) for v in values])
     context.see(f, equation, own)
@@ -176,9 +176,9 @@ def grouped_product(
     sizes: jax.Array,
     form_base: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """`(rows, in), (groups, in, out), (groups,) -> (rows, out)`, for a weight that is `f`.
+    """`(rows, in), (groups, in, out), (groups,) -> (rows, out)`, with the weight `f`.
 
-    `form_base` forms the product of an activation with the frozen weight.
+    `form_base` computes the product of an activation with the frozen weight.
     """
     scaled = any(1 in f.owned(column) for column in f.columns)
     check_multiplies(x.dtype, integers=not scaled and not context.drops(f))
@@ -200,13 +200,13 @@ def grouped_product(
 
 
 def roles_of_groups(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:
-    """For each operand the role of each of its axes, given which operands are weights.
+    """For each operand, the role of each axis, given which operands are weights.
 
     Raises:
         NotFactorableError: if there is no low-rank rule for it.
     """
     if list(weights) != [False, True, False]:
-        raise NotFactorableError("the weight is not that of the groups")
+        raise NotFactorableError("the weight is not the operand with the groups")
     if not _is_grouped_matmul(equation):
         raise NotFactorableError("it is not (rows, in), (groups, in, out) -> (rows, out)")
     return [(), ("batch", "contracted", "kept"), ()]
@@ -251,7 +251,7 @@ def _ragged_update(
     def multiply(v, weight):
         if weight.shape[0] == f.shape[0]:
             return lax.ragged_dot(v, weight, sizes, **options)
-        # One factor for all groups; rows that are in no group have a product of zero.
+        # One factor for all groups. The product of a row in no group is zero.
         rows = jnp.arange(v.shape[0])[:, None] < jnp.sum(sizes)
         return jnp.matmul(jnp.where(rows, v, jnp.zeros_like(v)), weight[0], **options)
 

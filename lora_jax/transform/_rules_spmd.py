@@ -1,4 +1,4 @@
-"""Programs for many devices: `shard_map`, and collectives inside it."""
+"""Rules for `shard_map`, and for collectives inside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,8 @@ from lora_jax.transform._parameters import NotFactorableError, parameter
 
 
 def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
-    """Maps over shards; the shards of the factors are factors of those of the weight."""
-    # How stored arrays are to be split follows from no spec of the dense one.
+    """Rebuilds a `shard_map`. Factors are sharded along the axes that they own."""
+    # The spec of a dense weight does not say how to split its quantized arrays.
     values = [with_base(value, form(base_of(value))) for value in operands]
     pairs = zip(values, parameter(equation, "in_specs"), strict=True)
     in_specs = [_spec(v, tuple(s)) for v, s in pairs]
@@ -35,7 +35,7 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
 
     mesh = parameter(equation, "mesh")
     if compat.has_explicit_axes(mesh, without=axes):
-        # JAX keeps nothing for the backward pass there but the arguments.
+        # JAX then keeps only the arguments for the backward pass.
         body = jax.checkpoint(body)
     mapped = jax.shard_map(
         body,
@@ -49,12 +49,12 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
 
 
 def _spec(value: Any, spec: Sequence[Any]) -> Any:
-    """The specs of a value of the new `shard_map`."""
+    """The partition specs of an operand of the new `shard_map`."""
     return specs(value, spec) if isinstance(value, Factored) else PartitionSpec(*spec)
 
 
 def all_gather(context: Context, equation: Any, f: Factored) -> Factored:
-    """Gathers the weight and the factors that own the axis."""
+    """Gathers the frozen weight, and the factors that own the axis."""
     axis = parameter(equation, "all_gather_dimension")
     check_tiled(equation)
 
@@ -65,7 +65,7 @@ def all_gather(context: Context, equation: Any, f: Factored) -> Factored:
 
 
 def check_tiled(equation: Any) -> None:
-    """Raises unless it makes an axis longer."""
+    """Raises unless the gather makes an existing axis longer."""
     if not parameter(equation, "tiled"):
         raise NotFactorableError("it gathers along a new axis")
 

@@ -1,7 +1,8 @@
-"""Primitives that move axes about: every rule does to factors what it does to the weight.
+"""Rules for the primitives that move, pad or join axes.
 
-An axis that a factor does not own has size 1 there: it starts at 0, has a size of 1, and is
-otherwise left alone. `(rank, *axes)` factors are seen as `(*axes)`: see `Factored.map`.
+Each rule applies the primitive to the frozen weight, the factors and the columns. An axis
+that a factor does not own has size 1: slices of it start at 0. Rules see `(rank, *axes)`
+factors as `(*axes)`; see `Factored.map`.
 """
 
 import functools
@@ -30,7 +31,7 @@ from lora_jax.transform._parameters import (
 
 
 def move(context: Context, equation: Any, *values: Any) -> Any:
-    """What a primitive of one weight does to its axes, for the weight and every factor."""
+    """Applies a primitive in the table of moves to a weight and its factors."""
     name = equation.primitive.name
     row = MOVES[name]
     check_weight_is(row.operand, values, Factored, row.otherwise)
@@ -40,7 +41,7 @@ def move(context: Context, equation: Any, *values: Any) -> Any:
     several = equation.primitive.multiple_results
     out = []
     for own, base in zip(moves, bases if several else [bases], strict=True):
-        # The entries of an axis are one use, pieces of it several.
+        # All entries of an axis are one use; each piece of a split is a use.
         if any(own.indexed) and (name == "split" or not out):
             context.see_indexed(f, equation, own.indexed, moved=True)
         _check_joins(f, own, base.shape)
@@ -54,9 +55,9 @@ def _moved(move: Move, others: Sequence[Any], p: jax.Array) -> jax.Array:
 
 
 def _check_joins(f: Factored, move: Move, shape: tuple[int, ...]) -> None:
-    """Raises if axes are joined that a factor owns in part only.
+    """Raises if a factor owns some of the axes that are joined, but not all of them.
 
-    Axes that no factor owns any may own as well.
+    Axes that no factor owns do not count.
     """
     factors = [factor for term in f.terms for factor in (term.a, term.b)]
     varied = frozenset().union(*map(f.owned, factors))
@@ -70,12 +71,12 @@ def _check_joins(f: Factored, move: Move, shape: tuple[int, ...]) -> None:
 
 
 def pad(context: Context, equation: Any, f: Any, fill: Any) -> Factored:
-    """Axes made longer at their ends: factors by 0, the weight by the fill value."""
+    """Pads axes at their ends: factors with zeros, the weight with the fill value."""
     row = MOVES["pad"]
     check_weight_is(row.operand, (f, fill), Factored, row.otherwise)
     if f.columns:
-        raise NotFactorableError("the fill value would be scaled as DoRA scales the weight")
-    row.moves(equation)  # raises for what it cannot be
+        raise NotFactorableError("DoRA would scale the fill value with the weight")
+    row.moves(equation)  # raises for paddings without a low-rank form
     widths = parameter(equation, "padding_config")
     terms = f.terms
     for axis, (low, high, _) in enumerate(widths):
@@ -85,7 +86,7 @@ def pad(context: Context, equation: Any, f: Any, fill: Any) -> Factored:
 
 
 def _padded(f: Factored, term: Term, axis: int, low: int, high: int) -> Term:
-    """The term with zeros around an axis, in a factor that owns it; in `a` if none does."""
+    """The term, padded with zeros along an axis in a factor that owns it, or in `a`."""
     owners = axis in f.owned(term.a), axis in f.owned(term.b)
     pads = owners if any(owners) else (True, False)
 
@@ -105,13 +106,13 @@ def _pad_axis(p: jax.Array, axis: int, low: int, high: int, value: float) -> jax
 
 
 def concatenate(context: Context, equation: Any, *values: Any) -> Factored:
-    """Weights side by side, such as fused query, key and value."""
+    """Joins weights along an axis, such as fused query, key and value."""
     base = _deferred.bind(equation, [base_of(value) for value in values])
     return _joined(values, parameter(equation, "dimension"), base)
 
 
 def stack(context: Context, equation: Any, *values: Any) -> Factored:
-    """Weights along a new axis."""
+    """Joins weights along a new axis."""
     axis = parameter(equation, "axis")
     base = _deferred.bind(equation, [base_of(value) for value in values])
     longer = [
@@ -124,7 +125,7 @@ def stack(context: Context, equation: Any, *values: Any) -> Factored:
 
 
 def _longer(value: Factored, axis: int) -> Any:
-    """The shape of a weight with a new axis, for a sum of which the base is known."""
+    """The value with a new axis; its base is only a shape."""
     shape = (*value.shape[:axis], 1, *value.shape[axis:])
     return jax.ShapeDtypeStruct(shape, value.dtype)
 
@@ -132,8 +133,8 @@ def _longer(value: Factored, axis: int) -> Any:
 def _joined(values: Sequence[Any], axis: int, base: jax.Array) -> Factored:
     """The factored value of weights joined along `axis`.
 
-    Where it is a batch axis, their terms become one, of which both factors own it.
-    Otherwise each term keeps to its part: it is padded with zeros, and columns with ones.
+    Along a batch axis the terms become one term, both factors of which own the axis.
+    Otherwise each term is padded with zeros, and each column with ones.
     """
     if (stacked := joined_in_batch(values, axis, base)) is not None:
         return stacked
@@ -154,7 +155,7 @@ def _joined(values: Sequence[Any], axis: int, base: jax.Array) -> Factored:
 
 
 def _shared_columns(values: Sequence[Any], axis: int) -> tuple[jax.Array, ...] | None:
-    """The columns of parts of one weight, joined along an axis that they do not own."""
+    """The columns, if all weights share them and they have size 1 along `axis`."""
     columns = [v.columns if isinstance(v, Factored) else () for v in values]
     alike = all([*map(id, own)] == [*map(id, columns[0])] for own in columns)
     return columns[0] if alike and all(c.shape[axis] == 1 for c in columns[0]) else None

@@ -1,7 +1,7 @@
-"""Functions that are stated to be products: the adapter is applied beside them.
+"""Rules for functions that `LoraConfig(products=...)` states to be products.
 
-A function with a custom derivative, or a kernel, is called with the frozen weight as it is.
-What the factors make of the other operand is added to its result.
+Such a function has a custom derivative, or calls a kernel. It is called with the frozen
+weight, and the product of the activation with the low-rank update is added to its result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +30,9 @@ class Call:
 
     Attributes:
         name: of the function.
-        equation: of the program.
-        stated: what the function multiplies.
-        fitted: the same, for the shapes of this call.
+        equation: the call in the program.
+        stated: the stated product.
+        fitted: the stated product, fitted to the shapes of this call.
     """
 
     def __init__(self, name: str, text: str, equation: Any):
@@ -43,28 +43,27 @@ class Call:
         """Checks that the operand at a position may be the weight.
 
         Raises:
-            NotFactorableError: if that operand, or the dtypes, are not those of such a
-                product.
+            NotFactorableError: if it may not, or a dtype has no low-rank product.
         """
         if self.stated.is_grouped and len(self.fitted.operands[weight] or ()) != 3:
-            raise NotFactorableError("the weight is not that of the groups")
+            raise NotFactorableError("the weight is not the operand with the groups")
         dtype = self.equation.outvars[self.fitted.position].aval.dtype
         if _is_small(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
-            raise NotFactorableError(f"it returns {dtype}, to which no update is added")
+            raise NotFactorableError(f"it returns {dtype}, and no update can be added")
         for other in self.others(weight)[:1]:
             dtype = self.equation.invars[other].aval.dtype
             if _is_small(dtype):
                 raise NotFactorableError(f"the other operand is {dtype}")
 
     def others(self, weight: int) -> list[int]:
-        """The positions of the other operands: what is multiplied, then group sizes."""
+        """The positions of the other operands: the activation first, then group sizes."""
         parts = [i for i, names in enumerate(self.fitted.operands) if names is not None]
         by_size = sorted(parts, key=lambda i: -len(self.fitted.operands[i] or ()))
         return [i for i in by_size if i != weight]
 
     @property
     def order(self) -> list[int]:
-        """Of the axes of the weight, in the result of a function that rounds it."""
+        """The order of the weight's axes in the result of a function that rounds it."""
         (names,) = (own for own in self.fitted.operands if own is not None)
         return [names.index(name) for name in self.fitted.output]
 
@@ -82,13 +81,13 @@ def with_products(
     run: Run,
     met: list[str] | None = None,
 ) -> dict[str, Callable[..., Any]]:
-    """The rules, with those that are stated for calls of functions.
+    """The rules, with rules for the calls of functions that are stated to be products.
 
     Args:
         rules: by primitive.
-        products: the equation of each function, by patterns of names.
-        run: makes the rule of a function, given its name and what is stated of it.
-        met: gets the names of all functions that are called.
+        products: the stated equation of each function, by patterns of names.
+        run: makes the rule of a function from its name and its stated equation.
+        met: a list to which the names of all called functions are appended.
     """
 
     def choose(primitive: str) -> Callable[..., Any]:
@@ -106,7 +105,7 @@ def with_products(
 
 
 def rule(name: str, text: str) -> Callable[..., Any]:
-    """Applies the adapter of a weight beside a function that multiplies it."""
+    """A rule that calls a stated function and adds the low-rank update to its result."""
 
     def apply(context: Context, equation: Any, *values: Any) -> list[Any]:
         call = Call(name, text, equation)
@@ -131,9 +130,9 @@ def rule(name: str, text: str) -> Callable[..., Any]:
 def _with_one_weight(
     context: Context, call: Call, values: Sequence[Any]
 ) -> tuple[list[Any], int | None]:
-    """The operands, of which the largest weight alone is not merged, and its position.
+    """The operands, with all adapted weights merged except the largest, and its position.
 
-    As for a product of two weights, and for rows of a table, that is no report.
+    Merges of smaller weights and of table rows are not reported, as for other products.
     """
     operands: list[Any] = list(values)
     for i, names in enumerate(call.fitted.operands):
@@ -162,7 +161,7 @@ def _apply(
     values: list[Any],
     frozen: Callable[[Sequence[Any]], jax.Array],
 ) -> Any:
-    """The product with the weight at a position, `frozen` giving that of its base."""
+    """The product with the weight at position `i`; `frozen` computes that of its base."""
     f = values[i]
     if call.stated.is_rounding:
         order = call.order
@@ -202,14 +201,14 @@ def _apply(
 
 
 def _as_dot_general(x: Names, weight: Names, out: Names) -> Names:
-    """The axes of a product in the order that `lax.dot_general` gives them."""
+    """The axes of a product in the order of `lax.dot_general`."""
     batch = tuple(name for name in out if name in x and name in weight)
     rest = tuple(name for name in (*x, *weight) if name in out and name not in batch)
     return (*batch, *rest)
 
 
 def step(name: str, text: str) -> Step:
-    """Records what such a function does with the axes of a weight."""
+    """A step that records the stated roles of a weight's axes."""
 
     def apply(finder: Finder, equation: Any, *values: Any) -> list[Any]:
         call = Call(name, text, equation)
@@ -244,7 +243,7 @@ def _check_body(
     value: Tracked,
     roles: Sequence[str],
 ) -> None:
-    """Raises if the products that the function is seen to use are others."""
+    """Raises if the products in the body of the function contradict the statement."""
     seen: dict[str, list[dict[int, str]]] = {}
     if (body := compat.body_of(equation)) is not None:
         finder.read_aside(body[0], values, seen)
@@ -254,7 +253,7 @@ def _check_body(
             listed = ", ".join(used[0].get(axis, "unknown") for axis in sorted(stated))
             said = ", ".join(stated[axis] for axis in sorted(stated))
             raise StatementError(
-                f"products states that {call.name!r} is {call.stated.text!r}: then the "
+                f"products states that {call.name!r} is {call.stated.text!r}, so that the "
                 f"axes of {weight!r} are {said}. In the function they are {listed}."
             )
 

@@ -1,4 +1,4 @@
-"""Traces a function to a jaxpr, with everything that is not an array left as it is."""
+"""Traces a function to a jaxpr; arguments that are not arrays stay static."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ class Traced(NamedTuple):
     """A function, traced for its arguments.
 
     Attributes:
-        jaxpr: closed.
-        arguments: the arrays among the arguments, in the order of the jaxpr's, and
-            quantized weights, which are dense in there.
-        paths: the path in the params of each argument; None for those not in there.
-        names: of the arguments, in messages.
-        result: makes what the function returns of the outputs of the jaxpr.
+        jaxpr: the closed jaxpr. Quantized weights are dense arguments of it.
+        arguments: the arrays and quantized weights among the function's arguments, in the
+            order of the jaxpr's arguments.
+        paths: the path in the params of each argument; None for other arguments.
+        names: the name of each argument, for messages.
+        result: from the outputs of the jaxpr, what the function returns.
     """
 
     jaxpr: Any
@@ -30,7 +30,7 @@ class Traced(NamedTuple):
     result: Callable[[Sequence[Any]], Any]
 
     def check_values(self) -> None:
-        """Raises if an argument has no values to compute with."""
+        """Raises if an argument has no values, such as a `jax.ShapeDtypeStruct`."""
         for name, value in zip(self.names, self.arguments, strict=True):
             checks.check_has_values(name, value)
 
@@ -42,7 +42,7 @@ class Traced(NamedTuple):
 
     @property
     def unused(self) -> set[str]:
-        """The paths of arrays that no equation of the function takes."""
+        """The paths of arrays that the function neither uses nor returns."""
         jaxpr, _ = compat.open_jaxpr(self.jaxpr)
         atoms = [atom for equation in jaxpr.eqns for atom in equation.invars]
         used = set(map(id, (*atoms, *jaxpr.outvars)))
@@ -53,7 +53,7 @@ class Traced(NamedTuple):
 def is_array(value: Any) -> bool:
     """Whether a leaf is traced: arrays are, Python and NumPy numbers are not.
 
-    Neither are NumPy arrays of objects, strings or dates, of which JAX has none.
+    NumPy arrays of objects, strings or dates are not traced: JAX does not support them.
     """
     if isinstance(value, np.ndarray):
         return checks.has_jax_dtype(value)
@@ -66,8 +66,8 @@ _NEEDS_VALUES = (
     jax.errors.TracerIntegerConversionError,
 )
 _HINT = (
-    "lora_jax traces the function, so the values of arrays in params and arguments are not "
-    "known in it, as under jax.jit: decide by Python values, or with jax.lax.cond."
+    "lora_jax traces the function as jax.jit does, so the values of arrays in params and "
+    "arguments are not known: decide by Python values, or with jax.lax.cond."
 )
 
 
@@ -77,10 +77,10 @@ def trace(
     """Traces `function(params, *args, **kwargs)`.
 
     Functions, flags, strings and numbers stay static, in arguments and in results. The
-    constants of the jaxpr may be values of an outer trace, so it is not kept.
+    constants of the jaxpr may be values of an outer trace, so it must not be cached.
 
     Raises:
-        TypeError: if an array has a byte order that JAX does not take.
+        TypeError: if an array has a byte order that JAX does not support.
     """
     by_path = tree_paths.leaf_paths(params)
     with_keys, tree = jax.tree_util.tree_flatten_with_path(
@@ -108,7 +108,7 @@ def trace(
 
     arguments = [leaves[i] for i in positions]
     try:
-        with jax.disable_jit(False):  # else control flow would need values
+        with jax.disable_jit(False):  # otherwise control flow would need values
             jaxpr = jax.make_jaxpr(flat)(*map(placement.as_abstract, arguments))
     except _NEEDS_VALUES as error:
         error.add_note(_HINT)
@@ -117,9 +117,9 @@ def trace(
         if not (static_arrays := _not_of_jax(names, leaves)):
             raise
         raise TypeError(
-            f"{error}\nOf the arrays that the function was given, JAX cannot have "
+            f"{error}\nThe function was given arrays that JAX does not support, "
             f"{', '.join(static_arrays)}: they reach the function unchanged. If it "
-            "computes with one, make it an array of numbers, for example with "
+            "computes with one, convert it to an array of numbers, for example with "
             "np.asarray(values, 'float32')."
         ) from error
     ((out_tree, static),) = returned
@@ -139,7 +139,7 @@ def trace(
 
 
 def _not_of_jax(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
-    """The NumPy arrays of which JAX has no counterpart, by name and dtype."""
+    """The names and dtypes of the NumPy arrays that JAX does not support."""
     return [
         f"{name} (dtype {leaf.dtype})"
         for name, leaf in zip(names, leaves, strict=True)
@@ -148,5 +148,5 @@ def _not_of_jax(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
 
 
 def _name(key: tuple[Any, ...]) -> str:
-    """The name of a leaf of `(params, args, kwargs)`, from its key there."""
+    """The name of a leaf of `(params, args, kwargs)`, given its key path."""
     return ("params", "args", "kwargs")[key[0].idx] + jax.tree_util.keystr(key[1:])

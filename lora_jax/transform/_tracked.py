@@ -1,7 +1,7 @@
-"""Axes of weights, followed through a program, and what it does with them.
+"""Tracked values: where the axes of weights are in the values of a program.
 
-No array is formed: a value of the program that a weight became knows which of its own axes
-those of the weight are. `Uses` records what products and look-ups do with them.
+A `Tracked` value stands for an array of the program, and maps axes of weights to axes of
+this array. `Uses` records what products and look-ups do with them. No array is computed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _PRODUCTS = ("dot_general", "ragged_dot_general")
 
 @dataclasses.dataclass(eq=False)
 class Found:
-    """A use of a weight that was found; `roles` as in `Use`, by axis of the weight."""
+    """A recorded use of a weight. `roles` are as in `Use`, by axis of the weight."""
 
     weight: str
     primitive: str
@@ -25,7 +25,7 @@ class Found:
     roles: dict[int, str]
 
     def use(self, ndim: int) -> Use:
-        """The use, of a weight of so many axes."""
+        """The record as a `Use` of a weight with `ndim` axes."""
         roles = tuple(self.roles.get(axis, "") for axis in range(ndim))
         # A call contracts axes only if it is stated to be a product.
         stated = self.primitive in compat.NAMED_CALLS and "contracted" in roles
@@ -35,17 +35,17 @@ class Found:
 
 @dataclasses.dataclass(eq=False)
 class LookUp:
-    """A use that takes some entries of axes of a weight: a row, a column, other orders.
+    """An indexing of axes of a weight: of rows or columns, or a reordering.
 
-    Whether that is a look-up in a table, whose rows are activations, or a weight that a
-    product then multiplies with, is known when what it gave is used.
+    The result may be rows of a table, which are activations, or a part of a weight, which a
+    product multiplies by. The next use of the result shows which.
 
     Attributes:
-        number: of the look-ups before it.
-        found: the use, of each weight that it is one of.
-        rows: whether the axes that it indexes come before all others.
-        moved: the axes of weights of which a product said what they are.
-        used: whether its result became an activation.
+        number: how many look-ups came before it.
+        found: the recorded use of each weight in the value.
+        rows: whether the indexed axes are the leading ones.
+        moved: the axes of weights whose roles a later product has shown.
+        used: whether the result became an activation.
     """
 
     number: int
@@ -57,14 +57,14 @@ class LookUp:
 
 @dataclasses.dataclass(frozen=True)
 class WeightAxis:
-    """An axis of a weight, in a value.
+    """One axis of a weight, and where it is in a value.
 
     Attributes:
-        weight: its path.
-        axis: of the weight.
-        along: the axes of the value that it is by now; none of them has size 1.
-        look_ups: that indexed it.
-        merged: why the weight was merged before, if it was.
+        weight: the path of the weight.
+        axis: the number of the axis in the weight.
+        along: the axes of the value that it has become; none of them has size 1.
+        look_ups: the look-ups that indexed it.
+        merged: why the weight was merged by an earlier use; empty if it was not.
     """
 
     weight: str
@@ -75,30 +75,30 @@ class WeightAxis:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Which axis of which weight it is."""
+        """The weight and the number of the axis."""
         return self.weight, self.axis
 
     def is_like(self, other: "WeightAxis") -> bool:
-        """Whether another is the same but for what looked it up, as often."""
+        """Whether `other` differs at most in its look-ups, and has the same number."""
         alike = dataclasses.replace(other, look_ups=self.look_ups) == self
         return alike and len(other.look_ups) == len(self.look_ups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A value that is no weight, and whether it depends on no argument but weights."""
+    """A value that is not a weight. If constant, it depends on no argument but weights."""
 
     is_constant: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """A value that is a weight, some of its entries, or several weights.
+    """A value that is a weight, a part of one, or several weights.
 
     Attributes:
         shape: of the value.
-        axes: of the weights.
-        gathered: as in `Factored`: whether it is rows of a table, and looked up by what.
+        axes: the axes of the weights.
+        gathered: as in `Factored`: how rows of a table were looked up.
         is_constant: whether it depends on no argument but weights.
     """
 
@@ -114,15 +114,15 @@ class Tracked:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The paths of the weights in it, each once."""
+        """The paths of the weights in the value, each once."""
         return tuple(dict.fromkeys(own.weight for own in self.axes))
 
     def replace(self, **changes: Any) -> "Tracked":
-        """The value with other fields, and not known to be constant."""
+        """The value with other fields; it is no longer known to be constant."""
         return dataclasses.replace(self, is_constant=False, **changes)
 
     def moved(self, axes: Sequence[Sequence[int]], shape: Sequence[int]) -> "Tracked":
-        """The value with each of its axes made those of a value of another shape."""
+        """The value after a move, which maps each of its axes to axes of a new shape."""
 
         def became(own: WeightAxis) -> WeightAxis:
             new = {j for i in own.along for j in axes[i] if shape[j] != 1}
@@ -131,10 +131,10 @@ class Tracked:
         return self.replace(shape=tuple(shape), axes=tuple(map(became, self.axes)))
 
     def longer(self, shape: Sequence[int]) -> "Tracked":
-        """The value as a part of one that is longer along some axes.
+        """The value after a padding or join that makes some axes longer.
 
-        If one entry of an axis of a weight is all that is left of it, and no other axis is
-        so, then axes that had size 1 are that one.
+        If look-ups took one entry of exactly one axis of a weight, axes that grow from size
+        1 become that axis.
         """
         gone = [own for own in self.axes if own.look_ups and not own.along]
         pairs = enumerate(zip(self.shape, shape, strict=True))
@@ -146,10 +146,10 @@ class Tracked:
         return self.replace(shape=tuple(shape), axes=tuple(map(became, self.axes)))
 
     def roles(self, of_value: Sequence[str]) -> dict[str, dict[int, str]]:
-        """For each weight the role of each of its axes that is known.
+        """The known roles of the axes of each weight.
 
-        An axis of size 1 cannot be told from none; it is where it was, if all others are,
-        unless it is one entry of a longer.
+        An axis of size 1 cannot be followed. If all other axes are where they were, it is
+        assumed to be where it was too, unless a look-up took one entry of it.
 
         Args:
             of_value: the role of each axis of the value; empty if none is known.
@@ -171,7 +171,7 @@ class Tracked:
         return found
 
     def looked_up(self) -> dict[tuple[str, int], list[WeightAxis]]:
-        """The axes of weights that were indexed, as they are here; the last one first."""
+        """The axes of the value that are indexed axes of weights; the latest first."""
         indexed = {own.key for own in self.axes if own.look_ups}
         found: dict[tuple[str, int], list[WeightAxis]] = {}
         for own in self.axes:
@@ -184,7 +184,7 @@ class Tracked:
         return dict(sorted(found.items(), key=lambda item: -last(item)))
 
     def is_multiplied(self, roles: Sequence[str]) -> bool:
-        """Whether a product contracts and keeps axes that were never indexed."""
+        """Whether a product with these roles contracts and keeps axes without look-ups."""
         rest = {roles[i] for own in self.axes if not own.look_ups for i in own.along}
         return {"contracted", "kept"} <= rest
 
@@ -195,22 +195,22 @@ def is_tracked(value: object) -> bool:
 
 
 def weight_of(path: str, shape: tuple[int, ...]) -> Tracked:
-    """A weight, as it is passed to the function."""
+    """The tracked value of a weight that is an argument of the function."""
     alongs = [frozenset({axis} if size != 1 else ()) for axis, size in enumerate(shape)]
     axes = tuple(WeightAxis(path, axis, along) for axis, along in enumerate(alongs))
     return Tracked(shape, axes, is_constant=True)
 
 
 def _role_of_looked_up(own: set[str], rest: set[str]) -> str:
-    """What an axis is that was indexed on its way to a product.
+    """The role of an axis that was indexed before a product.
 
     Args:
         own: the roles of the axes that it became; none if one entry was taken.
         rest: the roles of the other axes of the weight.
     """
-    if {"contracted", "kept"} <= rest:  # a matrix without it: experts, layers
+    if {"contracted", "kept"} <= rest:  # the others are a matrix: experts, layers
         order = ("batch", "kept", "contracted")
-    elif "contracted" in rest:  # a column for each index: what is computed of them
+    elif "contracted" in rest:  # the indices choose columns to compute
         return "contracted" if own == {"contracted"} else "kept"
     else:
         order = ("contracted", "batch", "kept")
@@ -218,11 +218,11 @@ def _role_of_looked_up(own: set[str], rest: set[str]) -> str:
 
 
 class Uses:
-    """What a program does with its weights, as far as it has been followed.
+    """The uses of weights that the finder has recorded so far.
 
     Attributes:
         found: every use, in the order of the program.
-        look_ups: those among them that index.
+        look_ups: the look-ups, in the same order.
         callers: the equations whose bodies are being followed, the outermost first.
     """
 
@@ -234,7 +234,7 @@ class Uses:
     def see(
         self, value: Tracked, equation: Any, roles: Sequence[str] = (), merged: str = ""
     ) -> list[Found]:
-        """Records a use; `roles` has a word for each axis of the value, or is empty."""
+        """Records a use; `roles` has one role for each axis of the value, or is empty."""
         before = next((own.merged for own in value.axes if own.merged), "")
         by_weight = value.roles(roles).items()
         return self._add(equation, merged or before, by_weight)
@@ -246,13 +246,13 @@ class Uses:
         reason: str,
         roles: Mapping[str, Sequence[dict[int, str]]],
     ) -> None:
-        """Records the uses of a value in the body of a call that is merged.
+        """Records the uses of a value in the body of a call that gets merged weights.
 
         Args:
             value: an operand of the call.
             equation: the call.
-            reason: why it is merged.
-            roles: of the axes, for each use in the body, by weight.
+            reason: why the weight is merged.
+            roles: for each weight, the roles of its axes in each use in the body.
         """
         uses = ((name, own) for name in value.weights for own in roles.get(name, ({},)))
         self._add(equation, reason, uses)
@@ -269,7 +269,7 @@ class Uses:
         return new
 
     def look_up(self, value: Tracked, equation: Any, indexed: Sequence[bool]) -> Tracked:
-        """Records that entries of some axes are taken; returns the value that knows it."""
+        """Records a look-up of the `indexed` axes; returns the value with the look-up."""
         found = self.see(value, equation, ["indexed" if i else "" for i in indexed])
         _see_entries(value, found)
         rows = not any(i > j for i, j in zip(indexed[1:], indexed[:-1], strict=True))
@@ -286,16 +286,16 @@ class Uses:
     def see_product(
         self, value: Tracked, equation: Any, roles: Sequence[str], other: Any = None
     ) -> None:
-        """Records a product with a weight, `other` being what it is multiplied with.
+        """Records a product of a weight with the value `other`.
 
-        It says what the axes are that were indexed on the way. Rows of a table that are
-        multiplied with a constant, or entry by entry, are the activation of that product.
+        The product shows the roles of axes that were indexed before. Rows of a table that
+        are multiplied by a constant, or entry by entry, are the activation of the product.
         """
         looked_up = value.looked_up()
         rows = any(each.rows for own in value.axes for each in own.look_ups)
         constant = other is not None and other.is_constant
         by_constant = rows and constant and not value.is_multiplied(roles)
-        # Without a contraction it is entry by entry, as in a norm of rows.
+        # Without a contraction the product is entry by entry, as in a norm of rows.
         if looked_up and (by_constant or "contracted" not in roles):
             self.use_rows(value)
             return
@@ -318,22 +318,26 @@ class Uses:
                     use.roles[axis] = role
 
     def see_stacked(self, value: Tracked, equation: Any) -> None:
-        """Records that a weight is scanned over its first axis, unless that was indexed.
+        """Records that a weight is scanned over its first axis.
 
-        Then it is a batch axis if a product of what is left says so, and else tokens.
+        The role of an axis that was indexed is left open: a later product shows whether it
+        is a batch axis or the tokens.
         """
         indexed = any(own.look_ups and 0 in own.along for own in value.axes)
         roles = ["" if indexed else "stacked"] + [""] * (value.ndim - 1)
         self.see(value, equation, roles)
 
     def use_rows(self, value: Tracked) -> None:
-        """Notes that what was looked up is an activation from here on."""
+        """Marks the look-ups of a value: their results are used as activations."""
         for own in value.axes:
             for each in own.look_ups:
                 each.used = True
 
     def settle(self) -> None:
-        """Says of every axis that was indexed for a product alone that it was moved."""
+        """Gives the role `"moved"` to axes that were only indexed for products.
+
+        Called once, after the program has been followed.
+        """
         tables = {
             use.weight
             for each in self.look_ups
@@ -353,9 +357,9 @@ class Uses:
 
 
 def _see_entries(value: Tracked, found: Sequence[Found]) -> None:
-    """Says of axes of which one entry was taken, before rows of it are, what they are.
+    """Gives the role `"batch"` to axes of which one entry was taken before this look-up.
 
-    An entry of each is a table; there have to be axes besides those of the look-ups.
+    Each entry of such an axis is a table. The table must have an axis without look-ups.
     """
     looked_up = value.looked_up()
     for use in found:

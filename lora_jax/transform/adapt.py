@@ -22,8 +22,8 @@ from lora_jax.transform._rules import RULES, rules_for
 __all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
 
 OnMerge: TypeAlias = Literal["error", "allow"] | Callable[[Merge], None]
-"""What `adapt` does before it merges a weight for one use: raise, nothing but a line of
-the log, or call a function."""
+"""What `adapt` does before it merges a weight for one use: raise an error, write one log
+line, or call a function."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,67 +44,66 @@ def adapt(
 ) -> Callable[Concatenate[Tree, Adapters, P], R]:
     """Makes a function run with adapters, without a change to its code.
 
-    The function is traced whenever the result is called, and its program is run with
-    every adapted weight as `W + scale * A @ B`, which is never formed: where the weight is
-    contracted, the factors are, one after the other. With `jax.jit` around it all that
-    happens once, and what is compiled is what a model written with `lora_linear` compiles
-    to; without `jax.jit` it happens, slowly, in every call.
+    Each call of the result traces `fn` and runs its program with every adapted weight as
+    `W + scale * A @ B`. This matrix is never computed: a product with the weight multiplies
+    by one factor and then by the other. Under `jax.jit` the tracing happens once, and the
+    compiled program is that of a model written with `lora_linear`. Without `jax.jit` each
+    call traces again, which is slow.
 
-    With `B = 0` and without `jax.jit` the result is that of `fn` bit for bit. Under
-    `jax.jit` the compiler may fuse the operations of the two programs in different ways:
-    results may differ by a few rounding units.
+    With `B = 0` and without `jax.jit`, the result has the bits of `fn`'s result. Under
+    `jax.jit` the compiler may fuse the operations of the two programs in different ways, so
+    that results may differ by a few rounding units.
 
     `fn` may be an adapted function. `adapt(adapt(fn, p1), p2)(params, a2, a1, *args)` is
     `fn` with the weights of `merge_adapters(merge_adapters(params, a2, p2), a1, p1)`.
 
-    DoRA's norms are formed once a call, or given, and held constant in the backward pass,
-    as in section 4.3 of its paper. Dropout is that of the adapter's input alone, also with
-    DoRA (`dropout_mode="torchtune"` of `dora_linear`); rows of an embedding are not
-    dropped. All examples of a `jax.vmap` around have one mask, unless the key is mapped
-    over as well.
+    DoRA's norms are computed once in each call, or given as `column_norms`. They are
+    constants in the backward pass, as in section 4.3 of its paper. Dropout applies to the
+    adapter's input alone, with DoRA as well (`dropout_mode="torchtune"` of `dora_linear`).
+    Rows of an embedding have no dropout. Under an outer `jax.vmap`, all examples share one
+    mask, unless the key is mapped over as well.
 
     Kernels and functions with a custom derivative stay low-rank if the plan's config states
     what they multiply: `LoraConfig(products=...)`.
 
-    In place of a leaf that the plan trains the function sees its value in the adapters,
-    rounded to the dtype of the leaf.
+    For a leaf that the plan trains, the function gets the value in the adapters, rounded to
+    the dtype of the leaf.
 
-    Any other leaf of the params may be quantized (`lora_jax.quant`); the function sees an
-    array.
-    It is formed where it is used, and again in the backward pass, a layer of a scan at a
-    time.
+    Other leaves of the params may be quantized (`lora_jax.quant`). The function gets an
+    array. It is dequantized at each use, and again in the backward pass; in a scan, one
+    layer at a time.
 
     Args:
-        fn: `fn(params, *args, **kwargs)`, of any arguments. It has to take its weights
-            from `params`: those that it closes over have no adapters. What is not an
-            array (flags, strings, numbers, functions, None) reaches it unchanged.
-        plan: made for these params, best with this function, by `plan_adapters`.
-        on_merge: what to do where a weight has to be formed whole, because what the
-            function does with it has no low-rank form (`tanh(W)`): `"error"` raises;
-            `"allow"` forms it for that use, exactly, and logs a line at the level INFO to
-            the logger `"lora_jax"`; a function is called with each `Merge`.
-        on_unused: whether adapters of a weight that the function never uses are an error,
-            and so for trained leaves, unless an unused one is passed to a jitted function.
+        fn: `fn(params, *args, **kwargs)`, with any arguments. It must take its weights
+            from `params`: weights that it closes over have no adapters. Arguments that are
+            not arrays (flags, strings, numbers, functions, None) reach it unchanged.
+        plan: made for these params by `plan_adapters`, preferably with this function.
+        on_merge: what to do if the function uses a weight in a way that has no low-rank
+            form, such as `tanh(W)`, and needs the merged weight. `"error"` raises an error.
+            `"allow"` merges the weight for this use, exactly, and writes a line at the
+            level INFO to the logger `"lora_jax"`. A function is called with each `Merge`.
+        on_unused: whether an adapter is an error if the function never uses its weight. The
+            same holds for trained leaves, except that passing a leaf to a jitted function
+            counts as a use.
         on_stop_gradient: what `jax.lax.stop_gradient` of an adapted weight, or of a part of
-            it, means: `"error"` raises; `"base"` stops the frozen weight and not its
-            adapter, for models that freeze their base; `"all"` stops both, as the function
-            has it, for weights that a use is not to train (a target network), and for
+            it, does. `"error"` raises an error. `"base"` stops the gradient of the frozen
+            weight and not of its adapter, for models that freeze their base. `"all"` stops
+            both, for uses that must not train the weight (a target network), and for
             straight-through estimators.
-        dropout_key: a `jax.random` key for a step of training; each use of a weight, each
-            step of a scan and each device of a `shard_map` has a mask of its own. None is
-            no dropout.
-        column_norms: what `adapted_column_norms` returned for these params and adapters,
-            if the method is DoRA. Given, the norms are not formed here: for functions that
-            are called several times between two changes of the adapters (evaluation, the
-            parts of a batch, `jax.checkpoint` around the model).
-        scales: what multiplies `A @ B`, in place of the scale of the plan, as an array:
-            traced, so that another value is no other program, and differentiable. One
-            number for all targets, or a dict from paths to arrays, each a scalar or
-            `(*batch)`, one scale for each index of the target's batch axes. A path that is
-            not there keeps the scale of the plan. 0 switches a LoRA adapter off; for half
-            of its update give half of its scale,
-            `{path: 0.5 * scale for path, scale in plan.scales.items()}`. With DoRA the
-            scale is that of `A @ B` alone: at 0 the columns of `W` have the magnitudes
+        dropout_key: a `jax.random` key for one training step. Each use of a weight, each
+            step of a scan and each device of a `shard_map` has its own mask. None means no
+            dropout.
+        column_norms: for DoRA, the result of `adapted_column_norms` for these params and
+            adapters. The norms are then not computed here. This saves work if the function
+            is called several times with the same adapters (evaluation, gradient
+            accumulation, `jax.checkpoint` around the model).
+        scales: replaces the plan's scales, which multiply `A @ B`. The scales are traced
+            arrays: they are differentiable, and new values do not compile again. One number
+            for all targets, or a dict from paths to arrays, each a scalar or `(*batch)`,
+            one scale for each index of the target's batch axes. Other paths keep the scale
+            of the plan. 0 switches a LoRA adapter off. Half of its scale gives half of its
+            update: `{path: 0.5 * scale for path, scale in plan.scales.items()}`. With DoRA
+            the scale multiplies `A @ B` alone: at 0 the columns of `W` have the magnitudes
             `m`. Trained leaves have no scale. The result is that of
             `adapt(fn, plan.replace(scale=...))`.
 
@@ -114,16 +113,16 @@ def adapt(
         under and around `jit`, `grad`, `vmap`, `checkpoint`, `scan` and `shard_map`.
 
     Raises:
-        TypeError: if `fn` is not a function, `plan` no plan, or an option has the wrong
-            type. The adapted function: if a weight or factor is not floating point.
+        TypeError: if `fn` is not a function, `plan` is not a plan, or an option has the
+            wrong type. The adapted function: if a weight or factor is not floating point.
         KeyError: if `column_norms` are not those of the plan, or `scales` have a path that
-            is not in it. From the adapted function: if
-            params or adapters lack a path of the plan, or adapters have another.
-        ValueError: if an option is unknown, a scale has another shape, or `column_norms`
-            are given for a weight whose scale is. The adapted function: if a shape is not
-            the plan's, also of `column_norms`, a weight would have to be merged, its
-            gradient is stopped, the function does not use it, or every use of it has other
-            axes as input and output than the plan (a plan without a function takes every
+            is not in the plan. The adapted function: if params or adapters lack a path of
+            the plan, or adapters have a path that is not in the plan.
+        ValueError: if an option is unknown, a scale has a wrong shape, or a weight has both
+            a scale and `column_norms`. The adapted function: if the shape of an array or of
+            its `column_norms` is not the plan's, a weight would have to be merged, the
+            gradient of a weight is stopped, the function does not use it, or no use of it
+            has the input and output axes of the plan (a plan without a function takes every
             matrix for `(in, out)`).
 
     References:
@@ -200,7 +199,7 @@ def adapt(
             values.append(factored(kind, value, updates))
             if any(own.target.part for own in updates):
                 context.keep_parts(values[-1], parts_of(values[-1], updates))
-        if has_uses:  # then it matters which products are of weights alone
+        if has_uses:  # to recognize products of weights alone
             own = zip(traced.paths, values, strict=True)
             context.add_constants(value for path, value in own if path is not None)
         out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
@@ -215,16 +214,16 @@ def adapt(
 
 
 def accept_quantized(fn: Callable[P, R]) -> Callable[P, R]:
-    """Makes a function take quantized weights where it expects arrays.
+    """Makes a function accept quantized weights where it expects arrays.
 
-    Like `adapt`, without adapters: to evaluate a quantized base, for instance.
+    Like `adapt`, without adapters. Use it to evaluate a quantized base, for example.
 
     Args:
-        fn: of any arguments.
+        fn: a function of any arguments.
 
     Returns:
-        A function of the same arguments, any array of which may be a quantized weight. It
-        is formed where it is used, and has no gradient.
+        A function of the same arguments, any array of which may be a quantized weight.
+        Quantized weights are dequantized at each use, and have no gradient.
 
     Raises:
         TypeError: if `fn` is not a function.
@@ -263,7 +262,7 @@ def _reporter(on_merge: OnMerge) -> Callable[[Merge], None]:
 
 def _refuse(merge: Merge) -> None:
     raise ValueError(
-        f"the adapted weight {merge}. There its update would be formed whole. Allow that "
+        f"the adapted weight {merge}. This use needs the merged weight. Allow the merge "
         "with on_merge='allow', or leave the weight out with LoraConfig(exclude=...)."
     )
 
@@ -287,10 +286,10 @@ def _check_used(context: Context, plan: AdapterPlan, unused_leaves: set[str]) ->
 
 
 def _check_axes(context: Context, plan: AdapterPlan) -> None:
-    """Raises for a weight whose axes the plan has otherwise than every use of it.
+    """Raises if no use of a weight agrees with its axes in the plan.
 
-    Axes that the user gave are not checked, nor those of a plan that was made with a
-    function that uses the weight in both ways.
+    Not checked are axes that the user gave, and weights of which the plan records uses with
+    exchanged inputs and outputs.
     """
     wrong: dict[str, Sighting] = {}
     agreed: set[str] = set()
@@ -302,10 +301,10 @@ def _check_axes(context: Context, plan: AdapterPlan) -> None:
             _is_of_module(plan, path, letters) or _is_reordered(plan, path, sighting)
         ):
             wrong.setdefault(path, sighting)
-    # A weight that a loop runs over agrees by what is left of it.
+    # After a part was taken, later uses agree only about the rest of the weight.
     wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
     if wrong:
-        lines = ["the function uses weights otherwise than the plan has them:"]
+        lines = ["the axes of weights in the plan are not those of the function:"]
         lines += [
             f"  {path!r}: the plan has the axes {plan.targets[path].axes!r} of "
             f"{plan.targets[path].shape}, the function has {use.axes!r} in "
@@ -313,17 +312,17 @@ def _check_axes(context: Context, plan: AdapterPlan) -> None:
             for path, use in wrong.items()
         ]
         lines.append(
-            "Make the plan with this function, plan_adapters(config, params, fn, *args); "
-            "or, if the plan is right, say so with LoraConfig(axes={path: letters}) (for a "
-            "PEFT checkpoint with names={module: (path, letters)})."
+            "Make the plan with this function, plan_adapters(config, params, fn, *args). "
+            "If the plan is right, give its axes in LoraConfig(axes={path: letters}) (for "
+            "a PEFT checkpoint in names={module: (path, letters)})."
         )
         raise ValueError("\n".join(lines))
 
 
 def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
-    """Whether a look-up is one that a product explains, as the plan has found.
+    """Whether the plan records a product that shows the role of a looked-up axis.
 
-    A product with the rows of a look-up may be merged here, and then tells nothing.
+    If that product is merged here, its use does not show the axes.
     """
     return sighting.primitive == "gather" and any(
         "moved" in use.roles for use in _uses(plan, path)
@@ -331,7 +330,7 @@ def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
 
 
 def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
-    """The targets whose axes are not the user's, nor those of one use of several."""
+    """The targets whose axes are checked against their uses; see `_check_axes`."""
     return {
         path: target
         for path, target in plan.targets.items()
@@ -344,7 +343,7 @@ def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
 
 
 def _uses(plan: AdapterPlan, path: str) -> tuple[Use, ...]:
-    """What the plan has found of the weight of a target."""
+    """The uses that the plan records of a target's weight."""
     return plan.uses.get(plan.leaf(path), ())
 
 
@@ -353,6 +352,6 @@ def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
 
 
 def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
-    """Whether a use is one of parts of a module, such as its heads, that is a matrix."""
+    """Whether a use splits a PEFT module's matrix in another way, such as into heads."""
     turned = axis_roles.turned(plan.targets[path].axes)
     return _is_of_checkpoint(plan, path) and letters != turned

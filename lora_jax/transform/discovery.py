@@ -1,7 +1,8 @@
-"""Finds what a function does with each axis of each of its weights.
+"""Infers what a function does with each axis of each of its weights.
 
-The function is traced, and its program is read: what moves axes says where each goes, and
-a product which it contracts. Nothing is computed, and meshes do not matter.
+The function is traced and its program is read. Primitives that move axes say where each
+axis goes, and products say which axes they contract. No equation runs, and meshes do not
+matter.
 """
 
 from collections.abc import Mapping
@@ -25,10 +26,10 @@ def find_uses(
     kwargs: Mapping[str, Any],
     products: Mapping[str, str] = FrozenDict(),
 ) -> dict[str, tuple[Use, ...]]:
-    """What `function(params, *args, **kwargs)` does with its weights.
+    """The uses of each weight in `function(params, *args, **kwargs)`.
 
     Args:
-        function: is traced.
+        function: the function to trace.
         params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
         args: arguments of the function.
         kwargs: arguments of the function.
@@ -40,8 +41,8 @@ def find_uses(
         with two axes or more; an empty tuple for one that has no use.
 
     Raises:
-        ValueError: if no weight reaches a function in `products`, or its equation does not
-            fit a call.
+        ValueError: if no weight reaches a function named in `products`, or a stated
+            equation does not fit a call.
     """
     traced = _tracing.trace(function, params, args, kwargs)
     jaxpr, _ = compat.open_jaxpr(traced.jaxpr)

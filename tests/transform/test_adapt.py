@@ -321,7 +321,7 @@ class TestErrors:
             assert plan_of(fn, named, x, odd).explain("names").startswith("names: no adapt")
             assert lora_jax.count_parameters(named, plan).total == 120 + plan.parameters
             with pytest.raises(
-                TypeError, match=r"cannot have names \(dtype .*\): they rea"
+                TypeError, match=r"not support, names \(dtype .*\): they rea"
             ):
                 plan_of(lambda p, x: x @ p["w"] + p["names"], named, x)
 

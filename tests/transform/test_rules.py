@@ -113,7 +113,7 @@ REFUSED = {
         W,
         X,
         "triangular_solve",
-        "it solves with the weight",
+        "the weight is its matrix",
     ),
     "padded_between": (
         lambda p, x: (
@@ -146,7 +146,7 @@ REFUSED = {
         W,
         X,
         "gather",
-        "other indices",
+        "different indices",
     ),
     "filled_look_up": (
         lambda p, x: lax.gather(
@@ -160,7 +160,7 @@ REFUSED = {
         W,
         X,
         "gather",
-        "starts elsewhere",
+        "out of range and fill",
     ),
     "conv_of_the_weight": (
         lambda p, x: conv(p["w"][None, :, :, None], x[:1, :1, None, None]),
@@ -216,12 +216,12 @@ DORA_REFUSED = {
     "summed_up": (
         lambda p, x: x @ jnp.cumsum(p["w"], 1),
         "cumsum",
-        "scales the axis along which it mixes entries",
+        "mixes entries along an axis that DoRA scales",
     ),
     "rows_chosen": (
         lambda p, x: x @ jnp.where((jnp.arange(12) > 3)[:, None], p["w"], -p["w"]),
         "select_n",
-        "DoRA scales each of them otherwise",
+        "DoRA scales each of the weights differently",
     ),
     "sum": (
         lambda p, x: x * jnp.sum(p["w"], 1)[None],

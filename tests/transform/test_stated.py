@@ -202,7 +202,7 @@ REFUSED = {
         "widened",
         "mk,kn->mn",
     ),
-    "the weight is not that of the groups": (
+    "the weight is not the operand with the groups": (
         lambda w, x: grouped(w, jnp.ones((3, 12, 5)), jnp.array([3, 4, 5], "int32")),
         "grouped",
         "mk,gkn,g->mn",

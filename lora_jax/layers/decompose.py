@@ -1,18 +1,19 @@
-"""Initializers that move a part of the weight into the adapter, and the way back.
+"""Initializers that move a part of a weight into its adapter, and the inverse conversion.
 
 PiSSA and OLoRA split a weight into a *base* and an adapter that is not zero,
-`W = W_base + scale * A @ B`, so that the adapter starts with the largest part of the
-weight. LoftQ, and PiSSA with a quantized base (QPiSSA), do so approximately. Their base may
-stay quantized, as a `lora_jax.quant.QuantizedTensor`.
+`W = W_base + scale * A @ B`. The adapter starts with the largest part of the weight. LoftQ,
+and PiSSA with a quantized base (QPiSSA), do this approximately. Their base may stay
+quantized, as a `lora_jax.quant.QuantizedTensor`.
 
-**Such an adapter belongs to that base.** With the original weight its part would be added
-twice, and nothing in the arrays shows this. There are two ways to save it:
+**Such an adapter belongs to its base.** Together with the original weight, the part in the
+adapter would count twice, and the arrays do not show this. There are two ways to save such
+an adapter:
 
 - Save the base as well, and load the adapter on it.
 - Keep the initial adapter as well, and convert with `to_plain_adapter`. The result is an
   ordinary adapter of twice the rank for the original weight.
 
-Computing the base again at loading, as peft does, works only if the decomposition is
+To compute the base again at loading, as peft does, works only if the decomposition is
 deterministic; a randomized one is not. `lora_jax.decompose_params` decomposes the weights
 of a whole model.
 
@@ -55,14 +56,14 @@ class DecomposedWeight(NamedTuple):
     """A weight split into a base and an adapter that belongs to it."""
 
     weight: quantized.Weight
-    """The base: what to use, and to save, in place of the original weight."""
+    """The base. Use and save it in place of the original weight."""
     adapter: Adapter
     """`{"A": (*batch, in, rank), "B": (*batch, rank, out)}`."""
 
 
 _NO_BIASES = dict.fromkeys(
     adapter_checks.BIASES,
-    "it shifts the layer's bias, so fold it into that with lora_bias_delta, and leave it "
+    "it shifts the layer's bias, so add it to that bias with lora_bias_delta, and leave it "
     "out.",
 )
 
@@ -80,30 +81,31 @@ def init_pissa_adapter(
 ) -> DecomposedWeight:
     """Moves the largest singular values of a weight into an adapter (PiSSA).
 
-    `scale * A @ B` is the best approximation of `W` of that rank, and `A` and `B` have a
-    square root of the singular values each. A term whose singular value is zero cannot
+    `scale * A @ B` is the best approximation of `W` of its rank. `A` and `B` each contain
+    the square roots of the singular values. A term whose singular value is zero cannot
     train. For DoRA add `"m"` with `lora_jax.init_dora_magnitude(base, adapter, alpha)`.
 
-    With `quantize` the base is quantized (QPiSSA), and `W_base + scale * A @ B` is *near*
-    `W`: nearer than `quantize(W)` where the base, without the largest terms, has smaller
-    entries. LoftQ initializes its adapter with the quantization error instead.
+    With `quantize` the base is quantized (QPiSSA), and `W_base + scale * A @ B` is only
+    *near* `W`. It is nearer than `quantize(W)` if the base, which lacks the largest terms,
+    has smaller entries. LoftQ initializes its adapter with the quantization error instead.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
         rank: of the adapter, from 1 to `min(in, out)`.
-        alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
-        dtype: of the factors. None is the weight's, but at least float32.
+        alpha: see `lora_jax.lora_delta`; not 0, but it may be negative.
+        dtype: of the factors. None means the dtype of the weight, but at least float32.
         rank_stabilized: see `lora_jax.lora_delta`.
         key: a `jax.random` key, for the randomized SVD.
-        iterations: the number of steps of subspace iteration of the randomized SVD, at
-            least 1. Each costs a few products with `rank + 10` columns. Because of the 10
-            extra columns, few steps suffice: torch's `svd_lowrank`, as peft calls it, has
-            none and needs 4 or 16 steps. Without `key` and `iterations` the SVD is exact.
+        iterations: the number of steps of subspace iteration in the randomized SVD, at
+            least 1. Each step takes a few products with `rank + 10` columns. Because of the
+            10 extra columns, few steps suffice: torch's `svd_lowrank`, as peft calls it,
+            has no extra columns and needs 4 or 16 steps. Without `key` and `iterations` the
+            SVD is exact.
         quantize: a function that quantizes the base; see `init_loftq_adapter`.
 
     Returns:
         `weight`, the base `W - scale * A @ B`, `(*batch, in, out)` in the dtype of the
-        weight, or what `quantize` returned for it; and `adapter`.
+        weight, or the result of `quantize` for this base; and `adapter`.
 
     Raises:
         TypeError: if `weight` is not a dense floating-point array, `quantize` does not
@@ -113,8 +115,8 @@ def init_pissa_adapter(
             `iterations` is given, or `quantize` changes the shape.
 
     References:
-        Meng et al., 2024, equations 2 to 4, https://arxiv.org/abs/2404.02948. The division
-        by the scale is peft's: without it `W_base + scale * A @ B` would not be `W`.
+        Meng et al., 2024, equations 2 to 4, https://arxiv.org/abs/2404.02948. The factors
+        are divided by the scale, as in peft, so that `W_base + scale * A @ B` is `W`.
         QPiSSA is in the same paper. The randomized SVD: Halko et al., 2011,
         https://arxiv.org/abs/0909.4061.
     """
@@ -149,10 +151,10 @@ def init_olora_adapter(
 ) -> DecomposedWeight:
     """Moves the first part of a QR decomposition into an adapter (OLoRA).
 
-    With `W^T = Q R`, the rows of `B` are the first `rank` columns of `Q`, orthonormal, and
-    `A` is the transpose of the first rows of `R`. As in peft the factors are **not**
-    divided by the scale: the adapter has `scale * A @ B`, which is `R_r^T Q_r^T` only at a
-    scale of 1.
+    With `W^T = Q R`, the rows of `B` are the first `rank` columns of `Q`, which are
+    orthonormal, and `A` is the transpose of the first rows of `R`. As in peft, the factors
+    are **not** divided by the scale. The adapter then contains `scale * A @ B`, which is
+    `R_r^T Q_r^T` only at a scale of 1.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
@@ -201,7 +203,7 @@ def init_orthogonal_adapter(
         rounding of `dtype`.
 
     Raises:
-        TypeError: as `init_pissa_adapter`, and if `key` is no key.
+        TypeError: as `init_pissa_adapter`, and if `key` is not a `jax.random` key.
         ValueError: if the rank is odd or below 1.
 
     References:
@@ -222,19 +224,20 @@ def init_loftq_adapter(
 ) -> DecomposedWeight:
     """Initializes an adapter with the quantization error of a weight (LoftQ).
 
-    Alternates `W_base = quantize(W - scale * A @ B)`, with `A @ B` zero at first, and
-    `scale * A @ B`, the best approximation of `W - W_base` of that rank. So
-    `W_base + scale * A @ B` is *near* `W`, and nearer than `quantize(W)`; it is not `W`.
-    Where `quantize` loses nothing both factors are zero and cannot train.
+    Two steps alternate. The first sets `W_base = quantize(W - scale * A @ B)`, initially
+    with `A @ B = 0`. The second sets `scale * A @ B` to the best approximation of
+    `W - W_base` of the given rank. So `W_base + scale * A @ B` is nearer to `W` than
+    `quantize(W)`, but is not `W`. If `quantize` loses nothing, both factors are zero and
+    cannot train.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
         rank: of the adapter, from 1 to `min(in, out)`.
-        alpha: see `lora_jax.lora_delta`; other than 0, and possibly negative.
-        quantize: a function that quantizes a weight: `(*batch, in, out)`, in the dtype of
-            the weight, to a `lora_jax.quant.QuantizedTensor` of that shape and dtype, such
-            as `lora_jax.quant.quantize_nf4`; or to the dequantized array, of any
-            floating-point dtype, which is rounded to the dtype of the weight.
+        alpha: see `lora_jax.lora_delta`; not 0, but it may be negative.
+        quantize: a function that takes a weight `(*batch, in, out)` and returns a
+            `lora_jax.quant.QuantizedTensor` of the same shape and dtype, such as
+            `lora_jax.quant.quantize_nf4`. It may also return the dequantized array in any
+            floating-point dtype, which is then rounded to the dtype of the weight.
         dtype: see `init_pissa_adapter`.
         rank_stabilized: see `lora_jax.lora_delta`.
         iterations: the number of times the two steps alternate, at least 1.
@@ -252,8 +255,8 @@ def init_loftq_adapter(
 
     References:
         Li et al., 2023, algorithm 1, https://arxiv.org/abs/2310.08659. The paper has no
-        scale. Here the factors are divided by it; peft does not divide, and is right at a
-        scale of 1 only.
+        scale. Here the factors are divided by it. In peft they are not, which is correct
+        only at a scale of 1.
     """
     wide, scale, dtype = _checked(weight, rank, alpha, rank_stabilized, dtype)
     _check_nonzero(alpha)
@@ -276,22 +279,22 @@ def to_plain_adapter(
 
     `A` becomes `[A, A0]` and `B` becomes `[B; -B0]`. At the **same scale**, `W` with the
     new adapter equals `W_base` with the old one, up to the rounding of the sums and of
-    `W_base`. So `alpha` doubles with the rank, or is multiplied by `sqrt(2)` if
-    `rank_stabilized`. If the base is quantized, the result is the original weight with the
-    change that was trained.
+    `W_base`. The rank doubles, so multiply `alpha` by 2, or by `sqrt(2)` if
+    `rank_stabilized`. If the base is quantized, the new adapter adds the trained change to
+    the original weight.
 
     Args:
         adapter: the trained adapter: `A`, `B`, and `m` for DoRA.
         initial: the adapter before training, with the same entries and shapes.
 
     Returns:
-        `{"A": (*batch, in, 2 * rank), "B": (*batch, 2 * rank, out)}` in the wider of the
-        dtypes of the two, and the `m` of `adapter`.
+        `{"A": (*batch, in, 2 * rank), "B": (*batch, 2 * rank, out)}` in the wider dtype of
+        the two adapters, and the `m` of `adapter`.
 
     Raises:
         KeyError: if `A` or `B` is missing, or a name is unknown.
         TypeError: if an entry is not a floating-point array.
-        ValueError: if an adapter has biases, or entries or shapes of the two differ.
+        ValueError: if an adapter has biases, or the two differ in entries or shapes.
 
     Example:
         >>> import jax, lora_jax
@@ -310,8 +313,8 @@ def to_plain_adapter(
     shapes, first = ({n: v.shape for n, v in x.items()} for x in (adapter, initial))
     if shapes != first:
         raise ValueError(
-            "the adapter before training must have the entries and shapes of the one "
-            f"after, {shapes}, got {first}: are they of one weight and one run?"
+            "the initial adapter must have the entries and shapes of the trained one, "
+            f"{shapes}, got {first}: do they belong to the same weight and the same run?"
         )
     plain = dict(adapter)
     for name, axis, sign in (("A", -1, 1.0), ("B", -2, -1.0)):
@@ -335,9 +338,10 @@ def check_dense(weight: Any) -> None:
     """Raises if a weight is quantized."""
     if quantized.is_quantized(weight):
         raise TypeError(
-            f"the weight is quantized, {weight!r}, and has lost what a decomposition "
-            "needs: decompose the dense weight and quantize the base, as methods that take "
-            "quantize do; or dequantize it on purpose, with lora_jax.quant.dequantize."
+            f"the weight is quantized, {weight!r}, and lacks the precision that a "
+            "decomposition needs: decompose the dense weight and quantize the base, as "
+            "methods that take quantize do; or dequantize it on purpose, with "
+            "lora_jax.quant.dequantize."
         )
 
 
@@ -345,16 +349,15 @@ def stored(quantize: Quantize, base: jax.Array) -> quantized.Weight:
     """The result of `quantize`: a quantized tensor, or an array in the dtype of the base.
 
     Raises:
-        TypeError: if it is neither, or quantized from another dtype.
-        ValueError: if it has another shape.
+        TypeError: if the result is neither, or a quantized tensor of another dtype.
+        ValueError: if the result has another shape.
     """
     value = quantize(base)
     what = "what quantize returned"
     if not checks.is_array(value):
         raise TypeError(
-            f"{what} is no quantized tensor, so it must be an array, got "
-            f"{type(value).__name__}: return what a function of lora_jax.quant makes, or "
-            "dequantize it."
+            f"{what} must be a quantized tensor or an array, got {type(value).__name__}: "
+            "return what a function of lora_jax.quant returns, or dequantize it."
         )
     checks.check_array(what, value)
     if tuple(value.shape) != base.shape:
@@ -366,9 +369,9 @@ def stored(quantize: Quantize, base: jax.Array) -> quantized.Weight:
         return jnp.asarray(value).astype(base.dtype)
     if value.dtype != base.dtype:
         raise TypeError(
-            f"{what} stands for a weight of {value.dtype}, got one of {base.dtype}, and "
-            "would change the dtypes of the model: do not cast it there, but cast the "
-            "params first if that is meant."
+            f"{what} must have the dtype {base.dtype} of the weight that it was given, got "
+            f"{value.dtype}, which would change the dtypes of the model: do not cast in "
+            "quantize. To change the dtype, cast the params first."
         )
     return value
 
@@ -385,7 +388,7 @@ def _checked(
     rank_stabilized: bool,
     dtype: DTypeLike | None,
 ) -> tuple[jax.Array, float | jax.Array, DTypeLike]:
-    """The weight, in the dtype of decompositions; the scale; the dtype of the factors."""
+    """The weight in the dtype of the decomposition, the scale, the factors' dtype."""
     check_dense(weight)
     checks.check_weight("weight", weight)
     decompositions.check_rank(rank, weight.shape)
@@ -402,8 +405,8 @@ def _checked(
 def _check_nonzero(alpha: float | jax.Array) -> None:
     if not isinstance(alpha, Tracer) and alpha == 0:
         raise ValueError(
-            "alpha must not be 0: the factors are divided by the scale, so that the "
-            "adapter has the part of the weight that the base lacks."
+            "alpha must not be 0: the factors are divided by the scale, so that "
+            "scale * A @ B is the part of the weight that the base lacks."
         )
 
 

@@ -6,24 +6,25 @@ columns of `V`:
 
     y = (m / n) * (x @ V) + bias
 
-peft computes this. Megatron and torchtune do so without dropout and bias. With
-`norm_axis="in"` the magnitude is `(*batch, in)`, `n` are the norms of the *rows* of `V`,
-and `y = (x * m / n) @ V + bias` (Raschka's article).
+This is the formula of peft. Without dropout and bias it is also the formula of Megatron and
+torchtune. With `norm_axis="in"` the magnitude is `(*batch, in)`, `n` are the norms of the
+*rows* of `V`, and `y = (x * m / n) @ V + bias` (Raschka's article).
 
 Dtypes are as in `lora_jax.lora`. Norms and magnitudes are at least float32. The factor
 `m / n` of a column of norm zero is 1.
 
-**Accuracy of the norm.** It is computed without an `(in, out)` array, from `|W|^2`,
-`A^T W` and `A^T A`. Its relative error is at most `4 eps k^2`, for 16-bit weights too,
-with `eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2` (`|A|`, `|B_j|` entry by
-entry). That is a few rounding units, unless the update nearly cancels a column.
+**Accuracy of the norm.** The norm is computed without an `(in, out)` array, from `|W|^2`,
+`A^T W` and `A^T A`. Its relative error is at most `4 eps k^2`, for 16-bit weights too. Here
+`eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2`, with `|A|` and `|B_j|` entry
+by entry. This is a few rounding units, unless the update nearly cancels a column.
 
-All norms of the weight are computed directly instead, from blocks of at most 128 rows of
-`V`, if any column has a norm below 1/16 of that of its terms, or a square outside the range
-of float32 (a norm of zero, below about 1e-13, or above 1e18). The error is then `4 eps k`
-for all columns whose norms and products of `A` and `B` are normal numbers. This branch is
-compiled and skipped at run time, except under `jax.vmap`, which runs both branches. Columns
-of at most 128 entries are always computed directly, which is as little work.
+The norms of all columns are computed directly instead, from blocks of at most 128 rows of
+`V`, if the norm of any column is below 1/16 of the norm of its terms, or its square is
+outside the range of float32 (a norm of zero, below about 1e-13, or above 1e18). The error
+is then `4 eps k` for all columns whose norms and products of `A` and `B` are normal
+numbers. This branch is compiled and skipped at run time, except under `jax.vmap`, which
+runs both branches. Columns of at most 128 entries are always computed directly, which
+takes no more work.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies
@@ -58,7 +59,7 @@ NormAxis = Literal["out", "in"]
 
 _LOSES_BIAS = dict.fromkeys(
     adapter_checks.BIASES,
-    "a DoRA adapter has no biases; fold this one into the layer's own with "
+    "a DoRA adapter has no biases; merge this one into the bias of the layer with "
     "merge_lora_layer before the adapter becomes a DoRA adapter.",
 )
 
@@ -75,22 +76,24 @@ def init_dora_adapter(
 ) -> Adapter:
     """Initializes a DoRA adapter: `A` random, `B` zero, `m` the norms of `W`.
 
-    A new adapter changes nothing but the rounding of `m / n`, one unit in the last place.
+    A new adapter changes the layer only by the rounding of `m / n`, one unit in the last
+    place.
 
     Args:
         key: a `jax.random` key.
-        weight: `(*batch, in, out)`, floating point. The magnitude needs its values, so an
-            abstract weight works inside `jax.eval_shape` only.
+        weight: `(*batch, in, out)`, floating point. The magnitude is computed from its
+            values, so an abstract weight works only inside `jax.eval_shape`.
         rank: of the adapter, at least 1.
         init_std: see `lora_jax.init_lora_adapter`.
-        dtype: of `A` and `B`; see `lora_jax.init_lora_adapter`. Not of the magnitude.
-        init: see `lora_jax.init_lora_adapter`. For a pair that makes `A @ B` other than
-            zero, set `m` with `init_dora_magnitude`, which knows `alpha`.
+        dtype: of `A` and `B`, and not of the magnitude; see `lora_jax.init_lora_adapter`.
+        init: see `lora_jax.init_lora_adapter`. If a pair makes `A @ B` other than zero, set
+            `m` with `init_dora_magnitude`, which takes `alpha`.
         norm_axis: `"out"` for one magnitude for each output, `"in"` for each input.
 
     Returns:
-        `{"A": (*batch, in, rank), "B": (*batch, rank, out), "m": (*batch, out)}`, or `m`
-        `(*batch, in)`; `m` is in the dtype of the weight, but at least float32.
+        `{"A": (*batch, in, rank), "B": (*batch, rank, out), "m": (*batch, out)}`. With
+        `norm_axis="in"`, `m` is `(*batch, in)`. Its dtype is that of the weight, but at
+        least float32.
 
     Raises:
         TypeError, ValueError: as `lora_jax.init_lora_adapter`, and ValueError for another
@@ -116,10 +119,10 @@ def init_dora_magnitude(
     rank_stabilized: bool = False,
     norm_axis: NormAxis = "out",
 ) -> jax.Array:
-    """Computes the magnitude with which a DoRA layer is `x @ (W + delta)`.
+    """Computes the magnitude for which a DoRA layer computes `x @ (W + delta)`.
 
-    For factors that are not zero: a trained LoRA adapter that becomes a DoRA adapter, or an
-    initializer of both factors.
+    Use it for factors that are not zero: for a trained LoRA adapter that becomes a DoRA
+    adapter, or after an initializer that sets both factors.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
@@ -152,8 +155,8 @@ def dora_column_norm(
 
     If a layer runs several times with the same adapter (gradient accumulation,
     rematerialized blocks, evaluation), compute the norms once and pass them to
-    `dora_linear` as `column_norm`. The squared norms of `W` alone are its
-    `weight_norm_squared`.
+    `dora_linear` as `column_norm`. The squared norms of `W` alone are the
+    `weight_norm_squared` of `dora_linear`.
 
     Args:
         weight: `(*batch, in, out)`, floating point.
@@ -164,13 +167,13 @@ def dora_column_norm(
 
     Returns:
         `(*batch, out)`, or `(*batch, in)`, in the dtype of the weight, but at least
-        float32. The module's docstring has the accuracy. Differentiable, with a zero
-        gradient where a norm is zero.
+        float32. The docstring of the module gives the accuracy. Differentiable; the
+        gradient of a zero norm is zero.
 
     Raises:
         KeyError: if `A` or `B` is missing, or a name is unknown.
         TypeError: if an array is not floating point.
-        ValueError: if shapes do not fit, `alpha` is not finite, or `norm_axis` is neither.
+        ValueError: if shapes do not fit, `alpha` is not finite, or `norm_axis` is unknown.
 
     References:
         Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353: the denominator.
@@ -210,7 +213,7 @@ def dora_linear(
     dropout_key: jax.Array | None = None,
     dropout_mode: Literal["peft", "torchtune", "megatron"] = "peft",
 ) -> jax.Array:
-    """Applies a frozen linear layer with its DoRA adapter; never forms `A @ B`.
+    """Applies a frozen linear layer with its DoRA adapter, without computing `A @ B`.
 
     Args:
         x: `(*batch, *tokens, in)`, floating point, with any number of token axes.
@@ -220,16 +223,16 @@ def dora_linear(
         alpha: see `lora_jax.lora_linear`.
         bias: `(*batch, out)` of the layer, or None.
         rank_stabilized: see `lora_jax.lora_delta`.
-        scale_bias: multiply the bias by `m / n` too, as torchtune does.
-        detach_norm: hold the norm constant in the backward pass, as the paper's section
-            4.3, peft, torchtune and Megatron do. If false, the gradient is the full one.
+        scale_bias: multiply the bias by `m / n` as well, as torchtune does.
+        detach_norm: treat the norm as a constant in the backward pass, as section 4.3 of
+            the paper, peft, torchtune and Megatron do. If false, the gradient is exact.
         norm_axis: `"out"` for one magnitude for each output, `"in"` for each input.
-        weight_norm_squared: `dora_column_norm(frozen_weight) ** 2`, to save the pass over
-            the weight. It is not checked against the weight's values: compute it again
-            when the weight changes.
-        column_norm: `dora_column_norm(frozen_weight, adapter, alpha)`, to save all of the
-            norm's work. It must belong to these factors. With `detach_norm=False`, the
-            gradient continues through it.
+        weight_norm_squared: `dora_column_norm(frozen_weight) ** 2`, which saves a pass over
+            the weight. It is not checked against the values of the weight: compute it
+            again when the weight changes.
+        column_norm: `dora_column_norm(frozen_weight, adapter, alpha)`, which saves the
+            whole computation of the norm. It must belong to these factors. With
+            `detach_norm=False`, the gradient continues through it.
         dropout_rate: see `lora_jax.lora_linear`.
         dropout_key: see `lora_jax.lora_linear`.
         dropout_mode: which products have dropout. `D` is the update, `k = m / n`, and
@@ -242,7 +245,7 @@ def dora_linear(
             `"peft"` and `"megatron"` need a second product with the frozen weight.
 
     Returns:
-        `(*batch, *tokens, out)`, in the dtype of `x @ frozen_weight`; formed in at least
+        `(*batch, *tokens, out)`, in the dtype of `x @ frozen_weight`; computed in at least
         float32 and rounded once.
 
     Raises:
@@ -275,8 +278,8 @@ def dora_linear(
         checks.check_bias("bias", bias, frozen_weight.shape)
     if scale_bias and norm_axis == "in":
         raise ValueError(
-            "scale_bias=True needs norm_axis='out': with 'in' there is one magnitude for "
-            "each input and none for the bias."
+            "scale_bias=True needs norm_axis='out': with 'in' each input has a magnitude, "
+            "and the bias has none."
         )
 
     x, weight, scale = jnp.asarray(x), value.weight, value.scale
@@ -344,11 +347,11 @@ def unmerge_dora_weight(
 ) -> jax.Array:
     """Removes a DoRA adapter from a merged weight: undoes `merge_dora_weight`.
 
-    The rounding of the merge is not undone, and `n / m` multiplies the error. Each entry
-    that is not subnormal is within `eps * ((n / m) * |merged W| + |W|)` of the weight
-    before the merge, where `eps` is the `jnp.finfo(dtype).eps` of a 16-bit weight's dtype.
-    For wider weights, whose sums run in their own dtype, it is within
-    `4 eps * ((n / m) * |merged W| + |W| + |scale| |A| |B|)`, entry by entry.
+    The rounding of the merge is not undone, and its error is multiplied by `n / m`. For
+    16-bit weights the error of each entry that is not subnormal is at most
+    `eps * ((n / m) * |merged W| + |W|)`, with the `jnp.finfo(dtype).eps` of their dtype.
+    The sums of wider weights run in their own dtype, and the error of each entry is at most
+    `4 eps * ((n / m) * |merged W| + |W| + |scale| |A| |B|)`.
 
     Args:
         merged_weight: `(*batch, in, out)`, floating point.
@@ -360,7 +363,7 @@ def unmerge_dora_weight(
 
     Returns:
         `(*batch, in, out)`, in the dtype of `merged_weight`. A column whose magnitude is
-        zero was lost in the merge; here it is NaN.
+        zero was lost in the merge, and is NaN here.
 
     Raises:
         KeyError, TypeError, ValueError: as `merge_dora_weight`; ValueError if
@@ -375,7 +378,7 @@ def unmerge_dora_weight(
 
 
 def _axis(norm_axis: NormAxis) -> int:
-    """The axis of a weight that the squares of its entries are summed over."""
+    """The axis of a weight that its norms are taken over."""
     return -2 if norm_axis == "out" else -1
 
 
@@ -387,7 +390,7 @@ def _checked(
     rank_stabilized: bool,
     norm_axis: NormAxis,
 ) -> LowRank:
-    """The value that a weight and a DoRA adapter describe, after all checks."""
+    """The value of a weight with its DoRA adapter, after all checks."""
     checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     value = adapter_checks.checked(
         name,
@@ -419,8 +422,8 @@ def _check_norms(
 ) -> None:
     if weight_norm_squared is not None and column_norm is not None:
         raise ValueError(
-            "weight_norm_squared and column_norm are both given, and column_norm leaves "
-            "no use for the other: give one of them."
+            "weight_norm_squared and column_norm are both given, but column_norm makes the "
+            "other one useless: give one of them."
         )
     given = {"weight_norm_squared": weight_norm_squared, "column_norm": column_norm}
     what = f"one for each {norm_axis}put of a weight of shape {tuple(weight_shape)}"

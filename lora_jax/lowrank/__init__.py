@@ -1,1 +1,1 @@
-"""Arithmetic of low-rank updates."""
+"""Arithmetic of low-rank updates: products with the factors, merges and DoRA's norms."""

@@ -1,13 +1,13 @@
 """Products with low-rank factors, over named axes.
 
 Two axes with the same name are multiplied entry by entry, and summed over unless the result
-keeps the name. A run of axes that is folded into one has the names of all of them, so a
-name is a tuple.
+keeps the name. A name is a tuple: adjacent axes that are folded into one axis have the
+names of all of them.
 
-`x` is `(*batch, *tokens, in)`: `batch` stands for the leading axes of a weight
-`(*batch, in, out)` (stacked layers, experts), `tokens` for all axes between those and the
-last one, `rows` for the tokens or for the one axis that they are folded into. A dtype is
-*wide* if it is at least float32.
+`x` is `(*batch, *tokens, in)`. `batch` are the leading axes of a weight `(*batch, in, out)`
+(stacked layers, experts), and `tokens` are all axes between those and the last one. `rows`
+are the tokens, or the one axis that they are folded into. A dtype is *wide* if it is at
+least float32.
 """
 
 import functools
@@ -35,9 +35,9 @@ class Named(NamedTuple):
     """An array and the names of its axes.
 
     Attributes:
-        array: with as many entries as `shape`, in their order.
-        names: of the axes.
-        shape: of the axes, which the array has yet to be reshaped to.
+        array: the entries, in any shape of the same size as `shape`.
+        names: the names of the axes.
+        shape: the sizes of the named axes. The array is reshaped to it when it is used.
     """
 
     array: jax.Array
@@ -46,12 +46,12 @@ class Named(NamedTuple):
 
 
 def named(array: jax.Array, names: Names) -> Named:
-    """An array whose axes have these names."""
+    """The array with a name for each of its axes."""
     return Named(array, names, array.shape)
 
 
 def fold(x: Named, shared: Collection[Name]) -> Named:
-    """An activation with each run of axes outside of `shared` folded into one, on a CPU.
+    """Folds adjacent axes of an activation that are not in `shared` into one, on a CPU.
 
     With one row axis the products of the backward pass contract one axis. With several,
     XLA on the CPU first copies `x` and its cotangent into another layout, which doubles
@@ -74,7 +74,7 @@ def fold(x: Named, shared: Collection[Name]) -> Named:
 
 
 def fold_rows(x: jax.Array, batch_ndim: int) -> jax.Array:
-    """`(*batch, *tokens, width)` -> `(*batch, *rows, width)`; without tokens, one row."""
+    """`(*batch, *tokens, width)` to `(*batch, *rows, width)`; without tokens, one row."""
     return x.reshape(_rows(x, batch_ndim).shape)
 
 
@@ -82,10 +82,10 @@ class _Static(NamedTuple):
     """The static part of one product.
 
     Attributes:
-        shapes: of both operands, which the arrays are reshaped to.
-        order: of the axes of the second operand, if it is transposed.
-        dtype: of the product.
-        options: of the product.
+        shapes: the shapes that the two operands are reshaped to.
+        order: the order that the axes of the second operand are transposed to, or None.
+        dtype: the dtype that both operands are cast to.
+        options: the options of the `lax.dot_general`.
     """
 
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -115,19 +115,19 @@ def contract(
         keep: the names of the axes that are not summed over.
         dtype: both operands are cast to it, and the products of the backward pass run in
             it.
-        precision: as `lax.dot_general` takes it, with that of `x` first.
-        order: of the axes of `y`, if it is the first of two factors: the rank axis comes
-            before those that are summed over. The gradient of `A` is then computed as
+        precision: as in `lax.dot_general`, with that of `x` first.
+        order: the order of the axes of `y`, if it is the first of two factors: the rank
+            axis before the summed axes. The gradient of `A` is then computed as
             `v.T @ x`, with the shape `(rank, in)`. XLA on the CPU is 3 to 4 times as fast
             with it as with `x.T @ v`, the gradient of a plain `x @ A`. Without a barrier
             XLA would undo the transpose. On other devices the barrier costs at most a copy
             of `A`.
-        rate: the share of the entries of `x` that are dropped, not divided by `1 - rate`.
-        key: for the dropout, if `rate` is not 0.
+        rate: the dropout rate of `x`. The result is not divided by `1 - rate`.
+        key: the dropout key, if `rate` is not 0.
 
     Returns:
-        The product, wide: first the common axes that are kept, then the other axes of `x`,
-        then those of `y`.
+        The wide product. Its axes are the common axes that are kept, then the other axes of
+        `x`, then those of `y`.
     """
     y_names = y.names if order is None else order
     shared = [name for name in x.names if name in y_names]
@@ -153,8 +153,8 @@ def keep_arguments(
     Otherwise a folded, cast or transposed copy of an argument would be kept as well. That
     has no effect in one compiled layer, but a `lax.scan` over layers would keep a copy of
     all frozen weights. If `frozen`, the weight among the arguments, is quantized, its dense
-    form must not be kept either: a barrier prevents the compiler from forming it once for
-    both passes.
+    form must not be kept either: a barrier prevents the compiler from dequantizing it once
+    for both passes.
     """
     numbers = () if static is None else (static,)
     barrier = quantized.is_quantized(frozen)
@@ -175,10 +175,10 @@ def _product(static: _Static, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)  # compiled once
 def frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
-    """`(*batch, *tokens, in), (*batch, in, out)` -> wide `(*batch, *rows, out)`.
+    """`x @ W` with a frozen weight: only `x` has a gradient.
 
-    `x @ W`, multiplied in `dtype`, with a gradient of `x` only. A quantized weight is
-    formed again in the backward pass.
+    `(*batch, *tokens, in), (*batch, in, out)` to wide `(*batch, *rows, out)`, multiplied in
+    `dtype`. A quantized weight is dequantized again in the backward pass.
     """
     return keep_arguments(_frozen_product, 2, frozen=weight)(x, weight, dtype)
 
@@ -197,9 +197,10 @@ def project_down(
     rate: float = 0.0,
     key: Any = None,
 ) -> jax.Array:
-    """`(*batch, *tokens, in), (*batch, in, rank)` -> wide `(*batch, *rows, rank)`.
+    """`drop(x) @ A`, the first product of an adapter.
 
-    `drop(x) @ A`, multiplied in `factor_dtype(dtype)`: see `contract`.
+    `(*batch, *tokens, in), (*batch, in, rank)` to wide `(*batch, *rows, rank)`, multiplied
+    in `factor_dtype(dtype)`; see `contract`.
     """
     batch, dtype = _batch(a.ndim - 2), numerics.factor_dtype(dtype)
     rows, factor = _rows(x, len(batch)), named(jnp.asarray(a), (*batch, _IN, RANK))
@@ -210,9 +211,10 @@ def project_down(
 def project_up(
     u: jax.Array, b: jax.Array, scale: float | jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """`(*batch, *rows, rank), (*batch, rank, out)` -> wide `(*batch, *rows, out)`.
+    """`scale * u @ B`, the second product of an adapter.
 
-    `scale * u @ B`, multiplied in `factor_dtype(dtype)`.
+    `(*batch, *rows, rank), (*batch, rank, out)` to wide `(*batch, *rows, out)`, multiplied
+    in `factor_dtype(dtype)`.
     """
     batch = _batch(b.ndim - 2)
     down = named(u, (*batch, *_tokens(u.ndim - 1 - len(batch)), RANK))
@@ -228,7 +230,7 @@ def up(
     dtype: DTypeLike,
     precision: Any = None,
 ) -> Named:
-    """`scale * down * factor`, multiplied in `factor_dtype(dtype)`: see `contract`."""
+    """`scale * down @ factor`, multiplied in `factor_dtype(dtype)`; see `contract`."""
     dtype = numerics.factor_dtype(dtype)
     scaled = numerics.multiply(down.array, scale).astype(dtype)
     return contract(down._replace(array=scaled), factor, keep, dtype, precision)
@@ -245,7 +247,7 @@ def dropped(
     if not rate:
         return multiply(x, factor)
 
-    # A function of its own each time: JAX would use its trace on other meshes, too.
+    # Defined anew in each call: JAX would reuse the trace of one function on other meshes.
     @jax.checkpoint
     def product(x, factor, key):
         return multiply(numerics.drop(x, rate, key), factor)
@@ -262,7 +264,7 @@ def _tokens(n: int) -> Names:
 
 
 def _rows(x: jax.Array, batch_ndim: int) -> Named:
-    """`(*batch, *tokens, in)` with its tokens folded; a vector becomes one row."""
+    """`(*batch, *tokens, in)` with its tokens folded; without tokens, one row."""
     batch, n = _batch(batch_ndim), x.ndim - 1 - batch_ndim
     shape = x.shape if n else (*x.shape[:-1], 1, x.shape[-1])
     names = (*batch, *_tokens(max(n, 1)), _IN)
@@ -281,7 +283,7 @@ class Dot(NamedTuple):
     precision: Any = None
 
     def __call__(self, x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-        """The product, in `dtype`, or in that of `x` and `y`."""
+        """The product, in `dtype` or by default in the dtype of `x` and `y`."""
         return lax.dot_general(
             x, y, self.dimensions, self.precision, preferred_element_type=dtype
         )

@@ -1,7 +1,8 @@
 """The products of a DoRA layer, for both norm axes and every dropout mode.
 
 `x` is `(*batch, *tokens, in)` and `factor` is `m / n`, `(*batch, out)` or `(*batch, in)`.
-Products run in `dtype`; results are wide `(*batch, *rows, out)`, without bias.
+Products run in `dtype`. Results are `(*batch, *rows, out)` in at least float32, without the
+bias.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Dropout:
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the frozen layer sees the input without dropout."""
+        """Whether the frozen weight multiplies the input without dropout."""
         return not self.rate or self.mode == "torchtune"
 
 
@@ -44,7 +45,7 @@ def scale_outputs(
     dropout: Dropout,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`k * (x @ (W + D))`, `k` one factor for each output."""
+    """`k * (x @ (W + D))`, where `k` has one factor for each output."""
     base = contraction.frozen_product(x, weight, dtype)
     factor = numerics.as_row(factor, base)
     keep = 1.0 - dropout.rate
@@ -78,10 +79,10 @@ def scale_inputs(
     dropout: Dropout,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`(k * x) @ (W + D)`, `k` one factor for each input.
+    """`(k * x) @ (W + D)`, where `k` has one factor for each input.
 
-    The frozen layer sees one input in every mode, since the factor is on that side:
-    `x @ W + ((k - 1) * x2) @ W` is `(x + (k - 1) * x2) @ W`.
+    In every mode there is one product with the frozen weight, since the factor multiplies
+    the input: `x @ W + ((k - 1) * x2) @ W` is `(x + (k - 1) * x2) @ W`.
     """
 
     def project(x, weight, a, factor, key):

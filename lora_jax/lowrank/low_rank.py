@@ -28,7 +28,7 @@ def delta(
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """`V = W + scale * A @ B`, or DoRA's `(m / n) * V`, where `n` are the norms of `V`.
+    """The value `V = W + scale * A @ B`, or DoRA's `(m / n) * V` with `n` the norms of `V`.
 
     The methods check nothing, and compute in the widest dtype of their operands, at least
     float32.
@@ -67,7 +67,7 @@ class LowRank:
         return (weight.astype(update.dtype) / factor - update).astype(weight.dtype)
 
     def change(self) -> jax.Array:
-        """What a merge adds to the weight, without cancellation in it."""
+        """What a merge adds to the weight, computed without cancellation."""
         weight, update = self._dense_and_update()
         if "m" not in self.adapter:
             return update
@@ -92,18 +92,18 @@ class LowRank:
         return weight_norms.norm(self.matrix(), None, self.axis)
 
     def frozen_norms(self, squares: jax.Array | None = None) -> jax.Array:
-        """`norms`, without a gradient of the weight.
+        """The norms `n`, without a gradient of the weight.
 
         Args:
             squares: the squared norms of the weight alone, to save their computation.
         """
-        # A quantized weight is formed again in the backward pass.
+        # A quantized weight is dequantized again in the backward pass.
         keep = contraction.keep_arguments(_frozen_norms, 5, frozen=self.weight)
         a, b = self.adapter["A"], self.adapter["B"]
         return keep(self.weight, a, b, self.scale, squares, self.axis)
 
     def matrix(self) -> weight_norms.Matrix:
-        """The value as the functions of `weight_norms` take it. The weight is dense."""
+        """The value as an argument of `weight_norms`. The weight must be dense."""
         a, b = self.adapter["A"], self.adapter["B"]
         sides = weight_norms.sides(a, b, self.axis, self.weight.dtype)
         return weight_norms.Matrix(self.weight, *sides, self.scale)

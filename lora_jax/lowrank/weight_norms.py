@@ -1,4 +1,4 @@
-"""Norms of the columns of `W + scale * A @ B`, without forming it.
+"""Norms of the columns of `W + scale * A @ B`, without computing this matrix.
 
 For the columns, `|W + s A B|^2 = |W|^2 + 2 s (A^T W) . B + s^2 B . (A^T A) B`, where `.`
 multiplies entry by entry and sums over the rank. This needs one product with `W` that has
@@ -7,10 +7,10 @@ multiplies entry by entry and sums over the rank. This needs one product with `W
 axis is the *kept* axis. `left` is the factor with the summed axis, and
 `right (*batch, rank, kept)` the other factor.
 
-The factored sum is wrong if the update nearly cancels a column, and if a square is outside
-the range of its dtype. The columns are then formed directly, block by block, and their
+The factored sum is wrong if the update nearly cancels a column, or if a square is outside
+the range of its dtype. The columns are then computed directly, block by block, with their
 entries scaled by powers of two. Each weight has this branch, and models with many unscanned
-layers compile it many times. So it has few operations.
+layers compile it many times, so it has few operations. *Wide* means at least float32.
 """
 
 import functools
@@ -26,16 +26,16 @@ from lora_jax.lowrank import contraction
 
 _HIGHEST = lax.Precision.HIGHEST
 
-# The factored square is used if it is above this part of its terms: then it has lost at
-# most 8 of its 24 bits.
+# The factored square is used if it is above this fraction of the sum of its terms. It has
+# then lost at most 8 of its 24 bits.
 _TRUSTED = 2.0**-8
 
-# The largest number of rows or columns of the weight that `_direct` forms at a time.
+# The largest number of rows or columns of the weight in one block of `_direct`.
 _BLOCK = 128
 
 
 def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
-    """`m / n`, DoRA's factor, wide; 1, with a zero gradient, where `n` is zero."""
+    """DoRA's factor `m / n`, wide; 1 with a zero gradient if `n` is zero."""
     dtype = numerics.accumulation_dtype(magnitude.dtype, column_norm.dtype)
     magnitude, norm = jnp.asarray(magnitude, dtype), jnp.asarray(column_norm, dtype)
     # A norm is not negative, so -1 marks the zeros, and only one array is kept.
@@ -44,7 +44,7 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
 
 
 def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
-    """`|W|^2` over `axis`, wide. The 16-bit weight is widened as it is read."""
+    """`|W|^2` over `axis`, wide. No wide copy of a 16-bit weight is kept."""
     return jnp.sum(jnp.square(_wide(weight)), axis=axis)
 
 
@@ -60,7 +60,7 @@ def norm(matrix: "Matrix", squares: jax.Array | None, axis: int) -> jax.Array:
 
     Args:
         matrix: without `columns`.
-        squares: `|W|^2` over `axis`, `(*batch, kept)`, a constant; or None to form it.
+        squares: `|W|^2` over `axis`, `(*batch, kept)`, a constant; or None to compute it.
         axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
     """
     if squares is None:
@@ -70,16 +70,16 @@ def norm(matrix: "Matrix", squares: jax.Array | None, axis: int) -> jax.Array:
 
 
 class Matrix(NamedTuple):
-    """The matrix `columns * weight + scale * left @ right`, of which norms are formed.
+    """The matrix `columns * weight + scale * left @ right`, whose norms are computed.
 
     Attributes:
-        weight: `(*batch, in, out)`; or a pair of arrays, whose sum it is.
-        left: the factor with the summed axis, where the weight has it: `(*batch, in, rank)`
-            for the norms of columns, `(*batch, rank, out)` for those of rows. Wide.
-        right: the other factor, `(*batch, rank, kept)`. Wide. Without factors both are
-            None, and the scale too.
-        scale: scalar.
-        columns: multiply the weight, `(*batch, kept)`, wide; or None.
+        weight: `(*batch, in, out)`, or a pair of arrays that are added.
+        left: the factor with the summed axis, at the same position as in the weight:
+            `(*batch, in, rank)` for the norms of columns, `(*batch, rank, out)` for those
+            of rows. Wide. None if there are no factors.
+        right: the other factor, `(*batch, rank, kept)`. Wide. None if there are no factors.
+        scale: a scalar; None if there are no factors.
+        columns: multiplies the weight, `(*batch, kept)`, wide; or None.
     """
 
     weight: Any
@@ -92,7 +92,7 @@ class Matrix(NamedTuple):
 def sides(
     a: jax.Array, b: jax.Array, axis: int, *dtypes: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """`left` and `right` of factors `(*batch, in, rank)` and `(*batch, rank, out)`."""
+    """The `left` and `right` of a `Matrix` with the factors `A` and `B`."""
     dtype = numerics.accumulation_dtype(*dtypes)
     a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
     return (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
@@ -105,7 +105,10 @@ def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
 
 
 def _with_scale_in_right(matrix: Matrix) -> Matrix:
-    """The same matrix: a branch then has no scale of its own among its operands."""
+    """The same matrix with the scale multiplied into `right`.
+
+    The branches of a `lax.cond` then have one operand less.
+    """
     if matrix.right is None:
         return matrix
     right = numerics.multiply(matrix.right, matrix.scale)
@@ -116,8 +119,8 @@ class _Norm(NamedTuple):
     """Norms, and the powers of two that columns are divided by before they are squared.
 
     Attributes:
-        value: `(*batch, kept)`.
-        unit: of the columns, as `value`; 1 where the factored squares are right.
+        value: the norms, `(*batch, kept)`.
+        unit: the powers of two, `(*batch, kept)`; 1 where the factored squares are used.
     """
 
     value: jax.Array
@@ -125,7 +128,7 @@ class _Norm(NamedTuple):
 
 
 def _norms(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
-    """The norms over `axis`; `base` is `|W|^2` over it, without `columns`."""
+    """The norms over `axis`. `base` is `|W|^2` over `axis`, without `columns`."""
     if _is_one_block(matrix, axis):
         return _direct(matrix, axis)
     matrix = _with_scale_in_right(matrix)
@@ -138,7 +141,7 @@ _norm = jax.custom_jvp(_norms, nondiff_argnums=(2,))
 
 @functools.partial(_norm.defjvp, symbolic_zeros=True)
 def _norm_jvp(axis: int, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
-    """The derivative of the factored square: it cancels less than the square itself."""
+    """Differentiates the factored square, whose derivative cancels less than the square."""
     matrix, base = primals
     norm = _norm(matrix, base, axis)
     leaves, tree = jax.tree.flatten(matrix)
@@ -156,7 +159,7 @@ def _norm_jvp(axis: int, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
 
     old, change = ([values[i] for i in moving] for values in (leaves, changes))
     _, change = jax.jvp(square, old, change)
-    zero = norm.value == 0  # not `> 0`: a NaN has to come out as one
+    zero = norm.value == 0  # not `> 0`, so that a NaN stays a NaN
     twice = 2 * (jnp.where(zero, jnp.ones_like(zeros.value), norm.value) / norm.unit)
     change = jnp.where(zero, zeros.value, change / twice * norm.unit)
     return norm, zeros._replace(value=change)
@@ -166,9 +169,9 @@ class _Squares(NamedTuple):
     """Factored squares of norms, `(*batch, kept)`.
 
     Attributes:
-        value: of the squares.
-        least: smaller squares may be wrong. It is a part of the terms that are summed, and
-            of what underflow may take from them.
+        value: the squares.
+        least: squares below this bound may be wrong. It is the sum of a fraction of the
+            summed terms and of what underflow may have lost of them.
     """
 
     value: jax.Array
@@ -176,7 +179,7 @@ class _Squares(NamedTuple):
 
 
 def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
-    """The squares; `base` is that of `columns * weight`."""
+    """The factored squares. `base` is `|columns * weight|^2`."""
     weight, left, right, scale, columns = matrix
     n = jax.tree.leaves(weight)[0].shape[axis]
     info = jnp.finfo(base.dtype)
@@ -199,7 +202,7 @@ def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
 
 
 def _gained(base: jax.Array, matrix: Matrix) -> jax.Array:
-    """`|columns * W|^2`, of `|W|^2`."""
+    """`|columns * W|^2`, given `|W|^2`."""
     return base if matrix.columns is None else base * jnp.square(matrix.columns)
 
 
@@ -208,14 +211,14 @@ def _root_of(squares: _Squares) -> jax.Array:
 
 
 def _are_right(squares: _Squares) -> jax.Array:
-    """Whether no square cancels or leaves the range of its dtype."""
+    """Whether all squares are accurate: none cancels or leaves the range of its dtype."""
     most = float(jnp.finfo(squares.value.dtype).max) / 16
     return jnp.all((squares.value >= squares.least) & (squares.value <= most))
 
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
 def _correction(squares: _Squares, matrix: Matrix, axis: int) -> _Norm:
-    """Roots of the factored squares; the norms of formed columns if any is wrong."""
+    """The roots of the factored squares; if any square is wrong, the direct norms."""
     root = _root_of(squares)
     return lax.cond(
         _are_right(squares),
@@ -225,21 +228,22 @@ def _correction(squares: _Squares, matrix: Matrix, axis: int) -> _Norm:
 
 
 def _is_one_block(matrix: Matrix, axis: int) -> bool:
-    """Whether the columns are so short that `_direct` forms them at once.
+    """Whether the columns are so short that `_direct` computes them in one block.
 
-    Then it is no more work than the factored square, has no branch, and is always right.
+    `_direct` then takes no more work than the factored square, has no branch, and is always
+    accurate.
     """
     return jax.tree.leaves(matrix.weight)[0].shape[axis] <= _BLOCK
 
 
 def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
-    """The norms of the columns, from one block of the summed axis at a time.
+    """The norms of the columns, computed from one block of the summed axis at a time.
 
-    A loop over blocks needs `like`, an array that is sharded as the result is.
+    A loop over blocks needs `like`, an array with the sharding of the result.
 
-    A block is every `count`-th row (or column), not a run of them. So no data move between
-    devices if the weight is sharded along that axis. The size of a block divides the axis,
-    so an axis of prime length takes as many steps as it is long.
+    A block is every `count`-th row (or column), not a range of rows. So no data move
+    between devices if the weight is sharded along that axis. The size of a block divides
+    the size of the axis, so an axis of prime size has blocks of one row.
     """
     weight, left, right, scale, columns = matrix
     n = jax.tree.leaves(weight)[0].shape[axis]
@@ -268,7 +272,7 @@ def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
     if count == 1 or like is None:
         sums = _sums(form(0), axis)
     else:
-        # Not jnp.zeros: on a mesh the sums have to start sharded as the result is.
+        # Not jnp.zeros: on a mesh the initial sums need the sharding of the result.
         start = (jnp.zeros_like(like),) * 3
         add = lambda i, sums: tuple(map(jnp.add, sums, _sums(form(i), axis)))  # noqa: E731
         sums = lax.fori_loop(0, count, add, start)
@@ -276,10 +280,10 @@ def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
 
 
 def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
-    """The sums over `axis` of the squares of small, of ordinary and of large entries.
+    """The sums of squares over `axis` for small, ordinary and large entries.
 
-    Before squaring, small and large entries are multiplied by powers of two that bring
-    their squares into the range of the dtype: Blue's accumulators.
+    These are Blue's accumulators. Before squaring, entries are multiplied by a power of two
+    that brings the squares of small or large entries into the range of the dtype.
     """
     step = _step(block.dtype)
     scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
@@ -292,7 +296,7 @@ def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
 
 
 def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
-    """The norms of columns of `n` entries, from the sum that is in the range."""
+    """The norms of columns of `n` entries, from the sum that is within range."""
     small, ordinary, large = sums
     info, step = jnp.finfo(ordinary.dtype), _step(ordinary.dtype)
     ones = lax.full_like(ordinary, 1)
@@ -310,7 +314,7 @@ def _step(dtype: Any) -> float:
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
-    """A power of two near `x >= 0`, far enough from the largest number for products."""
+    """A power of two near `x >= 0`, small enough that products of it do not overflow."""
     info = jnp.finfo(x.dtype)
     most = 2.0 ** (info.maxexp * 25 // 32)
     x = lax.clamp(jnp.full_like(x, info.tiny), x, jnp.full_like(x, most))
@@ -318,7 +322,7 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 
 def _scaled(matrix: Matrix, unit: jax.Array) -> Matrix:
-    """The matrix with its columns divided by powers of two."""
+    """The matrix with its columns divided by `unit`, which has powers of two."""
     _, _, right, _, columns = matrix
     columns = 1 / unit if columns is None else columns / unit
     right = None if right is None else right / unit[..., None, :]
@@ -326,7 +330,10 @@ def _scaled(matrix: Matrix, unit: jax.Array) -> Matrix:
 
 
 def _balanced(matrix: Matrix) -> Matrix:
-    """The same matrix, with entries of `left` that are not far above 1."""
+    """The same matrix, with a power of two moved from `left` to `right`.
+
+    The entries of the new `left` are not far above 1.
+    """
     if matrix.left is None or matrix.right is None:
         return matrix
     largest = jnp.max(jnp.abs(lax.stop_gradient(matrix.left)), axis=(-2, -1), keepdims=True)
@@ -341,24 +348,24 @@ def _gained_square(matrix: Matrix, axis: int) -> jax.Array:
 
 
 def _wide(weight: Any) -> jax.Array:
-    """A weight, or a pair's sum, in at least float32."""
+    """A weight, or the sum of a pair, in at least float32."""
     parts = jax.tree.leaves(weight)
     dtype = numerics.accumulation_dtype(*(part.dtype for part in parts))
     return functools.reduce(jnp.add, [part.astype(dtype) for part in parts])
 
 
 def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """Contracts `axis` of the factor with that of the weight: `(*batch, rank, kept)`.
+    """Contracts `axis` of the factor and of the weight: `(*batch, rank, kept)`.
 
-    At the precision of the factor, float32 or wider. A bfloat16 weight is not widened: the
-    factor is split into three bfloat16 parts that add up to it, and one product in bfloat16
-    with float32 sums does them all.
+    The product has the precision of the factor, float32 or wider. A bfloat16 weight is not
+    widened. The factor is split into three bfloat16 parts whose sum it is, and one bfloat16
+    product with float32 accumulation multiplies all three.
     """
     if weight.dtype != jnp.bfloat16 or factor.dtype != jnp.float32:
         return _product(factor, weight.astype(factor.dtype), axis, axis)
     parts, rest = [], factor
     for _ in range(3):
-        # A cast there and back may be optimized away; this rounding may not.
+        # The compiler may remove a cast to bfloat16 and back, but not this rounding.
         parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
         rest = rest - parts[-1]
     rank_axis = -1 if axis == -2 else -2

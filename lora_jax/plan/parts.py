@@ -1,9 +1,9 @@
 """Parts of a weight: `"[4:]"` of its first axis, `"[:, 64:128]"` of its second.
 
-A part is written as a NumPy index is: for each axis an integer, which drops the axis, a
-slice, or a list of integers. It follows the path of the weight, in patterns and in the
-paths of a plan: `"layers/up[4:]"`. Behind it may be which use of the weight is meant,
-`"embedding@lookup"`. Both together are the *suffix* of a target.
+A part is written as a NumPy index. Each axis has an integer, which removes the axis, a
+slice, or a list of integers. In patterns and in the paths of a plan the part follows the
+path of the weight: `"layers/up[4:]"`. The kind of use may follow the part or the path:
+`"embedding@lookup"`. Part and use together are the *suffix* of a target.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax import lax
 from lora_jax._core import tree_paths
 
 Entry: TypeAlias = int | range | tuple[int, ...]
-"""What a part has of one axis: one index, a run of them, or a list."""
+"""The indices of one axis in a part: one index, a range, or a list."""
 
 LOOKUP, PRODUCT = "lookup", "product"
 USES = (LOOKUP, PRODUCT)
@@ -30,11 +30,11 @@ _LIST = re.compile(r"\s*\[\s*(-?\d+\s*(,\s*-?\d+\s*)*)\]\s*")
 
 
 class Reading(NamedTuple):
-    """A pattern, taken apart.
+    """A pattern, split into base, part and use.
 
     Attributes:
-        base: the pattern of the paths of leaves.
-        part: the text of an index, in its brackets; empty for the whole weight.
+        base: the pattern for paths of leaves.
+        part: the index as text, with its brackets; empty for the whole weight.
         use: `"lookup"`, `"product"`, or empty for both.
     """
 
@@ -44,9 +44,10 @@ class Reading(NamedTuple):
 
 
 def split(pattern: str) -> Reading:
-    """Takes the suffix off a path or a pattern.
+    """Splits a path or a pattern into base, part and use.
 
-    Brackets that hold no index belong to the pattern, and all of a regular expression.
+    Brackets that are not an index belong to the base. In a regular expression all brackets
+    belong to the base.
     """
     base, at, use = pattern.rpartition("@")
     if not at or use not in USES:
@@ -58,7 +59,7 @@ def split(pattern: str) -> Reading:
 
 
 def _start_of_index(text: str) -> int | None:
-    """Where the index at the end of a text begins, if there is one."""
+    """The position where the index at the end of a text begins; None without an index."""
     if not text.endswith("]"):
         return None
     depth = 0
@@ -70,7 +71,7 @@ def _start_of_index(text: str) -> int | None:
 
 
 def _items(part: str) -> list[str] | None:
-    """The items of an index in brackets; None if it is no index."""
+    """The items of an index in brackets; None if the text is not an index."""
     inner, items = part[1:-1], []
     while True:
         match = _LIST.match(inner) or _ITEM.match(inner)
@@ -86,18 +87,18 @@ def _items(part: str) -> list[str] | None:
 
 
 def read(name: str, pattern: str, paths: Iterable[str]) -> Reading:
-    """What a pattern means for some paths.
+    """Splits a pattern, or takes it as a base without a suffix, as the paths require.
 
-    Brackets with numbers are both an index and a set of characters (`"w[12]"`). The paths
-    tell which.
+    Brackets with numbers may be an index or a set of characters (`"w[12]"`). They are a set
+    of characters if the whole pattern matches a path.
 
     Args:
-        name: of the argument that has the pattern, for the error.
-        pattern: as text.
-        paths: of the leaves of the params.
+        name: the argument that has the pattern, for the error.
+        pattern: the pattern, as text.
+        paths: the paths of the leaves of the params.
 
     Raises:
-        ValueError: if both match something.
+        ValueError: if both readings match a path.
     """
     reading, paths = split(pattern), list(paths)
     if reading == Reading(pattern):
@@ -118,15 +119,15 @@ def read(name: str, pattern: str, paths: Iterable[str]) -> Reading:
 
 @functools.lru_cache(maxsize=4096)
 def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
-    """What a part has of each axis of a weight.
+    """The indices of each axis of a weight in a part.
 
     Args:
-        part: the text of an index, in its brackets; empty for the whole weight.
-        shape: of the weight.
+        part: the index as text, with its brackets; empty for the whole weight.
+        shape: the shape of the weight.
 
     Raises:
-        ValueError: if it is no index, has more axes than the weight, an index is out of
-            bounds, or something is taken in another order than the weight has it.
+        ValueError: if `part` is not an index, has more axes than the weight, has an index
+            out of bounds, is empty, or has indices that are not in ascending order.
     """
     items = _items(part) if part else []
     if items is None or (part and not part.startswith("[")):
@@ -141,7 +142,9 @@ def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
     items += [":"] * (len(shape) - len(items))
     own = tuple(_entry(item, size, part) for item, size in zip(items, shape, strict=True))
     if sum(isinstance(entry, tuple) for entry in own) > 1:
-        raise ValueError(f"the part {part} has more than one list: use slices, or targets.")
+        raise ValueError(
+            f"the part {part} has more than one list: use slices, or several targets."
+        )
     return own
 
 
@@ -156,7 +159,9 @@ def _entry(item: str, size: int, part: str) -> Entry:
         raise ValueError(f"the part {part} must have steps of at least 1.")
     run = range(size)[slice(*bounds)]
     if not run:
-        raise ValueError(f"the part {part} has nothing of an axis of size {size}.")
+        raise ValueError(
+            f"the part {part} is empty: it has nothing of an axis of size {size}."
+        )
     return run if len(run) > 1 else range(run[0], run[0] + 1)
 
 
@@ -169,7 +174,7 @@ def _index(index: int, size: int, part: str) -> int:
 
 
 def _run(indices: Sequence[int], size: int, part: str) -> Entry:
-    """Indices as a slice, if they are a run without gaps, else as they are."""
+    """Indices as a range if they have no gaps, otherwise as a tuple."""
     if list(indices) != sorted(set(indices)):
         raise ValueError(f"the part {part} must list each index once, in ascending order.")
     if indices[-1] - indices[0] + 1 == len(indices):
@@ -178,7 +183,7 @@ def _run(indices: Sequence[int], size: int, part: str) -> Entry:
 
 
 def as_text(own: Sequence[Entry], shape: Sequence[int]) -> str:
-    """The index with these entries, as it is written: empty if it has everything."""
+    """The index with these entries as text; empty for the whole weight."""
     items = [_text(entry, size) for entry, size in zip(own, shape, strict=True)]
     while items and items[-1] == ":":
         items.pop()
@@ -196,12 +201,12 @@ def _text(entry: Entry, size: int) -> str:
 
 
 def canonical(part: str, shape: Sequence[int]) -> str:
-    """The same part in the one way of writing it."""
+    """The canonical text of a part: equal parts have equal texts."""
     return as_text(entries(part, tuple(shape)), shape)
 
 
 def _grouped(indices: Sequence[int], size: int) -> Entry:
-    """The entry of some indices of an axis, in ascending order: a slice if it can be."""
+    """The entry with the given ascending indices: a range if the steps are equal."""
     steps = {b - a for a, b in itertools.pairwise(indices)} or {1}
     if len(steps) > 1:
         return tuple(indices)
@@ -209,23 +214,23 @@ def _grouped(indices: Sequence[int], size: int) -> Entry:
 
 
 def count(entry: Entry) -> int:
-    """How many indices an entry has of its axis."""
+    """The number of indices of an entry."""
     return 1 if isinstance(entry, int) else len(entry)
 
 
 def indices_of(entry: Entry) -> tuple[int, ...]:
-    """The indices that an entry has of its axis."""
+    """The indices of an entry."""
     return (entry,) if isinstance(entry, int) else tuple(entry)
 
 
 def cut_axes(part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that a part has some of."""
+    """The axes of which a part has only some indices."""
     own = entries(part, shape)
     return tuple(axis for axis, entry in enumerate(own) if count(entry) < shape[axis])
 
 
 def cut(part: str, cuts: Iterable[str], shape: tuple[int, ...]) -> list[str]:
-    """A part in pieces, each of which is inside or outside of every one of other parts."""
+    """Cuts a part into pieces, each entirely inside or outside of each part in `cuts`."""
     others = [entries(other, shape) for other in cuts]
     choices = []
     for axis, entry in enumerate(entries(part, shape)):
@@ -245,7 +250,7 @@ def cut(part: str, cuts: Iterable[str], shape: tuple[int, ...]) -> list[str]:
 
 
 def joined(alike: Sequence[str], shape: tuple[int, ...]) -> list[str]:
-    """Parts without a common entry, joined where they differ along one axis only."""
+    """Joins disjoint parts into one if they differ along one axis only."""
     whole = [entries(part, shape) for part in alike]
     differ = [axis for axis, own in enumerate(zip(*whole, strict=True)) if len({*own}) > 1]
     if len(differ) != 1:
@@ -257,7 +262,7 @@ def joined(alike: Sequence[str], shape: tuple[int, ...]) -> list[str]:
 
 
 def mask(part: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Which entries of a weight a part has; of size 1 along axes that it has whole."""
+    """A mask of the entries of a weight in a part; axes that are not cut have size 1."""
     own = entries(part, shape)
     inside = np.ones((1,) * len(shape), bool)
     for axis in cut_axes(part, shape):
@@ -274,16 +279,16 @@ def overlap(first: str, second: str, shape: tuple[int, ...]) -> bool:
 
 
 def first_match(patterns: Iterable[str], key: str, suffix: str, shape: Any) -> str | None:
-    """The first of some patterns that matches a target of a plan, or None.
+    """The first pattern that matches a target of a plan, or None.
 
-    A pattern without a suffix matches all targets of a weight, and one with a part all
-    targets inside of that.
+    A pattern without a suffix matches all targets of a weight. A pattern with a part
+    matches all targets inside of this part.
 
     Args:
-        patterns: as text.
-        key: of the target, the path with the suffix.
-        suffix: of the target.
-        shape: of the weight; None if it is not known, and parts are compared as text.
+        patterns: the patterns, as text.
+        key: the key of the target: its path with its suffix.
+        suffix: the suffix of the target.
+        shape: the shape of the weight; None to compare parts as text.
     """
     path = key.removesuffix(suffix) if suffix else key
     for pattern in patterns:
@@ -298,12 +303,12 @@ def first_match(patterns: Iterable[str], key: str, suffix: str, shape: Any) -> s
 
 
 def _is_inside(part: str, of: str, shape: Any) -> bool:
-    """Whether a part of a weight is one of another part; as text without a shape."""
+    """Whether `part` is inside of the part `of`; without a shape, texts are compared."""
     if not of or part == of or shape is None:
         return not of or part == of
     try:
         pairs = zip(entries(part, shape), entries(of, shape), strict=True)
-    except ValueError:  # of is no part of this weight
+    except ValueError:  # `of` is not a part of this weight
         return False
     return all({*indices_of(own)} <= {*indices_of(outer)} for own, outer in pairs)
 
@@ -314,7 +319,7 @@ def check_matched(
     """Raises unless each pattern matches a target of a plan.
 
     Raises:
-        ValueError: the message lists the patterns and the nearest paths.
+        ValueError: if one does not; the message lists the patterns and the nearest paths.
     """
     lost = [
         pattern
@@ -328,7 +333,7 @@ def check_matched(
 
 
 def take(array: Any, part: str) -> Any:
-    """The part of an array, as an array."""
+    """Takes a part of an array."""
     if not part:
         return array
     own = entries(part, tuple(array.shape))
@@ -339,7 +344,7 @@ def take(array: Any, part: str) -> Any:
 
 
 def _basic(entry: Entry) -> Any:
-    """The entry as an index of what a list has been taken of."""
+    """The entry as a basic index, after the indices of a list have been taken."""
     if isinstance(entry, tuple):
         return slice(None)
     if isinstance(entry, int):
@@ -348,12 +353,12 @@ def _basic(entry: Entry) -> Any:
 
 
 def put(array: jax.Array, part: str, values: jax.Array) -> jax.Array:
-    """The array with other values for a part."""
+    """The array with a part replaced by `values`."""
     if not part:
         return values
     own = entries(part, tuple(array.shape))
     sizes = list(map(count, own))
-    # An axis of one index stays, so that a list has its axis where the array has it.
+    # An integer would move the axis of a list, so it is written as a slice of one entry.
     index = tuple(
         np.array(entry)
         if isinstance(entry, tuple)
@@ -370,14 +375,14 @@ def spread(
     shape: Sequence[int],
     fill: float,
 ) -> jax.Array:
-    """An array of a part as one of the whole weight, with `fill` everywhere else.
+    """Pads an array of the shape of a part to the shape of the whole weight.
 
     Args:
-        array: has one index of an axis for each that the part has of it.
-        axes: which axis of the weight each of its axes is; a negative number for none.
+        array: an array whose axes have the sizes of the part.
+        axes: for each axis of the array, its axis of the weight; negative for other axes.
         own: the entries of the part.
-        shape: of the weight.
-        fill: what is outside of the part.
+        shape: the shape of the weight.
+        fill: the value outside of the part.
     """
     for place, axis in enumerate(axes):
         if axis >= 0 and array.shape[place] != shape[axis]:

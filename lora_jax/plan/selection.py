@@ -1,4 +1,4 @@
-"""Selects the weights that a config adapts, with a reason for each other leaf."""
+"""Selects the weights that a config adapts, and gives a reason for every other leaf."""
 
 import functools
 import math
@@ -30,16 +30,16 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
 
     Args:
         config: the config.
-        leaves: of the params, by path. Only shapes and dtypes are used.
-        uses: of the leaves in a function, by path; None if there is no function.
+        leaves: the leaves of the params, by path. Only shapes and dtypes are used.
+        uses: the uses of the leaves in a function, by path; None without a function.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: if a pattern matches nothing, a pattern of `targets` matches what
-            cannot have an adapter, a pattern of `train` what cannot be trained, or nothing
-            is adapted.
+        ValueError: if a pattern matches nothing, a pattern of `targets` matches a leaf that
+            cannot have an adapter, a pattern of `train` matches a leaf that cannot be
+            trained, or nothing is adapted.
     """
     arrays = {path: leaf for path, leaf in leaves.items() if checks.is_array(leaf)}
     targets: dict[str, Target] = {}
@@ -64,7 +64,7 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         if not found:
             skipped[path] = f"the patterns of its parts {EXCLUDED}"
         targets |= found
-    if all_linear:  # skips weights that do not fit, but not ambiguous ones
+    if all_linear:  # skips unsuitable weights, but an ambiguous weight is an error
         refused = {path: why for path, why in refused.items() if uses and _unclear(why)}
     if refused:
         raise ValueError(_refusal(refused))
@@ -89,7 +89,7 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
 
 
 class _Patterns:
-    """The patterns of a config, each as the paths of some params read it."""
+    """The patterns of a config, split into base, part and use for the given paths."""
 
     def __init__(self, config: LoraConfig, paths: Iterable[str]):
         paths = list(paths)
@@ -111,7 +111,7 @@ class _Patterns:
             tree_paths.check_matched(name, bases, paths, "array of params")
 
     def of(self, name: str, path: str) -> dict[str, parts.Reading]:
-        """The patterns of a field that match a leaf, or parts of it, in their order."""
+        """The patterns of a field that match a leaf or parts of it, in their order."""
         return {
             pattern: own
             for pattern, own in self.readings[name].items()
@@ -120,7 +120,7 @@ class _Patterns:
 
 
 class _Piece(NamedTuple):
-    """A weight, or a part of one, that has an adapter of its own."""
+    """A weight, or a part of one, that has one adapter."""
 
     part: str
     use: str
@@ -135,10 +135,10 @@ def _pieces(
     shape: tuple[int, ...],
     kinds: Sequence[str],
 ) -> list[_Piece]:
-    """What of a leaf has adapters, with the rank and alpha of each.
+    """The parts of a leaf that have adapters, with their ranks and alphas.
 
-    Each chosen part is cut where patterns of `exclude`, `rank_pattern` and `alpha_pattern`
-    differ between its indices, or between the kinds of uses that the leaf has.
+    A selected part is cut into several pieces if patterns of `exclude`, `rank_pattern` or
+    `alpha_pattern` select only some of its indices, or one kind of use.
     """
     chosen = patterns.of("targets", path).values() or [parts.Reading(path)]
     excluded, ranks, alphas = (
@@ -171,7 +171,7 @@ def _pieces(
 def _first_of_part(
     part: str, use: str, shape: tuple[int, ...], found: Mapping[str, parts.Reading]
 ) -> str | None:
-    """The first of some patterns that is for a part, which none of them cuts."""
+    """The first pattern that applies to a part; the part is inside or outside of each."""
     for pattern, own in found.items():
         if own.use in ("", use) and parts.overlap(own.part, part, shape):
             return pattern
@@ -192,8 +192,8 @@ def _trained(patterns: _Patterns, arrays: Mapping[str, Any]) -> dict[str, Traine
             refused.append(f"  {path!r}: {reason}")
         elif part := next((p for p, own in selected.items() if own.part or own.use), None):
             refused.append(
-                f"  {path!r}: the pattern {part!r} has a part of it, and a leaf is trained "
-                "whole"
+                f"  {path!r}: the pattern {part!r} selects a part of it, but a leaf is "
+                "trained as a whole"
             )
         elif not patterns.all_linear and _passed_over(patterns, path, leaf) is None:
             pattern = next(iter(patterns.of("targets", path)))
@@ -202,13 +202,13 @@ def _trained(patterns: _Patterns, arrays: Mapping[str, Any]) -> dict[str, Traine
                 f"give exclude=({path!r},)"
             )
     if refused:
-        lines = "\n".join(["train matches what cannot be trained:", *refused])
+        lines = "\n".join(["train matches leaves that cannot be trained:", *refused])
         raise ValueError(f"{lines}\nNarrow the patterns of train.")
     return trained
 
 
 def _not_trainable(dtype: Any) -> str | None:
-    """Why no array of a dtype can be trained, or None."""
+    """The reason why an array of this dtype cannot be trained, or None."""
     if not checks.is_floating(dtype):
         return f"its dtype {dtype} is not floating point"
     if jnp.dtype(dtype).itemsize < 2:
@@ -232,7 +232,7 @@ def count(leaves: Iterable[Any]) -> int:
 
 
 def _passed_over(patterns: _Patterns, path: str, leaf: Any) -> str | None:
-    """Why the config does not choose a leaf, or None if it does."""
+    """The reason why the config does not select a leaf, or None if it does."""
     if not checks.is_array(leaf):
         return f"it is not an array: {type(leaf).__name__}"
     for pattern, own in patterns.of("exclude", path).items():
@@ -244,7 +244,7 @@ def _passed_over(patterns: _Patterns, path: str, leaf: Any) -> str | None:
 def _targets(
     config: LoraConfig, patterns: _Patterns, path: str, leaf: Any, uses: Uses | None
 ) -> dict[str, Target]:
-    """The targets of a leaf that the config chooses, whole or in parts, by their paths."""
+    """The targets of a leaf that the config selects, by path: one for each piece."""
     shape = tuple(leaf.shape)
     _check_leaf(shape, leaf.dtype)
     if uses is None:
@@ -281,7 +281,7 @@ def _targets(
 
 
 def _check_has_use(use: str, uses: Sequence[Use] | None) -> None:
-    """Raises unless a weight is used in the way that is to be adapted."""
+    """Raises unless the function has a use of the kind that is adapted."""
     if use and uses is not None and not any(own.kind == use for own in uses):
         what = "look-up of its rows" if use == parts.LOOKUP else "product"
         raise axis_roles.UnsuitableError(
@@ -338,16 +338,16 @@ def _axes_of_uses(
 def _letters_of_merged(
     shape: tuple[int, ...], uses: Sequence[Use], low_rank: Sequence[Use]
 ) -> str | None:
-    """The letters of the axes of a weight that only merged uses multiply.
+    """The letters of the axes of a weight if every product with it needs it merged.
 
     Returns:
-        The letters, `"..."` if the uses do not tell, or None for any other weight.
+        The letters; `"..."` if the uses do not show them; None for other weights.
     """
     if not low_rank:
         return axis_roles.letters_of(shape, uses) or "..."
     if any(map(_multiplies, low_rank)) or not any(map(_multiplies, uses)):
         return None
-    # Taking an entry of a stack is not a use, but looks like a look-up in a table.
+    # Taking an entry of a stack is not a use, but is recorded as a look-up in a table.
     known, letters = (axis_roles.letters_of(shape, own) for own in (low_rank, uses))
     is_stack = letters is not None and "b" in letters and letters != known
     return letters if known is None or is_stack else None
@@ -364,13 +364,13 @@ def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
     added = [use for use in low_rank if use.primitive in ("add", "sub", "add_any")]
     if added and (linear or merged):
         raise axis_roles.UnsuitableError(
-            f"it is added to something, as a bias or positions are: {added[0]}. Name it in "
-            "targets if it is the weight of a product all the same"
+            f"it is added to something, as biases and position embeddings are: {added[0]}. "
+            "Name it in targets if it is the weight of a product all the same"
         )
     if merged and not linear:
         raise axis_roles.UnsuitableError(
-            f"only what needs the merged weight multiplies it: {_listed(merged)}. Name it "
-            "in targets to see how to adapt it"
+            f"only uses that need the merged weight multiply it: {_listed(merged)}. Name "
+            "it in targets to see how to adapt it"
         )
     if not linear:
         raise axis_roles.UnsuitableError(f"no matrix product uses it, only {_listed(uses)}")
@@ -393,7 +393,7 @@ def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | 
 def _refusal(refused: Mapping[str, axis_roles.UnsuitableError]) -> str:
     ambiguous = [path for path, why in refused.items() if _unclear(why)]
     others = [path for path in refused if path not in ambiguous]
-    lines = ["targets matches what cannot have an adapter:"]
+    lines = ["targets matches leaves that cannot have an adapter:"]
     lines += [f"  {path!r}: {why}" for path, why in refused.items()]
     if others:
         lines.append(f"Leave out with exclude={tuple(others)!r}, or narrow the patterns.")
@@ -409,8 +409,8 @@ def _refusal(refused: Mapping[str, axis_roles.UnsuitableError]) -> str:
     }
     if merged:
         lines.append(
-            "A weight that every use needs merged can have an adapter if its axes are "
-            f"given and the merges are allowed: axes={_axes_of(merged)}"
+            "A weight can have an adapter although every use needs it merged, if its axes "
+            f"are given and the merges are allowed: axes={_axes_of(merged)}"
             + _UNKNOWN * ("..." in merged.values())
             + ", and adapt(fn, plan, on_merge='allow')."
         )
@@ -418,8 +418,8 @@ def _refusal(refused: Mapping[str, axis_roles.UnsuitableError]) -> str:
 
 
 _UNKNOWN = (
-    ' (for "..." one letter for each axis: i for input, o for output, b for batch, which '
-    "the uses do not tell)"
+    ' (for "..." one letter for each axis, since the uses do not show them: i for input, o '
+    "for output, b for batch)"
 )
 
 
@@ -430,7 +430,7 @@ def _axes_of(letters: Mapping[str, str]) -> str:
 def _nothing(
     config: LoraConfig, arrays: Mapping[str, Any], skipped: Mapping[str, str]
 ) -> str:
-    """The error if no weight has an adapter; it lists the matrices first."""
+    """The error message if no weight has an adapter; it lists the matrices first."""
     lines = [f"nothing is adapted with targets={config.targets!r}:"]
     matrices: dict[tuple[str, str], list[str]] = {}
     rest: dict[str, dict[str, str]] = {}

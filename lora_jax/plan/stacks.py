@@ -1,4 +1,7 @@
-"""Applies functions of one weight to a quantized stack of weights, entry by entry."""
+"""Applies functions of one weight to a quantized stack of weights, entry by entry.
+
+An entry is one weight of the stack, such as one layer.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -44,7 +47,11 @@ def map_entries(
 
 
 def take(weight: Any, target: Target) -> Any:
-    """The part of a weight that a target is: of a quantized stack, quantized."""
+    """The part of a weight that a target adapts.
+
+    Entries of a quantized stack stay quantized. Other parts of a quantized weight are
+    dense.
+    """
     if not target.part:
         return weight
     if quantized.is_quantized(weight) and weight.batch_ndim:
@@ -62,7 +69,7 @@ def take(weight: Any, target: Target) -> Any:
 
 
 def _entry(target: Target) -> Target:
-    """The target of one entry of the first axis."""
+    """The target of one entry of the stack, without the first axis."""
 
     def behind(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(axis - 1 for axis in axes if axis)

@@ -26,9 +26,9 @@ class Use(NamedTuple):
     primitive: str
     """The name of JAX's primitive, such as `dot_general`."""
     roles: tuple[str, ...]
-    """What the use does with each axis of the weight: `contracted`, `kept`, `batch`,
-    `indexed`, `moved` (indexed, and a later product shows its role), `stacked` (scanned
-    over), `stopped` (its gradient is stopped), or an empty string if it is not known."""
+    """The role of each axis of the weight: `contracted`, `kept`, `batch`, `indexed`,
+    `moved` (indexed, and a later product shows its role), `stacked` (scanned over),
+    `stopped` (its gradient is stopped), or an empty string if it is not known."""
     where: str = ""
     """The line of the source, if it is known."""
     merged: str = ""
@@ -43,10 +43,7 @@ class Use(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`"product"` for a use that multiplies, `"lookup"` for one that looks rows up.
-
-        Empty for any other use.
-        """
+        """The kind of use: `"product"`, `"lookup"` of rows, or empty for any other."""
         if {"contracted", "kept"} <= {*self.roles}:
             return parts.PRODUCT
         return parts.LOOKUP if "indexed" in self.roles else ""
@@ -61,7 +58,7 @@ class Use(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adapted weight, or a part of one: its method, numbers and axes.
+    """One adapted weight, or a part of one: its method, rank, scale, dropout and axes.
 
     `A` and `B` adapt the weight as a matrix, or as a stack of matrices, of shape
     `(*batch, in, out)`. The input axes are folded into one axis, and so are the output
@@ -74,7 +71,7 @@ class Target:
         scale: multiplies `A @ B`.
         dropout: the probability that an entry of the adapter's input is dropped.
         in_axes: the axes of the weight that are contracted with an input.
-        out_axes: the axes of the weight that an output has.
+        out_axes: the axes of the weight that become axes of the output.
         batch_axes: the axes that stack matrices.
         part: the part of the weight that is adapted, as a NumPy index in brackets:
             `"[4:]"` for all but the first four entries of the first axis, `"[0]"`,
@@ -86,7 +83,7 @@ class Target:
         TypeError: if a number has the wrong type.
         ValueError: if the method is unknown, a number is out of its range, the axes do not
             list each axis of the shape once, with an input and an output, `part` is not an
-            index of the shape, or the method is DoRA and a part has only some of the
+            index of the shape, or the method is DoRA and the part has only some of the
             inputs.
     """
 
@@ -128,12 +125,12 @@ class Target:
 
     @property
     def suffix(self) -> str:
-        """What follows the path of the weight in the path of the target."""
+        """The part and the use, as they follow the path of the weight in a plan."""
         return self.part + (f"@{self.use}" if self.use else "")
 
     @property
     def alone(self) -> "Target":
-        """The target of the part as a weight of its own, an array of the part's shape."""
+        """The target of the part, seen as a separate weight of the part's shape."""
         if not self.suffix:
             return self
         own = parts.entries(self.part, self.shape)
@@ -186,7 +183,7 @@ class Target:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class TrainedLeaf:
-    """One leaf that is trained itself: a bias, a norm, a head.
+    """One leaf that is trained without an adapter: a bias, a norm or a head.
 
     Its entry in adapters is `{path: {"value": array}}`.
 

@@ -357,13 +357,13 @@ def test_quantized_bases_stay_sharded_along_the_stack(quantize, kind):
 
 def test_checks_of_quantized_bases():
     params, plan = make(("w", "o"), dtype="bfloat16")
-    with pytest.raises(TypeError, match=r"at 'block/o': .* of float32, got one of bfloat"):
+    with pytest.raises(TypeError, match=r"at 'block/o': .* bfloat16 .*, got float32"):
         decompose_params(params, plan, "loftq", quantize=lambda w: int8(w.astype("f4")))
     with pytest.raises(
         ValueError, match=r"at 'block/o': .* shape \(9, 12\) .*got \(108, 1"
     ):
         decompose_params(params, plan, "pissa", quantize=lambda w: int8(w.reshape(-1, 1)))
-    with pytest.raises(TypeError, match=r"at 'block/o': .*no quantized tensor, so it"):
+    with pytest.raises(TypeError, match=r"at 'block/o': .*must be a quantized tensor or"):
         decompose_params(params, plan, "pissa", quantize=lambda w: None)
     params["block"]["w"] = int8(params["block"]["w"])
     for method, options in METHODS.items():

@@ -148,7 +148,7 @@ def test_targets_of_a_config(targets, options, found):
         ("down[4:]", {}, "matches no array of params: 'down'"),
         ("up", {"exclude": "up[:]"}, "nothing is adapted"),
         ("up", {"rank_pattern": {"w1[0]": 4}}, "'w1' has no adapter"),
-        ("up", {"train": "w1[0]"}, "has a part of it, and a leaf is trained whole"),
+        ("up", {"train": "w1[0]"}, "a part of it, but a leaf is trained as a whole"),
         ("up[4:]", {"train": "up"}, "the pattern 'up\\[4:\\]' of targets adapts it"),
         ("up[:, 0]", {}, "the part \\[:,0\\] is a vector"),
         ("up[1:, :4]", {"use_dora": True}, "only some of the inputs"),

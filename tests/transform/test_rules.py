@@ -529,7 +529,7 @@ def test_the_axes_are_read_from_the_body_of_a_call(name):
     plan = plan_of(fn, params, X)
     assert list(plan.targets) == ["other"]
     (line,) = [line for line in str(plan).splitlines() if line.startswith("left out")]
-    verb = "no matrix product uses it" if letters == "..." else "only what needs the merged"
+    verb = "no matrix product uses it" if letters == "..." else "only uses that need the"
     assert line.startswith(f"left out: 'w': {verb}")
     assert "test_rules.py:" in line
     with pytest.raises(ValueError, match="every use of it needs the merged") as error:
@@ -609,9 +609,10 @@ def test_left_out_layers_share_a_line():
     lines = str(plan_of(fn, params, X)).splitlines()
     left_out = [line.split(" at ")[0] for line in lines if line.startswith("left out")]
     assert left_out == [
-        "left out: 3 weights 'layers/*/up': only what needs the merged weight multiplies "
+        "left out: 3 weights 'layers/*/up': only uses that need the merged weight multiply "
         "it: custom_vjp_call",
-        "left out: 'positions': it is added to something, as a bias or positions are: add",
+        "left out: 'positions': it is added to something, as biases and position "
+        "embeddings are: add",
         "left out: 'unused': the function never uses it",
     ]
     by_name = str(plan_of(fn, params, X, targets="out"))

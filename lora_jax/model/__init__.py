@@ -1,1 +1,1 @@
-"""Whole trees of parameters."""
+"""Adapters of whole models: init, merge, unmerge, count, decompose and quantize."""

@@ -1,13 +1,14 @@
 """Adapters of a whole model: plan, init, merge, unmerge, count.
 
-`params` is any pytree. Its leaves are named by their paths, `"decoder/0/query/kernel"`;
-those that are no arrays are left alone. `adapters` is a plain dict from paths of weights to
-their adapters, and from paths of trained leaves to `{"value": array}`. `plan` says which
-those are. See `layers.lora` and `layers.dora` for what an adapter does, with `alpha / rank`
-the `scale` of the plan.
+`params` is any pytree. Its leaves are named by their paths, such as
+`"decoder/0/query/kernel"`. Leaves that are not arrays are not changed. `adapters` is a
+plain dict from paths of weights to their adapters, and from paths of trained leaves to
+`{"value": array}`. `plan` lists these paths. `layers.lora` and `layers.dora` say what an
+adapter computes; their `alpha / rank` is the `scale` of the plan.
 
-All functions but `plan_adapters` take a plan that was made for params with the same paths
-and shapes, and run inside `jax.jit` and `jax.eval_shape` with the plan as an argument.
+All functions except `plan_adapters` take a plan that was made for params with the same
+paths and shapes. They run inside `jax.jit` and `jax.eval_shape`, with the plan as an
+argument.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,12 +39,12 @@ __all__ = [
 
 
 class ParameterCount(NamedTuple):
-    """How many numbers there are."""
+    """Numbers of parameters."""
 
     trainable: int
-    """In the adapters."""
+    """The number of parameters in the adapters and the trained leaves."""
     total: int
-    """In the params and the adapters."""
+    """The number of parameters in the params, plus `trainable`."""
 
 
 def plan_adapters(
@@ -54,20 +55,20 @@ def plan_adapters(
     *args: Any,
     **kwargs: Any,
 ) -> AdapterPlan:
-    """Finds out what a config comes to on some params.
+    """Resolves a config to the adapters of these params.
 
-    The function is traced, and each use of each weight says which of its axes are input,
-    output and batch. Nothing is computed: `params` and arguments may be
-    `jax.ShapeDtypeStruct`s. Without a function only 2-D weights are understood, as
-    `(in, out)`, and `"all-linear"` is every one of them, embeddings among them.
+    The function is traced. The uses of each weight show which of its axes are input, output
+    and batch axes. Nothing is computed, so `params` and arguments may be
+    `jax.ShapeDtypeStruct`s. Without a function, weights must have two axes, `(in, out)`,
+    and `"all-linear"` selects all of them, embeddings included.
 
-    `config`, `params` and `fn` are positional only, so that `fn` may have arguments of
+    `config`, `params` and `fn` are positional only, so that `fn` may have arguments with
     these names.
 
     Args:
-        config: what to adapt and how.
+        config: which weights to adapt, and how.
         params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
-        fn: called as `fn(params, *args, **kwargs)`, or None.
+        fn: a function that is called as `fn(params, *args, **kwargs)`, or None.
         args: further arguments of `fn`.
         kwargs: keyword arguments of `fn`.
 
@@ -76,11 +77,11 @@ def plan_adapters(
         adapted or not.
 
     Raises:
-        TypeError: if `config` is no `LoraConfig`, `fn` no function, or there are arguments
-            and no `fn`.
-        ValueError: if a pattern matches nothing, a pattern of `targets` matches what
-            cannot have an adapter or a pattern of `train` what cannot be trained, nothing
-            is adapted, or two leaves have one path.
+        TypeError: if `config` is not a `LoraConfig`, `fn` is not a function, or there are
+            arguments without `fn`.
+        ValueError: if a pattern matches nothing, a pattern of `targets` matches a leaf that
+            cannot have an adapter, a pattern of `train` matches a leaf that cannot be
+            trained, nothing is adapted, or two leaves have the same path.
 
     Example:
         >>> import jax, lora_jax
@@ -111,8 +112,8 @@ def plan_adapters(
     if fn is not None and not callable(fn):
         raise TypeError(
             f"fn must be a function, got {type(fn).__name__}: the order is "
-            "plan_adapters(config, params, fn, *args); params come once, and are passed "
-            "to fn."
+            "plan_adapters(config, params, fn, *args). Give params only once; they are "
+            "passed to fn."
         )
     leaves = tree_paths.leaf_paths(params)
     uses = None
@@ -124,10 +125,10 @@ def plan_adapters(
 def init_adapters(
     key: jax.Array, params: tree_paths.PyTree, plan: AdapterPlan
 ) -> dict[str, Adapter]:
-    """Makes the adapters of a plan, which change nothing yet.
+    """Initializes the adapters of a plan, which do not change the model yet.
 
-    Each has a key of its own, made of `key` and its path: that another weight is adapted
-    too changes no values.
+    Each adapter has its own key, derived from `key` and its path. So adding a target does
+    not change the other adapters.
 
     Args:
         key: a `jax.random` key.
@@ -137,14 +138,15 @@ def init_adapters(
 
     Returns:
         `{path: {"A": (*batch, in, rank), "B": (*batch, rank, out)}}`, and `"m":
-        (*batch, out)` for DoRA, with `in` and `out` the folded axes of the plan. For a leaf
-        of `LoraConfig(train=...)` it is `{path: {"value": array}}`, a copy of the leaf.
+        (*batch, out)` for DoRA. `in` and `out` are the folded axes of the plan. A leaf of
+        `LoraConfig(train=...)` has the entry `{path: {"value": array}}`, with a copy of the
+        leaf.
 
     Raises:
         KeyError: if params lack a weight of the plan.
-        TypeError: if `key` is no key, a weight is not floating point, or a DoRA weight has
-            no values (outside `jax.eval_shape`).
-        ValueError: if a weight has another shape than in the plan.
+        TypeError: if `key` is not a `jax.random` key, a weight is not floating point, or a
+            DoRA weight has no values (outside `jax.eval_shape`).
+        ValueError: if the shape of a weight is not that of the plan.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -175,7 +177,7 @@ def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Ad
     if target.method == "dora":
         checks.check_array("the weight", weight)
         init = config.init
-        zero = not isinstance(init, tuple) and init != "orthogonal"  # B, and so A @ B
+        zero = not isinstance(init, tuple) and init != "orthogonal"  # B and A @ B are zero
         adapter["m"] = merging.column_norm(weight, {} if zero else adapter, target)
     return adapter
 
@@ -188,35 +190,37 @@ def merge_adapters(
     donate: bool = False,
     requantize: bool = False,
 ) -> tree_paths.Tree:
-    """Folds adapters into the weights they adapt.
+    """Merges adapters into the weights that they adapt.
 
-    Merged quantized weights are dense, unless they are to be quantized again: what that
-    loses is often more than the adapters changed, and `merge_losses` says how much.
+    Merged quantized weights are dense. With `requantize` they are quantized again, which
+    often loses more than the adapters changed; `merge_losses` measures the loss.
 
     Args:
         params: the params of the plan.
         adapters: the adapters of the plan.
         plan: what `plan_adapters` returned.
-        donate: let each merged weight take the memory of the old one, which is gone then,
-            also if an error is raised. Not for NumPy arrays, and without effect inside
+        donate: reuse the memory of each old weight for the merged one. The old weights are
+            deleted, even if an error is raised. Has no effect on NumPy arrays, nor inside
             `jax.jit`, which has its own donation.
-        requantize: quantize merged weights in the format and with the settings of the old
-            ones. Outside a trace, what each loses is logged at the level INFO to the
-            logger `"lora_jax"`.
+        requantize: quantize merged weights again, in the format and with the settings of
+            the old ones. Outside a trace, the loss of each weight is logged at the level
+            INFO to the logger `"lora_jax"`.
 
     Returns:
-        A tree like `params`. Adapted weights are new, with the dtype and the sharding of
-        the old ones, formed in at least float32 and rounded once. Trained leaves are copies
-        of their values, in the same way. All other leaves are those of `params`.
+        A tree like `params`. Adapted weights are new arrays with the dtype and the sharding
+        of the old ones, computed in at least float32 and rounded once. Trained leaves are
+        copies of their values, with the dtype and the sharding of the old leaves. All other
+        leaves are the same objects as in `params`.
 
     Raises:
-        FloatingPointError: if a merged weight has an infinity or a NaN. Outside a trace
-            only: the values of a trace are not known.
-        KeyError: if params lack a weight of the plan, or the adapters' paths or entries
-            are not the plan's.
+        FloatingPointError: if a merged weight has an infinity or a NaN. This is checked
+            only outside a trace.
+        KeyError: if params lack a weight of the plan, or the paths or entries of the
+            adapters are not those of the plan.
         TypeError: if an array is not floating point.
-        ValueError: if a shape is not the plan's, an adapter has biases, a weight to
-            donate is at two paths, or an adapter is of one use of a weight that has two.
+        ValueError: if a shape is not that of the plan, an adapter has biases, a weight to
+            donate is at two paths, or an adapter is for one kind of use of a weight that
+            the function uses in two ways.
     """
     leaves, treedef = _checked(params, adapters, plan)
     _check_all_uses(plan)
@@ -238,10 +242,10 @@ def unmerge_adapters(
     column_norms: Mapping[str, jax.Array] | None = None,
     originals: Mapping[str, jax.Array] | None = None,
 ) -> tree_paths.Tree:
-    """Takes adapters out of merged weights: undoes `merge_adapters`.
+    """Removes adapters from merged weights: undoes `merge_adapters`.
 
-    What the merge rounded away does not come back: see `lora_jax.unmerge_lora_weight` and
-    `lora_jax.unmerge_dora_weight` for the bounds.
+    The rounding of the merge is not undone; `lora_jax.unmerge_lora_weight` and
+    `lora_jax.unmerge_dora_weight` give error bounds.
 
     Args:
         params: what `merge_adapters` returned.
@@ -249,16 +253,16 @@ def unmerge_adapters(
         plan: the plan of the merge.
         column_norms: what `adapted_column_norms` returned before the merge; needed if the
             method is DoRA.
-        originals: a dict from paths to leaves: the trained leaves of the plan, as they were
-            before the merge; needed if there are any.
+        originals: a dict from the paths of the trained leaves to their values before the
+            merge; needed if the plan trains leaves.
 
     Returns:
-        A tree like `params`, with the weights as they were before the merge; all other
-        leaves are those of `params`.
+        A tree like `params`, with the weights from before the merge. All other leaves are
+        the same objects as in `params`.
 
     Raises:
-        FloatingPointError: as `merge_adapters`; a DoRA column whose magnitude is zero was
-            lost in the merge.
+        FloatingPointError: as `merge_adapters`; also for a DoRA column whose magnitude is
+            zero, which was lost in the merge.
         KeyError, TypeError, ValueError: as `merge_adapters`, and ValueError if
             `column_norms` or `originals` are missing, or given and not needed.
     """
@@ -274,7 +278,7 @@ def unmerge_adapters(
 def adapted_column_norms(
     params: tree_paths.PyTree, adapters: Adapters, plan: AdapterPlan
 ) -> dict[str, jax.Array]:
-    """The norms of the columns of the adapted weights, which DoRA divides by.
+    """Computes the column norms of the adapted weights, which DoRA divides by.
 
     Args:
         params: the params of the plan, before a merge.
@@ -282,9 +286,8 @@ def adapted_column_norms(
         plan: what `plan_adapters` returned.
 
     Returns:
-        `{path: (*batch, out)}` for the weights whose method is DoRA, at least float32:
-        what `unmerge_adapters` needs, and what `adapt` takes. See
-        `lora_jax.dora_column_norm`.
+        `{path: (*batch, out)}` for the weights whose method is DoRA, at least float32: the
+        `column_norms` of `unmerge_adapters` and `adapt`. See `lora_jax.dora_column_norm`.
 
     Raises:
         KeyError, TypeError, ValueError: as `merge_adapters`.
@@ -306,23 +309,23 @@ def merge_losses(
     *,
     requantize: bool = False,
 ) -> dict[str, MergeLoss]:
-    """What the rounding of `merge_adapters` would lose, exactly, weight by weight.
+    """Measures what the rounding of `merge_adapters` would lose, for each target.
 
-    A 16-bit weight keeps 8 or 11 bits, and an update below half a unit in its last place
-    vanishes.
+    A 16-bit weight has 8 or 11 significant bits. An update below half a unit in the last
+    place of its weight vanishes.
 
     Args:
         params: the params of the plan, before a merge.
         adapters: the adapters of the plan.
         plan: what `plan_adapters` returned.
-        requantize: whether quantized weights are to be quantized again, as by
-            `merge_adapters`. Else their merge is one into the dense weight.
+        requantize: include the loss of quantizing merged weights again, as `merge_adapters`
+            does with `requantize`. Otherwise merged quantized weights are dense.
 
     Returns:
-        `{path: MergeLoss}`, scalars formed in at least float32: `vanished`, the fraction
-        of the entries that have an update and do not change; `largest_vanished`, the
-        largest `|update| / |weight|` among them; `relative_error`,
-        `|merged - exact| / |update|` in the Frobenius norm. All are 0 if the update is.
+        `{path: MergeLoss}`, with scalars computed in at least float32. `vanished` is the
+        fraction of the entries that have an update and do not change, `largest_vanished`
+        the largest `|update| / |weight|` among them, and `relative_error` is
+        `|merged - exact| / |update|` in the Frobenius norm. All are 0 if the update is 0.
 
     Raises:
         KeyError, TypeError, ValueError: as `merge_adapters`.
@@ -339,18 +342,19 @@ def merge_losses(
 
 
 def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterCount:
-    """Counts the numbers that are trained, and all of them.
+    """Counts the trainable parameters, and all parameters.
 
     Args:
-        params: the params of the plan; `jax.ShapeDtypeStruct`s will do.
+        params: the params of the plan; may be `jax.ShapeDtypeStruct`s.
         plan: what `plan_adapters` returned.
 
     Returns:
-        `trainable`, the parameters of the adapters and of the trained leaves, and `total`,
-        those of the params and `trainable`: the params keep the frozen leaves.
+        `trainable`, the number of parameters of the adapters and the trained leaves, and
+        `total`, the number of parameters in the params plus `trainable`. The params keep
+        the frozen values of trained leaves, so these count twice.
 
     Raises:
-        KeyError, TypeError, ValueError: if the plan is not that of these params.
+        KeyError, TypeError, ValueError: if the plan was not made for these params.
     """
     leaves = tree_paths.leaf_paths(params)
     plan_checks.check_params(leaves, plan)
@@ -361,7 +365,7 @@ def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterC
 def _checked(
     params: tree_paths.PyTree, adapters: Adapters, plan: AdapterPlan
 ) -> tuple[dict[str, Any], Any]:
-    """The leaves of params by path, and their structure, after the checks."""
+    """The leaves of params by path, and the tree structure, after all checks."""
     leaves, treedef = tree_paths.flatten(params)
     plan_checks.check_params(leaves, plan)
     for path in plan.by_leaf():
@@ -372,7 +376,7 @@ def _checked(
 
 
 def _check_all_uses(plan: AdapterPlan) -> None:
-    """Raises for adapters of one use of a weight that the function uses otherwise, too."""
+    """Raises if an adapter is for one kind of use and its weight has other uses."""
     for path, target in plan.targets.items():
         leaf = plan.leaf(path)
         kinds = {use.kind for use in plan.uses.get(leaf, ())} - {""}
@@ -380,9 +384,9 @@ def _check_all_uses(plan: AdapterPlan) -> None:
             other = "products" if target.use == parts.LOOKUP else "look-ups"
             raise ValueError(
                 f"{path!r} adapts one use of {leaf!r} alone, and a merge would change the "
-                f"{other} of the same array, too. Untie them first: keep a copy of "
-                f"{leaf!r} under another path, have the function read that for its "
-                f"{other}, and make the plan anew; or run the model with adapt."
+                f"{other} of the same array, too. Untie them first: store a copy of "
+                f"{leaf!r} under another path, let the function use the copy for its "
+                f"{other}, and make a new plan; or run the model with adapt."
             )
 
 
@@ -396,8 +400,8 @@ def _checked_norms(
     paths = _dora_paths(plan)
     if paths and norms is None:
         raise ValueError(
-            "a merged DoRA weight does not have its norms any more: give column_norms="
-            "adapted_column_norms(params, adapters, plan), formed before the merge."
+            "a merged DoRA weight does not contain its norms: give column_norms="
+            "adapted_column_norms(params, adapters, plan), computed before the merge."
         )
     plan_checks.check_column_norms(norms or {}, plan)
     return norms or {}

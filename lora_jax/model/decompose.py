@@ -1,7 +1,7 @@
-"""Decomposes the weights of a plan into a base and adapters, and converts them back.
+"""Decomposes the weights of a plan into a base and adapters, and converts the adapters.
 
 This applies `layers.decompose` to a whole model. The adapters belong to the base that is
-returned with them: save both, or convert with `to_plain_adapters`.
+returned with them. Save both, or convert the adapters with `to_plain_adapters`.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class _Method(NamedTuple):
     needs: tuple[str, ...] = ()
     """The arguments of `decompose_params` that must be given."""
     takes: tuple[str, ...] = ()
-    """Those that may be."""
+    """The arguments of `decompose_params` that may be given."""
 
 
 _METHODS = {
@@ -61,7 +61,7 @@ _METHODS = {
     "orthogonal": _Method(_orthogonal, needs=("key",)),
     "loftq": _Method(init_loftq_adapter, needs=("quantize",), takes=("iterations",)),
 }
-# Scales that differ by less are the same number, rounded in another order.
+# Scales with a smaller relative difference are equal up to rounding.
 _SAME = 1e-12
 
 
@@ -71,7 +71,7 @@ class Decomposed(NamedTuple, Generic[Tree]):
     params: Tree
     """The base: a tree like the params."""
     adapters: dict[str, Adapter]
-    """`{path: adapter}`, the adapters that belong to it."""
+    """`{path: adapter}`, the adapters that belong to this base."""
 
 
 class PlainAdapters(NamedTuple):
@@ -80,7 +80,7 @@ class PlainAdapters(NamedTuple):
     adapters: dict[str, Adapter]
     """`{path: adapter}`."""
     plan: AdapterPlan
-    """Their plan, with twice the ranks and the same scales."""
+    """The plan of these adapters, with twice the ranks and the same scales."""
 
 
 def decompose_params(
@@ -95,36 +95,37 @@ def decompose_params(
     """Moves parts of the weights of a plan into adapters.
 
     Use it in place of `init_adapters`. Train, merge and save the adapters with the returned
-    params, or convert them with `to_plain_adapters`: see the module's docstring.
+    params, or convert the adapters with `to_plain_adapters`; see the module's docstring.
 
     Args:
         params: the params of the plan.
         plan: what `plan_adapters` returned; the `init` of its config is not used.
-        method: `"pissa"`, `"olora"`, `"orthogonal"` or `"loftq"`: see the function of that
-            name for one weight.
-        key: a `jax.random` key; for `"orthogonal"`, and for `"pissa"` with `iterations`.
-            Each adapter has a key of its own, made of this one and its path.
-        iterations: for `"pissa"`, of a randomized SVD; for `"loftq"`, 1 if it is None.
-        quantize: for `"loftq"`, and for `"pissa"` if its base is to be quantized (QPiSSA).
-            A function of a weight in its own shape, axes and dtype, that gives a quantized
-            tensor, such as `lora_jax.quant.quantize_int8`, or an array; see
-            `init_loftq_adapter`. A stack comes whole: where there are any, it is the
-            function that says `batch_axes`.
+        method: `"pissa"`, `"olora"`, `"orthogonal"` or `"loftq"`; see the function with
+            this name for one weight, such as `init_pissa_adapter`.
+        key: a `jax.random` key, for `"orthogonal"`, and for `"pissa"` with `iterations`.
+            Each adapter has its own key, derived from `key` and its path.
+        iterations: for `"pissa"`, the steps of a randomized SVD. For `"loftq"`, the number
+            of alternating steps; None means 1.
+        quantize: for `"loftq"`, and for `"pissa"` with a quantized base (QPiSSA). A
+            function that takes a weight in its original layout and dtype, and returns a
+            quantized tensor, such as `lora_jax.quant.quantize_int8`, or an array; see
+            `init_loftq_adapter`. It gets a stack of weights as one array, and has to set
+            `batch_axes` itself.
 
     Returns:
-        `params`, the base: adapted weights are new, with the dtype and the sharding of the
-        old ones, and all other leaves are those of `params` (for `"orthogonal"` all are).
-        What `quantize` returned as a quantized tensor *is* the leaf, sharded as by
-        `quantize_params`; `adapt` and the merges take it as it is.
-        `adapters`, as from `init_adapters`; for DoRA `"m"` has the norms of the columns of
-        `W_base + scale * A @ B`, with the base as it is stored.
+        `params`, the base. Adapted weights are new, with the dtype and the sharding of the
+        old ones. All other leaves, and with `"orthogonal"` all leaves, are the same objects
+        as in `params`. If `quantize` returns a quantized tensor, this tensor is the leaf,
+        with a sharding as in `quantize_params`; `adapt` and the merges accept it.
+        `adapters`, as from `init_adapters`. For DoRA, `"m"` has the column norms of
+        `W_base + scale * A @ B`, with the stored base.
 
     Raises:
         KeyError: if params lack a weight of the plan.
         TypeError: if a weight is not floating point, has no values or is quantized, an
             argument has the wrong type, or `quantize` returns something else.
-        ValueError: if the method is unknown, does not take an argument that was given, or
-            needs one that was not; a weight has another shape than in the plan; a rank is
+        ValueError: if the method is unknown, does not use a given argument, or needs an
+            argument that is None; the shape of a weight is not that of the plan; a rank is
             too large for a weight; or `quantize` changes a shape.
 
     Example:
@@ -178,13 +179,14 @@ def to_plain_adapters(
 
     Args:
         adapters: the adapters, after training.
-        initial: what `decompose_params` returned.
-        plan: their plan.
+        initial: the adapters that `decompose_params` returned.
+        plan: the plan of these adapters.
 
     Returns:
-        `adapters`, and their `plan`: ranks are doubled and scales are what they were (but
-        for the last bit, where `sqrt(2)` comes in). `rank`, `alpha`, `rank_pattern` and
-        `alpha_pattern` of its config say the same, so `plan_adapters` makes it again.
+        `adapters`, and their `plan`, with doubled ranks and the same scales (with
+        `rank_stabilized`, up to the last bit, because of `sqrt(2)`). `rank`, `alpha`,
+        `rank_pattern` and `alpha_pattern` of its config are changed in the same way, so
+        `plan_adapters` with this config makes the same plan.
 
     Raises:
         KeyError, TypeError, ValueError: as `to_plain_adapter`, with the path of the
@@ -204,25 +206,25 @@ def to_plain_adapters(
 def _check_can_decompose(target: Target, method: str, quantize: Quantize | None) -> None:
     if target.part and quantize is not None:
         raise ValueError(
-            f"quantize gives a whole weight, and the target is the part {target.part} of "
-            "one: adapt the whole weight, or decompose it without quantize."
+            f"quantize gives a whole weight, but the target is the part {target.part}: "
+            "adapt the whole weight, or decompose it without quantize."
         )
     if target.use and method != "orthogonal":
         raise ValueError(
             f"method={method!r} changes the weight for all of its uses, and the adapter "
-            f"is for its {target.use} alone: adapt the weight for all uses, or make the "
-            "adapter with init_adapters."
+            f"is for the use as a {target.use} alone: adapt the weight for all uses, or "
+            "make the adapter with init_adapters."
         )
 
 
 def _checked_options(method: str, **given: Any) -> dict[str, Any]:
-    """The given options; raises unless the method needs and takes them."""
+    """The options that were given, after a check that the method uses them."""
     checks.check_choice("method", method, tuple(_METHODS))
     options = {name: value for name, value in given.items() if value is not None}
     needs, takes = _METHODS[method].needs, _METHODS[method].takes
     for name in needs:
         if name not in options:
-            raise ValueError(f"method={method!r} needs {name}, and it is None.")
+            raise ValueError(f"method={method!r} needs {name}, which is None.")
     for name in options:
         if name not in (*needs, *takes):
             raise ValueError(f"method={method!r} does not use {name}: leave it out.")
@@ -234,7 +236,7 @@ def _checked_options(method: str, **given: Any) -> dict[str, Any]:
 def _initializer(
     method: str, target: Target, dtype: DTypeLike | None, options: Mapping[str, Any]
 ) -> Initializer:
-    """The function from the `(*batch, in, out)` matrix of a target to base and adapter."""
+    """A function from the `(*batch, in, out)` matrix of a target to base and adapter."""
     options = {"rank": target.rank, "alpha": target.alpha, "dtype": dtype, **options}
     if "quantize" in options:
         check_quantize(options["quantize"])
@@ -260,7 +262,7 @@ class _AsMatrix(QuantizedTensor):
 
     @property
     def batch_ndim(self) -> int:
-        return 0  # as one weight: its axes may lie in another order
+        return 0  # not a stack: the axes of the weight may be in another order
 
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
         return layout.to_matrix(self.weight.dequantize(dtype), self.target)
@@ -274,7 +276,7 @@ class _AsMatrix(QuantizedTensor):
 
 
 def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
-    """A function of the matrix of a weight, which calls `quantize` with the weight."""
+    """A version of `quantize` that takes the weight as a matrix."""
 
     def quantize_matrix(matrix):
         base = stored(quantize, layout.from_matrix(matrix, target))
@@ -297,7 +299,7 @@ def _decompose(weight: jax.Array, target: Target, init: Initializer) -> Decompos
             adapter["m"] = merging.column_norm(base, adapter, target)
         return base, adapter
 
-    # Decompositions want the whole of a matrix: no axis of it stays explicit.
+    # A decomposition needs the whole matrix, so no axis stays explicit.
     return DecomposedWeight(*placement.keep_sharding(split, jnp.asarray(weight)))
 
 
@@ -312,7 +314,10 @@ def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:
 
 
 def _doubled_config(plan: AdapterPlan) -> LoraConfig:
-    """The config with each number doubled, and patterns for targets that had others."""
+    """The config with doubled ranks, and the alphas that keep the scales.
+
+    Targets whose rank or scale is not that of the config get their own patterns.
+    """
     config = plan.config
     growth = math.sqrt(2.0) if config.rank_stabilized else 2.0
     ranks, alphas = {}, {}
@@ -324,7 +329,7 @@ def _doubled_config(plan: AdapterPlan) -> LoraConfig:
             divisor = math.sqrt(rank) if config.rank_stabilized else rank
             ranks[_exactly(path)] = rank
             alphas[_exactly(path)] = target.scale * divisor
-    # Of several patterns the first counts, and a dict keeps the place of the first.
+    # The first matching pattern wins, and these paths come first in the dicts.
     for pattern, rank in config.rank_pattern.items():
         ranks.setdefault(pattern, 2 * rank)
     for pattern, alpha in config.alpha_pattern.items():
@@ -339,6 +344,6 @@ def _doubled_config(plan: AdapterPlan) -> LoraConfig:
 
 
 def _exactly(path: str) -> str:
-    """A pattern for one path, whatever characters are in it."""
+    """A pattern that matches exactly one path; special characters are escaped."""
     pattern = glob.escape(path)
     return f"[r]{pattern[1:]}" if pattern.startswith("re:") else pattern

@@ -1,8 +1,8 @@
 """Merges, unmerges, norms and rounding losses of the weights of a plan.
 
-The functions of one weight take it in its own layout, with its adapter and its target.
-Outside a trace they run compiled, once for each kind of target, so that nothing wider than
-the weight is kept. Their results have the sharding of the weight.
+The functions of one weight take the weight in its own layout, with its adapter and its
+target. Outside a trace they are compiled, once for each kind of target, so that no array
+wider than the weight is kept. Their results have the sharding of the weight.
 """
 
 import functools
@@ -26,12 +26,12 @@ _LOG = logging.getLogger("lora_jax")
 F = TypeVar("F", bound=Callable[..., Any])
 Fold = Callable[..., jax.Array]
 
-# Inlined into a program that is being traced; otherwise compiled once for each target.
+# Inlined inside a trace; otherwise compiled once for each target.
 _compiled = functools.partial(jax.jit, inline=True)
 
 
 class Finite(NamedTuple):
-    """Scalars: whether all entries of a result and of its arguments are finite."""
+    """Scalar flags: whether all entries of a result and of its arguments are finite."""
 
     result: Any
     weight: Any
@@ -39,22 +39,23 @@ class Finite(NamedTuple):
 
 
 class MergeLoss(NamedTuple):
-    """What rounding a merged weight to its dtype loses. Scalars, at least float32."""
+    """What a merge loses when it is rounded to its dtype. Scalars, at least float32."""
 
     vanished: jax.Array
-    """The fraction of all entries that have an update and do not change at all."""
+    """The fraction of all entries that have an update and do not change."""
     largest_vanished: jax.Array
-    """The largest `|update| / |weight|` among those; 0 if there are none."""
+    """The largest `|update| / |weight|` among these entries; 0 if there are none."""
     relative_error: jax.Array
     """`|merged - exact| / |update|`, in the Frobenius norm; 0 if the update is zero."""
 
 
 def _automatic(keeps: bool) -> Callable[[F], F]:
-    """On a mesh with explicit axes, makes a function's intermediates automatic.
+    """On a mesh with explicit axes, runs a function with automatic axes.
 
-    Folding several axes into one, and a product with factors that are sharded in another
-    way, would else need the sharding of each intermediate. The result is sharded as the
-    weight, the first argument, if the function keeps its shape, and not at all otherwise.
+    Otherwise folds of axes, and products with differently sharded factors, would need the
+    sharding of each intermediate array. If `keeps`, the function keeps the shape of the
+    weight, its first argument, and the result has the sharding of the weight. Otherwise the
+    result is replicated.
     """
 
     def decorate(function: F) -> F:
@@ -75,7 +76,7 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
 
 
 def _of_part(function: F) -> F:
-    """Makes a function of a weight and its target one of the part that the target is."""
+    """Applies a function of a weight and its target to the adapted part alone."""
 
     @functools.wraps(function)
     def wrapped(weight, *rest):
@@ -86,7 +87,7 @@ def _of_part(function: F) -> F:
 
 
 def _in_part(fold: F) -> F:
-    """The same for a function whose result takes the place of the weight."""
+    """Applies a function to the adapted part, and puts the result into the weight."""
 
     @functools.wraps(fold)
     def wrapped(weight, adapter, norm, target):
@@ -101,7 +102,7 @@ def _in_part(fold: F) -> F:
 @_compiled
 @_of_part
 def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
-    """The norms of the columns of the adapted weight, `(*batch, out)`.
+    """The column norms of the adapted weight, `(*batch, out)`.
 
     The adapter may be empty if its update is zero.
     """
@@ -121,7 +122,7 @@ def _column_norm(
 def merge(
     weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, target: Target
 ) -> jax.Array:
-    """The weight with its adapter merged. `norm` is not used: `unmerge` has it."""
+    """The weight with its adapter merged. `norm` is unused; only `unmerge` needs it."""
     del norm
     merged = layout.low_rank(weight, adapter, target).merge()
     return layout.from_low_rank(merged, target)
@@ -135,7 +136,7 @@ def unmerge(
     norm: jax.Array | None,
     target: Target,
 ) -> jax.Array:
-    """The weight without the adapter that was merged."""
+    """The weight from before its adapter was merged."""
     restored = layout.low_rank(weight, adapter, target).unmerge(norm)
     return layout.from_low_rank(restored, target)
 
@@ -144,7 +145,7 @@ def unmerge(
 def merge_loss(
     weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
 ) -> MergeLoss:
-    """The rounding loss of `merge`; with `requantize`, that of quantizing it again too."""
+    """The rounding loss of `merge`; with `requantize`, the quantization loss as well."""
     like = weight if requantize and quantized.is_quantized(weight) else None
     return _merge_loss(weight, adapter, target, like)
 
@@ -165,7 +166,7 @@ def _merge_loss(
         merged = layout.low_rank(parts.take(stored, target.part), {}, own).weight
     update = value.change()
     lost = rounding_loss(update, before, merged)
-    # For float32 weights too: the difference is exact where the update is the smaller one.
+    # Accurate for float32 weights too: the difference is exact if the update is smaller.
     error = update - (merged.astype(update.dtype) - before.astype(update.dtype))
     norm, error = (_frobenius(x) for x in (update, error))
     return MergeLoss(
@@ -181,16 +182,16 @@ class RoundingLoss(NamedTuple):
     vanished: jax.Array
     """For each entry, whether it has an update and does not change."""
     largest: jax.Array
-    """The largest `|update| / |weight|` among those, a scalar; 0 if there are none."""
+    """The largest `|update| / |weight|` among these entries, a scalar; 0 for none."""
 
 
 def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> RoundingLoss:
     """What the rounding of a merged weight loses of its update.
 
     Args:
-        update: in at least float32.
-        weight: before the merge, in the dtype of `merged` or a wider one.
-        merged: the weight with the update, rounded.
+        update: the update, in at least float32.
+        weight: the weight before the merge, in the dtype of `merged` or a wider one.
+        merged: the rounded sum of weight and update.
     """
     zero = jnp.zeros_like(update)
     wide = weight.astype(update.dtype)
@@ -226,7 +227,7 @@ def fold_all(
         with checks.at_path(path):
             leaf = plan.leaf(path)
             weight = results.get(leaf, leaves[leaf])
-            donates = donate or leaf in results  # one part after the other
+            donates = donate or leaf in results  # an intermediate result of another part
             results[leaf], finite[path] = _run(
                 fold, weight, adapters[path], norms.get(path), target, donates
             )
@@ -243,7 +244,7 @@ def fold_all(
 def requantize_all(
     leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """Quantizes merged weights like the leaves at their paths, and logs what is lost."""
+    """Quantizes merged weights like the leaves at their paths, and logs the losses."""
     stored = {}
     for path, weight in merged.items():
         old = leaves[path]
@@ -259,7 +260,7 @@ def requantize_all(
 
 @jax.jit
 def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
-    """`|lost| / |update|`; infinite without an update."""
+    """`|lost| / |update|`; infinite if the update is zero."""
     wide = numerics.accumulation_dtype(merged.dtype)
     dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
     merged = merged.astype(wide).ravel()
@@ -289,11 +290,11 @@ def _run(
     target: Target,
     donate: bool,
 ) -> tuple[jax.Array, Finite | None]:
-    """Runs compiled, unless it is inside a trace.
+    """Runs `fold` compiled, or inside a trace as it is.
 
     Returns:
-        The result, with the sharding of the weight, and what of it is finite; None for
-        the latter inside a trace.
+        The result, with the sharding of the weight, and flags for finite values; inside a
+        trace None in place of the flags.
     """
     if _is_traced(weight, adapter, norm):
         return fold(weight, dict(adapter), norm, target), None

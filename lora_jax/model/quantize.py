@@ -1,4 +1,4 @@
-"""Quantizes the weights of some params, one leaf after the other."""
+"""Quantizes the weights of a tree of params, one leaf after the other."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ _FORMATS: dict[str, Quantize] = {
     "int8": quantize_int8,
     "fp8": quantize_fp8,
 }
-_NO_SETTINGS = ("weight", "batch_axes")  # arguments that come with each leaf
+_NO_SETTINGS = ("weight", "batch_axes")  # arguments that depend on the leaf
 _NONE: Mapping[tree_paths.Pattern, int] = FrozenDict()
 
 
@@ -62,12 +62,12 @@ def quantize_params(
             quantize the weights that it adapts.
         format: `"nf4"`, `"int8"` or `"fp8"`; or a function called as
             `format(weight, batch_axes=n)`, which returns a quantized tensor.
-        batch_axes: how many leading axes of a weight are a stack of weights (layers,
-            experts), each quantized separately: a dict from patterns to numbers, or one
-            number for all. For other weights the number is that of the plan's leading batch
-            axes, or 0 without a plan. A stack that is quantized as one weight gives correct
-            results, but the whole stack is dequantized wherever one layer is used, also in
-            each step of a scan.
+        batch_axes: the number of leading axes of a weight that stack weights (layers,
+            experts), which are then quantized separately: a dict from patterns to numbers,
+            or one number for all. Weights that match no pattern use the number of leading
+            batch axes in the plan, or 0 without a plan. A stack that is quantized as one
+            weight gives correct results, but each use of one layer dequantizes the whole
+            stack, also in each step of a scan.
         plan: the plan to take batch axes from, if `patterns` is not a plan.
         donate: delete each JAX array as soon as it is quantized. If an error is raised, the
             leaves before it are already deleted. No effect inside `jax.jit`.
@@ -76,20 +76,21 @@ def quantize_params(
 
     Returns:
         A tree like `params`, in which the matching leaves are quantized tensors and all
-        other leaves are the same objects. The arrays of a sharded weight have its sharding
-        when they are created: always the codes of `"int8"` and `"fp8"` and the values per
-        output; the arrays of `"nf4"` and the scales of blocks if each shard is a whole
-        number of blocks. If it is not, NF4 writes a warning with suitable block sizes to
-        the logger `"lora_jax"`. Inside `jax.jit` this holds on a mesh with explicit axes;
-        otherwise the compiler decides.
+        other leaves are the same objects. The arrays of a sharded weight are created with
+        its sharding. This always holds for the codes of `"int8"` and `"fp8"`, and for
+        values per output. It holds for the arrays of `"nf4"` and the scales of blocks if
+        each shard is a whole number of blocks; if not, NF4 writes a warning with suitable
+        block sizes to the logger `"lora_jax"`. Inside `jax.jit` it holds on a mesh with
+        explicit axes; otherwise the compiler decides.
 
     Raises:
         KeyError: if params lack a weight of the plan.
-        TypeError: if a leaf is already quantized or not such an array, the format is not a
-            name or function, does not return a quantized tensor, or lacks a setting.
+        TypeError: if a leaf is already quantized or not an array as described above, or
+            the format is not a name or function, does not return a quantized tensor, or
+            does not have a given setting.
         ValueError: if a pattern matches nothing or there is no pattern, a weight does not
             fit the format or has an infinity or a NaN (outside a trace), or an array to
-            donate is at two paths or deleted.
+            donate is at two paths or already deleted.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -143,7 +144,7 @@ def _quantizer(format: Format, settings: Mapping[str, Any]) -> Quantize:
         )
     if settings:
         raise TypeError(
-            f"settings are for a format that has a name, got {', '.join(settings)}: give "
+            f"settings are only for formats given by name, got {', '.join(settings)}: give "
             "them to the function, with functools.partial."
         )
     return format
@@ -157,11 +158,11 @@ def _chosen(leaves: Mapping[str, Any], patterns: Patterns) -> list[str]:
         patterns = tuple(patterns)
     texts = tree_paths.as_texts("patterns", patterns)
     if not texts:
-        raise ValueError("patterns is empty: give those of the weights to quantize.")
+        raise ValueError("patterns is empty: give patterns of the weights to quantize.")
     if ALL_LINEAR in texts:
         raise ValueError(
-            f"patterns={ALL_LINEAR!r} needs a function to find them: give the plan that "
-            "plan_adapters makes with it."
+            f"patterns={ALL_LINEAR!r} needs a function to find the weights: give the plan "
+            "that plan_adapters makes with this function."
         )
     tree_paths.check_matched("patterns", texts, leaves, "leaf")
     return [path for path in leaves if tree_paths.first_match(texts, path)]
@@ -185,7 +186,7 @@ def _batch_axes(
     given: int | Mapping[tree_paths.Pattern, int],
     plan: AdapterPlan | None,
 ) -> dict[str, int]:
-    """How many leading axes of each weight are a stack."""
+    """The number of leading axes of each weight that stack weights."""
     if not isinstance(given, Mapping):
         return dict.fromkeys(paths, given)
     texts = {tree_paths.as_text("batch_axes", pattern): n for pattern, n in given.items()}
@@ -199,12 +200,12 @@ def _batch_axes(
 
 @contextlib.contextmanager
 def _refusing(path: str) -> Iterator[None]:
-    """Adds the path to an error, and how to skip the leaf."""
+    """Adds the path of the leaf to an error, and how to skip it."""
     with checks.at_path(path):
         try:
             yield
         except (TypeError, ValueError) as error:
-            # A subclass from a user's function may not take a message alone.
+            # An exception class of the user's function may need other arguments.
             kind = TypeError if isinstance(error, TypeError) else ValueError
             advice = "To skip this weight, narrow the patterns."
             raise kind(f"{error} {advice}") from error
@@ -241,7 +242,7 @@ def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
     weight = _values(leaf)
     if _is_traced(weight):
         return placement.keep_sharding(store, weight)[0]
-    if any(compat.explicit_spec(weight)):  # the format is traced, so it sees no values
+    if any(compat.explicit_spec(weight)):  # the format is traced and cannot check values
         inputs.check_weight(weight, count)
     return jax.block_until_ready(placement.keep_sharding(store, weight)[0])
 
@@ -249,8 +250,8 @@ def _stored(quantize: Quantize, leaf: Any, count: int) -> QuantizedTensor:
 def _for_sharding(quantize: Quantize, leaf: Any, count: int) -> Quantize:
     """Sets the rows of NF4 so that its arrays can be sharded like the leaf.
 
-    Other formats are not changed. A format itself knows only the sharding of concrete
-    arrays.
+    Other formats are not changed. A format can see the sharding of concrete arrays only, so
+    the rows are set here.
     """
     if not isinstance(quantize, functools.partial) or quantize.func is not quantize_nf4:
         return quantize
@@ -284,7 +285,7 @@ def _with_sharding(abstract: QuantizedTensor, sharding: Any) -> QuantizedTensor:
 
 
 def _values(leaf: Any) -> jax.Array:
-    """The array of a dense leaf, which is read if it is not in memory."""
+    """The array of a dense leaf; reads it from its file if needed."""
     return jnp.asarray(leaf if hasattr(leaf, "__array__") else leaf[...])
 
 
@@ -297,7 +298,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if _is_slice(leaf):
         shape, dtype = leaf.get_shape(), tensor_files.DTYPES.get(leaf.get_dtype())
         if dtype is None:
-            raise TypeError(f"JAX has no dtype {leaf.get_dtype()}, which the file has.")
+            raise TypeError(f"the file has the dtype {leaf.get_dtype()}, which JAX lacks.")
     else:
         shape, dtype = leaf.shape, leaf.dtype
     return jax.ShapeDtypeStruct(tuple(shape), jax.dtypes.canonicalize_dtype(dtype))

@@ -373,7 +373,7 @@ def test_formats_that_cannot_be():
         TypeError, match=r"or a function \(weight, batch_axes\), got 8 \(int"
     ):
         quantize_params(params, "*/kernel", 8)
-    with pytest.raises(TypeError, match=r"settings are for .*with functools\.partial"):
+    with pytest.raises(TypeError, match=r"settings are only for .*with functools\.partial"):
         quantize_params(params, "*/kernel", quant.quantize_int8, block_size=8)
     with pytest.raises(TypeError, match="donate must be True or False"):
         quantize_params(params, "*/kernel", donate=1)

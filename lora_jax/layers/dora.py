@@ -10,7 +10,7 @@ This is the formula of peft. Without dropout and bias it is also the formula of 
 torchtune. With `norm_axis="in"` the magnitude is `(*batch, in)`, `n` are the norms of the
 *rows* of `V`, and `y = (x * m / n) @ V + bias` (Raschka's article).
 
-Dtypes are as in `lora_jax.lora`. Norms and magnitudes are at least float32. The factor
+Dtypes are as in `layers.lora`. Norms and magnitudes are at least float32. The factor
 `m / n` of a column of norm zero is 1.
 
 **Accuracy of the norm.** The norm is computed without an `(in, out)` array, from `|W|^2`,
@@ -96,8 +96,8 @@ def init_dora_adapter(
         least float32.
 
     Raises:
-        TypeError, ValueError: as `lora_jax.init_lora_adapter`, and ValueError for another
-            `norm_axis`.
+        TypeError, ValueError: as `lora_jax.init_lora_adapter`, and ValueError if
+            `norm_axis` is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax

@@ -177,7 +177,7 @@ def _merge_loss(
 
 
 class RoundingLoss(NamedTuple):
-    """What rounding loses of an update."""
+    """How much of an update is lost by rounding."""
 
     vanished: jax.Array
     """For each entry, whether it has an update and does not change."""
@@ -186,7 +186,7 @@ class RoundingLoss(NamedTuple):
 
 
 def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> RoundingLoss:
-    """What the rounding of a merged weight loses of its update.
+    """Measures how much of an update is lost when the merged weight is rounded.
 
     Args:
         update: the update, in at least float32.
@@ -290,7 +290,7 @@ def _run(
     target: Target,
     donate: bool,
 ) -> tuple[jax.Array, Finite | None]:
-    """Runs `fold` compiled, or inside a trace as it is.
+    """Runs `fold`, compiled unless inside a trace.
 
     Returns:
         The result, with the sharding of the weight, and flags for finite values; inside a

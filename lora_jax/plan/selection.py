@@ -365,7 +365,7 @@ def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
     if added and (linear or merged):
         raise axis_roles.UnsuitableError(
             f"it is added to something, as biases and position embeddings are: {added[0]}. "
-            "Name it in targets if it is the weight of a product all the same"
+            "If it is the weight of a product, name it in targets"
         )
     if merged and not linear:
         raise axis_roles.UnsuitableError(

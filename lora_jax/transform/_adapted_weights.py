@@ -127,7 +127,7 @@ def _with_term(weight: Any, update: Update) -> Factored:
 
 
 def _are_of_one_stack(targets: Sequence[Target]) -> bool:
-    """Whether the targets cut one batch axis and have the same dropout and use."""
+    """Whether the targets are parts along the same batch axes, with one dropout and use."""
     if len({(target.dropout, target.use) for target in targets}) > 1:
         return False
     cut = {parts.cut_axes(target.part, target.shape) for target in targets}

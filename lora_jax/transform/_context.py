@@ -316,9 +316,9 @@ class Context:
         """Raises if the value has dropout, for a use without an input to drop."""
         if self.drops(value):
             raise ValueError(
-                f"the adapter of {self._path(value.names[0])!r} has dropout, which a "
-                "weight that is merged or summed for a use cannot have: plan it with "
-                "dropout=0.0, or leave the weight out with LoraConfig(exclude=...)."
+                f"the adapter of {self._path(value.names[0])!r} has dropout, but the "
+                "function merges or sums the weight, which has no input to drop: plan it "
+                "with dropout=0.0, or leave the weight out with LoraConfig(exclude=...)."
             )
 
     def _path(self, name: str | int) -> str:

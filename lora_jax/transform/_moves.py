@@ -17,7 +17,7 @@ from lora_jax.transform._parameters import NotFactorableError, parameter
 
 
 def _not_of_factors(p: jax.Array, *others: Any) -> jax.Array:
-    raise NotImplementedError("the primitive has a rule of its own for factors")
+    raise NotImplementedError("the primitive has its own rule for factors")
 
 
 class Move(NamedTuple):
@@ -276,7 +276,7 @@ def _gather(equation: Any) -> list[Move]:
     indexed = [i in numbers.start_index_map and sizes[i] != old[i] for i in range(ndim)]
     fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP
     if fills and sum(indexed) != len(numbers.start_index_map):
-        raise NotFactorableError("its index of a whole axis may be out of range and fill")
+        raise NotFactorableError("an index out of range would fill an axis taken whole")
     offsets = numbers.offset_dims
     of_indices = tuple(axis for axis in range(len(new)) if axis not in offsets)
     inside = _without(ndim, numbers.collapsed_slice_dims)

@@ -1,4 +1,4 @@
-"""The rule for convolutions: first `rank` output features, then a product to the rest."""
+"""The rule for convolutions: convolve to `rank` features, then multiply to the outputs."""
 
 import functools
 from collections.abc import Sequence

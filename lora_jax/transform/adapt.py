@@ -280,8 +280,8 @@ def _check_used(context: Context, plan: AdapterPlan, unused_leaves: set[str]) ->
         paths = ", ".join(map(repr, unused or trained))
         raise ValueError(
             f"the function never uses the {kind} {paths}: their adapters would have no "
-            "effect and no gradient. Is the weight taken from params, and not from a "
-            "closure? Allow it with on_unused='allow'."
+            "effect and no gradient. Take the weight from params, and not from a closure, "
+            "or allow it with on_unused='allow'."
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files, tensor_streams
 from lora_jax._io.tensor_streams import Span
 from lora_jax.checkpoint import FILE, OLD_RECORD, load_adapters
@@ -21,7 +20,8 @@ from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import same_bits
 from lora_jax.peft.mismatches import may_be_tied
 from lora_jax.peft.names import EMBEDDINGS, HEADS, last_word
-from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan import parts, trained_leaves
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
 Format = Literal["peft", "lora_jax"]
@@ -37,6 +37,7 @@ class Adapter:
 
     Args:
         method: `"lora"` or `"dora"`.
+        shape: of the weight, or of its adapted part; empty if it is not known.
         rank: of the factors.
         configured_rank: the rank in the settings.
         scale: what multiplies `A @ B`.
@@ -46,6 +47,7 @@ class Adapter:
     """
 
     method: str
+    shape: tuple[int, ...]
     rank: int
     configured_rank: int
     scale: float
@@ -77,8 +79,9 @@ class Contents:
         format: of the files.
         settings: the fields of the config, with the names of the format.
         shared: the settings that both formats have, with the names of this library.
-        adapters: by the name of the module or the path of the weight.
-        wholes: by name, full (not low-rank) arrays that replace arrays of the model.
+        adapters: by the name of the module or the path of the target.
+        wholes: by name, full (not low-rank) arrays that replace arrays of the model: saved
+            modules, trained leaves.
         rows: the names in `wholes` that are only rows of an embedding.
         changes_base: the initializer, if it changed the base weights.
         checkpoint: the open files of PEFT; None for this library's format.
@@ -90,7 +93,7 @@ class Contents:
     settings: dict[str, Any]
     shared: dict[str, Any]
     adapters: dict[str, Adapter]
-    wholes: dict[str, Span] = dataclasses.field(default_factory=dict)
+    wholes: dict[str, Span | np.ndarray] = dataclasses.field(default_factory=dict)
     rows: frozenset[str] = frozenset()
     changes_base: str = ""
     checkpoint: Checkpoint | None = None
@@ -124,10 +127,10 @@ class Contents:
         are saved in full, their two arrays are equal.
         """
         ends = [n for n in self.wholes if last_word(n) in EMBEDDINGS | HEADS]
-        arrays = [self.wholes[name].read() for name in ends] if len(ends) == 2 else []
+        arrays = [np.asarray(self.wholes[n]) for n in ends] if len(ends) == 2 else []
         equal = ends if arrays and same_bits(*arrays) else []
         wholes = (n for n in self.wholes if n not in self.rows and n not in equal)
-        return [*self.adapters, *wholes]
+        return [*(self.plan.by_leaf() if self.plan else self.adapters), *wholes]
 
 
 def find_format(directory: pathlib.Path) -> Format:
@@ -175,14 +178,7 @@ def read_contents(
     """
     if find_format(directory) == "peft":
         return _from_peft(directory, open_checkpoint(directory, allow_fields))
-    adapters, plan = load_adapters(directory, dtype=dtype)
-    if plan.trained:
-        raise tensor_files.CheckpointError(
-            f"{directory} has leaves that are trained without an adapter, and this command "
-            f"does not read them: {tree_paths.listed([*plan.trained])}. Convert it to the "
-            "format of PEFT first (lora-jax convert --to peft), or use merge_adapters."
-        )
-    return _from_own(directory, adapters, plan)
+    return _from_own(directory, *load_adapters(directory, dtype=dtype))
 
 
 def _from_peft(directory: pathlib.Path, checkpoint: Checkpoint) -> Contents:
@@ -230,6 +226,7 @@ def read_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Adap
     return {
         name: Adapter(
             method="dora" if "m" in module.keys else "lora",
+            shape=(),
             rank=module.rank,
             configured_rank=config.rank_of(configured(module)),
             scale=config.scale_of(configured(module)),
@@ -253,12 +250,14 @@ def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.nda
 def _from_own(directory: pathlib.Path, adapters: Adapters, plan: AdapterPlan) -> Contents:
     names = ("rank", "alpha", "rank_stabilized", "use_dora", "dropout")
     read, rank_of = {}, _ranks(plan.config)
+    _, _, trained = trained_leaves.split(adapters, plan)
     for path, target in plan.targets.items():
         arrays = {name: np.asarray(value) for name, value in adapters[path].items()}
         read[path] = Adapter(
             method=target.method,
+            shape=target.alone.shape,
             rank=target.rank,
-            configured_rank=rank_of(path),
+            configured_rank=rank_of(path, target),
             scale=target.scale,
             entries=arrays,
             read=lambda arrays=arrays: arrays,
@@ -269,12 +268,13 @@ def _from_own(directory: pathlib.Path, adapters: Adapters, plan: AdapterPlan) ->
         settings=json.loads(plan.config.to_json()),
         shared={name: getattr(plan.config, name) for name in names},
         adapters=read,
+        wholes={path: np.asarray(value) for path, value in trained.items()},
         own=(adapters, plan),
     )
 
 
-def _ranks(config: LoraConfig) -> Callable[[str], int]:
-    """Returns a function from a path to its rank in a config.
+def _ranks(config: LoraConfig) -> Callable[[str, Target], int]:
+    """Returns a function from a path and its target to the rank in a config.
 
     It is fast for thousands of patterns that are paths: only patterns that are a beginning
     of the path, or have wildcards, are tried.
@@ -282,10 +282,11 @@ def _ranks(config: LoraConfig) -> Callable[[str], int]:
     order = {pattern: place for place, pattern in enumerate(config.rank_pattern)}
     globs = [p for p in order if p.startswith("re:") or not _GLOB.isdisjoint(p)]
 
-    def rank_of(path: str) -> int:
+    def rank_of(path: str, target: Target) -> int:
         starts = (path[:end] for end in range(1, len(path) + 1))
         near = {*globs, *(start for start in starts if start in order)}
-        own = {p: config.rank_pattern[p] for p in sorted(near, key=order.__getitem__)}
-        return tree_paths.look_up(own, path, config.rank)
+        own = sorted(near, key=order.__getitem__)
+        pattern = parts.first_match(own, path, target.suffix, target.shape)
+        return config.rank if pattern is None else config.rank_pattern[pattern]
 
     return rank_of

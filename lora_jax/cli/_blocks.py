@@ -5,51 +5,53 @@ first axis is an output axis, or the axis of a stack, LoRA and DoRA can merge ea
 alone. If it is an input axis, only LoRA can: DoRA's norms are sums over all inputs.
 """
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.layers.lora import Adapter
+from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import Target
 
 
+class Update(NamedTuple):
+    """The adapter of a weight, or of a part of it."""
+
+    path: str
+    """Its path in the plan, for error messages."""
+    target: Target
+    adapter: Mapping[str, jax.Array]
+
+
 class Block(NamedTuple):
-    """Some rows of a weight, with their target and their part of the adapter."""
+    """Some rows of a weight, with the updates of these rows."""
 
     start: int
     stop: int
-    target: Target
-    adapter: Adapter
+    updates: tuple[Update, ...]
 
 
-def cut_rows(target: Target, adapter: Adapter, entries: int) -> Iterator[Block]:
+def cut_rows(updates: Sequence[Update], entries: int) -> Iterator[Block]:
     """Cuts a weight into blocks of rows.
 
     Args:
-        target: the weight's entry in the plan.
-        adapter: of the weight.
+        updates: of the weight, at least one. They have no entry in common.
         entries: the largest number of entries of a block, unless one row has more.
 
     Yields:
         The blocks in order; one block if the rows cannot be merged separately.
     """
-    count = target.shape[0]
-    step = _step(count, max(1, entries // math.prod(target.shape[1:])))
-    axes = _cut_axes(target)
-    if axes is None or step >= count:
-        yield Block(0, count, target, adapter)
-        return
+    count, *row = updates[0].target.shape
+    step = _step(count, max(1, entries // math.prod(row)))
+    if not all(_can_be_cut(update.target) for update in updates):
+        step = count
     for start in range(0, count, step):
         stop = min(start + step, count)
-        own = dict(adapter)
-        for name, (axis, width) in axes.items():
-            if name in own:
-                own[name] = _cut(own[name], axis, start * width, stop * width)
-        shape = (stop - start, *target.shape[1:])
-        yield Block(start, stop, dataclasses.replace(target, shape=shape), own)
+        own = (_cut_update(update, start, stop) for update in updates)
+        yield Block(start, stop, tuple(update for update in own if update is not None))
 
 
 def _step(count: int, most: int) -> int:
@@ -59,6 +61,36 @@ def _step(count: int, most: int) -> int:
     """
     divisors = (step for step in range(most, most // 2, -1) if count % step == 0)
     return count if most >= count else next(divisors, most)
+
+
+def _can_be_cut(target: Target) -> bool:
+    first = parts.entries(target.part, target.shape)[0]
+    return isinstance(first, int) or _cut_axes(target.alone) is not None
+
+
+def _cut_update(update: Update, start: int, stop: int) -> Update | None:
+    """The update of some rows; None if it changes none of them."""
+    target, adapter = update.target, dict(update.adapter)
+    if (start, stop) == (0, target.shape[0]):
+        return update
+    first, *others = parts.entries(target.part, target.shape)
+    low, high = (bisect.bisect_left(parts.indices_of(first), i) for i in (start, stop))
+    if low == high:
+        return None
+    if isinstance(first, int):
+        entry: parts.Entry = first - start
+    else:
+        own = first[low:high]
+        if isinstance(own, range):
+            entry = range(own.start - start, own.stop - start, own.step)
+        else:
+            entry = tuple(index - start for index in own)
+        for name, (axis, width) in (_cut_axes(target.alone) or {}).items():
+            if name in adapter:
+                adapter[name] = _cut(adapter[name], axis, low * width, high * width)
+    shape = (stop - start, *target.shape[1:])
+    part = parts.as_text((entry, *others), shape)
+    return Update(update.path, dataclasses.replace(target, shape=shape, part=part), adapter)
 
 
 def _cut_axes(target: Target) -> dict[str, tuple[int, int]] | None:

@@ -1,12 +1,13 @@
 """Compares the effects of adapters that are stored differently.
 
 One adapter can be stored in many ways: with other factors `A` and `B`, with the scale in
-`B`, with zeros for a larger rank, with layers separate or stacked. All have the same update
-`scale * A @ B`.
+`B`, with zeros for a larger rank, with layers separate or stacked, for a weight or for its
+parts. All have the same update `scale * A @ B`.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -15,13 +16,16 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading
 from lora_jax.cli._adapters import Contents
 from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.leaves import Known, Places
+from lora_jax.peft.full import find_full
+from lora_jax.peft.leaves import Known, Places, Problems
 from lora_jax.peft.load import Loaded, assemble, find_places
 from lora_jax.peft.names import mask_numbers
-from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan import parts
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 # The rounding of a norm in float64.
 _ROUNDING = 1e-14
+_RANK = -1  # the axis of the rank, behind those of the weight
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -49,6 +53,15 @@ class Effect(NamedTuple):
         return self.arrays.keys() == {"A", "B"} and self.norm == 0
 
 
+class _Side(NamedTuple):
+    """Adapters with the paths of a plan."""
+
+    adapters: Mapping[str, Mapping[str, Any]]
+    plan: AdapterPlan
+    others: dict[str, Effect]
+    """The effects of full arrays, and of adapters without a path, by name."""
+
+
 class Apart(NamedTuple):
     """The difference of two effects: the name, both norms, and what differs most."""
 
@@ -60,7 +73,7 @@ class Apart(NamedTuple):
 
 
 def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
-    """Compares the effects of adapters, module by module.
+    """Compares the effects of adapters, module by module or weight by weight.
 
     Args:
         a: the adapters of a directory.
@@ -72,10 +85,12 @@ def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
     """
     if are_alike(a, b):
         effects = _own_effects(a), _own_effects(b)
-    elif a.plan is None or (b.plan and len(a.adapters) > len(b.adapters)):
-        effects = _like(a, b, names), _own_effects(b)
     else:
-        effects = _own_effects(a), _like(b, a, names)
+        sides = _sides(a, b, names)
+        uses = {
+            plan.leaf(p) for _, plan, _ in sides for p, t in plan.targets.items() if t.use
+        }
+        effects = tuple(_by_leaf(side, uses) for side in sides)
     nothing = Effect({"A": np.zeros((1, 1)), "B": np.zeros((1, 1))})
     return [
         _apart(name, *(each.get(name, nothing) for each in effects))
@@ -84,7 +99,7 @@ def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
 
 
 def are_alike(a: Contents, b: Contents) -> bool:
-    """Whether both have the same names, so that no names have to be matched."""
+    """Whether both have the same names of adapters."""
     if a.plan is None or b.plan is None:
         return a.format == b.format
     return a.adapters.keys() == b.adapters.keys()
@@ -111,6 +126,75 @@ def _own_effects(contents: Contents) -> dict[str, Effect]:
     return _effects_of(contents.adapters) | _whole_effects(contents)
 
 
+def _sides(a: Contents, b: Contents, names: Any) -> tuple[_Side, _Side]:
+    """Both adapters with paths that can be compared."""
+    leaves = [{*map(own.plan.leaf, own.plan.entries)} for own in (a, b) if own.plan]
+    if len(leaves) == 2 and (leaves[0] <= leaves[1] or leaves[1] <= leaves[0]):
+        return _own_side(a), _own_side(b)
+    if a.plan is None or (b.plan and len(a.adapters) > len(b.adapters)):
+        return _like(a, b, names), _own_side(b)
+    return _own_side(a), _like(b, a, names)
+
+
+def _own_side(contents: Contents) -> _Side:
+    assert contents.own is not None
+    return _Side(*contents.own, _whole_effects(contents))
+
+
+def _by_leaf(side: _Side, uses: Collection[str]) -> dict[str, Effect]:
+    """The effects of all targets of a weight together, by the path of the weight.
+
+    Args:
+        side: the adapters.
+        uses: the weights whose look-ups and products are compared separately.
+    """
+    found: dict[str, Effect] = {}
+    for path, target in side.plan.targets.items():
+        leaf = side.plan.leaf(path)
+        effect = _effect(_whole(side.adapters[path], target), target.scale)
+        for use in parts.USES if leaf in uses else ("",):
+            if not use or target.use in ("", use):
+                name = f"{leaf}@{use}" if use else leaf
+                found[name] = _sum(found[name], effect) if name in found else effect
+    return found | side.others
+
+
+def _whole(adapter: Mapping[str, Any], target: Target) -> dict[str, np.ndarray]:
+    """The adapter of a part as one of the whole weight, with zeros outside of the part.
+
+    The magnitude outside is NaN: it is the norm of a column of the weight, not known here.
+    """
+    if not target.part:
+        return dict(adapter)
+    own = parts.entries(target.part, target.shape)
+    inside = {axis: list(parts.indices_of(entry)) for axis, entry in enumerate(own)}
+    inside[_RANK], shape = list(range(target.rank)), (*target.shape, target.rank)
+    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
+    sides = {"A": (batch, ins, (_RANK,)), "B": (batch, (_RANK,), outs), "m": (batch, outs)}
+    arrays = {}
+    for name, array in adapter.items():
+        axes = [axis for side in sides[name] for axis in side]
+        whole = np.full([shape[axis] for axis in axes], np.nan if name == "m" else 0.0)
+        index = [inside[axis] for axis in axes]
+        whole[np.ix_(*index)] = np.asarray(array).reshape([*map(len, index)])
+        folded = [math.prod(shape[axis] for axis in side) for side in sides[name][1:]]
+        arrays[name] = whole.reshape(*(shape[axis] for axis in batch), *folded)
+    return arrays
+
+
+def _sum(one: Effect, other: Effect) -> Effect:
+    """The effect of two adapters of a weight that change no entry together."""
+    a, b = one.arrays, other.arrays
+    arrays = {
+        name: np.concatenate([a[name], b[name]], x) for name, x in (("A", -1), ("B", -2))
+    }
+    magnitudes = [each["m"] for each in (a, b) if "m" in each]
+    if magnitudes:
+        first, last = magnitudes[0], magnitudes[-1]
+        arrays["m"] = np.where(np.isnan(first), last, first)
+    return Effect(arrays)
+
+
 def _effects_of(adapters: Mapping[str, _adapters.Adapter]) -> dict[str, Effect]:
     return {name: _effect(own.read(), own.scale) for name, own in adapters.items()}
 
@@ -122,39 +206,55 @@ def _effect(arrays: Mapping[str, Any], scale: float) -> Effect:
 
 
 def _whole_effects(contents: Contents) -> dict[str, Effect]:
-    return {
-        name: Effect({"whole": np.asarray(span, np.float64)})
-        for name, span in contents.wholes.items()
-    }
+    return {name: _full(whole) for name, whole in contents.wholes.items()}
 
 
-def _like(contents: Contents, other: Contents, names: Any) -> dict[str, Effect]:
-    """The effects of adapters by the paths of another plan, whose weights may be stacks.
+def _full(array: Any) -> Effect:
+    return Effect({"whole": np.asarray(array, np.float64)})
 
-    An adapter without a path there keeps its own name.
+
+def _like(contents: Contents, other: Contents, names: Any) -> _Side:
+    """Adapters with the paths of another plan, whose weights may be stacks.
+
+    An adapter or a full array without a path there keeps its own name.
     """
     plan, checkpoint = other.plan, contents.checkpoint
     assert plan is not None
+    wholes: Mapping[str, Any] = contents.wholes
     if checkpoint is None:
         assert contents.plan is not None
         own = _names_of(contents.plan, names)
         checkpoint = _loading.as_checkpoint(contents, own)
-    loaded, left = _put(checkpoint, plan, _names_of(plan, names))
-    scales = {path: target.scale for path, target in loaded.plan.targets.items()}
-    effects = {p: _effect(arrays, scales[p]) for p, arrays in loaded.adapters.items()}
-    effects |= _effects_of(_adapters.read_modules(checkpoint, left))
-    return effects | _whole_effects(contents)
+        read = checkpoint.arrays.read
+        wholes = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
+    loaded, left, full = _put(checkpoint, plan, _names_of(plan, names))
+    others = _effects_of(_adapters.read_modules(checkpoint, left))
+    others |= {p: _full(array) for p, array in loaded.replaced.items()}
+    others |= {n: _full(array) for n, array in wholes.items() if n not in full}
+    return _Side(loaded.adapters, loaded.plan, others)
 
 
-def _put(checkpoint: Checkpoint, plan: AdapterPlan, names: Any) -> tuple[Loaded, list[str]]:
-    """The adapters of a checkpoint for the weights of a plan, and the unmatched modules."""
+def _put(
+    checkpoint: Checkpoint, plan: AdapterPlan, names: Any
+) -> tuple[Loaded, list[str], Collection[str]]:
+    """The arrays of a checkpoint for the weights and trained leaves of a plan.
+
+    Returns:
+        Them, the modules without a weight, and the full arrays with a trained leaf.
+    """
     leaves = {
-        path: jax.ShapeDtypeStruct(target.shape, np.float32)
-        for path, target in plan.targets.items()
+        plan.leaf(path): jax.ShapeDtypeStruct(entry.shape, np.float32)
+        for path, entry in plan.entries.items()
     }
-    axes = {path: target.axes for path, target in plan.targets.items()}
-    places = Places(leaves, names, None, Known(axes, {}, "the plan"))
-    entries = checkpoint.entries._replace(wholes={}, tokens={})
+    axes = {plan.leaf(path): target.axes for path, target in plan.targets.items()}
+    known = Known(axes, {}, "the plan")
+    places = Places(leaves, names, None, known)
+    entries, arrays = checkpoint.entries, cast(Any, checkpoint.arrays)
+    trained = Places({path: leaves[path] for path in plan.trained}, names, None, known)
+    shapes = {name: tuple(arrays[key].shape) for name, key in entries.wholes.items()}
+    full = find_full(trained, shapes, Problems())
+    wholes = {name: key for name, key in entries.wholes.items() if name in full}
+    entries = entries._replace(wholes=wholes, tokens={})
     own = checkpoint._replace(entries=entries)
     placement = find_places(own, places, on_tied="allow")
     left = [name for name in entries.modules if name not in placement.sites]
@@ -164,12 +264,12 @@ def _put(checkpoint: Checkpoint, plan: AdapterPlan, names: Any) -> tuple[Loaded,
             f"and {left[0]!r}: give --names."
         )
     with _loading.leaving_out():
-        return assemble(placement, False, dtype="file", on_tied="allow"), left
+        return assemble(placement, False, dtype="file", on_tied="allow"), left, full
 
 
 def _names_of(plan: AdapterPlan, names: Any) -> Any:
     """The entries of `--names` whose paths are in a plan; None if there are none."""
-    masks = set(map(mask_numbers, plan.targets))
+    masks = {mask_numbers(plan.leaf(path)) for path in plan.entries}
     own = {
         name: value
         for name, value in (names or {}).items()
@@ -209,9 +309,12 @@ def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> f
         left, right = left.ravel(), right.ravel()
     if left.shape != right.shape:
         return np.inf
-    same = (left == right) | (np.isnan(left) & np.isnan(right))
+    left, right = (
+        np.where(np.isnan(left) & np.isnan(right), 0, each) for each in (left, right)
+    )
     largest = max(float(np.linalg.norm(each.ravel())) for each in (left, right))
-    return _over(float(np.linalg.norm(np.where(same, 0, left - right).ravel())), largest)
+    apart = np.where(left == right, 0, left - right)
+    return _over(float(np.linalg.norm(apart.ravel())), largest)
 
 
 def _over(apart: float, largest: float) -> float:

@@ -1,18 +1,19 @@
 """Merges one weight into the dtype of the result, and counts what the rounding loses."""
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.cli import _blocks
-from lora_jax.layers.lora import Adapter
+from lora_jax.cli._blocks import Update
 from lora_jax.model import merging
 from lora_jax.model.adapters import merge_adapters
-from lora_jax.plan import layout
+from lora_jax.plan import layout, parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
@@ -22,7 +23,7 @@ BLOCK = 2**20
 
 
 class Loss(NamedTuple):
-    """What the rounding of a merged weight loses."""
+    """What the rounding of a merged weight, or of its adapted parts, loses."""
 
     vanished: int = 0
     """The number of entries that have an update and do not change."""
@@ -47,69 +48,86 @@ class Loss(NamedTuple):
 def fold_weight(
     name: str,
     read_rows: Callable[[int, int], np.ndarray],
-    adapter: Adapter,
-    target: Target,
+    updates: Sequence[Update],
     dtype: np.dtype,
 ) -> Iterator[tuple[np.ndarray, Loss]]:
     """Merges a weight, one block of rows after the other.
 
+    Entries without an update are only rounded.
+
     Args:
         name: of the weight, for error messages.
         read_rows: returns the rows of the weight from one index to another.
-        adapter: of the weight.
-        target: the weight's entry in the plan.
+        updates: the adapter of the weight, or those of parts of it.
         dtype: of the result. The sum is computed in at least float32 and rounded once.
 
     Yields:
         Some rows of the result, and what their rounding lost.
 
     Raises:
-        FloatingPointError: if an entry is infinite or NaN.
+        FloatingPointError: if a merged entry is infinite or NaN, or an entry is beyond the
+            range of the dtype.
     """
-    for block in _blocks.cut_rows(target, adapter, BLOCK):
+    for block in _blocks.cut_rows(updates, BLOCK):
         rows = read_rows(block.start, block.stop)
-        yield _fold(name, rows, block.adapter, block.target, dtype)
+        yield _fold(name, rows, block.updates, dtype)
 
 
 def _fold(
-    name: str, rows: np.ndarray, adapter: Adapter, target: Target, dtype: np.dtype
+    name: str, rows: np.ndarray, updates: Sequence[Update], dtype: np.dtype
 ) -> tuple[np.ndarray, Loss]:
-    values = jnp.asarray(rows)
-    merged, vanished, largest, finite = _merge_rows(values, adapter, target, dtype)
+    values, targets = jnp.asarray(rows), tuple(own.target for own in updates)
+    adapters = tuple(dict(own.adapter) for own in updates)
+    merged, vanished, largest, finite = _merge_rows(values, adapters, targets, dtype)
     if not bool(finite):
-        raise _explain(name, values, adapter, target, dtype)
-    return np.asarray(merged), Loss(int(vanished), rows.size, float(largest))
+        raise _explain(name, values, updates, dtype)
+    entries = sum(math.prod(target.alone.shape) for target in targets)
+    return np.asarray(merged), Loss(int(vanished), entries, float(largest))
 
 
 def _explain(
-    name: str, rows: jax.Array, adapter: Adapter, target: Target, dtype: np.dtype
+    name: str, rows: jax.Array, updates: Sequence[Update], dtype: np.dtype
 ) -> FloatingPointError:
     """An error that says why a result is not finite."""
-    wide, plan = rows.astype(_wide(rows.dtype)), AdapterPlan(LoraConfig(), {name: target})
     try:
-        result = merge_adapters({name: wide}, {name: adapter}, plan)[name]
-        round_to(name, np.asarray(result), dtype)
+        for path, target, adapter in updates:
+            part = parts.take(rows, target.part)
+            plan = AdapterPlan(LoraConfig(), {path: target.alone})
+            wide = {path: part.astype(_wide(rows.dtype))}
+            result = merge_adapters(wide, {path: adapter}, plan)[path]
+            round_to(path, np.asarray(result), dtype)
+        round_to(name, np.asarray(rows), dtype)
     except FloatingPointError as error:
         return error
     return FloatingPointError(f"at {name!r}: the result has an infinity or a NaN in it.")
 
 
-@functools.partial(jax.jit, static_argnames=("target", "dtype"))
+@functools.partial(jax.jit, static_argnames=("targets", "dtype"))
 def _merge_rows(
-    rows: jax.Array, adapter: Adapter, target: Target, dtype: np.dtype
-) -> tuple[jax.Array, ...]:
-    """Merges rows and counts the loss in one pass. Compiled once for a kind of target.
+    rows: jax.Array,
+    adapters: Sequence[Mapping[str, jax.Array]],
+    targets: tuple[Target, ...],
+    dtype: np.dtype,
+) -> tuple[Any, ...]:
+    """Merges rows and counts the loss in one pass. Compiled once for a kind of targets.
 
     Returns:
         The result, the number of vanished entries, the largest `|update| / |weight|` among
-        them, and whether the result is finite.
+        them, and whether the merged entries are finite, and no other became infinite.
     """
-    value = layout.low_rank(rows.astype(_wide(rows.dtype)), adapter, target)
-    merged = value.merge().astype(dtype)
-    lost = merging.rounding_loss(value.change(), value.weight, merged)
-    finite = jnp.all(jnp.isfinite(merged))
-    rows = layout.from_low_rank(merged, target)
-    return rows, jnp.sum(lost.vanished), lost.largest, finite
+    result, vanished, largest, finite = rows.astype(dtype), 0, 0.0, True
+    for adapter, target in zip(adapters, targets, strict=True):
+        part, own = parts.take(rows, target.part), target.alone
+        value = layout.low_rank(part.astype(_wide(rows.dtype)), adapter, own)
+        merged = value.merge().astype(dtype)
+        lost = merging.rounding_loss(value.change(), value.weight, merged)
+        vanished += jnp.sum(lost.vanished)
+        largest = jnp.maximum(largest, lost.largest)
+        finite &= jnp.all(jnp.isfinite(merged))
+        result = parts.put(result, target.part, layout.from_low_rank(merged, own))
+    if all(target.part for target in targets):
+        finite &= jnp.all(jnp.isfinite(result) == jnp.isfinite(rows))
+    return result, vanished, largest, finite
 
 
 def _wide(dtype: np.dtype) -> np.dtype:

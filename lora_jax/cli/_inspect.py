@@ -20,12 +20,14 @@ _HUGE_SCALE = 100.0
 _LARGE = 2**20
 _COLUMNS = ("module", "method", "A", "B", "dtype", "rank", "scale", "update", "bytes")
 _NUMBERS = ("rank", "scale", "update", "bytes")
+_SHAPE = 2  # the column in front of which the shapes of weights are, if they are known
 _SHOWN = (
     ("base model", "base_model_name_or_path"),
     ("init", "init_lora_weights"),
     ("init", "init"),
     ("target modules", "target_modules"),
     ("targets", "targets"),
+    ("trained", "train"),
     ("modules to save", "modules_to_save"),
     ("task", "task_type"),
 )
@@ -76,7 +78,7 @@ def find_warnings(contents: Contents, findings: Mapping[str, Finding]) -> Iterat
             yield f"{entry} of {name} has an infinity or a NaN in it."
     for name, whole in contents.wholes.items():
         floating = checks.is_floating(whole.dtype)
-        if floating and not np.isfinite(whole.read().astype(np.float32)).all():
+        if floating and not np.isfinite(np.asarray(whole, np.float32)).all():
             yield f"{name} has an infinity or a NaN in it."
     yield from _about_zeros(findings)
     for name, adapter in contents.adapters.items():
@@ -159,7 +161,12 @@ def as_text(
     """The lines that the command prints: settings, tables, totals, warnings."""
     lines = [f"{name}: {value}" for name, value in _head(contents)]
     rows = [_row(name, a, findings[name]) for name, a in contents.adapters.items()]
-    lines += ["", *_terminal.format_table(_COLUMNS, rows, _NUMBERS)]
+    columns = [*_COLUMNS]
+    if contents.plan is not None:
+        columns.insert(_SHAPE, "shape")
+        for row, adapter in zip(rows, contents.adapters.values(), strict=True):
+            row.insert(_SHAPE, _terminal.format_shape(adapter.shape))
+    lines += ["", *_terminal.format_table(columns, rows, _NUMBERS)]
     if contents.wholes:
         wholes = [
             (name, _terminal.format_shape(w.shape), w.dtype.name, f"{w.nbytes:,}")
@@ -183,12 +190,12 @@ def _head(contents: Contents) -> Iterator[tuple[str, Any]]:
         yield name.replace("_", " "), value
     for name, field in _SHOWN:
         value = contents.settings.get(field)
-        if value is not None:
+        if value is not None and value != []:
             yield name, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _row(name: str, adapter: Adapter, finding: Finding) -> tuple[str, ...]:
-    return (
+def _row(name: str, adapter: Adapter, finding: Finding) -> list[str]:
+    return [
         name,
         adapter.method,
         *(_terminal.format_shape(adapter.entries[factor].shape) for factor in "AB"),
@@ -197,7 +204,7 @@ def _row(name: str, adapter: Adapter, finding: Finding) -> tuple[str, ...]:
         f"{adapter.scale:g}",
         _terminal.format_number(finding.norm),
         f"{adapter.nbytes:,}",
-    )
+    ]
 
 
 def _sums(contents: Contents) -> tuple[int, int]:
@@ -215,6 +222,7 @@ def as_record(
     adapters = {
         name: {
             "method": a.method,
+            **({"shape": list(a.shape)} if contents.plan else {}),
             "rank": a.rank,
             "scale": a.scale,
             "update_norm": findings[name].norm,

@@ -25,7 +25,7 @@ from lora_jax.peft.leaves import Places
 from lora_jax.peft.load import Placement, assemble, find_places
 from lora_jax.peft.names import EMBEDDINGS, HEADS
 from lora_jax.peft.save import make_files
-from lora_jax.plan import plan_checks
+from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 Names = dict[str, Any] | None
@@ -133,13 +133,13 @@ def load_for(
     checkpoint = contents.checkpoint
     if checkpoint is None:
         assert contents.own is not None
-        adapters, plan = contents.own
-        targets = plan.targets.items()
-        there = matching.names is None and plan.targets.keys() <= leaves.keys()
+        plan = contents.own[1]
+        own = {plan.leaf(path): entry.shape for path, entry in plan.entries.items()}
+        there = matching.names is None and own.keys() <= leaves.keys()
         if there and (
-            matching.strict or all(leaves[n].shape == t.shape for n, t in targets)
+            matching.strict or all(leaves[n].shape == shape for n, shape in own.items())
         ):
-            return Loaded(adapters, plan, {})
+            return Loaded(*contents.own, trained_leaves.split(*contents.own)[2])
         checkpoint = as_checkpoint(contents, matching.names)
         matching = matching._replace(names=None)
     placement = find_places(
@@ -159,7 +159,8 @@ def load_for(
 def as_checkpoint(contents: Contents, names: Names) -> Checkpoint:
     """Adapters of this library as PEFT's modules, which have the names of such models."""
     assert contents.own is not None
-    config, tensors = make_files(*contents.own, names)
+    adapters, plan, trained = trained_leaves.split(*contents.own)
+    config, tensors = make_files(adapters, plan, names, replaced=trained)
     return new_checkpoint(str(contents.directory), config, InMemory(tensors), tensors)
 
 
@@ -212,10 +213,16 @@ def check_weights(base: _base.Base, plan: AdapterPlan) -> None:
 
     Raises:
         TypeError: if a weight is not a floating-point array, or too wide for JAX.
-        ValueError: if a shape differs.
+        ValueError: if a shape differs, or an adapter is of one use of a weight.
     """
     plan_checks.check_params(base.spans, plan)
-    wide = [name for name in plan.targets if base.spans[name].dtype == np.float64]
+    uses = [path for path, target in plan.targets.items() if target.use]
+    if uses:
+        raise ValueError(
+            f"{uses[0]!r} is an adapter of one use of a tensor, and a merge would change "
+            "all uses: save a base with a tensor for each use."
+        )
+    wide = [name for name in plan.by_leaf() if base.spans[name].dtype == np.float64]
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise TypeError(
             f"at {wide[0]!r}: the weight is float64, which JAX would narrow: set the "

@@ -17,6 +17,7 @@ from lora_jax._io import tensor_files, tensor_streams
 from lora_jax.checkpoint import OLD_RECORD
 from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal
 from lora_jax.cli._base import Base
+from lora_jax.cli._blocks import Update
 from lora_jax.cli._fold import Loss
 from lora_jax.cli._loading import Loaded
 
@@ -60,9 +61,18 @@ class Job:
             for name, span in self.base.spans.items()
         }
 
+    @functools.cached_property
+    def updates(self) -> dict[str, list[Update]]:
+        """The adapters of each array by its name."""
+        adapters, plan, *_ = self.loaded
+        return {
+            name: [Update(path, plan.targets[path], adapters[path]) for path in paths]
+            for name, paths in plan.by_leaf().items()
+        }
+
     def changes(self, name: str) -> bool:
         """Whether an array is not copied byte for byte."""
-        if name in self.loaded.plan.targets or name in self.loaded.replaced:
+        if name in self.updates or name in self.loaded.replaced:
             return True
         return self.entries[name].dtype != self.base.spans[name].dtype
 
@@ -80,7 +90,7 @@ def merge(options: argparse.Namespace) -> int:
     loaded = _loading.load_for(contents, base, matching)
     _loading.check_weights(base, loaded.plan)
     if contents.format == "lora_jax":  # its paths may differ from the names of the tensors
-        note = _loading.check_ties(base, loaded.plan.targets)
+        note = _loading.check_ties(base, map(loaded.plan.leaf, loaded.plan.entries))
     job = Job(base, loaded, others, options.dtype)
     _output.check_space(out.resolve().parent, _size(job))
     if not options.quiet:
@@ -130,8 +140,8 @@ def describe(loaded: Loaded) -> list[str]:
         own = modules.get(path, [path])
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         numbers = str(target.rank), f"{target.scale:g}"
-        shape = _terminal.format_shape(target.shape)
-        axes = loaded.axes.get(path, target.axes)
+        shape = _terminal.format_shape(target.alone.shape)
+        axes = loaded.axes.get(path, target.alone.axes)
         rows.append((own[0] + more, path, shape, axes, target.method, *numbers))
     for path, array in loaded.replaced.items():
         shape = _terminal.format_shape(array.shape)
@@ -189,12 +199,11 @@ def _pieces(
 ) -> Iterator[tuple[np.ndarray, Loss | None]]:
     """The new values of an array, piece by piece, with the loss of a merge."""
     dtype = np.dtype(job.entries[name].dtype)
-    loaded, old = job.loaded, job.loaded.replaced.get(name)
+    old = job.loaded.replaced.get(name)
     whole = None if old is None else np.asarray(old)
-    if name in loaded.plan.targets:
+    if name in job.updates:
         read_rows = span.read_rows if whole is None else lambda a, b: whole[a:b]
-        target = loaded.plan.targets[name]
-        yield from _fold.fold_weight(name, read_rows, loaded.adapters[name], target, dtype)
+        yield from _fold.fold_weight(name, read_rows, job.updates[name], dtype)
     elif whole is not None:
         _fold.check_finite(name, whole)
         yield _fold.round_to(name, whole, dtype), None

@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+import lora_jax
 from tests.support import normal
 
 WIDTH, INNER, ENTRIES = 12, 20, 16
@@ -81,6 +83,18 @@ def write_adapter(folder, factors, extra=None, **config):
     entries = {f"base_model.model.{name}": value for name, value in entries.items()}
     save_file(entries, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
+
+
+def write_own(folder, params, size=0.3, **config):
+    """Writes adapters in this library's format, with random values; returns them too."""
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(**{"rank": 3, **config}), params)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    for i, path in enumerate(plan.entries):
+        for j, (name, array) in enumerate(adapters[path].items()):
+            change = size * draw(array.shape, 10 * i + j)
+            adapters[path][name] = array + change.astype(array.dtype)
+    lora_jax.save_adapters(folder, adapters, plan)
+    return adapters, plan
 
 
 def merged(tensors, factors, alpha=6):

@@ -230,6 +230,89 @@ def test_stacked_and_one_by_one_of_this_library(tmp_path, capsys):
         assert "The effects are the same: of 2 updates" in text
 
 
+def padded(array, axis, size, first):
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = first, size - first - array.shape[axis]
+    return np.pad(array, widths)
+
+
+# A part, and the factor and axis that have zeros outside of it.
+WHOLE = {"up[1:]": "AB", "up[:, :, 4:]": "B", "up[:, 4:]": "A", "up[2]": "AB"}
+
+
+@pytest.mark.parametrize("part", WHOLE)
+def test_a_part_and_a_weight_with_zeros_elsewhere(tmp_path, capsys, part):
+    params = {"up": np.zeros((3, 8, 8), "float32"), "down": np.zeros((8, 6), "float32")}
+    a, b = tmp_path / "a", tmp_path / "b"
+    config = {"axes": {"up": "bio"}, "rank": 2, "train": ()}
+    adapters, plan = models.write_own(a, params, targets=(part, "down"), **config)
+    own = adapters[next(path for path in plan.targets if path != "down")]
+    whole = {name: np.asarray(own[name]) for name in "AB"}
+    if part == "up[2]":
+        whole = {name: array[None] for name, array in whole.items()}
+    for name in WHOLE[part]:
+        axis = 0 if WHOLE[part] == "AB" else {"A": 1, "B": 2}[name]
+        size = (3, 8, 8)[axis]
+        whole[name] = padded(whole[name], axis, size, size - whole[name].shape[axis])
+    more, plan = models.write_own(b, params, targets=("up", "down"), **config)
+    more |= {"up": whole, "down": adapters["down"]}
+    checkpoint.save_adapters(b, more, plan)
+    for pair in ((a, b), (b, a)):
+        code, text = diff(capsys, *pair)
+        assert "The effects are the same: of 2 updates" in text
+        assert code == 0
+    whole["B"] = 2 * whole["B"]
+    checkpoint.save_adapters(b, more, plan)
+    code, text = diff(capsys, a, b)
+    assert code == 3
+    (line,) = (x.split() for x in text.splitlines() if " update " in x)
+    assert (line[0], line[-1]) == ("up", "0.5")
+
+
+_EFFECTS = ("update", "magnitude", "whole")
+
+
+def test_parts_of_parts_and_uses(tmp_path, capsys):
+    """One adapter in several targets of this library; DoRA, uses and trained leaves."""
+    params = {"up": np.zeros((3, 8, 8), "float32"), "table": np.zeros((9, 4), "float32")}
+    params["bias"] = np.zeros(4, "float32")
+    a, b = tmp_path / "a", tmp_path / "b"
+    config = {"axes": {"up": "bio"}, "rank": 2, "train": "bias", "use_dora": True}
+    adapters, _ = models.write_own(a, params, targets=("up[1:]", "table"), **config)
+    targets = "up[1]", "up[2]", "table@lookup", "table@product"
+    more, cut = models.write_own(b, params, targets=targets, **config)
+    more |= {
+        f"up[{i}]": {n: x[i - 1] for n, x in adapters["up[1:]"].items()} for i in (1, 2)
+    }
+    more |= dict.fromkeys(("table@lookup", "table@product"), adapters["table"])
+    more["bias"] = adapters["bias"]
+    checkpoint.save_adapters(b, more, cut)
+    code, text = diff(capsys, a, b)
+    assert "The effects are the same: of 4 updates and arrays" in text
+    assert code == 0
+    more["table@product"] = {**adapters["table"], "A": 2 * adapters["table"]["A"]}
+    more["bias"] = {"value": 2 * adapters["bias"]["value"]}
+    more["up[1]"] = {**more["up[1]"], "m": 2 * more["up[1]"]["m"]}
+    checkpoint.save_adapters(b, more, cut)
+    code, text = diff(capsys, a, b)
+    assert code == 3
+    lines = [line.split() for line in text.splitlines()]
+    found = {x[0]: (x[-2], x[-1]) for x in lines if x and x[-2] in _EFFECTS}
+    up = adapters["up[1:]"]["m"]
+    share = np.linalg.norm(up[0]) / np.linalg.norm([2 * up[0], up[1]])
+    assert found == {
+        "up": ("magnitude", f"{share:.4g}"),
+        "table@product": ("update", "0.5"),
+        "bias": ("whole", "0.5"),
+    }
+    # Of a column outside of the part nothing is known.
+    models.write_own(b, params, targets=("up", "table"), **config)
+    code, text = diff(capsys, a, b)
+    assert code == 3
+    (line,) = (x.split() for x in text.splitlines() if x.startswith("up "))
+    assert line[-2:] == ["magnitude", "inf"]
+
+
 def test_names_that_do_not_tell(tmp_path, capsys):
     factors = models.make_factors(modules={"model.layers.0.mlp.up": (20, 12)})
     peft = models.write_adapter(tmp_path / "peft", factors)

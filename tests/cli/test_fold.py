@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.cli import _fold
+from lora_jax.cli._blocks import Update
 from lora_jax.plan import layout
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
@@ -45,8 +46,8 @@ def exact(rows, adapter):
 
 def fold(plan, rows, adapter, dtype):
     arrays = jax.tree.map(jnp.asarray, adapter)
-    target = plan.targets["w"]
-    ((got, loss),) = _fold.fold_weight("w", rows_of(rows), arrays, target, dtype)
+    updates = [Update("w", plan.targets["w"], arrays)]
+    ((got, loss),) = _fold.fold_weight("w", rows_of(rows), updates, dtype)
     return got, loss
 
 
@@ -99,7 +100,8 @@ def test_weights_of_one_kind_are_compiled_once(monkeypatch):
     arrays = jax.tree.map(jnp.asarray, adapter)
     for name in ("first", "second"):
         dtype = np.dtype("float32")
-        list(_fold.fold_weight(name, rows_of(rows), arrays, target, dtype))
+        updates = [Update(name, target, arrays)]
+        list(_fold.fold_weight(name, rows_of(rows), updates, dtype))
     assert len(calls) == 1  # while the first is traced
 
 

@@ -59,17 +59,39 @@ def test_a_peft_adapter(tmp_path, capsys):
 
 def test_own_adapters(tmp_path, capsys):
     params = {"a": np.zeros((6, 5), "float32"), "b": np.zeros((4, 6, 5), "float32")}
-    config = lora_jax.LoraConfig(rank=2, alpha=3, axes={"b": "bio"}, targets="*")
-    plan = lora_jax.plan_adapters(config, params)
-    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
-    adapters["b"]["B"] = adapters["b"]["B"] + 1
-    checkpoint.save_adapters(tmp_path / "own", adapters, plan)
-    record, _ = inspect(capsys, tmp_path / "own")
+    params |= {"bias": np.ones(5, "float32"), "qkv": np.zeros((3, 6, 5), "float32")}
+    adapters, plan = models.write_own(
+        tmp_path / "own",
+        params,
+        rank=2,
+        alpha=3,
+        rank_pattern={"b[2:]": 4, "qkv": 1},
+        axes=dict.fromkeys(("b", "qkv"), "bio"),
+        targets=("a", "b", "qkv[0]", "qkv[2]@product"),
+        train="bias",
+    )
+    record, text = inspect(capsys, tmp_path / "own")
     assert record["format"] == "lora_jax"
-    update = 1.5 * np.asarray(adapters["b"]["A"] @ adapters["b"]["B"], float)
-    assert record["adapters"]["b"]["update_norm"] == pytest.approx(np.linalg.norm(update))
-    (warning,) = record["warnings"]
-    assert warning == "1 of 2 adapters have no effect, A or B is zero everywhere: a."
+    assert [record["adapters"][path]["shape"] for path in plan.targets] == [
+        *([6, 5], [2, 6, 5], [2, 6, 5], [6, 5], [6, 5])
+    ]
+    for path, target in plan.targets.items():
+        update = target.scale * np.asarray(adapters[path]["A"] @ adapters[path]["B"], float)
+        norm = record["adapters"][path]["update_norm"]
+        assert norm == pytest.approx(np.linalg.norm(update)), path
+        assert path in text
+    assert record["wholes"] == {"bias": {"shape": [5], "dtype": "float32", "bytes": 20}}
+    assert "trained: bias" in text
+    assert record["warnings"] == []
+    fresh = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    fresh["b[:2]"]["B"] += 1
+    fresh["bias"]["value"] = np.full(5, np.inf, "float32")
+    checkpoint.save_adapters(tmp_path / "own", fresh, plan)
+    assert inspect(capsys, tmp_path / "own")[0]["warnings"] == [
+        "bias has an infinity or a NaN in it.",
+        "4 of 5 adapters have no effect, A or B is zero everywhere: a, b[2:], qkv[0] and "
+        "1 more.",
+    ]
 
 
 def test_experts_and_convolutions(tmp_path, capsys):

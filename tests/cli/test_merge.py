@@ -142,6 +142,93 @@ def test_a_base_that_pissa_changed(tmp_path):
         support.assert_close(got[f"{name}.weight"], want, 64)
 
 
+# Targets of this library, and the axes of the weights.
+PARTS = {
+    "last layers": (("layers/up[2:]",), {"layers/up": "bio"}),
+    "layers apart": (("layers/up[0]", "layers/up[[1, 3]]"), {"layers/up": "boi"}),
+    "outputs of layers": (("layers/up[1:, :, 4:]",), {"layers/up": "bio"}),
+    "query and value": (("qkv[:8]", "qkv[16:]"), {"qkv": "oi"}),
+    "query and value, flat": (("flat[:, :8]", "flat[:, 16:]"), {"flat": "io"}),
+    "each with its own": (
+        ("qkv[8:]", "layers/up[::2]", "flat"),
+        {"layers/up": "bio", "qkv": "oi"},
+    ),
+}
+STACKS = {"layers/up": (4, 8, 12), "qkv": (24, 8), "flat": (8, 24)}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("dora", "float32")]
+)
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_merge_as_in_a_program(tmp_path, monkeypatch, capsys, name, method, dtype):
+    targets, axes = PARTS[name]
+    shapes = enumerate(STACKS.items())
+    tensors = {path: models.draw(shape, i, dtype) for i, (path, shape) in shapes}
+    base = models.write_base(tmp_path / "base", tensors)
+    params = {path: jnp.asarray(tensor) for path, tensor in tensors.items()}
+    adapters, plan = models.write_own(
+        tmp_path / "own", params, targets=targets, axes=axes, use_dora=method == "dora"
+    )
+    want = lora_jax.merge_adapters(params, adapters, plan)
+    assert run(base, tmp_path / "own", tmp_path / "out") == 0
+    assert_equal(models.read_model(tmp_path / "out"), want)
+    printed = capsys.readouterr().out
+    assert all(path in printed for path in plan.targets)
+    losses = lora_jax.merge_losses(params, adapters, plan)
+    sizes = {p: np.prod(target.matrix_shape) for p, target in plan.targets.items()}
+    lost = sum(float(losses[path].vanished) * size for path, size in sizes.items())
+    everything = printed.splitlines()[-1].split()
+    assert everything[3] == f"{100 * lost / sum(sizes.values()):.3f}"
+    monkeypatch.setattr(_fold, "BLOCK", 100)
+    assert run(base, tmp_path / "own", tmp_path / "rows") == 0
+    got = models.read_model(tmp_path / "rows")  # products of other sizes, summed otherwise
+    for path, values in want.items():
+        support.assert_close(got[path], values, 4)
+
+
+def assert_equal(got, want):
+    assert set(got) == set(want)
+    for name, values in want.items():
+        np.testing.assert_array_equal(got[name], values, name)
+
+
+def test_what_is_beside_a_part_is_only_rounded(tmp_path, capsys):
+    tensors = {"layers/up": np.ones((4, 8, 12), "float32")}
+    params = {"layers/up": jnp.asarray(tensors["layers/up"])}
+    tensors["layers/up"][0, 0, 0] = np.inf
+    base = models.write_base(tmp_path / "base", tensors)
+    options = {"targets": "layers/up[2:]", "axes": {"layers/up": "bio"}}
+    models.write_own(tmp_path / "own", params, **options)
+    assert run(base, tmp_path / "own", tmp_path / "out", "--dtype=float16") == 0
+    got = models.read_model(tmp_path / "out")["layers/up"]
+    np.testing.assert_array_equal(got[:2], tensors["layers/up"][:2].astype("float16"))
+    assert (got[2:] != 1).any()
+    tensors["layers/up"][0, 0, 0] = 1e5
+    models.save_file(tensors, base / "model.safetensors")
+    line = refuse(capsys, base, tmp_path / "own", tmp_path / "no", "--dtype=float16")
+    assert "'layers/up': there are values beyond the range of float16" in line
+    tensors["layers/up"][3, 0, 0] = np.nan
+    models.save_file(tensors, base / "model.safetensors")
+    line = refuse(capsys, base, tmp_path / "own", tmp_path / "no")
+    assert "'layers/up[2:]': the weight had an infinity or a NaN" in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_leaves_take_the_place_of_the_models(tmp_path, capsys, dtype):
+    tensors = models.make_tensors(dtype)
+    base = models.write_base(tmp_path / "base", tensors)
+    name = "model.layers.0.mlp.up_proj.weight"
+    params = {n: jnp.asarray(tensors[n]) for n in (name, "model.norm.weight")}
+    adapters, plan = models.write_own(
+        tmp_path / "own", params, targets=name, train="model.norm.weight", axes={name: "oi"}
+    )
+    assert run(base, tmp_path / "own", tmp_path / "out") == 0
+    want = lora_jax.merge_adapters(params, adapters, plan)
+    assert_equal(models.read_model(tmp_path / "out"), tensors | want)
+    assert "1 merged, 1 replaced" in capsys.readouterr().out
+
+
 def test_own_adapters_merge_as_those_of_peft(tmp_path, adapter, factors):
     tensors = models.make_tensors()
     base = models.write_base(tmp_path / "base", tensors)

@@ -16,12 +16,14 @@ from tests.cli import models
 COMMANDS = {
     "inspect peft": 0,
     "inspect own": 0,
+    "inspect parts": 0,
     "merge shards peft out": 1,
     "merge whole peft out": 1,
     "merge whole peft out --dtype=bfloat16": 1,
     "merge whole/model.safetensors peft out.safetensors": 1,
     "merge shards own out": 0,
     "merge shards layers out": 1,
+    "merge shards parts out": 0,
     "convert peft out --to=lora_jax --base=shards": 1,
     "convert layers out --to=peft": 0,
     "diff peft other": 0,
@@ -29,6 +31,7 @@ COMMANDS = {
     "diff other own": 1,
     "diff peft layers": 1,
     "diff own layers": 1,
+    "diff parts own": 1,
     "diff shards whole": 0,
     "diff shards changed": 0,
 }
@@ -61,7 +64,10 @@ OPENS = Opens()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models, and one adapter in each format: `layers` has other paths and layouts."""
+    """Models, and one adapter in each format: `layers` has other paths and layouts.
+
+    `parts` has an adapter of a part, and a trained leaf.
+    """
     folder = tmp_path_factory.mktemp("opens")
     tensors = models.make_tensors()
     models.write_base(folder / "shards", tensors, 2)
@@ -81,6 +87,10 @@ def folder(tmp_path_factory):
     }
     adapters, plan, _ = peft.load(folder / "peft", shapes)
     checkpoint.save_adapters(folder / "layers", adapters, plan)
+    up, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    params = {name: tensors[name] for name in (up, norm)}
+    options = {"targets": f"{up}[:8]", "axes": {up: "oi"}, "train": norm}
+    models.write_own(folder / "parts", params, **options)
     return folder
 
 
@@ -106,7 +116,8 @@ def test_each_file_is_opened_once(folder, tmp_path, monkeypatch, command):
         code = main([name, *(place.get(word) or word for word in words)])
     finally:
         found = OPENS.stop()
-    assert code == (3 if "other" in words or "changed" in words else 0)
+    differ = {"other", "changed", "parts"} & {*words} and name == "diff"
+    assert code == (3 if differ else 0)
     assert set(found.values()) == {1}, found
     inputs += ["shards"] * ("--base=shards" in words)
     files = {path for path in inputs if (folder / path).is_file()}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,11 +27,19 @@ class Base:
         path: of the directory, or of the single file.
         shards: the files by name.
         index: the content of the index; None without an index.
+        copies: from the names of further arrays to those of the arrays that they are.
     """
 
     path: pathlib.Path
     shards: dict[str, tensor_files.TensorFile]
     index: dict[str, Any] | None = None
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def with_copies(self, copies: Mapping[str, str]) -> "Base":
+        """The model with further arrays, which are copies of its own."""
+        new = dataclasses.replace(self, copies=copies)
+        new.__dict__["config"] = self.config  # which is read once
+        return new
 
     @property
     def is_file(self) -> bool:
@@ -39,9 +48,14 @@ class Base:
 
     @functools.cached_property
     def spans(self) -> dict[str, Span]:
-        """The arrays of all files by name."""
+        """The arrays of all files by name, and the copies."""
         files = map(tensor_streams.find_spans, self.shards.values())
-        return {name: span for spans in files for name, span in spans.items()}
+        found = {name: span for spans in files for name, span in spans.items()}
+        return found | {name: found[source] for name, source in self.copies.items()}
+
+    def spans_of(self, file: tensor_files.TensorFile) -> dict[str, Span]:
+        """The arrays of one file by name, and the copies of its arrays."""
+        return {name: span for name, span in self.spans.items() if span.file is file}
 
     @functools.cached_property
     def config(self) -> bytes | None:
@@ -141,7 +155,7 @@ def _check_shards(where: pathlib.Path, weight_map: dict[str, str], base: Base) -
 
 
 def new_index(base: Base, entries: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The index of a model with the same shards, and arrays of other sizes.
+    """The index of a model with the same shards, arrays of other sizes, and the copies.
 
     Args:
         base: the old model, which has an index.
@@ -150,4 +164,7 @@ def new_index(base: Base, entries: dict[str, jax.ShapeDtypeStruct]) -> dict[str,
     old = (base.index or {}).get("metadata")
     total = sum(map(tensor_streams.count_bytes, entries.values()))
     metadata = {**(old if isinstance(old, dict) else {}), "total_size": total}
-    return {**(base.index or {}), "metadata": metadata}
+    index = base.index or {}
+    shards = index.get(_WEIGHT_MAP, {})
+    shards = {**shards, **{name: shards[own] for name, own in base.copies.items()}}
+    return {**index, _WEIGHT_MAP: shards, "metadata": metadata}

@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
-from lora_jax.cli import _adapters, _base, _loading, _output, _terminal
+from lora_jax.cli import _adapters, _base, _loading, _output, _terminal, _ties
 from lora_jax.peft.save import save
 
 
@@ -39,10 +39,11 @@ def _to_own(
         )
     base = _base.open_base(pathlib.Path(options.base))
     contents = _adapters.read_contents(source, options.allow_field)
-    _loading.check_ties(base, contents.changed, contents.embeddings)
+    base = _ties.untie(base, contents)
     matching = _loading.read_matching(options)
     loaded = _loading.load_for(contents, base, matching)
-    adapters, plan, replaced = loaded[:3]
+    adapters, plan = _ties.rejoin(base.copies, base.spans, loaded.adapters, loaded.plan)
+    replaced = loaded.replaced
     if replaced and (options.strict or not plan.targets):
         names_of = ", ".join(map(repr, list(replaced)[:3]))
         raise tensor_files.CheckpointError(

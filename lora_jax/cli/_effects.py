@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.cli import _adapters, _loading
+from lora_jax.cli import _adapters, _loading, _ties
 from lora_jax.cli._adapters import Contents
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.full import find_full
@@ -246,7 +246,13 @@ def _put(
         plan.leaf(path): jax.ShapeDtypeStruct(entry.shape, np.float32)
         for path, entry in plan.entries.items()
     }
-    axes = {plan.leaf(path): target.axes for path, target in plan.targets.items()}
+    axes, heads = {}, {}  # an embedding of two uses is two leaves for PEFT's modules
+    for path, target in plan.targets.items():
+        leaf = plan.leaf(path)
+        head = _ties.head_of(leaf)
+        axes[head if target.use == parts.PRODUCT else leaf] = target.axes
+        heads |= {head: leaf} if target.use else {}
+    leaves |= {head: leaves[leaf] for head, leaf in heads.items()}
     known = Known(axes, {}, "the plan")
     places = Places(leaves, names, None, known)
     entries, arrays = checkpoint.entries, cast(Any, checkpoint.arrays)
@@ -264,7 +270,9 @@ def _put(
             f"and {left[0]!r}: give --names."
         )
     with _loading.leaving_out():
-        return assemble(placement, False, dtype="file", on_tied="allow"), left, full
+        loaded = assemble(placement, False, dtype="file", on_tied="allow")
+    adapters, joined = _ties.rejoin(heads, leaves, loaded.adapters, loaded.plan)
+    return loaded._replace(adapters=adapters, plan=joined), left, full
 
 
 def _names_of(plan: AdapterPlan, names: Any) -> Any:

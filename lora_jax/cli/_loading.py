@@ -6,7 +6,7 @@ import difflib
 import pathlib
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,26 +23,17 @@ from lora_jax.peft.keys import without_wrapper
 from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.load import Placement, assemble, find_places
-from lora_jax.peft.names import EMBEDDINGS, HEADS
 from lora_jax.peft.save import make_files
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 Names = dict[str, Any] | None
 
-_LEAVES = frozenset({"weight", "kernel", "embedding", "value"})
-_TIED = "tie_word_embeddings"
-_NOTE = (
-    f"config.json says {_TIED}: true, although the files have an embedding and a head: "
-    "set it to false in OUT, or other programs may use one for both."
-)
-_LANGUAGE_MODEL = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM")
-
 
 class Loaded(NamedTuple):
     """Adapters for a model, and the arrays that replace arrays of the model."""
 
-    adapters: Mapping[str, Adapter]
+    adapters: dict[str, Adapter]
     plan: AdapterPlan
     replaced: Mapping[str, jax.Array]
     modules: Mapping[str, str] = {}
@@ -145,7 +136,7 @@ def load_for(
     placement = find_places(
         checkpoint,
         Places(leaves, matching.names, matching.layout),
-        on_tied="allow",  # `check_ties` has read the settings of the model
+        on_tied="allow",  # the settings of the model have been read
     )
     _check_any(placement, contents.directory, base, matching)
     rows = placement.table().rows
@@ -213,83 +204,12 @@ def check_weights(base: _base.Base, plan: AdapterPlan) -> None:
 
     Raises:
         TypeError: if a weight is not a floating-point array, or too wide for JAX.
-        ValueError: if a shape differs, or an adapter is of one use of a weight.
+        ValueError: if a shape differs.
     """
     plan_checks.check_params(base.spans, plan)
-    uses = [path for path, target in plan.targets.items() if target.use]
-    if uses:
-        raise ValueError(
-            f"{uses[0]!r} is an adapter of one use of a tensor, and a merge would change "
-            "all uses: save a base with a tensor for each use."
-        )
     wide = [name for name in plan.by_leaf() if base.spans[name].dtype == np.float64]
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise TypeError(
             f"at {wide[0]!r}: the weight is float64, which JAX would narrow: set the "
             "environment variable JAX_ENABLE_X64=1."
         )
-
-
-def check_ties(
-    base: _base.Base, names: Iterable[str], embeddings: Collection[str] = ()
-) -> str:
-    """Checks that adapters do not change an embedding that is also the output head.
-
-    Args:
-        base: the model.
-        names: of the modules or arrays that the adapters change.
-        embeddings: the names of embeddings among them, for names that do not show it.
-
-    Returns:
-        A note for the end of the report; empty if there is nothing to note.
-
-    Raises:
-        CheckpointError: if the embedding and the head are one array and the adapters change
-            it, or if the model's files do not say whether they are.
-    """
-    touched = [
-        name
-        for name in names
-        if name in embeddings or _last_word(name) in EMBEDDINGS | HEADS
-    ]
-    tied = _ties(base.settings)
-    if not touched or tied is False:
-        return ""
-    if any(_last_word(name) in HEADS for name in base.spans):
-        return _NOTE if tied else ""
-    if tied is None and not base.settings.get("architectures"):
-        raise tensor_files.CheckpointError(
-            f"the adapter changes {touched[0]!r}, and the model has no lm_head.weight: if "
-            "its embedding and its output head are one array, merging would change both. "
-            f"No config.json beside the weights says it: write {_TIED} into one, false if "
-            "the model has no such head."
-        )
-    if tied is None and not _is_language_model(base.settings):
-        return ""
-    raise tensor_files.CheckpointError(
-        f"the adapter changes {touched[0]!r}, but the embedding and the output head of "
-        f"this model are one array ({_TIED}, and no lm_head.weight): merging would change "
-        f"both. Save the base with a lm_head.weight of its own and {_TIED}: false in "
-        "config.json, and merge into that."
-    )
-
-
-def _last_word(name: str) -> str:
-    """The name of a layer: the last word that is not the name of a leaf."""
-    words = [word for word in re.split(r"[./]", name) if word not in _LEAVES]
-    return words[-1] if words else ""
-
-
-def _ties(settings: dict[str, Any]) -> bool | None:
-    """Whether the settings say that embedding and head are tied; None without a word."""
-    inner = settings.get("text_config")
-    for fields in (settings, inner if isinstance(inner, dict) else {}):
-        if isinstance(fields.get(_TIED), bool):
-            return fields[_TIED]
-    return None
-
-
-def _is_language_model(settings: dict[str, Any]) -> bool:
-    names = settings.get("architectures")
-    names = names if isinstance(names, list) else []
-    return any(_LANGUAGE_MODEL.search(str(name)) for name in names)

@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax._core import checks
 from lora_jax._io import tensor_files, tensor_streams
 from lora_jax.checkpoint import OLD_RECORD
-from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal
+from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal, _ties
 from lora_jax.cli._base import Base
 from lora_jax.cli._blocks import Update
 from lora_jax.cli._fold import Loss
@@ -64,11 +64,7 @@ class Job:
     @functools.cached_property
     def updates(self) -> dict[str, list[Update]]:
         """The adapters of each array by its name."""
-        adapters, plan, *_ = self.loaded
-        return {
-            name: [Update(path, plan.targets[path], adapters[path]) for path in paths]
-            for name, paths in plan.by_leaf().items()
-        }
+        return _ties.find_updates(self.base, self.loaded)
 
     def changes(self, name: str) -> bool:
         """Whether an array is not copied byte for byte."""
@@ -85,20 +81,19 @@ def merge(options: argparse.Namespace) -> int:
     others = _find_others(base, directory)
     keep = _check_out(base, others, directory, out, options.overwrite)
     contents = _adapters.read_contents(directory, options.allow_field, dtype=None)
-    note = _loading.check_ties(base, contents.changed, contents.embeddings)
+    base = _ties.untie(base, contents)
     matching = _loading.read_matching(options)
     loaded = _loading.load_for(contents, base, matching)
     _loading.check_weights(base, loaded.plan)
-    if contents.format == "lora_jax":  # its paths may differ from the names of the tensors
-        note = _loading.check_ties(base, map(loaded.plan.leaf, loaded.plan.entries))
+    note = _ties.check_merge(base, contents, loaded)
     job = Job(base, loaded, others, options.dtype)
     _output.check_space(out.resolve().parent, _size(job))
     if not options.quiet:
-        _terminal.say(*describe(loaded))
+        _terminal.say(*describe(job))
     with _terminal.show_progress(_bytes(base.spans), quiet=options.quiet) as progress:
         losses = _write(job, out, keep, progress)
     more = _loading.report_omissions(contents, loaded)
-    _terminal.say(*report(job, losses, out), *more, *([f"note: {note}"] if note else []))
+    _terminal.say(*report(job, losses, out), *more, *([note] if note else []))
     return 0
 
 
@@ -130,19 +125,21 @@ def _is_wide(dtype: np.dtype) -> bool:
     return checks.is_floating(dtype) and jnp.dtype(dtype).itemsize >= 2
 
 
-def describe(loaded: Loaded) -> list[str]:
+def describe(job: Job) -> list[str]:
     """A table of the modules and the arrays that they are merged into."""
-    modules: dict[str, list[str]] = {}
+    loaded, modules = job.loaded, dict[str, list[str]]()
     for module, path in loaded.modules.items():
         modules.setdefault(path, []).append(module)
     rows = []
-    for path, target in loaded.plan.targets.items():
+    updates = ((name, own) for name, each in job.updates.items() for own in each)
+    for name, (path, target, _) in updates:
         own = modules.get(path, [path])
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         numbers = str(target.rank), f"{target.scale:g}"
         shape = _terminal.format_shape(target.alone.shape)
         axes = loaded.axes.get(path, target.alone.axes)
-        rows.append((own[0] + more, path, shape, axes, target.method, *numbers))
+        tensor = name + target.part
+        rows.append((own[0] + more, tensor, shape, axes, target.method, *numbers))
     for path, array in loaded.replaced.items():
         shape = _terminal.format_shape(array.shape)
         rows.append(("", path, shape, "", "replaced", "", ""))
@@ -175,11 +172,11 @@ def _write_shard(
     path: pathlib.Path,
     progress: _terminal.Progress,
 ) -> dict[str, Loss]:
-    if not any(map(job.changes, file)):
+    spans = job.base.spans_of(file)
+    if not any(map(job.changes, spans)) and spans.keys() == set(file):
         for count in tensor_streams.write_pieces(path, file.read_pieces(_PIECE)):
             progress(count)
         return {}
-    spans = tensor_streams.find_spans(file)
     # Wider dtypes first, as in safetensors, so that all arrays are aligned.
     order = sorted(spans, key=lambda name: -jnp.dtype(job.entries[name].dtype).itemsize)
     entries = {name: job.entries[name] for name in order}
@@ -236,13 +233,17 @@ def _find_others(base: Base, directory: pathlib.Path) -> Others:
 
 
 def _copy_other(job: Job, name: pathlib.Path, path: pathlib.Path) -> None:
-    """Copies a file; a `config.json` gets the new dtype."""
+    """Copies a file; a `config.json` gets what changes in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     source, own = job.base.path / name, name == pathlib.Path(_base.CONFIG)
-    if job.dtype and name.name == _base.CONFIG:
+    unties = own and job.base.copies
+    if unties or (job.dtype and name.name == _base.CONFIG):
         fields = job.base.settings if own else tensor_files.read_json(source)
-        strings = (n for n in _DTYPE_FIELDS if isinstance(fields.get(n), str))
-        fields = fields | dict.fromkeys(strings, job.dtype)
+        if job.dtype:
+            strings = (n for n in _DTYPE_FIELDS if isinstance(fields.get(n), str))
+            fields = fields | dict.fromkeys(strings, job.dtype)
+        if unties:
+            fields = _ties.untied_settings(fields)
         tensor_files.write_text(path, json.dumps(fields, indent=2) + "\n")
     elif own and job.base.config is not None:
         tensor_files.write_bytes(path, job.base.config)
@@ -257,7 +258,8 @@ def _bytes(entries: Mapping[str, Any]) -> int:
 
 def _size(job: Job) -> int:
     """The size of the result in bytes, with headers and an index of the old sizes."""
-    data = _bytes(job.entries) - _bytes(job.base.spans)
+    copied = _bytes({name: job.base.spans[name] for name in job.base.copies})
+    data = _bytes(job.entries) - _bytes(job.base.spans) + copied
     files = [file.path for file in job.base.shards.values()]
     files += [job.base.path / path for path in job.others.copied]
     return data + sum(path.stat().st_size for path in files) + _PIECE

@@ -58,6 +58,7 @@ def test_trained_leaves_are_modules_to_save(tmp_path):
     assert convert(own, tmp_path / "peft", "--to=peft") == 0
     saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert saved["modules_to_save"] == ["head"]
+    assert main(["diff", str(own), str(tmp_path / "peft")]) == 0
 
 
 def test_dtypes_stay_or_are_asked_for(tmp_path, base, capsys):

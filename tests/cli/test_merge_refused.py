@@ -14,7 +14,6 @@ import pytest
 
 from lora_jax._io import tensor_files
 from lora_jax.cli import _base, _output, main
-from tests import support
 from tests.cli import models
 from tests.cli.merging import assert_merged, refuse, run
 
@@ -196,117 +195,6 @@ def test_the_base_is_never_written_to(tmp_path, adapter, capsys):
     assert "is inside of OUT" in line
     line = refuse(capsys, base, adapter, tmp_path / "missing" / "out")
     assert "there is no directory" in line
-
-
-@pytest.mark.parametrize(
-    ("config", "head", "refused"),
-    [
-        ({"tie_word_embeddings": True}, False, True),
-        ({"text_config": {"tie_word_embeddings": True}}, False, True),
-        ({"architectures": ["GemmaForCausalLM"]}, False, True),
-        ({"architectures": ["BertModel"]}, False, False),
-        ({"tie_word_embeddings": False}, False, False),
-        ({"tie_word_embeddings": True}, True, False),
-    ],
-)
-def test_tied_embeddings(tmp_path, config, head, refused, capsys):
-    tensors = models.make_tensors()
-    if not head:
-        del tensors["lm_head.weight"]
-    base = models.write_base(tmp_path / "base", tensors, **config)
-    entries = {
-        "model.embed_tokens.lora_embedding_A": models.draw((2, models.ENTRIES), 1),
-        "model.embed_tokens.lora_embedding_B": models.draw((models.WIDTH, 2), 2),
-    }
-    adapter = models.write_adapter(
-        tmp_path / "adapter", {}, entries, r=2, target_modules=["embed_tokens"]
-    )
-    if refused:
-        line = refuse(capsys, base, adapter, tmp_path / "out")
-        assert "'model.embed_tokens', but the embedding and the output head" in line
-        return
-    assert run(base, adapter, tmp_path / "out") == 0
-    assert ("note: config.json says" in capsys.readouterr().out) == head
-    a, b = entries.values()
-    want = tensors["model.embed_tokens.weight"] + 3 * (b @ a).T.astype(np.float64)
-    got = models.read_model(tmp_path / "out")["model.embed_tokens.weight"]
-    support.assert_close(got, want, 4)
-
-
-@pytest.mark.parametrize("module", ["model.embed_tokens", "model.tok"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_model_that_does_not_say_whether_it_is_tied(tmp_path, module, whole, capsys):
-    tensors = models.make_tensors()
-    del tensors["lm_head.weight"]
-    tensors[f"{module}.weight"] = tensors.pop("model.embed_tokens.weight")
-    base = models.write_base(tmp_path / "base", tensors)
-    (base / "config.json").unlink()
-    entries = {
-        f"{module}.lora_embedding_A": models.draw((2, models.ENTRIES), 1),
-        f"{module}.lora_embedding_B": models.draw((models.WIDTH, 2), 2),
-    }
-    last = module.rpartition(".")[2]
-    adapter = models.write_adapter(
-        tmp_path / "adapter", {}, entries, r=2, target_modules=[last]
-    )
-    out = tmp_path / "out"
-    if whole:
-        base, out = base / "model.safetensors", tmp_path / "out.safetensors"
-    line = refuse(capsys, base, adapter, out)
-    assert f"changes {module!r}, and the model has no lm_head.weight" in line
-    config = tmp_path / "base" / "config.json"
-    config.write_text('{"tie_word_embeddings": false}')
-    assert run(base, adapter, out) == 0
-
-
-@pytest.mark.parametrize("equal", [True, False])
-def test_a_tied_model_of_which_both_arrays_are_saved(tmp_path, equal, factors, capsys):
-    tensors = models.make_tensors()
-    del tensors["lm_head.weight"]
-    base = models.write_base(tmp_path / "base", tensors, tie_word_embeddings=True)
-    shape = models.ENTRIES, models.WIDTH
-    one, other = models.draw(shape, 1), models.draw(shape, 1 if equal else 2)
-    extra = {"model.embed_tokens.weight": one, "lm_head.weight": other}
-    saved = ["embed_tokens", "lm_head"]
-    adapter = models.write_adapter(
-        tmp_path / "adapter", factors, extra, modules_to_save=saved
-    )
-    if not equal:
-        line = refuse(capsys, base, adapter, tmp_path / "out")
-        assert "the embedding and the output head of this model are one array" in line
-        return
-    assert run(base, adapter, tmp_path / "out") == 0
-    tensors["model.embed_tokens.weight"] = one
-    assert_merged(models.read_model(tmp_path / "out"), tensors, factors)
-
-
-def test_an_adapted_head_that_is_tied(tmp_path, capsys):
-    tensors = models.make_tensors()
-    del tensors["lm_head.weight"]
-    base = models.write_base(tmp_path / "base", tensors, tie_word_embeddings=True)
-    head = {"lm_head": (models.ENTRIES, models.WIDTH)}
-    factors = models.make_factors(modules=head)
-    adapter = models.write_adapter(tmp_path / "adapter", factors)
-    line = refuse(capsys, base, adapter, tmp_path / "out")
-    assert "'lm_head', but the embedding and the output head" in line
-
-
-def test_rows_of_a_tied_embedding(tmp_path):
-    tensors = models.make_tensors()
-    del tensors["lm_head.weight"]
-    base = models.write_base(tmp_path / "base", tensors, tie_word_embeddings=True)
-    rows = models.draw((1, models.WIDTH), 10)
-    adapter = models.write_adapter(
-        tmp_path / "adapter",
-        {},
-        {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows},
-        target_modules=["q_proj"],
-        exclude_modules=["q_proj"],
-        trainable_token_indices=[5],
-    )
-    assert run(base, adapter, tmp_path / "out") == 0
-    tensors["model.embed_tokens.weight"][5] = rows
-    assert_merged(models.read_model(tmp_path / "out"), tensors, {})
 
 
 def test_what_is_not_finite_is_refused(tmp_path, factors, capsys):

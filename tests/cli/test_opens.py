@@ -24,6 +24,8 @@ COMMANDS = {
     "merge shards own out": 0,
     "merge shards layers out": 1,
     "merge shards parts out": 0,
+    "merge tied head out": 1,
+    "merge tied use out": 0,
     "convert peft out --to=lora_jax --base=shards": 1,
     "convert layers out --to=peft": 0,
     "diff peft other": 0,
@@ -32,6 +34,7 @@ COMMANDS = {
     "diff peft layers": 1,
     "diff own layers": 1,
     "diff parts own": 1,
+    "diff head use": 1,
     "diff shards whole": 0,
     "diff shards changed": 0,
 }
@@ -66,7 +69,8 @@ OPENS = Opens()
 def folder(tmp_path_factory):
     """Models, and one adapter in each format: `layers` has other paths and layouts.
 
-    `parts` has an adapter of a part, and a trained leaf.
+    `parts` has an adapter of a part, and a trained leaf. `head` and `use` are of the head
+    of `tied`.
     """
     folder = tmp_path_factory.mktemp("opens")
     tensors = models.make_tensors()
@@ -91,6 +95,12 @@ def folder(tmp_path_factory):
     params = {name: tensors[name] for name in (up, norm)}
     options = {"targets": f"{up}[:8]", "axes": {up: "oi"}, "train": norm}
     models.write_own(folder / "parts", params, **options)
+    del tensors["lm_head.weight"]
+    tied = models.write_base(folder / "tied", tensors, 2, tie_word_embeddings=True)
+    shape = models.ENTRIES, models.WIDTH
+    models.write_adapter(folder / "head", models.make_factors(modules={"lm_head": shape}))
+    use = ["convert", f"{folder}/head", f"{folder}/use", "--to=lora_jax"]
+    assert main([*use, f"--base={tied}"]) == 0
     return folder
 
 

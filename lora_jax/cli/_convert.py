@@ -1,14 +1,20 @@
 """`lora-jax convert`: converts adapters from one format to the other."""
 
 import argparse
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 
+import jax
 import numpy as np
 
+from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal, _ties
 from lora_jax.peft.save import save
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.target import VALUE, TrainedLeaf
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -22,14 +28,16 @@ def convert(options: argparse.Namespace) -> int:
     )
     _output.check_place(out, inputs, overwrite=False, own=lambda path: set())
     run = _to_own if options.to == "lora_jax" else _to_peft
-    count, omissions = run(source, out, options)
-    _terminal.say(f"{out}: {count} adapters in the format {options.to}.", *omissions)
+    plan, omissions = run(source, out, options)
+    trained = f" and {len(plan.trained)} full arrays" if plan.trained else ""
+    what = f"{len(plan.targets)} adapters{trained}"
+    _terminal.say(f"{out}: {what} in the format {options.to}.", *omissions)
     return 0
 
 
 def _to_own(
     source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace
-) -> tuple[int, list[str]]:
+) -> tuple[AdapterPlan, list[str]]:
     if options.uniform:
         raise ValueError("--uniform is for --to peft: a plan has all ranks and scales.")
     if options.base is None:
@@ -43,30 +51,42 @@ def _to_own(
     matching = _loading.read_matching(options)
     loaded = _loading.load_for(contents, base, matching)
     adapters, plan = _ties.rejoin(base.copies, base.spans, loaded.adapters, loaded.plan)
-    replaced = loaded.replaced
-    if replaced and (options.strict or not plan.targets):
-        names_of = ", ".join(map(repr, list(replaced)[:3]))
+    trained = {p: own for p, own in loaded.replaced.items() if p in plan.skipped}
+    others = [path for path in loaded.replaced if path not in trained]
+    if others and (options.strict or not (plan.targets or trained)):
         raise tensor_files.CheckpointError(
-            f"{source} has arrays of the model besides the adapters, and the format "
-            f"lora_jax has no place for them: {names_of}. Merge it, or load it in a "
-            "program with lora_jax.peft.load, or leave them out with --no-strict."
+            f"{source} has another base for adapted weights, or an array for one end of a "
+            "tied embedding, and the format lora_jax has no place for it: "
+            f"{tree_paths.listed(others)}. Merge it, or load it in a program with "
+            "lora_jax.peft.load, or leave them out with --no-strict."
         )
-    more = [f"the format lora_jax has no place for {name!r}." for name in replaced]
+    plan = _with_trained(plan, trained)
+    adapters |= {path: {VALUE: array} for path, array in trained.items()}
+    more = [f"the format lora_jax has no place for {name!r}." for name in others]
     loaded = loaded._replace(left_out=[*loaded.left_out, *more])
     with _output.new_directory(out) as new:
         save_adapters(new, adapters, plan, dtype=options.dtype or _dtype(contents))
-    return len(plan.targets), _loading.report_omissions(contents, loaded)
+    return plan, _loading.report_omissions(contents, loaded)
+
+
+def _with_trained(plan: AdapterPlan, trained: Mapping[str, jax.Array]) -> AdapterPlan:
+    """The plan with leaves that are trained without an adapter."""
+    leaves = {path: TrainedLeaf(array.shape) for path, array in trained.items()}
+    config = dataclasses.replace(plan.config, train=tuple(trained))
+    skipped = {path: why for path, why in plan.skipped.items() if path not in trained}
+    return AdapterPlan(config, plan.targets, skipped, plan.uses, plan.total, leaves)
 
 
 def _dtype(contents: _adapters.Contents) -> np.dtype | None:
-    """The common dtype of all arrays of the adapters; None if there are several."""
-    dtypes = set().union(*(adapter.dtypes for adapter in contents.adapters.values()))
+    """The common dtype of all arrays; None if there are several."""
+    dtypes = {np.dtype(whole.dtype) for whole in contents.wholes.values()}
+    dtypes = dtypes.union(*(adapter.dtypes for adapter in contents.adapters.values()))
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _to_peft(
     source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace
-) -> tuple[int, list[str]]:
+) -> tuple[AdapterPlan, list[str]]:
     if options.base is not None:
         raise ValueError("--base is for --to lora_jax: the plan has all shapes.")
     for name, given in (("--prefix", options.prefix), ("--no-strict", not options.strict)):
@@ -79,4 +99,4 @@ def _to_peft(
             new, adapters, plan, names=names, layout=options.layout or "jax",
             dtype=options.dtype, uniform=options.uniform,
         )  # fmt: skip
-    return len(plan.targets), []
+    return plan, []

@@ -51,6 +51,31 @@ def test_there_and_back(tmp_path, base):
     assert main(["diff", str(adapter), str(own)]) == 0
 
 
+def test_full_arrays_go_there_and_back(tmp_path, base, capsys):
+    head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 0)}
+    factors = {
+        n: tuple(x.astype("float16") for x in f) for n, f in models.make_factors().items()
+    }
+    saved = {"modules_to_save": ["lm_head"]}
+    adapter = models.write_adapter(tmp_path / "adapter", factors, head, **saved)
+    own, back = tmp_path / "own", tmp_path / "back"
+    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    assert main(["diff", str(adapter), str(own)]) == 0
+    for name in ("adapter", "own"):
+        source = str(tmp_path / name)
+        assert main(["merge", str(base), source, str(tmp_path / f"from {name}")]) == 0
+    got, want = (models.read_model(tmp_path / f"from {n}") for n in ("own", "adapter"))
+    assert set(got) == set(want)
+    for name, values in want.items():
+        np.testing.assert_array_equal(got[name], values)
+    assert convert(own, back, "--to=peft", "--layout=torch") == 0
+    assert "3 adapters and 1 full arrays in the format peft" in capsys.readouterr().out
+    got, want = models.read_model(back), models.read_model(adapter)
+    assert set(got) == set(want)
+    for name, values in want.items():
+        np.testing.assert_array_equal(got[name], values)
+
+
 def test_trained_leaves_are_modules_to_save(tmp_path):
     params = {"q": {"kernel": jnp.ones((4, 6))}, "head": {"kernel": jnp.ones((6, 2))}}
     own = tmp_path / "own"
@@ -126,12 +151,12 @@ def test_what_cannot_be_converted(tmp_path, base, capsys):
     line = error(capsys, adapter, out, "--to=lora_jax")
     assert "give the model they are for, with --base" in line
     to_own = "--to=lora_jax", f"--base={base}"
-    head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 0)}
-    whole = models.write_adapter(
-        tmp_path / "whole", models.make_factors(), head, modules_to_save=["lm_head"]
-    )
-    line = error(capsys, whole, out, *to_own)
-    assert "has no place for them: 'lm_head.weight'" in line
+    factors, options = models.make_factors(), {"init_lora_weights": "pissa"}
+    changed = models.write_adapter(tmp_path / "changed", factors, **options)
+    line = error(capsys, changed, out, *to_own)
+    assert "has no place for it: 'model.layers." in line
+    assert convert(changed, tmp_path / "listed", *to_own, "--no-strict") == 0
+    assert "has no place for 'model.layers." in capsys.readouterr().out
     out.mkdir()
     (out / "thesis.txt").write_text("dear")
     assert "exists: give another name" in error(capsys, adapter, out, *to_own)
@@ -140,7 +165,7 @@ def test_what_cannot_be_converted(tmp_path, base, capsys):
     line = error(capsys, adapter, tmp_path / "new", *to_own, f"--names={names}")
     assert "'model.q_proj' must have the path of a weight" in line
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("adapter", "base", "names.json", "out", "whole")
+        *("adapter", "base", "changed", "listed", "names.json", "out")
     }
 
 

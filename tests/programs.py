@@ -123,9 +123,12 @@ def float_shapes(program):
 
 
 def are_weights(shapes, plan):
-    """Those that are shaped as an adapted weight or an entry of a stack, turned or not."""
+    """Those that are shaped as an adapted weight, its part or an entry of a stack.
+
+    In any order of the axes.
+    """
     wanted = set()
-    for target in plan.targets.values():
+    for target in (own for t in plan.targets.values() for own in (t, t.alone)):
         entry = [n for i, n in enumerate(target.shape) if i not in target.batch_axes]
         wanted |= {_sides(target.shape), _sides(entry)}
     return [shape for shape in shapes if _sides(shape) in wanted]

@@ -379,7 +379,8 @@ def _check_all_uses(plan: AdapterPlan) -> None:
     """Raises if an adapter is for one kind of use and its weight has other uses."""
     for path, target in plan.targets.items():
         leaf = plan.leaf(path)
-        kinds = {use.kind for use in plan.uses.get(leaf, ())} - {""}
+        uses = plan.uses.get(leaf, ())
+        kinds = {use.kind(target.batch_axes) for use in uses} - {""}
         if target.use and kinds != {target.use}:
             other = "products" if target.use == parts.LOOKUP else "look-ups"
             raise ValueError(

@@ -253,11 +253,12 @@ def _targets(
         axes = _axes_of_uses(config, path, shape, uses.get(path, ()))
     targets = {}
     own = None if uses is None else uses.get(path, ())
-    kinds = [k for k in parts.USES if own is None or any(use.kind == k for use in own)]
+    found = parts.USES if own is None else {use.kind(axes.batch_axes) for use in own}
+    kinds = [kind for kind in parts.USES if kind in found]
     with checks.at_path(path):
         pieces = _pieces(config, patterns, path, shape, kinds)
     for piece in pieces:
-        _check_has_use(piece.use, own)
+        _check_has_use(piece.use, kinds, own or ())
         with checks.at_path(path):
             target = Target(
                 shape=shape,
@@ -280,9 +281,9 @@ def _targets(
     return targets
 
 
-def _check_has_use(use: str, uses: Sequence[Use] | None) -> None:
+def _check_has_use(use: str, kinds: Sequence[str], uses: Sequence[Use]) -> None:
     """Raises unless the function has a use of the kind that is adapted."""
-    if use and uses is not None and not any(own.kind == use for own in uses):
+    if use and use not in kinds:
         what = "look-up of its rows" if use == parts.LOOKUP else "product"
         raise axis_roles.UnsuitableError(
             f"the function has no {what} that '@{use}' would adapt, only {_listed(uses)}"

@@ -41,12 +41,18 @@ class Use(NamedTuple):
         """Whether the axes of the weight could be followed through the use."""
         return not self.merged.startswith(NOT_FOLLOWED)
 
-    @property
-    def kind(self) -> str:
-        """The kind of use: `"product"`, `"lookup"` of rows, or empty for any other."""
+    def kind(self, batch_axes: Sequence[int]) -> str:
+        """The kind of use: `"product"`, `"lookup"` of rows, or empty for any other.
+
+        A use that indexes batch axes takes a layer of a stack.
+
+        Args:
+            batch_axes: of the weight.
+        """
         if {"contracted", "kept"} <= {*self.roles}:
             return parts.PRODUCT
-        return parts.LOOKUP if "indexed" in self.roles else ""
+        roles = [role for i, role in enumerate(self.roles) if i not in batch_axes]
+        return parts.LOOKUP if "indexed" in roles else ""
 
     def __str__(self) -> str:
         roles = ", ".join(role or "unknown" for role in self.roles)

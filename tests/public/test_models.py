@@ -24,3 +24,4 @@ def test_adapted_is_merged(name, method, pytestconfig):
     if method == "dora" and model.no_dora:
         pytest.skip(model.no_dora)
     checks.check(model, use_dora=method == "dora")
+    checks.check_uses(model, use_dora=method == "dora")

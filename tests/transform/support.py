@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from tests import programs
 from tests.support import optimizations
 
 CONFIG = {"rank": 3, "alpha": 6.0}
@@ -104,6 +105,29 @@ def both(fn, params, plan, adapters, *args, dense=None, **options):
 
     with optimizations(False):  # what counts here are values
         return run(adapted), run(reference)
+
+
+def compiled_steps(fn, params, plan, *args, **options):
+    """Training steps of the adapted, the frozen and the merged function."""
+    adapters = trained(params, plan)
+    model = lora_jax.adapt(fn, plan, **options)
+    floating = (i for i, x in enumerate(args, 2) if jnp.issubdtype(x.dtype, jnp.floating))
+    wrt = (0, *floating)
+
+    def step(fn):
+        function = jax.jit(jax.value_and_grad(loss_of(fn), wrt, has_aux=True))
+        return function.lower(adapters, params, *args).compile()
+
+    adapted = step(lambda adapters, params, *args: model(params, adapters, *args))
+    frozen = step(lambda adapters, params, *args: fn(params, *args))
+    dense = step(lambda a, params, *args: fn(merged(params, a, plan), *args))
+    return adapted, frozen, dense
+
+
+def weights_formed(fn, params, plan, *args, **options):
+    """How many arrays of the shape of a weight, or of its part, each of these makes."""
+    texts = [c.as_text() for c in compiled_steps(fn, params, plan, *args, **options)]
+    return [len(programs.are_weights(programs.made_shapes(text), plan)) for text in texts]
 
 
 def assert_same(got, want, tolerance=1e-10):

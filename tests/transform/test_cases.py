@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from tests import programs
 from tests.support import assert_same_bits, normal, optimizations, x64
 from tests.transform.cases import CASES, GRID, NO_DORA, PRODUCTS, inputs
 from tests.transform.support import (
@@ -16,6 +15,7 @@ from tests.transform.support import (
     merged,
     plan_of,
     trained,
+    weights_formed,
 )
 
 METHODS = ("lora", "dora")
@@ -148,32 +148,15 @@ def test_new_adapters_change_no_bit(name):
         assert_same_bits(adapted(params, adapters, *args), case.fn(params, *args))
 
 
-def compiled_steps(case):
-    """Training steps of the adapted, the frozen and the merged function, and the plan."""
-    params, args = inputs(case)
-    plan = plan_of(case.fn, params, *args, **case.config)
-    adapters = trained(params, plan)
-    model = lora_jax.adapt(case.fn, plan, **case.options)
-    floating = (i for i, x in enumerate(args, 2) if jnp.issubdtype(x.dtype, jnp.floating))
-    wrt = (0, *floating)
-
-    def step(fn):
-        function = jax.jit(jax.value_and_grad(loss_of(fn), wrt, has_aux=True))
-        return function.lower(adapters, params, *args).compile().as_text()
-
-    adapted = step(lambda adapters, params, *args: model(params, adapters, *args))
-    frozen = step(lambda adapters, params, *args: case.fn(params, *args))
-    dense = step(lambda a, params, *args: case.fn(merged(params, a, plan), *args))
-    return plan, adapted, frozen, dense
-
-
 @EVERY
 def test_forms_nothing_of_the_shape_of_the_weight(name):
+    case = CASES[name]
     with x64():
-        plan, *texts = compiled_steps(CASES[name])
-    adapted, frozen, dense = (
-        len(programs.are_weights(programs.made_shapes(text), plan)) for text in texts
-    )
+        params, args = inputs(case)
+        plan = plan_of(case.fn, params, *args, **case.config)
+        adapted, frozen, dense = weights_formed(
+            case.fn, params, plan, *args, **case.options
+        )
     assert adapted <= frozen
     if name in ("matmul", "out_in", "fused", "scan", "conv"):  # the test can tell
         assert dense > frozen

@@ -19,6 +19,7 @@ from tests.transform.support import (
     merged,
     plan_of,
     trained,
+    weights_formed,
 )
 from tests.transform.test_cases import DORA_GRADIENTS, inputs
 
@@ -168,6 +169,22 @@ def test_ranks_and_alphas_by_layer(method):
     }
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_forms_nothing_of_the_shape_of_a_part(name):
+    fn, shapes, targets = PARTS[name]
+    stacked = {  # five layers and rank 7: no factor has the shape of a part
+        path: (5, *shape[1:]) if shape[0] == LAYERS else shape
+        for path, shape in shapes.items()
+    }
+    with x64():
+        params = {path: normal(*shape) for path, shape in stacked.items()}
+        x = normal(5, 8)
+        plan = plan_of(fn, params, x, targets=targets, rank=7)
+        adapted, frozen, dense = weights_formed(fn, params, plan, x)
+    assert adapted <= frozen
+    assert dense > frozen or name == "key of Gemma"  # XLA folds the axes of its merge
+
+
 def test_layers_outside_of_a_part_keep_their_program():
     """A Python loop over layers has products with the factors where they are adapted."""
     params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, jnp.ones((5, 8))
@@ -300,6 +317,21 @@ def test_one_use_of_a_tied_table(fn, name, method):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("fn", [tied, called, sampled])
+def test_uses_form_nothing_of_the_shape_of_the_table(fn):
+    def model(params, tokens):
+        return fn(params["table"], params["table"], params["w"], tokens)
+
+    with x64():
+        params = {"table": normal(20, 8), "w": normal(8, 8, seed=1)}
+        plan = plan_of(
+            model, params, np.arange(6), targets=(*USES["each with its own"], "w")
+        )
+        adapted, frozen, dense = weights_formed(model, params, plan, np.arange(6))
+    assert adapted <= frozen
+    assert dense > frozen
+
+
 def _model(params, tokens):
     return tied(params["table"], params["table"], params["w"], tokens)
 
@@ -356,6 +388,17 @@ def test_a_use_of_neither_kind_is_an_error(table, fn, primitive, method):
     plan = plan_of(fn, table, tokens, **config, use_dora=method == "dora")
     with pytest.raises(ValueError, match=f"`({primitive})`.*neither a look-up"):
         lora_jax.adapt(fn, plan, on_merge="allow")(table, trained(table, plan), tokens)
+
+
+def test_a_layer_of_a_stack_is_no_look_up():
+    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, np.ones((5, 8), "float32")
+    with pytest.raises(ValueError, match="no look-up of its rows that '@lookup'"):
+        plan_of(unrolled, params, x, targets="up@lookup")
+    plan = plan_of(unrolled, params, x, targets="up@product")
+    adapters = trained(params, plan)
+    whole = lora_jax.merge_adapters(params, adapters, plan)  # there is no other use
+    out = lora_jax.adapt(unrolled, plan)(params, adapters, x)
+    assert_same(out, unrolled(whole, x), 1e-5)
 
 
 def test_a_use_that_is_missing_counts_as_unused(table):

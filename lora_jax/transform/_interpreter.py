@@ -32,6 +32,9 @@ _OPEN = named(lambda row: row.keeps_vectors or row.is_entrywise) | {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
 
+# They scale a table before it is used. Rows of a table are merged for them.
+_SCALE = frozenset({"div", "mul"})
+
 # Vectors, such as one column of a weight, are merged except for these primitives.
 _KEEP_VECTOR = named(lambda row: row.keeps_vectors)
 
@@ -122,6 +125,10 @@ def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:
     chosen = []
     for i, value in enumerate(values):
         if isinstance(value, Factored) and value.has_uses:
+            is_table = not value.gathered and not context.is_vector(value)
+            if name in _SCALE and is_table:
+                chosen.append(value)
+                continue
             others = zip(equation.invars, values, strict=True)
             is_input = value.gathered and all(
                 context.is_constant_atom(other, own)
@@ -130,7 +137,7 @@ def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:
             )
             if name in _PRODUCTS and not is_input:
                 value = value.for_use(PRODUCT)
-            elif is_input or value.gathered or context.is_vector(value):
+            elif is_input or not is_table:
                 value = value.for_use(LOOKUP)
             else:
                 context.refuse_use(value, equation)

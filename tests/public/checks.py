@@ -159,7 +159,8 @@ def check_uses(model: Model, **config) -> None:
     same(model, of_both, outputs)
     for path in tied:
         own = [gradients[f"{path}@{use}"] for use in parts.USES]
-        same(model, *map(jax.tree.leaves, (jax.tree.map(jnp.add, *own), of_whole[path])))
+        total = jax.tree.map(jnp.add, *own)
+        same(model, jax.tree.leaves(total), jax.tree.leaves(of_whole[path]))
         looked_up = {*np.ravel(args[-1]).tolist()}
         every = {*range(whole.targets[path].shape[axis_of_rows(whole, path)])}
         assert [reached(one, whole, path) for one in own] == [looked_up, every]

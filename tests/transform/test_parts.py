@@ -275,6 +275,12 @@ def stated(looked_up, multiplied, w, tokens):
     return head(jnp.tanh(looked_up[tokens] @ w), multiplied)
 
 
+def scaled(looked_up, multiplied, w, tokens):
+    """Both are scaled before they are used."""
+    rows = (looked_up * 0.5)[tokens]
+    return jnp.tanh(rows @ w) @ (-multiplied / 3.0).T
+
+
 USES = {
     "the look-ups": ("table@lookup",),
     "the products": ("table@product",),
@@ -285,7 +291,7 @@ USES = {
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("name", USES)
-@pytest.mark.parametrize("fn", [tied, called, sampled, stated])
+@pytest.mark.parametrize("fn", [tied, called, sampled, stated, scaled])
 def test_one_use_of_a_tied_table(fn, name, method):
     if method == "dora" and "[" in USES[name][0]:
         pytest.skip("DoRA takes all of the inputs, see test_parts")
@@ -317,7 +323,7 @@ def test_one_use_of_a_tied_table(fn, name, method):
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("fn", [tied, called, sampled])
+@pytest.mark.parametrize("fn", [tied, called, sampled, scaled])
 def test_uses_form_nothing_of_the_shape_of_the_table(fn):
     def model(params, tokens):
         return fn(params["table"], params["table"], params["w"], tokens)

@@ -48,16 +48,19 @@ def make_adapters(
     replaced: Replaced,
 ) -> dict[str, Placed]:
     """The adapters by path, in the order of the leaves."""
-    by_path: dict[str, list[Site]] = {}
+    by_path: dict[str, dict[str, list[Site]]] = {}
     for site in sites.values():
-        by_path.setdefault(site.path, []).append(site)
+        of_leaf = by_path.setdefault(site.path, {})
+        of_leaf.setdefault(site.suffix, []).append(site)
     config, modules = checkpoint.config, checkpoint.entries.modules
     placed = {}
-    for path in places.leaves:
-        if path not in by_path:
-            continue
+    for path, suffix, own_sites in (
+        (leaf, *each)
+        for leaf in places.leaves
+        for each in sorted(by_path.get(leaf, {}).items())
+    ):
         matrices = {}
-        for site in by_path[path]:
+        for site in own_sites:
             module = modules[site.module]
             scale = config.scale_of(site.name)
             arrays = {
@@ -69,9 +72,10 @@ def make_adapters(
             own = from_peft(module.kind, site.own_axes, module.experts, arrays)
             matrices[site.indices] = own, scale
         if config.changes_base:
-            _change_bases(config, by_path[path], modules, replaced)
-        kind = modules[by_path[path][0].module].kind
-        placed[path] = _stacked_adapter(config, places, by_path[path][0], kind, matrices)
+            _change_bases(config, own_sites, modules, replaced)
+        first = own_sites[0]
+        kind = modules[first.module].kind
+        placed[path + suffix] = _stacked_adapter(config, places, first, kind, matrices)
     return placed
 
 
@@ -106,6 +110,7 @@ def _stacked_adapter(
         in_axes=groups["i"],
         out_axes=groups["o"],
         batch_axes=groups["b"],
+        use=site.use,
     )
     given = places.gives_axes(site.name) or places.gives_axes(site.module)
     return Placed(arrays, target, use_of(kind, site.axes, given))
@@ -322,21 +327,26 @@ def make_plan(
 ) -> AdapterPlan:
     """The plan of the adapters of a checkpoint."""
     targets = {path: own.target for path, own in placed.items()}
+    of_leaf = {path: path.removesuffix(own.suffix) for path, own in targets.items()}
+    adapted = {*of_leaf.values()}
+    uses = {**places.known.uses}
+    for path, own in placed.items():  # the uses of a tied leaf are those of the function
+        if not own.target.use or of_leaf[path] not in places.known.uses:
+            uses[of_leaf[path]] = (own.use,)
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     return AdapterPlan(
-        config=_lora_config(config, targets),
+        config=_lora_config(config, targets, of_leaf),
         targets=targets,
-        skipped={p: _NOT_ADAPTED for p in places.leaves if p not in targets},
-        uses={
-            **places.known.uses,
-            **{path: (own.use,) for path, own in placed.items() if own.use},
-        },
+        skipped={p: _NOT_ADAPTED for p in places.leaves if p not in adapted},
+        uses=uses,
         total=selection.count(leaves.values()),
     )
 
 
-def _lora_config(config: PeftConfig, targets: Mapping[str, Target]) -> LoraConfig:
-    """A config that gives the same plan."""
+def _lora_config(
+    config: PeftConfig, targets: Mapping[str, Target], of_leaf: Mapping[str, str]
+) -> LoraConfig:
+    """A config that gives the same plan, but for a leaf with two readings of its axes."""
     alphas = {
         path: target.scale * (math.sqrt(target.rank) if config.use_rslora else target.rank)
         for path, target in targets.items()
@@ -349,7 +359,7 @@ def _lora_config(config: PeftConfig, targets: Mapping[str, Target]) -> LoraConfi
         alpha_pattern={
             p: a for p, a in alphas.items() if not math.isclose(a, config.lora_alpha)
         },
-        axes={path: target.axes for path, target in targets.items()},
+        axes={of_leaf[path]: target.axes for path, target in targets.items()},
         rank_stabilized=config.use_rslora,
         use_dora=config.use_dora,
         dropout=config.lora_dropout,

@@ -45,8 +45,7 @@ class Reading(NamedTuple):
 class Site(NamedTuple):
     """Where the array of a module is: a leaf, or an index on some axes of a leaf.
 
-    `load` finds sites and `save` writes from them. What else limits a module to a part of a
-    leaf is a further field: a slice of an axis, or one use of the leaf.
+    `load` finds sites and `save` writes from them.
     """
 
     module: str
@@ -63,6 +62,13 @@ class Site(NamedTuple):
     """The axes that `indices` are on."""
     fields: tuple[str, ...] = ()
     """The name of the number that each index is in the module's name."""
+    use: str = ""
+    """The use of the leaf that the module is, `"lookup"` or `"product"`; empty for all."""
+
+    @property
+    def suffix(self) -> str:
+        """What follows the path in the path of a target, as in `Target`."""
+        return f"@{self.use}" if self.use else ""
 
     @property
     def own_axes(self) -> str:

@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import LAYOUTS, Layout
-from lora_jax.peft.name_table import Given, NamesArgument, by_mask, parse_given
+from lora_jax.peft.name_table import (
+    Given,
+    NamesArgument,
+    by_mask,
+    parse_given,
+    split_use,
+)
 from lora_jax.peft.names import (
     BIAS,
     WEIGHT,
@@ -24,7 +31,7 @@ from lora_jax.peft.names import (
     split_path,
     template_fields,
 )
-from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan import axis_roles, parts, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Use
 from lora_jax.transform import discovery
 
@@ -85,12 +92,25 @@ class Known(NamedTuple):
 
     def tie(self, path: str) -> tuple[Use, Use] | None:
         """Two uses with inputs and outputs swapped, as of a tied head; None if none."""
+        return next(self._ties(path), None)
+
+    def _ties(self, path: str) -> Iterator[tuple[Use, Use]]:
         sides = [(use, *_sides(use)) for use in self.uses.get(path, ())]
         for use, inputs, outputs in sides:
             for other, other_inputs, other_outputs in sides:
                 if inputs & other_outputs and outputs & other_inputs:
-                    return use, other
-        return None
+                    yield use, other
+
+    def side(self, path: str, kind: Kind) -> str:
+        """The use of a tied leaf that a module of some kind is: a look-up or a product.
+
+        Empty if the leaf is not tied, or two uses with inputs and outputs swapped are both
+        products.
+        """
+        ties = [*self._ties(path)]
+        if not ties or any(one.kind == other.kind for one, other in ties):
+            return ""
+        return parts.LOOKUP if kind == "embedding" else parts.PRODUCT
 
 
 class Places:
@@ -160,6 +180,9 @@ class Places:
             return None
         key, given = found
         self._used.add(key)
+        path, use = split_use(given.path)
+        if given.path not in self.leaves and path in self.leaves:
+            return given._replace(path=path, use=use)
         if given.path not in self.leaves:
             hint = self.hint(given.path)
             raise CheckpointError(
@@ -230,7 +253,7 @@ class Places:
     def _has(self, path: str) -> bool:
         """Whether params have a leaf at a path, or at one of a template."""
         if not is_template(path):
-            return path in self.leaves
+            return path in self.leaves or split_use(path)[0] in self.leaves
         leaves = self._masks.get(mask_numbers(path), ())
         return any(numbers_in(path, leaf) is not None for leaf in leaves)
 
@@ -305,7 +328,7 @@ def find_known(
     leaves = tree_paths.leaf_paths(params)
     if plan is not None:
         plan_checks.check_params(leaves, plan)
-        targets = {path: target.axes for path, target in plan.targets.items()}
+        targets = {plan.leaf(path): own.axes for path, own in plan.targets.items()}
         return Known(_letters(leaves, plan.uses) | targets, plan.uses, "the plan")
     if fn is None:
         return Known()

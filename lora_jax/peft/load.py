@@ -33,6 +33,7 @@ from lora_jax.peft.mismatches import (
     shared_leaves,
     tied_adapters,
     tied_arrays,
+    without_frozen,
     without_twins,
 )
 from lora_jax.peft.name_table import NamesArgument, NameTable, Row
@@ -70,9 +71,11 @@ class Placement(NamedTuple):
             given = site.path in self.places.known.axes
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
             given |= site.stack != tuple(sorted(site.stack))
-            _, name, path, axes, indices, stack, fields = site
+            _, name, path, axes, indices, stack, fields, _ = site
             shape = self.places.shape(path)
-            rows[name] = Row(name, path, indices, shape, axes, given, stack, fields)
+            rows[name] = Row(
+                name, path + site.suffix, indices, shape, axes, given, stack, fields
+            )
         return NameTable.of(rows)
 
 
@@ -96,8 +99,9 @@ def find_places(
         with problems.collecting():
             check(module)
             modules[name] = module
-    sites = find_sites(places, modules, config, problems)
-    if on_tied == "error":
+    separate = on_tied == "error"
+    sites = find_sites(places, modules, config, problems, splits_ties=separate)
+    if separate:
         kinds = {name: module.kind for name, module in modules.items()}
         wrong = tied_adapters(places, sites.values(), kinds, config)
         problems.lines += wrong.values()
@@ -173,7 +177,7 @@ def _put_full(
     """
     config, read = checkpoint.config, checkpoint.arrays.read
     arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
-    arrays = without_twins(places, arrays)
+    arrays = without_twins(places, without_frozen(places, sites, arrays))
     full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
     if on_tied == "error":
         twins = checkpoint.entries.wholes.keys() - arrays.keys()
@@ -247,9 +251,11 @@ def load(
             checkpoint's `fan_in_fan_out`. None: `"jax"`, and an error for square weights
             that may have either layout.
         on_tied: what to do if the file has an adapter or a trained array of the embedding
-            or the output head, and one leaf is both (tied) or may be both: raise an error
-            (`"error"`), or let it act on both (`"allow"`). The function shows which leaves
-            are tied.
+            or the output head, and one leaf is both (tied) or may be both. `"error"`: if
+            the function looks rows of the leaf up and multiplies by it, an adapter becomes
+            a target of one of both, `"table@lookup"` or `"table@product"`, and so it does
+            if `names` has such a path. All else is an error. `"allow"`: adapters and arrays
+            act on both.
         strict: whether entries without a leaf, and target weights without entries, raise an
             error. Otherwise they are left out, with a warning.
         dtype: of the adapters, including magnitudes. None for float32, or float64 where the

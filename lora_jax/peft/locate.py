@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.keys import Kind, Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,
@@ -22,14 +22,17 @@ from lora_jax.peft.layout import (
 from lora_jax.peft.leaves import Places, Problems, agrees
 from lora_jax.peft.name_table import Given
 from lora_jax.peft.names import (
+    HEADS,
     WEIGHT,
     Found,
     Numbers,
     lacking_fields,
+    last_word,
     name_indices,
     split_name,
     split_path,
 )
+from lora_jax.plan.parts import LOOKUP, PRODUCT
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention
 _WEIGHTS = (WEIGHT, "")
@@ -49,6 +52,8 @@ class Claim(NamedTuple):
     """Further ways, if the leaf is transposed."""
     by_shape: bool = False
     """Whether only the shape shows the way."""
+    use: str = ""
+    """As in `Site`."""
 
     @property
     def indices(self) -> Index:
@@ -65,7 +70,9 @@ class Claim(NamedTuple):
             numbers = self.numbers
         fields = tuple(field for field, _ in numbers)
         axes, stack = reading
-        return Site(self.module, self.name, self.path, axes, self.indices, stack, fields)
+        return Site(
+            self.module, self.name, self.path, axes, self.indices, stack, fields, self.use
+        )
 
 
 def fitting(
@@ -120,6 +127,8 @@ def find_sites(
     modules: Mapping[str, Module],
     config: PeftConfig,
     problems: Problems,
+    *,
+    splits_ties: bool = True,
 ) -> dict[str, Site]:
     """Finds the site of each module.
 
@@ -129,6 +138,7 @@ def find_sites(
         config: of the checkpoint.
         problems: collects the modules without a site, with several, or with one that
             another module has.
+        splits_ties: whether a module is one use of a tied leaf, if that can be told.
 
     Returns:
         The sites by the names of the modules.
@@ -138,7 +148,7 @@ def find_sites(
         owner = nesting(name)[0] if module.kind == "experts" else name
         owners.setdefault(owner, []).append(module)
     parameters = Parameters(config.target_parameters or ())
-    by_path: dict[str, list[Claim]] = {}
+    by_leaf: dict[tuple[str, str], list[Claim]] = {}
     for owner, own in owners.items():
         with problems.collecting():
             if own[0].kind == "experts":
@@ -146,17 +156,21 @@ def find_sites(
             else:
                 claims = [_find_module(places, own[0], config.fan_in_fan_out)]
             for claim in claims:
-                by_path.setdefault(claim.path, []).append(claim)
-    by_path = {path: _alike(claims, modules, problems) for path, claims in by_path.items()}
-    places.claimed |= by_path.keys()
+                use = claim.use
+                if splits_ties and not use:
+                    use = places.known.side(claim.path, modules[claim.module].kind)
+                claims = by_leaf.setdefault((claim.path, use), [])
+                claims.append(claim._replace(use=use))
+    by_leaf = {leaf: _alike(claims, modules, problems) for leaf, claims in by_leaf.items()}
+    places.claimed |= {path for path, _ in by_leaf}
     places.shown |= {
         places.family(path)
-        for path, claims in by_path.items()
+        for (path, _), claims in by_leaf.items()
         if modules[claims[0].module].kind != "embedding"
         and all(claim.by_shape and not claim.turned for claim in claims)
     }
     sites: dict[str, Site] = {}
-    for claims in by_path.values():
+    for claims in by_leaf.values():
         with problems.collecting():
             reading = _one_reading(places, claims)
             sites |= {claim.module: claim.site(reading) for claim in claims}
@@ -189,8 +203,9 @@ def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> Non
         raise CheckpointError(
             f"{one.module!r} and {other.module!r} have an adapter each, and both "
             f"are {one.path!r}, which is tied: an adapter of that leaf would act on both. "
-            "Give params in which the embedding and the output head are two leaves, and a "
-            "function that uses both."
+            "Give the function (fn, *args) that looks rows up and multiplies by the leaf, "
+            f"or names={{{_side_name(one, kinds[0])}, {_side_name(other, kinds[1])}}}, "
+            "or params in which the embedding and the output head are two leaves."
         )
     if kinds[0] != kinds[1] or len(one.numbers) != len(other.numbers):
         raise CheckpointError(
@@ -198,6 +213,12 @@ def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> Non
             f"first as {kinds[0]!r} with the axes {one.readings[0].axes!r}, the other as "
             f"{kinds[1]!r} with {other.readings[0].axes!r}: give names={{module: path}}."
         )
+
+
+def _side_name(claim: Claim, kind: Kind) -> str:
+    """The entry of `names` that makes a module one use of its leaf."""
+    use = LOOKUP if kind == "embedding" else PRODUCT
+    return f"{claim.name!r}: {f'{claim.path}@{use}'!r}"
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:
@@ -256,6 +277,9 @@ def _find_module(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
     read = _reader(places, module, name, fan_in_fan_out)
     claims = fitting(name, near, read)
     claims = claims or fitting(name, places.search((*words, _FUSED), ("",)), read)
+    if not claims and last_word(name) in HEADS and module.kind == "linear":
+        tied = (path for path in places.leaves if places.known.side(path, "linear"))
+        claims = fitting(name, [Found(path, ()) for path in tied], read)
     return only(module.name, claims, lambda: _not_found(places, module, near))
 
 
@@ -326,7 +350,13 @@ def _find_given(
         indices = tuple(number for _, number in given.numbers)
         axes = f", with the axes {given.axes!r}" if given.axes is not None else ""
         raise _not_found(places, module, [Found(given.path, indices)], axes)
-    return claim
+    if given.use and (given.use == LOOKUP) != (module.kind == "embedding"):
+        raise CheckpointError(
+            f"names has the use {given.use!r} of {given.path!r} for {module.name!r}, which "
+            f"is of the kind {module.kind!r}: an embedding is a look-up, and any other "
+            "module a product."
+        )
+    return claim._replace(use=given.use)
 
 
 def _find_parameters(

@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig, saved_in
 from lora_jax.peft.keys import Entries, Kind, Module, missing_parameters, without_wrapper
-from lora_jax.peft.layout import Site, same_bits
+from lora_jax.peft.layout import SWAPPED, Site, from_torch, same_bits
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.names import (
     BIAS,
@@ -28,6 +30,7 @@ from lora_jax.peft.names import (
     split_path,
 )
 from lora_jax.peft.rules import Rules, chooses_by_name
+from lora_jax.plan.parts import LOOKUP
 
 OnTied = Literal["error", "allow"]
 ON_TIED = ("error", "allow")
@@ -233,7 +236,7 @@ def tied_adapters(
     lines: dict[str, str] = {}
     for site in sites:
         kind = kinds[site.module]
-        if kind in ("embedding", "linear"):
+        if kind in ("embedding", "linear") and not site.use:
             own = _side(site.name, site.path, config)
             last = last_word(site.name)
             if kind == "embedding" and _TOKENS.search(last) and not _NO_TOKEN.search(last):
@@ -302,6 +305,30 @@ def _both(one: str, other: str, path: str) -> str:
     )
 
 
+def without_frozen(
+    places: Places, sites: Mapping[str, Site], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Leaves out tied weights with adapters of one use, which are saved and not changed.
+
+    PEFT saves embeddings with adapters whole. An array that differs from the leaf is kept,
+    and so are all arrays if the params have no values.
+    """
+    frozen = set()
+    for site in sites.values():
+        name, leaf = f"{site.name}.{WEIGHT}", places.leaves[site.path]
+        if (
+            site.use
+            and name in arrays
+            and not isinstance(leaf, jax.ShapeDtypeStruct | Tracer)
+        ):
+            values = np.asarray(leaf)
+            axes = site.own_axes.translate(SWAPPED if site.use == LOOKUP else {})
+            array = from_torch(arrays[name], values.shape, axes)
+            if same_bits(array.astype(values.dtype), values):
+                frozen.add(name)
+    return {name: array for name, array in arrays.items() if name not in frozen}
+
+
 def without_twins(
     places: Places, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -356,15 +383,16 @@ def _tied(
     checkpoint uses it as an embedding.
     """
     tie = places.known.tie(path)
-    advice = (
+    apart = (
         "Give params in which the embedding and the output head are two leaves, and a "
         "function that uses both; or give on_tied='allow' if "
     )
+    advice = f"Give the function (fn, *args), which shows the use of each. {apart}"
     if tie is not None:
         yield (
             f"{module!r} is one of two modules that share {path!r}, which "
             f"{places.known.source} uses in two ways, {tie[0]} and {tie[1]}: what the file "
-            f"has would act on both. {advice}it is to act on both"
+            f"has would act on both. {apart}it is to act on both"
         )
         return
     if not side or places.known.uses:
@@ -382,9 +410,8 @@ def _tied(
     elif not any(_may_be(places, leaf, path, other) for leaf in places.leaves):
         yield (
             f"{module!r} is {path!r}, and no leaf of the params is an {other}: if this one "
-            "is used as that too (tied), what the file has would act on both. Give the "
-            f"function (fn, *args), which shows whether it is. {advice}it is not, or is "
-            "to act on both"
+            f"is used as that too (tied), what the file has would act on both. {advice}it "
+            "is not, or is to act on both"
         )
 
 

@@ -1,6 +1,7 @@
 """The modules of PEFT that adapters and full leaves become."""
 
-from collections.abc import Collection, Iterable, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import Layout, Site, first_axes, to_matrix
 from lora_jax.peft.name_table import Naming, sites_of
 from lora_jax.peft.names import BIAS, WEIGHT, is_convolution, is_embedding, split_path
-from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
+from lora_jax.plan.parts import LOOKUP, PRODUCT
 
 _WRAPPED = ".base_layer"
 
@@ -42,7 +44,7 @@ def saved_modules(
     """Converts an adapter to the modules of PEFT.
 
     Args:
-        path: of the weight.
+        path: of the target.
         adapter: of the plan.
         plan: the plan.
         names: the names that the caller gave.
@@ -51,13 +53,15 @@ def saved_modules(
     Raises:
         ValueError: if PEFT cannot represent it, or names are missing.
     """
-    target = plan.targets[path]
+    leaf, target = plan.leaf(path), plan.targets[path]
     arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
+    target, arrays = _as_used(target, arrays, plan.uses.get(leaf, ()))
+    _check_named(leaf, target, names)
     modules = []
-    for site in sites_of(path, names, target.shape, target.axes, layout):
+    for site in sites_of(leaf, names, target.shape, target.axes, layout, target.use):
         stack = tuple(target.batch_axes.index(axis) for axis in site.stack)
         entries = {e: first_axes(v, stack)[site.indices] for e, v in arrays.items()}
-        kind, axes = _kind(site, plan, layout), site.own_axes
+        kind, axes = _kind(site, target, plan, layout), site.own_axes
         modules.append(
             SavedModule(
                 site=site,
@@ -70,14 +74,60 @@ def saved_modules(
     return modules
 
 
-def _kind(site: Site, plan: AdapterPlan, layout: Layout) -> Kind:
+def _as_used(
+    target: Target, arrays: Mapping[str, np.ndarray], uses: Sequence[Use]
+) -> tuple[Target, Mapping[str, np.ndarray]]:
+    """The target of one use of a weight, with the inputs and outputs of this use.
+
+    A plan may have those of another use, as of a tied leaf.
+
+    Raises:
+        ValueError: if there are magnitudes, which belong to the outputs.
+    """
+    inputs = {
+        axis
+        for use in uses
+        if use.kind == target.use
+        for axis, role in enumerate(use.roles)
+        if role in ("contracted", "indexed")
+    }
+    if not target.use or inputs != {*target.out_axes}:
+        return target, arrays
+    if "m" in arrays:
+        raise ValueError(
+            f"the target is a {target.use}, whose outputs are the axes {target.in_axes}, "
+            f"and its magnitudes belong to the axes {target.out_axes}: PEFT cannot "
+            "represent them."
+        )
+    turned = dataclasses.replace(target, in_axes=target.out_axes, out_axes=target.in_axes)
+    return turned, {"A": arrays["B"].swapaxes(-1, -2), "B": arrays["A"].swapaxes(-1, -2)}
+
+
+def _check_named(path: str, target: Target, names: Naming) -> None:
+    """Raises for a product with an embedding whose name is not given.
+
+    The path gives the name of the embedding, and PEFT has another module for the head.
+    """
+    named = any(names.of(path, target.use))
+    if (
+        target.use == PRODUCT
+        and not named
+        and is_embedding(split_path(path).words[-1], path)
+    ):
+        raise ValueError(
+            "the target is the product with an embedding, which is another module in "
+            f"PEFT: give names={{'lm_head': '{path}@{PRODUCT}'}}."
+        )
+
+
+def _kind(site: Site, target: Target, plan: AdapterPlan, layout: Layout) -> Kind:
     """The kind of a module, by the uses in the plan, or by its axes and its name."""
-    axes, dora = site.own_axes, plan.targets[site.path].method == "dora"
+    axes, dora = site.own_axes, target.method == "dora"
     if "b" in axes:
         if dora or axes.count("b") > 1:
             raise ValueError(
                 "PEFT has stacks of experts along one axis and without DoRA, got a "
-                f"{plan.targets[site.path].method!r} adapter with the axes {axes!r}: give "
+                f"{target.method!r} adapter with the axes {axes!r}: give "
                 "a name with {} to save each expert as a module of its own."
             )
         return "experts"
@@ -85,12 +135,16 @@ def _kind(site: Site, plan: AdapterPlan, layout: Layout) -> Kind:
         if dora:
             raise ValueError(f"PEFT has no DoRA for a parameter, {site.name!r}.")
         return "experts"
-    primitives = {use.primitive for use in plan.uses.get(site.path, ())}
+    uses = plan.uses.get(site.path, ())
+    primitives = {use.primitive for use in uses if target.use in ("", use.kind)}
+    if target.use == LOOKUP:
+        return "embedding"
     if "gather" in primitives and len(primitives) > 1:
         raise ValueError(
             "the weight is an embedding and a matrix of a product, such as a tied output "
-            "head, and a LoRA module of PEFT is one of both: merge the adapters instead, "
-            "or save the merged weight in `replaced`."
+            "head, and a LoRA module of PEFT is one of both: adapt one of both "
+            f"('{site.path}@{LOOKUP}' or '@{PRODUCT}'), merge the adapters, or save the "
+            "merged weight in `replaced`."
         )
     if "gather" in primitives:
         return "embedding"
@@ -130,11 +184,14 @@ class SavedFull:
         adapted: Iterable[SavedModule],
     ) -> None:
         self._plan, self._names = plan, names
+        self._targets = {
+            leaf: plan.targets[paths[0]] for leaf, paths in plan.by_leaf().items()
+        }
         self._layout: Layout = layout
         self._adapted = {module.name: module for module in adapted}
         self._weights = {
             split_path(path).words: path
-            for path in (*plan.targets, *plan.skipped)
+            for path in (*plan.by_leaf(), *plan.skipped)
             if split_path(path).leaf == WEIGHT
         }
         self._biases = {
@@ -165,7 +222,7 @@ class SavedFull:
         for path in paths:
             words = split_path(path)
             bias = self._biases.get(words.words)
-            if words.leaf != WEIGHT or bias is None or path in self._plan.targets:
+            if words.leaf != WEIGHT or bias is None or path in self._targets:
                 continue
             if bias not in paths:
                 raise ValueError(
@@ -204,8 +261,8 @@ class SavedFull:
     def _sites_of(self, owner: str, array: np.ndarray) -> list[Site]:
         """The modules of a leaf, by the names that its weight has."""
         shape, axes = array.shape, self._names.axes(owner)
-        if owner in self._plan.targets:
-            target = self._plan.targets[owner]
+        if owner in self._targets:
+            target = self._targets[owner]
             shape, axes = target.shape, target.axes
         elif not self._names.has(owner):
             axes = "?" * array.ndim

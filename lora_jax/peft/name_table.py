@@ -23,6 +23,7 @@ from lora_jax.peft.names import (
     template_fields,
     template_parts,
 )
+from lora_jax.plan.parts import USES
 
 __all__ = ["NameTable"]
 
@@ -44,25 +45,35 @@ class Naming:
 
     def __init__(self, names: SaveNames) -> None:
         self._names = names
-        self._by_mask: dict[str, list[tuple[str, str, str]]] = {}
+        self._by_mask: dict[str, list[tuple[str, str, str, str]]] = {}
         self._places: dict[str, int] = {}
         given = names if isinstance(names, Mapping) else {}
         for place, (name, value) in enumerate(given.items()):
             path, axes = (value, "") if isinstance(value, str) else value
-            self._by_mask.setdefault(mask_numbers(path), []).append((name, path, axes))
+            path, use = split_use(path)
+            entry = name, path, axes, use
+            self._by_mask.setdefault(mask_numbers(path), []).append(entry)
             self._places.setdefault(mask_numbers(name), place)
 
-    def of(self, path: str) -> Iterator[tuple[str, str]]:
-        """The names or templates of a path, each with the letters of axes, if given."""
+    def of(self, path: str, use: str = "") -> Iterator[tuple[str, str]]:
+        """The names or templates of a path, each with the letters of axes, if given.
+
+        Args:
+            path: of the leaf.
+            use: of a target. A name that is given for this use goes before others.
+        """
         if self._names is None:
             return
         if not isinstance(self._names, Mapping):
-            name = self._names(path)
+            name = self._names(f"{path}@{use}" if use else path)
             if not isinstance(name, str):
                 raise TypeError(f"names must return the name of a module, got {name!r}.")
             yield name, ""
             return
-        for name, own, axes, numbers in self._matching(path):
+        found = [each for each in self._matching(path) if each[-1] in ("", use)]
+        for name, own, axes, numbers, own_use in found:
+            if own_use != use and any(each[-1] == use for each in found):
+                continue
             fields = template_fields(own)
             if len(fields) > len(template_fields(name)):
                 raise ValueError(
@@ -71,12 +82,12 @@ class Naming:
             pairs = tuple(zip(fields, numbers, strict=True))
             yield _filled_name(name, own, pairs), axes
 
-    def _matching(self, path: str) -> Iterator[tuple[str, str, str, Index]]:
-        """The entries for a path: name, path, axes, and the numbers of the template."""
-        for name, own, axes in self._by_mask.get(mask_numbers(path), ()):
+    def _matching(self, path: str) -> Iterator[tuple[str, str, str, Index, str]]:
+        """The entries for a path: name, path, axes, numbers of the template, and use."""
+        for name, own, axes, use in self._by_mask.get(mask_numbers(path), ()):
             numbers = numbers_in(own, path)
             if numbers is not None:
-                yield name, own, axes, numbers
+                yield name, own, axes, numbers, use
 
     def has(self, path: str) -> bool:
         """Whether a path has a name, or matches a template that has one."""
@@ -84,12 +95,18 @@ class Naming:
 
     def axes(self, path: str) -> str | None:
         """The letters that the caller gave the axes of a leaf, without names of fields."""
-        given = (axes for _, _, axes, _ in self._matching(path) if axes)
+        given = (axes for _, _, axes, *_ in self._matching(path) if axes)
         return next((parse_axes(axes)[0] for axes in given), None)
 
     def position(self, name: str) -> int:
         """The position of a module in the caller's order; 0 if there is no order."""
         return self._places.get(mask_numbers(name), 0)
+
+
+def split_use(path: str) -> tuple[str, str]:
+    """The path of a leaf without `@lookup` or `@product`, and that use."""
+    base, at, use = path.rpartition("@")
+    return (base, use) if at and use in USES else (path, "")
 
 
 def _filled_name(name: str, path: str, numbers: Numbers) -> str:
@@ -107,6 +124,7 @@ def sites_of(
     shape: tuple[int, ...],
     axes: str,
     layout: Layout = "jax",
+    use: str = "",
 ) -> list[Site]:
     """The modules of a leaf, with their sites.
 
@@ -116,6 +134,7 @@ def sites_of(
         shape: of the weight.
         axes: the letters of its axes. The `b` may be indexes of modules.
         layout: of the weight.
+        use: of the weight that is adapted; as in `Target`.
 
     Returns:
         One module for the leaf; or one for each index on some of its batch axes.
@@ -126,7 +145,7 @@ def sites_of(
     naming = names if isinstance(names, Naming) else Naming(names)
     batch = tuple(axis for axis, letter in enumerate(axes) if letter == "b")
     sizes = tuple(shape[axis] for axis in batch)
-    found = [*naming.of(path)]
+    found = [*naming.of(path, use)]
     given = [name for name, _ in found] or _derived(path, sizes, layout)
     shown = " x ".join(map(str, sizes)) or "none"
     if not given:
@@ -155,7 +174,7 @@ def sites_of(
         )
     stack = tuple(batch[each] for each in order)
     return [
-        Site(name, name, path, axes, index, stack if index else ())
+        Site(name, name, path, axes, index, stack if index else (), use=use)
         for index, name in modules.items()
     ]
 
@@ -258,6 +277,8 @@ class Given(NamedTuple):
     """The letters of the axes of the weight, if they are given."""
     fields: tuple[str, ...] = ()
     """For each batch axis the field of its index, or an empty text."""
+    use: str = ""
+    """The use of the weight that the module is, if it is given; as in `Site`."""
 
 
 def by_mask(texts: Iterable[str], *, all_of_them: bool = False) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
-from lora_jax.peft.name_table import Naming, SaveNames
+from lora_jax.peft.name_table import Naming, SaveNames, split_use
 from lora_jax.peft.names import mask_numbers, name_ends, numbers_in, split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -140,7 +140,7 @@ def make_files(
     dtype: Any = None,
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
     """The config and the arrays that `save` writes. It takes the arguments of `save`."""
-    _check_names(names, [*plan.targets, *plan.skipped, *replaced])
+    _check_names(names, [*plan.by_leaf(), *plan.skipped, *replaced])
     naming = Naming(names)
     modules: list[SavedModule] = []
     for path in plan.targets:
@@ -224,7 +224,7 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
     for path in paths:
         masks.setdefault(mask_numbers(path), []).append(path)
     for name, value in names.items():
-        own = value if isinstance(value, str) else value[0]
+        own, _ = split_use(value if isinstance(value, str) else value[0])
         near = masks.get(mask_numbers(own), ())
         if not any(numbers_in(own, path) is not None for path in near):
             raise ValueError(
@@ -236,10 +236,11 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
 def _check_distinct(modules: Iterable[SavedModule]) -> None:
     owners: dict[str, str] = {}
     for module in modules:
-        other = owners.setdefault(module.name, module.site.path)
-        if other != module.site.path:
+        path = module.site.path + module.site.suffix
+        other = owners.setdefault(module.name, path)
+        if other != path:
             raise ValueError(
-                f"{other!r} and {module.site.path!r} would both be the module "
+                f"{other!r} and {path!r} would both be the module "
                 f"{module.name!r}: give names={{module: path}}."
             )
 

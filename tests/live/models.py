@@ -61,6 +61,20 @@ class ToyExperts(torch.nn.Module):
         return self.head(x + self.experts(x))
 
 
+class Tied(torch.nn.Module):
+    """An embedding that is the output head too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(21, 8)
+        self.up = torch.nn.Linear(8, 8, bias=False)
+        self.lm_head = torch.nn.Linear(8, 21, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, input_ids):
+        return self.lm_head(torch.tanh(self.up(self.embed_tokens(input_ids))))
+
+
 def build(name):
     """A model with the values that torch gives it."""
     small = dict(_SMALL)
@@ -101,4 +115,4 @@ def build(name):
             head_dim=4,
         )
         return transformers.GptOssForCausalLM(config)
-    return {"toy": Toy, "toy_experts": ToyExperts}[name]()
+    return {"toy": Toy, "toy_experts": ToyExperts, "tied": Tied}[name]()

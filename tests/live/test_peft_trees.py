@@ -2,9 +2,11 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax
 import lora_jax.peft
 
 support = pytest.importorskip("tests.live.support")
@@ -135,4 +137,35 @@ def test_peft_loads_what_is_written_again(trained, shape, params, tmp_path):
         replaced=loaded.replaced,
     )
     again = support.from_files("llama", tmp_path)
+    support.assert_same(support.logits(again), trained.logits)
+
+
+def tied(params, ids):
+    table = params["embed_tokens"]["embedding"]
+    return jnp.tanh(table[ids] @ params["up"]["kernel"]) @ table.T
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    "modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
+)
+def test_one_use_of_a_tied_leaf(modules, use_dora, tmp_path):
+    fields = {"target_modules": [*modules, "up"], "use_dora": use_dora}
+    trained = support.train("tied", tmp_path / "in", **fields)
+    base = support.params_of(support.model("tied"))
+    params = {
+        "embed_tokens": {"embedding": jnp.asarray(base["embed_tokens.weight"])},
+        "up": {"kernel": jnp.asarray(base["up.weight"].T)},
+    }
+    ids = jnp.asarray(support.IDS)
+    loaded = lora_jax.peft.load(trained.folder, params, tied, ids)
+    uses = {"embed_tokens": "lookup", "lm_head": "product"}
+    want = {f"embed_tokens/embedding@{uses[name]}" for name in modules}
+    assert {*loaded.adapters} == {*want, "up/kernel"}
+    assert not loaded.replaced
+    adapted = lora_jax.adapt(tied, loaded.plan)
+    support.assert_same(adapted(params, loaded.adapters, ids), trained.logits)
+    names = lora_jax.peft.match_names(trained.folder, params, tied, ids)
+    lora_jax.peft.save(tmp_path / "out", loaded.adapters, loaded.plan, names=names)
+    again = support.from_files("tied", tmp_path / "out")
     support.assert_same(support.logits(again), trained.logits)

@@ -1,5 +1,7 @@
 """Adapters and arrays of one side of an embedding that is tied to the output head."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from tests.peft.support import draw, linear, merged, update_of, write
+from tests.peft.support import PREFIX, draw, linear, merged, read, update_of, write
 
 ENTRIES, WIDTH = 11, 6
 TABLE = "model/embed_tokens/embedding"
@@ -60,20 +62,138 @@ def adapter(folder, *entries, saved=(), **config):
     return write(folder, tensors, **fields | config)
 
 
-@pytest.mark.parametrize("apply", [tied, tied_by_product])
+LOOKUP, PRODUCT = f"{TABLE}@lookup", f"{TABLE}@product"
+EITHER = {
+    "embedding": ((Q, EMBEDDING), [LOOKUP]),
+    "head": ((Q, HEAD), [PRODUCT]),
+    "both": ((Q, EMBEDDING, HEAD), [LOOKUP, PRODUCT]),
+}
+
+
+def want_of(entries):
+    """The logits of PEFT's model, in which the embedding and the head are two weights."""
+    table = np.asarray(PARAMS["model"]["embed_tokens"]["embedding"], np.float64)
+    weights = {
+        "model.layers.0.q": np.asarray(PARAMS["model"]["layers"][0]["q"]["kernel"]).T,
+        "model.embed_tokens": table,
+        "lm_head": table,
+    }
+    for name, weight in weights.items():
+        pair = [entries.get(f"{name}.lora_{x}.weight") for x in "AB"]
+        update = 0.0 if pair[0] is None else 2.0 * pair[1].astype(np.float64) @ pair[0]
+        if f"{name}.lora_embedding_A" in entries:
+            pair = [entries[f"{name}.lora_embedding_{x}"] for x in "AB"]
+            update = 2.0 * (pair[1].astype(np.float64) @ pair[0]).T
+        own = weight + update
+        m = entries.get(f"{name}.lora_magnitude_vector")
+        if m is not None:
+            across = 0 if name == "model.embed_tokens" else 1
+            norm = np.sqrt(np.square(own).sum(across, keepdims=True))
+            own = own * np.expand_dims(m, across) / norm
+        weights[name] = own
+    q, embed, head = weights.values()
+    return np.tanh(embed[TOKENS] @ q.T) @ head.T
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("case", EITHER)
+@pytest.mark.parametrize("base", [False, True])
+def test_a_module_is_one_use_of_a_tied_leaf(case, dora, base, tmp_path):
+    entries, paths = EITHER[case]
+    tensors = {name: value for own in entries for name, value in own.items()}
+    for module, n_out in (("model.embed_tokens", WIDTH), ("lm_head", ENTRIES)):
+        if any(module in name for name in tensors):
+            if dora:
+                tensors[f"{module}.lora_magnitude_vector"] = 5 + draw(n_out)
+            if base:  # PEFT saves the embeddings that have adapters, unchanged
+                table = PARAMS["model"]["embed_tokens"]["embedding"]
+                tensors[f"{module}.base_layer.weight"] = np.asarray(table)
+    if dora:
+        tensors["model.layers.0.q.lora_magnitude_vector"] = 5 + draw(WIDTH)
+    targets = ["q", "embed_tokens", "lm_head"]
+    kept = [t for t in targets if any(f"{t}.lora" in name for name in tensors)]
+    config = {"r": 2, "lora_alpha": 4, "target_modules": kept, "use_dora": dora}
+    folder = write(tmp_path / "in", tensors, **config)
+    loaded = peft.load(folder, PARAMS, tied, TOKENS)
+    assert list(loaded.plan.targets) == [*paths, "model/layers/0/q/kernel"]
+    assert not loaded.replaced
+    got = lora_jax.adapt(tied, loaded.plan)(PARAMS, loaded.adapters, TOKENS)
+    want = want_of(tensors)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+    table = peft.match_names(folder, PARAMS, tied, TOKENS)
+    assert [table.get(name) for name in ("model.embed_tokens", "lm_head")] == [
+        (LOOKUP, "io") if LOOKUP in paths else None,
+        (PRODUCT, "oi") if PRODUCT in paths else None,
+    ]
+    peft.save(tmp_path / "out", loaded.adapters, loaded.plan, names=table)
+    written, _ = read(tmp_path / "out")
+    assert written.keys() == {PREFIX + n for n in tensors if "base_layer" not in n}
+    for name, value in written.items():
+        np.testing.assert_array_equal(value, tensors[name.removeprefix(PREFIX)])
+    # The names say it too, without the function.
+    again = peft.load(tmp_path / "out", PARAMS, names=table)
+    assert again.plan.targets == loaded.plan.targets
+    same = jax.tree.map(np.array_equal, again.adapters, loaded.adapters)
+    assert jax.tree.all(same)
+
+
+def test_saving_a_product_of_a_plan(tmp_path):
+    config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=(LOOKUP, PRODUCT))
+    plan = lora_jax.plan_adapters(config, PARAMS, tied, TOKENS)
+    assert plan.targets[PRODUCT].axes == "io"  # as the look-up has them
+    adapters = lora_jax.init_adapters(jax.random.key(0), PARAMS, plan)
+    adapters = jax.tree.map(lambda a: a + 0.1, adapters)
+    with pytest.raises(
+        ValueError, match=r"give names=\{'lm_head': 'model/embed_.*@product'"
+    ):
+        peft.save(tmp_path, adapters, plan)
+    with pytest.raises(ValueError, match="would both be the module 'lm_head'"):
+        peft.save(tmp_path, adapters, plan, names={"lm_head": TABLE})
+    peft.save(tmp_path, adapters, plan, names={"lm_head": PRODUCT})
+    tensors, _ = read(tmp_path)
+    assert {name: array.shape for name, array in tensors.items()} == {
+        f"{PREFIX}lm_head.lora_A.weight": (2, WIDTH),
+        f"{PREFIX}lm_head.lora_B.weight": (ENTRIES, 2),
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": (2, ENTRIES),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": (WIDTH, 2),
+    }
+    loaded = peft.load(tmp_path, PARAMS, tied, TOKENS)
+    got = lora_jax.adapt(tied, loaded.plan)(PARAMS, loaded.adapters, TOKENS)
+    want = lora_jax.adapt(tied, plan)(PARAMS, adapters, TOKENS)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    dora = dataclasses.replace(config, use_dora=True, axes={TABLE: "io"})
+    plan = lora_jax.plan_adapters(dora, PARAMS, tied, TOKENS)
+    adapters = lora_jax.init_adapters(jax.random.key(0), PARAMS, plan)
+    with pytest.raises(ValueError, match="magnitudes belong to the axes"):
+        peft.save(tmp_path, adapters, plan, names={"lm_head": PRODUCT})
+
+
 @pytest.mark.parametrize(
-    ("entries", "names", "message"),
+    ("entries", "apply", "names", "message"),
     [
-        ((Q, EMBEDDING), None, "'model.embed_tokens' is one of two modules that share"),
-        ((Q, HEAD), {"lm_head": TABLE}, "'lm_head' is one of two modules that share"),
+        (
+            (Q, EMBEDDING),
+            tied_by_product,
+            None,
+            "'model.embed_tokens' is one of two modules that share",
+        ),
+        (
+            (Q, HEAD),
+            tied_by_product,
+            {"lm_head": TABLE},
+            "'lm_head' is one of two modules that share",
+        ),
         (
             (Q, EMBEDDING, HEAD),
+            tied_by_product,
             {"lm_head": TABLE},
             "'lm_head' and 'model.embed_tokens' have an adapter each, and both are",
         ),
+        ((Q, HEAD), tied, {"lm_head": LOOKUP}, "names has the use 'lookup' of"),
     ],
 )
-def test_a_function_shows_ties(apply, entries, names, message, tmp_path):
+def test_two_products_cannot_be_told_apart(entries, apply, names, message, tmp_path):
     folder = adapter(tmp_path, *entries)
     with pytest.raises(CheckpointError, match=message):
         peft.load(folder, PARAMS, apply, TOKENS, names=names)

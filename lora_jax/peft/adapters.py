@@ -4,26 +4,27 @@ PEFT has PyTorch's layout: `lora_A (r, in)`, `lora_B (out, r)`. All conversions 
 They reorder values and scale them; they compute nothing else.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks
-from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.full import Replaced, add_bias, common_dtype, leaf_values
+from lora_jax.peft.full import Replaced, add_bias, common_dtype
 from lora_jax.peft.keys import Kind, Module
-from lora_jax.peft.layout import Site, first_axes, from_matrix, to_matrix
+from lora_jax.peft.layout import Index, Site, boxes, from_matrix, to_matrix
 from lora_jax.peft.leaves import Places
-from lora_jax.plan import selection
+from lora_jax.plan import parts, selection
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.parts import Entry
 
 Arrays = Mapping[str, np.ndarray]
 _GIVEN = "the PEFT checkpoint, with the axes that names gives"
@@ -48,19 +49,14 @@ def make_adapters(
     replaced: Replaced,
 ) -> dict[str, Placed]:
     """The adapters by path, in the order of the leaves."""
-    by_path: dict[str, dict[str, list[Site]]] = {}
+    by_path: dict[str, list[Site]] = {}
     for site in sites.values():
-        of_leaf = by_path.setdefault(site.path, {})
-        of_leaf.setdefault(site.suffix, []).append(site)
+        by_path.setdefault(site.path, []).append(site)
     config, modules = checkpoint.config, checkpoint.entries.modules
     placed = {}
-    for path, suffix, own_sites in (
-        (leaf, *each)
-        for leaf in places.leaves
-        for each in sorted(by_path.get(leaf, {}).items())
-    ):
-        matrices = {}
-        for site in own_sites:
+    for path in places.leaves:
+        groups: dict[tuple[str, int, float], dict[Index, _Module]] = {}
+        for site in by_path.get(path, ()):
             module = modules[site.module]
             scale = config.scale_of(site.name)
             arrays = {
@@ -70,37 +66,56 @@ def make_adapters(
             if bias is not None:
                 add_bias(replaced, places, site, bias, scale)
             own = from_peft(module.kind, site.own_axes, module.experts, arrays)
-            matrices[site.indices] = own, scale
+            alike = groups.setdefault((site.suffix, own["A"].shape[-1], scale), {})
+            alike[site.indices] = _Module(site, module.kind, own, scale)
         if config.changes_base:
-            _change_bases(config, own_sites, modules, replaced)
-        first = own_sites[0]
-        kind = modules[first.module].kind
-        placed[path + suffix] = _stacked_adapter(config, places, first, kind, matrices)
+            _change_bases(config, by_path.get(path, ()), modules, replaced)
+        pieces = (
+            (suffix, [parts.indices_of(entry)[0] for entry in box], box, alike)
+            for (suffix, *_), alike in groups.items()
+            for box in boxes(alike)
+        )
+        for *_, box, alike in sorted(pieces, key=lambda piece: piece[:2]):
+            own = _adapter(config, places, box, alike)
+            placed[path + own.target.suffix] = own
     return placed
 
 
-def _stacked_adapter(
+class _Module(NamedTuple):
+    """A module with its site, kind, factors as in `from_peft`, and scale."""
+
+    site: Site
+    kind: Kind
+    arrays: Arrays
+    scale: float
+
+
+def _adapter(
     config: PeftConfig,
     places: Places,
-    site: Site,
-    kind: str,
-    matrices: Mapping[tuple[int, ...], tuple[Arrays, float]],
+    box: tuple[Entry, ...],
+    modules: Mapping[Index, _Module],
 ) -> Placed:
-    """The adapter of a weight, of one module or of a stack of them."""
+    """The adapter of a weight, or of a part of one: a module, or a stack of them.
+
+    Args:
+        config: of the checkpoint.
+        places: the leaves.
+        box: what the part has of each axis of the stack.
+        modules: by their index, all of one rank and one scale.
+    """
+    indices = itertools.product(*map(parts.indices_of, box))
+    own = [modules[index] for index in indices]
+    site, kind, arrays, scale = own[0]
     shape = places.shape(site.path)
     groups = {
         letter: tuple(axis for axis, own in enumerate(site.axes) if own == letter)
         for letter in "iob"
     }
-    if site.indices:
-        sizes = tuple(shape[axis] for axis in site.stack)
-        arrays, scale = stack_modules(matrices, sizes)
-        if "m" in arrays:
-            _fill_magnitudes(arrays, places, site, set(matrices), sizes)
+    if box:
+        arrays = stack_modules([each.arrays for each in own], tuple(map(parts.count, box)))
         inner = (axis for axis in groups["b"] if axis not in site.stack)
         arrays = order_axes(arrays, (*site.stack, *inner))
-    else:
-        ((arrays, scale),) = matrices.values()
     target = Target(
         shape=shape,
         method="dora" if config.use_dora else "lora",
@@ -110,30 +125,11 @@ def _stacked_adapter(
         in_axes=groups["i"],
         out_axes=groups["o"],
         batch_axes=groups["b"],
+        part=parts.as_text(site.region(shape, box), shape),
         use=site.use,
     )
     given = places.gives_axes(site.name) or places.gives_axes(site.module)
     return Placed(arrays, target, use_of(kind, site.axes, given))
-
-
-def _fill_magnitudes(
-    arrays: dict[str, np.ndarray],
-    places: Places,
-    site: Site,
-    present: Iterable[tuple[int, ...]],
-    sizes: tuple[int, ...],
-) -> None:
-    """Sets the magnitudes of layers without a module to the norms of their columns."""
-    absent = set(np.ndindex(sizes)) - set(present)
-    if not absent:
-        return
-    leaf = places.leaves[site.path]
-    weight = leaf_values(site.path, leaf, "some layers of the stack have no magnitude")
-    inner = tuple(axis for axis, own in enumerate(site.own_axes) if own == "i")
-    for index in absent:
-        layer = first_axes(weight, site.stack)[index].astype(np.float64)
-        norm = np.sqrt(np.square(layer).sum(inner))
-        arrays["m"][index] = norm.reshape(arrays["m"][index].shape)
 
 
 def _change_bases(
@@ -243,37 +239,73 @@ def to_peft(
     return entries
 
 
-def stack_modules(
-    matrices: Mapping[tuple[int, ...], tuple[Arrays, float]], sizes: tuple[int, ...]
-) -> tuple[dict[str, np.ndarray], float]:
+def stack_modules(modules: Sequence[Arrays], sizes: tuple[int, ...]) -> Arrays:
     """Stacks the adapters of several modules, whose weights are stacked.
 
-    Smaller ranks are padded with zeros. Where scales differ, `B` is multiplied by their
-    ratio. So the update of each module stays the same. An index without a module has the
-    update 0.
-
     Args:
-        matrices: `A`, `B`, and `m` if there is one, and the scale, by index in the stack.
+        modules: `A`, `B`, and `m` if there is one, of each module in their order.
         sizes: of the axes of the stack.
 
     Returns:
-        The arrays with the axes of the stack in front, and their scale.
+        The arrays with the axes of the stack in front.
     """
-    scale = next(iter(matrices.values()))[1]
-    rank = max(arrays["A"].shape[-1] for arrays, _ in matrices.values())
-    dtypes: dict[str, set[np.dtype]] = {}
-    for arrays, _ in matrices.values():
-        for name, value in arrays.items():
-            dtypes.setdefault(name, set()).add(value.dtype)
-    stacked: dict[str, np.ndarray] = {}
-    for index, (arrays, own) in matrices.items():
-        for name, value in fill_up(arrays, rank, own / scale).items():
-            value = tensor_files.cast(name, value, arrays[name].dtype)
-            if name not in stacked:
-                dtype = common_dtype(*dtypes[name])
-                stacked[name] = np.zeros((*sizes, *value.shape), dtype)
-            stacked[name][index] = value
-    return stacked, scale
+    stacked = {}
+    for name in modules[0]:
+        own = [arrays[name] for arrays in modules]
+        dtype = common_dtype(*{array.dtype for array in own})
+        array = np.stack([array.astype(dtype, copy=False) for array in own])
+        stacked[name] = array.reshape(*sizes, *own[0].shape)
+    return stacked
+
+
+def cut_adapter(
+    name: str, region: str, target: Target, arrays: Arrays
+) -> dict[str, np.ndarray]:
+    """The adapter of a part of a target, in the same layout: of a layer of a stack.
+
+    A part of the inputs has rows of `A` and all of `B`, and a part of the outputs columns
+    of `B` and all of `A`, so that the update of the part stays the same.
+
+    Args:
+        name: of the module that the part is.
+        region: the part, as in `Target`.
+        target: has the part.
+        arrays: of the target.
+
+    Raises:
+        ValueError: if the target has only some of the part; or magnitudes, and the part
+            only some of their inputs.
+    """
+    own, whole = (parts.entries(part, target.shape) for part in (region, target.part))
+    if own == whole:
+        return dict(arrays)
+    indices = [[*map(parts.indices_of, pair)] for pair in zip(own, whole, strict=True)]
+    if any({*inner} - {*outer} for inner, outer in indices):
+        raise ValueError(
+            f"the module {name!r} is {region or 'all'} of the weight, and the target is "
+            f"{target.part}: PEFT adapts whole modules."
+        )
+    if "m" in arrays and any(own[axis] != whole[axis] for axis in target.in_axes):
+        raise ValueError(
+            f"the module {name!r} has only some of the inputs, and a magnitude of the "
+            "target scales all of them: PEFT cannot represent it."
+        )
+    at = [[outer.index(i) for i in inner] for inner, outer in indices]
+    batch, inputs, outputs = target.batch_axes, target.in_axes, target.out_axes
+    layouts = {
+        "A": (*batch, *inputs, -1),
+        "B": (*batch, -1, *outputs),
+        "m": batch + outputs,
+    }
+    stack = [parts.count(own[a]) for a in batch if not isinstance(own[a], int)]
+    cut = {}
+    for entry, array in arrays.items():
+        axes, rank = layouts[entry], range(target.rank)
+        wide = array.reshape([len(indices[a][1]) if a >= 0 else len(rank) for a in axes])
+        wide = wide[np.ix_(*(at[a] if a >= 0 else rank for a in axes))]
+        ends = {"A": (-1, len(rank)), "B": (len(rank), -1), "m": (-1,)}[entry]
+        cut[entry] = wide.reshape(*stack, *ends)
+    return cut
 
 
 def order_axes(arrays: Arrays, batch: tuple[int, ...]) -> dict[str, np.ndarray]:

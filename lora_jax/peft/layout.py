@@ -3,12 +3,14 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lora_jax.peft.keys import Dims, Kind
+from lora_jax.plan import parts
+from lora_jax.plan.parts import Entry
 
 Layout = Literal["jax", "torch"]
 LAYOUTS = ("jax", "torch")
@@ -45,7 +47,7 @@ class Reading(NamedTuple):
 class Site(NamedTuple):
     """Where the array of a module is: a leaf, or an index on some axes of a leaf.
 
-    `load` finds sites and `save` writes from them.
+    `load` finds sites and `save` writes from them. Their axes are those of the part.
     """
 
     module: str
@@ -62,13 +64,31 @@ class Site(NamedTuple):
     """The axes that `indices` are on."""
     fields: tuple[str, ...] = ()
     """The name of the number that each index is in the module's name."""
+    part: str = ""
+    """The part of the leaf that holds the module, or a stack of modules; as in `Target`."""
     use: str = ""
     """The use of the leaf that the module is, `"lookup"` or `"product"`; empty for all."""
 
     @property
     def suffix(self) -> str:
-        """What follows the path in the path of a target, as in `Target`."""
-        return f"@{self.use}" if self.use else ""
+        """What follows the path of the leaf in `names`, and in the path of a target."""
+        return self.part + (f"@{self.use}" if self.use else "")
+
+    def region(self, shape: tuple[int, ...], stack: Iterable[Entry] = ()) -> list[Entry]:
+        """What the module has of each axis of a leaf of some shape.
+
+        Args:
+            shape: of the leaf.
+            stack: what several modules have of each axis of the stack, in place of the
+                index of this one.
+        """
+        own = list(parts.entries(self.part, shape))
+        left = [axis for axis, entry in enumerate(own) if not isinstance(entry, int)]
+        for place, entry in zip(self.stack, stack or self.indices, strict=True):
+            indices = parts.indices_of(own[left[place]])
+            chosen = tuple(indices[i] for i in parts.indices_of(entry))
+            own[left[place]] = chosen[0] if isinstance(entry, int) else as_entry(chosen)
+        return own
 
     @property
     def own_axes(self) -> str:
@@ -307,6 +327,38 @@ def from_matrix(matrix: np.ndarray, shape: tuple[int, ...], axes: str) -> np.nda
     order = (*inner, *outer)
     weight = matrix.reshape([shape[axis] for axis in order])
     return weight.transpose(np.argsort(order))
+
+
+def as_entry(indices: Sequence[int]) -> Entry:
+    """Some indices of an axis, in ascending order: as a slice if they are evenly spaced."""
+    steps = {b - a for a, b in itertools.pairwise(indices)} or {1}
+    return (
+        tuple(indices)
+        if len(steps) > 1
+        else range(indices[0], indices[-1] + 1, steps.pop())
+    )
+
+
+def boxes(indices: Iterable[Index]) -> list[tuple[Entry, ...]]:
+    """Divides indices of a stack into parts, each with some entry of each axis.
+
+    A part has one list at most: the others are slices.
+    """
+    rests: dict[int, list[Index]] = {}
+    for first, *rest in filter(None, sorted(indices)):
+        rests.setdefault(first, []).append(tuple(rest))
+    alike: dict[tuple[Index, ...], list[int]] = {}
+    for first, rest in rests.items():
+        alike.setdefault(tuple(rest), []).append(first)
+    found: list[tuple[Entry, ...]] = []
+    for rest, first in alike.items():
+        inner = boxes(rest)
+        entry = as_entry(first)
+        if isinstance(entry, tuple) and any(isinstance(e, tuple) for b in inner for e in b):
+            found += [(range(i, i + 1), *box) for i in first for box in inner]
+        else:
+            found += [(entry, *box) for box in inner]
+    return found or [()]
 
 
 def first_axes(array: np.ndarray, stack: Index) -> np.ndarray:

@@ -71,7 +71,7 @@ class Placement(NamedTuple):
             given = site.path in self.places.known.axes
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
             given |= site.stack != tuple(sorted(site.stack))
-            _, name, path, axes, indices, stack, fields, _ = site
+            _, name, path, axes, indices, stack, fields, *_ = site
             shape = self.places.shape(path)
             rows[name] = Row(
                 name, path + site.suffix, indices, shape, axes, given, stack, fields
@@ -223,10 +223,10 @@ def load(
     PEFT has names of modules, such as `model.layers.0.self_attn.q_proj`, and a tree has
     paths. The weight of a module is the leaf whose path has the longest common end with the
     name. Both must contain the same numbers. Where layers or experts are stacked in one
-    array, each module is one index of the array. Smaller ranks are then padded with zeros,
-    and other scales are multiplied into `B`. Heads may have their own axis, `(d, heads,
-    k)`. The table of names and paths goes to the logger `lora_jax.peft` at the level INFO,
-    and `match_names` returns it.
+    array, each module is one index of the array. Modules of one rank and one scale share a
+    target: the whole array, or a part of it that has their layers, `"layers/up[4:]"`. Heads
+    may have their own axis, `(d, heads, k)`. The table of names and paths goes to the
+    logger `lora_jax.peft` at the level INFO, and `match_names` returns it.
 
     The function shows the role of each axis of a weight, as in `plan_adapters`. Without a
     function the shapes have to show the roles. A shape that fits two readings raises an

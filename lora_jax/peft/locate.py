@@ -71,7 +71,14 @@ class Claim(NamedTuple):
         fields = tuple(field for field, _ in numbers)
         axes, stack = reading
         return Site(
-            self.module, self.name, self.path, axes, self.indices, stack, fields, self.use
+            self.module,
+            self.name,
+            self.path,
+            axes,
+            self.indices,
+            stack,
+            fields,
+            use=self.use,
         )
 
 

@@ -1,17 +1,19 @@
 """The modules of PEFT that adapters and full leaves become."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lora_jax._io import tensor_files
-from lora_jax.peft.adapters import to_peft
+from lora_jax.peft.adapters import cut_adapter, to_peft
 from lora_jax.peft.keys import Kind
-from lora_jax.peft.layout import Layout, Site, first_axes, to_matrix
-from lora_jax.peft.name_table import Naming, sites_of
+from lora_jax.peft.layout import Layout, Site, to_matrix
+from lora_jax.peft.name_table import Naming, find_modules, sites_of
 from lora_jax.peft.names import BIAS, WEIGHT, is_convolution, is_embedding, split_path
+from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
 from lora_jax.plan.parts import LOOKUP, PRODUCT
 
@@ -40,7 +42,7 @@ def saved_modules(
     plan: AdapterPlan,
     names: Naming,
     layout: Layout,
-) -> list[SavedModule]:
+) -> tuple[list[SavedModule], list[str]]:
     """Converts an adapter to the modules of PEFT.
 
     Args:
@@ -50,6 +52,9 @@ def saved_modules(
         names: the names that the caller gave.
         layout: of the weight.
 
+    Returns:
+        The modules; and the names of modules of the weight that are outside of the target.
+
     Raises:
         ValueError: if PEFT cannot represent it, or names are missing.
     """
@@ -57,10 +62,14 @@ def saved_modules(
     arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
     target, arrays = _as_used(target, arrays, plan.uses.get(leaf, ()))
     _check_named(leaf, target, names)
-    modules = []
-    for site in sites_of(leaf, names, target.shape, target.axes, layout, target.use):
-        stack = tuple(target.batch_axes.index(axis) for axis in site.stack)
-        entries = {e: first_axes(v, stack)[site.indices] for e, v in arrays.items()}
+    modules, others, left = [], [], math.prod(target.alone.shape)
+    for site in sites_of(leaf, names, target, layout):
+        region = parts.as_text(site.region(target.shape), target.shape)
+        if not parts.overlap(region, target.part, target.shape):
+            others.append(site.name)
+            continue
+        entries = cut_adapter(site.name, region, target, arrays)
+        left -= math.prod(map(parts.count, parts.entries(region, target.shape)))
         kind, axes = _kind(site, target, plan, layout), site.own_axes
         modules.append(
             SavedModule(
@@ -71,7 +80,13 @@ def saved_modules(
                 lies_in_out=layout == "torch" and (kind, axes) == ("linear", "io"),
             )
         )
-    return modules
+    if left:
+        named = ", ".join(repr(each.name) for each in modules[:5]) or "no module"
+        raise ValueError(
+            f"names have {named} for {path!r}, and no module for the rest of it: give "
+            "names={module: path} for all of it."
+        )
+    return modules, others
 
 
 def _as_used(
@@ -189,6 +204,7 @@ class SavedFull:
         }
         self._layout: Layout = layout
         self._adapted = {module.name: module for module in adapted}
+        self._kinds = {each.site.path: each.kind for each in self._adapted.values()}
         self._weights = {
             split_path(path).words: path
             for path in (*plan.by_leaf(), *plan.skipped)
@@ -252,7 +268,7 @@ class SavedFull:
                 own = array[site.indices].reshape(-1)
                 self._biased[name] = None
             else:
-                own = self._as_torch(path, name, site.view(array))
+                own = self._as_torch(path, site, site.view(array))
                 if not adapted:
                     self.modules[name] = None
             wrapped = _WRAPPED if adapted else ""
@@ -260,26 +276,26 @@ class SavedFull:
 
     def _sites_of(self, owner: str, array: np.ndarray) -> list[Site]:
         """The modules of a leaf, by the names that its weight has."""
-        shape, axes = array.shape, self._names.axes(owner)
+        axes = self._names.axes(owner)
         if owner in self._targets:
-            target = self._targets[owner]
-            shape, axes = target.shape, target.axes
-        elif not self._names.has(owner):
+            whole = dataclasses.replace(self._targets[owner], part="", use="")
+            return sites_of(owner, self._names, whole, self._layout)
+        if not self._names.has(owner):
             axes = "?" * array.ndim
         elif axes is None or len(axes) != array.ndim:
             axes = "b" * array.ndim  # any axis may be an index
-        return sites_of(owner, self._names, shape, axes, self._layout)
+        return find_modules(owner, self._names, array.shape, axes, self._layout)
 
-    def _as_torch(self, path: str, name: str, array: np.ndarray) -> np.ndarray:
+    def _as_torch(self, path: str, site: Site, array: np.ndarray) -> np.ndarray:
         """A weight in PyTorch's layout."""
         if self._layout == "torch" or array.ndim < 2:
             return array
-        module = self._adapted.get(name)
+        name, kind = site.name, self._kinds.get(path)
         if is_embedding(name, path) and array.ndim == 2:
             return array
-        if module is not None and module.kind == "linear":
-            return to_matrix(array, module.site.own_axes).T
-        if array.ndim == 3 and module is None and not self._convolves(path, name):
+        if kind == "linear":
+            return to_matrix(array, site.own_axes).T
+        if array.ndim == 3 and kind is None and not self._convolves(path, name):
             axes = self._names.axes(path)
             if axes is None:
                 raise ValueError(

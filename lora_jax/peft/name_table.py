@@ -24,6 +24,7 @@ from lora_jax.peft.names import (
     template_parts,
 )
 from lora_jax.plan.parts import USES
+from lora_jax.plan.target import Target
 
 __all__ = ["NameTable"]
 
@@ -119,12 +120,32 @@ def _filled_name(name: str, path: str, numbers: Numbers) -> str:
 
 
 def sites_of(
+    path: str, names: SaveNames | Naming, target: Target, layout: Layout = "jax"
+) -> list[Site]:
+    """The modules of the leaf of a target, or of more of the leaf than the target.
+
+    Args:
+        path: of the leaf.
+        names: the argument of `save`.
+        target: of the plan.
+        layout: of the weight.
+
+    Raises:
+        ValueError: if there is no name, or there are fewer names than indexes.
+    """
+    shape, axes, use = target.shape, target.axes, target.use
+    return find_modules(path, names, shape, axes, layout, use, partial=target.part != "")
+
+
+def find_modules(
     path: str,
     names: SaveNames | Naming,
     shape: tuple[int, ...],
     axes: str,
     layout: Layout = "jax",
     use: str = "",
+    *,
+    partial: bool = False,
 ) -> list[Site]:
     """The modules of a leaf, with their sites.
 
@@ -135,6 +156,7 @@ def sites_of(
         axes: the letters of its axes. The `b` may be indexes of modules.
         layout: of the weight.
         use: of the weight that is adapted; as in `Target`.
+        partial: whether names of some of the indexes will do.
 
     Returns:
         One module for the leaf; or one for each index on some of its batch axes.
@@ -164,7 +186,7 @@ def sites_of(
             "template, or a name for each index."
         )
     else:
-        modules, order = _numbered(path, given, sizes, fields)
+        modules, order = _numbered(path, given, sizes, fields, partial)
         if not modules and len(given) == 1:
             modules = {(): given[0]}
     if not modules:
@@ -236,12 +258,17 @@ def _order(own: tuple[str, ...], fields: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _numbered(
-    path: str, names: list[str], sizes: tuple[int, ...], fields: tuple[str, ...]
+    path: str,
+    names: list[str],
+    sizes: tuple[int, ...],
+    fields: tuple[str, ...],
+    partial: bool = False,
 ) -> tuple[dict[Index, str], Index]:
     """Names of single modules by the numbers in them, if these are indexes; else empty.
 
     The numbers are those that the path lacks, as in `load`, or else those in which the
-    names differ. The batch axis of each number comes second.
+    names differ. The batch axis of each number comes second. Names of some indexes will do
+    if `partial` is true.
     """
     lacking = [lacking_fields(name, path) for name in names]
     own = tuple(field for field, _ in lacking[0])
@@ -253,7 +280,8 @@ def _numbered(
         ordered = order if count == len(order) else tuple(range(count))
         if not count or count > len(sizes) or len({*map(len, indices)}) > 1:
             continue
-        if sorted(indices) == [*np.ndindex(*(sizes[each] for each in ordered))]:
+        every = [*np.ndindex(*(sizes[each] for each in ordered))]
+        if sorted(indices) == every or (partial and {*indices} <= {*every}):
             return dict(sorted(found.items())), ordered
     return {}, ()
 

@@ -8,14 +8,17 @@ the program busy.
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from lora_jax._core import tree_paths
 from lora_jax.peft.config import Patterns, PeftConfig, is_saved, pattern_key
 from lora_jax.peft.fields import layer_regex, shorten
+from lora_jax.peft.layout import Index, boxes
 from lora_jax.peft.names import BIAS, is_embedding, name_ends, split_path
+from lora_jax.plan import parts
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig
+from lora_jax.plan.parts import Entry
 
 __all__ = ["ModuleMatch", "match_modules", "to_lora_config"]
 
@@ -27,6 +30,8 @@ Targets = str | tuple[str, ...]
 Verdict = Literal["matched", "excluded", "unmatched", "other layer"]
 # Leaves that are vectors, also where layers are stacked and they have two axes.
 _NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
+# Lists of layers, as PEFT has them for `layers_to_transform`.
+_LISTS = ("layers", "layer", "blocks", "block", "h")
 _INITIALIZERS = {
     True: "kaiming_uniform",
     "gaussian": "gaussian",
@@ -301,6 +306,11 @@ def to_lora_config(
     `"all-linear"` selects every matrix except the output head and embeddings, which are
     recognized by their names.
 
+    A weight with three axes or more below a list without a number, `layers/q_proj/kernel`,
+    is a stack of layers along its first axis. The lists are the `layers_pattern` of the
+    config, or `layers`, `layer`, `blocks`, `block` and `h`. If the config adapts some of
+    the layers, or gives them different ranks, the targets are parts: `...kernel[4:]`.
+
     Args:
         config: a config of PEFT, or the dict of an `adapter_config.json`.
         params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
@@ -313,9 +323,8 @@ def to_lora_config(
     Raises:
         TypeError, ValueError: if the config is not supported; if it adapts no weight of
             the params; if a key of `rank_pattern` or `alpha_pattern` matches none of the
-            adapted weights, such as the key of one layer where layers are stacked; if the
-            config trains more than adapters; if a `LoraConfig` does not support its
-            `init_lora_weights`.
+            adapted weights; if the config trains more than adapters; if a `LoraConfig` does
+            not support its `init_lora_weights`.
 
     Example:
         >>> import jax
@@ -330,19 +339,36 @@ def to_lora_config(
     if not isinstance(own, PeftConfig):
         own = PeftConfig.from_dict(own, "the config")
     _check_is_about_weights(own)
-    paths = {prefix + ".".join(words): p for p, words in _weights(params).items()}
-    kinds = {n: "Embedding" if is_embedding(n, p) else "Linear" for n, p in paths.items()}
-    found = match_modules(own, kinds)
+    lists = own.layers_pattern or _LISTS
+    weights = _weights(params)
+    paths = {
+        prefix + ".".join(words): (path, index)
+        for path, (words, shape) in weights.items()
+        for words, index in _unstacked(words, shape, lists)
+    }
+    kinds = {
+        name: "Embedding" if is_embedding(name, path) else "Linear"
+        for name, (path, _) in paths.items()
+    }
+    found = _matched(own, kinds, prefix)
     for field in ("rank_pattern", "alpha_pattern"):
         _check_all_match(field, getattr(own, field), found)
+    by_path: dict[str, dict[ModuleMatch, list[Index]]] = {}
+    for name, match in found.items():
+        path, index = paths[name]
+        by_path.setdefault(path, {}).setdefault(match, []).append(index)
+    targets = {
+        path + _part(box, weights[path][1]): match
+        for path, alike in by_path.items()
+        for match, indices in alike.items()
+        for box in boxes(indices)
+    }
     return LoraConfig(
         rank=own.r,
         alpha=own.lora_alpha,
-        targets=tuple(paths[name] for name in found),
-        rank_pattern={paths[n]: m.rank for n, m in found.items() if m.rank != own.r},
-        alpha_pattern={
-            paths[n]: m.alpha for n, m in found.items() if m.alpha != own.lora_alpha
-        },
+        targets=tuple(targets),
+        rank_pattern={p: m.rank for p, m in targets.items() if m.rank != own.r},
+        alpha_pattern={p: m.alpha for p, m in targets.items() if m.alpha != own.lora_alpha},
         rank_stabilized=own.use_rslora,
         use_dora=own.use_dora,
         dropout=own.lora_dropout,
@@ -350,15 +376,54 @@ def to_lora_config(
     )
 
 
-def _weights(params: tree_paths.PyTree) -> dict[str, tuple[str, ...]]:
-    """The words of the paths of leaves that may be weights of modules."""
+def _matched(
+    config: PeftConfig, kinds: Mapping[str, str], prefix: str
+) -> dict[str, ModuleMatch]:
+    """The result of `match_modules`. If a prefix would help, the error says so."""
+    try:
+        return match_modules(config, kinds)
+    except ValueError as error:
+        if prefix or not config.layers_to_transform:
+            raise
+        try:
+            match_modules(config, {f"model.{name}": kind for name, kind in kinds.items()})
+        except ValueError:
+            raise error from None
+        raise ValueError(
+            f"{error} In PEFT's names another word comes before the list of layers: give "
+            "prefix='model.'."
+        ) from None
+
+
+def _unstacked(
+    words: tuple[str, ...], shape: tuple[int, ...], lists: Iterable[str]
+) -> Iterator[tuple[tuple[str, ...], Index]]:
+    """The words of a weight with no index; or of each layer of a stack, with its index."""
+    ends = [i for i, word in enumerate(words) if any(re.fullmatch(x, word) for x in lists)]
+    if not ends or len(shape) < 3 or any(map(str.isdecimal, words)):
+        yield words, ()
+        return
+    for index in range(shape[0]):
+        yield (*words[: ends[0] + 1], str(index), *words[ends[0] + 1 :]), (index,)
+
+
+def _part(box: tuple[Entry, ...], shape: tuple[int, ...]) -> str:
+    """The part of a stack that has some layers; empty for all of it."""
+    return parts.as_text([*box, *map(range, shape[len(box) :])], shape)
+
+
+def _weights(
+    params: tree_paths.PyTree,
+) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The leaves that may be weights of modules: the words of the path, and the shape."""
     found = {}
     for path, leaf in tree_paths.leaf_paths(params).items():
         words = split_path(path)
         named = [word for word in words.words if not word.isdecimal()]
         vector = words.leaf == BIAS or any(map(_NORM.search, named[-1:]))
-        if len(getattr(leaf, "shape", ())) >= 2 and not vector:
-            found[path] = words.words
+        shape = tuple(getattr(leaf, "shape", ()))
+        if len(shape) >= 2 and not vector:
+            found[path] = words.words, shape
     return found
 
 
@@ -394,6 +459,5 @@ def _check_all_match(
         if not any(pattern_key({key: None}, name) for name in names):
             raise ValueError(
                 f"{field} has {key!r}, which matches none of the {len(names)} modules: "
-                f"{', '.join(list(names)[:3])}, ... Where layers are stacked, all of them "
-                "have one rank and one alpha."
+                f"{', '.join(list(names)[:3])}, ..."
             )

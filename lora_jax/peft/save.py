@@ -21,11 +21,13 @@ from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.adapters import fill_up
 from lora_jax.peft.checkpoint import write_checkpoint
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
 from lora_jax.peft.name_table import Naming, SaveNames, split_use
 from lora_jax.peft.names import mask_numbers, name_ends, numbers_in, split_path
+from lora_jax.peft.rules import Rules
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -143,14 +145,18 @@ def make_files(
     _check_names(names, [*plan.by_leaf(), *plan.skipped, *replaced])
     naming = Naming(names)
     modules: list[SavedModule] = []
+    others: set[str] = set()
     for path in plan.targets:
         with checks.at_path(path):
             adapter = {
                 name: tensor_files.cast(name, tensor_files.to_numpy(name, value), dtype)
                 for name, value in adapters[path].items()
             }
-            modules += saved_modules(path, adapter, plan, naming, layout)
+            own, rest = saved_modules(path, adapter, plan, naming, layout)
+            modules += own
+            others.update(rest)
     _check_distinct(modules)
+    others -= {module.name for module in modules}
     full = SavedFull(plan, naming, layout, modules)
     full.check_complete(replaced)
     for path, array in replaced.items():
@@ -158,7 +164,7 @@ def make_files(
             array = tensor_files.to_numpy("the leaf", array)
             full.put(path, tensor_files.cast("the leaf", array, dtype))
     tensors = _tensors(modules, naming) | full.tensors
-    config = _config(modules, plan, full, base_model, task_type)
+    config = _config(modules, others, plan, full, base_model, task_type)
     return config, {f"{PREFIX}{name}": array for name, array in tensors.items()}
 
 
@@ -276,6 +282,7 @@ def _inner(modules: Iterable[SavedModule]) -> set[str]:
 
 def _config(
     modules: list[SavedModule],
+    others: set[str],
     plan: AdapterPlan,
     full: SavedFull,
     base_model: str | None,
@@ -295,10 +302,15 @@ def _config(
     experts = tuple(module.name for module in modules if module.kind == "experts")
     inner = _inner(modules)
     named = tuple(m.name for m in modules if m.kind != "experts" and m.name not in inner)
+    derived = {".".join(split_path(path).words) for path in plan.skipped}
+    layers, target_modules = (), _target_modules(named, others | derived)
+    if others and not (experts or inner):
+        layers, target_modules = _layers(named, others, derived) or ((), target_modules)
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_target_modules(named, plan),
+        target_modules=target_modules,
+        layers_to_transform=layers or None,
         target_parameters=experts or None,
         rank_pattern=_pattern(ranks, rank),
         alpha_pattern=_pattern(alphas, alpha),
@@ -313,13 +325,36 @@ def _config(
     )
 
 
-def _target_modules(named: tuple[str, ...], plan: AdapterPlan) -> str | tuple[str, ...]:
+def _layers(
+    named: tuple[str, ...], others: set[str], derived: set[str]
+) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
+    """The layers that have adapters, and the ends of their modules' names.
+
+    Args:
+        named: the names of modules with adapters.
+        others: the names of modules without.
+        derived: names of other weights, which lack the number of a layer in a stack.
+
+    Returns:
+        None unless PEFT selects these modules and no others by them.
+    """
+    found = [re.match(layer_regex(), name) for name in named]
+    if not all(found):
+        return None
+    layers = tuple(sorted({int(match["idx"]) for match in found if match}))
+    ends = tuple({match.string[match.end() :]: 0 for match in found if match})
+    rules = Rules(PeftConfig(target_modules=ends, layers_to_transform=layers))
+    stacks = {end for name in derived if name not in named for end in name_ends(name)}
+    exact = all(map(rules.matched, named)) and not any(map(rules.matched, others))
+    return (layers, ends) if exact and stacks.isdisjoint(ends) else None
+
+
+def _target_modules(named: tuple[str, ...], others: set[str]) -> str | tuple[str, ...]:
     """The names of modules; or a regular expression of whole names.
 
-    The latter if one of the names is the end of a name without an adapter.
+    The latter if one of the names is the end of the name of another module.
     """
-    others = {".".join(split_path(path).words) for path in plan.skipped}
-    others -= set(named)
+    others = others - set(named)
     ends = {end for other in others for end in name_ends(other)[1:]}
     if not ends.isdisjoint(named):
         return "|".join(map(re.escape, named))

@@ -124,7 +124,7 @@ def names_of(trained, shape, params, loaded):
         return table
     if trained.model.peft_config["default"].layers_to_transform:
         table = {re.sub(r"\d", "{}", name): path for name, path in table.items()}
-    return table | {k: v for k, v in WHOLE.items() if v not in loaded.adapters}
+    return table | {k: v for k, v in WHOLE.items() if v not in loaded.plan.by_leaf()}
 
 
 def test_peft_loads_what_is_written_again(trained, shape, params, tmp_path):

@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_of_many_kinds(file, tmp_path):
         "h/q/kernel": (2, 5, 7),
     }
     params = {path: jnp.ones(shape) for path, shape in shapes.items()}
-    assert len(peft.load(folder, params).adapters) == 4
+    assert len(peft.load(folder, params).adapters) == 5
     outcomes = check(folder, params, file, random.Random(1), TRIES)
     assert outcomes["refused"] > TRIES / 3
     assert outcomes["read"] > 0
@@ -165,7 +165,8 @@ def test_any_value_of_any_field(field, tmp_path):
         except CheckpointError as error:
             assert str(folder) in str(error)  # noqa: PT017
             continue
-        assert loaded.adapters["h/q/kernel"]["A"].shape == (2, 5, 2)
+        shapes = [own["A"].shape for own in loaded.adapters.values()]
+        assert shapes in ([(2, 5, 2)], [(1, 5, 2)] * 2)
 
 
 def test_what_is_no_file(tmp_path):

@@ -178,10 +178,10 @@ def test_stacked_layers_of_a_llama():
     for name, want in wanted.items():
         layer, *words = name.removesuffix(".weight").split(".")
         check(in_tree(got, ".".join(words))[int(layer)].T, want)
-    # Layer 1 has rank 2 and layer 0 has 8, which both have in the stack.
-    down = loaded.adapters["layers/mlp/down_proj/kernel"]
-    assert down["A"].shape == (2, 80, 8)
-    assert not np.any(down["A"][1, :, 2:])
+    # Layer 1 has rank 2, and layer 0 has 8.
+    down = "layers/mlp/down_proj/kernel"
+    shapes = {path: own["A"].shape for path, own in loaded.adapters.items() if down in path}
+    assert shapes == {f"{down}[:1]": (1, 80, 8), f"{down}[1:]": (1, 80, 2)}
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
@@ -197,7 +197,7 @@ def test_heads_of_a_llama_as_axes(heads_first):
         q = attention["q_proj"]["kernel"]
         attention["q_proj"]["kernel"] = jnp.swapaxes(q, 0, 1)
     loaded = peft.load(LLAMA / "adapter", params)
-    axes = {p: t.axes for p, t in loaded.plan.targets.items()}
+    axes = {loaded.plan.leaf(p): t.axes for p, t in loaded.plan.targets.items()}
     assert axes["layers/self_attn/q_proj/kernel"] == ("iboo" if heads_first else "bioo")
     assert axes["layers/self_attn/o_proj/kernel"] == "biio"
     got = support.merged(params, loaded)["layers"]["self_attn"]
@@ -220,10 +220,6 @@ def test_a_llama_is_written_as_it_was(kind, tmp_path):
     peft.save(tmp_path, loaded.adapters, loaded.plan, names=names, layout=layout)
     tensors, config = support.read(tmp_path)
     assert set(tensors) == set(ADAPTER)
-    if kind == "stacked":
-        again = peft.load(tmp_path, params)
-        support.same_updates(loaded.plan, again.plan, loaded.adapters, again.adapters)
-        return
     for name, want in ADAPTER.items():
         np.testing.assert_array_equal(tensors[name], want)
     own = peft.PeftConfig.from_dict(config, "config")

@@ -126,22 +126,22 @@ def test_dtypes_are_those_of_the_file(dtype, tmp_path):
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])
 def test_adapters_are_float32_unless_told_otherwise(stored, dtype, tmp_path):
-    """A stack whose second layer has another scale, magnitudes, and a saved module."""
+    """A stack with magnitudes, and a saved module."""
     entries = {"score.weight": draw(3, 5, dtype=stored)}
     for i in range(2):
         entries |= linear(f"h.{i}.q", 5, 7, 2, i, dora=True, dtype=stored)
     folder = write(
         tmp_path, entries, r=2, lora_alpha=2, target_modules=["q"], use_dora=True,
-        modules_to_save=["score"], alpha_pattern={"h.1.q": 5},
+        modules_to_save=["score"],
     )  # fmt: skip
     params = abstract({"h": {"q": {"kernel": (2, 5, 7)}}, "score": {"kernel": (5, 3)}})
     loaded = peft.load(folder, params, dtype=dtype)
     adapter = loaded.adapters["h/q/kernel"]
     assert {x.dtype for x in adapter.values()} == {jnp.dtype(dtype or "float32")}
     assert loaded.replaced["score/kernel"].dtype == "float32"
-    for i, factor in enumerate((1, 2.5)):
-        b = entries[f"h.{i}.q.lora_B.weight"].astype(np.float64) * factor
-        rounded = b.T.astype(np.float32).astype(dtype or "float32")
+    for i in range(2):
+        b = entries[f"h.{i}.q.lora_B.weight"].astype(np.float32)
+        rounded = b.T.astype(dtype or "float32")
         np.testing.assert_array_equal(adapter["B"][i], rounded)
         m = entries[f"h.{i}.q.lora_magnitude_vector"].astype(np.float32)
         np.testing.assert_array_equal(adapter["m"][i], m.astype(dtype or "float32"))
@@ -256,12 +256,11 @@ def test_names(names, paths, tmp_path):
 def test_names_of_a_stack(names, tmp_path):
     folder = checkpoint(tmp_path, ("m.2.q", 5, 7), ("m.0.q", 5, 7))
     loaded = peft.load(folder, NAMED, names=names)
-    adapter = loaded.adapters["layers/w"]
+    adapter = loaded.adapters["layers/w[::2]"]
     entries = support.read(folder)[0]
-    for i in (0, 2):
-        want = update_of(entries, f"base_model.model.m.{i}.q", 2.0)
+    for i in (0, 1):
+        want = update_of(entries, f"base_model.model.m.{2 * i}.q", 2.0)
         np.testing.assert_allclose(2 * adapter["A"][i] @ adapter["B"][i], want, rtol=1e-5)
-    assert not np.any(adapter["B"][1])
 
 
 def test_templates_fill_paths(tmp_path):
@@ -520,8 +519,10 @@ def part_of_a_stack(folder, layers, **config):
     return support.write(folder, tensors, r=2, target_modules=["q"], **config)
 
 
-@pytest.mark.parametrize(("layers", "absent"), [((0, 2), [1]), ((1,), [0, 2])])
-def test_a_layer_that_a_stack_lacks_is_missed(tmp_path, layers, absent):
+@pytest.mark.parametrize(
+    ("layers", "absent", "part"), [((0, 2), [1], "[::2]"), ((1,), [0, 2], "[1:2]")]
+)
+def test_a_layer_that_a_stack_lacks_is_missed(tmp_path, layers, absent, part):
     params = {"layers": {"q": {"kernel": support.draw(3, 6, 4)}}}
     folder = part_of_a_stack(tmp_path, layers)
     with pytest.raises(CheckpointError, match="is the file whole") as error:
@@ -529,13 +530,11 @@ def test_a_layer_that_a_stack_lacks_is_missed(tmp_path, layers, absent):
     assert all(f"'model.layers.{i}.q'" in str(error.value) for i in absent)
     with pytest.warns(UserWarning, match=f"layers.{absent[0]}.q"):
         loaded = peft.load(folder, params, strict=False)
-    for i in absent:
-        assert not np.any(loaded.adapters["layers/q/kernel"]["B"][i])
+    assert list(loaded.plan.targets) == [f"layers/q/kernel{part}"]
     chosen = part_of_a_stack(tmp_path, layers, layers_to_transform=list(layers))
-    again = peft.load(chosen, params).adapters
-    np.testing.assert_array_equal(
-        again["layers/q/kernel"]["A"], loaded.adapters["layers/q/kernel"]["A"]
-    )
+    again = peft.load(chosen, params)
+    assert again.plan.targets == loaded.plan.targets
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.adapters, loaded.adapters))
 
 
 def test_names_may_be_those_of_the_whole_model(tmp_path):

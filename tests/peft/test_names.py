@@ -1,13 +1,13 @@
 import pytest
 
 from lora_jax.peft import names as module_names
-from lora_jax.peft.name_table import Naming, sites_of
+from lora_jax.peft.name_table import Naming, find_modules
 from lora_jax.peft.names import BIAS, WEIGHT, Found
 
 
 def names_of(path, names, sizes):
     """The names of the modules of a stack, each with its index."""
-    sites = sites_of(path, names, (*sizes, 5, 7), "b" * len(sizes) + "io")
+    sites = find_modules(path, names, (*sizes, 5, 7), "b" * len(sizes) + "io")
     return [(site.name, site.indices) for site in sites]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 
@@ -265,12 +266,53 @@ def test_what_has_no_meaning_here_is_an_error(config, match):
         peft.to_lora_config(config, tree())
 
 
-def test_a_layer_of_a_stack_has_no_rank_of_its_own():
-    stack = jax.ShapeDtypeStruct((2, 12, 16), "float32")
-    params = {"layers": {"q_proj": {"kernel": stack}}}
-    config = {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\.q_proj": 2}}
-    with pytest.raises(ValueError, match="layers are stacked"):
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({}, {"": (8, 1.0)}),
+        ({"layers_to_transform": [4, 5]}, {"[4:]": (8, 1.0)}),
+        ({"layers_to_transform": [0, 3, 4]}, {"[[0,3,4]]": (8, 1.0)}),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, {"[1:2]": (8, 1.0)}),
+        ({"layers_to_transform": range(6)}, {"": (8, 1.0)}),
+        (
+            {"rank_pattern": {r"layers\.[24]\.q": 2}, "alpha_pattern": {"5.q": 4}},
+            {"[[0,1,3]]": (8, 1.0), "[2::2]": (2, 4.0), "[5:]": (8, 0.5)},
+        ),
+        (
+            {"target_modules": r".*\.[01]\.q", "rank_pattern": {"0.q": 2}},
+            {"[:1]": (2, 4.0), "[1:2]": (8, 1.0)},
+        ),
+    ],
+)
+def test_layers_of_a_stack_become_parts(config, found):
+    shapes = {"layers": {"q": (6, 12, 16), "k": (6, 12, 16)}, "q_norm": (6, 12)}
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
+        shapes,
+        is_leaf=lambda each: isinstance(each, tuple),
+    )
+    if not isinstance(config.get("layers_to_transform"), int | None):
+        config = config | {"layers_to_transform": [*config["layers_to_transform"]]}
+    own = {"target_modules": ["q"], **config}
+    plan = plan_adapters(
+        dataclasses.replace(
+            peft.to_lora_config(own, params, prefix="model."), axes={"layers/q": "bio"}
+        ),
+        params,
+    )
+    got = {path: (t.rank, t.scale) for path, t in plan.targets.items()}
+    assert got == {f"layers/q{part}": numbers for part, numbers in found.items()}
+
+
+def test_a_prefix_that_layers_need():
+    params = {"layers": {"q": jax.ShapeDtypeStruct((6, 12, 16), "float32")}}
+    config = {"target_modules": ["q"], "layers_to_transform": [4]}
+    with pytest.raises(ValueError, match=r"layers_to_transform=\(4,\).* prefix='model.'"):
         peft.to_lora_config(config, params)
+    for wrong in ({"layers_to_transform": [7]}, {"target_modules": ["up"]}):
+        with pytest.raises(ValueError, match="matches") as error:
+            peft.to_lora_config(config | wrong, params)
+        assert "prefix" not in str(error.value)
 
 
 def test_stacked_norms_are_no_matrices():

@@ -16,7 +16,11 @@ _DICT = rf"names=(\{{(?:{_QUOTED}|[^{{}}'\"])*\}})"
 _ARGUMENTS = (
     (rf"{_FUNCTION} or plan=, or ", ""),
     (rf"Give {_FUNCTION} or plan=", _PROGRAM),
-    (rf"Give {_FUNCTION}, which shows whether it is\. ", ""),
+    (rf"Give {_FUNCTION}, which shows (?:whether it is|the use of each)\. ", ""),
+    (
+        rf"Give {_FUNCTION} that looks rows up .*? or params in which (.*?) are two leaves",
+        r"Save \1 as two tensors",
+    ),
     (rf", or {_FUNCTION}", ""),
     (r"; or give on_tied='allow' if ", "; or load it with lora_jax.peft.load if "),
     (r"layout='(\w+)'", r"--layout \1"),

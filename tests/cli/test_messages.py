@@ -88,6 +88,13 @@ def test_no_message_names_an_argument():
             "layout='jax' or layout='torch'.",
             "shapes do not say which. Give --layout jax or --layout torch.",
         ),
+        (
+            "Both are 'x', which is tied. Give the function (fn, *args) that looks rows up "
+            "and multiplies by the leaf, or names={'a': 'x@lookup'}, or params in which "
+            "the embedding and the output head are two leaves.",
+            "Both are 'x', which is tied. Save the embedding and the output head as two "
+            "tensors.",
+        ),
     ],
 )
 def test_translations(text, expected):

@@ -151,7 +151,7 @@ def _by_leaf(side: _Side, uses: Collection[str]) -> dict[str, Effect]:
     found: dict[str, Effect] = {}
     for path, target in side.plan.targets.items():
         leaf = side.plan.leaf(path)
-        effect = _effect(_whole(side.adapters[path], target), target.scale)
+        effect = _effect(_turned(_whole(side.adapters[path], target), target), target.scale)
         for use in parts.USES if leaf in uses else ("",):
             if not use or target.use in ("", use):
                 name = f"{leaf}@{use}" if use else leaf
@@ -180,6 +180,17 @@ def _whole(adapter: Mapping[str, Any], target: Target) -> dict[str, np.ndarray]:
         folded = [math.prod(shape[axis] for axis in side) for side in sides[name][1:]]
         arrays[name] = whole.reshape(*(shape[axis] for axis in batch), *folded)
     return arrays
+
+
+def _turned(adapter: Mapping[str, Any], target: Target) -> Mapping[str, Any]:
+    """The adapter of LoRA with the factor of the first axes as `A`.
+
+    For one use of a weight its first axis is the input, for another the output.
+    """
+    if "m" in adapter or target.in_axes < target.out_axes:
+        return adapter
+    a, b = (np.asarray(adapter[name]).swapaxes(-1, -2) for name in "AB")
+    return {"A": b, "B": a}
 
 
 def _sum(one: Effect, other: Effect) -> Effect:
@@ -250,7 +261,10 @@ def _put(
     for path, target in plan.targets.items():
         leaf = plan.leaf(path)
         head = _ties.head_of(leaf)
-        axes[head if target.use == parts.PRODUCT else leaf] = target.axes
+        is_head = target.use == parts.PRODUCT
+        axes[head if is_head else leaf] = (
+            _product_axes(plan, path) if is_head else target.axes
+        )
         heads |= {head: leaf} if target.use else {}
     leaves |= {head: leaves[leaf] for head, leaf in heads.items()}
     known = Known(axes, {}, "the plan")
@@ -273,6 +287,20 @@ def _put(
         loaded = assemble(placement, False, dtype="file", on_tied="allow")
     adapters, joined = _ties.rejoin(heads, leaves, loaded.adapters, loaded.plan)
     return loaded._replace(adapters=adapters, plan=joined), left, full
+
+
+def _product_axes(plan: AdapterPlan, path: str) -> str:
+    """The axes of a target as its products see them, if the plan knows its uses.
+
+    A target of a tied leaf has the axes of its look-ups.
+    """
+    target = plan.targets[path]
+    letters = {"contracted": "i", "kept": "o", "batch": "b", "stacked": "b"}
+    for use in plan.uses.get(plan.leaf(path), ()):
+        found = "".join(letters.get(role, "") for role in use.roles)
+        if use.kind == parts.PRODUCT and len(found) == len(target.shape):
+            return found
+    return target.axes
 
 
 def _names_of(plan: AdapterPlan, names: Any) -> Any:

@@ -227,6 +227,31 @@ def test_a_converted_adapter_is_of_one_use(tmp_path, capsys, which):
         np.testing.assert_array_equal(got[name], values)
 
 
+def test_the_effect_of_a_head_is_that_of_a_product(tmp_path, capsys):
+    """A program's target of a tied leaf has the axes of its look-ups."""
+
+    def fn(params, tokens):
+        table = params["embed_tokens"]["embedding"]
+        return table[tokens] @ table.T
+
+    params = {"embed_tokens": {"embedding": models.draw(SHAPE, 0)}}
+    path = "embed_tokens/embedding@product"
+    config = lora_jax.LoraConfig(rank=2, alpha=6, targets=path)
+    plan = lora_jax.plan_adapters(config, params, fn, jnp.arange(3))
+    write_peft(tmp_path / "peft", "head")
+    entries = models.read_model(tmp_path / "peft")
+    a, b = (entries[f"base_model.model.lm_head.lora_{name}.weight"] for name in "AB")
+    for size in (1, 2):
+        own = {path: {"A": jnp.asarray(size * b), "B": jnp.asarray(a)}}
+        lora_jax.save_adapters(tmp_path / "own", own, plan)
+        for pair in (("own", "peft"), ("peft", "own")):
+            code = main(["diff", *(str(tmp_path / name) for name in pair)])
+            text = capsys.readouterr().out
+            assert code == (0 if size == 1 else 3), text
+            same = "are the same: of 1 updates" if size == 1 else "differ: 1 of 1 updates"
+            assert f"The effects {same}" in text
+
+
 @pytest.mark.parametrize("module", ["model.embed_tokens", "model.tok"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_model_that_does_not_say_whether_it_is_tied(tmp_path, module, whole, capsys):

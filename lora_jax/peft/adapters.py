@@ -17,7 +17,7 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.full import Replaced, add_bias, common_dtype
+from lora_jax.peft.full import Replaced, add_bias, check_whole, common_dtype
 from lora_jax.peft.keys import Kind, Module
 from lora_jax.peft.layout import Index, Site, boxes, from_matrix, to_matrix
 from lora_jax.peft.leaves import Places
@@ -107,14 +107,15 @@ def _adapter(
     indices = itertools.product(*map(parts.indices_of, box))
     own = [modules[index] for index in indices]
     site, kind, arrays, scale = own[0]
-    shape = places.shape(site.path)
+    shape, axes = places.shape(site.path), places.leaf_axes(site)
     groups = {
-        letter: tuple(axis for axis, own in enumerate(site.axes) if own == letter)
+        letter: tuple(axis for axis, own in enumerate(axes) if own == letter)
         for letter in "iob"
     }
     if box:
         arrays = stack_modules([each.arrays for each in own], tuple(map(parts.count, box)))
-        inner = (axis for axis in groups["b"] if axis not in site.stack)
+        batch = (axis for axis, letter in enumerate(site.axes) if letter == "b")
+        inner = (axis for axis in batch if axis not in site.stack)
         arrays = order_axes(arrays, (*site.stack, *inner))
     target = Target(
         shape=shape,
@@ -129,7 +130,7 @@ def _adapter(
         use=site.use,
     )
     given = places.gives_axes(site.name) or places.gives_axes(site.module)
-    return Placed(arrays, target, use_of(kind, site.axes, given))
+    return Placed(arrays, target, use_of(kind, axes, given))
 
 
 def _change_bases(
@@ -146,6 +147,7 @@ def _change_bases(
     olora = str(config.init_lora_weights).lower() == "olora"
     for site in sites:
         name = site.name
+        check_whole(site, "the initialization changed its base")
         if config.init_lora_weights != "pissa" and not olora:
             raise _not_repeatable(config, name, "its result is not unique")
         if modules[site.module].kind != "linear":
@@ -362,8 +364,8 @@ def make_plan(
     of_leaf = {path: path.removesuffix(own.suffix) for path, own in targets.items()}
     adapted = {*of_leaf.values()}
     uses = {**places.known.uses}
-    for path, own in placed.items():  # the uses of a tied leaf are those of the function
-        if not own.target.use or of_leaf[path] not in places.known.uses:
+    for path, own in placed.items():  # of a part, the uses are those of the function
+        if not own.target.suffix or of_leaf[path] not in places.known.uses:
             uses[of_leaf[path]] = (own.use,)
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     return AdapterPlan(

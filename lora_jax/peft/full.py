@@ -79,6 +79,9 @@ def _find_claim(places: Places, name: str, shape: tuple[int, ...]) -> Claim:
     for key in (name, module):
         given = places.given(key)
         if given is not None:
+            if given.part:
+                site = Site(module, name, given.path, "", part=given.part)
+                check_whole(site, f"the file has all of {name!r}")
             if key == module and last == BIAS:
                 given = given._replace(path=sibling_bias(places, name, given.path))
             read = functools.partial(_read, places, name, shape, axes=given.axes or "")
@@ -186,6 +189,19 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
             "or plan=" + (", or layout='jax' or layout='torch'." if turned else ".")
         )
     return ways[0]
+
+
+def check_whole(site: Site, why: str) -> None:
+    """Raises for a module that is a part of a leaf, if values of the leaf would change.
+
+    Raises:
+        CheckpointError: with the reason `why`.
+    """
+    if site.part:
+        raise CheckpointError(
+            f"{site.name!r} is a part of a leaf, {site.path + site.part!r}, and {why}: a "
+            "leaf is replaced as a whole. Give params with a leaf for each module."
+        )
 
 
 def sibling_bias(places: Places, name: str, path: str) -> str:
@@ -317,6 +333,7 @@ def add_bias(
     Raises:
         CheckpointError: if the layer has no such bias.
     """
+    check_whole(site, "its adapter has a bias of its own")
     path = sibling_bias(places, site.module, site.path)
     numbers = tuple(zip(site.fields, site.indices, strict=True))
     claim = _read(places, f"{site.module}.bias", bias.shape, path, numbers)

@@ -97,11 +97,12 @@ class Site(NamedTuple):
 
     def own_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the module's own array, in a leaf of some shape."""
-        return tuple(n for axis, n in enumerate(shape) if axis not in self.stack)
+        sizes = enumerate(part_shape(self.part, shape))
+        return tuple(n for axis, n in sizes if axis not in self.stack)
 
     def view(self, leaf: np.ndarray) -> np.ndarray:
         """The module's own array, as a view of the leaf."""
-        return first_axes(leaf, self.stack)[self.indices]
+        return first_axes(parts.take(leaf, self.part), self.stack)[self.indices]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -327,6 +328,21 @@ def from_matrix(matrix: np.ndarray, shape: tuple[int, ...], axes: str) -> np.nda
     order = (*inner, *outer)
     weight = matrix.reshape([shape[axis] for axis in order])
     return weight.transpose(np.argsort(order))
+
+
+def part_shape(part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a part of a leaf, without the axes that it has one index of."""
+    own = parts.entries(part, shape)
+    return tuple(parts.count(entry) for entry in own if not isinstance(entry, int))
+
+
+def part_axes(part: str, shape: tuple[int, ...], axes: str) -> str:
+    """The letters of the axes that `part_shape` keeps, from those of the leaf."""
+    own = parts.entries(part, shape)
+    if len(axes) != len(own):
+        return axes
+    pairs = zip(axes, own, strict=True)
+    return "".join(letter for letter, entry in pairs if not isinstance(entry, int))
 
 
 def as_entry(indices: Sequence[int]) -> Entry:

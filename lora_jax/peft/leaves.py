@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.keys import Kind
-from lora_jax.peft.layout import LAYOUTS, Layout
+from lora_jax.peft.layout import LAYOUTS, Layout, Site, part_axes, part_shape
 from lora_jax.peft.name_table import (
     Given,
     NamesArgument,
     by_mask,
     parse_given,
-    split_use,
 )
 from lora_jax.peft.names import (
     BIAS,
@@ -180,9 +179,15 @@ class Places:
             return None
         key, given = found
         self._used.add(key)
-        path, use = split_use(given.path)
+        path, part, use = parts.split(given.path)
         if given.path not in self.leaves and path in self.leaves:
-            return given._replace(path=path, use=use)
+            try:
+                part = parts.canonical(part, self.shape(path))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"names has {given.path!r} for the module {name!r}: {error}"
+                ) from None
+            return given._replace(path=path, part=part, use=use)
         if given.path not in self.leaves:
             hint = self.hint(given.path)
             raise CheckpointError(
@@ -253,7 +258,8 @@ class Places:
     def _has(self, path: str) -> bool:
         """Whether params have a leaf at a path, or at one of a template."""
         if not is_template(path):
-            return path in self.leaves or split_use(path)[0] in self.leaves
+            return path in self.leaves or parts.split(path).base in self.leaves
+        path = parts.split(path).base
         leaves = self._masks.get(mask_numbers(path), ())
         return any(numbers_in(path, leaf) is not None for leaf in leaves)
 
@@ -261,12 +267,39 @@ class Places:
         """The leaves whose paths have the longest common end with a name."""
         return search_paths(words, leaves, self._index)
 
-    def shape(self, path: str) -> tuple[int, ...]:
-        """The shape of a leaf; `()` if it is not an array."""
-        return tuple(getattr(self.leaves[path], "shape", ()))
+    def shape(self, path: str, part: str = "") -> tuple[int, ...]:
+        """The shape of a leaf, or of a part of it; `()` if it is not an array."""
+        shape = tuple(getattr(self.leaves[path], "shape", ()))
+        return part_shape(part, shape) if part else shape
 
-    def not_found(self, name: str, near: Iterable[Found], fits: str) -> CheckpointError:
-        """The error for a module without a leaf that fits."""
+    def letters(self, path: str, part: str = "") -> str:
+        """The known letters of the axes of a leaf, or of a part of it; else empty."""
+        return part_axes(part, self.shape(path), self.known.axes.get(path, ""))
+
+    def leaf_axes(self, site: Site) -> str:
+        """The letters of the axes of a leaf with a module in it.
+
+        An axis that a part has one index of is `b`, unless the function shows more.
+        """
+        own, known = iter(site.axes), self.known.axes.get(site.path, "")
+        entries = parts.entries(site.part, self.shape(site.path))
+        dropped = (x if x in ("i", "o") else "b" for x in known or "b" * len(entries))
+        return "".join(
+            letter if isinstance(entry, int) else next(own)
+            for entry, letter in zip(entries, dropped, strict=True)
+        )
+
+    def not_found(
+        self, name: str, near: Iterable[Found], fits: str, part: str = ""
+    ) -> CheckpointError:
+        """The error for a module without a leaf that fits.
+
+        Args:
+            name: of the module.
+            near: leaves with similar paths.
+            fits: what the leaf must have.
+            part: the path of a part of a leaf, as an example.
+        """
         self.unplaced.append(name)
         listed = [f"{path!r} {self.shape(path)}{self.axes_of(path)}" for path, _ in near]
         if listed:
@@ -281,11 +314,12 @@ class Places:
                 index = ", ".join(map(str, indices))
                 hint += f", a stack without the index [{index}]"
         other = "torch" if self.layout == "jax" else "jax"
+        fused = f" A part of a fused weight has an index: names={{{name!r}: {part!r}}}."
         return CheckpointError(
             f"no leaf of the params fits {name!r}, which needs {fits} in "
             f"layout={self.layout!r}; {hint}. Give names={{{name!r}: path}}, or the "
             f"function (fn, *args), or layout={other!r} if weights have that layout, or "
-            "the right params."
+            f"the right params.{fused if part else ''}"
         )
 
     def axes_of(self, path: str) -> str:

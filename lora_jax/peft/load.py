@@ -72,7 +72,7 @@ class Placement(NamedTuple):
             given |= any(map(self.places.gives_axes, {site.name, site.module}))
             given |= site.stack != tuple(sorted(site.stack))
             _, name, path, axes, indices, stack, fields, *_ = site
-            shape = self.places.shape(path)
+            shape = self.places.shape(path, site.part)
             rows[name] = Row(
                 name, path + site.suffix, indices, shape, axes, given, stack, fields
             )
@@ -243,7 +243,10 @@ def load(
             paths, or a function. A name may be a template, `"model.layers.{}.mlp.up"`. Its
             numbers fill the `{}` of the path, and the other numbers are indexes of the
             weight. In place of a path, `(path, axes)` gives the letters of the axes, as in
-            `LoraConfig.axes`. Numbers may have names, which show the axis of each index:
+            `LoraConfig.axes`. A path may end in an index if the module is a part of a fused
+            weight, `"layers/qkv[:,0]"`, or in a use, `"embed/embedding@product"`; then the
+            letters are those of the part. Numbers may have names, which show the axis of
+            each index:
             `"layers.{layer}.experts.{expert}.up": ("experts/up", "{expert}{layer}io")`.
         layout: of weights that the function does not use. `"jax"`: matrices `(in, out)` and
             kernels `(*kernel, in, out)`. `"torch"`: `(out, in)` and `(out, in, *kernel)`;

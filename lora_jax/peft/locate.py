@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from lora_jax.peft.layout import (
     known_readings,
     readings,
     shared_readings,
+    size_of,
     turned_readings,
 )
 from lora_jax.peft.leaves import Places, Problems, agrees
@@ -32,6 +34,7 @@ from lora_jax.peft.names import (
     split_name,
     split_path,
 )
+from lora_jax.plan import parts
 from lora_jax.plan.parts import LOOKUP, PRODUCT
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention
@@ -52,8 +55,14 @@ class Claim(NamedTuple):
     """Further ways, if the leaf is transposed."""
     by_shape: bool = False
     """Whether only the shape shows the way."""
+    part: str = ""
+    """As in `Site`, and so is `use`."""
     use: str = ""
-    """As in `Site`."""
+
+    @property
+    def key(self) -> str:
+        """The path with the part, as `names` has it."""
+        return self.path + self.part
 
     @property
     def indices(self) -> Index:
@@ -78,6 +87,7 @@ class Claim(NamedTuple):
             self.indices,
             stack,
             fields,
+            part=self.part,
             use=self.use,
         )
 
@@ -155,7 +165,7 @@ def find_sites(
         owner = nesting(name)[0] if module.kind == "experts" else name
         owners.setdefault(owner, []).append(module)
     parameters = Parameters(config.target_parameters or ())
-    by_leaf: dict[tuple[str, str], list[Claim]] = {}
+    by_leaf: dict[tuple[str, str, str], list[Claim]] = {}
     for owner, own in owners.items():
         with problems.collecting():
             if own[0].kind == "experts":
@@ -166,13 +176,14 @@ def find_sites(
                 use = claim.use
                 if splits_ties and not use:
                     use = places.known.side(claim.path, modules[claim.module].kind)
-                claims = by_leaf.setdefault((claim.path, use), [])
+                claims = by_leaf.setdefault((claim.path, claim.part, use), [])
                 claims.append(claim._replace(use=use))
     by_leaf = {leaf: _alike(claims, modules, problems) for leaf, claims in by_leaf.items()}
-    places.claimed |= {path for path, _ in by_leaf}
+    places.claimed |= {path for path, *_ in by_leaf}
+    _check_apart(places, by_leaf, problems)
     places.shown |= {
         places.family(path)
-        for (path, _), claims in by_leaf.items()
+        for (path, *_), claims in by_leaf.items()
         if modules[claims[0].module].kind != "embedding"
         and all(claim.by_shape and not claim.turned for claim in claims)
     }
@@ -182,6 +193,30 @@ def find_sites(
             reading = _one_reading(places, claims)
             sites |= {claim.module: claim.site(reading) for claim in claims}
     return {name: sites[name] for name in modules if name in sites}
+
+
+def _check_apart(
+    places: Places,
+    by_leaf: dict[tuple[str, str, str], list[Claim]],
+    problems: Problems,
+) -> None:
+    """Leaves out modules of parts that have entries in common with parts before."""
+    taken: dict[str, list[tuple[str, str, str]]] = {}
+    for key, claims in [*by_leaf.items()]:
+        path, part, use = key
+        for before in taken.setdefault(path, []):
+            both = not (use and before[2]) or use == before[2]
+            if both and parts.overlap(part, before[1], places.shape(path)):
+                other = by_leaf[before][0]
+                problems.lines.append(
+                    f"{other.module!r} and {claims[0].module!r} both match entries of "
+                    f"{path!r}, {other.key!r} and {claims[0].key!r}: give names={{module: "
+                    "path}, with parts of the path that have nothing in common."
+                )
+                del by_leaf[key]
+                break
+        else:
+            taken[path].append(key)
 
 
 def _alike(
@@ -234,21 +269,22 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
     Raises:
         CheckpointError: if there is none, or several.
     """
-    first, shape = claims[0], places.shape(claims[0].path)
+    first = claims[0]
+    shape = places.shape(first.path, first.part)
     indices = [claim.indices for claim in claims]
     found = shared_readings(shape, [claim.readings for claim in claims], indices)
     turned = shared_readings(shape, [claim.turned for claim in claims], indices)
     if not found:
         last = max(claims, key=lambda claim: claim.indices)
         raise CheckpointError(
-            f"{first.module!r} and {last.module!r} both match {first.path!r} {shape}, and "
+            f"{first.module!r} and {last.module!r} both match {first.key!r} {shape}, and "
             "no reading of its axes fits both: give names={module: (path, axes)}."
         )
     if len(found) > 1:
         raise _several_error(places, first, found)
     if turned and not places.lies_in_out(first.path):
         raise CheckpointError(
-            f"{first.path!r} {shape} fits {first.name!r} with the axes "
+            f"{first.key!r} {shape} fits {first.name!r} with the axes "
             f"{found[0].axes!r} (layout='jax') and {turned[0].axes!r} (layout='torch', as "
             "in PyTorch and Equinox): shapes do not say which. Give the function (fn, "
             "*args) or plan=, or layout='jax' or "
@@ -267,10 +303,11 @@ def _several_error(places: Places, claim: Claim, found: list[Reading]) -> Checkp
     # A function shows the axes, but not which number is the index on which axis.
     open_ = len({each.axes for each in found}) > 1 and not places.known.source
     function = "the function (fn, *args) or plan=, or " if open_ else ""
+    shape = places.shape(claim.path, claim.part)
     return CheckpointError(
-        f"{claim.path!r} {places.shape(claim.path)} fits {claim.name!r} with the axes "
-        f"{' and '.join(ways)}: shapes do not say which. Give {function}"
-        f"names={{{template!r}: ({claim.path!r}, {ways[0]})}} with the right axes."
+        f"{claim.key!r} {shape} fits {claim.name!r} with the "
+        f"axes {' and '.join(ways)}: shapes do not say which. Give {function}"
+        f"names={{{template!r}: ({claim.key!r}, {ways[0]})}} with the right axes."
     )
 
 
@@ -297,6 +334,7 @@ def _reader(
     fan_in_fan_out: bool = False,
     axes: str | None = None,
     fields: tuple[str, ...] = (),
+    part: str = "",
 ) -> Callable[[str, Numbers], Claim]:
     """What reads a leaf as the weight of a module; see `fitting`.
 
@@ -307,17 +345,18 @@ def _reader(
         fan_in_fan_out: of the checkpoint.
         axes: the letters of the leaf's axes, if the caller gave them.
         fields: the fields that the caller gave some of the batch axes.
+        part: of the leaf that holds the module.
     """
     kind, dims = module.kind, module.dims
 
     def read(path: str, numbers: Numbers) -> Claim:
-        shape, count = places.shape(path), len(numbers)
-        known = axes or places.known.axes.get(path, "")
+        shape, count = places.shape(path, part), len(numbers)
+        known = axes or places.letters(path, part)
         turned: tuple[Reading, ...] = ()
         by_shape = not (known and set(known) <= set("iob"))
         if not by_shape:
             found = known_readings(shape, known, kind, dims, count)
-            if not found and axes is None and places.known.tie(path):
+            if not found and axes is None and not part and places.known.tie(path):
                 swapped = known.translate(SWAPPED)
                 found = known_readings(shape, swapped, kind, dims, count)
         else:
@@ -338,7 +377,7 @@ def _reader(
 
         found, turned = (tuple(filter(allowed, each)) for each in (found, turned))
         turned = turned if found else ()
-        return Claim(module.name, name, path, numbers, found, turned, by_shape)
+        return Claim(module.name, name, path, numbers, found, turned, by_shape, part)
 
     return read
 
@@ -351,11 +390,16 @@ def _find_given(
     fan_in_fan_out: bool = False,
 ) -> Claim:
     """The claim to the leaf that the caller gave."""
-    read = _reader(places, module, name, fan_in_fan_out, given.axes, given.fields)
+    read = _reader(
+        places, module, name, fan_in_fan_out, given.axes, given.fields, given.part
+    )
     claim = given_claim(given, without_wrapper(module.name), read)
     if claim is None:
         indices = tuple(number for _, number in given.numbers)
         axes = f", with the axes {given.axes!r}" if given.axes is not None else ""
+        if given.part:
+            shape = places.shape(given.path, given.part)
+            axes += f", and {given.path + given.part!r} has the shape {shape}"
         raise _not_found(places, module, [Found(given.path, indices)], axes)
     if given.use and (given.use == LOOKUP) != (module.kind == "embedding"):
         raise CheckpointError(
@@ -429,9 +473,24 @@ def _not_found(
     dims = module.dims
     kernel = f" and a kernel {dims.kernel}" if dims.kernel else ""
     experts = f" for each of {dims.experts} experts" if dims.experts else ""
+    entries = dims.n_in * dims.n_out * math.prod(dims.kernel) * max(dims.experts, 1)
+    near = [*near]
+    parts_of = (path + _first_part(places.shape(path), entries) for path, _ in near)
     return places.not_found(
         module.name,
         near,
         f"a weight of the kind {module.kind!r} with {dims.n_in} in and {dims.n_out} out"
         f"{kernel}{experts}{axes}",
+        part=next(parts_of, "path[0]"),
     )
+
+
+def _first_part(shape: tuple[int, ...], entries: int) -> str:
+    """The first of the equal parts of a leaf that have a number of entries, as a guess."""
+    count, rest = divmod(size_of(shape), entries)
+    if rest == 0 and count > 1:
+        fused = sorted(axis for axis, n in enumerate(shape) if n % count == 0)
+        for axis in sorted(fused, key=lambda axis: shape[axis] != count):
+            size = shape[axis] // count
+            return f"[{':,' * axis}{'0' if size == 1 else f':{size}'}]"
+    return "[0]"

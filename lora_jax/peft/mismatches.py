@@ -102,21 +102,29 @@ def find_missing(
 
 def _unadapted(places: Places, sites: list[Site]) -> Iterator[tuple[str, str]]:
     """The names of modules without adapters, and the paths of their weights."""
-    by_path: dict[str, list[Site]] = {}
+    by_part: dict[tuple[str, str], list[Site]] = {}
+    siblings: dict[tuple[str, ...], dict[str, Site]] = {}
     for site in sites:
-        by_path.setdefault(site.path, []).append(site)
-    families = {_family(split_path(site.path)): site for site in sites}
+        by_part.setdefault((site.path, site.part), []).append(site)
+        siblings.setdefault(_family(split_path(site.path)), {})[site.part] = site
+    adapted = {path for path, _ in by_part}
     for path in places.leaves:
-        shape, words = places.shape(path), split_path(path)
-        if path in by_path:
-            yield from ((name, path) for name in _other_indices(shape, by_path[path]))
+        words = split_path(path)
+        family = siblings.get(_family(words), {})
+        for part, sibling in family.items():
+            own = by_part.get((path, part))
+            if own is None and path in places.claimed and not part:
+                continue
+            if own is None and part and places.shape(path) != places.shape(sibling.path):
+                continue
+            shape = places.shape(path, part)
+            names = (
+                _other_indices(shape, own) if own else _like_sibling(words, sibling, shape)
+            )
+            yield from ((name, path) for name in names)
+        if family or path in adapted or path in places.claimed:
             continue
-        if path in places.claimed:
-            continue
-        sibling = families.get(_family(words))
-        if sibling is not None:
-            yield from ((name, path) for name in _like_sibling(words, sibling, shape))
-        elif words.leaf == WEIGHT and len(shape) > 1:
+        if words.leaf == WEIGHT and len(places.shape(path)) > 1:
             yield ".".join(words.words), path
 
 
@@ -292,6 +300,7 @@ def shared_leaves(
             yield module, _both(other, module, path)
     for site in sites:
         other = owners.get((site.path, site.indices), site.name)
+        other = owners.get((site.path, ()), other) if site.part else other
         if other not in (site.name, site.name.rpartition(".")[0]) and (
             site.path not in rows.values()
         ):

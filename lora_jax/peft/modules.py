@@ -265,6 +265,11 @@ class SavedFull:
             if adapted and self._adapted[name].kind == "experts":
                 raise ValueError("PEFT cannot represent a full stack of experts.")
             if bias:
+                if site.part:
+                    raise ValueError(
+                        f"the module {name!r} is a part of {owner!r}, and names do not say "
+                        "which part of the bias it has: PEFT needs a leaf for each module."
+                    )
                 own = array[site.indices].reshape(-1)
                 self._biased[name] = None
             else:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
-from lora_jax.peft.layout import Index, Layout, Reading, Site
+from lora_jax.peft.layout import Index, Layout, Reading, Site, part_axes, part_shape
 from lora_jax.peft.names import (
     Numbers,
     fill_numbers,
@@ -23,7 +23,7 @@ from lora_jax.peft.names import (
     template_fields,
     template_parts,
 )
-from lora_jax.plan.parts import USES
+from lora_jax.plan import parts
 from lora_jax.plan.target import Target
 
 __all__ = ["NameTable"]
@@ -46,18 +46,19 @@ class Naming:
 
     def __init__(self, names: SaveNames) -> None:
         self._names = names
-        self._by_mask: dict[str, list[tuple[str, str, str, str]]] = {}
+        self._by_mask: dict[str, list[_Entry]] = {}
         self._places: dict[str, int] = {}
         given = names if isinstance(names, Mapping) else {}
         for place, (name, value) in enumerate(given.items()):
             path, axes = (value, "") if isinstance(value, str) else value
-            path, use = split_use(path)
-            entry = name, path, axes, use
+            parse_given(name, value)
+            path, part, use = parts.split(path)
+            entry = _Entry(name, path, axes, part, use)
             self._by_mask.setdefault(mask_numbers(path), []).append(entry)
             self._places.setdefault(mask_numbers(name), place)
 
-    def of(self, path: str, use: str = "") -> Iterator[tuple[str, str]]:
-        """The names or templates of a path, each with the letters of axes, if given.
+    def of(self, path: str, use: str = "") -> Iterator[tuple[str, str, str]]:
+        """The names or templates of a path, each with letters of axes and a part, if given.
 
         Args:
             path: of the leaf.
@@ -69,26 +70,22 @@ class Naming:
             name = self._names(f"{path}@{use}" if use else path)
             if not isinstance(name, str):
                 raise TypeError(f"names must return the name of a module, got {name!r}.")
-            yield name, ""
+            yield name, "", ""
             return
-        found = [each for each in self._matching(path) if each[-1] in ("", use)]
-        for name, own, axes, numbers, own_use in found:
-            if own_use != use and any(each[-1] == use for each in found):
+        found = [each for each in self._matching(path) if each[0].use in ("", use)]
+        for entry, numbers in found:
+            if entry.use != use and any(each.use == use for each, _ in found):
                 continue
-            fields = template_fields(own)
-            if len(fields) > len(template_fields(name)):
-                raise ValueError(
-                    f"names has {own!r} for {name!r}, which has fewer numbers {{}}."
-                )
+            fields = template_fields(entry.path)
             pairs = tuple(zip(fields, numbers, strict=True))
-            yield _filled_name(name, own, pairs), axes
+            yield _filled_name(entry.name, entry.path, pairs), entry.axes, entry.part
 
-    def _matching(self, path: str) -> Iterator[tuple[str, str, str, Index, str]]:
-        """The entries for a path: name, path, axes, numbers of the template, and use."""
-        for name, own, axes, use in self._by_mask.get(mask_numbers(path), ()):
-            numbers = numbers_in(own, path)
+    def _matching(self, path: str) -> Iterator[tuple["_Entry", Index]]:
+        """The entries for a path, each with the numbers of its template."""
+        for entry in self._by_mask.get(mask_numbers(path), ()):
+            numbers = numbers_in(entry.path, path)
             if numbers is not None:
-                yield name, own, axes, numbers, use
+                yield entry, numbers
 
     def has(self, path: str) -> bool:
         """Whether a path has a name, or matches a template that has one."""
@@ -96,7 +93,7 @@ class Naming:
 
     def axes(self, path: str) -> str | None:
         """The letters that the caller gave the axes of a leaf, without names of fields."""
-        given = (axes for _, _, axes, *_ in self._matching(path) if axes)
+        given = (entry.axes for entry, _ in self._matching(path) if entry.axes)
         return next((parse_axes(axes)[0] for axes in given), None)
 
     def position(self, name: str) -> int:
@@ -104,10 +101,14 @@ class Naming:
         return self._places.get(mask_numbers(name), 0)
 
 
-def split_use(path: str) -> tuple[str, str]:
-    """The path of a leaf without `@lookup` or `@product`, and that use."""
-    base, at, use = path.rpartition("@")
-    return (base, use) if at and use in USES else (path, "")
+class _Entry(NamedTuple):
+    """An entry of `names`: a name, and the leaf, axes, part and use that it is given."""
+
+    name: str
+    path: str
+    axes: str
+    part: str
+    use: str
 
 
 def _filled_name(name: str, path: str, numbers: Numbers) -> str:
@@ -159,15 +160,51 @@ def find_modules(
         partial: whether names of some of the indexes will do.
 
     Returns:
-        One module for the leaf; or one for each index on some of its batch axes.
+        One module for the leaf, or for each part that has a name; or one for each index on
+        some of the batch axes.
 
     Raises:
         ValueError: if there is no name, or there are fewer names than indexes.
     """
     naming = names if isinstance(names, Naming) else Naming(names)
+    by_part: dict[str, list[tuple[str, str]]] = {}
+    for name, letters, part in naming.of(path, use):
+        own = by_part.setdefault(parts.canonical(part, shape), [])
+        own.append((name, letters))
+    for one, other in itertools.combinations(by_part, 2):
+        if parts.overlap(one, other, shape):
+            raise ValueError(
+                f"names has the parts {one or 'all'} and {other or 'all'} of {path!r}, "
+                "which have entries in common."
+            )
+    sites = []
+    for part, found in (by_part or {"": []}).items():
+        own_shape, own_axes = part_shape(part, shape), part_axes(part, shape, axes)
+        own = _part_modules(path, found, own_shape, own_axes, layout, partial)
+        sites += [site._replace(part=part, use=use) for site in own]
+    return sites
+
+
+def _part_modules(
+    path: str,
+    found: list[tuple[str, str]],
+    shape: tuple[int, ...],
+    axes: str,
+    layout: Layout,
+    partial: bool,
+) -> list[Site]:
+    """The modules of a leaf, or of one part of it, without the part in their sites.
+
+    Args:
+        path: of the leaf.
+        found: the names of the modules, each with the letters of axes or an empty text.
+        shape: of the part, and so are `axes`.
+        axes: as in `find_modules`, and so are `layout` and `partial`.
+        layout: of the weight.
+        partial: whether names of some of the indexes will do.
+    """
     batch = tuple(axis for axis, letter in enumerate(axes) if letter == "b")
     sizes = tuple(shape[axis] for axis in batch)
-    found = [*naming.of(path, use)]
     given = [name for name, _ in found] or _derived(path, sizes, layout)
     shown = " x ".join(map(str, sizes)) or "none"
     if not given:
@@ -192,13 +229,23 @@ def find_modules(
     if not modules:
         raise ValueError(
             f"names must have one module for each index of {path!r}, a stack of "
-            f"{shown}, got {', '.join(given[:5])}."
+            f"{shown}, got {', '.join(given[:5])}." + _parts_hint(path, given, shape)
         )
     stack = tuple(batch[each] for each in order)
     return [
-        Site(name, name, path, axes, index, stack if index else (), use=use)
+        Site(name, name, path, axes, index, stack if index else ())
         for index, name in modules.items()
     ]
+
+
+def _parts_hint(path: str, names: list[str], shape: tuple[int, ...]) -> str:
+    """The end of an error about modules that may be parts of a fused weight."""
+    axis = next((axis for axis, n in enumerate(shape) if n == len(names)), None)
+    if axis is None:
+        return ""
+    index = ":," * axis
+    written = (f"{name!r}: '{path}[{index}{i}]'" for i, name in enumerate(names))
+    return f" If they are parts of a fused weight, give names={{{', '.join(written)}}}."
 
 
 def _derived(path: str, sizes: tuple[int, ...], layout: Layout) -> list[str]:
@@ -302,11 +349,12 @@ class Given(NamedTuple):
     numbers: Numbers = ()
     """The numbers of the module's name that are not in the path."""
     axes: str | None = None
-    """The letters of the axes of the weight, if they are given."""
+    """The letters of the axes of the weight or of the part, if they are given."""
     fields: tuple[str, ...] = ()
     """For each batch axis the field of its index, or an empty text."""
+    part: str = ""
+    """The part of the weight that holds the module; as in `Site`, and so is `use`."""
     use: str = ""
-    """The use of the weight that the module is, if it is given; as in `Site`."""
 
 
 def by_mask(texts: Iterable[str], *, all_of_them: bool = False) -> dict[str, list[str]]:
@@ -329,6 +377,11 @@ def parse_given(name: str, value: Any) -> Given:
             f"got {value!r}."
         )
     _check_fields(name, path)
+    if "{" in path.rpartition("[")[-1] and "[" in path:
+        raise ValueError(
+            f"names has {path!r} for {name!r}: in an index, ':' stands for all layers of a "
+            "stack, 'layers/qkv[:,0]', and the number of the module selects one."
+        )
     if axes is None:
         return Given(path)
     letters, fields = parse_axes(axes)

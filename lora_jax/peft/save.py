@@ -25,10 +25,10 @@ from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
-from lora_jax.peft.name_table import Naming, SaveNames, split_use
+from lora_jax.peft.name_table import Naming, SaveNames
 from lora_jax.peft.names import mask_numbers, name_ends, numbers_in, split_path
 from lora_jax.peft.rules import Rules
-from lora_jax.plan import plan_checks, trained_leaves
+from lora_jax.plan import parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 __all__ = ["save"]
@@ -57,7 +57,9 @@ def save(
     PEFT needs the names of its modules. Without `names` they are the words of the paths:
     `model/layers_0/q_proj/kernel` is `model.layers.0.q_proj`. Ranks and alphas that differ
     become `rank_pattern` and `alpha_pattern`. A stack of layers becomes one module for each
-    layer.
+    layer, and a fused weight one for each part that has a name: `{"layers.{}.q_proj":
+    "layers/qkv[:,0]", ...}`. If some layers have adapters, `layers_to_transform` says
+    which, or else the names of their modules do.
 
     An old adapter in the directory stays until the new one is on the disk. If the process
     stops while it saves, `load` reads the old or the new adapter. PEFT does too, or finds
@@ -230,7 +232,7 @@ def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
     for path in paths:
         masks.setdefault(mask_numbers(path), []).append(path)
     for name, value in names.items():
-        own, _ = split_use(value if isinstance(value, str) else value[0])
+        own = parts.split(value if isinstance(value, str) else value[0]).base
         near = masks.get(mask_numbers(own), ())
         if not any(numbers_in(own, path) is not None for path in near):
             raise ValueError(
@@ -346,7 +348,8 @@ def _layers(
     rules = Rules(PeftConfig(target_modules=ends, layers_to_transform=layers))
     stacks = {end for name in derived if name not in named for end in name_ends(name)}
     exact = all(map(rules.matched, named)) and not any(map(rules.matched, others))
-    return (layers, ends) if exact and stacks.isdisjoint(ends) else None
+    restricts = any(end in ends for name in others for end in name_ends(name))
+    return (layers, ends) if exact and restricts and stacks.isdisjoint(ends) else None
 
 
 def _target_modules(named: tuple[str, ...], others: set[str]) -> str | tuple[str, ...]:

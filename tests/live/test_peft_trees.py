@@ -140,6 +140,58 @@ def test_peft_loads_what_is_written_again(trained, shape, params, tmp_path):
     support.assert_same(support.logits(again), trained.logits)
 
 
+QKV = {"q_proj": 16, "k_proj": 8, "v_proj": 8}
+FUSED_NAMES = {
+    f"model.layers.{{}}.self_attn.{name}": f"model/layers/self_attn/qkv[:,:,{own}]"
+    for name, own in {"q_proj": ":16", "k_proj": "16:24", "v_proj": "24:"}.items()
+}
+
+
+def fused(tree):
+    """Stacked layers whose queries, keys and values are one leaf, `(layers, d, 32)`."""
+    tree = support.stacked(tree)
+    attention = tree["model"]["layers"]["self_attn"]
+    parts = [attention.pop(name)["kernel"] for name in QKV]
+    attention["qkv"] = np.concatenate(parts, axis=-1)
+    return tree
+
+
+def undo_fused(tree):
+    attention = tree["model"]["layers"]["self_attn"]
+    split = np.split(np.asarray(attention.pop("qkv")), (16, 24), axis=-1)
+    for name, part in zip(QKV, split, strict=True):
+        attention[name] = {"kernel": part}
+    return support.unstacked(tree)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": [*ATTENTION, "up_proj"], **PATTERNS},
+        {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+        {"target_modules": ["k_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_fused_attention(fields, tmp_path):
+    trained = support.train("llama", tmp_path / "in", **fields)
+    base = support.model("llama")
+    leaves = support.leaves_of(base)
+    params = fused(support.as_tree(support.params_of(base), leaves))
+    loaded = lora_jax.peft.load(trained.folder, params, names=FUSED_NAMES, layout="jax")
+    paths = loaded.plan.by_leaf()["model/layers/self_attn/qkv"]
+    assert all("[" in path for path in paths)
+    merged = support.from_tree(undo_fused(support.merged(params, loaded)), leaves)
+    support.assert_same(
+        support.logits(support.with_params("llama", merged)), trained.logits
+    )
+    names = lora_jax.peft.match_names(
+        trained.folder, params, names=FUSED_NAMES, layout="jax"
+    )
+    lora_jax.peft.save(tmp_path / "out", loaded.adapters, loaded.plan, names=names)
+    again = support.from_files("llama", tmp_path / "out")
+    support.assert_same(support.logits(again), trained.logits)
+
+
 def tied(params, ids):
     table = params["embed_tokens"]["embedding"]
     return jnp.tanh(table[ids] @ params["up"]["kernel"]) @ table.T

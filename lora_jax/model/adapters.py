@@ -381,6 +381,13 @@ def _check_all_uses(plan: AdapterPlan) -> None:
         leaf = plan.leaf(path)
         uses = plan.uses.get(leaf, ())
         kinds = {use.kind(target.batch_axes) for use in uses} - {""}
+        # A single row may be either; an entry of a stack is neither.
+        if any(
+            role == "moved" and axis not in target.batch_axes
+            for use in uses
+            for axis, role in enumerate(use.roles)
+        ):
+            kinds = {parts.LOOKUP, parts.PRODUCT}
         if target.use and kinds != {target.use}:
             other = "products" if target.use == parts.LOOKUP else "look-ups"
             raise ValueError(

@@ -23,33 +23,38 @@ class Form(NamedTuple):
     Attributes:
         terms: each term that any of the weights has.
         columns: those of the weight with the most columns.
+        column_uses: the kind of use of each column, as `Factored.column_uses`.
     """
 
     terms: tuple[Term, ...]
     columns: tuple[Any, ...]
+    column_uses: tuple[str, ...]
 
 
 def common_form(values: Sequence[Any]) -> Form:
     """The common form of weights, some of which may be dense.
 
     Raises:
-        NotFactorableError: if DoRA scales different axes of the weights, or an adapter is
-            for one kind of use.
+        NotFactorableError: if DoRA scales different axes of the weights, or scales them for
+            different kinds of use.
     """
     terms: list[Term] = []
     columns: list[Any] = []
+    uses: tuple[str, ...] = ()
     for value in values:
         if not isinstance(value, Factored):
             continue
-        if value.has_uses:
-            raise NotFactorableError("an adapter of it is for one kind of use")
         _, missing = _matched(terms, value.terms)
         terms += missing
         for known, column in zip(columns, value.columns, strict=False):
             if known.shape != column.shape or known.dtype != column.dtype:
                 raise NotFactorableError("DoRA scales different axes of the weights")
+        own = value.column_uses or ("",) * len(value.columns)
+        if any(a != b for a, b in zip(uses, own, strict=False)):
+            raise NotFactorableError("DoRA scales the weights for different uses")
+        uses += own[len(uses) :]
         columns += value.columns[len(columns) :]
-    return Form(tuple(terms), tuple(columns))
+    return Form(tuple(terms), tuple(columns), uses if any(uses) else ())
 
 
 def in_form(value: Any, form: Form) -> Factored:
@@ -62,7 +67,8 @@ def in_form(value: Any, form: Form) -> Factored:
     ]
     more = form.columns[len(own.columns) :]
     ones = [jnp.ones(column.shape, column.dtype) for column in more]
-    return Factored(base_of(value), tuple(terms), (*own.columns, *ones))
+    columns = (*own.columns, *ones)
+    return Factored(base_of(value), tuple(terms), columns, column_uses=form.column_uses)
 
 
 def _matched(

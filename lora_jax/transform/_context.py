@@ -205,6 +205,11 @@ class Context:
         """Whether a value, not a literal, is known to be a constant."""
         return id(value) in self._constants
 
+    def enter(self, outside: Sequence[Any], inside: Sequence[Any]) -> None:
+        """Notes which copies of operands, as the arguments of a body, are constants."""
+        pairs = zip(outside, inside, strict=True)
+        self.add_constants(value for own, value in pairs if self.is_constant(own))
+
     def is_constant_atom(self, atom: Any, value: Any) -> bool:
         """Whether an operand of an equation is a literal or a known constant."""
         return isinstance(atom, compat.Literal) or self.is_constant(value)

@@ -28,12 +28,10 @@ _PRODUCTS = frozenset(
 _OPEN = named(lambda row: row.keeps_vectors or row.is_entrywise) | {
     *("broadcast_in_dim", "reshard", "mesh_cast", "sharding_constraint"),
     *("layout_constraint", "jit", "pjit", "closed_call", "core_call", "remat2"),
-    *("checkpoint", "scan", "while", "cond", "shard_map"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+    *("checkpoint", "scan", "while", "cond", "shard_map", "mul", "div", "pvary"),
+    "pcast",
+    *compat.NAMED_CALLS,
 }
-
-# They scale a table before it is used. Rows of a table are merged for them.
-_SCALE = frozenset({"div", "mul"})
 
 # Vectors, such as one column of a weight, are merged except for these primitives.
 _KEEP_VECTOR = named(lambda row: row.keeps_vectors)
@@ -125,26 +123,29 @@ def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:
     chosen = []
     for i, value in enumerate(values):
         if isinstance(value, Factored) and value.has_uses:
-            is_table = not value.gathered and not context.is_vector(value)
-            if name in _SCALE and is_table:
-                chosen.append(value)
-                continue
-            others = zip(equation.invars, values, strict=True)
-            is_input = value.gathered and all(
-                context.is_constant_atom(other, own)
-                for j, (other, own) in enumerate(others)
-                if j != i
-            )
-            if name in _PRODUCTS and not is_input:
-                value = value.for_use(PRODUCT)
-            elif is_input or not is_table:
-                value = value.for_use(LOOKUP)
-            else:
+            rows = bool(value.gathered or (value.terms and value.is_thin()))
+            if name not in _PRODUCTS and not rows:
                 context.refuse_use(value, equation)
+            value = value.for_use(_use_of_rows(context, equation, values, i, rows))
             if not value.terms and not isinstance(value.base, Deferred):
                 value = merge(value)
         chosen.append(value)
     return chosen
+
+
+def _use_of_rows(
+    context: Context, equation: Any, values: list[Any], position: int, rows: bool = True
+) -> str:
+    """Which use an operand of an equation is, of a weight or of `rows` of one.
+
+    Rows that a weight multiplies are an input. Data multiplies those that are a weight.
+    """
+    others = enumerate(zip(equation.invars, values, strict=True))
+    is_input = rows and all(
+        context.is_constant_atom(*other) for j, other in others if j != position
+    )
+    is_product = equation.primitive.name in _PRODUCTS and not is_input
+    return PRODUCT if is_product else LOOKUP
 
 
 def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[Any]:
@@ -171,7 +172,8 @@ def _merge_gathered(context: Context, equation: Any, values: list[Any]) -> list[
         rows = value.gathered and not keep
         if rows or (not keep_vectors and context.is_vector(value)):
             if not rows or value.has_uses:
-                value = value.for_use(LOOKUP)
+                use = LOOKUP if rows else _use_of_rows(context, equation, values, i)
+                value = value.for_use(use)
                 context.see(value, equation)
             frame.values[atom] = merge(value)
     return [frame.read(atom) for atom in equation.invars]

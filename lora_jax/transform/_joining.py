@@ -63,8 +63,7 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
     alike = {(piece.axes, piece.dropout) for piece in known}
     if len(alike) != 1:
         return None
-    scales = {piece.scale for piece in known}
-    scale = scales.pop() if len(scales) == 1 else 1.0
+    scale = _common([piece.scale for piece in known])
     left = iter(known)
     parts = [next(left) if isinstance(v, Factored) else None for v in values]
     a, b = (
@@ -83,14 +82,19 @@ def sum_of_parts(terms: Sequence[Term]) -> Term:
     Outside of its part, both factors of a term are zero. Smaller ranks are padded with
     zeros.
     """
-    scales = {term.label.scale for term in terms}
-    scale = scales.pop() if len(scales) == 1 else 1.0
+    scale = _common([term.label.scale for term in terms])
     rank = max(term.a.rank for term in terms)
     names = tuple(name for term in terms for name in term.label.names)
     a = _sum([term.a for term in terms], [1.0] * len(terms), rank)
     b = _sum([term.b for term in terms], [t.label.scale / scale for t in terms], rank)
     first = terms[0].label
     return Term(a, b, Label(names, scale, first.dropout, use=first.use))
+
+
+def _common(scales: Sequence[float]) -> float:
+    """The scale of a term that is made of some: theirs, or 1 if they differ or are 0."""
+    first, *rest = {*scales}
+    return 1.0 if rest else first or 1.0
 
 
 def _sum(factors: Sequence[Factor], by: Sequence[float], rank: int) -> Factor:
@@ -131,8 +135,7 @@ def _piece(value: Factored, axis: int) -> _Piece | None:
     ((of_a, of_b),) = owned
     if (axis in of_a) != (axis in of_b):
         return None
-    scales = {term.label.scale for term in value.terms}
-    scale = scales.pop() if len(scales) == 1 else 1.0
+    scale = _common([term.label.scale for term in value.terms])
     a = [_scaled(t.a.leading(), t.label.scale / scale) for t in value.terms]
     b = [term.b.leading() for term in value.terms]
     dtype = numerics.promote(*(factor.dtype for factor in (*a, *b)))

@@ -26,8 +26,13 @@ from lora_jax.transform._tracked import Dense, Tracked, WeightAxis, is_tracked
 
 
 def _unknown(value: Any) -> Any:
-    """The value, not known to be constant, as inside the body of a call."""
+    """The result of a call, which is not known to be constant."""
     return dataclasses.replace(value, is_constant=False)
+
+
+def _as_constant(operand: Any, value: Tracked) -> Tracked:
+    """The argument of a body, constant if the operand of the call is."""
+    return dataclasses.replace(value, is_constant=operand.is_constant)
 
 
 def _move(finder: Finder, equation: Any, *values: Any) -> list[Any]:
@@ -194,11 +199,11 @@ def _closed_call(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 
 def _checkpoint(finder: Finder, equation: Any, *values: Any) -> list[Any]:
     jaxpr, _ = _rules_calls.of_checkpoint(equation)
-    return [*map(_unknown, finder.follow(jaxpr, list(map(_unknown, values))))]
+    return list(map(_unknown, finder.follow(jaxpr, values)))
 
 
 def _compute_on(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-    out = finder.follow(parameter(equation, "jaxpr"), list(map(_unknown, values)))
+    out = finder.follow(parameter(equation, "jaxpr"), values)
     return finder.merge_all(out, equation, "compute_on returns it")
 
 
@@ -214,9 +219,9 @@ def _scan(finder: Finder, equation: Any, *values: Any) -> list[Any]:
         if isinstance(value, Tracked):
             finder.uses.see_stacked(value, equation)
             axes = ((), *((axis,) for axis in range(value.ndim - 1)))
-            entries.append(value.moved(axes, atom.aval.shape))
+            entries.append(_as_constant(value, value.moved(axes, atom.aval.shape)))
         else:
-            entries.append(Dense())
+            entries.append(value)
     kept = _rules_loops.invariant(finder, body, carry, n_constants)
     _rules_loops.carried(finder, equation, carry, kept, _rules_loops.CHANGED)
     inside = [Dense() if value is None else value for value in kept]
@@ -251,8 +256,8 @@ def _while(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 def _cond(finder: Finder, equation: Any, *values: Any) -> list[Any]:
     """Follows each branch. An output may be any of the weights that the branches return."""
     _rules_loops.check_branches(finder, equation, values[0])
-    operands = list(map(_unknown, values[1:]))
-    outputs = [finder.follow(jaxpr, operands) for jaxpr in parameter(equation, "branches")]
+    branches = parameter(equation, "branches")
+    outputs = [finder.follow(jaxpr, values[1:]) for jaxpr in branches]
     return [_chosen(finder, equation, found) for found in zip(*outputs, strict=True)]
 
 
@@ -287,9 +292,11 @@ def _shard_map(finder: Finder, equation: Any, *values: Any) -> list[Any]:
     """Follows the body with values of the shapes of the shards."""
     body, _ = compat.open_jaxpr(parameter(equation, "jaxpr"))
     shards = [
-        value.moved([(axis,) for axis in range(value.ndim)], atom.aval.shape)
+        _as_constant(
+            value, value.moved([(axis,) for axis in range(value.ndim)], atom.aval.shape)
+        )
         if isinstance(value, Tracked)
-        else Dense()
+        else value
         for value, atom in zip(values, body.invars, strict=True)
     ]
     finder.merge_all(finder.follow(body, shards), equation, "shard_map returns it")

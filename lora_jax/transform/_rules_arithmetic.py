@@ -12,6 +12,7 @@ from jax import lax
 from lora_jax._core import compat, numerics
 from lora_jax.lowrank import contraction
 from lora_jax.lowrank.contraction import Named
+from lora_jax.plan.parts import LOOKUP
 from lora_jax.transform import _deferred
 from lora_jax.transform._choosing import common_form, in_form
 from lora_jax.transform._context import Context, Frame
@@ -225,7 +226,9 @@ def _chosen(which: jax.Array, cases: Sequence[Any], base: Any) -> Factored:
 def optimization_barrier(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Applies the barrier to factors and frozen weights together."""
     leaves, tree = jax.tree.flatten(values)
-    return list(jax.tree.unflatten(tree, _deferred.bind(equation, leaves)))
+    held = list(jax.tree.unflatten(tree, _deferred.bind(equation, leaves)))
+    context.enter(values, held)
+    return held
 
 
 def device_put(context: Context, equation: Any, *values: Any) -> list[Any]:
@@ -299,7 +302,8 @@ def _before_broadcast(
     if not steps:
         return jnp.asarray(value)
     source = context.frame.read(steps[-1].invars[0])
-    value = merge(source) if isinstance(source, Factored) else jnp.asarray(source)
+    is_vector = isinstance(source, Factored)
+    value = merge(source.for_use(LOOKUP)) if is_vector else jnp.asarray(source)
     value = compat.as_current(value)
     for step in reversed(steps):
         shape = [1] * len(step.params["shape"])

@@ -32,7 +32,7 @@ class _Call:
     different weights share one trace.
     """
 
-    def __init__(self, context: Context, jaxpr: Any, name: str):
+    def __init__(self, context: Context, jaxpr: Any, name: str, operands: Sequence[Any]):
         self.context = context
         self.jaxpr = jaxpr  # kept alive, since its id is part of the cache key
         self.weights: Mapping[Any, str | int] = {}
@@ -41,6 +41,7 @@ class _Call:
 
         def call(key, values):
             self.was_traced = True
+            context.enter(operands, values)
             inside = context.renamed(self.weights)
             with inside as self.sightings, context.using_key(key):
                 return evaluate(context, jaxpr, [], values)
@@ -108,12 +109,13 @@ def _call_once_traced(
         for weight in value.names:
             numbers.setdefault(weight, len(numbers))
     weights = {number: weight for weight, number in numbers.items()}
-    values = [_renamed(value, numbers) for value in values]
+    operands = [_renamed(value, numbers) for value in values]
     key = context.make_key()
-    known = id(jaxpr), jax.tree.structure((key, values))
+    constant = tuple(map(context.is_constant, values))
+    known = id(jaxpr), jax.tree.structure((key, operands)), constant
     if known not in context.calls:
-        context.calls[known] = _Call(context, jaxpr, name)
-    out = context.calls[known](key, values, weights)
+        context.calls[known] = _Call(context, jaxpr, name, values)
+    out = context.calls[known](key, operands, weights)
     return [_renamed(value, weights) for value in out]
 
 
@@ -137,9 +139,10 @@ def checkpoint(context: Context, equation: Any, *values: Any) -> list[Any]:
         # without it, the compiler would undo the recomputation.
         operands = lax.optimization_barrier(operands)
 
-    def body(key, values):
+    def body(key, inside):
+        context.enter(values, inside)
         with context.using_key(key):
-            return evaluate_closed(context, jaxpr, values)
+            return evaluate_closed(context, jaxpr, inside)
 
     return jax.checkpoint(body, **options)(context.make_key(), operands)
 
@@ -159,9 +162,10 @@ def of_checkpoint(equation: Any) -> tuple[Any, dict[str, Any]]:
 def compute_on(context: Context, equation: Any, *values: Any) -> list[Any]:
     """Evaluates the body on the same device type; weights that it returns are merged."""
 
-    def body(key, values):
+    def body(key, inside):
+        context.enter(values, inside)
         with context.using_key(key):
-            out = evaluate_closed(context, parameter(equation, "jaxpr"), values)
+            out = evaluate_closed(context, parameter(equation, "jaxpr"), inside)
             return tuple(context.merge_all(out, equation, "compute_on returns it"))
 
     return list(compat.compute_on(body, equation)(context.make_key(), list(values)))

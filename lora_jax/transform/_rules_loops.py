@@ -47,6 +47,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
         key, slices = x
         with context.using_key(key):
             entries = [stack.entry(s) for stack, s in zip(stacks, slices, strict=True)]
+            context.enter(values[n_constants + n_carry :], entries)
             arguments = [*fixed, *_with_kept(carry, kept), *entries]
             out = evaluate(context, body, constants, arguments)
             carry = carried(context, equation, out[:n_carry], kept, MADE)
@@ -210,9 +211,10 @@ def cond(context: Context, equation: Any, index: Any, *values: Any) -> list[Any]
     forms = _forms(context, jaxprs, key, list(values))
 
     def branch(jaxpr: Any) -> Callable[..., Any]:
-        def run(key, values):
+        def run(key, inside):
+            context.enter(values, inside)
             with context.using_key(key):
-                out = evaluate_closed(context, jaxpr, values)
+                out = evaluate_closed(context, jaxpr, inside)
                 return [
                     context.merge_all([value], equation, CHOSEN)[0]
                     if form is None
@@ -242,9 +244,10 @@ def _forms(
         return [None] * n_outputs
 
     def outputs(jaxpr):
-        def run(key, values):
+        def run(key, inside):
+            context.enter(values, inside)
             with context.using_key(key):
-                return [_formed(v) for v in evaluate_closed(context, jaxpr, values)]
+                return [_formed(v) for v in evaluate_closed(context, jaxpr, inside)]
 
         with context.quietly():
             return jax.eval_shape(run, key, values)

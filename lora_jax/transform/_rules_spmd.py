@@ -28,9 +28,10 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
     key = context.make_key()
 
-    def body(key, values):
+    def body(key, inside):
+        context.enter(operands, inside)
         with context.using_key(key):
-            out = evaluate_closed(context, parameter(equation, "jaxpr"), values)
+            out = evaluate_closed(context, parameter(equation, "jaxpr"), inside)
             return tuple(context.merge_all(out, equation, "shard_map returns it"))
 
     mesh = parameter(equation, "mesh")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat, tree_paths
-from lora_jax.plan.parts import PRODUCT
+from lora_jax.plan.parts import LOOKUP, PRODUCT
 from lora_jax.plan.products import Names, StatementError, fit
 from lora_jax.transform import _deferred, _rules_products
 from lora_jax.transform._context import Context
@@ -137,11 +137,11 @@ def _with_one_weight(
     operands: list[Any] = list(values)
     for i, names in enumerate(call.fitted.operands):
         if is_factored(operands[i]) and operands[i].gathered:
-            operands[i] = context.merge(operands[i], call.equation, _NO_PART)
-        elif is_factored(operands[i]) and names and not call.stated.is_rounding:
-            operands[i] = operands[i].for_use(PRODUCT)
+            operands[i] = merge(operands[i].for_use(LOOKUP))
         if names is None and is_factored(operands[i]) and operands[i].terms:
             operands[i] = context.merge(operands[i], call.equation, _NO_PART)
+        if is_factored(operands[i]) and not call.stated.is_rounding:
+            operands[i] = operands[i].for_use(PRODUCT)
     weights = [i for i, v in enumerate(operands) if is_factored(v) and v.terms]
     if not weights:
         return operands, None

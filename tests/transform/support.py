@@ -66,7 +66,7 @@ def merged(params, adapters, plan, scales=None, use=""):
                 scale = (scales or plan.scales)[own]
                 index = as_index(target.part)
                 part = merged_matrix(weight[index], adapters[own], target.alone, scale)
-                weight = weight.at[index].set(part)
+                weight = jnp.asarray(weight).at[index].set(part)
         return weight
 
     return jax.tree_util.tree_map_with_path(merge, params)

@@ -1,6 +1,7 @@
 """Adapters of a part of a weight, and of one kind of its uses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -261,23 +262,38 @@ def sampled(looked_up, multiplied, w, tokens):
     return jnp.tanh(looked_up[tokens] @ w) @ multiplied[tokens[::-1]].T
 
 
-@jax.custom_vjp
-def head(x, table):
-    return x @ table.T
+def in_bodies(looked_up, multiplied, w, tokens):
+    """Weights multiply rows in bodies that are traced anew."""
 
+    def look_up(table, w):
+        return jnp.tanh(table[tokens] @ w)
 
-head.defvjp(lambda x, w: (x @ w.T, (x, w)), lambda kept, g: (g @ kept[1], g.T @ kept[0]))
+    @jax.jit
+    def large(table, w):
+        x = look_up(table, w)
+        for _ in range(30):
+            x = jnp.sin(x)
+        return x
 
-
-def stated(looked_up, multiplied, w, tokens):
-    """A head that is stated to be a product."""
-    return head(jnp.tanh(looked_up[tokens] @ w), multiplied)
+    x = jax.checkpoint(look_up)(looked_up, w) + large(looked_up, w)
+    x += jax.lax.cond(tokens[0] < 9, look_up, lambda table, w: x, looked_up, w)
+    steps = jnp.stack([w, 2 * w])
+    x, _ = jax.lax.scan(lambda x, w: (x + look_up(looked_up, w), None), x, steps)
+    kinds, spec = (jax.sharding.AxisType.Auto,), jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((2,), ("d",), axis_types=kinds)
+    spread = jax.shard_map(look_up, mesh=mesh, in_specs=spec, out_specs=spec)
+    return (x + spread(looked_up, w)) @ multiplied.T
 
 
 def scaled(looked_up, multiplied, w, tokens):
-    """Both are scaled before they are used."""
-    rows = (looked_up * 0.5)[tokens]
-    return jnp.tanh(rows @ w) @ (-multiplied / 3.0).T
+    """Scales, and a choice between two, before the use."""
+    head = jax.lax.cond(tokens[0] > 9, lambda: multiplied.T, lambda: multiplied.T / 3)
+    return jnp.tanh((8**0.5 * looked_up)[tokens] @ w) @ head
+
+
+def one_row(looked_up, multiplied, w, tokens):
+    """The logit of one class: its row is looked up for a product."""
+    return jnp.tanh(looked_up[tokens] @ w) @ multiplied[7]
 
 
 USES = {
@@ -290,7 +306,7 @@ USES = {
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("name", USES)
-@pytest.mark.parametrize("fn", [tied, called, sampled, stated, scaled])
+@pytest.mark.parametrize("fn", [tied, called, sampled, in_bodies, scaled, one_row])
 def test_one_use_of_a_tied_table(fn, name, method):
     if method == "dora" and "[" in USES[name][0]:
         pytest.skip("DoRA takes all of the inputs, see test_parts")
@@ -311,8 +327,6 @@ def test_one_use_of_a_tied_table(fn, name, method):
         params = {"table": normal(20, 8), "w": normal(8, 8, seed=1)}
         params, tokens = jax.tree.map(jnp.asarray, params), jnp.arange(6)
         config = {"targets": USES[name], "use_dora": method == "dora"}
-        if fn is stated:
-            config["products"] = {"head": "...d,vd->...v"}
         plan = plan_of(model, params, tokens, **config)
         adapters = trained(params, plan)
         got, want = (
@@ -337,18 +351,49 @@ def test_uses_form_nothing_of_the_shape_of_the_table(fn):
     assert dense > frozen
 
 
+@jax.custom_vjp
+def stated(x, w):
+    return x @ w
+
+
+stated.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, None))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_uses_in_products_that_are_stated(method, table):
+    def model(multiply, params, tokens):
+        x = multiply(params["table"][tokens], params["w"])
+        return multiply(jnp.tanh(x), params["table"].T)
+
+    first, second = (
+        functools.partial(model, multiply) for multiply in (stated, jnp.matmul)
+    )
+    tokens = jnp.arange(6)
+    plans = [
+        plan_of(
+            fn,
+            table,
+            tokens,
+            targets=("table@lookup", "table@product"),
+            use_dora=method == "dora",
+            products=products,
+        )
+        for fn, products in ((first, {"stated": "...k,kn->...n"}), (second, {}))
+    ]
+    adapters = trained(table, plans[0])
+    got, want = (
+        lora_jax.adapt(fn, plan)(table, adapters, tokens)
+        for fn, plan in zip((first, second), plans, strict=True)
+    )
+    assert_same(got, want, 1e-5)
+
+
 def _model(params, tokens):
     return tied(params["table"], params["table"], params["w"], tokens)
 
 
 def _squared(params, tokens):
     return params["table"] ** 2 + _model(params, tokens).sum()
-
-
-def _chosen(params, tokens):
-    table = params["table"]
-    table = jax.lax.cond(tokens[0] > 0, lambda: table, lambda: 2 * table)
-    return tied(table, table, params["w"], tokens)
 
 
 @pytest.fixture
@@ -369,6 +414,16 @@ def test_a_merge_of_one_use_says_to_untie(table):
             fold(table, adapters, plan)
 
 
+def test_a_merge_where_a_row_may_be_either_use(table):
+    def model(params, x):
+        return jnp.tanh(x + params["table"][3:4] @ params["w"]) @ params["table"].T
+
+    x = jnp.ones((3, 8))
+    plan = plan_of(model, table, x, targets="table@product")
+    with pytest.raises(ValueError, match=r"adapts one use.*Untie them"):
+        lora_jax.merge_adapters(table, trained(table, plan), plan)
+
+
 def test_a_merge_of_the_only_use(table):
     def head(params, x):
         return x @ params["table"].T
@@ -384,15 +439,14 @@ def test_a_merge_of_the_only_use(table):
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize(
-    ("fn", "primitive"), [(_squared, "integer_pow|square"), (_chosen, "mul|cond")]
-)
-def test_a_use_of_neither_kind_is_an_error(table, fn, primitive, method):
+def test_a_use_of_neither_kind_is_an_error(table, method):
     tokens = jnp.arange(6)
     config = {"targets": "table@product", "axes": {"table": "io"}}
-    plan = plan_of(fn, table, tokens, **config, use_dora=method == "dora")
-    with pytest.raises(ValueError, match=f"`({primitive})`.*neither a look-up"):
-        lora_jax.adapt(fn, plan, on_merge="allow")(table, trained(table, plan), tokens)
+    plan = plan_of(_squared, table, tokens, **config, use_dora=method == "dora")
+    with pytest.raises(ValueError, match=r"`(integer_pow|square)`.*neither a look-up"):
+        lora_jax.adapt(_squared, plan, on_merge="allow")(
+            table, trained(table, plan), tokens
+        )
 
 
 def test_a_layer_of_a_stack_is_no_look_up():
@@ -433,6 +487,21 @@ def test_decomposed_parts_are_the_function(table):
     plan = plan_of(_model, table, jnp.arange(6), targets="table@lookup")
     with pytest.raises(ValueError, match="changes the weight for all of its uses"):
         lora_jax.decompose_params(table, plan, "pissa")
+
+
+def listed(params, x):
+    """Weights in a list, stacked for a loop."""
+    return stack({"up": jnp.stack(params["up"])}, x)
+
+
+@pytest.mark.parametrize("fn", [stack, listed])
+def test_parts_of_scale_0_change_nothing(fn):
+    params, x = {"up": normal(LAYERS, 8, 8)}, normal(5, 8)
+    targets = ("up[:2]", "up[2:]") if fn is stack else "up/*"
+    params = params if fn is stack else {"up": list(params["up"])}
+    with x64():
+        plan = plan_of(fn, params, x, targets=targets).replace(scale=0.0)
+        check(fn, params, x, plan=plan)
 
 
 def test_one_trace_for_all_scales_of_parts():

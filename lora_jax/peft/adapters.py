@@ -4,6 +4,7 @@ PEFT has PyTorch's layout: `lora_A (r, in)`, `lora_B (out, r)`. All conversions 
 They reorder values and scale them; they compute nothing else.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,13 @@ from lora_jax.peft.keys import Kind, Module
 from lora_jax.peft.layout import Index, Site, boxes, from_matrix, to_matrix
 from lora_jax.peft.leaves import Places
 from lora_jax.plan import parts, selection
-from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan, Target, Use
+from lora_jax.plan.adapter_plan import (
+    FROM_CHECKPOINT,
+    AdapterPlan,
+    Target,
+    TrainedLeaf,
+    Use,
+)
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.parts import Entry
 
@@ -357,21 +364,30 @@ def use_of(kind: str, axes: str, given: bool) -> Use:
 
 
 def make_plan(
-    config: PeftConfig, places: Places, placed: Mapping[str, Placed]
+    config: PeftConfig,
+    places: Places,
+    placed: Mapping[str, Placed],
+    trained: Iterable[str] = (),
 ) -> AdapterPlan:
-    """The plan of the adapters of a checkpoint."""
+    """The plan of the adapters of a checkpoint, and of its leaves that are trained."""
+    values = {path: TrainedLeaf(places.shape(path)) for path in trained}
     targets = {path: own.target for path, own in placed.items()}
     of_leaf = {path: path.removesuffix(own.suffix) for path, own in targets.items()}
-    adapted = {*of_leaf.values()}
+    chosen = {*of_leaf.values(), *values}
     uses = {**places.known.uses}
     for path, own in placed.items():  # of a part, the uses are those of the function
         if not own.target.suffix or of_leaf[path] not in places.known.uses:
             uses[of_leaf[path]] = (own.use,)
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     return AdapterPlan(
-        config=_lora_config(config, targets, of_leaf),
+        config=dataclasses.replace(
+            _lora_config(config, targets, of_leaf),
+            train=tuple(values),
+            products=places.known.products,
+        ),
         targets=targets,
-        skipped={p: _NOT_ADAPTED for p in places.leaves if p not in adapted},
+        trained=values,
+        skipped={p: _NOT_ADAPTED for p in places.leaves if p not in chosen},
         uses=uses,
         total=selection.count(leaves.values()),
     )

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax._core import checks, tree_paths
@@ -80,6 +80,10 @@ class Known(NamedTuple):
     uses: Mapping[str, tuple[Use, ...]] = {}
     source: str = ""
     """Where this is known from, for messages: the function, or the plan."""
+    trained: Collection[str] = ()
+    """The leaves that the plan trains."""
+    products: Mapping[str, str] = {}
+    """The functions that the plan states to be products; as in `LoraConfig`."""
 
     def looked_up(self, path: str) -> bool | None:
         """Whether rows of a leaf are gathered; None if its uses are not known."""
@@ -363,7 +367,9 @@ def find_known(
     if plan is not None:
         plan_checks.check_params(leaves, plan)
         targets = {plan.leaf(path): own.axes for path, own in plan.targets.items()}
-        return Known(_letters(leaves, plan.uses) | targets, plan.uses, "the plan")
+        letters = _letters(leaves, plan.uses) | targets
+        trained, products = frozenset(plan.trained), plan.config.products
+        return Known(letters, plan.uses, "the plan", trained, products)
     if fn is None:
         return Known()
     uses = discovery.find_uses(fn, params, args, {})

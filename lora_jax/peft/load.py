@@ -38,6 +38,7 @@ from lora_jax.peft.mismatches import (
 )
 from lora_jax.peft.name_table import NamesArgument, NameTable, Row
 from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.target import VALUE
 
 __all__ = ["Loaded", "load", "match_names", "replace_leaves"]
 
@@ -159,7 +160,13 @@ def assemble(
         }
         for path, own in placed.items()
     }
-    return Loaded(adapters, make_plan(checkpoint.config, places, placed), whole)
+    adapted = {site.path for site in sites.values()}
+    trained = [
+        path for path in whole if path in places.known.trained and path not in adapted
+    ]
+    own = make_plan(checkpoint.config, places, placed, trained)
+    adapters |= {path: {VALUE: whole.pop(path)} for path in trained}
+    return Loaded(adapters, own, whole)
 
 
 def _put_full(
@@ -239,6 +246,8 @@ def load(
             the function with `functools.partial`.
         args: further arguments of `fn`, which may be `jax.ShapeDtypeStruct`s.
         plan: the plan that `plan_adapters` returned for these params, in place of `fn`.
+            Full leaves that it trains become trained leaves of the plan that is returned,
+            with their values in `adapters`. Its stated `products` go into that plan, too.
         names: the paths of modules that are not found by their names: a dict from names to
             paths, or a function. A name may be a template, `"model.layers.{}.mlp.up"`. Its
             numbers fill the `{}` of the path, and the other numbers are indexes of the

@@ -3,11 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.layout import from_matrix, to_matrix
 from tests.peft import support
-from tests.peft.support import draw, linear, write
+from tests.peft.support import draw, linear, update_of, write
 
 HEAD = {"score": {"bias": jnp.zeros(3), "kernel": jnp.zeros((5, 3))}}
 LAYER = {"q": {"bias": jnp.ones(7), "kernel": jnp.ones((5, 7))}}
@@ -254,3 +255,51 @@ def test_merged_is_used_after_replacing(tmp_path):
     want = 1 + support.update_of(entries, "q", 1.0)
     np.testing.assert_allclose(got["kernel"], want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got["bias"], 1 + entries["q.lora_B.bias"], rtol=1e-6)
+
+
+def test_what_a_plan_trains_and_states(tmp_path):
+    """The leaves that a plan trains are trained further, and its products are stated."""
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+
+    def fn(params, x):
+        h = product(x, params["q"]["kernel"]) * params["norm"]["scale"][None]
+        return h @ params["score"]["kernel"] + params["score"]["bias"][None]
+
+    params = {
+        "q": {"kernel": jnp.asarray(draw(5, 7))},
+        "norm": {"scale": jnp.asarray(draw(7))},
+        "score": {"kernel": jnp.asarray(draw(7, 3)), "bias": jnp.asarray(draw(3))},
+    }
+    entries = linear("q", 5, 7, 2)
+    for seed, name, shape in ((1, "score.weight", (3, 7)), (2, "score.bias", (3,))):
+        entries[name] = draw(*shape, seed=seed)
+    entries["norm.weight"] = draw(7, seed=3)
+    saved = {"target_modules": ["q"], "modules_to_save": ["score", "norm"]}
+    folder = write(tmp_path / "in", entries, r=2, lora_alpha=4, **saved)
+    config = lora_jax.LoraConfig(
+        rank=3, targets="q/kernel", train="score/*", products={"product": "...k,kn->...n"}
+    )
+    x = jnp.asarray(draw(4, 5))
+    plan = lora_jax.plan_adapters(config, params, fn, x)
+    loaded = peft.load(folder, params, plan=plan)
+    assert {*loaded.plan.trained} == {"score/kernel", "score/bias"}
+    assert list(loaded.replaced) == ["norm/scale"]
+    assert loaded.plan.config.products == config.products
+    assert dict(lora_jax.plan_adapters(loaded.plan.config, params, fn, x).entries) == dict(
+        loaded.plan.entries
+    )
+    own = peft.replace_leaves(params, loaded.replaced)
+    got = lora_jax.adapt(fn, loaded.plan)(own, loaded.adapters, x)
+    kernel = params["q"]["kernel"] + update_of(entries, "q", 2.0)
+    want = np.asarray(x @ kernel) * entries["norm.weight"] @ entries["score.weight"].T
+    np.testing.assert_allclose(got, want + entries["score.bias"], rtol=1e-4, atol=1e-4)
+    whole = peft.load(folder, params)
+    assert {*whole.replaced} == {"norm/scale", "score/kernel", "score/bias"}
+    peft.save(tmp_path / "out", loaded.adapters, loaded.plan, replaced=loaded.replaced)
+    again = peft.load(tmp_path / "out", params, plan=plan)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.adapters, loaded.adapters))

@@ -325,15 +325,15 @@ def without_frozen(
     frozen = set()
     for site in sites.values():
         name, leaf = f"{site.name}.{WEIGHT}", places.leaves[site.path]
-        if (
-            site.use
-            and name in arrays
-            and not isinstance(leaf, jax.ShapeDtypeStruct | Tracer)
-        ):
-            values = np.asarray(leaf)
+        has_values = isinstance(leaf, jax.Array | np.ndarray)
+        if not site.use or name not in arrays or not has_values or isinstance(leaf, Tracer):
+            continue
+        values, array = np.asarray(leaf), arrays[name]
+        if array.ndim == 2 and array.size == values.size:
             axes = site.own_axes.translate(SWAPPED if site.use == LOOKUP else {})
-            array = from_torch(arrays[name], values.shape, axes)
-            if same_bits(array.astype(values.dtype), values):
+            with np.errstate(over="ignore"):
+                array = from_torch(array, values.shape, axes).astype(values.dtype)
+            if same_bits(array, values):
                 frozen.add(name)
     return {name: array for name, array in arrays.items() if name not in frozen}
 

@@ -138,6 +138,21 @@ def test_a_module_is_one_use_of_a_tied_leaf(case, dora, base, tmp_path):
     assert jax.tree.all(same)
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (draw(ENTRIES, WIDTH, seed=7), "would act on both"),
+        (draw(ENTRIES + 1, WIDTH), "needs a leaf of the shape"),
+        (1e6 * draw(ENTRIES, WIDTH), "would act on both"),
+    ],
+)
+def test_a_base_that_differs_is_not_left_out(base, message, tmp_path):
+    folder = adapter(tmp_path, Q, EMBEDDING, {"model.embed_tokens.base_layer.weight": base})
+    params = jax.tree.map(lambda leaf: leaf.astype("float16"), PARAMS)
+    with pytest.raises(CheckpointError, match=message):
+        peft.load(folder, params, tied, TOKENS)
+
+
 def test_saving_a_product_of_a_plan(tmp_path):
     config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=(LOOKUP, PRODUCT))
     plan = lora_jax.plan_adapters(config, PARAMS, tied, TOKENS)

@@ -24,19 +24,16 @@ from lora_jax.peft.full import Replaced, find_full, put_rows
 from lora_jax.peft.layout import Layout, Site
 from lora_jax.peft.leaves import Places, Problems, make_places
 from lora_jax.peft.locate import find_sites
-from lora_jax.peft.mismatches import (
+from lora_jax.peft.mismatches import find_biased, find_missing, module_check, shared_leaves
+from lora_jax.peft.name_table import NamesArgument, NameTable, Row
+from lora_jax.peft.tied import (
     ON_TIED,
     OnTied,
-    find_biased,
-    find_missing,
-    module_check,
-    shared_leaves,
     tied_adapters,
     tied_arrays,
     without_frozen,
     without_twins,
 )
-from lora_jax.peft.name_table import NamesArgument, NameTable, Row
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 

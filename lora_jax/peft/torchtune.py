@@ -16,8 +16,8 @@ from lora_jax.peft.keys import PREFIX, Module, sort_entries
 from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import make_places
 from lora_jax.peft.load import Loaded, assemble, find_places
-from lora_jax.peft.mismatches import OnTied
 from lora_jax.peft.name_table import NamesArgument
+from lora_jax.peft.tied import OnTied
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["load_torchtune"]

@@ -6,6 +6,7 @@ zeros to the shape of the weight.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from lora_jax._core import compat, numerics, quantized
@@ -119,11 +121,56 @@ def _with_term(weight: Any, update: Update) -> Factored:
         return Factored(base, (term,))
     axes = (*batch, *outs)
     if norm is None:
-        part = stacks.take(weight, target)
-        norm = _norms.constant_norm(part, adapter, target.alone)
+        norm = _norm(weight, adapter, target)
     column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(norm))
     column = unfold(column, axes, 1.0)
     return Factored(base, (term,), (place(column, axes, range(ndim)),))
+
+
+def _norm(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of the columns that a target adapts, constants.
+
+    A dense weight is not copied for a part of it. The layers of a part are taken one at a
+    time, as a scan takes them, with the norms of all their columns.
+    """
+    if not target.part or quantized.is_quantized(weight):
+        part = stacks.take(weight, target)
+        return _norms.constant_norm(part, adapter, target.alone)
+    own = parts.entries(target.part, target.shape)
+    batch, outs = target.batch_axes, target.out_axes
+    cut = [axis for axis in batch if parts.count(own[axis]) < target.shape[axis]]
+    order = (*cut, *(axis for axis in batch if axis not in cut))
+    sizes = {RANK: target.rank, **dict(enumerate(map(parts.count, own)))}
+    layer = ",".join("0" if i in cut else ":" for i in range(len(target.shape)))
+    entry = dataclasses.replace(target, part=f"[{layer}]").alone
+
+    def by_layer(name: str, *axes: int) -> jax.Array:
+        """A factor with the cut axes as its first axis, for all outputs."""
+        have = (*batch, *axes)
+        array = jnp.asarray(adapter[name]).reshape([sizes[axis] for axis in have])
+        array = place(array, have, (*order, *axes))
+        known = [axis if axis in outs else RANK for axis in (*order, *axes)]
+        array = parts.spread(array, known, own, target.shape, 0.0)
+        return array.reshape(-1, *entry.adapter_shapes[name])
+
+    def norm(at: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        index, a, b = at
+        one = jnp.asarray(weight)
+        for i, axis in enumerate(cut):
+            one = lax.dynamic_index_in_dim(one, index[i], axis)
+        return _norms.constant_norm(lax.squeeze(one, cut), {"A": a, "B": b}, entry)
+
+    indices = [*itertools.product(*(parts.indices_of(own[axis]) for axis in cut))]
+    factors = by_layer("A", *target.in_axes, RANK), by_layer("B", RANK, *outs)
+    if cut:
+        norms = lax.map(norm, (jnp.asarray(indices), *factors))
+    else:
+        norms = norm((jnp.zeros(0), factors[0][0], factors[1][0]))
+    shape = [sizes[axis] for axis in order] + [target.shape[axis] for axis in outs]
+    norms = place(norms.reshape(shape), (*order, *outs), (*batch, *outs))
+    kept = [*(range(sizes[axis]) for axis in batch), *(own[axis] for axis in outs)]
+    norms = parts.take(norms, parts.as_text(kept, norms.shape))
+    return norms.reshape(adapter["m"].shape)
 
 
 def _are_of_one_stack(targets: Sequence[Target]) -> bool:

@@ -72,12 +72,15 @@ def haiku_vector_quantizer():
     return of_haiku(autoencoder, normal(8, 4), merged=("vector_quantizer/embeddings",))
 
 
+SEQUENCE = {"left_out": ("Embed_0/embedding",)}
+
+
 @public("long_range_models")
 def state_space_s5():
     import long_range_models as models
 
     model = models.SequenceModel(models.S5Layer(6, 4), 11, 6)
-    return of_linen(model, tokens(2, 8), left_out=("Embed_0/embedding",))
+    return of_linen(model, tokens(2, 8), **SEQUENCE, merged_in_dora=("*_comps",))
 
 
 @public("long_range_models")
@@ -85,7 +88,7 @@ def linear_recurrent_unit():
     import long_range_models as models
 
     model = models.SequenceModel(models.LRULayer(6, 4), 11, 6)
-    return of_linen(model, tokens(2, 8), left_out=("Embed_0/embedding",))
+    return of_linen(model, tokens(2, 8), **SEQUENCE, merged_in_dora=("*/[BC]_*",))
 
 
 @public("dynamax")
@@ -332,7 +335,7 @@ def netket_group_convolutions():
         complex_output=False,
         mode="irreps",
     )
-    return of_linen(model, normal(4, 4))
+    return of_linen(model, normal(4, 4), merged_in_dora=("dense_symm/kernel",))
 
 
 @public("netket")
@@ -346,7 +349,8 @@ def netket_group_convolutions_by_fourier_transforms():
         complex_output=False,
         mode="fft",
     )
-    return of_linen(model, normal(4, 4), config={"targets": "*/kernel"})
+    config = {"targets": "*/kernel"}
+    return of_linen(model, normal(4, 4), config=config, merged=("*/kernel",))
 
 
 @public("netket")

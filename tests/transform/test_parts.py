@@ -188,6 +188,27 @@ def test_forms_nothing_of_the_shape_of_a_part(name):
     assert dense > frozen or name == "key of Gemma"  # XLA folds the axes of its merge
 
 
+@pytest.mark.parametrize(
+    ("fn", "shape", "targets"),
+    [
+        (stack, (4, 256, 256), ["w[1:]"]),
+        (fused_flat, (256, 768), ["w[:, 256:512]", "w[:, 512:]"]),
+    ],
+)
+def test_the_norms_of_a_part_make_no_copy_of_it(fn, shape, targets):
+    def model(params, x):
+        return fn(dict.fromkeys(("up", "qkv"), params["w"]), x)
+
+    def memory(targets):
+        plan = plan_of(model, params, x, targets=targets, use_dora=True)
+        return programs.temporary(compiled_steps(model, params, plan, x)[0])
+
+    params = {"w": normal(*shape, dtype="float32")}
+    x = normal(5, 256, dtype="float32")
+    entry = 4 * 256 * 256
+    assert memory(targets) < memory("w") + entry / 2
+
+
 def test_layers_outside_of_a_part_keep_their_program():
     """A Python loop over layers multiplies with the factors where they are adapted."""
     params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, np.ones((5, 8), "float32")

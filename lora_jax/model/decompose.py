@@ -158,10 +158,7 @@ def decompose_params(
             checks.check_array("the weight", weight)
             _check_can_decompose(target, method, quantize)
             init = _initializer(method, target.alone, plan.config.dtype, options)
-            own = parts.take(jnp.asarray(weight), target.part)
-            base, adapters[path] = _decompose(own, target.alone, init)
-        if target.part:
-            base = parts.put(jnp.asarray(weight), target.part, jnp.asarray(base))
+            base, adapters[path] = _decompose(weight, target, init)
         if method != "orthogonal":
             bases[leaf] = base
     adapters |= trained_leaves.init_all(leaves, plan)
@@ -289,15 +286,17 @@ def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
 
 def _decompose(weight: jax.Array, target: Target, init: Initializer) -> DecomposedWeight:
     """The base, in the layout and with the sharding of the weight, and the adapter."""
+    own = target.alone
 
     def split(weight: jax.Array) -> tuple[Any, Adapter]:
-        made, adapter = init(weight=layout.to_matrix(weight, target))
+        part = parts.take(weight, target.part)
+        made, adapter = init(weight=layout.to_matrix(part, own))
         base: Any = (
-            made.weight if isinstance(made, _AsMatrix) else layout.from_matrix(made, target)
+            made.weight if isinstance(made, _AsMatrix) else layout.from_matrix(made, own)
         )
-        if target.method == "dora":
-            adapter["m"] = merging.column_norm(base, adapter, target)
-        return base, adapter
+        if own.method == "dora":
+            adapter["m"] = merging.column_norm(base, adapter, own)
+        return parts.put(weight, target.part, base), adapter
 
     # A decomposition needs the whole matrix, so no axis stays explicit.
     return DecomposedWeight(*placement.keep_sharding(split, jnp.asarray(weight)))

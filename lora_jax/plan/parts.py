@@ -396,6 +396,12 @@ def _spread(array: jax.Array, axis: int, entry: Entry, size: int, fill: float) -
         index = (*[slice(None)] * axis, np.array(entry))
         return jnp.full(whole, fill, array.dtype).at[index].set(array)
     run = range(entry, entry + 1) if isinstance(entry, int) else entry
+    if run.step == 1:  # XLA cannot split each gradient of a `pad` among devices
+        low, high = (
+            jnp.full((*array.shape[:axis], n, *array.shape[axis + 1 :]), fill, array.dtype)
+            for n in (run[0], size - run[-1] - 1)
+        )
+        return lax.concatenate([low, array, high], axis)
     widths = [(0, 0, 0)] * array.ndim
     widths[axis] = (run[0], size - run[-1] - 1, run.step - 1)
     return lax.pad(array, jnp.asarray(fill, array.dtype), widths)

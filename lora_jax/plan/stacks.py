@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat, quantized
 from lora_jax.plan import parts
@@ -54,6 +56,7 @@ def take(weight: Any, target: Target) -> Any:
     """
     if not target.part:
         return weight
+    weight = jax.tree.map(lambda x: _with_whole_axes(x, target), weight)
     if quantized.is_quantized(weight) and weight.batch_ndim:
         (first, *rest) = parts.entries(target.part, target.shape)
         if parts.count(first) < target.shape[0]:
@@ -66,6 +69,18 @@ def take(weight: Any, target: Target) -> Any:
             inner = parts.as_text(left, shape)
             return parts.take(quantized.as_dense(weight), inner) if inner else weight
     return parts.take(quantized.as_dense(weight), target.part)
+
+
+def _with_whole_axes(array: Any, target: Target) -> Any:
+    """An array of a weight in which no explicit mesh axis shards an axis that is cut."""
+    spec = compat.explicit_spec(jnp.asarray(array))
+    cut = parts.cut_axes(target.part, target.shape)
+    if not any(spec[axis] for axis in cut if axis < len(spec)):
+        return array
+    kept = [None if axis in cut else own for axis, own in enumerate(spec)]
+    return compat.retyped(
+        array, NamedSharding(compat.mesh_of(jax.typeof(array)), PartitionSpec(*kept))
+    )
 
 
 def _entry(target: Target) -> Target:

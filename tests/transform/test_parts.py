@@ -11,7 +11,7 @@ import pytest
 import lora_jax
 from lora_jax import quant
 from tests import programs
-from tests.support import normal, optimizations, x64
+from tests.support import normal, optimizations, set_mesh, x64
 from tests.transform.cases import CASES
 from tests.transform.support import (
     assert_same,
@@ -508,6 +508,47 @@ def test_decomposed_parts_are_the_function(table):
     plan = plan_of(_model, table, jnp.arange(6), targets="table@lookup")
     with pytest.raises(ValueError, match="changes the weight for all of its uses"):
         lora_jax.decompose_params(table, plan, "pissa")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("spec", [("l",), ("m", None, "l")])
+def test_parts_that_cut_across_the_shards_of_explicit_axes(spec, method):
+    """Results are those of one device; weights keep their sharding."""
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((4, 2), ("l", "m"), axis_types=kinds)
+    whole, place = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(*spec)
+
+    def gathered(params, x):
+        return stack({"up": jax.sharding.reshard(params["up"], whole)}, x)
+
+    def loss(fn, plan, params, x):
+        return lambda adapters: loss_of(lora_jax.adapt(fn, plan))(params, adapters, x)[0]
+
+    targets = ("up[0]", "up[2:, :, 1:5]")
+    with x64(), optimizations(False):
+        params, x = {"up": jnp.asarray(normal(LAYERS, 8, 8))}, jnp.asarray(normal(5, 8))
+        plan = plan_of(stack, params, x, targets=targets, use_dora=method == "dora")
+        adapters = trained(params, plan)
+
+        def results(fn, params, adapters, x):
+            base, parted = lora_jax.decompose_params(params, plan, "olora")
+            return (
+                lora_jax.init_adapters(jax.random.key(0), params, plan),
+                jax.jit(jax.value_and_grad(loss(fn, plan, params, x)))(adapters),
+                lora_jax.merge_adapters(params, adapters, plan),
+                lora_jax.merge_adapters(base, parted, plan),
+            )
+
+        want = jax.tree.map(np.asarray, results(stack, params, adapters, x))
+        with set_mesh(mesh):
+            put = jax.device_put(
+                (params, adapters, x), jax.sharding.NamedSharding(mesh, whole)
+            )
+            sharded = {"up": jax.sharding.reshard(put[0]["up"], place)}
+            got = results(gathered, sharded, *put[1:])
+        assert_same(jax.tree.map(np.asarray, got), want)
+        for merged_params in got[2:]:
+            assert jax.typeof(merged_params["up"]) == jax.typeof(sharded["up"])
 
 
 def listed(params, x):

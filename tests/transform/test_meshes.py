@@ -123,6 +123,21 @@ def test_shardings_of_an_inner_jit_are_constraints():
         assert_same(got, x @ merged(params, adapters, plan)["w"])
 
 
+def test_constraints_on_a_weight_stay():
+    """Also those that the values do not show."""
+    mesh = mesh_of(AxisType.Auto, (8,), ("model",))
+    spec = NamedSharding(mesh, P(None, "model"))
+
+    def fn(params, x):
+        return x @ lax.with_sharding_constraint(params["w"], spec)
+
+    with x64():
+        params, x = {"w": normal(12, 16)}, normal(5, 12)
+        plan = plan_of(fn, params, x)
+        lowered = jax.jit(lora_jax.adapt(fn, plan)).lower(params, trained(params, plan), x)
+    assert "sharding" in lowered.as_text()
+
+
 # What the other tests of meshes with explicit axes try; every case has one of its own.
 SOME = ("tied_head", "row_parallel", "scan_of_checkpoints", "experts", "automatic")
 SHARDS = ("shards", "shards_along_one_axis", "grouped_experts")

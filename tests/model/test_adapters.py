@@ -102,6 +102,7 @@ def test_arguments_go_to_the_function(monkeypatch):
     seen = []
 
     def find_uses(fn, params, args, kwargs, products):
+        assert products == {}
         seen.append((fn, params, args, kwargs))
         use = Use("dot_general", ("kept", "contracted"), linear=True)
         return {"block/o": (use,)}

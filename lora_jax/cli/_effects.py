@@ -262,9 +262,7 @@ def _put(
         leaf = plan.leaf(path)
         head = _ties.head_of(leaf)
         is_head = target.use == parts.PRODUCT
-        axes[head if is_head else leaf] = (
-            _product_axes(plan, path) if is_head else target.axes
-        )
+        axes[head if is_head else leaf] = target.axes
         heads |= {head: leaf} if target.use else {}
     leaves |= {head: leaves[leaf] for head, leaf in heads.items()}
     known = Known(axes, {}, "the plan")
@@ -287,20 +285,6 @@ def _put(
         loaded = assemble(placement, False, dtype="file", on_tied="allow")
     adapters, joined = _ties.rejoin(heads, leaves, loaded.adapters, loaded.plan)
     return loaded._replace(adapters=adapters, plan=joined), left, full
-
-
-def _product_axes(plan: AdapterPlan, path: str) -> str:
-    """The axes of a target as its products see them, if the plan knows its uses.
-
-    A target of a tied leaf has the axes of its look-ups.
-    """
-    target = plan.targets[path]
-    letters = {"contracted": "i", "kept": "o", "batch": "b", "stacked": "b"}
-    for use in plan.uses.get(plan.leaf(path), ()):
-        found = "".join(letters.get(role, "") for role in use.roles)
-        if use.kind == parts.PRODUCT and len(found) == len(target.shape):
-            return found
-    return target.axes
 
 
 def _names_of(plan: AdapterPlan, names: Any) -> Any:

@@ -111,7 +111,7 @@ class Known(NamedTuple):
         products.
         """
         ties = [*self._ties(path)]
-        if not ties or any(one.kind == other.kind for one, other in ties):
+        if not ties or any(one.kind(()) == other.kind(()) for one, other in ties):
             return ""
         return parts.LOOKUP if kind == "embedding" else parts.PRODUCT
 

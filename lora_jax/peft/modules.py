@@ -102,7 +102,7 @@ def _as_used(
     inputs = {
         axis
         for use in uses
-        if use.kind == target.use
+        if use.kind(target.batch_axes) == target.use
         for axis, role in enumerate(use.roles)
         if role in ("contracted", "indexed")
     }
@@ -151,7 +151,9 @@ def _kind(site: Site, target: Target, plan: AdapterPlan, layout: Layout) -> Kind
             raise ValueError(f"PEFT has no DoRA for a parameter, {site.name!r}.")
         return "experts"
     uses = plan.uses.get(site.path, ())
-    primitives = {use.primitive for use in uses if target.use in ("", use.kind)}
+    primitives = {
+        use.primitive for use in uses if target.use in ("", use.kind(target.batch_axes))
+    }
     if target.use == LOOKUP:
         return "embedding"
     if "gather" in primitives and len(primitives) > 1:

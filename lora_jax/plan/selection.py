@@ -253,12 +253,18 @@ def _targets(
         axes = _axes_of_uses(config, path, shape, uses.get(path, ()))
     targets = {}
     own = None if uses is None else uses.get(path, ())
-    found = parts.USES if own is None else {use.kind(axes.batch_axes) for use in own}
+    kind_of = {use: use.kind(axes.batch_axes) for use in own or ()}
+    found = parts.USES if own is None else kind_of.values()
     kinds = [kind for kind in parts.USES if kind in found]
     with checks.at_path(path):
         pieces = _pieces(config, patterns, path, shape, kinds)
     for piece in pieces:
         _check_has_use(piece.use, kinds, own or ())
+        if piece.use and own and config.axes_of(path) is None:
+            # The inputs of a tied table's look-ups are the outputs of its products.
+            alike = [use for use in own if kind_of[use] in ("", piece.use)]
+            low_rank = [use for use in alike if not use.merged]
+            axes = axis_roles.resolve_axes(shape, low_rank)
         with checks.at_path(path):
             target = Target(
                 shape=shape,

@@ -228,8 +228,6 @@ def test_a_converted_adapter_is_of_one_use(tmp_path, capsys, which):
 
 
 def test_the_effect_of_a_head_is_that_of_a_product(tmp_path, capsys):
-    """A program's target of a tied leaf has the axes of its look-ups."""
-
     def fn(params, tokens):
         table = params["embed_tokens"]["embedding"]
         return table[tokens] @ table.T
@@ -242,7 +240,7 @@ def test_the_effect_of_a_head_is_that_of_a_product(tmp_path, capsys):
     entries = models.read_model(tmp_path / "peft")
     a, b = (entries[f"base_model.model.lm_head.lora_{name}.weight"] for name in "AB")
     for size in (1, 2):
-        own = {path: {"A": jnp.asarray(size * b), "B": jnp.asarray(a)}}
+        own = {path: {"A": jnp.asarray(a.T), "B": jnp.asarray(size * b.T)}}
         lora_jax.save_adapters(tmp_path / "own", own, plan)
         for pair in (("own", "peft"), ("peft", "own")):
             code = main(["diff", *(str(tmp_path / name) for name in pair)])

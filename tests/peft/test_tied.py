@@ -156,7 +156,7 @@ def test_a_base_that_differs_is_not_left_out(base, message, tmp_path):
 def test_saving_a_product_of_a_plan(tmp_path):
     config = lora_jax.LoraConfig(rank=2, alpha=4.0, targets=(LOOKUP, PRODUCT))
     plan = lora_jax.plan_adapters(config, PARAMS, tied, TOKENS)
-    assert plan.targets[PRODUCT].axes == "io"  # as the look-up has them
+    assert (plan.targets[LOOKUP].axes, plan.targets[PRODUCT].axes) == ("io", "oi")
     adapters = lora_jax.init_adapters(jax.random.key(0), PARAMS, plan)
     adapters = jax.tree.map(lambda a: a + 0.1, adapters)
     with pytest.raises(

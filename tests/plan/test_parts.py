@@ -196,3 +196,27 @@ def test_plans_of_parts_as_values():
     whole = plan_of("up").to_json()
     assert '"part"' not in whole
     assert '"use"' not in whole
+
+
+def test_a_use_has_the_axes_of_its_own():
+    """A table's look-ups have the rows as inputs, its products as outputs."""
+
+    def tied(params, tokens):
+        return params["table"][tokens] @ params["table"].T
+
+    params = {"table": jax.ShapeDtypeStruct((20, 8), "float32")}
+    for targets, shapes in (
+        ("table@lookup", {"table@lookup": (20, 8)}),
+        ("table@product", {"table@product": (8, 20)}),
+        (
+            ("table@product", "table@lookup"),
+            {"table@lookup": (20, 8), "table@product": (8, 20)},
+        ),
+        ("table", {"table": (20, 8)}),
+    ):
+        config = lora_jax.LoraConfig(rank=2, targets=targets)
+        plan = lora_jax.plan_adapters(config, params, tied, jnp.arange(3))
+        assert {k: target.matrix_shape for k, target in plan.targets.items()} == shapes
+    given = lora_jax.LoraConfig(rank=2, targets="table@product", axes={"table": "io"})
+    plan = lora_jax.plan_adapters(given, params, tied, jnp.arange(3))
+    assert plan.targets["table@product"].axes == "io"

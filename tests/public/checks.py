@@ -1,5 +1,6 @@
 """What is asked of a public model, and how such a model is made small."""
 
+import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping
@@ -152,6 +153,12 @@ def check_uses(model: Model, **config) -> None:
     def run(*uses):
         targets = [f"{path}@{use}" if use else path for path in tied for use in uses]
         plan = plan_of(model, **config, targets=targets)
+        # With the axes of the whole table, which has the inputs of its first use.
+        own = {
+            key: dataclasses.replace(whole.targets[plan.leaf(key)], use=target.use)
+            for key, target in plan.targets.items()
+        }
+        plan = dataclasses.replace(plan, targets=own)
         adapters = {key: values[plan.leaf(key)] for key in plan.targets}
         return compiled(with_gradients(adapted(model, plan)[1]))(params, adapters, args)
 

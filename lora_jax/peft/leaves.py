@@ -323,7 +323,7 @@ class Places:
             f"no leaf of the params fits {name!r}, which needs {fits} in "
             f"layout={self.layout!r}; {hint}. Give names={{{name!r}: path}}, or the "
             f"function (fn, *args), or layout={other!r} if weights have that layout, or "
-            f"the right params.{fused if part else ''}"
+            f"the right params." + (fused if part else "")
         )
 
     def axes_of(self, path: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Kind, Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,
@@ -242,11 +242,13 @@ def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> Non
     kinds = first.kind, second.kind
     turned = first.dims[:2] == second.dims[1::-1]
     if kinds.count("embedding") == 1 and turned:
+        uses = [LOOKUP if kind == "embedding" else PRODUCT for kind in kinds]
+        sides = [f"{one.path}@{use}" for use in uses]
         raise CheckpointError(
             f"{one.module!r} and {other.module!r} have an adapter each, and both "
             f"are {one.path!r}, which is tied: an adapter of that leaf would act on both. "
             "Give the function (fn, *args) that looks rows up and multiplies by the leaf, "
-            f"or names={{{_side_name(one, kinds[0])}, {_side_name(other, kinds[1])}}}, "
+            f"or names={{{one.name!r}: {sides[0]!r}, {other.name!r}: {sides[1]!r}}}, "
             "or params in which the embedding and the output head are two leaves."
         )
     if kinds[0] != kinds[1] or len(one.numbers) != len(other.numbers):
@@ -255,12 +257,6 @@ def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> Non
             f"first as {kinds[0]!r} with the axes {one.readings[0].axes!r}, the other as "
             f"{kinds[1]!r} with {other.readings[0].axes!r}: give names={{module: path}}."
         )
-
-
-def _side_name(claim: Claim, kind: Kind) -> str:
-    """The entry of `names` that makes a module one use of its leaf."""
-    use = LOOKUP if kind == "embedding" else PRODUCT
-    return f"{claim.name!r}: {f'{claim.path}@{use}'!r}"
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:

@@ -150,6 +150,8 @@ def test_new_adapters_change_no_bit(name):
 
 @EVERY
 def test_forms_nothing_of_the_shape_of_the_weight(name):
+    if name == "stated_of_weights":
+        pytest.skip("of a product of two weights the smaller one is merged")
     case = CASES[name]
     with x64():
         params, args = inputs(case)

@@ -76,16 +76,13 @@ def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
 
 def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
     """Where the terms and columns of `value` act, given the updates it was made from."""
-
-    def masks(count: int, targets: Sequence[Target]) -> tuple[np.ndarray, ...]:
-        own = [parts.mask(target.part, target.shape) for target in targets]
-        if count == len(own):
-            return tuple(own)
-        return (functools.reduce(np.logical_or, own),)
-
-    targets = [own.target for own in updates]
-    dora = [target for target in targets if target.method == "dora"]
-    return Parts(masks(len(value.terms), targets), masks(len(value.columns), dora))
+    masks = {own.path: parts.mask(own.target.part, own.target.shape) for own in updates}
+    alone = len(value.terms) == len(updates)
+    terms = [{path: mask} for path, mask in masks.items()] if alone else [masks]
+    columns = [masks[own.path] for own in updates if own.target.method == "dora"]
+    if len(columns) != len(value.columns):
+        columns = [functools.reduce(np.logical_or, columns)]
+    return Parts(tuple(terms), tuple(columns))
 
 
 def _with_term(weight: Any, update: Update) -> Factored:

@@ -88,10 +88,11 @@ def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> 
 class Parts(NamedTuple):
     """Masks of the entries that the terms and the columns of a value change.
 
-    The masks are `(*axes)`, with size 1 for axes along which they do not vary.
+    The masks are `(*axes)`, with size 1 for axes along which they do not vary. A term has
+    one for each of its weights.
     """
 
-    terms: tuple[np.ndarray, ...]
+    terms: tuple[dict[Any, np.ndarray], ...]
     columns: tuple[np.ndarray, ...]
 
 
@@ -266,17 +267,24 @@ class Context:
         if any(isinstance(own, Tracer) for own in jax.tree.leaves(known)):
             return after  # the index is traced, so the part is not known
         known = jax.tree.map(np.asarray, known)
-        in_terms, in_columns = ([own.any() for own in each] for each in known)
+        masks = [
+            {name: mask for name, mask in own.items() if mask.any()} for own in known.terms
+        ]
+        terms = tuple(
+            term if len(own) == len(term.label.names) else term.named(tuple(own))
+            for term, own in zip(after.terms, masks, strict=True)
+        )
+        in_columns = [own.any() for own in known.columns]
         uses = after.column_uses and tuple(
             itertools.compress(after.column_uses, in_columns)
         )
         left = after.replace(
-            terms=tuple(itertools.compress(after.terms, in_terms)),
+            terms=tuple(itertools.compress(terms, masks)),
             columns=tuple(itertools.compress(after.columns, in_columns)),
             column_uses=uses,
         )
-        terms, columns = map(tuple, map(itertools.compress, known, (in_terms, in_columns)))
-        self.keep_parts(left, Parts(terms, columns))
+        columns = tuple(itertools.compress(known.columns, in_columns))
+        self.keep_parts(left, Parts(tuple(filter(None, masks)), columns))
         return left
 
     def refuse_use(self, value: Factored, equation: Any) -> NoReturn:

@@ -481,6 +481,27 @@ def test_a_layer_of_a_stack_is_no_look_up():
     assert_same(out, unrolled(whole, x), 1e-5)
 
 
+@pytest.mark.parametrize("layers", [[0, 1], [0, 1, 2]])
+def test_a_part_that_is_missing_counts_as_unused(layers):
+    """Parts of one stack are one term, and each is still a weight of its own."""
+
+    def some(params, x):
+        for layer in layers:
+            x = jnp.tanh(x @ params["up"][layer])
+        return x
+
+    params = {"up": jnp.asarray(normal(LAYERS, 8, 8, dtype="float32"))}
+    x = jnp.ones((5, 8))
+    plan = plan_of(unrolled, params, x, targets=("up[:2]", "up[2:]"))
+    model = lora_jax.adapt(some, plan)
+    if 2 in layers:
+        want = some(merged(params, trained(params, plan), plan), x)
+        assert_same(model(params, trained(params, plan), x), want, 1e-5)
+        return
+    with pytest.raises(ValueError, match=r"never uses .*'up\[2:\]'"):
+        model(params, trained(params, plan), x)
+
+
 def test_a_use_that_is_missing_counts_as_unused(table):
     tokens = jnp.arange(6)
     plan = plan_of(_model, table, tokens, targets=("table@product", "w"))

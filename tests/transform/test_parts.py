@@ -231,14 +231,13 @@ def test_layers_outside_of_a_part_keep_their_program():
 @pytest.mark.parametrize("part", ["up[2:]", "up[1]", "up[[0, 3]]", "up[1:, :, 8:]"])
 def test_parts_of_a_quantized_stack(part, method, format):
     with optimizations(False):
-        params, x = (
-            {"up": normal(LAYERS, 16, 16, dtype="float32")},
-            normal(5, 16, dtype="float32"),
-        )
+        params = {"up": normal(LAYERS, 16, 16, dtype="float32") / 4}
+        x = normal(5, 16, dtype="float32")
         plan = plan_of(stack, params, x, targets=part, use_dora=method == "dora")
         stored = lora_jax.quantize_params(params, "up", format=format, batch_axes=1)
         dense = {"up": stored["up"].dequantize("float32")}
-        adapters = trained(stored, plan)
+        # Small, so that the layers do not make roundings of float32 grow.
+        adapters = jax.tree.map(lambda v: 0.3 * v, trained(stored, plan))
         out = jax.jit(lora_jax.adapt(stack, plan))(stored, adapters, x)
         assert_same(out, stack(merged(dense, adapters, plan), x), 1e-5)
         losses = lora_jax.merge_losses(stored, adapters, plan, requantize=True)

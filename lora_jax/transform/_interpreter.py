@@ -29,7 +29,7 @@ _OPEN = named(lambda row: row.keeps_vectors or row.is_entrywise) | {
     *("broadcast_in_dim", "reshard", "mesh_cast", "sharding_constraint"),
     *("layout_constraint", "jit", "pjit", "closed_call", "core_call", "remat2"),
     *("checkpoint", "scan", "while", "cond", "shard_map", "mul", "div", "pvary"),
-    "pcast",
+    *("pcast", "split", "unstack"),
     *compat.NAMED_CALLS,
 }
 

@@ -108,7 +108,9 @@ class _Patterns:
         }
         for name in ("targets", "exclude", "train"):
             bases = [own.base for own in self.readings[name].values()]
-            tree_paths.check_matched(name, bases, paths, "array of params")
+            with_use = any("@" in base for base in bases)
+            hint = " A use is '@lookup' or '@product'." if with_use else ""
+            tree_paths.check_matched(name, bases, paths, "array of params", hint)
 
     def of(self, name: str, path: str) -> dict[str, parts.Reading]:
         """The patterns of a field that match a leaf or parts of it, in their order."""

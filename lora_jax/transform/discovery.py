@@ -59,9 +59,13 @@ def find_uses(
     finder = Finder(steps, closed_over_is_constant=None in traced.paths)
     finder.merge_all(finder.follow(jaxpr, values), None, "the function returns it")
     finder.uses.settle()
-    tree_paths.check_matched(
-        "products", products, dict.fromkeys(called), "function that a weight reaches"
-    )
+    for pattern in tree_paths.unmatched(products, called):
+        near = tree_paths.nearest(pattern, called) or list(dict.fromkeys(called))
+        raise ValueError(
+            f"the pattern {pattern!r} of products matches no function that a weight "
+            f"reaches; the nearest functions are {tree_paths.listed(near) or 'none'}. A "
+            "pattern is a glob on the name of the function in the program, or 're:...'."
+        )
     uses: dict[str, list[Use]] = {path: [] for path in ndims}
     for found in finder.uses.found:
         uses[found.weight].append(found.use(ndims[found.weight]))

@@ -146,6 +146,7 @@ def test_targets_of_a_config(targets, options, found):
         (("up", "up@lookup"), {}, "overlap"),
         ("up[6]", {}, "at 'up': the part \\[6\\] has the index 6"),
         ("down[4:]", {}, "matches no array of params: 'down'"),
+        ("up@lookups", {}, "A use is '@lookup' or '@product'"),
         ("up", {"exclude": "up[:]"}, "nothing is adapted"),
         ("up", {"rank_pattern": {"w1[0]": 4}}, "'w1' has no adapter"),
         ("up", {"train": "w1[0]"}, "a part of it, but a leaf is trained as a whole"),

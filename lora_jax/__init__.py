@@ -47,6 +47,7 @@ from lora_jax.model.decompose import (
     to_plain_adapters,
 )
 from lora_jax.model.quantize import quantize_params
+from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target, TrainedLeaf, Use
@@ -70,6 +71,7 @@ __all__ = [
     "accept_quantized",
     "adapt",
     "adapted_column_norms",
+    "adapter_shardings",
     "count_parameters",
     "decompose_params",
     "dora_column_norm",
@@ -93,6 +95,7 @@ __all__ = [
     "merge_lora_weight",
     "merge_losses",
     "optim",
+    "optimizer_shardings",
     "peft",
     "plan_adapters",
     "quant",

@@ -70,7 +70,9 @@ LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, train=(),
     rank_pattern={}, alpha_pattern={}, axes={}, products={}, rank_stabilized=False,
     use_dora=False, dropout=0.0, init='kaiming_uniform', dtype=None)
 plan_adapters(config, params, fn=None, /, *args, **kwargs)
-init_adapters(key, params, plan)
+init_adapters(key, params, plan, shardings=None)
+adapter_shardings(params, plan, *, data_axes=None)
+optimizer_shardings(optimizer, adapters, shardings, split_over=())
 adapt(fn, plan, *, on_merge='error', on_unused='error', on_stop_gradient='error',
       dropout_key=None, column_norms=None, scales=None)
 merge_adapters(params, adapters, plan, *, donate=False, requantize=False)

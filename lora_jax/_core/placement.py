@@ -1,4 +1,4 @@
-"""Shardings of a quantized weight's arrays, derived from the dense weight's sharding."""
+"""Shardings of weights, dense and quantized, and of what is derived from them."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax._core import compat, quantized
 from lora_jax._core.quantized import is_quantized
@@ -103,6 +103,117 @@ def shardings(stored: Any, sharding: Any) -> Any:
         specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+def sharding_of(weight: Any) -> NamedSharding | None:
+    """The sharding of a weight; of a quantized one, derived from its arrays.
+
+    Args:
+        weight: an array or a `jax.ShapeDtypeStruct`, or a quantized weight of either.
+
+    Returns:
+        The sharding; None if the weight lies on no mesh, or that is not known in a trace.
+
+    Raises:
+        TypeError: if an array of several devices has another kind of sharding.
+    """
+    array, n = weight.array_with_axes() if is_quantized(weight) else (weight, weight.ndim)
+    if isinstance(array, Tracer):
+        kind: Any = jax.typeof(array).sharding
+        return kind if any(kind.spec) else None
+    sharding = getattr(array, "sharding", None)
+    if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return None
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"the weight must have a jax.sharding.NamedSharding, which names the axes of a "
+            f"mesh, got {sharding}: put it there with jax.device_put."
+        )
+    spec = axes_of(sharding, array.ndim)[:n]
+    return sharding.update(spec=as_spec([*spec, *[()] * (len(weight.shape) - n)]))
+
+
+def axes_of(sharding: NamedSharding, ndim: int) -> tuple[tuple[str, ...], ...]:
+    """The names of the mesh axes that split each axis of an array."""
+    return tuple(
+        () if not isinstance(own, str | tuple) else (own,) if isinstance(own, str) else own
+        for own in _padded(sharding.spec, ndim)
+    )
+
+
+def as_spec(axes: Iterable[tuple[str, ...]]) -> PartitionSpec:
+    """The spec of which `axes_of` returns the axes."""
+    return PartitionSpec(
+        *(own[0] if len(own) == 1 else own or None for own in map(tuple, axes))
+    )
+
+
+def names_of_axes(
+    name: str, axes: str | Sequence[str], mesh_axes: Sequence[Any]
+) -> tuple[str, ...]:
+    """Checks names of mesh axes that a caller gave.
+
+    Raises:
+        TypeError: if they are not names.
+        ValueError: if the mesh lacks one.
+    """
+    names = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(names, Sequence) or not all(isinstance(own, str) for own in names):
+        raise TypeError(
+            f"{name} must be names of mesh axes, such as ('data', 'fsdp'), got {axes!r}."
+        )
+    for own in names:
+        if own not in mesh_axes:
+            raise ValueError(
+                f"{name} has {own!r}, which is no axis of the mesh: its axes are "
+                f"{', '.join(map(repr, mesh_axes))}."
+            )
+    return tuple(names)
+
+
+def same_mesh(first: Any, second: Any) -> bool:
+    """Whether two meshes have the same devices in the same order, with the same names.
+
+    Types of axes may differ.
+    """
+    names = first.axis_names == second.axis_names and first.shape == second.shape
+    both = isinstance(first, Mesh) and isinstance(second, Mesh)
+    return names and (not both or bool((first.devices == second.devices).all()))
+
+
+def bytes_on_each_device(value: Any) -> int:
+    """The bytes of an array or a quantized weight on each device; 0 for other values."""
+    total = 0
+    for array in jax.tree.leaves(value):
+        if not hasattr(array, "dtype"):
+            continue
+        sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+        shape = tuple(array.shape)
+        shape = shape if sharding is None else sharding.shard_shape(shape)
+        total += math.prod(shape) * array.dtype.itemsize
+    return total
+
+
+def put(value: Any, sharding: Any) -> Any:
+    """A value with a sharding, inside a trace or not."""
+    if not isinstance(value, Tracer):
+        return jax.device_put(value, sharding)
+    if isinstance(sharding, NamedSharding) and compat.has_explicit_axes(sharding.mesh):
+        kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+        both = axes_of(sharding, value.ndim)
+        explicit, rest = (
+            as_spec(
+                tuple(own for own in names if (kinds[own] == AxisType.Explicit) == is_it)
+                for names in both
+            )
+            for is_it in (True, False)
+        )
+        mesh = getattr(sharding.mesh, "abstract_mesh", sharding.mesh)
+        value = compat.retyped(value, NamedSharding(mesh, explicit))
+        sharding = sharding.update(spec=rest)
+        if not any(rest):
+            return value
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def parts(weight: Any) -> tuple[int, ...]:

@@ -288,13 +288,13 @@ def _draw(
     dtype = numerics.promote(dtype)
     draw = _normal if distribution == "normal" else _uniform
     size = int(math.prod(shape))
-    if isinstance(key, Tracer) or size == 0 or not _drawn_by_place(key):
+    if isinstance(key, Tracer) or size == 0 or not drawn_by_place(key):
         return draw(key, tuple(shape), dtype) * by
     rounded = 1 << (size - 1).bit_length()
     return _cut(draw(key, (rounded,), dtype), by, tuple(shape))
 
 
-def _drawn_by_place(key: jax.Array) -> bool:
+def drawn_by_place(key: jax.Array) -> bool:
     """Whether each number depends only on the key and on its own index."""
     is_threefry = str(jax.random.key_impl(key)) == "threefry2x32"
     return is_threefry and bool(jax.config.jax_threefry_partitionable)  # pyright: ignore

@@ -11,14 +11,16 @@ paths and shapes. They run inside `jax.jit` and `jax.eval_shape`, with the plan 
 argument.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 
-from lora_jax._core import checks, tree_paths
+from lora_jax._core import checks, numerics, placement, tree_paths
 from lora_jax.layers.lora import Adapter, Adapters, init_lora_adapter
-from lora_jax.model import merging
+from lora_jax.model import merging, sharding
 from lora_jax.model.merging import MergeLoss
 from lora_jax.plan import parts, plan_checks, selection, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -38,13 +40,23 @@ __all__ = [
 ]
 
 
-class ParameterCount(NamedTuple):
-    """Numbers of parameters."""
-
+class _Counts(NamedTuple):
     trainable: int
     """The number of parameters in the adapters and the trained leaves."""
     total: int
     """The number of parameters in the params, plus `trainable`."""
+
+
+class ParameterCount(_Counts):
+    """Numbers of parameters, and of bytes on each device.
+
+    It is a pair, `(trainable, total)`.
+    """
+
+    trainable_bytes: int
+    """The bytes of new adapters and trained leaves on each device."""
+    total_bytes: int
+    """The bytes of the params on each device, plus `trainable_bytes`."""
 
 
 def plan_adapters(
@@ -119,22 +131,32 @@ def plan_adapters(
     uses = None
     if fn is not None:
         uses = discovery.find_uses(fn, params, args, kwargs, config.products)
-    return selection.select(config, leaves, uses)
+    plan = selection.select(config, leaves, uses)
+    layout = sharding.layout_of(leaves, plan)
+    return plan if layout is None else dataclasses.replace(plan, layout=layout)
 
 
 def init_adapters(
-    key: jax.Array, params: tree_paths.PyTree, plan: AdapterPlan
+    key: jax.Array,
+    params: tree_paths.PyTree,
+    plan: AdapterPlan,
+    shardings: Mapping[str, Mapping[str, jax.sharding.Sharding]] | None = None,
 ) -> dict[str, Adapter]:
     """Initializes the adapters of a plan, which do not change the model yet.
 
     Each adapter has its own key, derived from `key` and its path. So adding a target does
-    not change the other adapters.
+    not change the other adapters. On a mesh, each device makes its own part of each factor,
+    and no device has a whole one. The values are those that one device would make, bit for
+    bit, but for the rounding of a magnitude whose weight is split along its inputs.
 
     Args:
         key: a `jax.random` key.
         params: the params of the plan. Only shapes and dtypes are used, except the weights
             with DoRA, for their magnitudes, and the trained leaves.
         plan: what `plan_adapters` returned.
+        shardings: of the adapters, a tree like the result. None means those of
+            `adapter_shardings(params, plan)` if the params lie on a mesh. In several
+            processes, every process calls this with the same key.
 
     Returns:
         `{path: {"A": (*batch, in, rank), "B": (*batch, rank, out)}}`, and `"m":
@@ -146,7 +168,8 @@ def init_adapters(
         KeyError: if params lack a weight of the plan.
         TypeError: if `key` is not a `jax.random` key, a weight is not floating point, or a
             DoRA weight has no values (outside `jax.eval_shape`).
-        ValueError: if the shape of a weight is not that of the plan.
+        ValueError: if the shape of a weight is not that of the plan, the weights lie on
+            different meshes, or an array cannot be split as its sharding says.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax
@@ -160,26 +183,45 @@ def init_adapters(
     checks.check_key("key", key)
     leaves = tree_paths.leaf_paths(params)
     plan_checks.check_params(leaves, plan)
+    if shardings is None:
+        shardings = sharding.init_shardings(leaves, plan)
+    else:
+        sharding.check_shardings(shardings, plan)
     adapters = {}
     for path, target in plan.targets.items():
         with checks.at_path(path):
             own_key = tree_paths.fold_in(key, path)
             weight = leaves[plan.leaf(path)]
-            adapters[path] = _init(own_key, weight, target, plan.config)
-    return adapters | trained_leaves.init_all(leaves, plan)
+            own = None if shardings is None else shardings[path]
+            adapters[path] = _init(own_key, weight, target, plan.config, own)
+    trained = trained_leaves.init_all(leaves, plan)
+    if shardings is not None:
+        trained = {path: _put(leaf, shardings[path]) for path, leaf in trained.items()}
+    return adapters | trained
 
 
-def _init(key: jax.Array, weight: Any, target: Target, config: LoraConfig) -> Adapter:
-    matrix = jax.ShapeDtypeStruct(target.matrix_shape, weight.dtype)
-    adapter = init_lora_adapter(
-        key, matrix, target.rank, dtype=config.dtype, init=config.init
-    )
+def _init(
+    key: jax.Array, weight: Any, target: Target, config: LoraConfig, shardings: Any
+) -> Adapter:
+    dtype = config.dtype or numerics.accumulation_dtype(weight.dtype)
+    options = {"rank": target.rank, "dtype": dtype, "init": config.init}
+    if shardings is None or isinstance(key, Tracer):
+        matrix = jax.ShapeDtypeStruct(target.matrix_shape, weight.dtype)
+        adapter = init_lora_adapter(key, matrix, **options)
+        adapter = adapter if shardings is None else _put(adapter, shardings)
+    else:
+        adapter = sharding.init_factors(key, target.matrix_shape, shardings, **options)
     if target.method == "dora":
         checks.check_array("the weight", weight)
         init = config.init
         zero = not isinstance(init, tuple) and init != "orthogonal"  # B and A @ B are zero
-        adapter["m"] = merging.column_norm(weight, {} if zero else adapter, target)
+        m = merging.column_norm(weight, {} if zero else adapter, target)
+        adapter["m"] = m if shardings is None else placement.put(m, shardings["m"])
     return adapter
+
+
+def _put(adapter: Adapter, shardings: Mapping[str, Any]) -> Adapter:
+    return {name: placement.put(x, shardings[name]) for name, x in adapter.items()}
 
 
 def merge_adapters(
@@ -351,7 +393,9 @@ def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterC
     Returns:
         `trainable`, the number of parameters of the adapters and the trained leaves, and
         `total`, the number of parameters in the params plus `trainable`. The params keep
-        the frozen values of trained leaves, so these count twice.
+        the frozen values of trained leaves, so these count twice. `trainable_bytes` and
+        `total_bytes` are the bytes of the same arrays on each device: on a mesh, of
+        adapters with the shardings of `adapter_shardings`.
 
     Raises:
         KeyError, TypeError, ValueError: if the plan was not made for these params.
@@ -359,7 +403,11 @@ def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterC
     leaves = tree_paths.leaf_paths(params)
     plan_checks.check_params(leaves, plan)
     total = selection.count(leaves.values()) + plan.parameters
-    return ParameterCount(plan.parameters, total)
+    counted = ParameterCount(plan.parameters, total)
+    counted.trainable_bytes = sharding.bytes_of_adapters(leaves, plan)
+    frozen = sum(map(placement.bytes_on_each_device, leaves.values()))
+    counted.total_bytes = frozen + counted.trainable_bytes
+    return counted
 
 
 def _checked(

@@ -9,14 +9,15 @@ import jax
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
-from lora_jax.plan import parts, plan_json
+from lora_jax.plan import mesh_layout, parts, plan_json
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan.mesh_layout import MeshLayout
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 __all__ = ["AdapterPlan"]
 
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
-_NUMBERS = (4, 5, 6, 7)  # the columns that are aligned on the right
+_NUMBERS = (4, 5, 6, 7, 11)  # the columns that are aligned on the right
 
 _BY_PATH = {"targets": Target, "trained": TrainedLeaf, "skipped": str, "uses": tuple}
 
@@ -49,6 +50,8 @@ class AdapterPlan:
             was no function.
         total: the number of parameters in the params; 0 if it is not known.
         trained: a dict from path to `TrainedLeaf`.
+        layout: where the weights and the adapters of `init_adapters` lie on a mesh; None if
+            the params lay on none.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -72,6 +75,7 @@ class AdapterPlan:
     )
     total: int = dataclasses.field(default=0, compare=False)
     trained: Mapping[str, TrainedLeaf] = FrozenDict()
+    layout: MeshLayout | None = dataclasses.field(default=None, compare=False)
     # The config and targets before `dataclasses.replace`, which hands it on.
     _made: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -221,6 +225,7 @@ class AdapterPlan:
             skipped={path: why for path, why in skipped.items() if path not in leaves},
             uses={**other.uses, **self.uses},
             total=self.total or other.total,
+            layout=mesh_layout.joined(self.layout, other.layout),
         )
 
     def __str__(self) -> str:
@@ -228,10 +233,13 @@ class AdapterPlan:
 
         Lines below the table list uses that `adapt` would have to merge, gradients that are
         stopped, and weights with two axes or more that are left out although no pattern
-        excludes them. A share is a share of all parameters, of the params and the
+        excludes them. On a mesh, there are columns for the mesh axes that split each weight
+        and the factors of `init_adapters`, and for the bytes of the adapter on each device.
+        A share is a share of all parameters, of the params and the
         adapters, as in `count_parameters`.
         """
         total = self.total and self.total + self.parameters
+        layout = self.layout
         rows: list[tuple[str, ...]] = [_HEADER]
         for path, target in self.targets.items():
             shape, count = str(target.alone.shape), target.parameters
@@ -242,6 +250,10 @@ class AdapterPlan:
             rows.append((path, str(leaf.shape), "", "trained", "", "", *counted))
         whole = _counted(self.parameters, total)
         rows.append((f"total of {len(self.entries)}", *[""] * 5, *whole))
+        if layout is not None:
+            own = map(layout.cells, self.entries)
+            more = (mesh_layout.HEADER, *own, layout.total(self.entries))
+            rows = [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
         merged = [
             f"to be merged: {path!r}, {use}"
             for path in self.by_leaf()
@@ -255,7 +267,8 @@ class AdapterPlan:
             if "stopped" in use.roles
         ]
         table = format_table(rows, _NUMBERS)
-        return "\n".join([*table, *merged, *stopped, *_left_out(self)])
+        placed = [] if layout is None else [str(layout)]
+        return "\n".join([*table, *placed, *merged, *stopped, *_left_out(self)])
 
     def explain(self, path: str) -> str:
         """Explains why a leaf has an adapter or is trained, or why not.

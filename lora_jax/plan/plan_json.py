@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax._core import checks
+from lora_jax.plan import mesh_layout
 from lora_jax.plan.config import from_fields
 from lora_jax.plan.target import ROLES, Target, TrainedLeaf, Use
 
-FIELDS = ("config", "targets", "trained", "skipped", "uses", "total")
+FIELDS = ("config", "targets", "trained", "skipped", "uses", "total", "layout")
 # Left out for a whole weight, as in plans of versions without parts.
 _WHOLE = {"part": "", "use": ""}
 
@@ -23,7 +24,8 @@ def to_text(fields: Mapping[str, Any]) -> str:
     kinds = {name: _as_dicts(fields[name]) for name in ("targets", "trained")}
     uses = {path: [use._asdict() for use in own] for path, own in fields["uses"].items()}
     config = json.loads(fields["config"].to_json())
-    written = {**fields, **kinds, "config": config, "uses": uses}
+    layout = mesh_layout.as_json(fields["layout"])
+    written = {**fields, **kinds, "config": config, "uses": uses, "layout": layout}
     return json.dumps(written, indent=2, default=dict)
 
 
@@ -48,8 +50,8 @@ def from_text(text: str) -> dict[str, Any]:
 
 
 def _fields_of_plan(given: Any) -> dict[str, Any]:
-    if isinstance(given, dict):  # plans of earlier versions have no trained leaves
-        given = {"trained": {}, **given}
+    if isinstance(given, dict):  # plans of earlier versions lack these
+        given = {"trained": {}, "layout": None, **given}
     _check_fields("AdapterPlan", given, FIELDS)
     for name in ("targets", "trained", "skipped", "uses"):
         checks.check_json(name, given[name], dict, "an object with paths as its names")
@@ -63,12 +65,13 @@ def _fields_of_plan(given: Any) -> dict[str, Any]:
         "targets": _entries(Target, given["targets"]),
         "trained": _entries(TrainedLeaf, given["trained"]),
     }
+    layout = mesh_layout.from_json(given["layout"])
     entries, uses = read["targets"] | read["trained"], {}
     for path, own in given["uses"].items():
         with checks.at_path(path):
             checks.check_json("uses", own, list, "a list of uses")
             uses[path] = tuple(_use(use, entries.get(path)) for use in own)
-    return {**given, **read, "uses": uses}
+    return {**given, **read, "uses": uses, "layout": layout}
 
 
 def _entries(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:

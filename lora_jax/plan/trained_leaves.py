@@ -29,9 +29,13 @@ def init_all(leaves: Mapping[str, Any], plan: AdapterPlan) -> dict[str, Adapter]
     for path in plan.trained:
         with checks.at_path(path):
             checks.check_array("the trained leaf", leaves[path])
-        wide = numerics.promote(_dtype(leaves[path]), plan.config.dtype or "float32")
-        copies[path] = {VALUE: jnp.array(leaves[path], wide)}
+        copies[path] = {VALUE: jnp.array(leaves[path], dtype_of(leaves[path], plan))}
     return copies
+
+
+def dtype_of(leaf: Any, plan: AdapterPlan) -> Any:
+    """The dtype of the copy of a leaf that a plan trains."""
+    return numerics.promote(_dtype(leaf), plan.config.dtype or "float32")
 
 
 def values(

@@ -362,7 +362,7 @@ def _checked_axes(
     return frozenset(placement.names_of_axes("data_axes", data_axes, names))
 
 
-def _entries_of(tree: Any) -> dict[tuple[str, str], Any]:
+def _entries_of(tree: Any) -> dict[tuple[str, ...], Any]:
     """The leaves of adapters, by path and name."""
     if not isinstance(tree, Mapping) or not all(
         isinstance(x, Mapping) for x in tree.values()

@@ -13,6 +13,7 @@ PACKAGES = {
     "huggingface": "transformers",
     "keras": "keras",
     "linen": "flax",
+    "meshes": "orbax.checkpoint",
     "nnx": "flax",
     "peft": "safetensors",
     "plain": "jax",

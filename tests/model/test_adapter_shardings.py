@@ -297,6 +297,9 @@ def test_no_device_makes_a_whole_factor(init):
 
 
 def test_host_memory_stays_host_memory():
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
     mesh = mesh_of()
     place = NamedSharding(mesh, P("fsdp", "tensor"), memory_kind="pinned_host")
     params = {"w": jax.device_put(normal(16, 32).astype("float32"), place)}

@@ -84,8 +84,8 @@ def adapter_shardings(
         >>> params = {"up": jax.ShapeDtypeStruct((8, 16), "float32", sharding=place)}
         >>> plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
         >>> shardings = lora_jax.adapter_shardings(params, plan)
-        >>> {name: str(own.spec) for name, own in shardings["up"].items()}
-        {'A': 'PartitionSpec(None, None)', 'B': "PartitionSpec(None, 'tensor')"}
+        >>> {name: tuple(own.spec) for name, own in shardings["up"].items()}
+        {'A': (None, None), 'B': (None, 'tensor')}
     """
     leaves = tree_paths.leaf_paths(params)
     plan_checks.check_params(leaves, plan)

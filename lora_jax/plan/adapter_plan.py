@@ -8,27 +8,17 @@ import jax
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
-from lora_jax._core.tables import format_table
-from lora_jax.plan import mesh_layout, parts, plan_json
+from lora_jax.plan import mesh_layout, parts, plan_json, plan_text
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
 from lora_jax.plan.mesh_layout import MeshLayout
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 __all__ = ["AdapterPlan"]
 
-_HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
-_NUMBERS = (4, 5, 6, 7, 11)  # the columns that are aligned on the right
-
 _BY_PATH = {"targets": Target, "trained": TrainedLeaf, "skipped": str, "uses": tuple}
 
 # The place of a use that the kind of a PEFT module shows, and no traced function.
 FROM_CHECKPOINT = "the PEFT checkpoint"
-
-# Reasons why a leaf has no adapter that a printed plan has to tell apart.
-NOT_CHOSEN = "no pattern of targets matches it"
-EXCLUDED = "of exclude matches it"
-_NOT_IN_SUBSET = "no pattern of the subset matches it"
-WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
 
 
 @jax.tree_util.register_static
@@ -189,7 +179,7 @@ class AdapterPlan:
         kept = {path for path in self.entries if self._first_match(texts, path)}
         left = {self.leaf(path) for path in kept}
         leaves = map(self.leaf, self.entries)
-        rest = {path: _NOT_IN_SUBSET for path in leaves if path not in left}
+        rest = {path: plan_text.NOT_IN_SUBSET for path in leaves if path not in left}
         return dataclasses.replace(
             self,
             targets={path: own for path, own in self.targets.items() if path in kept},
@@ -238,37 +228,7 @@ class AdapterPlan:
         A share is a share of all parameters, of the params and the
         adapters, as in `count_parameters`.
         """
-        total = self.total and self.total + self.parameters
-        layout = self.layout
-        rows: list[tuple[str, ...]] = [_HEADER]
-        for path, target in self.targets.items():
-            shape, count = str(target.alone.shape), target.parameters
-            numbers = str(target.rank), f"{target.scale:g}", *_counted(count, total)
-            rows.append((path, shape, target.alone.axes, target.method, *numbers))
-        for path, leaf in self.trained.items():
-            counted = _counted(leaf.parameters, total)
-            rows.append((path, str(leaf.shape), "", "trained", "", "", *counted))
-        whole = _counted(self.parameters, total)
-        rows.append((f"total of {len(self.entries)}", *[""] * 5, *whole))
-        if layout is not None:
-            own = map(layout.cells, self.entries)
-            more = (mesh_layout.HEADER, *own, layout.total(self.entries))
-            rows = [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
-        merged = [
-            f"to be merged: {path!r}, {use}"
-            for path in self.by_leaf()
-            for use in self.uses.get(path, ())
-            if use.merged
-        ]
-        stopped = [
-            f"gradient stopped: {path!r}, {use}"
-            for path in self.by_leaf()
-            for use in self.uses.get(path, ())
-            if "stopped" in use.roles
-        ]
-        table = format_table(rows, _NUMBERS)
-        placed = [] if layout is None else [str(layout)]
-        return "\n".join([*table, *placed, *merged, *stopped, *_left_out(self)])
+        return plan_text.table(self)
 
     def explain(self, path: str) -> str:
         """Explains why a leaf has an adapter or is trained, or why not.
@@ -283,27 +243,7 @@ class AdapterPlan:
         Raises:
             KeyError: if the params have no such leaf.
         """
-        of_leaf = self.by_leaf()
-        paths = dict.fromkeys((*self.entries, *of_leaf, *self.skipped))
-        path = tree_paths.find(path, paths)
-        if path in self.skipped:
-            lines, leaf = [f"{path}: no adapter, because {self.skipped[path]}."], path
-        elif path in self.targets:
-            lines, leaf = [*_explained(self, path, self.targets[path])], self.leaf(path)
-        elif path in self.trained:
-            pattern = tree_paths.first_match(kept_patterns(self.config.train), path)
-            count, leaf = self.trained[path].parameters, path
-            lines = [f"{path}: trained without an adapter, {count:,} parameters."]
-            lines += [f"chosen by train: {pattern!r}"] if pattern else []
-        elif path in of_leaf:
-            lines, leaf = [f"{path}: adapted in part."], path
-            for own in of_leaf[path]:
-                lines += _explained(self, own, self.targets[own])
-        else:
-            hint = tree_paths.nearest_hint(path, paths)
-            raise KeyError(f"the params of this plan have no leaf at {path!r}{hint}.")
-        uses = self.uses.get(leaf, ())
-        return "\n  ".join([*lines, *(f"use: {use}" for use in uses)])
+        return plan_text.explain(self, path)
 
     def to_json(self) -> str:
         """Writes the plan as JSON.
@@ -455,75 +395,3 @@ def _check_same_targets(old: LoraConfig, new: LoraConfig) -> None:
             f"with the old one ({'; '.join(changed)}): make a new plan, with "
             "plan_adapters(config, params, fn, *args)."
         )
-
-
-def _counted(count: int, total: int) -> tuple[str, str]:
-    """A number of parameters, and its share of all of them."""
-    return f"{count:,}", f"{100 * count / total:.3f} %" if total else ""
-
-
-def _left_out(plan: AdapterPlan) -> Iterable[str]:
-    """A line for each reason why weights that look like matrices have no adapter."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for path, reason in plan.skipped.items():
-        if looks_like_matrix(plan.uses.get(path), reason):
-            lines.setdefault((tree_paths.without_numbers(path), reason), []).append(path)
-    for (pattern, reason), paths in lines.items():
-        yield f"left out: {alike(pattern, paths)}: {reason}"
-
-
-def looks_like_matrix(uses: Sequence[Use] | None, reason: str) -> bool:
-    """Whether users may expect an adapter for a weight that has none.
-
-    Args:
-        uses: of a floating-point weight with two axes or more; None for other leaves.
-        reason: why it has no adapter.
-    """
-    if uses is None:
-        return WITHOUT_FUNCTION in reason
-    chosen = not reason.endswith((NOT_CHOSEN, EXCLUDED, _NOT_IN_SUBSET))
-    return chosen and not any(_of_vectors(use.roles) for use in uses)
-
-
-def _of_vectors(roles: tuple[str, ...]) -> bool:
-    """Whether a use scans over a stack of vectors, such as biases of layers."""
-    return 0 < len(roles) - 1 <= roles.count("stacked")
-
-
-def alike(pattern: str, paths: Sequence[str]) -> str:
-    """Names weights whose paths differ in numbers only."""
-    if len(paths) == 1:
-        return repr(paths[0])
-    return f"{len(paths)} weights {pattern!r}"
-
-
-def _explained(plan: AdapterPlan, path: str, target: Target) -> Iterable[str]:
-    """The lines about a target, without its uses."""
-    yield (
-        f"{path}: {target.method}, rank {target.rank}, scale {target.scale:g}, "
-        f"{target.parameters:,} parameters."
-    )
-    yield f"chosen by targets: {_choice(plan, path)}"
-    *batch, n_in, n_out = target.matrix_shape
-    stack = f"{' x '.join(map(str, batch))} of " if batch else ""
-    pattern = tree_paths.first_match(plan.config.axes, plan.leaf(path))
-    given = "" if pattern is None else f", given by axes[{pattern!r}]"
-    part = f", of which {target.part}" if target.part else ""
-    yield f"axes: {target.axes} of {target.shape}{part}{given}: {stack}({n_in}, {n_out})"
-    if target.rank * (n_in + n_out) >= n_in * n_out:
-        yield (
-            f"note: at rank {target.rank} A and B have {target.rank * (n_in + n_out):,} "
-            f"entries for the {n_in * n_out:,} of each matrix: use a smaller rank"
-        )
-
-
-def _choice(plan: AdapterPlan, path: str) -> str:
-    """Which pattern chose a target."""
-    targets = plan.config.targets
-    if targets != ALL_LINEAR:
-        target = plan.targets[path]
-        patterns = kept_patterns(targets)
-        return repr(parts.first_match(patterns, path, target.suffix, target.shape))
-    if plan.uses:
-        return "'all-linear', since a matrix product uses it"
-    return "'all-linear', which without a function means every floating-point matrix"

@@ -10,14 +10,9 @@ import jax.numpy as jnp
 
 from lora_jax._core import checks, quantized, tree_paths
 from lora_jax.plan import axis_roles, parts
-from lora_jax.plan.adapter_plan import (
-    EXCLUDED,
-    NOT_CHOSEN,
-    WITHOUT_FUNCTION,
-    AdapterPlan,
-    alike,
-)
+from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns, resolved_scale
+from lora_jax.plan.plan_text import EXCLUDED, NOT_CHOSEN, WITHOUT_FUNCTION, alike
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")

@@ -1,0 +1,176 @@
+"""The text about a plan: its table, and why a leaf is adapted or not."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lora_jax._core import tree_paths
+from lora_jax._core.tables import format_table
+from lora_jax.plan import mesh_layout, parts
+from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan.target import Target, TrainedLeaf, Use
+
+_HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
+_NUMBERS = (4, 5, 6, 7, 11)  # the columns that are aligned on the right
+
+# Reasons why a leaf has no adapter that a printed plan has to tell apart.
+NOT_CHOSEN = "no pattern of targets matches it"
+EXCLUDED = "of exclude matches it"
+NOT_IN_SUBSET = "no pattern of the subset matches it"
+WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
+
+
+class _Plan(Protocol):
+    """The part of `AdapterPlan` that is printed."""
+
+    @property
+    def config(self) -> LoraConfig: ...
+    @property
+    def targets(self) -> Mapping[str, Target]: ...
+    @property
+    def trained(self) -> Mapping[str, TrainedLeaf]: ...
+    @property
+    def skipped(self) -> Mapping[str, str]: ...
+    @property
+    def uses(self) -> Mapping[str, tuple[Use, ...]]: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def layout(self) -> mesh_layout.MeshLayout | None: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def entries(self) -> dict[str, Any]: ...
+    def leaf(self, path: str) -> str: ...
+    def by_leaf(self) -> dict[str, list[str]]: ...
+
+
+def table(plan: _Plan) -> str:
+    """The table of `AdapterPlan.__str__`."""
+    total = plan.total and plan.total + plan.parameters
+    layout = plan.layout
+    rows: list[tuple[str, ...]] = [_HEADER]
+    for path, target in plan.targets.items():
+        shape, count = str(target.alone.shape), target.parameters
+        numbers = str(target.rank), f"{target.scale:g}", *_counted(count, total)
+        rows.append((path, shape, target.alone.axes, target.method, *numbers))
+    for path, leaf in plan.trained.items():
+        counted = _counted(leaf.parameters, total)
+        rows.append((path, str(leaf.shape), "", "trained", "", "", *counted))
+    whole = _counted(plan.parameters, total)
+    rows.append((f"total of {len(plan.entries)}", *[""] * 5, *whole))
+    if layout is not None:
+        own = map(layout.cells, plan.entries)
+        more = (mesh_layout.HEADER, *own, layout.total(plan.entries))
+        rows = [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
+    merged = [
+        f"to be merged: {path!r}, {use}"
+        for path in plan.by_leaf()
+        for use in plan.uses.get(path, ())
+        if use.merged
+    ]
+    stopped = [
+        f"gradient stopped: {path!r}, {use}"
+        for path in plan.by_leaf()
+        for use in plan.uses.get(path, ())
+        if "stopped" in use.roles
+    ]
+    lines = format_table(rows, _NUMBERS)
+    placed = [] if layout is None else [str(layout)]
+    return "\n".join([*lines, *placed, *merged, *stopped, *_left_out(plan)])
+
+
+def explain(plan: _Plan, path: str) -> str:
+    """The lines of `AdapterPlan.explain`."""
+    of_leaf = plan.by_leaf()
+    paths = dict.fromkeys((*plan.entries, *of_leaf, *plan.skipped))
+    path = tree_paths.find(path, paths)
+    if path in plan.skipped:
+        lines, leaf = [f"{path}: no adapter, because {plan.skipped[path]}."], path
+    elif path in plan.targets:
+        lines, leaf = [*_explained(plan, path, plan.targets[path])], plan.leaf(path)
+    elif path in plan.trained:
+        pattern = tree_paths.first_match(kept_patterns(plan.config.train), path)
+        count, leaf = plan.trained[path].parameters, path
+        lines = [f"{path}: trained without an adapter, {count:,} parameters."]
+        lines += [f"chosen by train: {pattern!r}"] if pattern else []
+    elif path in of_leaf:
+        lines, leaf = [f"{path}: adapted in part."], path
+        for own in of_leaf[path]:
+            lines += _explained(plan, own, plan.targets[own])
+    else:
+        hint = tree_paths.nearest_hint(path, paths)
+        raise KeyError(f"the params of this plan have no leaf at {path!r}{hint}.")
+    uses = plan.uses.get(leaf, ())
+    return "\n  ".join([*lines, *(f"use: {use}" for use in uses)])
+
+
+def _counted(count: int, total: int) -> tuple[str, str]:
+    """A number of parameters, and its share of all of them."""
+    return f"{count:,}", f"{100 * count / total:.3f} %" if total else ""
+
+
+def _left_out(plan: _Plan) -> Iterable[str]:
+    """A line for each reason why weights that look like matrices have no adapter."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for path, reason in plan.skipped.items():
+        if _looks_like_matrix(plan.uses.get(path), reason):
+            lines.setdefault((tree_paths.without_numbers(path), reason), []).append(path)
+    for (pattern, reason), paths in lines.items():
+        yield f"left out: {alike(pattern, paths)}: {reason}"
+
+
+def _looks_like_matrix(uses: Sequence[Use] | None, reason: str) -> bool:
+    """Whether users may expect an adapter for a weight that has none.
+
+    Args:
+        uses: of a floating-point weight with two axes or more; None for other leaves.
+        reason: why it has no adapter.
+    """
+    if uses is None:
+        return WITHOUT_FUNCTION in reason
+    chosen = not reason.endswith((NOT_CHOSEN, EXCLUDED, NOT_IN_SUBSET))
+    return chosen and not any(_of_vectors(use.roles) for use in uses)
+
+
+def _of_vectors(roles: tuple[str, ...]) -> bool:
+    """Whether a use scans over a stack of vectors, such as biases of layers."""
+    return 0 < len(roles) - 1 <= roles.count("stacked")
+
+
+def alike(pattern: str, paths: Sequence[str]) -> str:
+    """Names weights whose paths differ in numbers only."""
+    if len(paths) == 1:
+        return repr(paths[0])
+    return f"{len(paths)} weights {pattern!r}"
+
+
+def _explained(plan: _Plan, path: str, target: Target) -> Iterable[str]:
+    """The lines about a target, without its uses."""
+    yield (
+        f"{path}: {target.method}, rank {target.rank}, scale {target.scale:g}, "
+        f"{target.parameters:,} parameters."
+    )
+    yield f"chosen by targets: {_choice(plan, path)}"
+    *batch, n_in, n_out = target.matrix_shape
+    stack = f"{' x '.join(map(str, batch))} of " if batch else ""
+    pattern = tree_paths.first_match(plan.config.axes, plan.leaf(path))
+    given = "" if pattern is None else f", given by axes[{pattern!r}]"
+    part = f", of which {target.part}" if target.part else ""
+    yield f"axes: {target.axes} of {target.shape}{part}{given}: {stack}({n_in}, {n_out})"
+    if target.rank * (n_in + n_out) >= n_in * n_out:
+        yield (
+            f"note: at rank {target.rank} A and B have {target.rank * (n_in + n_out):,} "
+            f"entries for the {n_in * n_out:,} of each matrix: use a smaller rank"
+        )
+
+
+def _choice(plan: _Plan, path: str) -> str:
+    """Which pattern chose a target."""
+    targets = plan.config.targets
+    if targets != ALL_LINEAR:
+        target = plan.targets[path]
+        patterns = kept_patterns(targets)
+        return repr(parts.first_match(patterns, path, target.suffix, target.shape))
+    if plan.uses:
+        return "'all-linear', since a matrix product uses it"
+    return "'all-linear', which without a function means every floating-point matrix"

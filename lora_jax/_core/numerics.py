@@ -37,10 +37,9 @@ def factor_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 
 def range_unit(dtype: DTypeLike, *arrays: jax.Array) -> jax.Array | None:
-    """A power of two that a product is divided by to stay in the range of `dtype`.
+    """A power of two to divide a product by, so that it is in the range of `dtype`.
 
-    A scalar, which is 1 if the product is in range. None if `dtype` has the range of
-    float32.
+    It is 1 if the product is in range, and None if `dtype` has the range of float32.
     """
     if jnp.dtype(dtype) != jnp.float16:
         return None
@@ -77,11 +76,7 @@ def sum_and_round(
 ) -> jax.Array:
     """`columns * (base + updates)`, rounded once to the dtype of `base`.
 
-    Args:
-        base: an array.
-        updates: are added to it. The sum has the widest dtype of all of them, at least
-            float32.
-        columns: multiply the sum.
+    It is computed in the widest dtype of base and updates, at least float32.
     """
     base, updates = jnp.asarray(base), list(updates)
     wide = accumulation_dtype(base.dtype, *(update.dtype for update in updates))

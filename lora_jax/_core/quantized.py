@@ -47,7 +47,7 @@ class QuantizedTensor(abc.ABC):
     @property
     @abc.abstractmethod
     def batch_ndim(self) -> int:
-        """How many leading axes form the stack, read from the arrays."""
+        """The number of leading axes that form the stack, read from the arrays."""
 
     @abc.abstractmethod
     def dequantize(self, dtype: DTypeLike) -> jax.Array:
@@ -59,10 +59,10 @@ class QuantizedTensor(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raises ValueError unless the arrays and settings, of any kind, fit each other."""
+        """Raises ValueError unless the arrays and settings, of any type, fit each other."""
 
     def array_specs(self, spec: Sequence[Any], sizes: Mapping[Any, int]) -> Any:
-        """The mesh axes of each array, derived from those of the dense weight.
+        """A tensor like this one with a `PartitionSpec` in place of each array.
 
         Arrays with the weight's shape are split as the weight is. All others are split
         along the axes of the stack. A format whose other arrays can be split further
@@ -71,9 +71,6 @@ class QuantizedTensor(abc.ABC):
         Args:
             spec: the mesh axes of each axis of the weight.
             sizes: of the mesh axes.
-
-        Returns:
-            A tensor like this one, with a `PartitionSpec` for each array.
         """
         del sizes
         whole = PartitionSpec(*spec)
@@ -92,17 +89,17 @@ class QuantizedTensor(abc.ABC):
 
     @property
     def ndim(self) -> int:
-        """How many axes the weight has."""
+        """The number of axes of the weight."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many entries the weight has."""
+        """The number of entries of the weight."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the arrays have."""
+        """The size of the arrays in bytes."""
         leaves = jax.tree.leaves(self)
         return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
 
@@ -119,11 +116,7 @@ class QuantizedTensor(abc.ABC):
     def from_arrays(
         cls, arrays: Mapping[str, jax.Array], settings: Mapping[str, Any]
     ) -> "QuantizedTensor":
-        """Creates a tensor from the results of `to_arrays` and `settings`.
-
-        Raises:
-            ValueError: if the arrays or settings do not fit this format.
-        """
+        """Creates a tensor from the results of `to_arrays` and `settings`; checks them."""
         names = {static: [f.name for f in _fields(cls, static)] for static in (True, False)}
         unknown = [*(set(arrays) - set(names[False])), *(set(settings) ^ set(names[True]))]
         if unknown:

@@ -4,11 +4,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 def format_table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """Formats rows of cells as the lines of a table. The first row is the header.
+    """The lines of a table. The first row is the header.
 
-    Args:
-        rows: all of the same number of cells.
-        right: the indices of the columns that are aligned on the right.
+    `right` has the indices of the columns that are aligned on the right.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -83,11 +83,7 @@ def fold_in(key: jax.Array, path: str) -> jax.Array:
 
 
 def as_text(name: str, pattern: Any) -> str:
-    """Checks a pattern and returns it as text.
-
-    Args:
-        name: of the argument that has the pattern, for error messages.
-        pattern: a glob, `"re:..."`, or an `re.Pattern` of text.
+    """Checks a pattern of the argument `name` and returns it as text.
 
     Raises:
         TypeError: if it has another type.
@@ -160,11 +156,7 @@ def as_entries(name: str, entries: Any) -> dict[str, Any]:
 def check_matched(
     name: str, patterns: Iterable[str], paths: Iterable[str], what: str, hint: str = ""
 ) -> None:
-    """Raises an error unless each pattern matches a path; `hint` ends the message.
-
-    Raises:
-        ValueError: the message lists the patterns and the nearest paths.
-    """
+    """Raises ValueError unless each pattern matches a path; `hint` ends the message."""
     paths = list(paths)
     lost = unmatched(patterns, paths)
     if lost:
@@ -196,11 +188,7 @@ def _without_box(path: str) -> str:
 
 
 def find(path: str, paths: Iterable[str]) -> str:
-    """Finds a path among some paths, ignoring the ending of NNX.
-
-    Returns:
-        The path that was found; the given path if none or several match.
-    """
+    """Finds a path with another ending of NNX; the path itself if none or several match."""
     paths = list(paths)
     if path in paths:
         return path

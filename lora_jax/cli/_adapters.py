@@ -134,12 +134,7 @@ class Contents:
 
 
 def find_format(directory: pathlib.Path) -> Format:
-    """Finds the format of the adapters in a directory.
-
-    Raises:
-        CheckpointError: if the directory has no adapters, or files of both formats.
-        FileNotFoundError: if there is no directory.
-    """
+    """Finds the format of the adapters in a directory."""
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
     is_peft = is_checkpoint(directory)
@@ -172,9 +167,6 @@ def read_contents(
         allow_fields: fields of PEFT's config to ignore, as in `lora_jax.peft.load`.
         dtype: of the arrays of this library's format, as in `lora_jax.load_adapters`.
 
-    Raises:
-        CheckpointError: if a file is damaged or not supported.
-        OSError: if a file cannot be read.
     """
     if find_format(directory) == "peft":
         return _from_peft(directory, open_checkpoint(directory, allow_fields))
@@ -223,8 +215,10 @@ def read_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Adap
         stored = {entry: file.read(key) for entry, key in module.keys.items()}
         return stored | _factors(stored, module.experts)
 
-    return {
-        name: Adapter(
+    found = {}
+    for name in names:
+        module = checkpoint.entries.modules[name]
+        found[name] = Adapter(
             method="dora" if "m" in module.keys else "lora",
             shape=(),
             rank=module.rank,
@@ -233,8 +227,7 @@ def read_modules(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Adap
             entries={entry: file[key] for entry, key in module.keys.items()},
             read=functools.partial(read, module),
         )
-        for name, module in ((name, checkpoint.entries.modules[name]) for name in names)
-    }
+    return found
 
 
 def _factors(stored: Mapping[str, np.ndarray], experts: int) -> dict[str, np.ndarray]:

@@ -53,33 +53,27 @@ class Base:
         found = {name: span for spans in files for name, span in spans.items()}
         return found | {name: found[source] for name, source in self.copies.items()}
 
-    def spans_of(self, file: tensor_files.TensorFile) -> dict[str, Span]:
-        """The arrays of one file by name, and the copies of its arrays."""
-        return {name: span for name, span in self.spans.items() if span.file is file}
+    @property
+    def _config(self) -> pathlib.Path:
+        return (self.path.parent if self.is_file else self.path) / CONFIG
 
     @functools.cached_property
     def config(self) -> bytes | None:
         """The content of `config.json` beside the weights; None if there is none."""
-        file = (self.path.parent if self.is_file else self.path) / CONFIG
-        return tensor_files.read_settings(file) if file.is_file() else None
+        return tensor_files.read_settings(self._config) if self._config.is_file() else None
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The fields of `config.json` beside the weights; empty if there is none."""
-        file = (self.path.parent if self.is_file else self.path) / CONFIG
-        return {} if self.config is None else tensor_files.parse_json(file, self.config)
+        config = self.config
+        return {} if config is None else tensor_files.parse_json(self._config, config)
 
 
 def open_base(path: pathlib.Path) -> Base:
     """Opens the files of a model. Reads names, shapes and dtypes, but no values.
 
-    Args:
-        path: of a directory with `model.safetensors`, or with shards and
-            `model.safetensors.index.json`; or of one safetensors file.
-
-    Raises:
-        CheckpointError: if there is no such file, or the shards do not match the index.
-        FileNotFoundError: if the path or a shard does not exist.
+    The path is a directory with `model.safetensors`, or with shards and
+    `model.safetensors.index.json`; or it is one safetensors file.
     """
     if path.is_file():
         return Base(path, {path.name: tensor_files.TensorFile(path)})
@@ -105,8 +99,7 @@ def open_base(path: pathlib.Path) -> Base:
 def find_files(path: pathlib.Path) -> set[pathlib.Path]:
     """The names of the weight files and the index of the model in a directory.
 
-    The index may be damaged, or name other files: the result has only names of files in
-    the same directory.
+    The index may be damaged.
     """
     found = {pathlib.Path(name) for name in (WHOLE, INDEX) if (path / name).is_file()}
     if pathlib.Path(INDEX) in found:
@@ -155,16 +148,10 @@ def _check_shards(where: pathlib.Path, weight_map: dict[str, str], base: Base) -
 
 
 def new_index(base: Base, entries: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The index of a model with the same shards, arrays of other sizes, and the copies.
-
-    Args:
-        base: the old model, which has an index.
-        entries: the new shape and dtype of each array.
-    """
-    old = (base.index or {}).get("metadata")
+    """The index of a model with the same shards, the copies, and arrays of other sizes."""
+    index = base.index or {}
+    old, shards = index.get("metadata"), index[_WEIGHT_MAP]
     total = sum(map(tensor_streams.count_bytes, entries.values()))
     metadata = {**(old if isinstance(old, dict) else {}), "total_size": total}
-    index = base.index or {}
-    shards = index.get(_WEIGHT_MAP, {})
     shards = {**shards, **{name: shards[own] for name, own in base.copies.items()}}
     return {**index, _WEIGHT_MAP: shards, "metadata": metadata}

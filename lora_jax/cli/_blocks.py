@@ -35,14 +35,10 @@ class Block(NamedTuple):
 
 
 def cut_rows(updates: Sequence[Update], entries: int) -> Iterator[Block]:
-    """Cuts a weight into blocks of rows.
+    """Cuts a weight with some updates into blocks of rows.
 
-    Args:
-        updates: of the weight, at least one. They have no entry in common.
-        entries: the largest number of entries of a block, unless one row has more.
-
-    Yields:
-        The blocks in order; one block if the rows cannot be merged separately.
+    A block has at most as many entries as given, but at least one row. There is one block
+    if the rows cannot be merged separately.
     """
     count, *row = updates[0].target.shape
     step = _step(count, max(1, entries // math.prod(row)))
@@ -51,7 +47,7 @@ def cut_rows(updates: Sequence[Update], entries: int) -> Iterator[Block]:
     for start in range(0, count, step):
         stop = min(start + step, count)
         own = (_cut_update(update, start, stop) for update in updates)
-        yield Block(start, stop, tuple(update for update in own if update is not None))
+        yield Block(start, stop, tuple(filter(None, own)))
 
 
 def _step(count: int, most: int) -> int:

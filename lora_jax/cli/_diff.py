@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._io.tensor_streams import Span
@@ -41,7 +40,6 @@ class _Effects(NamedTuple):
     """The result of comparing the effects of two adapters that are stored differently."""
 
     same: bool = False
-    """Whether the effects are the same."""
     by_plan: bool = False
     """Whether modules and paths were matched by their words."""
     rows: Sequence[tuple[str, ...]] = ()
@@ -110,11 +108,7 @@ def _compare_effects(
 ) -> _Effects:
     """Compares the effects of adapters that are stored differently.
 
-    Args:
-        contents: the adapters of both directories.
-        names: of `--names`.
-        tolerance: as the option.
-        acting: whether settings differ that no array shows.
+    `acting` says whether settings differ that no array shows.
     """
     try:
         found = _effects.compare(*contents, names)
@@ -173,12 +167,7 @@ def _is_model(path: pathlib.Path) -> bool:
 
 
 def _adapter_side(contents: Contents, shared: bool) -> Side:
-    """The settings and arrays of adapters.
-
-    Args:
-        contents: the adapters.
-        shared: compare only the settings that both formats have.
-    """
+    """The arrays and settings of adapters; if `shared`, only those of both formats."""
     settings = dict(contents.shared) if shared else _unordered(contents.settings)
     entries: dict[str, Entry] = {}
     for path, adapter in contents.adapters.items():
@@ -236,7 +225,7 @@ def measure(a: Entry, b: Entry) -> Distance:
     """
     absolute, largest, equal = 0.0, 0.0, True
     for left, right in zip(_pieces(a), _pieces(b), strict=True):
-        unequal = ~((left == right) | (_is_nan(left) & _is_nan(right)))
+        unequal = (left != right) & ~((left != left) & (right != right))  # NaN is not NaN
         sizes = [np.abs(each.astype(np.float64)) for each in (left, right)]
         finite = [size[np.isfinite(size)].max(initial=0) for size in sizes]
         largest = max(largest, *finite)
@@ -246,7 +235,7 @@ def measure(a: Entry, b: Entry) -> Distance:
         with np.errstate(invalid="ignore", over="ignore"):
             apart = np.abs(left.astype(np.float64) - right.astype(np.float64))[unequal]
         absolute = max(absolute, float(np.where(np.isnan(apart), np.inf, apart).max()))
-    return Distance(absolute, _over(absolute, largest), equal)
+    return Distance(absolute, _effects.relative(absolute, largest), equal)
 
 
 def _pieces(array: Entry) -> Iterator[np.ndarray]:
@@ -259,24 +248,8 @@ def _pieces(array: Entry) -> Iterator[np.ndarray]:
             yield array.reshape(-1)[start:stop]
 
 
-def _over(absolute: float, largest: float) -> float:
-    if absolute == 0:
-        return 0.0
-    return absolute / largest if math.isfinite(absolute) and largest else math.inf
-
-
-def _is_nan(values: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        return np.zeros(values.shape, bool)
-    return np.isnan(values)
-
-
 def check_tolerance(text: str) -> float:
-    """Reads the argument of `--tolerance`.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is no number of at least 0.
-    """
+    """Reads the argument of `--tolerance`, a number of at least 0."""
     try:
         value = float(text)
     except ValueError:

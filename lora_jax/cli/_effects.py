@@ -7,7 +7,7 @@ parts. All have the same update `scale * A @ B`.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import numpy as np
@@ -27,30 +27,9 @@ from lora_jax.plan.adapter_plan import AdapterPlan, Target
 _ROUNDING = 1e-14
 _RANK = -1  # the axis of the rank, behind those of the weight
 
-Arrays = Mapping[str, np.ndarray]
-
-
-class Effect(NamedTuple):
-    """The effect of an adapter, or of a full array that replaces one of the model.
-
-    Args:
-        arrays: float64. An adapter has `A (*batch, in, rank)` and `B (*batch, rank, out)`,
-            with the scale in `B`. A full array is `whole`.
-    """
-
-    arrays: dict[str, np.ndarray]
-
-    @property
-    def norm(self) -> float:
-        """The Frobenius norm of the update, or of the array."""
-        if "A" in self.arrays:
-            return update_norm(self.arrays["A"], self.arrays["B"], 1.0)
-        return float(np.linalg.norm(self.arrays["whole"].ravel()))
-
-    @property
-    def is_nothing(self) -> bool:
-        """Whether the effect is only an update, and the update is zero."""
-        return self.arrays.keys() == {"A", "B"} and self.norm == 0
+Effect: TypeAlias = dict[str, np.ndarray]
+"""The float64 arrays of an adapter, `A (*batch, in, rank)` and `B (*batch, rank, out)` with
+the scale in `B`; or of a full array that replaces one of the model, `whole`."""
 
 
 class _Side(NamedTuple):
@@ -76,22 +55,22 @@ def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
     """Compares the effects of adapters, module by module or weight by weight.
 
     Args:
-        a: the adapters of a directory.
-        b: the adapters of another directory, in either format.
+        a: the adapters of a directory, in either format.
+        b: the adapters of another directory.
         names: of `--names`; None to match modules and paths by their words.
 
     Raises:
         CheckpointError, ValueError: if modules and paths cannot be matched.
     """
     if are_alike(a, b):
-        effects = _own_effects(a), _own_effects(b)
+        effects = tuple(_effects_of(c.adapters) | _whole_effects(c) for c in (a, b))
     else:
         sides = _sides(a, b, names)
         uses = {
             plan.leaf(p) for _, plan, _ in sides for p, t in plan.targets.items() if t.use
         }
         effects = tuple(_by_leaf(side, uses) for side in sides)
-    nothing = Effect({"A": np.zeros((1, 1)), "B": np.zeros((1, 1))})
+    nothing = {"A": np.zeros((1, 1)), "B": np.zeros((1, 1))}
     return [
         _apart(name, *(each.get(name, nothing) for each in effects))
         for name in dict.fromkeys([*effects[0], *effects[1]])
@@ -121,11 +100,6 @@ def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
     return abs(scale) * float(np.linalg.norm(np.ravel(r @ s.swapaxes(-1, -2))))
 
 
-def _own_effects(contents: Contents) -> dict[str, Effect]:
-    """The effects of adapters by their own names."""
-    return _effects_of(contents.adapters) | _whole_effects(contents)
-
-
 def _sides(a: Contents, b: Contents, names: Any) -> tuple[_Side, _Side]:
     """Both adapters with paths that can be compared."""
     leaves = [{*map(own.plan.leaf, own.plan.entries)} for own in (a, b) if own.plan]
@@ -144,9 +118,7 @@ def _own_side(contents: Contents) -> _Side:
 def _by_leaf(side: _Side, uses: Collection[str]) -> dict[str, Effect]:
     """The effects of all targets of a weight together, by the path of the weight.
 
-    Args:
-        side: the adapters.
-        uses: the weights whose look-ups and products are compared separately.
+    Look-ups and products of the weights in `uses` are separate.
     """
     found: dict[str, Effect] = {}
     for path, target in side.plan.targets.items():
@@ -195,15 +167,20 @@ def _turned(adapter: Mapping[str, Any], target: Target) -> Mapping[str, Any]:
 
 def _sum(one: Effect, other: Effect) -> Effect:
     """The effect of two adapters of a weight that change no entry together."""
-    a, b = one.arrays, other.arrays
-    arrays = {
-        name: np.concatenate([a[name], b[name]], x) for name, x in (("A", -1), ("B", -2))
-    }
-    magnitudes = [each["m"] for each in (a, b) if "m" in each]
+    joined = _concatenated(one, other)
+    magnitudes = [each["m"] for each in (one, other) if "m" in each]
     if magnitudes:
         first, last = magnitudes[0], magnitudes[-1]
-        arrays["m"] = np.where(np.isnan(first), last, first)
-    return Effect(arrays)
+        joined["m"] = np.where(np.isnan(first), last, first)
+    return joined
+
+
+def _concatenated(one: Effect, other: Effect, sign: int = 1) -> Effect:
+    """The factors of the sum of two updates, or of their difference."""
+    return {
+        "A": np.concatenate([one["A"], other["A"]], -1),
+        "B": np.concatenate([one["B"], sign * other["B"]], -2),
+    }
 
 
 def _effects_of(adapters: Mapping[str, _adapters.Adapter]) -> dict[str, Effect]:
@@ -212,8 +189,7 @@ def _effects_of(adapters: Mapping[str, _adapters.Adapter]) -> dict[str, Effect]:
 
 def _effect(arrays: Mapping[str, Any], scale: float) -> Effect:
     wide = {name: np.asarray(values).astype(np.float64) for name, values in arrays.items()}
-    scaled = {n: scale * wide[n] for n in ("B", "B_bias") if n in wide}
-    return Effect(wide | scaled)
+    return wide | {n: scale * wide[n] for n in ("B", "B_bias") if n in wide}
 
 
 def _whole_effects(contents: Contents) -> dict[str, Effect]:
@@ -221,7 +197,7 @@ def _whole_effects(contents: Contents) -> dict[str, Effect]:
 
 
 def _full(array: Any) -> Effect:
-    return Effect({"whole": np.asarray(array, np.float64)})
+    return {"whole": np.asarray(array, np.float64)}
 
 
 def _like(contents: Contents, other: Contents, names: Any) -> _Side:
@@ -300,21 +276,26 @@ def _names_of(plan: AdapterPlan, names: Any) -> Any:
 
 def _apart(name: str, one: Effect, other: Effect) -> Apart:
     """The difference of two effects, in the array that differs most."""
-    norms = one.norm, other.norm
-    if one.is_nothing and other.is_nothing:
+    norms = _norm(one), _norm(other)
+    if norms == (0, 0) and one.keys() == other.keys() == {"A", "B"}:
         return Apart(name, norms, "update", 0.0)
-    left, right = one.arrays, other.arrays
-    found = []
-    for entry in dict.fromkeys([*left, *right]):
-        if entry == "B":
-            continue
-        what = "update" if entry == "A" else {"m": "magnitude"}.get(entry, entry)
-        found.append((_relative(entry, left, right, norms), what))
-    relative, what = max(found)
+    words = {"A": "update", "m": "magnitude"}
+    relative, what = max(
+        (_relative(entry, one, other, norms), words.get(entry, entry))
+        for entry in dict.fromkeys([*one, *other])
+        if entry != "B"
+    )
     return Apart(name, norms, what, relative)
 
 
-def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> float:
+def _norm(effect: Effect) -> float:
+    """The Frobenius norm of the update, or of the array."""
+    if "A" in effect:
+        return update_norm(effect["A"], effect["B"], 1.0)
+    return float(np.linalg.norm(effect["whole"].ravel()))
+
+
+def _relative(entry: str, a: Effect, b: Effect, norms: tuple[float, float]) -> float:
     """The norm of a difference, relative to the larger norm; infinite without a norm."""
     if entry not in a or entry not in b:
         return np.inf
@@ -322,8 +303,7 @@ def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> f
         shapes = [(x["A"].shape[:-1], x["B"].shape[:-2], x["B"].shape[-1]) for x in (a, b)]
         if shapes[0] != shapes[1]:
             return np.inf if all(norms) else float(any(norms))
-        both = np.concatenate([a["A"], b["A"]], -1), np.concatenate([a["B"], -b["B"]], -2)
-        return _over(update_norm(*both, 1.0), max(norms))
+        return relative(_norm(_concatenated(a, b, -1)), max(norms), _ROUNDING)
     left, right = a[entry], b[entry]
     if entry != "whole":  # a magnitude is (1, out, 1, 1) for convolutions in PEFT
         left, right = left.ravel(), right.ravel()
@@ -334,11 +314,12 @@ def _relative(entry: str, a: Arrays, b: Arrays, norms: tuple[float, float]) -> f
     )
     largest = max(float(np.linalg.norm(each.ravel())) for each in (left, right))
     apart = np.where(left == right, 0, left - right)
-    return _over(float(np.linalg.norm(apart.ravel())), largest)
+    return relative(float(np.linalg.norm(apart.ravel())), largest, _ROUNDING)
 
 
-def _over(apart: float, largest: float) -> float:
-    if apart <= _ROUNDING * largest:
+def relative(apart: float, largest: float, rounding: float = 0.0) -> float:
+    """A difference relative to the largest of what is compared; 0 up to a rounding."""
+    if apart <= rounding * largest:
         return 0.0
     found = apart / largest if largest else np.inf
     return float(found) if np.isfinite(found) else np.inf

@@ -33,11 +33,8 @@ class Loss(NamedTuple):
 
     def __add__(self, other: "Loss") -> "Loss":  # type: ignore[override]
         """The loss of two parts together."""
-        return Loss(
-            self.vanished + other.vanished,
-            self.entries + other.entries,
-            max(self.largest, other.largest),
-        )
+        largest = max(self.largest, other.largest)
+        return Loss(self.vanished + other.vanished, self.entries + other.entries, largest)
 
     @property
     def fraction(self) -> float:
@@ -53,20 +50,20 @@ def fold_weight(
 ) -> Iterator[tuple[np.ndarray, Loss]]:
     """Merges a weight, one block of rows after the other.
 
-    Entries without an update are only rounded.
+    The sum is computed in at least float32 and rounded once. Entries without an update are
+    only rounded.
 
     Args:
         name: of the weight, for error messages.
         read_rows: returns the rows of the weight from one index to another.
         updates: the adapter of the weight, or those of parts of it.
-        dtype: of the result. The sum is computed in at least float32 and rounded once.
+        dtype: of the result.
 
     Yields:
         Some rows of the result, and what their rounding lost.
 
     Raises:
-        FloatingPointError: if a merged entry is infinite or NaN, or an entry is beyond the
-            range of the dtype.
+        FloatingPointError: if an entry is infinite, NaN, or beyond the range of the dtype.
     """
     for block in _blocks.cut_rows(updates, BLOCK):
         rows = read_rows(block.start, block.stop)
@@ -111,9 +108,7 @@ def _merge_rows(
 ) -> tuple[Any, ...]:
     """Merges rows and counts the loss in one pass. Compiled once for a kind of targets.
 
-    Returns:
-        The result, the number of vanished entries, the largest `|update| / |weight|` among
-        them, and whether the merged entries are finite, and no other became infinite.
+    The last result is whether the merged entries are finite and no other became infinite.
     """
     result, vanished, largest, finite = rows.astype(dtype), 0, 0.0, True
     for adapter, target in zip(adapters, targets, strict=True):
@@ -143,11 +138,7 @@ def check_finite(name: str, values: np.ndarray) -> None:
 
 
 def round_to(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounds values to another floating-point dtype.
-
-    Raises:
-        FloatingPointError: if a value is out of range.
-    """
+    """Rounds values to another dtype; FloatingPointError if one is out of range."""
     with np.errstate(over="ignore"):
         rounded = values.astype(dtype)
     if not np.array_equal(np.isfinite(rounded), np.isfinite(values)):

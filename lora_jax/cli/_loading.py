@@ -60,11 +60,7 @@ class InMemory(dict[str, np.ndarray]):
 
 
 def read_names(path: str | None) -> Names:
-    """Reads the file of `--names`: a dict from names of modules to paths of weights.
-
-    Raises:
-        CheckpointError: if it is not a JSON object of strings, or of pairs of strings.
-    """
+    """Reads the file of `--names`: a dict from names of modules to paths of weights."""
     if path is None:
         return None
     names = {}
@@ -80,17 +76,13 @@ def read_names(path: str | None) -> Names:
 
 
 def read_matching(options: argparse.Namespace) -> Matching:
-    """Reads the options that say how modules are matched with arrays."""
+    """Reads these options."""
     layout = options.layout or "torch"
     return Matching(read_names(options.names), layout, options.strict, options.prefix or "")
 
 
 def with_prefix(base: _base.Base, prefix: str) -> Mapping[str, Span]:
-    """The arrays of a model whose names start with the words of a prefix.
-
-    Raises:
-        CheckpointError: if there are none.
-    """
+    """The arrays of a model whose names start with the words of a prefix."""
     if not prefix:
         return base.spans
     words = re.compile(rf"{re.escape(prefix.rstrip('./'))}(?:[./]|$)")
@@ -111,25 +103,18 @@ def load_for(
 ) -> Loaded:
     """Puts adapters on the arrays of a model.
 
-    Args:
-        contents: the adapters.
-        base: the model.
-        matching: the options.
-        dtype: of adapters in PEFT's format, as in `lora_jax.peft.load`.
+    `dtype` is that of adapters in PEFT's format, as in `lora_jax.peft.load`.
 
     Raises:
         CheckpointError: if the adapters do not fit the model.
     """
-    leaves = with_prefix(base, matching.prefix)
-    checkpoint = contents.checkpoint
+    leaves, checkpoint = with_prefix(base, matching.prefix), contents.checkpoint
     if checkpoint is None:
         assert contents.own is not None
         plan = contents.own[1]
         own = {plan.leaf(path): entry.shape for path, entry in plan.entries.items()}
         there = matching.names is None and own.keys() <= leaves.keys()
-        if there and (
-            matching.strict or all(leaves[n].shape == shape for n, shape in own.items())
-        ):
+        if there and (matching.strict or all(leaves[n].shape == own[n] for n in own)):
             return Loaded(*contents.own, trained_leaves.split(*contents.own)[2])
         checkpoint = as_checkpoint(contents, matching.names)
         matching = matching._replace(names=None)
@@ -166,11 +151,7 @@ def leaving_out() -> Iterator[None]:
 def _check_any(
     placement: Placement, directory: pathlib.Path, base: _base.Base, matching: Matching
 ) -> None:
-    """Raises one sentence if nothing fits, instead of a line for each adapter.
-
-    Raises:
-        CheckpointError: if no adapter fits, nor another entry.
-    """
+    """Raises one sentence if nothing fits, instead of a line for each adapter."""
     modules, places = placement.checkpoint.entries.modules, placement.places
     problems = placement.problems.lines
     if placement.sites or not modules or len(problems) != len(places.unplaced):
@@ -200,12 +181,7 @@ def report_omissions(contents: Contents, loaded: Loaded) -> list[str]:
 
 
 def check_weights(base: _base.Base, plan: AdapterPlan) -> None:
-    """Checks that the weights of a plan can be merged.
-
-    Raises:
-        TypeError: if a weight is not a floating-point array, or too wide for JAX.
-        ValueError: if a shape differs.
-    """
+    """Raises unless the weights of a plan can be merged."""
     plan_checks.check_params(base.spans, plan)
     wide = [name for name in plan.by_leaf() if base.spans[name].dtype == np.float64]
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]

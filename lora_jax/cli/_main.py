@@ -236,14 +236,10 @@ def _add(
     *places: tuple[str, str],
     options: Sequence[str],
 ) -> None:
-    """Adds a command.
+    """Adds a command with the name of its function `run`.
 
-    Args:
-        commands: the commands of the program.
-        run: the function of the command, which has its name.
-        text: what the command does.
-        places: the names of its paths, with a text about each.
-        options: the names of its options in `_OPTIONS`.
+    `places` are the names of its paths with a text about each, `options` names in
+    `_OPTIONS`.
     """
     name = run.__name__
     parser = commands.add_parser(

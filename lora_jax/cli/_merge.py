@@ -54,12 +54,12 @@ class Job:
     @functools.cached_property
     def entries(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shape and dtype of each array of the result."""
-        return {
-            name: tensor_files.abstract(span.shape, self.dtype or span.dtype)
-            if _is_wide(span.dtype)
-            else tensor_files.abstract(span.shape, span.dtype)
-            for name, span in self.base.spans.items()
-        }
+        entries = {}
+        for name, span in self.base.spans.items():
+            wide = checks.is_floating(span.dtype) and jnp.dtype(span.dtype).itemsize >= 2
+            dtype = self.dtype if self.dtype and wide else span.dtype
+            entries[name] = tensor_files.abstract(span.shape, dtype)
+        return entries
 
     @functools.cached_property
     def updates(self) -> dict[str, list[Update]]:
@@ -120,11 +120,6 @@ def _check_out(
     return _output.check_place(out, inputs, overwrite=overwrite, own=own)
 
 
-def _is_wide(dtype: np.dtype) -> bool:
-    """Whether a dtype is floating point, with at least 16 bits."""
-    return checks.is_floating(dtype) and jnp.dtype(dtype).itemsize >= 2
-
-
 def describe(job: Job) -> list[str]:
     """A table of the modules and the arrays that they are merged into."""
     loaded, modules = job.loaded, dict[str, list[str]]()
@@ -172,7 +167,7 @@ def _write_shard(
     path: pathlib.Path,
     progress: _terminal.Progress,
 ) -> dict[str, Loss]:
-    spans = job.base.spans_of(file)
+    spans = {name: span for name, span in job.base.spans.items() if span.file is file}
     if not any(map(job.changes, spans)) and spans.keys() == set(file):
         for count in tensor_streams.write_pieces(path, file.read_pieces(_PIECE)):
             progress(count)
@@ -208,10 +203,9 @@ def _pieces(
         step = _PIECE // span.dtype.itemsize
         for start in range(0, span.size, step):
             values = span.read_flat(start, min(start + step, span.size))
-            yield (
-                values if dtype == span.dtype else _fold.round_to(name, values, dtype),
-                None,
-            )
+            if dtype != span.dtype:
+                values = _fold.round_to(name, values, dtype)
+            yield values, None
 
 
 def _find_others(base: Base, directory: pathlib.Path) -> Others:
@@ -289,9 +283,7 @@ def _loss_table(job: Job, losses: Mapping[str, Loss]) -> list[str]:
     """A table of the tensors that lost most, and of all tensors together."""
     lost = [name for name, loss in losses.items() if loss.vanished]
     lost.sort(key=lambda name: (-losses[name].fraction, -losses[name].largest))
-    rows = [
-        _loss_row(name, losses[name], job.entries[name].dtype) for name in lost[:_WORST]
-    ]
+    rows = [_loss_row(n, losses[n], job.entries[n].dtype) for n in lost[:_WORST]]
     if len(lost) > _WORST:
         rows.append((f"and {len(lost) - _WORST} more", "", "", ""))
     rows.append(_loss_row(f"all {len(losses)} merged", sum(losses.values(), Loss()), ""))

@@ -34,11 +34,6 @@ def check_place(
 
     Returns:
         The existing files to keep, as paths inside of `out`.
-
-    Raises:
-        FileExistsError: if there are files that may not be replaced.
-        FileNotFoundError: if the parent directory does not exist.
-        ValueError: if the path is an input, or inside of an input, or an input is inside.
     """
     place = resolve(out)
     for what, path in inputs.items():
@@ -55,14 +50,12 @@ def check_place(
             )
     if not place.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {place.parent} to write to.")
-    if place.is_dir() and not any(place.iterdir()):
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return []
-    if place.exists() and not overwrite:
+    if not overwrite:
         raise FileExistsError(
             f"{out} exists: give another name, or --overwrite to replace it."
         )
-    if not place.exists():
-        return []
     files = own(place)
     if not files:
         raise FileExistsError(
@@ -73,14 +66,10 @@ def check_place(
 
 
 def resolve(path: pathlib.Path) -> pathlib.Path:
-    """The absolute path without links.
-
-    Raises:
-        OSError: if links form a loop. Before 3.13, Python raises a RuntimeError.
-    """
+    """The absolute path without links; OSError if links form a loop."""
     try:
         return path.resolve()
-    except RuntimeError:
+    except RuntimeError:  # before Python 3.13
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
 
 
@@ -109,7 +98,7 @@ def new_directory(
             They are hard links, so nothing is lost if the machine stops.
     """
     place = out.resolve()
-    temporary = _beside(place)
+    temporary = pathlib.Path(tempfile.mkdtemp(".tmp", f".{place.name}.", place.parent))
     try:
         (temporary / "new").mkdir()
         for path in keep:
@@ -125,10 +114,6 @@ def new_directory(
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
                 shutil.rmtree(temporary / "new", ignore_errors=True)
-
-
-def _beside(place: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(tempfile.mkdtemp(".tmp", f".{place.name}.", place.parent))
 
 
 def _link(source: pathlib.Path, path: pathlib.Path) -> None:

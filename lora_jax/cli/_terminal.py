@@ -4,6 +4,7 @@ Names in files are not trusted: a terminal must show them, and not act on them.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -19,11 +20,8 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 def printable(text: str) -> str:
     """A text with escapes in place of the characters that a terminal would act on."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode()
+    escape = functools.partial(str.encode, encoding="unicode_escape")
+    return "".join(c if c.isprintable() else escape(c).decode() for c in text)
 
 
 def say(*lines: str) -> None:
@@ -45,13 +43,7 @@ def print_text(text: str) -> None:
 def format_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()
 ) -> list[str]:
-    """The lines of a table.
-
-    Args:
-        header: the names of the columns.
-        rows: the cells.
-        right: the names of the columns that are aligned to the right.
-    """
+    """The lines of a table; the columns named in `right` are aligned to the right."""
     lines = [[printable(cell) for cell in row] for row in (header, *rows)]
     own = set(right)
     return tables.format_table(lines, [i for i, n in enumerate(header) if n in own])
@@ -90,12 +82,7 @@ def as_json(value: Any) -> Any:
 def show_progress(total: int, *, quiet: bool) -> Iterator[Progress]:
     """Shows a progress bar on a terminal, or a line for each tenth if tqdm is missing.
 
-    Args:
-        total: the number of bytes of the whole job.
-        quiet: show nothing.
-
-    Yields:
-        A function to call with the number of bytes of each step.
+    Yields a function to call with the number of bytes of each step, of the total.
     """
     if quiet or not sys.stderr.isatty():
         yield lambda count: None

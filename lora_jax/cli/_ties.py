@@ -41,13 +41,9 @@ _HEADS_OF = {
 def untie(base: Base, contents: Contents) -> Base:
     """A model in which an embedding and a head with different adapters are two arrays.
 
-    Args:
-        base: the model.
-        contents: the adapters. Those of PEFT's format are of the embedding or of the head.
-            Those of this library's format are of both, unless they are of one use.
-
-    Returns:
-        The model, or the model with a copy of its embedding as its head.
+    It has a copy of the embedding as its head. Adapters of PEFT's format are of the
+    embedding or of the head. Those of this library's format are of both, unless they are of
+    one use.
 
     Raises:
         CheckpointError: if the model's files do not say whether both are one array, or if
@@ -70,15 +66,9 @@ def untie(base: Base, contents: Contents) -> Base:
 
 
 def check_merge(base: Base, contents: Contents, loaded: Loaded) -> str:
-    """Checks that a merge changes an embedding and a head only if the adapters are of both.
+    """Raises if a merge would change an embedding and a head with an adapter of one.
 
-    Returns:
-        A line for the end of the report; empty if there is nothing to say.
-
-    Raises:
-        CheckpointError: if an adapter of this library's format, of all uses, is of an
-            embedding that is also the head; or if the model's files do not say whether it
-            is. If `untie` has copied an array, and the model is a single file.
+    Returns a line for the end of the report, which may be empty.
     """
     if base.copies:
         ((head, embedding),) = base.copies.items()
@@ -104,12 +94,7 @@ def check_merge(base: Base, contents: Contents, loaded: Loaded) -> str:
 
 
 def find_updates(base: Base, loaded: Loaded) -> dict[str, list[Update]]:
-    """The adapters of each array of a model, by its name.
-
-    Raises:
-        ValueError: if an adapter is of one use of an array, and the model does not have
-            another array for the other use.
-    """
+    """The adapters of each array of a model, by its name."""
     adapters, plan, *_ = loaded
     found: dict[str, list[Update]] = {}
     for leaf, paths in plan.by_leaf().items():
@@ -144,16 +129,13 @@ def rejoin(
     adapters: dict[str, Adapter],
     plan: AdapterPlan,
 ) -> tuple[dict[str, Adapter], AdapterPlan]:
-    """Adapters and a plan for a model whose heads are its embeddings.
+    """Adapters and their plan, with the two uses of an embedding in place of two arrays.
 
     Args:
         copies: from the names of heads to those of embeddings, as in `Base`.
         leaves: of the model with both.
         adapters: for these leaves.
         plan: of the adapters.
-
-    Returns:
-        The adapters and the plan, with the embedding's `@lookup` and `@product`.
     """
     if not copies:
         return adapters, plan
@@ -200,11 +182,7 @@ def _touched(names: Iterable[str], embeddings: Collection[str]) -> list[str]:
 
 
 def _is_tied(base: Base, touched: str) -> bool:
-    """Whether the embedding and the head of a model are one array.
-
-    Raises:
-        CheckpointError: if the model's files do not say it.
-    """
+    """Whether the embedding and the head of a model are one array; raises if unknown."""
     tied = _says_tied(base.settings)
     if tied is False or _has_head(base):
         return False

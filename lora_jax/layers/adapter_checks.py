@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks, numerics, quantized
 from lora_jax.lowrank.low_rank import LowRank
 
-# How others call the entries of an adapter; used in messages only.
+# Names of the entries of an adapter in other packages, for error messages.
 _OTHER_NAMES = {
     "a": "A",
     "lora_a": "A",
@@ -23,8 +23,7 @@ _OTHER_NAMES = {
     "bias": "B_bias",
 }
 
-# The biases that an adapter may have, and the entries that a function which has no place
-# for them refuses, with what to do instead.
+# `LOSES_...` are the entries that a function would lose, with what to do instead.
 TORCH_NAMES = ("lora_A", "lora_a", "lora_B", "lora_b")
 BIASES: tuple[str, ...] = ("A_bias", "B_bias")
 LOSES_BIAS = dict.fromkeys(
@@ -47,15 +46,14 @@ def check_adapter(
     optional: Sequence[str] = (),
     refused: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises unless `adapter` has the entries a function needs, and no others.
+    """Raises unless `adapter` has the entries that a function needs, and no others.
 
     Args:
-        adapter: what the caller gave.
-        weight_shape: `(*batch, in, out)`, or None if no weight is at hand: then `A` and
-            `B` have to fit each other.
-        required: names that must be there.
-        optional: names that may be there.
-        refused: names that the function would lose, with what to do instead.
+        adapter: of the user.
+        weight_shape: `(*batch, in, out)`. If it is None, `A` and `B` must fit each other.
+        required: names of entries that the adapter must have.
+        optional: names of entries that it may have.
+        refused: names of entries that the function would lose, with what to do instead.
     """
     _check_names(adapter, required, optional, refused or {})
     for name, value in adapter.items():
@@ -68,12 +66,8 @@ def check_adapter(
     batch, widths = weight_shape[:-2], {"A_bias": a.shape[-1], "B_bias": b.shape[-1]}
     for name, width in widths.items():
         if name in adapter:
-            checks.check_vector(
-                f"adapter[{name!r}]",
-                adapter[name],
-                (*batch, width),
-                f"for A {a.shape} and B {b.shape}",
-            )
+            what = f"for A {a.shape} and B {b.shape}"
+            checks.check_vector(f"adapter[{name!r}]", adapter[name], (*batch, width), what)
 
 
 def checked_scale(
@@ -104,15 +98,12 @@ def checked(
     optional: Sequence[str] = (),
     refused: Mapping[str, str] | None = None,
 ) -> LowRank:
-    """The value that a weight and its adapter describe, after all checks.
-
-    `name` is that of the weight, for messages. For the entries see `check_adapter`.
-    """
+    """A weight with its adapter, after all checks. `name` is the weight's in messages."""
     checks.check_weight(name, weight)
     check_adapter(
         adapter, weight.shape, required=required, optional=optional, refused=refused
     )
-    dtypes = weight.dtype, adapter["A"].dtype, adapter["B"].dtype
+    dtypes = weight.dtype, *(entry.dtype for entry in adapter.values())
     scale = checked_scale(adapter, alpha, rank_stabilized, *dtypes)
     return LowRank(quantized.as_frozen(weight), adapter, scale, axis)
 

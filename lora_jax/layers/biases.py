@@ -1,11 +1,12 @@
-"""LoRA on a layer whose adapter has biases: what a weight alone cannot hold.
+"""Merges adapters with biases into a layer.
 
-`A_bias (*batch, rank)` and `B_bias (*batch, out)` (peft's `lora_bias` has the second)
-shift the output by `scale * (A_bias @ B + B_bias)`, so a merge moves the layer's bias as
-well as its weight. `lora_linear` applies them; dtypes are as in `lora_jax.lora`.
+`A_bias (*batch, rank)` and `B_bias (*batch, out)` (peft's `lora_bias` is the second) shift
+the output by `scale * (A_bias @ B + B_bias)`. So a merge changes the layer's bias as well
+as its weight. `lora_linear` applies them. Dtypes are as in `lora_jax.layers.lora`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,13 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, numerics
 from lora_jax.layers import adapter_checks
-from lora_jax.layers.lora import merge_lora_weight, unmerge_lora_weight
 
 __all__ = ["lora_bias_delta", "merge_lora_layer", "unmerge_lora_layer"]
+
+_BIASES: Any = {
+    "optional": adapter_checks.BIASES,
+    "refused": adapter_checks.LOSES_MAGNITUDE,
+}
 
 
 def lora_bias_delta(
@@ -39,8 +44,10 @@ def lora_bias_delta(
     Raises:
         KeyError, TypeError, ValueError: as `lora_delta`, but biases are welcome.
     """
-    scale = _checked_scale(adapter, alpha, rank_stabilized)
-    dtype = numerics.promote(*(value.dtype for value in adapter.values()))
+    adapter_checks.check_adapter(adapter, None, **_BIASES)
+    dtypes = [value.dtype for value in adapter.values()]
+    scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
+    dtype = numerics.promote(*dtypes)
     return _wide_bias_delta(adapter, scale, dtype).astype(dtype)
 
 
@@ -70,15 +77,15 @@ def merge_lora_layer(
         KeyError, TypeError, ValueError: as `merge_lora_weight`, but biases are welcome;
             ValueError if `frozen_bias` does not fit.
     """
-    scale = _checked_scale(adapter, alpha, rank_stabilized)
-    weight = merge_lora_weight(
-        frozen_weight, _factors(adapter), alpha, rank_stabilized=rank_stabilized
+    value = adapter_checks.checked(
+        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, **_BIASES
     )
+    weight = value.weight
     if frozen_bias is None:
         frozen_bias = jnp.zeros(weight.shape[:-2] + weight.shape[-1:], weight.dtype)
     checks.check_bias("frozen_bias", frozen_bias, weight.shape)
-    delta = _wide_bias_delta(adapter, scale, frozen_bias.dtype)
-    return weight, numerics.sum_and_round(frozen_bias, [delta])
+    delta = _wide_bias_delta(adapter, value.scale, frozen_bias.dtype)
+    return value.merge(), numerics.sum_and_round(frozen_bias, [delta])
 
 
 def unmerge_lora_layer(
@@ -105,30 +112,12 @@ def unmerge_lora_layer(
     Raises:
         KeyError, TypeError, ValueError: as `merge_lora_layer`.
     """
-    scale = _checked_scale(adapter, alpha, rank_stabilized)
-    weight = unmerge_lora_weight(
-        merged_weight, _factors(adapter), alpha, rank_stabilized=rank_stabilized
+    value = adapter_checks.checked(
+        "merged_weight", merged_weight, adapter, alpha, rank_stabilized, **_BIASES
     )
-    checks.check_bias("merged_bias", merged_bias, weight.shape)
-    delta = _wide_bias_delta(adapter, scale, merged_bias.dtype)
-    return weight, numerics.sum_and_round(merged_bias, [-delta])
-
-
-def _checked_scale(
-    adapter: Mapping[str, jax.Array], alpha: float | jax.Array, rank_stabilized: bool
-) -> float | jax.Array:
-    adapter_checks.check_adapter(
-        adapter,
-        None,
-        optional=adapter_checks.BIASES,
-        refused=adapter_checks.LOSES_MAGNITUDE,
-    )
-    dtypes = (entry.dtype for entry in adapter.values())
-    return adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
-
-
-def _factors(adapter: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: adapter[name] for name in ("A", "B")}
+    checks.check_bias("merged_bias", merged_bias, value.weight.shape)
+    delta = _wide_bias_delta(adapter, value.scale, merged_bias.dtype)
+    return value.unmerge(), numerics.sum_and_round(merged_bias, [-delta])
 
 
 def _wide_bias_delta(

@@ -2,36 +2,25 @@
 
 PiSSA and OLoRA split a weight into a *base* and an adapter that is not zero,
 `W = W_base + scale * A @ B`. The adapter starts with the largest part of the weight. LoftQ,
-and PiSSA with a quantized base (QPiSSA), do this approximately. Their base may stay
-quantized, as a `lora_jax.quant.QuantizedTensor`.
+and PiSSA with a quantized base (QPiSSA), do this approximately.
 
-**Such an adapter belongs to its base.** Together with the original weight, the part in the
-adapter would count twice, and the arrays do not show this. There are two ways to save such
-an adapter:
+**Such an adapter belongs to its base.** On the original weight, the part in the adapter
+would count twice, and the arrays do not show this. So save the base as well. Or keep the
+initial adapter, and convert with `to_plain_adapter`. The result is an ordinary adapter of
+twice the rank for the original weight.
 
-- Save the base as well, and load the adapter on it.
-- Keep the initial adapter as well, and convert with `to_plain_adapter`. The result is an
-  ordinary adapter of twice the rank for the original weight.
-
-To compute the base again at loading, as peft does, works only if the decomposition is
-deterministic; a randomized one is not. `lora_jax.decompose_params` decomposes the weights
-of a whole model.
-
-All functions are pure: they return a new base in a `DecomposedWeight`. Weights are dense,
-`(*batch, in, out)`, and `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if
-`rank_stabilized`. Decompositions and sums run in float32, or in float64 if the weight or
-the factors are float64. The base is computed from the stored factors and rounded once to
-the dtype of the weight. So `W_base + scale * A @ B` differs from `W` by at most half a unit
-in the last place of `W_base`, 1 part in 512 for bfloat16.
+Weights are dense, `(*batch, in, out)`, and `scale` is `alpha / rank`, or
+`alpha / sqrt(rank)` if `rank_stabilized`. Decompositions and sums run in float32, or in
+float64 if the weight or the factors are float64. The base is computed from the stored
+factors and rounded once to the dtype of the weight. So `W_base + scale * A @ B` differs
+from `W` by at most half a unit in the last place of `W_base`, 1 part in 512 for bfloat16.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -136,9 +125,7 @@ def init_pissa_adapter(
         svd = decompositions.randomized(key, wide, rank, _steps(iterations))
     adapter = _rounded(decompositions.factors(svd, scale), dtype)
     base = LowRank(weight, adapter, scale).unmerge()
-    if quantize is not None:
-        return DecomposedWeight(stored(quantize, base), adapter)
-    return DecomposedWeight(base, adapter)
+    return DecomposedWeight(base if quantize is None else stored(quantize, base), adapter)
 
 
 def init_olora_adapter(
@@ -176,8 +163,7 @@ def init_olora_adapter(
     """
     wide, scale, dtype = _checked(weight, rank, alpha, rank_stabilized, dtype)
     adapter = _rounded(decompositions.qr_factors(wide, rank), dtype)
-    base = LowRank(weight, adapter, scale).unmerge()
-    return DecomposedWeight(base, adapter)
+    return DecomposedWeight(LowRank(weight, adapter, scale).unmerge(), adapter)
 
 
 def init_orthogonal_adapter(
@@ -266,9 +252,8 @@ def init_loftq_adapter(
         rest = LowRank(wide, adapter, scale).unmerge() if step else wide
         base = stored(quantize, rest.astype(weight.dtype))
         lost = wide - quantized.as_dense(base).astype(wide.dtype)
-        adapter = _rounded(
-            decompositions.factors(decompositions.exact(lost, rank), scale), dtype
-        )
+        svd = decompositions.exact(lost, rank)
+        adapter = _rounded(decompositions.factors(svd, scale), dtype)
     return DecomposedWeight(base, adapter)
 
 
@@ -411,15 +396,7 @@ def _check_nonzero(alpha: float | jax.Array) -> None:
 
 
 def _steps(iterations: Any) -> int:
-    try:
-        if isinstance(iterations, bool | np.bool_):
-            raise TypeError
-        steps = operator.index(iterations)
-    except TypeError:
-        raise TypeError(
-            f"iterations must be a positive integer, got {iterations!r} "
-            f"({type(iterations).__name__})."
-        ) from None
+    steps = checks.as_index("iterations", iterations, "a positive integer")
     if steps < 1:
         raise ValueError(f"iterations must be at least 1, got {steps}.")
     return steps

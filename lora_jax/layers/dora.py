@@ -178,7 +178,6 @@ def dora_column_norm(
     References:
         Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353: the denominator.
     """
-    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     axis = _axis(norm_axis)
     if adapter is None:
         checks.check_weight("weight", weight)
@@ -265,12 +264,11 @@ def dora_linear(
         >>> lora_jax.dora_linear(x, weight, adapter, alpha=8.0).shape
         (2, 5, 32)
     """
-    checks.check_weight("frozen_weight", frozen_weight)
-    checks.check_input(x, frozen_weight)
-    checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
     value = _checked(
         "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, norm_axis
     )
+    checks.check_input(x, frozen_weight)
+    checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
     checks.check_flags(scale_bias=scale_bias, detach_norm=detach_norm)
     checks.check_dropout(dropout_rate, dropout_key)
     _check_norms(frozen_weight.shape, norm_axis, weight_norm_squared, column_norm)
@@ -291,9 +289,8 @@ def dora_linear(
         norm = lax.stop_gradient(norm)
     factor = weight_norms.factor(adapter["m"], norm)
     dropout = dora_products.Dropout(dropout_rate, dropout_key, dropout_mode)
-    apply = dora_products.scale_outputs
-    if norm_axis == "in":
-        apply = dora_products.scale_inputs
+    scale_inputs, scale_outputs = dora_products.scale_inputs, dora_products.scale_outputs
+    apply = scale_inputs if norm_axis == "in" else scale_outputs
     y = apply(x, weight, adapter, scale, factor, dropout, dtype)
     if bias is not None:
         shift = numerics.as_row(bias, y)
@@ -378,7 +375,8 @@ def unmerge_dora_weight(
 
 
 def _axis(norm_axis: NormAxis) -> int:
-    """The axis of a weight that its norms are taken over."""
+    """The axis of a weight that its norms are taken over, after a check."""
+    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     return -2 if norm_axis == "out" else -1
 
 
@@ -391,7 +389,6 @@ def _checked(
     norm_axis: NormAxis,
 ) -> LowRank:
     """The value of a weight with its DoRA adapter, after all checks."""
-    checks.check_choice("norm_axis", norm_axis, ("out", "in"))
     value = adapter_checks.checked(
         name,
         weight,

@@ -9,7 +9,7 @@ drawn independently.
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,6 @@ Initializer: TypeAlias = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.A
 Init: TypeAlias = str | Initializer | tuple[str | Initializer, str | Initializer]
 """The type of `init` arguments: the initializer of `A`, or a pair for `A` and `B`."""
 
-_NAMES = (
-    "gaussian",
-    "kaiming_uniform",
-    "xavier_uniform",
-    "xavier_normal",
-    "zeros",
-    "orthogonal",
-)
 _DEFAULT_STD = 0.01
 
 
@@ -202,6 +194,15 @@ def orthogonal_pair(
     return a.astype(dtype), b.astype(dtype)
 
 
+_BY_NAME: dict[str, Initializer] = {
+    "kaiming_uniform": kaiming_uniform,
+    "xavier_uniform": xavier_uniform,
+    "xavier_normal": xavier_normal,
+    "zeros": zeros,
+}
+_NAMES = ("gaussian", *_BY_NAME, "orthogonal")
+
+
 def init_factors(
     key: jax.Array,
     shape: tuple[int, ...],
@@ -243,17 +244,20 @@ def init_factors(
     checks.check_key("key", key)
     checks.check_weight_shape("the weight", shape)
     checks.check_rank(rank)
-    _check_dtype(dtype)
+    checks.check_factor_dtype(dtype)
     *batch, n_in, n_out = shape
     a_shape, b_shape = (*batch, n_in, rank), (*batch, rank, n_out)
     wide = numerics.accumulation_dtype(dtype)
     key_a, key_b = jax.random.split(key)
-    _check_std_is_used(init, std)
-    if isinstance(init, str) and init == "orthogonal":
+    if std != _DEFAULT_STD and "gaussian" not in _pair(init):
+        raise ValueError(
+            f"the standard deviation {std} is used by init='gaussian' only, and init is "
+            f"{init!r}: leave it out, or give init=lora_jax.initializers.gaussian({std})."
+        )
+    if _is_orthogonal(init):
         a, b = orthogonal_pair(key, a_shape, b_shape, wide)
     else:
-        pair = init if isinstance(init, tuple) and len(init) == 2 else (init, "zeros")
-        init_a, init_b = pair
+        init_a, init_b = _pair(init)
         a = _make(init_a, std, key_a, a_shape, wide)
         b = _make(init_b, std, key_b, b_shape, wide)
     return a.astype(dtype), b.astype(dtype)
@@ -261,10 +265,17 @@ def init_factors(
 
 def check_init(init: Init) -> None:
     """Raises the errors of `init_factors` unless `init` is valid."""
-    if isinstance(init, str) and init == "orthogonal":
-        return
-    for one in init if isinstance(init, tuple) and len(init) == 2 else (init,):
+    for one in () if _is_orthogonal(init) else _pair(init):
         _initializer(one, _DEFAULT_STD)
+
+
+def _is_orthogonal(init: Init) -> bool:
+    return isinstance(init, str) and init == "orthogonal"
+
+
+def _pair(init: Init) -> tuple[Any, Any]:
+    """The initializers of `A` and `B`."""
+    return init if isinstance(init, tuple) and len(init) == 2 else (init, "zeros")
 
 
 def _bound(scale: float, fan: float, dtype: DTypeLike) -> jax.Array:
@@ -281,12 +292,12 @@ def _draw(
 ) -> jax.Array:
     """Draws numbers of variance 1, or between -1 and 1, and multiplies them by `by`.
 
-    Outside a trace, the size is rounded up to the next power of two, and the extra numbers
-    are cut off. Drawing takes long to compile, and is now compiled for a few sizes, not for
-    every shape. The n-th number does not depend on the size.
+    Outside a trace, the size is rounded up to a power of two, and the extra numbers are cut
+    off. So the slow compilation is needed for a few sizes, and not for every shape. The
+    n-th number does not depend on the size.
     """
     dtype = numerics.promote(dtype)
-    draw = _normal if distribution == "normal" else _uniform
+    draw = {"normal": jax.random.normal, "uniform": _uniform}[distribution]
     size = int(math.prod(shape))
     if isinstance(key, Tracer) or size == 0 or not drawn_by_place(key):
         return draw(key, tuple(shape), dtype) * by
@@ -300,10 +311,6 @@ def drawn_by_place(key: jax.Array) -> bool:
     return is_threefry and bool(jax.config.jax_threefry_partitionable)  # pyright: ignore
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    return jax.random.normal(key, shape, dtype)
-
-
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -1)
 
@@ -313,32 +320,8 @@ def _cut(numbers: jax.Array, by: jax.Array, shape: tuple[int, ...]) -> jax.Array
     return numbers[: math.prod(shape)].reshape(shape) * by
 
 
-def _check_dtype(dtype: DTypeLike) -> None:
-    try:
-        is_floating = checks.is_floating(dtype)
-    except TypeError:
-        raise TypeError(f"dtype must be that of an array, got {dtype!r}.") from None
-    if not is_floating:
-        raise TypeError(
-            f"dtype must be floating point, got {jnp.dtype(dtype)}: adapters are trained."
-        )
-
-
-def _check_std_is_used(init: Init, std: float) -> None:
-    names = init if isinstance(init, tuple) else (init,)
-    if std != _DEFAULT_STD and "gaussian" not in names:
-        raise ValueError(
-            f"the standard deviation {std} is used by init='gaussian' only, and init is "
-            f"{init!r}: leave it out, or give init=lora_jax.initializers.gaussian({std})."
-        )
-
-
 def _make(
-    init: Init,
-    std: float,
-    key: jax.Array,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
+    init: Init, std: float, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.Array:
     value = _initializer(init, std)(key, shape, dtype)
     if callable(value):
@@ -362,14 +345,7 @@ def _initializer(init: Init, std: float) -> Initializer:
             raise ValueError(
                 "'orthogonal' makes A and B together: give init='orthogonal', not a pair."
             )
-        functions = {
-            "gaussian": gaussian(std),
-            "kaiming_uniform": kaiming_uniform,
-            "xavier_uniform": xavier_uniform,
-            "xavier_normal": xavier_normal,
-            "zeros": zeros,
-        }
-        return functions[init]
+        return gaussian(std) if init == "gaussian" else _BY_NAME[init]
     if not callable(init):
         raise TypeError(
             f"init must be a name ({', '.join(map(repr, _NAMES))}), a function "

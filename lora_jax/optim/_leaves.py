@@ -28,7 +28,7 @@ class Leaf(NamedTuple):
     adapter: str | None = None
     """The path of its adapter in the tree; None for a leaf outside of adapters."""
     weight: str = ""
-    """The key of the adapter or trained leaf: in `{path: ...}`, the path in the params."""
+    """The last key of that path: the weight's path in the params for `{path: adapter}`."""
     entry: str = ""
     """The name of the leaf in its adapter."""
     quantized: str | None = None
@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The paths that a pattern may match: its own, and its adapter's weight's."""
+        """The paths that a pattern may match: of the leaf, and of its adapter's weight."""
         if self.quantized is not None:
             return self.quantized, self.path
         if self.adapter is None:
@@ -52,36 +52,21 @@ def is_gap(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def is_adapter(node: Any) -> bool:
-    """Whether a node has the form of an adapter, with gaps or without."""
-    return (
-        isinstance(node, Mapping)
-        and {"A", "B"} <= node.keys() <= set(ENTRIES)
-        and all(
-            is_gap(value) or jax.tree_util.all_leaves([value]) for value in node.values()
-        )
-    )
-
-
-def is_trained(node: Any) -> bool:
-    """Whether a node has the form of a trained leaf."""
-    return (
-        isinstance(node, Mapping)
-        and node.keys() == {VALUE}
-        and (is_gap(node[VALUE]) or jax.tree_util.all_leaves([node[VALUE]]))
-    )
+def _is_owner(node: Any) -> bool:
+    """Whether a node is an adapter, a trained leaf or a quantized weight."""
+    if not isinstance(node, Mapping):
+        return is_quantized(node)
+    has_names = {"A", "B"} <= node.keys() <= {*ENTRIES} or node.keys() == {VALUE}
+    values = [value for value in node.values() if not is_gap(value)]
+    return has_names and jax.tree_util.all_leaves(values)
 
 
 def flatten(tree: Any) -> tuple[list[Leaf], Any]:
     """The leaves and gaps of a tree, and the structure that unflattens them."""
-
-    def is_owner(node: Any) -> bool:
-        return is_adapter(node) or is_trained(node) or is_quantized(node)
-
     nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_gap(node) or is_owner(node)
+        tree, is_leaf=lambda node: is_gap(node) or _is_owner(node)
     )
-    owners = {keys: node for keys, node in nodes if is_owner(node)}
+    owners = {keys: node for keys, node in nodes if _is_owner(node)}
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_gap)
     return [_leaf(keys, value, owners.get(keys[:-1])) for keys, value in leaves], structure
 
@@ -92,7 +77,7 @@ def _leaf(keys: tuple[Any, ...], value: Any, owner: Any) -> Leaf:
         return Leaf(value, _text(keys), quantized=_text(keys[:-1]))
     if owner is None:
         return Leaf(value, _text(keys))
-    if is_trained(owner):
+    if VALUE in owner:
         return Leaf(value, _text(keys), weight=_text(keys[-2:-1]))
     *above, entry = keys
     return Leaf(value, _text(keys), _text(above), _text(above[-1:]), _text([entry]))
@@ -106,17 +91,15 @@ def choose(name: str, patterns: Iterable[str], leaves: list[Leaf]) -> list[str |
     """The first pattern that matches each leaf or gap, or None.
 
     Raises:
-        ValueError: if a pattern matches nothing, unless the tree has neither leaves nor
-            gaps: `optax.tree_map_params` asks for the state of such a tree.
+        ValueError: if a pattern matches nothing. But a tree without leaves and gaps is
+            allowed: `optax.tree_map_params` asks for its state.
     """
     patterns = tuple(patterns)
     paths = list(dict.fromkeys(path for leaf in leaves for path in leaf.names))
     if leaves:
         tree_paths.check_matched(name, patterns, paths, "leaf", _masked(leaves))
     return [
-        next(
-            (p for p in patterns if any(tree_paths.matches(p, n) for n in leaf.names)), None
-        )
+        next((p for p in patterns if tree_paths.first_path(p, leaf.names)), None)
         for leaf in leaves
     ]
 
@@ -131,15 +114,7 @@ def _masked(leaves: list[Leaf]) -> str:
 
 
 def check_holds_adapters(name: str, leaves: list[Leaf]) -> None:
-    """Raises unless there is an adapter, or the tree is empty, as in `choose`.
-
-    Args:
-        name: of the function that needs adapters.
-        leaves: of the tree that the function was given.
-
-    Raises:
-        ValueError: if no leaf belongs to an adapter.
-    """
+    """Raises ValueError for a tree without adapters, unless it is empty, as in `choose`."""
     if leaves and all(leaf.adapter is None for leaf in leaves):
         paths = ", ".join(repr(leaf.path) for leaf in leaves[:3])
         raise ValueError(

@@ -14,13 +14,7 @@ __all__ = ["adapter_labels", "weight_decay_mask"]
 
 NO_PATTERNS: FrozenDict[str, Any] = FrozenDict()
 
-_LABELS = {
-    "A": "A",
-    "B": "B",
-    "m": "magnitude",
-    "A_bias": "bias",
-    "B_bias": "bias",
-}
+_LABELS = {"A": "A", "B": "B", "m": "magnitude", "A_bias": "bias", "B_bias": "bias"}
 _DECAYED = ("A", "B")
 
 

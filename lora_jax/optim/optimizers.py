@@ -84,10 +84,8 @@ def lora_plus(
 
     def groups(tree: Any) -> Any:
         _leaves.check_holds_adapters("lora_plus", _leaves.flatten(tree)[0])
-        return jax.tree.map(
-            lambda label: label if label in group_rates else "rest",
-            labels_by(tree, labels, "rest", "rates"),
-        )
+        own = labels_by(tree, labels, "rest", "rates")
+        return jax.tree.map(lambda label: label if label in group_rates else "rest", own)
 
     optimizers: dict[Hashable, optax.GradientTransformation] = {
         group: _made(optimizer, rate) for group, rate in group_rates.items()
@@ -184,9 +182,8 @@ def lora_fa(
         labels = adapter_labels(tree)
         return jax.tree.map(lambda label: FROZEN if label == "A" else TRAINED, labels)
 
-    return optax.chain(
-        on_factors("lora_fa", precondition, ("B",)), freezing(optimizer, groups)
-    )
+    preconditioned = on_factors("lora_fa", precondition, ("B",))
+    return optax.chain(preconditioned, freezing(optimizer, groups))
 
 
 def _check_scale(scale: Any) -> None:

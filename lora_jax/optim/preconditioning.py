@@ -1,9 +1,9 @@
 """Riemannian preconditioning of the gradients of `A` and `B`.
 
 The product of a factor with itself is `(*batch, rank, rank)`. It is computed, and the
-system is solved, in at least float32. There `damping` is at least `rank` rounding units of
-the product's largest diagonal entry. A smaller value would be lost to rounding, and the
-product of a factor without full rank would be singular.
+system is solved, in at least float32. `damping` is at least `rank` rounding units of the
+product's largest diagonal entry. A smaller value would be lost to rounding, and the product
+of a factor without full rank would be singular.
 """
 
 from collections.abc import Callable, Mapping
@@ -82,20 +82,18 @@ def check_damping(damping: Any) -> None:
     checks.check_number("damping", damping)
     if not isinstance(damping, Tracer) and not damping > 0:
         raise ValueError(
-            f"damping must be positive, got {damping}: it is what can be divided by where "
-            "a factor is zero, as B is at the start."
+            f"damping must be positive, got {damping}: without it, the step would divide "
+            "by zero where a factor is zero, as B is at the start."
         )
 
 
 def on_factors(
     name: str, precondition: Precondition, entries: tuple[str, ...]
 ) -> optax.GradientTransformation:
-    """Returns a stateless transformation that changes the gradients of some factors.
+    """Returns a stateless transformation of the gradients of some entries of adapters.
 
-    Args:
-        name: of the public function, for error messages.
-        precondition: called with a leaf of the gradients, `A` and `B`.
-        entries: the entries of adapters whose gradients are preconditioned.
+    `precondition` takes a leaf of the gradients, `A` and `B`. Errors give the `name` of the
+    public function.
     """
 
     def init(params: optax.Params) -> optax.OptState:
@@ -162,15 +160,12 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 
 def solve_gram(factor: jax.Array, gradient: jax.Array, damping: Number) -> jax.Array:
-    """`(F F^T + damping I)^-1 G`, in at least float32.
+    """`(F F^T + damping I)^-1 G` `(*batch, rank, k)`, in at least float32.
 
     Args:
-        factor: `(*batch, rank, n)`.
-        gradient: `(*batch, rank, k)`.
+        factor: `F (*batch, rank, n)`.
+        gradient: `G (*batch, rank, k)`.
         damping: a positive scalar.
-
-    Returns:
-        `(*batch, rank, k)`, wide.
     """
     arrays = jnp.asarray(factor), jnp.asarray(gradient), jnp.asarray(damping)
     explicit = [array for array in arrays if any(compat.explicit_spec(array))]

@@ -10,7 +10,7 @@ Axes = frozenset[int]
 
 
 class UnsuitableError(ValueError):
-    """A weight cannot have an adapter; the message has the reason, without the path."""
+    """A weight cannot have an adapter. The message is the reason, without the path."""
 
 
 class AmbiguousError(UnsuitableError):
@@ -38,16 +38,12 @@ class Resolved(NamedTuple):
 
 
 class Side(NamedTuple):
-    """An axis in a use of a weight, which is an input or output axis in the plan.
-
-    Attributes:
-        letter: the plan's letter, `i` or `o`.
-        role: what the use does with the axis; see `lora_jax.Use`.
-        size: of the axis.
-    """
+    """An axis in a use of a weight, which is an input or output axis in the plan."""
 
     letter: str
+    """The letter in the plan, `i` or `o`."""
     role: str
+    """What the use does with the axis; see `lora_jax.Use`."""
     size: int
 
 
@@ -60,19 +56,12 @@ class _Split(NamedTuple):
 
 
 def resolve_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Resolved:
-    """Finds the axes of a weight.
+    """Finds the axes of a weight from its uses that stay low-rank.
 
-    The first use that contracts some axes and keeps others, or looks rows up, says which
-    are input and which output; the others have to split them the same way, possibly with
-    input and output swapped, as a tied output head does. An axis that no use knows (of
-    size 1, or sliced away) belongs to its neighbor on the right.
-
-    Args:
-        shape: of the weight.
-        uses: its uses that stay low-rank.
-
-    Returns:
-        The axes.
+    The first use that contracts some axes and keeps others, or looks up rows, decides which
+    axes are inputs and which are outputs. The other uses must split the axes in the same
+    way, but may exchange inputs and outputs, as a tied output head does. An axis whose role
+    no use shows (of size 1, or sliced away) has the role of its neighbor on the right.
 
     Raises:
         AmbiguousError: if uses contradict each other.
@@ -82,7 +71,7 @@ def resolve_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Resolved:
     splits = [split for use in uses if (split := _split(use, batch)) is not None]
     if not splits:
         raise UnsuitableError(
-            f"none of its uses contracts some axes and keeps others: {_listed(uses)}"
+            f"none of its uses contracts some axes and keeps others: {listed(uses)}"
         )
     sides = _sides(shape, splits)
     sides |= dict.fromkeys(batch, "b")
@@ -91,11 +80,7 @@ def resolve_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Resolved:
 
 
 def from_letters(letters: str, shape: tuple[int, ...]) -> Resolved:
-    """Parses letters, such as `"bio"`, one for each axis.
-
-    Raises:
-        UnsuitableError: if the weight is a vector.
-    """
+    """The axes from letters such as `"bio"`; UnsuitableError if the weight is a vector."""
     ins, outs, batch = (
         tuple(axis for axis, letter in enumerate(letters) if letter == which)
         for which in "iob"
@@ -118,28 +103,23 @@ def letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str | None:
 
 
 def _batch_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Axes:
-    batch = set()
+    batch, is_multiplied = set(), any(map(multiplies, uses))
     for axis in range(len(shape)):
         roles = {use.roles[axis] for use in uses}
         if roles & {"stacked", "batch"}:
-            # A stack run through in blocks is kept inside of each.
+            # A stack that is scanned in blocks is kept inside of each block.
             other = "contracted" in roles or ("kept" in roles and "stacked" not in roles)
             if other and shape[axis] > 1:
                 raise _ambiguous(f"axis {axis} is a batch axis in some only", uses)
             batch.add(axis)
-        elif _only_indexed(roles) and any(_both(use, exclude=axis) for use in uses):
+        elif is_multiplied and "indexed" in roles and not roles & {"contracted", "kept"}:
             batch.add(axis)
     return frozenset(batch)
 
 
-def _only_indexed(roles: set[str]) -> bool:
-    return "indexed" in roles and not roles & {"contracted", "kept"}
-
-
-def _both(use: Use, exclude: int) -> bool:
-    """Whether a use contracts one axis and keeps another, ignoring one axis."""
-    roles = {role for axis, role in enumerate(use.roles) if axis != exclude}
-    return {"contracted", "kept"} <= roles
+def multiplies(use: Use) -> bool:
+    """Whether a use contracts some axes of the weight and keeps others."""
+    return {"contracted", "kept"} <= {*use.roles}
 
 
 def _split(use: Use, batch: Axes) -> _Split | None:
@@ -188,10 +168,11 @@ def _known(sides: dict[int, str], axis: int, ndim: int) -> str:
 
 
 def _ambiguous(reason: str, uses: Iterable[Use]) -> AmbiguousError:
-    return AmbiguousError(f"its uses contradict each other, {reason}: {_listed(uses)}")
+    return AmbiguousError(f"its uses contradict each other, {reason}: {listed(uses)}")
 
 
-def _listed(uses: Iterable[Use]) -> str:
+def listed(uses: Iterable[Use]) -> str:
+    """Uses as text."""
     return " and ".join(map(str, uses))
 
 
@@ -201,18 +182,15 @@ _READS = {"contracted": "i", "indexed": "i", "kept": "o", "batch": "b", "stacked
 def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
     """Infers the letters of a weight's axes from one use of it in a factored program.
 
-    The batch axes of the plan may be used in any way, because an adapter with batch axes
-    has a matrix for each index.
+    They are those of the plan if the use agrees with it. The result is None if the use does
+    not show input and output axes. The batch axes of the plan may be used in any way,
+    because an adapter with batch axes has a matrix for each index.
 
     Args:
         target: of the plan.
-        sides: the other axes of the value in use: the axes of the weight, unless it was
-            reshaped.
+        sides: the axes of the value in use that are not batch axes. They are axes of the
+            weight, unless it was reshaped.
         ndim: the number of axes of the value that are longer than 1.
-
-    Returns:
-        One letter for each axis of the weight, those of the plan if the use agrees with it;
-        None if the use does not show input and output axes.
     """
     if all(_READS.get(side.role) == side.letter for side in sides):
         return target.axes if {side.letter for side in sides} == {"i", "o"} else None

@@ -30,17 +30,14 @@ _LIST = re.compile(r"\s*\[\s*(-?\d+\s*(,\s*-?\d+\s*)*)\]\s*")
 
 
 class Reading(NamedTuple):
-    """A pattern, split into base, part and use.
-
-    Attributes:
-        base: the pattern for paths of leaves.
-        part: the index as text, with its brackets; empty for the whole weight.
-        use: `"lookup"`, `"product"`, or empty for both.
-    """
+    """A pattern, split into base, part and use."""
 
     base: str
+    """The pattern for paths of leaves."""
     part: str = ""
+    """The index as text, with its brackets; empty for the whole weight."""
     use: str = ""
+    """`"lookup"`, `"product"`, or empty for both."""
 
 
 def split(pattern: str) -> Reading:
@@ -87,15 +84,9 @@ def _items(part: str) -> list[str] | None:
 
 
 def read(name: str, pattern: str, paths: Iterable[str]) -> Reading:
-    """Splits a pattern, or takes it as a base without a suffix, as the paths require.
+    """Splits a pattern of the argument `name`, unless the whole pattern matches a path.
 
-    Brackets with numbers may be an index or a set of characters (`"w[12]"`). They are a set
-    of characters if the whole pattern matches a path.
-
-    Args:
-        name: the argument that has the pattern, for the error.
-        pattern: the pattern, as text.
-        paths: the paths of the leaves of the params.
+    Brackets with numbers may be an index or, in a glob, a set of characters: `"w[12]"`.
 
     Raises:
         ValueError: if both readings match a path.
@@ -119,11 +110,7 @@ def read(name: str, pattern: str, paths: Iterable[str]) -> Reading:
 
 @functools.lru_cache(maxsize=4096)
 def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
-    """The indices of each axis of a weight in a part.
-
-    Args:
-        part: the index as text, with its brackets; empty for the whole weight.
-        shape: the shape of the weight.
+    """The indices of each axis of a weight of some shape in a part.
 
     Raises:
         ValueError: if `part` is not an index, has more axes than the weight, has an index
@@ -241,11 +228,8 @@ def cut(part: str, cuts: Iterable[str], shape: tuple[int, ...]) -> list[str]:
         groups: dict[tuple[bool, ...], list[int]] = {}
         for index in entry:
             groups.setdefault(tuple(index in own for own in inside), []).append(index)
-        choices.append(
-            [entry]
-            if len(groups) == 1
-            else [_grouped(own, shape[axis]) for own in groups.values()]
-        )
+        pieces = [_grouped(own, shape[axis]) for own in groups.values()]
+        choices.append([entry] if len(groups) == 1 else pieces)
     return [as_text(own, shape) for own in itertools.product(*choices)]
 
 
@@ -282,13 +266,8 @@ def first_match(patterns: Iterable[str], key: str, suffix: str, shape: Any) -> s
     """The first pattern that matches a target of a plan, or None.
 
     A pattern without a suffix matches all targets of a weight. A pattern with a part
-    matches all targets inside of this part.
-
-    Args:
-        patterns: the patterns, as text.
-        key: the key of the target: its path with its suffix.
-        suffix: the suffix of the target.
-        shape: the shape of the weight; None to compare parts as text.
+    matches all targets inside of this part. `key` is the path of the target with its
+    suffix. If the shape of the weight is None, parts are compared as text.
     """
     path = key.removesuffix(suffix) if suffix else key
     for pattern in patterns:
@@ -316,11 +295,7 @@ def _is_inside(part: str, of: str, shape: Any) -> bool:
 def check_matched(
     name: str, patterns: Iterable[str], targets: Mapping[str, Any], what: str
 ) -> None:
-    """Raises unless each pattern matches a target of a plan.
-
-    Raises:
-        ValueError: if one does not; the message lists the patterns and the nearest paths.
-    """
+    """Raises unless each pattern matches a target of a plan."""
     lost = [
         pattern
         for pattern in patterns
@@ -378,10 +353,10 @@ def spread(
     """Pads an array of the shape of a part to the shape of the whole weight.
 
     Args:
-        array: an array whose axes have the sizes of the part.
+        array: its axes have the sizes of the part.
         axes: for each axis of the array, its axis of the weight; negative for other axes.
         own: the entries of the part.
-        shape: the shape of the weight.
+        shape: of the weight.
         fill: the value outside of the part.
     """
     for place, axis in enumerate(axes):
@@ -391,17 +366,17 @@ def spread(
 
 
 def _spread(array: jax.Array, axis: int, entry: Entry, size: int, fill: float) -> jax.Array:
+    def filled(length: int) -> jax.Array:
+        shape = (*array.shape[:axis], length, *array.shape[axis + 1 :])
+        return jnp.full(shape, fill, array.dtype)
+
     if isinstance(entry, tuple):
-        whole = (*array.shape[:axis], size, *array.shape[axis + 1 :])
         index = (*[slice(None)] * axis, np.array(entry))
-        return jnp.full(whole, fill, array.dtype).at[index].set(array)
+        return filled(size).at[index].set(array)
     run = range(entry, entry + 1) if isinstance(entry, int) else entry
     if run.step == 1:  # XLA cannot split each gradient of a `pad` among devices
-        low, high = (
-            jnp.full((*array.shape[:axis], n, *array.shape[axis + 1 :]), fill, array.dtype)
-            for n in (run[0], size - run[-1] - 1)
-        )
-        return lax.concatenate([low, array, high], axis)
+        ends = filled(run[0]), filled(size - run[-1] - 1)
+        return lax.concatenate([ends[0], array, ends[1]], axis)
     widths = [(0, 0, 0)] * array.ndim
     widths[axis] = (run[0], size - run[-1] - 1, run.step - 1)
     return lax.pad(array, jnp.asarray(fill, array.dtype), widths)

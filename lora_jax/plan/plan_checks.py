@@ -1,4 +1,4 @@
-"""Checks that params and adapters are those of a plan."""
+"""Checks that params, adapters, norms and scales fit a plan."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -34,14 +34,10 @@ def check_plan(plan: Any) -> None:
 
 
 def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
-    """Raises unless params have the weights that a plan adapts, and its trained leaves.
-
-    Args:
-        params_by_path: the leaves of the params by path.
-        plan: the plan.
+    """Raises unless the leaves of params have the paths and shapes of a plan.
 
     Raises:
-        KeyError: if a weight is missing.
+        KeyError: if a leaf is missing.
         TypeError: if one is not a floating-point array, or a trained leaf is quantized.
         ValueError: if one has another shape than in the plan.
     """
@@ -72,10 +68,6 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
 
 def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
     """Raises unless `adapters` have the paths, entries and shapes of a plan.
-
-    Args:
-        adapters: what the caller gave.
-        plan: the plan.
 
     Raises:
         KeyError: if a path or an entry is missing or unknown.
@@ -113,17 +105,7 @@ def check_paths(name: str, given: Any, paths: list[str]) -> None:
 
 
 def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
-    """Raises unless `norms` are the column norms of a plan's DoRA weights.
-
-    Args:
-        norms: what the caller gave.
-        plan: the plan.
-
-    Raises:
-        KeyError: if a path is missing, or its weight has no DoRA adapter.
-        TypeError: if it is not a dict of floating-point arrays.
-        ValueError: if a shape is not `(*batch, out)`.
-    """
+    """Raises unless `norms` are the column norms of a plan's DoRA weights."""
     check_plan(plan)
     targets = {p: t for p, t in plan.targets.items() if t.method == "dora"}
     check_paths("column_norms", norms, list(targets))
@@ -136,18 +118,13 @@ def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
 def check_scales(
     scales: Any, plan: AdapterPlan, column_norms: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Checks traced scales and returns them by path.
-
-    Args:
-        scales: what the caller gave: a number, a mapping, or None.
-        plan: the plan.
-        column_norms: the norms that the caller gave.
+    """Checks scales, which may be traced, and returns them by path.
 
     Raises:
         KeyError: if the plan does not adapt a path.
         TypeError: if a scale is not a real number or an array of real numbers.
-        ValueError: if a scale is neither a scalar nor an array of the batch axes, or the
-            norms of its weight were given.
+        ValueError: if a scale is neither a scalar nor an array of the batch axes, or its
+            weight is in `column_norms`.
     """
     if scales is None:
         return {}
@@ -213,7 +190,7 @@ def _check_trained(adapter: Any, leaf: TrainedLeaf) -> None:
 def check_none_is_shared(
     leaves: Mapping[str, Any], paths: Iterable[str], way_out: str
 ) -> None:
-    """Raises ValueError if an array to donate is at two paths."""
+    """Raises ValueError if an array at one of `paths`, to be donated, is at two paths."""
     owners: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.Array | QuantizedTensor):

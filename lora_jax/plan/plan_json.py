@@ -16,21 +16,16 @@ _WHOLE = {"part": "", "use": ""}
 
 
 def to_text(fields: Mapping[str, Any]) -> str:
-    """Writes the `FIELDS` of a plan as a JSON object.
-
-    Raises:
-        TypeError: if the config's `init` is a function.
-    """
-    kinds = {name: _as_dicts(fields[name]) for name in ("targets", "trained")}
+    """Writes the `FIELDS` of a plan as a JSON object."""
+    kinds = {
+        name: {path: _as_dict(entry) for path, entry in fields[name].items()}
+        for name in ("targets", "trained")
+    }
     uses = {path: [use._asdict() for use in own] for path, own in fields["uses"].items()}
     config = json.loads(fields["config"].to_json())
     layout = mesh_layout.as_json(fields["layout"])
     written = {**fields, **kinds, "config": config, "uses": uses, "layout": layout}
     return json.dumps(written, indent=2, default=dict)
-
-
-def _as_dicts(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: _as_dict(entry) for path, entry in entries.items()}
 
 
 def _as_dict(entry: Target | TrainedLeaf) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Equations that state what a function multiplies, such as `"...k,kn->...n"`.
+"""Equations that state which product a function computes, such as `"...k,kn->...n"`.
 
-The function is one that `adapt` does not look into: it has a custom derivative, or it is a
-kernel. `LoraConfig(products=...)` has the syntax.
+They are for functions that `adapt` does not look into: functions with a custom derivative,
+and kernels. The docstring of `LoraConfig` has the syntax.
 """
 
 import dataclasses
@@ -21,64 +21,48 @@ _FORM = (
 
 
 class StatementError(ValueError):
-    """A function is called on shapes that the equation stated for it does not fit."""
+    """The shapes of a call do not fit the equation that is stated for the function."""
 
 
 class Fitted(NamedTuple):
-    """An equation, fitted to the shapes of a call.
-
-    Attributes:
-        operands: the names of the axes of each operand; None for one that takes no part.
-        output: the names of the axes of the product.
-        position: of the product among the results.
-    """
+    """An equation, fitted to the shapes of a call."""
 
     operands: tuple[Names | None, ...]
+    """The names of the axes of each operand; None for one that takes no part."""
     output: Names
+    """The names of the axes of the product."""
     position: int
+    """The position of the product among the results."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """What a function multiplies.
-
-    Attributes:
-        text: as the user wrote it.
-        operands: a part for each operand.
-        outputs: a part for each result.
-    """
+    """The product that a function computes: its text, and a part for each array."""
 
     text: str
     operands: tuple[str, ...]
     outputs: tuple[str, ...]
 
     @property
-    def _parts(self) -> list[str]:
+    def parts(self) -> list[str]:
+        """The parts of the operands that take part."""
         return [part for part in self.operands if part != _OTHER]
 
     @property
     def is_rounding(self) -> bool:
         """Whether the result is the one operand, rounded or transposed."""
-        return len(self._parts) == 1
+        return len(self.parts) == 1
 
     @property
     def is_grouped(self) -> bool:
-        """Whether it is a product of groups of rows, as `jax.lax.ragged_dot`."""
-        return len(self._parts) == 3
+        """Whether it is a product of groups of rows, as `jax.lax.ragged_dot` is."""
+        return len(self.parts) == 3
 
     def roles(self, fitted: Fitted, operand: int) -> list[str]:
-        """What the product does with each axis of an operand.
-
-        Returns:
-            For each axis `"contracted"`, `"kept"` or `"batch"`.
-        """
-        others = {
-            name
-            for i, names in enumerate(fitted.operands)
-            for name in names or ()
-            if i != operand
-        }
-        groups = min(self._parts, key=len) if self.is_grouped else ""
+        """The role of each axis of an operand: `"contracted"`, `"kept"` or `"batch"`."""
+        rest = (*fitted.operands[:operand], *fitted.operands[operand + 1 :])
+        others = {name for names in rest for name in names or ()}
+        groups = min(self.parts, key=len) if self.is_grouped else ""
 
         def role(name: str) -> str:
             if name not in others:
@@ -88,12 +72,9 @@ class Equation:
         return list(map(role, fitted.operands[operand] or ()))
 
     def fit(self, name: str, operands: Sequence[Shape], outputs: Sequence[Shape]) -> Fitted:
-        """Fits the equation to the shapes of a call.
+        """Fits the equation to the shapes of a call of the function `name`.
 
-        Args:
-            name: of the function, for messages.
-            operands: may have values that the function closes over in front.
-            outputs: the results of the call.
+        Values that the function closes over may be in front of the operands.
 
         Raises:
             StatementError: if the shapes do not fit.
@@ -109,21 +90,16 @@ class Equation:
             names = None if part == _OTHER else _names(part, len(shape))
             fitted.append(names)
             if names is None and part != _OTHER:
+                why = f"{part!r} stands for {len(shape)} axes. Axes in front, such as "
                 raise self._error(
-                    name,
-                    operands,
-                    outputs,
-                    f"{part!r} stands for {len(shape)} axes. Axes in front, such as those "
-                    "of jax.vmap, are '...'.",
+                    name, operands, outputs, f"{why}those of jax.vmap, are '...'."
                 )
             for axis, size in zip(names or (), shape, strict=names is not None):
                 if sizes.setdefault(axis, size) != size:
                     why = f"The axis {axis!r} has the sizes {sizes[axis]} and {size}."
                     raise self._error(name, operands, outputs, why)
-        results = fitted[len(operands) :]
-        position, output = next(
-            (i, names) for i, names in enumerate(results) if names is not None
-        )
+        results = enumerate(fitted[len(operands) :])
+        position, output = next((i, names) for i, names in results if names is not None)
         named = {name for names in fitted[: len(operands)] for name in names or ()}
         odd = {name for name in named ^ {*output} if name.startswith(_MORE)}
         if odd:
@@ -142,7 +118,7 @@ class Equation:
 
 
 def _names(part: str, ndim: int) -> Names | None:
-    """The names of the axes of an array; None if it has not so many."""
+    """The names of the axes of an array; None if it has another number of axes."""
     letters = part.removeprefix(_MORE)
     more = ndim - len(letters)
     if more < 0 or (more and letters == part):
@@ -151,12 +127,7 @@ def _names(part: str, ndim: int) -> Names | None:
 
 
 def parse_equations(text: Any) -> tuple[Equation, ...]:
-    """Reads what a function multiplies: equations, separated by semicolons.
-
-    Raises:
-        TypeError: if it is no text.
-        ValueError: if one of them states no product.
-    """
+    """Reads equations that are separated by semicolons."""
     if not isinstance(text, str):
         raise TypeError(
             "what a function multiplies must be a text such as '...k,kn->...n', got "
@@ -168,7 +139,7 @@ def parse_equations(text: Any) -> tuple[Equation, ...]:
 def fit(
     text: str, name: str, operands: Sequence[Shape], outputs: Sequence[Shape]
 ) -> tuple[Equation, Fitted]:
-    """The first equation in a text that fits a call, and `Equation.fit` of it.
+    """The first equation in a text that fits a call, and its `fit`.
 
     Raises:
         StatementError: if none fits.
@@ -191,8 +162,8 @@ def _parse(text: str) -> Equation:
 
 
 def _faults(equation: Equation) -> Iterator[str]:
-    """What is wrong with an equation; the first is what matters."""
-    parts = [part for part in equation.operands if part != _OTHER]
+    """The faults of an equation. Only the first one is reported."""
+    parts = equation.parts
     outputs = [part for part in equation.outputs if part != _OTHER]
     for part in (*parts, *outputs):
         letters = part.removeprefix(_MORE)
@@ -225,7 +196,7 @@ def _is_grouped(parts: Sequence[str], output: str) -> bool:
 def suggest(
     operands: Sequence[Shape], outputs: Sequence[Shape], weights: Sequence[int]
 ) -> str | None:
-    """An equation that fits a call, given which operands may be the weight."""
+    """An equation that fits a call. `weights` are the operands that may be the weight."""
     all_operands = range(len(operands))
     pairs = [(w, i) for w in weights for i in all_operands if i != w]
     tried = [({w: own, i: x}, out) for x, own, out in _SUGGESTED for w, i in pairs]

@@ -11,25 +11,21 @@ import jax.numpy as jnp
 from lora_jax._core import checks, quantized, tree_paths
 from lora_jax.plan import axis_roles, parts
 from lora_jax.plan.adapter_plan import AdapterPlan
-from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns, resolved_scale
+from lora_jax.plan.axis_roles import UnsuitableError, listed, multiplies
+from lora_jax.plan.config import ALL_LINEAR, LoraConfig, resolved_scale
 from lora_jax.plan.plan_text import EXCLUDED, NOT_CHOSEN, WITHOUT_FUNCTION, alike
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
+_WHICH = ("targets", "exclude", "train")
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
 Uses = Mapping[str, tuple[Use, ...]]
 
 
 def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> AdapterPlan:
-    """Makes the plan of a config for some params.
+    """Makes the plan of a config for the leaves of params, by path.
 
-    Args:
-        config: the config.
-        leaves: the leaves of the params, by path. Only shapes and dtypes are used.
-        uses: the uses of the leaves in a function, by path; None without a function.
-
-    Returns:
-        The plan.
+    `uses` are the uses of the leaves in a function, by path; None without a function.
 
     Raises:
         ValueError: if a pattern matches nothing, a pattern of `targets` matches a leaf that
@@ -39,27 +35,23 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
     arrays = {path: leaf for path, leaf in leaves.items() if checks.is_array(leaf)}
     targets: dict[str, Target] = {}
     skipped: dict[str, str] = {}
-    refused: dict[str, axis_roles.UnsuitableError] = {}
-    all_linear = config.targets == ALL_LINEAR
+    refused: dict[str, UnsuitableError] = {}
     patterns = _Patterns(config, arrays)
     trained = _trained(patterns, arrays)
     for path, leaf in leaves.items():
         if path in trained:
             continue
         reason = _passed_over(patterns, path, leaf)
+        if reason is None:
+            try:
+                found = _targets(config, patterns, path, leaf, uses)
+                reason = None if found else f"the patterns of its parts {EXCLUDED}"
+                targets |= found
+            except UnsuitableError as error:
+                reason, refused[path] = str(error), error
         if reason is not None:
             skipped[path] = reason
-            continue
-        try:
-            found = _targets(config, patterns, path, leaf, uses)
-        except axis_roles.UnsuitableError as error:
-            skipped[path] = str(error)
-            refused[path] = error
-            continue
-        if not found:
-            skipped[path] = f"the patterns of its parts {EXCLUDED}"
-        targets |= found
-    if all_linear:  # skips unsuitable weights, but an ambiguous weight is an error
+    if patterns.all_linear:  # it skips unsuitable weights, but not ambiguous ones
         refused = {path: why for path, why in refused.items() if uses and _unclear(why)}
     if refused:
         raise ValueError(_refusal(refused))
@@ -88,20 +80,13 @@ class _Patterns:
 
     def __init__(self, config: LoraConfig, paths: Iterable[str]):
         paths = list(paths)
-        given: dict[str, Iterable[str]] = {
-            "targets": kept_patterns(config.targets),
-            "exclude": kept_patterns(config.exclude),
-            "train": kept_patterns(config.train),
-            **{name: getattr(config, name) for name in _PER_WEIGHT},
-        }
-        if config.targets == ALL_LINEAR:
-            given["targets"] = ()
         self.all_linear = config.targets == ALL_LINEAR
-        self.readings = {
-            name: {pattern: parts.read(name, pattern, paths) for pattern in own}
-            for name, own in given.items()
-        }
-        for name in ("targets", "exclude", "train"):
+        self.readings: dict[str, dict[str, parts.Reading]] = {}
+        for name in (*_WHICH, *_PER_WEIGHT):
+            given = getattr(config, name)
+            own = () if given == ALL_LINEAR else given
+            self.readings[name] = {p: parts.read(name, p, paths) for p in own}
+        for name in _WHICH:
             bases = [own.base for own in self.readings[name].values()]
             with_use = any("@" in base for base in bases)
             hint = " A use is '@lookup' or '@product'." if with_use else ""
@@ -141,7 +126,7 @@ def _pieces(
     excluded, ranks, alphas = (
         patterns.of(name, path) for name in ("exclude", "rank_pattern", "alpha_pattern")
     )
-    others = (*excluded.values(), *ranks.values(), *alphas.values())
+    others = [*excluded.values(), *ranks.values(), *alphas.values()]
     cuts, by_use = [own.part for own in others], any(own.use for own in others)
     wholes = dict.fromkeys(
         (parts.canonical(own.part, shape), use)
@@ -213,7 +198,7 @@ def _not_trainable(dtype: Any) -> str | None:
     return None
 
 
-def _unclear(why: axis_roles.UnsuitableError) -> bool:
+def _unclear(why: UnsuitableError) -> bool:
     return isinstance(why, axis_roles.AmbiguousError)
 
 
@@ -244,24 +229,22 @@ def _targets(
     """The targets of a leaf that the config selects, by path: one for each piece."""
     shape = tuple(leaf.shape)
     _check_leaf(shape, leaf.dtype)
+    own = () if uses is None else uses.get(path, ())
     if uses is None:
         axes = _axes_without_function(config, path, shape)
     else:
-        axes = _axes_of_uses(config, path, shape, uses.get(path, ()))
+        axes = _axes_of_uses(config, path, shape, own)
     targets = {}
-    own = None if uses is None else uses.get(path, ())
-    kind_of = {use: use.kind(axes.batch_axes) for use in own or ()}
-    found = parts.USES if own is None else kind_of.values()
-    kinds = [kind for kind in parts.USES if kind in found]
+    kind_of = {use: use.kind(axes.batch_axes) for use in own}
+    kinds = [k for k in parts.USES if uses is None or k in kind_of.values()]
     with checks.at_path(path):
         pieces = _pieces(config, patterns, path, shape, kinds)
     for piece in pieces:
-        _check_has_use(piece.use, kinds, own or ())
+        _check_has_use(piece.use, kinds, own)
         if piece.use and own and config.axes_of(path) is None:
             # The inputs of a tied table's look-ups are the outputs of its products.
-            alike = [use for use in own if kind_of[use] in ("", piece.use)]
-            low_rank = [use for use in alike if not use.merged]
-            axes = axis_roles.resolve_axes(shape, low_rank)
+            alike = [u for u in own if kind_of[u] in ("", piece.use) and not u.merged]
+            axes = axis_roles.resolve_axes(shape, alike)
         with checks.at_path(path):
             target = Target(
                 shape=shape,
@@ -269,9 +252,7 @@ def _targets(
                 rank=piece.rank,
                 scale=resolved_scale(config, piece.rank, piece.alpha),
                 dropout=config.dropout,
-                in_axes=axes.in_axes,
-                out_axes=axes.out_axes,
-                batch_axes=axes.batch_axes,
+                **axes._asdict(),
                 part=piece.part,
                 use=piece.use,
             )
@@ -288,21 +269,19 @@ def _check_has_use(use: str, kinds: Sequence[str], uses: Sequence[Use]) -> None:
     """Raises unless the function has a use of the kind that is adapted."""
     if use and use not in kinds:
         what = "look-up of its rows" if use == parts.LOOKUP else "product"
-        raise axis_roles.UnsuitableError(
-            f"the function has no {what} that '@{use}' would adapt, only {_listed(uses)}"
+        raise UnsuitableError(
+            f"the function has no {what} that '@{use}' would adapt, only {listed(uses)}"
         )
 
 
 def _check_leaf(shape: tuple[int, ...], dtype: Any) -> None:
     reason = _not_trainable(dtype)
+    if reason is None and len(shape) < 2:
+        reason = f"it is a {'vector' if shape else 'scalar'}, {shape}"
+    elif reason is None and 0 in shape:
+        reason = f"it has no entries: its shape is {shape}"
     if reason is not None:
-        raise axis_roles.UnsuitableError(reason)
-    if len(shape) < 2:
-        raise axis_roles.UnsuitableError(
-            f"it is a {'vector' if shape else 'scalar'}, {shape}"
-        )
-    if 0 in shape:
-        raise axis_roles.UnsuitableError(f"it has no entries: its shape is {shape}")
+        raise UnsuitableError(reason)
 
 
 def _axes_without_function(
@@ -321,7 +300,7 @@ def _axes_of_uses(
     config: LoraConfig, path: str, shape: tuple[int, ...], uses: Sequence[Use]
 ) -> axis_roles.Resolved:
     if not uses:
-        raise axis_roles.UnsuitableError("the function never uses it")
+        raise UnsuitableError("the function never uses it")
     low_rank = [use for use in uses if not use.merged]
     if config.targets == ALL_LINEAR:
         _check_linear(uses, low_rank)
@@ -330,11 +309,11 @@ def _axes_of_uses(
         return axis_roles.from_letters(letters, shape)
     lost = [use for use in uses if not use.is_followed]
     if lost:
-        raise axis_roles.UnsuitableError(f"not every use of it is understood: {lost[0]}")
+        raise UnsuitableError(f"not every use of it is understood: {lost[0]}")
     merged = _letters_of_merged(shape, uses, low_rank)
     if merged is not None:
         raise axis_roles.MergedError(
-            f"every use of it needs the merged weight: {_listed(uses)}", merged
+            f"every use of it needs the merged weight: {listed(uses)}", merged
         )
     return axis_roles.resolve_axes(shape, low_rank)
 
@@ -344,12 +323,11 @@ def _letters_of_merged(
 ) -> str | None:
     """The letters of the axes of a weight if every product with it needs it merged.
 
-    Returns:
-        The letters; `"..."` if the uses do not show them; None for other weights.
+    They are `"..."` if the uses do not show them, and None for other weights.
     """
     if not low_rank:
         return axis_roles.letters_of(shape, uses) or "..."
-    if any(map(_multiplies, low_rank)) or not any(map(_multiplies, uses)):
+    if any(map(multiplies, low_rank)) or not any(map(multiplies, uses)):
         return None
     # Taking an entry of a stack is not a use, but is recorded as a look-up in a table.
     known, letters = (axis_roles.letters_of(shape, own) for own in (low_rank, uses))
@@ -357,31 +335,23 @@ def _letters_of_merged(
     return letters if known is None or is_stack else None
 
 
-def _multiplies(use: Use) -> bool:
-    return {"contracted", "kept"} <= {*use.roles}
-
-
 def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:
     """Raises unless `"all-linear"` selects a weight with these uses."""
-    merged = [use for use in uses if use.merged and _multiplies(use)]
+    merged = [use for use in uses if use.merged and multiplies(use)]
     linear = any(use.linear for use in low_rank)
     added = [use for use in low_rank if use.primitive in ("add", "sub", "add_any")]
     if added and (linear or merged):
-        raise axis_roles.UnsuitableError(
+        raise UnsuitableError(
             f"it is added to something, as biases and position embeddings are: {added[0]}. "
             "If it is the weight of a product, name it in targets"
         )
     if merged and not linear:
-        raise axis_roles.UnsuitableError(
-            f"only uses that need the merged weight multiply it: {_listed(merged)}. Name "
+        raise UnsuitableError(
+            f"only uses that need the merged weight multiply it: {listed(merged)}. Name "
             "it in targets to see how to adapt it"
         )
     if not linear:
-        raise axis_roles.UnsuitableError(f"no matrix product uses it, only {_listed(uses)}")
-
-
-def _listed(uses: Sequence[Use]) -> str:
-    return " and ".join(map(str, uses))
+        raise UnsuitableError(f"no matrix product uses it, only {listed(uses)}")
 
 
 def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | None:
@@ -394,7 +364,7 @@ def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | 
     return letters
 
 
-def _refusal(refused: Mapping[str, axis_roles.UnsuitableError]) -> str:
+def _refusal(refused: Mapping[str, UnsuitableError]) -> str:
     ambiguous = [path for path, why in refused.items() if _unclear(why)]
     others = [path for path in refused if path not in ambiguous]
     lines = ["targets matches leaves that cannot have an adapter:"]

@@ -1,7 +1,4 @@
-"""Applies functions of one weight to a quantized stack of weights, entry by entry.
-
-An entry is one weight of the stack, such as one layer.
-"""
+"""Parts and entries of a weight. An *entry* of a stack is one weight, such as a layer."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,9 +18,7 @@ Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
 def map_entries(
     function: Function, weight: Any, adapter: Mapping[str, jax.Array], target: Target
 ) -> Any:
-    """Applies a function to the dense weight.
-
-    If the weight is a quantized stack, only one entry of the stack is dense at a time.
+    """Applies a function to the dense weight, one entry at a time in a quantized stack.
 
     Args:
         function: takes a dense weight in its own layout, its adapter and the target. Its
@@ -33,9 +28,8 @@ def map_entries(
         target: of the weight.
     """
     adapter = dict(adapter)
-    if not quantized.is_quantized(weight) or not weight.batch_ndim:
-        return function(quantized.as_dense(weight), adapter, target)
-    if target.batch_axes[:1] != (0,):
+    is_stack = quantized.is_quantized(weight) and weight.batch_ndim
+    if not is_stack or target.batch_axes[:1] != (0,):
         return function(quantized.as_dense(weight), adapter, target)
     entry = _entry(target)
 
@@ -89,10 +83,6 @@ def _entry(target: Target) -> Target:
     def behind(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(axis - 1 for axis in axes if axis)
 
-    return dataclasses.replace(
-        target,
-        shape=target.shape[1:],
-        batch_axes=behind(target.batch_axes),
-        in_axes=behind(target.in_axes),
-        out_axes=behind(target.out_axes),
-    )
+    names = "batch_axes", "in_axes", "out_axes"
+    axes = {name: behind(getattr(target, name)) for name in names}
+    return dataclasses.replace(target, shape=target.shape[1:], **axes)

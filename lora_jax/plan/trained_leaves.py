@@ -1,4 +1,4 @@
-"""Leaves of the params that are trained beside the adapters, and put in their place.
+"""Leaves that are trained without an adapter.
 
 In adapters such a leaf is `{path: {"value": array}}`. The params keep the frozen leaf.
 """
@@ -22,8 +22,8 @@ from lora_jax.plan.target import VALUE
 def init_all(leaves: Mapping[str, Any], plan: AdapterPlan) -> dict[str, Adapter]:
     """Copies the leaves that a plan trains, with their shardings.
 
-    Copies are float32, or in the dtype of the config. If that does not have all values of
-    the leaf's dtype, they are in the narrowest dtype that has those of both.
+    The dtype of a copy is float32, or that of the config. If it lacks values of the leaf's
+    dtype, the copy has the narrowest dtype that has the values of both.
     """
     copies = {}
     for path in plan.trained:
@@ -41,13 +41,7 @@ def dtype_of(leaf: Any, plan: AdapterPlan) -> Any:
 def values(
     leaves: Mapping[str, Any], adapters: Adapters, plan: AdapterPlan
 ) -> dict[str, jax.Array]:
-    """The trained leaves by path, with the dtypes and shardings of the params' leaves.
-
-    Args:
-        leaves: of the params, by path.
-        adapters: of the plan.
-        plan: which was checked against both.
-    """
+    """The trained leaves by path, with the dtypes and shardings of the params' leaves."""
     return {path: _as(leaves[path], adapters[path][VALUE]) for path in plan.trained}
 
 
@@ -65,7 +59,7 @@ def merge(
     """Copies of the trained leaves by path, for the params.
 
     Raises:
-        FloatingPointError: if one has an infinity or a NaN, outside a trace.
+        FloatingPointError: outside a trace, if one has an infinity or a NaN.
     """
     merged = {path: jnp.copy(x) for path, x in values(leaves, adapters, plan).items()}
     for path, leaf in merged.items():
@@ -79,11 +73,7 @@ def merge(
 def split(
     adapters: Mapping[str, Any], plan: AdapterPlan
 ) -> tuple[dict[str, Any], AdapterPlan, dict[str, Any]]:
-    """Splits adapters for formats that keep trained leaves apart.
-
-    Returns:
-        The adapters without trained leaves, their plan, and the trained leaves by path.
-    """
+    """The adapters without trained leaves, their plan, and the trained leaves by path."""
     values = {path: adapters[path][VALUE] for path in plan.trained}
     reasons = dict.fromkeys(plan.trained, "it is trained without an adapter")
     own = dataclasses.replace(plan, trained={}, skipped={**plan.skipped, **reasons})
@@ -91,11 +81,7 @@ def split(
 
 
 def restore(originals: Mapping[str, Any] | None, plan: AdapterPlan) -> dict[str, Any]:
-    """The leaves from before a merge by path, checked.
-
-    Raises:
-        KeyError, TypeError, ValueError: if they are missing, or not those of the plan.
-    """
+    """Checks the leaves from before a merge, and returns them by path."""
     if plan.trained and originals is None:
         raise ValueError(
             f"the merge replaced the trained leaves {tree_paths.listed([*plan.trained])}, "

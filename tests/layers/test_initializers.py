@@ -130,7 +130,7 @@ def test_works_inside_jit_and_in_float64():
         ({"init": lambda k, s, d: jnp.zeros((2, 2), d)}, ValueError,
          r"must return an array of the shape \(12, 4\).*got \(2, 2\)"),
         ({"init": lambda k, s, d: jnp.zeros(s, int)}, TypeError, "must be floating point"),
-        ({"dtype": "int32"}, TypeError, "dtype must be floating point, got int32"),
+        ({"dtype": "int32"}, TypeError, "dtype must be floating point and of"),
         ({"rank": 0}, ValueError, "rank must be a positive integer, got 0"),
         ({"key": 0}, TypeError, r"key must be a jax.random key, got int.*key\(0\)"),
     ],

@@ -25,7 +25,7 @@ FORMS = {
 
 @pytest.mark.parametrize(("node", "is_adapter"), FORMS.values(), ids=FORMS)
 def test_form_of_an_adapter(node, is_adapter):
-    assert _leaves.is_adapter(node) == is_adapter
+    assert {leaf.adapter is not None for leaf in _leaves.flatten(node)[0]} == {is_adapter}
 
 
 def test_names_of_the_leaves():

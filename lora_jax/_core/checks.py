@@ -27,10 +27,8 @@ def is_array(value: Any) -> bool:
 
 def has_jax_dtype(value: Any) -> bool:
     """Whether JAX has arrays of this dtype, in any byte order: not objects or strings."""
-    dtype = value.dtype
-    return any(
-        jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_, jax.dtypes.extended)
-    )
+    kinds = np.number, np.bool_, jax.dtypes.extended
+    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
 
 
 def is_floating(dtype: Any) -> bool:
@@ -191,9 +189,8 @@ def check_key(name: str, key: Any) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raises unless `value` is a finite real number, or a scalar array of it."""
-    if isinstance(value, bool | np.bool_) or not isinstance(
-        value, int | float | np.number | np.ndarray | jax.Array
-    ):
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    if isinstance(value, bool | np.bool_) or not isinstance(value, kinds):
         raise TypeError(
             f"{name} must be a number or a scalar array, got {value!r} "
             f"({type(value).__name__})."
@@ -222,9 +219,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_rate(name: str, rate: Any) -> None:
     """Raises unless `rate` is a static number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(
-        rate, int | float | np.integer | np.floating
-    ):
+    kinds = int | float | np.integer | np.floating
+    if isinstance(rate, bool) or not isinstance(rate, kinds):
         raise TypeError(
             f"{name} must be a Python number, because rate 0 is another program "
             f"than any other, got {rate!r} ({type(rate).__name__})."
@@ -293,9 +289,8 @@ def reading_json(what: str, text: Any) -> Iterator[Any]:
             ) from None
         yield value
     except RecursionError:
-        raise ValueError(
-            f"{what} is nested too deeply to be what to_json returned."
-        ) from None
+        message = f"{what} is nested too deeply to be what to_json returned."
+        raise ValueError(message) from None
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -314,9 +309,8 @@ def _refuse_constant(word: str) -> None:
 def check_json(name: str, value: Any, kind: type, what: str) -> None:
     """Raises TypeError unless a value from a JSON text has exactly this Python type."""
     if type(value) is not kind:
-        raise TypeError(
-            f"{name} must be {what}, got {value!r:.60} ({type(value).__name__})."
-        )
+        got = f"{value!r:.60} ({type(value).__name__})"
+        raise TypeError(f"{name} must be {what}, got {got}.")
 
 
 def check_input(x: Any, weight: Any) -> None:
@@ -361,9 +355,8 @@ def check_vector(name: str, value: Any, shape: tuple[int, ...], what: str) -> No
 def check_bias(name: str, bias: Any, weight_shape: tuple[int, ...]) -> None:
     """Raises unless `bias` is a floating-point `(*batch, out)` array."""
     *batch, _, n_out = weight_shape
-    check_vector(
-        name, bias, (*batch, n_out), f"for a weight of shape {tuple(weight_shape)}"
-    )
+    what = f"for a weight of shape {tuple(weight_shape)}"
+    check_vector(name, bias, (*batch, n_out), what)
 
 
 @contextlib.contextmanager

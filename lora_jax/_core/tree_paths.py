@@ -36,13 +36,7 @@ _REGEX = "re:"
 _BOXES = ("/value", "/raw_value")
 # Not `*/value`: attention layers have a weight with this name.
 _NAME_IN_BOX = re.compile(r"\w/(raw_)?value$")
-_FLAGS = {
-    re.ASCII: "a",
-    re.IGNORECASE: "i",
-    re.MULTILINE: "m",
-    re.DOTALL: "s",
-    re.VERBOSE: "x",
-}
+_FLAGS = {re.A: "a", re.I: "i", re.M: "m", re.S: "s", re.X: "x"}
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:

@@ -115,9 +115,7 @@ def _open_shards(path: pathlib.Path) -> Base:
     index = tensor_files.read_json(where)
     weight_map = index.get(_WEIGHT_MAP)
     if not isinstance(weight_map, dict) or not weight_map:
-        raise tensor_files.CheckpointError(
-            f"{where} has no {_WEIGHT_MAP!r} with names in it."
-        )
+        raise tensor_files.CheckpointError(f"{where} has no {_WEIGHT_MAP!r} with names.")
     for name in weight_map.values():
         beside = isinstance(name, str) and pathlib.PurePath(name).name == name
         if not beside or not name.endswith(".safetensors"):

@@ -23,9 +23,8 @@ def convert(options: argparse.Namespace) -> int:
     found = _adapters.find_format(source)
     if found == options.to:
         raise ValueError(f"{source} is in the format {found} already: copy it.")
-    inputs = {"SRC": source} | (
-        {"BASE": pathlib.Path(options.base)} if options.base else {}
-    )
+    base = {"BASE": pathlib.Path(options.base)} if options.base else {}
+    inputs = {"SRC": source, **base}
     _output.check_place(out, inputs, overwrite=False, own=lambda path: set())
     run = _to_own if options.to == "lora_jax" else _to_peft
     plan, omissions = run(source, out, options)

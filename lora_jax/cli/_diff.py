@@ -161,9 +161,8 @@ def _read_both(
 
 
 def _is_model(path: pathlib.Path) -> bool:
-    return path.is_file() or any(
-        (path / name).is_file() for name in (_base.WHOLE, _base.INDEX)
-    )
+    files = path, path / _base.WHOLE, path / _base.INDEX
+    return any(file.is_file() for file in files)
 
 
 def _adapter_side(contents: Contents, shared: bool) -> Side:

@@ -66,9 +66,8 @@ def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
         effects = tuple(_effects_of(c.adapters) | _whole_effects(c) for c in (a, b))
     else:
         sides = _sides(a, b, names)
-        uses = {
-            plan.leaf(p) for _, plan, _ in sides for p, t in plan.targets.items() if t.use
-        }
+        plans = [side.plan for side in sides]
+        uses = {own.leaf(p) for own in plans for p, t in own.targets.items() if t.use}
         effects = tuple(_by_leaf(side, uses) for side in sides)
     nothing = {"A": np.zeros((1, 1)), "B": np.zeros((1, 1))}
     return [
@@ -309,9 +308,8 @@ def _relative(entry: str, a: Effect, b: Effect, norms: tuple[float, float]) -> f
         left, right = left.ravel(), right.ravel()
     if left.shape != right.shape:
         return np.inf
-    left, right = (
-        np.where(np.isnan(left) & np.isnan(right), 0, each) for each in (left, right)
-    )
+    unknown = np.isnan(left) & np.isnan(right)
+    left, right = (np.where(unknown, 0, each) for each in (left, right))
     largest = max(float(np.linalg.norm(each.ravel())) for each in (left, right))
     apart = np.where(left == right, 0, left - right)
     return relative(float(np.linalg.norm(apart.ravel())), largest, _ROUNDING)

@@ -18,9 +18,7 @@ from lora_jax.cli._effects import update_norm
 _HUGE_SCALE = 100.0
 # Smaller arrays, in bytes, do not change the size of the file much.
 _LARGE = 2**20
-_COLUMNS = ("module", "method", "A", "B", "dtype", "rank", "scale", "update", "bytes")
 _NUMBERS = ("rank", "scale", "update", "bytes")
-_SHAPE = 2  # the column in front of which the shapes of weights are, if they are known
 _SHOWN = (
     ("base model", "base_model_name_or_path"),
     ("init", "init_lora_weights"),
@@ -160,12 +158,11 @@ def as_text(
 ) -> list[str]:
     """The lines that the command prints: settings, tables, totals, warnings."""
     lines = [f"{name}: {value}" for name, value in _head(contents)]
-    rows = [_row(name, a, findings[name]) for name, a in contents.adapters.items()]
-    columns = [*_COLUMNS]
-    if contents.plan is not None:
-        columns.insert(_SHAPE, "shape")
-        for row, adapter in zip(rows, contents.adapters.values(), strict=True):
-            row.insert(_SHAPE, _terminal.format_shape(adapter.shape))
+    columns = [name for name in _COLUMNS if contents.plan or name != "shape"]
+    rows = [
+        [_row(name, adapter, findings[name])[column] for column in columns]
+        for name, adapter in contents.adapters.items()
+    ]
     lines += ["", *_terminal.format_table(columns, rows, _NUMBERS)]
     if contents.wholes:
         wholes = [
@@ -194,17 +191,21 @@ def _head(contents: Contents) -> Iterator[tuple[str, Any]]:
             yield name, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _row(name: str, adapter: Adapter, finding: Finding) -> list[str]:
-    return [
-        name,
-        adapter.method,
-        *(_terminal.format_shape(adapter.entries[factor].shape) for factor in "AB"),
-        ", ".join(sorted(dtype.name for dtype in adapter.dtypes)),
-        str(adapter.rank),
-        f"{adapter.scale:g}",
-        _terminal.format_number(finding.norm),
-        f"{adapter.nbytes:,}",
-    ]
+_COLUMNS = ("module", "method", "shape", "A", "B", "dtype", *_NUMBERS)
+
+
+def _row(name: str, adapter: Adapter, finding: Finding) -> dict[str, str]:
+    return {
+        "module": name,
+        "method": adapter.method,
+        "shape": _terminal.format_shape(adapter.shape),
+        **{n: _terminal.format_shape(adapter.entries[n].shape) for n in "AB"},
+        "dtype": ", ".join(sorted(dtype.name for dtype in adapter.dtypes)),
+        "rank": str(adapter.rank),
+        "scale": f"{adapter.scale:g}",
+        "update": _terminal.format_number(finding.norm),
+        "bytes": f"{adapter.nbytes:,}",
+    }
 
 
 def _sums(contents: Contents) -> tuple[int, int]:

@@ -100,9 +100,8 @@ def checked(
 ) -> LowRank:
     """A weight with its adapter, after all checks. `name` is the weight's in messages."""
     checks.check_weight(name, weight)
-    check_adapter(
-        adapter, weight.shape, required=required, optional=optional, refused=refused
-    )
+    entries: Any = {"required": required, "optional": optional, "refused": refused}
+    check_adapter(adapter, weight.shape, **entries)
     dtypes = weight.dtype, *(entry.dtype for entry in adapter.values())
     scale = checked_scale(adapter, alpha, rank_stabilized, *dtypes)
     return LowRank(quantized.as_frozen(weight), adapter, scale, axis)
@@ -143,12 +142,8 @@ def _check_names(
 
 
 def _check_factors_together(a: jax.Array, b: jax.Array) -> None:
-    fit = (
-        min(a.ndim, b.ndim) >= 2
-        and a.shape[:-2] == b.shape[:-2]
-        and a.shape[-1] == b.shape[-2]
-    )
-    if not fit:
+    are_matrices = min(a.ndim, b.ndim) >= 2
+    if not (are_matrices and (*a.shape[:-2], a.shape[-1]) == b.shape[:-1]):
         swapped = a.ndim == b.ndim and a.ndim >= 2 and a.shape[-2] == b.shape[-1]
         raise ValueError(
             f"A and B do not fit each other: expected A (*batch, in, rank) and B "

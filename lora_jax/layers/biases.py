@@ -15,13 +15,11 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, numerics
 from lora_jax.layers import adapter_checks
+from lora_jax.layers.adapter_checks import LOSES_MAGNITUDE
 
 __all__ = ["lora_bias_delta", "merge_lora_layer", "unmerge_lora_layer"]
 
-_BIASES: Any = {
-    "optional": adapter_checks.BIASES,
-    "refused": adapter_checks.LOSES_MAGNITUDE,
-}
+_BIASES: Any = {"optional": adapter_checks.BIASES, "refused": LOSES_MAGNITUDE}
 
 
 def lora_bias_delta(

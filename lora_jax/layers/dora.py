@@ -271,7 +271,9 @@ def dora_linear(
     checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
     checks.check_flags(scale_bias=scale_bias, detach_norm=detach_norm)
     checks.check_dropout(dropout_rate, dropout_key)
-    _check_norms(frozen_weight.shape, norm_axis, weight_norm_squared, column_norm)
+    norms = {"weight_norm_squared": weight_norm_squared, "column_norm": column_norm}
+    norms = {name: value for name, value in norms.items() if value is not None}
+    _check_norms(frozen_weight.shape, norm_axis, norms)
     if bias is not None:
         checks.check_bias("bias", bias, frozen_weight.shape)
     if scale_bias and norm_axis == "in":
@@ -369,8 +371,7 @@ def unmerge_dora_weight(
     value = _checked(
         "merged_weight", merged_weight, adapter, alpha, rank_stabilized, norm_axis
     )
-    checks.check_array("column_norm", column_norm)
-    _check_norms(merged_weight.shape, norm_axis, None, column_norm)
+    _check_norms(merged_weight.shape, norm_axis, {"column_norm": column_norm})
     return value.unmerge(column_norm)
 
 
@@ -412,18 +413,13 @@ def _kept(weight_shape: tuple[int, ...], norm_axis: NormAxis) -> tuple[int, ...]
 
 
 def _check_norms(
-    weight_shape: tuple[int, ...],
-    norm_axis: NormAxis,
-    weight_norm_squared: jax.Array | None,
-    column_norm: jax.Array | None,
+    weight_shape: tuple[int, ...], norm_axis: NormAxis, norms: Mapping[str, Any]
 ) -> None:
-    if weight_norm_squared is not None and column_norm is not None:
+    if len(norms) > 1:
         raise ValueError(
-            "weight_norm_squared and column_norm are both given, but column_norm makes the "
-            "other one useless: give one of them."
+            f"{' and '.join(norms)} are both given, but column_norm makes the other one "
+            "useless: give one of them."
         )
-    given = {"weight_norm_squared": weight_norm_squared, "column_norm": column_norm}
     what = f"one for each {norm_axis}put of a weight of shape {tuple(weight_shape)}"
-    for name, value in given.items():
-        if value is not None:
-            checks.check_vector(name, value, _kept(weight_shape, norm_axis), what)
+    for name, value in norms.items():
+        checks.check_vector(name, value, _kept(weight_shape, norm_axis), what)

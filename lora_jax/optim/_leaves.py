@@ -6,7 +6,7 @@ adapters. A dict with the single entry `value` is a trained leaf, which is no ad
 path of the leaf, so that a masked tree has the same paths as the full tree.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -102,6 +102,20 @@ def choose(name: str, patterns: Iterable[str], leaves: list[Leaf]) -> list[str |
         next((p for p in patterns if tree_paths.first_path(p, leaf.names)), None)
         for leaf in leaves
     ]
+
+
+def map_leaves(
+    function: Callable[[Leaf, str | None], Any],
+    tree: Any,
+    name: str,
+    patterns: Iterable[str],
+) -> Any:
+    """Replaces each leaf by `function(leaf, pattern)`, with its pattern from `choose`."""
+    leaves, structure = flatten(tree)
+    pairs = zip(leaves, choose(name, patterns, leaves), strict=True)
+    return structure.unflatten(
+        own.value if is_gap(own.value) else function(own, p) for own, p in pairs
+    )
 
 
 def _masked(leaves: list[Leaf]) -> str:

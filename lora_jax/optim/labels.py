@@ -67,27 +67,21 @@ def adapter_labels(
         >>> state = optimizer.init(adapters)
     """
     by_pattern = tree_paths.as_entries("patterns", patterns)
-    for label in (*by_pattern.values(), other):
-        if not isinstance(label, str):
+    for own in (*by_pattern.values(), other):
+        if not isinstance(own, str):
             raise TypeError(
-                f"a label must be a string, got {label!r} ({type(label).__name__})."
+                f"a label must be a string, got {own!r} ({type(own).__name__})."
             )
     return labels_by(tree, by_pattern, other, "patterns")
 
 
-def labels_by(
-    tree: tree_paths.PyTree, by_pattern: Mapping[str, str], other: str, name: str
-) -> Any:
+def labels_by(tree: Any, by_pattern: Mapping[str, str], other: str, name: str) -> Any:
     """Implements `adapter_labels`, for checked patterns from the argument `name`."""
-    leaves, structure = _leaves.flatten(tree)
-    chosen = _leaves.choose(name, by_pattern, leaves)
 
-    def label_of(leaf: _leaves.Leaf, pattern: str | None) -> Any:
-        if _leaves.is_gap(leaf.value):
-            return leaf.value
+    def label_of(leaf: _leaves.Leaf, pattern: str | None) -> str:
         return _LABELS.get(leaf.entry, other) if pattern is None else by_pattern[pattern]
 
-    return structure.unflatten(map(label_of, leaves, chosen))
+    return _leaves.map_leaves(label_of, tree, name, by_pattern)
 
 
 def weight_decay_mask(
@@ -127,16 +121,10 @@ def weight_decay_mask(
         >>> optimizer = optax.adamw(1e-3, mask=optim.weight_decay_mask)
     """
     patterns = tree_paths.as_texts("exclude", exclude)
-    leaves, structure = _leaves.flatten(tree)
-    chosen = _leaves.choose("exclude", patterns, leaves)
 
-    def is_decayed(leaf: _leaves.Leaf, pattern: str | None) -> Any:
-        if _leaves.is_gap(leaf.value):
-            return leaf.value
-        if pattern is not None:
-            return False
-        if leaf.adapter is not None:
-            return leaf.entry in _DECAYED
-        return np.ndim(leaf.value) > 1
+    def is_decayed(leaf: _leaves.Leaf, pattern: str | None) -> bool:
+        inside = leaf.adapter is not None
+        decays = leaf.entry in _DECAYED if inside else np.ndim(leaf.value) > 1
+        return decays and pattern is None
 
-    return structure.unflatten(map(is_decayed, leaves, chosen))
+    return _leaves.map_leaves(is_decayed, tree, "exclude", patterns)

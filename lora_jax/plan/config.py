@@ -140,8 +140,9 @@ class LoraConfig:
             "rank_stabilized": bool(self.rank_stabilized),
             "use_dora": bool(self.use_dora),
             "dropout": float(self.dropout),
-            "dtype": _dtype(self.dtype),
         }
+        if self.dtype is not None:
+            kept["dtype"] = checks.check_factor_dtype(self.dtype).name
         for name, value in kept.items():
             object.__setattr__(self, name, value)
         _check_init_of_ranks(self.init, (self.rank, *self.rank_pattern.values()))
@@ -278,9 +279,7 @@ def _targets(targets: Any) -> str | tuple[str, ...]:
         return targets
     patterns = tree_paths.as_texts("targets", targets)
     if not patterns:
-        raise ValueError(
-            "targets is empty: give patterns of the weights' paths, or 'all-linear'."
-        )
+        raise ValueError("targets is empty: give patterns of paths, or 'all-linear'.")
     if ALL_LINEAR in patterns:
         raise ValueError(
             f"'all-linear' stands alone and is no pattern, got targets={patterns!r}: give "
@@ -295,10 +294,6 @@ def _entries(name: str, entries: Any, check: Callable[[Any], Any]) -> FrozenDict
         with checks.at_path(f"{name}[{pattern!r}]"):
             checked[pattern] = check(value)
     return FrozenDict(checked)
-
-
-def _dtype(dtype: Any) -> str | None:
-    return None if dtype is None else checks.check_factor_dtype(dtype).name
 
 
 def _check_init_of_ranks(init: Any, ranks: Iterable[int]) -> None:

@@ -123,9 +123,8 @@ def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
             f"{part!r}."
         )
     if len(items) > len(shape):
-        raise ValueError(
-            f"the part {part} has {len(items)} axes, and the weight is {shape}."
-        )
+        axes = f"{len(items)} axes, and the weight is {shape}"
+        raise ValueError(f"the part {part} has {axes}.")
     items += [":"] * (len(shape) - len(items))
     own = tuple(_entry(item, size, part) for item, size in zip(items, shape, strict=True))
     if sum(isinstance(entry, tuple) for entry in own) > 1:
@@ -146,18 +145,14 @@ def _entry(item: str, size: int, part: str) -> Entry:
         raise ValueError(f"the part {part} must have steps of at least 1.")
     run = range(size)[slice(*bounds)]
     if not run:
-        raise ValueError(
-            f"the part {part} is empty: it has nothing of an axis of size {size}."
-        )
+        raise ValueError(f"the part {part} has nothing of an axis of size {size}.")
     return run if len(run) > 1 else range(run[0], run[0] + 1)
 
 
-def _index(index: int, size: int, part: str) -> int:
-    if not -size <= index < size:
-        raise ValueError(
-            f"the part {part} has the index {index} of an axis of size {size}."
-        )
-    return index % size
+def _index(i: int, size: int, part: str) -> int:
+    if not -size <= i < size:
+        raise ValueError(f"the part {part} has the index {i} of an axis of size {size}.")
+    return i % size
 
 
 def _run(indices: Sequence[int], size: int, part: str) -> Entry:

@@ -1,7 +1,7 @@
 """Checks that params, adapters, norms and scales fit a plan."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -115,9 +115,7 @@ def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
             checks.check_vector("column_norms", norms[path], shape, "one for each column")
 
 
-def check_scales(
-    scales: Any, plan: AdapterPlan, column_norms: Mapping[str, Any]
-) -> dict[str, Any]:
+def check_scales(scales: Any, plan: AdapterPlan, column_norms: Any) -> dict[str, Any]:
     """Checks scales, which may be traced, and returns them by path.
 
     Raises:
@@ -187,9 +185,7 @@ def _check_trained(adapter: Any, leaf: TrainedLeaf) -> None:
     checks.check_vector(VALUE, adapter[VALUE], leaf.shape, "that of the leaf")
 
 
-def check_none_is_shared(
-    leaves: Mapping[str, Any], paths: Iterable[str], way_out: str
-) -> None:
+def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:
     """Raises ValueError if an array at one of `paths`, to be donated, is at two paths."""
     owners: dict[int, list[str]] = {}
     for path, leaf in leaves.items():

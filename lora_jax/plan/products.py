@@ -90,10 +90,9 @@ class Equation:
             names = None if part == _OTHER else _names(part, len(shape))
             fitted.append(names)
             if names is None and part != _OTHER:
-                why = f"{part!r} stands for {len(shape)} axes. Axes in front, such as "
-                raise self._error(
-                    name, operands, outputs, f"{why}those of jax.vmap, are '...'."
-                )
+                more = "Axes in front, such as those of jax.vmap, are '...'."
+                why = f"{part!r} stands for {len(shape)} axes. {more}"
+                raise self._error(name, operands, outputs, why)
             for axis, size in zip(names or (), shape, strict=names is not None):
                 if sizes.setdefault(axis, size) != size:
                     why = f"The axis {axis!r} has the sizes {sizes[axis]} and {size}."

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax._core import checks, quantized, tree_paths
 from lora_jax.plan import axis_roles, parts
 from lora_jax.plan.adapter_plan import AdapterPlan
-from lora_jax.plan.axis_roles import UnsuitableError, listed, multiplies
+from lora_jax.plan.axis_roles import AmbiguousError, UnsuitableError, listed, multiplies
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, resolved_scale
 from lora_jax.plan.plan_text import EXCLUDED, NOT_CHOSEN, WITHOUT_FUNCTION, alike
 from lora_jax.plan.target import Target, TrainedLeaf, Use
@@ -19,10 +19,11 @@ from lora_jax.plan.target import Target, TrainedLeaf, Use
 _WHICH = ("targets", "exclude", "train")
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
+Leaves = Mapping[str, Any]
 Uses = Mapping[str, tuple[Use, ...]]
 
 
-def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> AdapterPlan:
+def select(config: LoraConfig, leaves: Leaves, uses: Uses | None) -> AdapterPlan:
     """Makes the plan of a config for the leaves of params, by path.
 
     `uses` are the uses of the leaves in a function, by path; None without a function.
@@ -52,7 +53,9 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses | None) -> 
         if reason is not None:
             skipped[path] = reason
     if patterns.all_linear:  # it skips unsuitable weights, but not ambiguous ones
-        refused = {path: why for path, why in refused.items() if uses and _unclear(why)}
+        for path, why in [*refused.items()]:
+            if not (uses and isinstance(why, AmbiguousError)):
+                del refused[path]
     if refused:
         raise ValueError(_refusal(refused))
     if not targets:
@@ -198,10 +201,6 @@ def _not_trainable(dtype: Any) -> str | None:
     return None
 
 
-def _unclear(why: UnsuitableError) -> bool:
-    return isinstance(why, axis_roles.AmbiguousError)
-
-
 def count(leaves: Iterable[Any]) -> int:
     """The number of entries of all numeric arrays, without random keys."""
     arrays = filter(checks.is_array, leaves)
@@ -289,7 +288,7 @@ def _axes_without_function(
 ) -> axis_roles.Resolved:
     letters = _given_axes(config, path, shape)
     if letters is None and len(shape) > 2:
-        raise axis_roles.AmbiguousError(
+        raise AmbiguousError(
             f"it has {len(shape)} axes, {shape}, and {WITHOUT_FUNCTION}: give "
             "plan_adapters the function and its arguments"
         )
@@ -365,7 +364,7 @@ def _given_axes(config: LoraConfig, path: str, shape: tuple[int, ...]) -> str | 
 
 
 def _refusal(refused: Mapping[str, UnsuitableError]) -> str:
-    ambiguous = [path for path, why in refused.items() if _unclear(why)]
+    ambiguous = [p for p, why in refused.items() if isinstance(why, AmbiguousError)]
     others = [path for path in refused if path not in ambiguous]
     lines = ["targets matches leaves that cannot have an adapter:"]
     lines += [f"  {path!r}: {why}" for path, why in refused.items()]
@@ -401,9 +400,7 @@ def _axes_of(letters: Mapping[str, str]) -> str:
     return "{" + ", ".join(f'{path!r}: "{own}"' for path, own in letters.items()) + "}"
 
 
-def _nothing(
-    config: LoraConfig, arrays: Mapping[str, Any], skipped: Mapping[str, str]
-) -> str:
+def _nothing(config: LoraConfig, arrays: Leaves, skipped: Mapping[str, str]) -> str:
     """The error message if no weight has an adapter; it lists the matrices first."""
     lines = [f"nothing is adapted with targets={config.targets!r}:"]
     matrices: dict[tuple[str, str], list[str]] = {}

@@ -18,8 +18,10 @@ from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
+Leaves = Mapping[str, Any]
 
-def init_all(leaves: Mapping[str, Any], plan: AdapterPlan) -> dict[str, Adapter]:
+
+def init_all(leaves: Leaves, plan: AdapterPlan) -> dict[str, Adapter]:
     """Copies the leaves that a plan trains, with their shardings.
 
     The dtype of a copy is float32, or that of the config. If it lacks values of the leaf's
@@ -38,9 +40,7 @@ def dtype_of(leaf: Any, plan: AdapterPlan) -> Any:
     return numerics.promote(_dtype(leaf), plan.config.dtype or "float32")
 
 
-def values(
-    leaves: Mapping[str, Any], adapters: Adapters, plan: AdapterPlan
-) -> dict[str, jax.Array]:
+def values(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
     """The trained leaves by path, with the dtypes and shardings of the params' leaves."""
     return {path: _as(leaves[path], adapters[path][VALUE]) for path in plan.trained}
 
@@ -53,9 +53,7 @@ def put(params: tree_paths.Tree, adapters: Adapters, plan: AdapterPlan) -> tree_
     return treedef.unflatten((leaves | values(leaves, adapters, plan)).values())
 
 
-def merge(
-    leaves: Mapping[str, Any], adapters: Adapters, plan: AdapterPlan
-) -> dict[str, jax.Array]:
+def merge(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
     """Copies of the trained leaves by path, for the params.
 
     Raises:

@@ -139,27 +139,3 @@ def test_no_gradient_products_of_frozen_leaves():
         programs.flops(support.compile_step(last, params, loss))
         < (support.LAYERS + 1.5) * product
     )
-
-
-def test_what_trainable_and_frozen_refuses():
-    params, adam = support.tree(), optax.adam(0.1)
-    with pytest.raises(
-        ValueError, match=r"of trainable matches no leaf: 'heads/\*'.*expression\.$"
-    ):
-        optim.trainable_and_frozen(params, ("head/*", "heads/*"), adam)
-    with pytest.raises(
-        ValueError, match=r"chooses none of the 9 leaves; .* 'adapters/embed"
-    ):
-        optim.trainable_and_frozen(params, lambda path: False, adam)
-    with pytest.raises(ValueError, match="chooses none of the 9 leaves"):
-        optim.trainable_and_frozen(params, (), adam)
-    with pytest.raises(ValueError, match=r"chooses none of the 0 leaves; .* are none"):
-        optim.trainable_and_frozen({}, "*", adam)
-    with pytest.raises(
-        TypeError, match=r"must return True or False, got None for 'adapters"
-    ):
-        optim.trainable_and_frozen(params, lambda path: None, adam)
-    with pytest.raises(TypeError, match=r"trainable must be a pattern or a tuple"):
-        optim.trainable_and_frozen(params, 3, adam)
-    with pytest.raises(TypeError, match=r"optimizer must be an optax.* got function"):
-        optim.trainable_and_frozen(params, "head/*", optax.adam)

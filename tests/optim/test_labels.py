@@ -114,19 +114,3 @@ def test_adamw_takes_the_mask(inside):
         decay = 0.5 if LABELS[path] in "AB" else 0.0
         want = support.adamw(before, [step[path] for step in steps], [0.1] * 2, decay)
         tolerances.assert_close(support.by_path(got)[path], want, 32)
-
-
-def test_what_is_no_label_or_pattern():
-    tree = support.tree()
-    with pytest.raises(TypeError, match=r"a label must be a string, got 3 \(int\)"):
-        optim.adapter_labels(tree, {"head/*": 3})
-    with pytest.raises(TypeError, match="a label must be a string, got None"):
-        optim.adapter_labels(tree, other=None)
-    with pytest.raises(TypeError, match="patterns must be a dict"):
-        optim.adapter_labels(tree, ["head/*"])
-    with pytest.raises(ValueError, match="of patterns matches no leaf: 'haed'"):
-        optim.adapter_labels(tree, {"haed": "x"})
-    with pytest.raises(ValueError, match="nearest paths are 'head/kernel'"):
-        optim.weight_decay_mask(tree, exclude="head/kernal")
-    with pytest.raises(TypeError, match="exclude must be a pattern"):
-        optim.weight_decay_mask(tree, exclude={"head"})

@@ -9,7 +9,6 @@ import pytest
 
 from lora_jax._core import tree_paths
 from lora_jax.optim import _leaves
-from tests.optim import support
 
 GAP = optax.MaskedNode()
 FORMS = {
@@ -62,14 +61,6 @@ def test_patterns_match_paths_of_weights_and_of_leaves():
     assert chosen("re:head|.*A") == ["re:head|.*A", None, "re:head|.*A"]
 
 
-def test_pattern_that_matches_nothing():
-    leaves, _ = _leaves.flatten(support.tree())
-    with pytest.raises(ValueError, match=r"of rates matches no leaf: 'zzz'; the first"):
-        _leaves.choose("rates", ["zzz"], leaves)
-    with pytest.raises(ValueError, match=r"nearest paths are 'embed/table'.* glob"):
-        _leaves.choose("rates", ["layers*", "embed/tabel"], leaves)
-
-
 def test_pattern_for_what_is_masked():
     leaves, _ = _leaves.flatten({"adapters": {"w": {"A": 1, "B": 1}}, "head": GAP})
     assert _leaves.choose("exclude", ["head"], leaves) == [None, None, "head"]
@@ -86,24 +77,3 @@ def test_patterns_as_text():
     assert tree_paths.as_texts("exclude", re.compile("a+")) == ("re:a+",)
     assert tree_paths.as_texts("exclude", ["a", "b"]) == ("a", "b")
     assert tree_paths.as_entries("rates", {re.compile("a"): 1, "re:a": 2}) == {"re:a": 1}
-
-
-def test_what_is_no_pattern():
-    with pytest.raises(TypeError, match=r"exclude must be a pattern or a tuple .* got 3"):
-        tree_paths.as_texts("exclude", 3)
-    with pytest.raises(TypeError, match=r"rates must be a dict from patterns .* got list"):
-        tree_paths.as_entries("rates", ["a"])
-    with pytest.raises(ValueError, match="a pattern in rates is empty"):
-        tree_paths.as_entries("rates", {"": 1})
-    with pytest.raises(
-        ValueError, match=r"'re:\(' in exclude is not a valid regular expression"
-    ):
-        tree_paths.as_texts("exclude", "re:(")
-
-
-def test_tree_without_adapters():
-    leaves, _ = _leaves.flatten({"head": {"kernel": 1}})
-    with pytest.raises(
-        ValueError, match=r"lora_fa got a tree without .* are 'head/kernel'"
-    ):
-        _leaves.check_holds_adapters("lora_fa", leaves)

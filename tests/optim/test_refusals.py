@@ -1,0 +1,117 @@
+"""What a user may get wrong in `lora_jax.optim`, and what the error says."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lora_jax
+from lora_jax import optim
+from lora_jax.optim import _leaves
+from tests.optim import support
+
+TREE, ADAPTER, ADAM, SGD = (
+    support.tree(),
+    support.adapter(),
+    optax.adam(0.1),
+    optax.sgd(1.0),
+)
+HEAD = {"head": {"kernel": jnp.ones((3, 2))}}
+RIEMANNIAN = optim.scale_by_riemannian()
+PLAN = lora_jax.plan_adapters(lora_jax.LoraConfig(), {"q": jnp.zeros((12, 9))})
+
+
+def choose(*patterns, tree=TREE):
+    return _leaves.choose("rates", patterns, _leaves.flatten(tree)[0])
+
+
+def update(optimizer, grads=TREE, params=None):
+    return optimizer.update(grads, optimizer.init(grads), params)
+
+
+def precondition(grads, params):
+    return RIEMANNIAN.update(grads, optax.EmptyState(), params)
+
+
+LABELS = [
+    (lambda: optim.adapter_labels(TREE, {"head/*": 3}), TypeError, "a label .* got 3 "),
+    (lambda: optim.adapter_labels(TREE, other=None), TypeError, "be a string, got None"),
+    (lambda: optim.adapter_labels(TREE, ["a"]), TypeError, "patterns must be a dict"),
+    (lambda: optim.adapter_labels(TREE, {"haed": "x"}), ValueError, "no leaf: 'haed"),
+    (lambda: optim.adapter_labels(TREE, {"": "x"}), ValueError, "patterns is empty"),
+    (lambda: optim.weight_decay_mask(TREE, "head/kernal"), ValueError, "are 'head/kernel'"),
+    (lambda: optim.weight_decay_mask(TREE, {"head"}), TypeError, "exclude must be a patt"),
+    (lambda: optim.weight_decay_mask(TREE, "re:("), ValueError, "not a valid regular expr"),
+    (lambda: choose("zzz"), ValueError, "of rates matches no leaf: 'zzz'; the first"),
+    (lambda: choose("layers*", "embed/tabel"), ValueError, "are 'embed/table'.* glob"),
+    (lambda: choose("head/kernel", tree={"head": optax.MaskedNode()}), ValueError,
+     r"masked: if the pattern .* leaf by leaf"),
+]  # fmt: skip
+
+FREEZING = [
+    (("head/*", "heads/*"), ValueError, r"of trainable matches no leaf: 'heads/\*'"),
+    (lambda path: False, ValueError, "chooses none of the 9 leaves; .* 'adapters/embed"),
+    ((), ValueError, "chooses none of the 9 leaves"),
+    (lambda path: None, TypeError, "must return True or False, got None for 'adapters"),
+    (3, TypeError, "trainable must be a pattern or a tuple"),
+]
+
+LORA_PLUS = [
+    (lambda: optim.lora_plus("1e-3"), TypeError, "learning_rate must be a n.* got '1e-3'"),
+    (lambda: optim.lora_plus(1e-3, 0), ValueError, "ratio must be positive, got 0"),
+    (lambda: optim.lora_plus(1e-3, "16"), TypeError, "ratio must be a number"),
+    (lambda: optim.lora_plus(1e-3, optimizer=ADAM), TypeError, "and not optax.adam"),
+    (lambda: optim.lora_plus(1e-3, optimizer=float), TypeError,
+     r"optimizer\(learning_rate\) must be .* got float"),
+    (lambda: optim.lora_plus(1e-3, rates={"*": None}), TypeError, r"rates\['\*'\] must be"),
+    (lambda: optim.lora_plus(1e-3, rates=[("*", 1)]), TypeError, "rates must be a dict"),
+    (lambda: optim.lora_plus(1e-3).init(HEAD), ValueError, "lora_plus got a tree without"),
+    (lambda: optim.lora_plus(1e-3, rates={"embed/tabel": 1e-6}).init(TREE), ValueError,
+     "of rates matches no leaf: 'embed/tabel'"),
+]  # fmt: skip
+
+LORA_FA = [
+    (lambda: optim.lora_fa(optax.sgd, 2.0), TypeError, "be an optax.* got function"),
+    (lambda: optim.lora_fa(SGD, "2"), TypeError, "a number or an AdapterPlan, got '2'"),
+    (lambda: optim.lora_fa(SGD, 0.0), ValueError, "scale must not be 0"),
+    (lambda: optim.lora_fa(SGD, float("inf")), ValueError, "scale must be finite"),
+    (lambda: optim.lora_fa(SGD, 2.0, damping=0), ValueError, "must be positive, got 0"),
+    (lambda: update(optim.lora_fa(SGD, 2.0)), ValueError,
+     r"lora_fa needs the params.*call update\(grads"),
+    (lambda: optim.lora_fa(SGD, 2.0).init(HEAD), ValueError,
+     "lora_fa got a tree without .* are 'head/kernel'"),
+    (lambda: update(optim.lora_fa(SGD, PLAN), {"qq": ADAPTER}, {"qq": ADAPTER}), KeyError,
+     "the plan has no weight 'qq'; .* 'q'"),
+]  # fmt: skip
+
+MASKED = optax.partition({"A": SGD, "B": RIEMANNIAN}, optim.adapter_labels)
+W = {"w": ADAPTER}
+PRECONDITIONING = [
+    *((lambda d=d: optim.scale_by_riemannian(d), ValueError, "damping must be (pos|fin)")
+      for d in (0, -1.0, float("nan"))),
+    (lambda: optim.scale_by_riemannian("small"), TypeError, "damping must be a number"),
+    (lambda: update(RIEMANNIAN, W), ValueError, "riemannian needs the params, since"),
+    (lambda: update(MASKED, W, W), ValueError, "at 'w': .* A is missing or masked: put it"),
+    (lambda: RIEMANNIAN.init(HEAD), ValueError, "riemannian got a tree without"),
+    (lambda: precondition(HEAD, HEAD), ValueError, "riemannian got a tree without"),
+    (lambda: precondition(W, {"w": ADAPTER | {"B": jnp.ones((5, 9))}}), ValueError,
+     "at 'w': A and B do not fit each other"),
+    (lambda: precondition({"w": ADAPTER | {"A": jnp.ones((2, 2))}}, W), ValueError,
+     r"at 'w': the gradient of A .* \(12, 4\), got \(2, 2\)"),
+    (lambda: precondition(W, {"v": ADAPTER}), ValueError, "A and B is missing or masked"),
+]  # fmt: skip
+
+CALLS = [*LABELS, *LORA_PLUS, *LORA_FA, *PRECONDITIONING]
+CALLS += [
+    (lambda t=t: optim.trainable_and_frozen(TREE, t, ADAM), *want) for t, *want in FREEZING
+]
+CALLS += [
+    (lambda: optim.trainable_and_frozen({}, "*", ADAM), ValueError, "0 leaves; .* none"),
+    (lambda: optim.trainable_and_frozen(TREE, "head/*", optax.adam), TypeError,
+     "optimizer must be an optax.* got function"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

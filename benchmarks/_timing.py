@@ -84,7 +84,12 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 2, seed: int = 0
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    warmup: int = 2,
+    seed: int = 0,
+    repeat: int = 1,
 ) -> dict[str, Times]:
     """Times each of `calls` once a round, in a shuffled order.
 
@@ -93,6 +98,8 @@ def interleave(
         rounds: number of timed rounds.
         warmup: rounds before them that are not timed.
         seed: of the orders.
+        repeat: calls of a function in a round. On an accelerator they are queued, so that
+            the time to start a call does not count.
 
     Returns:
         The times of each, under its name.
@@ -104,7 +111,10 @@ def interleave(
         shuffle(order)
         for name in order:
             wall, cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(calls[name]())
+            result = None
+            for _ in range(repeat):
+                result = calls[name]()
+            jax.block_until_ready(result)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             if i >= warmup:
                 times[name].wall.append(wall)
@@ -135,6 +145,12 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
 def flops(compiled: Any) -> float:
     """Operations of a compiled program; of a loop, XLA counts one iteration."""
     return compiled.cost_analysis()["flops"]
+
+
+def add_repeat(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--repeat` of `interleave`."""
+    text = "calls in a round; take 10 on an accelerator, where they are queued"
+    parser.add_argument("--repeat", type=int, default=1, help=text)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

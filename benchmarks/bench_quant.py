@@ -14,7 +14,8 @@ reading the stored bytes and writing the result would have at the speed of that 
 the stored bytes of one entry.
 
 Columns of the second: the same three ratios, to the step on dense weights; temporary
-memory and the bytes of all arguments, in MiB.
+memory and the bytes of all arguments, in MiB. Row *frozen* is the dense model without
+adapters, with the gradient of its input.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import lora_jax
 from lora_jax import quant
 
 MIB = 2**20
-COPY, DENSE = "copy", "dense"
+COPY, DENSE, FROZEN = "copy", "dense", "frozen"
 # Of weights with one axis of layers in front, or none.
 FORMATS: dict[str, Callable[..., quant.QuantizedTensor]] = {
     "nf4": quant.quantize_nf4,
@@ -63,7 +64,7 @@ def measure_forming(options: argparse.Namespace, size: int, dtype: str) -> dict[
     form = jax.jit(quant.dequantize)
     calls: dict[str, Callable[[], Any]] = {COPY: functools.partial(copy, weight)}
     calls |= {name: functools.partial(form, q) for name, q in stored.items()}
-    times = _timing.interleave(calls, options.rounds)
+    times = _timing.interleave(calls, options.rounds, repeat=options.repeat)
     ratios = _timing.ratios(times, COPY)
     item = weight.dtype.itemsize
     bytes_of = {COPY: float(item)}
@@ -92,7 +93,7 @@ class Setup:
 
     Attributes:
         step: a jitted function, `(adapters, params, x, target)` -> loss and gradients of
-            the adapters.
+            the adapters. Of the frozen model it is the gradient of the input.
         arguments: of the step.
     """
 
@@ -120,7 +121,7 @@ def dequantize_layers(params: Mapping[str, Any]) -> Any:
 
 
 def set_up(options: argparse.Namespace, method: str, name: str) -> dict[str, Setup]:
-    """The model with weights in a format, and with the same weights dense."""
+    """The model with weights in a format, with the same weights dense, and frozen."""
     frozen = functools.partial(_transformer.plain_scan, heads=options.heads)
     params = _transformer.make_params(
         options.layers, options.width, options.dtype, stacked=True
@@ -139,13 +140,15 @@ def set_up(options: argparse.Namespace, method: str, name: str) -> dict[str, Set
     adapted = lora_jax.adapt(frozen, plan)
 
     def loss(adapters, params, x, target):
-        error = (adapted(params, adapters, x) - target).astype("float32")
+        model = adapted(params, adapters, x) if adapters else frozen(params, x)
+        error = (model - target).astype("float32")
         return jnp.mean(error * error)
 
     step = jax.jit(jax.value_and_grad(loss))
-    rest = x, target
+    dense, rest = dequantize_layers(stored), (x, target)
     return {
-        DENSE: Setup(step, (adapters, dequantize_layers(stored), *rest)),
+        FROZEN: Setup(jax.jit(jax.value_and_grad(loss, argnums=2)), ({}, dense, *rest)),
+        DENSE: Setup(step, (adapters, dense, *rest)),
         name: Setup(step, (adapters, stored, *rest)),
     }
 
@@ -222,6 +225,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=methods, default=methods)
     parser.add_argument("--format", nargs="+", choices=STEP_FORMATS, default=STEP_FORMATS)
     parser.add_argument("--rounds", type=int, default=20)
+    _timing.add_repeat(parser)
     _timing.add_options(parser)
     options = parser.parse_args(arguments)
     _transformer.check_sizes(parser, options)

@@ -43,8 +43,8 @@ def script_fixture(name):
     return imported
 
 
-linear, transform, quant = map(
-    script_fixture, ("bench_linear", "bench_transform", "bench_quant")
+linear, transform, quant, gpu_fixture = map(
+    script_fixture, ("bench_linear", "bench_transform", "bench_quant", "gpu")
 )
 
 
@@ -115,6 +115,113 @@ def test_bench_linear_contestants_agree(bench_linear, run):
         for got, want in ((y, want_y), (dx, want_dx)):
             tolerance = 64 * jnp.finfo(got.dtype).eps * jnp.abs(want).max()
             assert jnp.abs(got - want).max() <= tolerance, name
+
+
+def test_bench_linear_forward_of_quantized_weights(bench_linear, tmp_path):
+    programs = tmp_path / "hlo.txt"
+    only = ["frozen", "lora_linear", "frozen, int8", "adapt LoRA, int8", "adapt DoRA, int8"]
+    arguments = [*SIZES, "--forward", "--format=int8", f"--hlo={programs}", "--only", *only]
+    run = run_script(bench_linear, arguments, tmp_path)
+    (outputs,), text = run.outputs, programs.read_text()
+    assert list(outputs) == list(run.result["sums"]) == list(run.result["rows"]) == only
+    assert all(f"// {name}\n" in text and f"- {name}: " in run.text for name in only)
+    assert run.result["flop_bound"] == bench_linear.flop_bound(64, 96, 8, forward=True)
+    for name in ("adapt LoRA, int8", "frozen, int8"):
+        want = outputs["frozen" if "frozen" in name else "lora_linear"]
+        assert 0 < jnp.abs(outputs[name] - want).max() < 0.05 * jnp.abs(want).max()
+    # 48 x 64 entries: `(x @ A) @ B` is not added to them in a kernel that multiplies
+    assert run.result["sums"]["frozen"]["products"] == 1
+    assert run.result["sums"]["lora_linear"]["products"] == 2
+    assert run.result["sums"]["lora_linear"]["passes"] == 1
+
+
+def test_bench_linear_says_what_it_left_out(bench_linear, tmp_path):
+    run = run_script(bench_linear, [*SIZES, "--seconds=0"], tmp_path)
+    first, *others = bench_linear.CONTESTANTS
+    assert list(run.result["rows"]) == [first]
+    assert f"No time was left for: {'; '.join(others)}." in run.text
+
+
+HEAD = "\nENTRY %main (x: bf16[8,16]) -> bf16[8,16] {\n"
+DOT = "  %d = f32[8,16]{1,0} dot(%p, %q), lhs_contracting_dims={1}\n"
+ADD = "  ROOT %s = f32[8,16]{1,0} add(%d, %c)\n"
+FUSION = "  ROOT %y = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%fused\n}\n"
+
+
+def gemm(target, beta):
+    return (
+        f"{HEAD}  %y = (bf16[8,16]{{1,0}}, s8[64]{{0}}) custom-call(%x, %b, %base), "
+        f'custom_call_target="__cublas${target}", '
+        f'backend_config={{"gemm_backend_config":{{"alpha_real":1,"beta":{beta}}}}}\n'
+    )
+
+
+def fusion(body, before=""):
+    return f"%fused (p: bf16[8,4]) -> bf16[8,16] {{\n{body}}}\n{HEAD}{before}{FUSION}"
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        (gemm("gemm", 1), (1, 1, 0)),
+        (gemm("gemm", 0), (1, 0, 0)),
+        (gemm("lt$matmul", "1.0"), (1, 1, 0)),
+        (gemm("lt$matmul", "0") + ADD, (1, 0, 1)),
+        (fusion(DOT + ADD), (1, 1, 0)),
+        (fusion(DOT), (1, 0, 0)),
+        (fusion(ADD, before=DOT), (1, 0, 1)),
+        (fusion(DOT + ADD).replace("[8,16]", "[8,2]"), (0, 0, 0)),
+    ],
+)
+def test_sums_of_programs(bench_linear, text, counts):
+    got = bench_linear._programs.count_sums(text, 8 * 16)
+    assert tuple(got.values()) == counts
+
+
+def test_gpu_report_at_toy_size(gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--toy", f"--out={tmp_path}"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    text = (tmp_path / "report.md").read_text()
+    assert {one["status"] for one in report["sections"].values()} == {"done"}, text
+    assert not end.value.code
+    assert text in capsys.readouterr().out
+    for name, one in report["sections"].items():
+        tables = one["result"].get("tables", [one["result"]])
+        assert f"## {name}\n" in text
+        assert all("frozen" in t["rows"] for t in tables if t.get("of") != "forming")
+        assert one["text"].strip() in text
+    assert (tmp_path / "hlo.txt").read_text().count("HloModule") == 3
+
+
+def test_gpu_report_of_sections_that_do_not_end_well(gpu, tmp_path, monkeypatch):
+    section = gpu.Section
+    sections = {
+        "slow": section("bench_linear", 0.5, ()),
+        "wrong": section("bench_linear", 60, ("--batch=3", "--tokens=4")),
+    }
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    for seconds, status, failed in (
+        (60, "ran out of its 0 s", "failed (2)"),
+        (0, *["did not start"] * 2),
+    ):
+        with pytest.raises(SystemExit, match="True"):
+            gpu.main([f"--seconds={seconds}", f"--out={tmp_path}"])
+        report = json.loads((tmp_path / "report.json").read_text())["sections"]
+        text = (tmp_path / "report.md").read_text()
+        assert [one["status"] for one in report.values()] == [status, failed]
+        assert f"Section: {status}" in text
+        assert ("--batch 3 does not divide" in text) == (seconds > 0)
+
+
+def test_gpu_sections_fit_their_scripts_and_the_limit(gpu, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    for section in gpu.SECTIONS.values():
+        script = importlib.import_module(section.script)
+        options = script.parse([*section.arguments, "--markdown"])
+        assert "bfloat16" in (options.dtype, section.arguments)
+    assert gpu.LIMIT_S < 8 * 60
 
 
 def test_bench_linear_keeps_16_bits(bench_linear):
@@ -242,6 +349,8 @@ def quant_run(bench_quant, tmp_path_factory):
 def test_bench_quant_prints_every_contestant(bench_quant, quant_run):
     columns = {"forming": bench_quant.FORMING_COLUMNS, "step": bench_quant.STEP_COLUMNS}
     tables = quant_run.result["tables"]
+    frozen = [bench_quant.FROZEN in table["rows"] for table in tables]
+    assert frozen == [table["of"] == "step" for table in tables]
     assert [table["of"] for table in tables] == ["forming"] * 2 + ["step"] * 6
     for table in tables:
         of, rows = table["of"], table["rows"]
@@ -275,9 +384,12 @@ def test_bench_quant_contestants_agree(bench_quant, quant_run):
             assert (error == 0) == (name == bench_quant.COPY)
             assert error < 0.5
     for made in steps:
+        frozen_loss, gradient = made.pop(bench_quant.FROZEN)
+        assert gradient.shape == (3, 5, 128)
         (loss, gradients), (want, want_gradients) = (
             made[name] for name in sorted(made, key=lambda n: n == bench_quant.DENSE)
         )
+        assert abs(frozen_loss - want) > 1e-6  # the adapters act
         assert loss == pytest.approx(float(want), rel=1e-5)
         for got, wanted in zip(
             jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True
@@ -288,11 +400,12 @@ def test_bench_quant_contestants_agree(bench_quant, quant_run):
 
 def test_bench_quant_keeps_16_bits(bench_quant):
     options = bench_quant.parse([*QUANT_SIZES, "--dtype=bfloat16"])
-    for setup in bench_quant.set_up(options, "lora", "nf4").values():
+    for name, setup in bench_quant.set_up(options, "lora", "nf4").items():
         _, params, x, target = setup.arguments
         assert x.dtype == target.dtype == params["layers"]["up"].dtype == jnp.bfloat16
         _, gradients = jax.eval_shape(setup.step, *setup.arguments)
-        assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(gradients))
+        want = jnp.bfloat16 if name == bench_quant.FROZEN else jnp.float32
+        assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype(want)}
 
 
 def test_compile_times_are_of_every_contestant(tmp_path, capsys, monkeypatch):

@@ -18,15 +18,16 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks
-from lora_jax._io import record_files, tensor_files
+from lora_jax._io import processes, record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import plan_checks
@@ -38,6 +39,11 @@ __all__ = ["CheckpointError", "load_adapters", "save_adapters"]
 FILE = "lora_jax_adapters.safetensors"
 OLD_RECORD = "adapters.json"
 """The file of version 1 that names the file of arrays."""
+
+Shardings = (
+    Mapping[str, Mapping[str, Sharding]]
+    | Callable[[AdapterPlan], Mapping[str, Mapping[str, Sharding]]]
+)
 
 _PEFT = "adapter_config.json"
 _KIND = record_files.Kind("lora_jax adapters", version=2, writer="save_adapters", oldest=2)
@@ -71,6 +77,11 @@ def save_adapters(
     A save replaces adapters that are already in the directory, in one step. Other files are
     left alone. Only one process may save to a directory at a time.
 
+    If arrays lie on devices of several processes, all of these processes must call this.
+    Process 0 writes: each array is gathered to all devices and its host, one after the
+    other. All processes return when the file has its name, and all raise an error if it
+    was not written. The directory need not be shared by the processes.
+
     Args:
         directory: is created, with its parents, if it does not exist.
         adapters: the adapters of the plan, of any floating-point dtypes; each is kept bit
@@ -87,8 +98,10 @@ def save_adapters(
         TypeError: if an array has no values (a tracer or a `jax.ShapeDtypeStruct`), or its
             dtype is not floating point; or if the `init` of the plan's config is a
             function.
-        ValueError: if a shape is not the plan's, an array is sharded over several
-            processes, or `dtype` does not hold a value.
+        TimeoutError: if arrays lie on devices of several processes, and not all of the
+            processes call this.
+        ValueError: if a shape is not the plan's, `dtype` does not hold a value, or an array
+            lies on devices of some processes, but neither of one nor of all.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -104,32 +117,9 @@ def save_adapters(
     folder = _folder(directory)
     plan_checks.check_adapters(adapters, plan)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
-    record = {"plan": json.loads(plan.to_json()), "dtypes": {}, "replaced": None}
-    arrays = {
-        name: tensor_files.to_numpy(name, adapters[path][entry])
-        for path, leaf in plan.entries.items()
-        for name, entry in _names(path, leaf).items()
-    }
-    if dtype is not None:
-        record["dtypes"] = {
-            name: array.dtype.name for name, array in arrays.items() if array.dtype != dtype
-        }
-        arrays = {
-            name: tensor_files.cast(name, array, dtype) for name, array in arrays.items()
-        }
-
-    folder.mkdir(parents=True, exist_ok=True)
-    replaced = _old_digest(folder)
-    record_files.write(folder / FILE, _KIND, {**record, "replaced": replaced}, arrays)
-    (folder / OLD_RECORD).unlink(missing_ok=True)
-    if replaced is not None:  # an older lora_jax may save the same adapters again
-        record_files.write(folder / FILE, _KIND, record, arrays)
-    for file in folder.iterdir():
-        if _OLD_TENSORS.fullmatch(file.name):
-            file.unlink(missing_ok=True)
-    names = f"{_OLD_TENSORS.pattern}|{re.escape(OLD_RECORD)}|{re.escape(FILE)}"
-    for file in tensor_files.temporary_paths(folder, names):
-        file.unlink(missing_ok=True)
+    processes.write_once(
+        "save_adapters", adapters, lambda held: _write(folder, held, plan, dtype)
+    )
 
 
 def load_adapters(
@@ -137,6 +127,7 @@ def load_adapters(
     *,
     strict: bool = True,
     dtype: DTypeLike | Literal["file"] | None = None,
+    shardings: Shardings | None = None,
 ) -> tuple[dict[str, Adapter], AdapterPlan]:
     """Loads adapters and their plan from a directory.
 
@@ -149,6 +140,11 @@ def load_adapters(
         dtype: of the adapters. None: the dtypes before the save. Adapters that were 16-bit
             are 16-bit again; to continue training, load them in float32. `"file"`: the
             dtypes of the file, which differ if it was saved with `dtype`.
+        shardings: where the arrays are created, by path and entry, as `adapter_shardings`
+            returns it; or a function of the plan that returns it, since the plan is in the
+            file: `functools.partial(adapter_shardings, params)`. Each device gets its part
+            of an array and no more. Each process reads the file, whichever number of
+            processes saved it. None: on the default device of each process.
 
     Returns:
         The adapters, as JAX arrays with the bits that were saved, and their plan.
@@ -158,6 +154,7 @@ def load_adapters(
             older version wrote its two files later, the arrays do not fit the plan, no
             adapter is left with `strict=False`, an array is float64 and JAX is not set to
             64 bits, or `dtype` does not hold a value.
+        KeyError: if shardings lack an entry of the plan.
         OSError: if there are no such files, or they cannot be read.
         ModuleNotFoundError: if the package safetensors is not installed.
         TypeError: if `directory` is not a path, or `strict` is not a bool.
@@ -196,8 +193,9 @@ def load_adapters(
         array = tensor_files.checked(
             path, lambda: tensor_files.cast(repr(name), saved.arrays[name], to)
         )
-        return tensor_files.to_jax(path, name, array)
+        return tensor_files.to_jax(path, name, array, places.get(name))
 
+    places = {} if shardings is None else _places(shardings, plan)
     adapters = {
         each: {entry: read(name) for name, entry in _names(each, leaf).items()}
         for each, leaf in plan.entries.items()
@@ -228,6 +226,52 @@ def _folder(directory: Any) -> pathlib.Path:
 def _names(path: str, leaf: Target | TrainedLeaf) -> dict[str, str]:
     """The entries of an adapter, by their names in the file."""
     return {f"{path}:{entry}": entry for entry in leaf.adapter_shapes}
+
+
+def _places(shardings: Shardings, plan: AdapterPlan) -> dict[str, Sharding]:
+    """The sharding of each array by its name in the file."""
+    given = shardings(plan) if callable(shardings) else shardings
+    places = {}
+    for path, leaf in plan.entries.items():
+        for name, entry in _names(path, leaf).items():
+            if entry not in given.get(path, {}):
+                raise KeyError(
+                    f"shardings lack the entry {entry!r} of {path!r}: give those that "
+                    "adapter_shardings(params, plan) returns for the plan in the file, or "
+                    "a function of this plan."
+                )
+            places[name] = given[path][entry]
+    return places
+
+
+def _write(folder: pathlib.Path, adapters: Adapters, plan: AdapterPlan, dtype: Any) -> None:
+    """Writes the file of version 2, and removes older and temporary files."""
+    record = {"plan": json.loads(plan.to_json()), "dtypes": {}, "replaced": None}
+    arrays = {
+        name: tensor_files.to_numpy(name, adapters[path][entry])
+        for path, leaf in plan.entries.items()
+        for name, entry in _names(path, leaf).items()
+    }
+    if dtype is not None:
+        record["dtypes"] = {
+            name: array.dtype.name for name, array in arrays.items() if array.dtype != dtype
+        }
+        arrays = {
+            name: tensor_files.cast(name, array, dtype) for name, array in arrays.items()
+        }
+
+    folder.mkdir(parents=True, exist_ok=True)
+    replaced = _old_digest(folder)
+    record_files.write(folder / FILE, _KIND, {**record, "replaced": replaced}, arrays)
+    (folder / OLD_RECORD).unlink(missing_ok=True)
+    if replaced is not None:  # an older lora_jax may save the same adapters again
+        record_files.write(folder / FILE, _KIND, record, arrays)
+    for file in folder.iterdir():
+        if _OLD_TENSORS.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+    names = f"{_OLD_TENSORS.pattern}|{re.escape(OLD_RECORD)}|{re.escape(FILE)}"
+    for file in tensor_files.temporary_paths(folder, names):
+        file.unlink(missing_ok=True)
 
 
 def _checked_dtypes(dtypes: Any) -> dict[str, np.dtype]:

@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("suite")
 # goes into compiling, and without them it is half of it.
 QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
-    *("tests.public", "tests.qlora", "tests.training"),
+    *("tests.processes", "tests.public", "tests.qlora", "tests.training"),
     *("tests.test_checkpoint", "tests.test_properties", "tests.test_studies"),
     *("tests.layers.test_decompose", "tests.layers.test_dora", "tests.layers.test_lora"),
     *("tests.layers.test_initializers", "tests.lowrank.test_weight_norms"),

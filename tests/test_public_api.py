@@ -93,7 +93,7 @@ decompose_params(params, plan, method, *, key=None, iterations=None, quantize=No
 to_plain_adapters(adapters, initial, plan)
 count_parameters(params, plan)
 save_adapters(directory, adapters, plan, *, dtype=None)
-load_adapters(directory, *, strict=True, dtype=None)
+load_adapters(directory, *, strict=True, dtype=None, shardings=None)
 peft.load(directory, params, fn=None, *args, plan=None, names=None, layout=None,
     on_tied='error', strict=True, dtype=None, allow_fields=())
 peft.save(directory, adapters, plan, *, names=None, layout='jax', replaced=None,

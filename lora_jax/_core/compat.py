@@ -157,6 +157,24 @@ def retyped(x: Any, sharding: NamedSharding) -> Any:
     return jax.sharding.reshard(x, sharding)
 
 
+def wait_for_processes(name: str, seconds: float) -> None:
+    """Waits until all processes have called this with the same name.
+
+    Raises:
+        RuntimeError: if some do not within this time.
+    """
+    from jax._src import distributed  # the public barrier waits without a limit
+
+    client: Any = distributed.global_state.client
+    for tries in range(2 if client else 0):
+        try:
+            return client.wait_at_barrier(name, round(1000 * seconds))
+        except RuntimeError as error:
+            # Once after a wait that failed, processes do not agree how many there were.
+            if tries or "INTERNAL" not in str(error):
+                raise
+
+
 def pads_sharded_axes() -> bool:
     """Whether XLA keeps the order of entries when a program pads a sharded axis."""
     return jax.__version_info__ >= (0, 9, 0)  # JAX 0.7.0 does not

@@ -246,8 +246,12 @@ def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
     return new
 
 
-def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
+def to_jax(
+    path: str | pathlib.Path, name: str, array: np.ndarray, sharding: Any = None
+) -> jax.Array:
     """Converts an array from a file to a JAX array of the same dtype.
+
+    With a sharding, each device gets its part of the array and no more.
 
     Raises:
         CheckpointError: if JAX would convert it to a narrower dtype.
@@ -258,7 +262,9 @@ def to_jax(path: str | pathlib.Path, name: str, array: np.ndarray) -> jax.Array:
             f"{jax.dtypes.canonicalize_dtype(array.dtype)}: allow 64 bits with "
             "jax.config.update('jax_enable_x64', True), or write the file in 32."
         )
-    return jnp.asarray(array)
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def to_numpy(name: str, value: Any) -> np.ndarray:
@@ -266,17 +272,11 @@ def to_numpy(name: str, value: Any) -> np.ndarray:
 
     Raises:
         TypeError: if it has no values, or a dtype that safetensors does not support.
-        ValueError: if a part of it is on devices of another process.
     """
     if isinstance(value, Tracer | jax.ShapeDtypeStruct):
         raise TypeError(
             f"{name} has no values to write, it is a {type(value).__name__}: save outside "
             "of jax.jit, and arrays."
-        )
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        raise ValueError(
-            f"{name} is spread over several processes: gather it first, for example with "
-            "jax.experimental.multihost_utils.process_allgather, and save in one process."
         )
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name} is a jax.random key: save its jax.random.key_data.")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from lora_jax._io import tensor_files
+from lora_jax._io import processes, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.layout import (
@@ -240,7 +240,7 @@ def leaf_values(path: str, leaf: Any, why: str) -> np.ndarray:
             f"{why}, so the values of {path!r} are needed, got a "
             f"{type(leaf).__name__}: give params with arrays."
         )
-    return np.asarray(leaf)
+    return processes.to_host(leaf)
 
 
 class Replaced:

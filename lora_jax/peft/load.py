@@ -34,6 +34,7 @@ from lora_jax.peft.tied import (
     without_frozen,
     without_twins,
 )
+from lora_jax.plan import trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
@@ -358,7 +359,7 @@ def replace_leaves(
         replaced: path to array, as `load` returns it.
 
     Returns:
-        A tree like `params`. New leaves have the dtypes of the leaves that they replace.
+        A tree like `params`. New leaves have the dtypes and shardings of the old leaves.
 
     Raises:
         KeyError: if params have no leaf at a path.
@@ -380,4 +381,4 @@ def _like(leaf: Any, array: jax.Array) -> jax.Array:
             f"the leaf must be an array of the shape {array.shape}, got "
             f"{getattr(leaf, 'shape', type(leaf).__name__)}."
         )
-    return array.astype(leaf.dtype)
+    return trained_leaves.as_leaf(leaf, array)

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
-from lora_jax._io import tensor_files
+from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.adapters import fill_up
 from lora_jax.peft.checkpoint import write_checkpoint
@@ -63,7 +63,8 @@ def save(
 
     An old adapter in the directory stays until the new one is on the disk. If the process
     stops while it saves, `load` reads the old or the new adapter. PEFT does too, or finds
-    no config. Only one process may save to a directory at a time.
+    no config. Only one process may save to a directory at a time. If arrays lie on devices
+    of several processes, all of them must call this, as `save_adapters`.
 
     Args:
         directory: to write `adapter_config.json` and `adapter_model.safetensors` in. It is
@@ -106,18 +107,22 @@ def save(
     checks.check_flags(uniform=uniform)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
     plan_checks.check_adapters(adapters, plan)
-    arrays: Mapping[str, Mapping[str, Any]]
-    arrays, plan, wholes = trained_leaves.split(adapters, plan)
-    wholes |= _checked_replaced(replaced or {}, wholes)
-    if uniform:
-        arrays, plan = _uniform(arrays, plan, dtype)
-    config, tensors = make_files(
-        arrays, plan, names, layout, wholes, base_model, task_type, dtype
-    )
-    _warn_of_patterns(config)
-    folder = pathlib.Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(folder, config, tensors)
+
+    def write(held: tuple[Adapters, Mapping[str, Any]]) -> None:
+        arrays: Mapping[str, Mapping[str, Any]]
+        arrays, own, wholes = trained_leaves.split(held[0], plan)
+        wholes |= _checked_replaced(held[1], wholes)
+        if uniform:
+            arrays, own = _uniform(arrays, own, dtype)
+        config, tensors = make_files(
+            arrays, own, names, layout, wholes, base_model, task_type, dtype
+        )
+        _warn_of_patterns(config)
+        folder = pathlib.Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(folder, config, tensors)
+
+    processes.write_once("peft.save", (adapters, replaced or {}), write)
 
 
 def _checked_replaced(

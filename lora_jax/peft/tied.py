@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from lora_jax._io import processes
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import SWAPPED, Site, from_torch, same_bits
@@ -94,7 +95,7 @@ def without_frozen(
         has_values = isinstance(leaf, jax.Array | np.ndarray)
         if not site.use or name not in arrays or not has_values or isinstance(leaf, Tracer):
             continue
-        values, array = np.asarray(leaf), arrays[name]
+        values, array = processes.to_host(leaf), arrays[name]
         if array.ndim == 2 and array.size == values.size:
             axes = site.own_axes.translate(SWAPPED if site.use == LOOKUP else {})
             with np.errstate(over="ignore"):

@@ -42,7 +42,7 @@ def dtype_of(leaf: Any, plan: AdapterPlan) -> Any:
 
 def values(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
     """The trained leaves by path, with the dtypes and shardings of the params' leaves."""
-    return {path: _as(leaves[path], adapters[path][VALUE]) for path in plan.trained}
+    return {path: as_leaf(leaves[path], adapters[path][VALUE]) for path in plan.trained}
 
 
 def put(params: tree_paths.Tree, adapters: Adapters, plan: AdapterPlan) -> tree_paths.Tree:
@@ -94,7 +94,7 @@ def restore(originals: Mapping[str, Any] | None, plan: AdapterPlan) -> dict[str,
     return dict(given)
 
 
-def _as(leaf: Any, value: Any) -> jax.Array:
+def as_leaf(leaf: Any, value: Any) -> jax.Array:
     """A value with the dtype and the sharding of a leaf."""
     value = jnp.asarray(value).astype(_dtype(leaf))
     if not isinstance(leaf, jax.Array):

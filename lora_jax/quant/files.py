@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from lora_jax._core import checks
-from lora_jax._io import record_files, tensor_files
+from lora_jax._io import processes, record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import tensors
 
@@ -26,6 +26,10 @@ _KIND = record_files.Kind("lora_jax quantized", version=1, writer="save_quantize
 
 def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
     """Saves quantized weights and arrays to a file, atomically.
+
+    As in `save_adapters`, all processes must call this if arrays lie on devices of several
+    processes. Each array is gathered to all devices, one after the other, and the host of
+    process 0 holds all of them.
 
     Args:
         file: its name should end in `.safetensors`. An existing file is replaced when the
@@ -38,8 +42,7 @@ def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
         OSError: if the file cannot be written.
         TypeError: if a leaf is neither an array nor a quantized tensor, has a format that
             is not registered, or has no values, as inside `jax.jit`.
-        ValueError: if two arrays would have the same name, or an array is spread over
-            several processes.
+        ValueError: if two arrays would have the same name.
 
     Example:
         >>> import tempfile, pathlib, jax.numpy as jnp, lora_jax.quant
@@ -51,22 +54,7 @@ def save_quantized(file: str | os.PathLike[str], tree: Any) -> None:
         {'query': Int8Tensor(shape=(64, 32), dtype=float32, block_size=None)}
     """
     path = _path(file)
-    arrays: dict[str, np.ndarray] = {}
-    record: dict[str, Any] = {}
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=tensors.is_quantized)[0]
-    for key, value in leaves:
-        name = jax.tree_util.keystr(key, simple=True, separator="/")
-        entry, parts = _parts(name, value)
-        clash = [part for part in parts if part in arrays]
-        if clash or name in record:
-            raise ValueError(
-                f"two arrays would have the name {(clash or [name])[0]!r}: rename a key."
-            )
-        record[name] = entry
-        arrays |= {
-            part: tensor_files.to_numpy(part, array) for part, array in parts.items()
-        }
-    record_files.write(path, _KIND, record, arrays)
+    processes.write_once("save_quantized", tree, functools.partial(_write, path))
 
 
 def load_quantized(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -115,6 +103,25 @@ def _path(file: Any) -> pathlib.Path:
             "save_quantized(file, tree)."
         )
     return pathlib.Path(file)
+
+
+def _write(path: pathlib.Path, tree: Any) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    record: dict[str, Any] = {}
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=tensors.is_quantized)[0]
+    for key, value in leaves:
+        name = jax.tree_util.keystr(key, simple=True, separator="/")
+        entry, parts = _parts(name, value)
+        clash = [part for part in parts if part in arrays]
+        if clash or name in record:
+            raise ValueError(
+                f"two arrays would have the name {(clash or [name])[0]!r}: rename a key."
+            )
+        record[name] = entry
+        arrays |= {
+            part: tensor_files.to_numpy(part, array) for part, array in parts.items()
+        }
+    record_files.write(path, _KIND, record, arrays)
 
 
 def _parts(name: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -216,6 +216,29 @@ def put(value: Any, sharding: Any) -> Any:
     return jax.lax.with_sharding_constraint(value, sharding)
 
 
+def on_device(tree: Any) -> Any:
+    """The arrays of a tree in the memory of their devices; they may be in the host's."""
+
+    def moved(x: Any) -> Any:
+        if isinstance(x, Tracer) or not isinstance(x, jax.Array):
+            return x
+        kind = next(iter(x.sharding.device_set)).default_memory().kind
+        if x.sharding.memory_kind in (None, kind):
+            return x
+        return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+    return jax.tree.map(moved, tree)
+
+
+def is_known(weight: Any) -> bool:
+    """Whether `parts` knows the sharding of a weight: not in a trace on automatic axes."""
+    array = jax.tree.leaves(weight)[0]
+    if not isinstance(array, Tracer):
+        return True
+    mesh = compat.mesh_of(jax.typeof(array))
+    return bool(mesh.axis_names) and {*mesh.axis_types} == {AxisType.Explicit}
+
+
 def parts(weight: Any) -> tuple[int, ...]:
     """How many parts each axis of a weight is split into; 1 if that is not known."""
     placed = _placed(weight)
@@ -252,13 +275,19 @@ def _count(axes: Any, sizes: Mapping[Any, int]) -> int:
 
 def _placed(weight: Any) -> tuple[tuple[Any, ...], Mapping[Any, int]] | None:
     """The mesh axes of each axis of a sharded weight, and their sizes; or None."""
-    if isinstance(weight, Tracer):
-        spec = compat.explicit_spec(weight)
-        return (spec, jax.typeof(weight).sharding.mesh.shape) if any(spec) else None
-    sharding = getattr(weight, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return None
-    return _padded(sharding.spec, len(weight.shape)), sharding.mesh.shape
+    array, n = weight, len(weight.shape)
+    if is_quantized(weight):
+        array, n = weight.array_with_axes()
+    if isinstance(array, Tracer):
+        spec, mesh = compat.explicit_spec(array), compat.mesh_of(jax.typeof(array))
+        if not any(spec):
+            return None
+    else:
+        sharding = getattr(array, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return None
+        spec, mesh = sharding.spec, sharding.mesh
+    return _padded(tuple(spec)[:n], len(weight.shape)), mesh.shape
 
 
 def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:

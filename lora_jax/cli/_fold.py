@@ -119,7 +119,7 @@ def _merge_rows(
         vanished += jnp.sum(lost.vanished)
         largest = jnp.maximum(largest, lost.largest)
         finite &= jnp.all(jnp.isfinite(merged))
-        result = parts.put(result, target.part, layout.from_low_rank(merged, own))
+        result = parts.put(result, target.part, merged)
     if all(target.part for target in targets):
         finite &= jnp.all(jnp.isfinite(result) == jnp.isfinite(rows))
     return result, vanished, largest, finite

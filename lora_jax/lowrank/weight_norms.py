@@ -14,7 +14,8 @@ layers compile it many times, so it has few operations. *Wide* means at least fl
 """
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ _TRUSTED = 2.0**-8
 # The largest number of rows or columns of the weight in one block of `_direct`.
 _BLOCK = 128
 
+Axis: TypeAlias = int | tuple[int, ...]
+"""The summed axis, counted from the last one; or several, if there are no factors."""
+
 
 def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
     """DoRA's factor `m / n`, wide; 1 with a zero gradient if `n` is zero."""
@@ -48,8 +52,10 @@ def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
     return jnp.sum(jnp.square(_wide(weight)), axis=axis)
 
 
-def weight_norm(weight: jax.Array, axis: int, update: jax.Array | None = None) -> jax.Array:
-    """`|W|` over `axis` (-2 or -1), or `|W + update|`, wide; differentiable."""
+def weight_norm(
+    weight: jax.Array, axis: Axis, update: jax.Array | None = None
+) -> jax.Array:
+    """`|W|` over `axis`, or `|W + update|`, wide; differentiable. Of any shape."""
     summed = weight if update is None else (weight, update)
     base = jnp.sum(jnp.square(_wide(summed)), axis=axis)
     return _norm(Matrix(summed), lax.stop_gradient(base), axis).value
@@ -127,7 +133,7 @@ class _Norm(NamedTuple):
     unit: jax.Array
 
 
-def _norms(matrix: Matrix, base: jax.Array, axis: int) -> _Norm:
+def _norms(matrix: Matrix, base: jax.Array, axis: Axis) -> _Norm:
     """The norms over `axis`. `base` is `|W|^2` over `axis`, without `columns`."""
     if _is_one_block(matrix, axis):
         return _direct(matrix, axis)
@@ -140,7 +146,7 @@ _norm = jax.custom_jvp(_norms, nondiff_argnums=(2,))
 
 
 @functools.partial(_norm.defjvp, symbolic_zeros=True)
-def _norm_jvp(axis: int, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
+def _norm_jvp(axis: Axis, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
     """Differentiates the factored square, whose derivative cancels less than the square."""
     matrix, base = primals
     norm = _norm(matrix, base, axis)
@@ -178,10 +184,10 @@ class _Squares(NamedTuple):
     least: jax.Array
 
 
-def _factored_squares(matrix: Matrix, base: jax.Array, axis: int) -> _Squares:
+def _factored_squares(matrix: Matrix, base: jax.Array, axis: Any) -> _Squares:
     """The factored squares. `base` is `|columns * weight|^2`."""
     weight, left, right, scale, columns = matrix
-    n = jax.tree.leaves(weight)[0].shape[axis]
+    n = _summed_entries(matrix, axis)
     info = jnp.finfo(base.dtype)
     # Each of the n products of a sum may lose a smallest normal number.
     lost = n * float(info.tiny) / float(info.eps)
@@ -217,7 +223,7 @@ def _are_right(squares: _Squares) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
-def _correction(squares: _Squares, matrix: Matrix, axis: int) -> _Norm:
+def _correction(squares: _Squares, matrix: Matrix, axis: Axis) -> _Norm:
     """The roots of the factored squares; if any square is wrong, the direct norms."""
     root = _root_of(squares)
     return lax.cond(
@@ -227,16 +233,23 @@ def _correction(squares: _Squares, matrix: Matrix, axis: int) -> _Norm:
     )
 
 
-def _is_one_block(matrix: Matrix, axis: int) -> bool:
+def _is_one_block(matrix: Matrix, axis: Axis) -> bool:
     """Whether the columns are so short that `_direct` computes them in one block.
 
     `_direct` then takes no more work than the factored square, has no branch, and is always
     accurate.
     """
-    return jax.tree.leaves(matrix.weight)[0].shape[axis] <= _BLOCK
+    return _summed_entries(matrix, axis) <= _BLOCK
 
 
-def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
+def _summed_entries(matrix: Matrix, axis: Axis) -> int:
+    """The number of entries that a norm sums over."""
+    shape = jax.tree.leaves(matrix.weight)[0].shape
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    return math.prod(shape[own] for own in axes)
+
+
+def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
     """The norms of the columns, computed from one block of the summed axis at a time.
 
     A loop over blocks needs `like`, an array with the sharding of the result.
@@ -246,7 +259,7 @@ def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
     the size of the axis, so an axis of prime size has blocks of one row.
     """
     weight, left, right, scale, columns = matrix
-    n = jax.tree.leaves(weight)[0].shape[axis]
+    n = _summed_entries(matrix, axis)
     size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
     count = n // size if left is not None else 1
 
@@ -279,20 +292,16 @@ def _direct(matrix: Matrix, axis: int, like: jax.Array | None = None) -> _Norm:
     return _safe_root(sums, n)
 
 
-def _sums(block: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+def _sums(block: jax.Array, axis: Axis) -> tuple[jax.Array, ...]:
     """The sums of squares over `axis` for small, ordinary and large entries.
 
     These are Blue's accumulators. Before squaring, entries are multiplied by a power of two
     that brings the squares of small or large entries into the range of the dtype.
     """
     step = _step(block.dtype)
-    scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
-    zeros = (jnp.zeros((), block.dtype),) * 3
-
-    def add(x, y):
-        return tuple(map(jnp.add, x, y))
-
-    return tuple(lax.reduce(tuple(scaled), zeros, add, (block.ndim + axis,)))
+    scaled = block * step, block, block * (1 / step)
+    # Not one `lax.reduce` of all three: a mesh would gather its partial sums.
+    return tuple(jnp.sum(jnp.square(x), axis) for x in scaled)
 
 
 def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
@@ -341,7 +350,7 @@ def _balanced(matrix: Matrix) -> Matrix:
     return matrix._replace(left=matrix.left / unit, right=matrix.right * unit)
 
 
-def _gained_square(matrix: Matrix, axis: int) -> jax.Array:
+def _gained_square(matrix: Matrix, axis: Axis) -> jax.Array:
     """`|columns * W|^2` over `axis`."""
     columns = jnp.expand_dims(matrix.columns, axis)
     return jnp.sum(jnp.square(_wide(matrix.weight) * columns), axis=axis)
@@ -360,7 +369,11 @@ def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax
     The product has the precision of the factor, float32 or wider. A bfloat16 weight is not
     widened. The factor is split into three bfloat16 parts whose sum it is, and one bfloat16
     product with float32 accumulation multiplies all three.
+
+    On a mesh the factor may lie whole where the weight is split. Without the barrier XLA
+    would then gather the weight. With it, XLA sums the products of the shards.
     """
+    factor = lax.optimization_barrier(factor)
     if weight.dtype != jnp.bfloat16 or factor.dtype != jnp.float32:
         return _product(factor, weight.astype(factor.dtype), axis, axis)
     parts, rest = [], factor

@@ -5,8 +5,10 @@ target. Outside a trace they are compiled, once for each kind of target, so that
 wider than the weight is kept. Their results have the sharding of the weight.
 """
 
+import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -15,9 +17,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, compat, numerics, quantized
+from lora_jax._core import checks, compat, numerics, placement, quantized
 from lora_jax.layers.lora import Adapter
 from lora_jax.lowrank import weight_norms
+from lora_jax.lowrank.low_rank import LowRank
 from lora_jax.plan import layout, parts, stacks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -75,102 +78,168 @@ def _automatic(keeps: bool) -> Callable[[F], F]:
     return decorate
 
 
-def _of_part(function: F) -> F:
-    """Applies a function of a weight and its target to the adapted part alone."""
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A target, and how its weight may be used.
 
-    @functools.wraps(function)
-    def wrapped(weight, *rest):
-        *others, target = rest
-        return function(stacks.take(weight, target), *others, target.alone)
+    Attributes:
+        target: of the plan.
+        in_place: whether the weight is neither sliced nor folded, because a mesh splits an
+            axis so that the slice or the fold would move the weight. The update of a part
+            is then padded with zeros to the shape of the weight.
+    """
 
-    return cast(F, wrapped)
+    target: Target
+    in_place: bool
+
+    def take(self, weight: Any) -> jax.Array:
+        """The adapted part; in place, the whole weight."""
+        return weight if self.in_place else parts.take(weight, self.target.part)
+
+    def put(self, weight: jax.Array, result: jax.Array) -> jax.Array:
+        """The weight with its adapted part replaced by what is in the result."""
+        part, shape = self.target.part, self.target.shape
+        if part and self.in_place:
+            return jnp.where(parts.mask(part, shape), result, weight)
+        return parts.put(weight, part, result)
+
+    def adapter(
+        self, adapter: Mapping[str, jax.Array]
+    ) -> tuple[Mapping[str, jax.Array], Target]:
+        """The adapter of what `take` returns, and its target."""
+        if self.in_place and self.target.part:
+            return layout.of_whole(adapter, self.target)
+        return adapter, self.target.alone
+
+    def value(self, weight: jax.Array, adapter: Mapping[str, jax.Array]) -> LowRank:
+        """What `take` returns and its update."""
+        return layout.low_rank(self.take(weight), *self.adapter(adapter))
 
 
-def _in_part(fold: F) -> F:
-    """Applies a function to the adapted part, and puts the result into the weight."""
+def own(weight: Any, target: Target) -> Own:
+    """Tells how a weight may be used, from its sharding.
 
-    @functools.wraps(fold)
-    def wrapped(weight, adapter, norm, target):
-        if not target.part:
-            return fold(weight, adapter, norm, target)
-        result = fold(parts.take(weight, target.part), adapter, norm, target.alone)
-        return parts.put(weight, target.part, result)
+    In a trace on automatic mesh axes the sharding is not known. There no axis is sliced but
+    batch axes, and no weight is folded.
+    """
+    cut = parts.cut_axes(target.part, target.shape)
+    split = placement.parts(weight)
+    known = placement.is_known(weight)
+    folded = [
+        axis
+        for side in (target.in_axes, target.out_axes)
+        for axis in [axis for axis in side if target.shape[axis] > 1][1:]
+    ]
+    moved = [
+        split[axis] > 1 or not (known or axis in target.batch_axes)
+        for axis in (*cut, *folded)
+    ]
+    return Own(target, any(moved))
 
-    return cast(F, wrapped)
 
-
-@_compiled
-@_of_part
 def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
     """The column norms of the adapted weight, `(*batch, out)`.
 
     The adapter may be empty if its update is zero.
     """
     factors = {name: value for name, value in adapter.items() if name != "m"}
-    return stacks.map_entries(_column_norm, weight, factors, target)
+    how = own(weight, target)
+    return _column_norms(*placement.on_device((weight, factors)), how)
+
+
+@_compiled
+def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> jax.Array:
+    target = own.target
+    if not own.in_place:
+        weight = stacks.take(weight, target)
+        return stacks.map_entries(_column_norm, weight, factors, target.alone)
+    mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
+    factors, whole = compat.automatically(own.adapter, mesh, factors)
+    norms = stacks.map_entries(_column_norm_in_place, weight, factors, whole)
+    axes = (*target.batch_axes, *target.out_axes)
+    sizes, entries = target.shape, parts.entries(target.part, target.shape)
+    norms = norms.reshape([sizes[axis] for axis in axes])
+    norms = parts.take(norms, parts.as_text([entries[axis] for axis in axes], norms.shape))
+    batch, (_, n_out) = target.matrix_shape[:-2], target.matrix_shape[-2:]
+    return norms.reshape(*batch, n_out)
 
 
 @_automatic(keeps=False)
 def _column_norm(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> jax.Array:
+    return layout.low_rank_matrix(weight, adapter, target).norms()
+
+
+@_automatic(keeps=False)
+def _column_norm_in_place(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> jax.Array:
     return layout.low_rank(weight, adapter, target).norms()
 
 
 @_automatic(keeps=True)
-@_in_part
 def merge(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, target: Target
+    weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, own: Own
 ) -> jax.Array:
     """The weight with its adapter merged. `norm` is unused; only `unmerge` needs it."""
     del norm
-    merged = layout.low_rank(weight, adapter, target).merge()
-    return layout.from_low_rank(merged, target)
+    return own.put(weight, own.value(weight, adapter).merge())
 
 
 @_automatic(keeps=True)
-@_in_part
 def unmerge(
     weight: jax.Array,
     adapter: Mapping[str, jax.Array],
     norm: jax.Array | None,
-    target: Target,
+    own: Own,
 ) -> jax.Array:
     """The weight from before its adapter was merged."""
-    restored = layout.low_rank(weight, adapter, target).unmerge(norm)
-    return layout.from_low_rank(restored, target)
+    if norm is not None:
+        norm = own.adapter({"m": norm})[0]["m"]
+    return own.put(weight, own.value(weight, adapter).unmerge(norm))
 
 
-@functools.partial(_compiled, static_argnums=3)
 def merge_loss(
     weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
 ) -> MergeLoss:
     """The rounding loss of `merge`; with `requantize`, the quantization loss as well."""
-    like = weight if requantize and quantized.is_quantized(weight) else None
-    return _merge_loss(weight, adapter, target, like)
+    requantize = requantize and quantized.is_quantized(weight)
+    how = own(weight, target)
+    return _compiled_loss(*placement.on_device((weight, adapter)), how, requantize)
+
+
+@functools.partial(_compiled, static_argnums=3)
+def _compiled_loss(
+    weight: Any, adapter: Mapping[str, jax.Array], own: Own, requantize: bool
+) -> MergeLoss:
+    return _merge_loss(weight, adapter, own, weight if requantize else None)
 
 
 @_automatic(keeps=False)
 def _merge_loss(
     weight: jax.Array,
     adapter: Mapping[str, jax.Array],
-    target: Target,
+    own: Own,
     like: quantized.QuantizedTensor | None,
 ) -> MergeLoss:
-    part, own = parts.take(weight, target.part), target.alone
-    value = layout.low_rank(part, adapter, own)
-    merged, before = value.merge(), value.weight
+    value = own.value(weight, adapter)
+    result, before, update = own.put(weight, value.merge()), value.weight, value.change()
     if like is not None:
-        whole = parts.put(weight, target.part, layout.from_low_rank(merged, own))
-        stored = quantized.as_dense(like.quantize_like(whole))
-        merged = layout.low_rank(parts.take(stored, target.part), {}, own).weight
-    update = value.change()
+        result = quantized.as_dense(like.quantize_like(result))
+    merged = own.take(result)
+    if own.in_place:  # nothing outside of the part counts
+        update = own.put(jnp.zeros_like(update), update)
     lost = rounding_loss(update, before, merged)
     # Accurate for float32 weights too: the difference is exact if the update is smaller.
     error = update - (merged.astype(update.dtype) - before.astype(update.dtype))
+    if own.in_place:
+        error = own.put(jnp.zeros_like(error), error)
     norm, error = (_frobenius(x) for x in (update, error))
+    entries = math.prod(own.target.alone.shape)
     return MergeLoss(
-        vanished=jnp.mean(lost.vanished.astype(update.dtype)),
+        vanished=jnp.sum(lost.vanished.astype(update.dtype)) / entries,
         largest_vanished=lost.largest,
         relative_error=jnp.where(norm == 0, norm, error / jnp.where(norm == 0, 1, norm)),
     )
@@ -202,8 +271,8 @@ def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> Ro
 
 
 def _frobenius(x: jax.Array) -> jax.Array:
-    """The Frobenius norm."""
-    return weight_norms.weight_norm(x.reshape(-1, 1), -2)[0]
+    """The Frobenius norm. The array is not flattened, because a mesh may split any axis."""
+    return weight_norms.weight_norm(x, tuple(range(-x.ndim, 0)))
 
 
 def fold_all(
@@ -296,19 +365,28 @@ def _run(
         The result, with the sharding of the weight, and flags for finite values; inside a
         trace None in place of the flags.
     """
+    how = own(weight, target)
     if _is_traced(weight, adapter, norm):
-        return fold(weight, dict(adapter), norm, target), None
-    sharding = getattr(weight, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        sharding = None
-    donate = donate and isinstance(weight, jax.Array)
-    return _compiled_fold(fold, sharding, donate)(weight, dict(adapter), norm, target)
+        return fold(weight, dict(adapter), norm, how), None
+    given = getattr(jax.tree.leaves(weight)[0], "sharding", None)
+    if isinstance(given, NamedSharding):
+        given = placement.sharding_of(weight)
+    here, adapter, norm = placement.on_device((weight, dict(adapter), norm))
+    sharding = placement.sharding_of(here) if isinstance(given, NamedSharding) else None
+    is_copy = isinstance(weight, jax.Array) and here is not weight
+    donated = is_copy or (donate and isinstance(weight, jax.Array))
+    result, finite = _compiled_fold(fold, sharding, donated)(here, adapter, norm, how)
+    if given is not None and given.memory_kind != result.sharding.memory_kind:
+        result = jax.device_put(result, given)
+    if is_copy and donate:
+        weight.delete()
+    return result, finite
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled_fold(fold: Fold, sharding: NamedSharding | None, donate: bool) -> Any:
-    def folded(weight, adapter, norm, target):
-        result = fold(weight, adapter, norm, target)
+    def folded(weight, adapter, norm, how):
+        result = fold(weight, adapter, norm, how)
         return result, Finite(*map(_is_finite, (result, weight, adapter)))
 
     donated = (0,) if donate else ()

@@ -1,18 +1,21 @@
 """A weight of any layout as a matrix, and back.
 
-`to_matrix` gives `(*batch, in, out)`. For arithmetic, `low_rank` does not transpose a
+`to_matrix` gives `(*batch, in, out)`. For norms, `low_rank_matrix` does not transpose a
 weight whose axes have the order batch, output, input, which would copy it. There the matrix
 is `(*batch, out, in)`: its update is `scale * B^T A^T`, and the norms of the weight's
 columns are norms of its rows.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
-from lora_jax.lowrank.low_rank import LowRank
-from lora_jax.plan.adapter_plan import Target
+from lora_jax.lowrank.low_rank import Axes, LowRank
+from lora_jax.plan import parts
+from lora_jax.plan.target import Target
 
 _Sides = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -28,6 +31,22 @@ def from_matrix(matrix: jax.Array, target: Target) -> jax.Array:
 
 
 def low_rank(
+    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
+) -> LowRank:
+    """The weight and its update, in the weight's own layout.
+
+    Args:
+        weight: dense or quantized.
+        adapter: of the weight. It may be empty.
+        target: of the weight.
+    """
+    axes = Axes(target.batch_axes, target.in_axes, target.out_axes)
+    n = len(target.batch_axes)
+    is_matrix = axes == (tuple(range(n)), (n,), (n + 1,))
+    return LowRank(weight, adapter, target.scale, axes=None if is_matrix else axes)
+
+
+def low_rank_matrix(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> LowRank:
     """The weight and its update as matrices, transposed only where the order requires it.
@@ -49,13 +68,31 @@ def low_rank(
     return LowRank(matrix, adapter, target.scale, axis=-1)
 
 
-def from_low_rank(matrix: jax.Array, target: Target) -> jax.Array:
-    """The weight of which `low_rank` has the matrix."""
-    return _unfolded(matrix, target, _sides(target))
+def of_whole(
+    adapter: Mapping[str, jax.Array], target: Target
+) -> tuple[dict[str, jax.Array], Target]:
+    """The adapter and target of the whole weight whose update is that of a part of it.
+
+    Factors are padded with zeros, and vectors of the outputs with ones.
+    """
+    entries = parts.entries(target.part, target.shape)
+    whole = dataclasses.replace(target, part="", use="", method="dora")
+    batch, ins, outs, rank = target.batch_axes, target.in_axes, target.out_axes, -1
+    sizes = {rank: target.rank, **dict(enumerate(map(parts.count, entries)))}
+    axes = {"A": (*batch, *ins, rank), "B": (*batch, rank, *outs), "m": (*batch, *outs)}
+
+    def padded(name: str, array: jax.Array) -> jax.Array:
+        array = jnp.asarray(array).reshape([sizes[axis] for axis in axes[name]])
+        fill = float(name == "m")
+        array = parts.spread(array, axes[name], entries, target.shape, fill)
+        return array.reshape(whole.adapter_shapes[name])
+
+    padded_adapter = {name: padded(name, array) for name, array in adapter.items()}
+    return padded_adapter, dataclasses.replace(whole, method=target.method)
 
 
 def _sides(target: Target) -> _Sides:
-    """The axes that the two last axes of the matrix in `low_rank` are made of."""
+    """The axes that the two last axes of the matrix in `low_rank_matrix` are made of."""
     straight = target.in_axes, target.out_axes
     turned = target.out_axes, target.in_axes
     orders = [(*target.batch_axes, *sides[0], *sides[1]) for sides in (straight, turned)]

@@ -42,7 +42,7 @@ def constant_norm(
 
 def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """The norms of one weight."""
-    value = layout.low_rank(jnp.asarray(weight), adapter, target)
+    value = layout.low_rank_matrix(jnp.asarray(weight), adapter, target)
     return _CALLS[value.axis](value.matrix())
 
 

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from lora_jax.lowrank.low_rank import LowRank
 from lora_jax.plan import layout
 from lora_jax.plan.target import Target
+from tests import reference, support
 from tests.support import straight
 
 # shape, in, out, batch, flipped
@@ -30,29 +32,38 @@ def make(name, method="lora"):
 
 
 def as_low_rank(weight, target):
-    return layout.low_rank(weight, {}, target).weight
+    return layout.low_rank_matrix(weight, {}, target).weight
 
 
-WAYS = {
-    "straight": (layout.to_matrix, layout.from_matrix),
-    "low rank": (as_low_rank, layout.from_low_rank),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_matrix_and_back(name, way):
+def test_matrix_and_back(name):
     target, weight, flipped = make(name)
-    there, back = WAYS[way]
     want = straight(weight, target)
-    if flipped and way == "low rank":
-        want = want.swapaxes(-1, -2)
-    matrix = there(weight, target)
+    matrix = layout.to_matrix(weight, target)
     assert isinstance(matrix, np.ndarray)
     np.testing.assert_array_equal(matrix, want)
-    np.testing.assert_array_equal(jax.jit(there)(weight, target), want)
-    np.testing.assert_array_equal(back(matrix, target), weight)
-    np.testing.assert_array_equal(jax.jit(back)(matrix, target), weight)
+    np.testing.assert_array_equal(jax.jit(layout.to_matrix)(weight, target), want)
+    np.testing.assert_array_equal(layout.from_matrix(matrix, target), weight)
+    np.testing.assert_array_equal(jax.jit(layout.from_matrix)(matrix, target), weight)
+    want = want.swapaxes(-1, -2) if flipped else want
+    np.testing.assert_array_equal(as_low_rank(weight, target), want)
+    np.testing.assert_array_equal(jax.jit(as_low_rank)(weight, target), want)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_weight_in_its_own_layout(name):
+    target, weight, _ = make(name, "dora")
+    adapter: dict = {k: support.draw(*s) for k, s in target.adapter_shapes.items()}
+    value = layout.low_rank(weight, adapter, target)
+    matrix = LowRank(straight(weight, target).astype("float32"), adapter, target.scale)
+    support.assert_close(value.norms(), reference.f64(matrix.norms()), 8)
+    for method in ("merge", "change"):
+        got = straight(getattr(value, method)(), target)
+        want = reference.f64(getattr(matrix, method)())
+        support.assert_close(got, want, 8, "float32")
+    got = straight(value.unmerge(value.norms()), target)
+    want = reference.f64(matrix.unmerge(matrix.norms()))
+    support.assert_close(got, want, 64, "float32")
 
 
 @pytest.mark.parametrize("name", ["in out", "out in", "in heads width", "stacked out in"])
@@ -67,7 +78,7 @@ def test_adapter_of_the_matrix(name):
     target, weight, flipped = make(name, "dora")
     rng = np.random.default_rng(0)
     adapter: dict = {k: rng.normal(size=s) for k, s in target.adapter_shapes.items()}
-    value = layout.low_rank(weight, adapter, target)
+    value = layout.low_rank_matrix(weight, adapter, target)
     want = adapter["A"] @ adapter["B"]
     got = value.adapter["A"] @ value.adapter["B"]
     np.testing.assert_allclose(got, want.swapaxes(-1, -2) if flipped else want, 1e-12)

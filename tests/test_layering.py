@@ -21,7 +21,11 @@ ORDER = (
     {"__init__", "__main__"},
 )
 # Packages that are extras, imported where they are needed.
-EXTRAS = {"_io/tensor_files.py": {"safetensors"}, "cli/_terminal.py": {"tqdm"}}
+EXTRAS = {
+    "_io/tensor_files.py": {"safetensors"},
+    "cli/_terminal.py": {"tqdm"},
+    "quant/gguf.py": {"gguf"},
+}
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

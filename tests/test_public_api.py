@@ -81,6 +81,9 @@ quant.quantize_nf4(weight, block_size=64, scaler_block_size=256, *, codec='torch
 quant.quantize_int8(weight, *, block_size=None, batch_axes=0)
 quant.quantize_fp8(weight, *, batch_axes=0)
 quant.dequantize(quantized, dtype=None)
+quant.load_gguf(path, patterns='*', *, stack=False, dense=(), rope_heads=None,
+      shardings=None, dtype=<class 'jax.numpy.float32'>)
+quant.load_gguf_metadata(path)
 accept_quantized(fn)
 quantize_params(params, patterns, format='nf4', *, batch_axes={}, plan=None, donate=False,
       **settings)

@@ -9,6 +9,7 @@ GUIDES = ROOT / "docs" / "guides"
 PACKAGES = {
     "checkpoints": "orbax.checkpoint",
     "equinox": "equinox",
+    "gguf": "gguf",
     "haiku": "haiku",
     "huggingface": "transformers",
     "keras": "keras",

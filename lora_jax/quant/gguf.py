@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -258,13 +259,39 @@ def _open(path: pathlib.Path) -> Any:
         ) from None
 
     class Reader(gguf.GGUFReader):
-        """Names the tensor in errors, and does not read behind the end of the file."""
+        """Names the tensor in errors, and does not read behind the end of the file.
+
+        A tokenizer has some 100,000 strings and numbers, and the package makes arrays of
+        each. Here they are slices of the file, in a tenth of the time.
+        """
 
         def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **kw: Any):
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
             if end > len(self.data):
                 raise ValueError(f"it has {len(self.data)} bytes, and needs {end}")
             return super()._get(offset, dtype, count, *order, **kw)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            kinds = gguf.GGUFValueType
+            if self.byte_order == "S":
+                raise ValueError("it has the byte order of another machine")
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind = kinds(self._get(orig_offs, np.uint32)[0])
+            count, place = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+            if kind in self.gguf_scalar_to_np:
+                array = self._get(place, self.gguf_scalar_to_np[kind], count)
+                return 12 + array.nbytes, [array], [0], [raw_type, kind]
+            if kind != kinds.STRING:  # arrays of arrays
+                return super()._get_field_parts(orig_offs, raw_type)
+            data, parts = self.data.data, []
+            for _ in range(count):
+                start = place + 8
+                place = start + int.from_bytes(data[place:start], sys.byteorder)
+                if place > len(data):
+                    raise ValueError(f"it has {len(data)} bytes, and needs {place}")
+                parts.append(data[start:place])
+            return place - orig_offs, parts, range(count), [raw_type, kind]
 
         def _build_tensors(self, start_offs: int, fields: Sequence[Any]) -> None:
             found: list[Any] = []
@@ -279,8 +306,6 @@ def _open(path: pathlib.Path) -> Any:
     with _as_checkpoint_error(path):
         reader = Reader(path)
         names = [tensor.name for tensor in reader.tensors]
-        if reader.byte_order == "S":
-            raise ValueError("it has the byte order of another machine")
         if len(set(names)) < len(names):
             raise ValueError("two of its tensors have one name")
     return reader

@@ -124,11 +124,11 @@ def load_for(
         on_tied="allow",  # the settings of the model have been read
     )
     _check_any(placement, contents.directory, base, matching)
-    rows = placement.table().rows
+    sites = placement.sites.values()
     with leaving_out():
         loaded = assemble(placement, matching.strict, dtype=dtype, on_tied="allow")
-    modules = {row.module: row.path for row in rows}
-    axes = {row.path: row.letters for row in rows}
+    modules = {site.name: site.target for site in sites}
+    axes = {site.target: site.letters for site in sites}
     return Loaded(*loaded, modules, axes, placement.problems.lines)
 
 

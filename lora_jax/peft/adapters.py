@@ -73,13 +73,13 @@ def make_adapters(
             if bias is not None:
                 add_bias(replaced, places, site, bias, scale)
             own = from_peft(module.kind, site.own_axes, module.experts, arrays)
-            alike = groups.setdefault((site.suffix, own["A"].shape[-1], scale), {})
+            alike = groups.setdefault((site.target, own["A"].shape[-1], scale), {})
             alike[site.indices] = _Module(site, module.kind, own, scale)
         if config.changes_base:
             _change_bases(config, by_path.get(path, ()), modules, replaced)
         pieces = (
-            (suffix, [parts.indices_of(entry)[0] for entry in box], box, alike)
-            for (suffix, *_), alike in groups.items()
+            (target, [parts.indices_of(entry)[0] for entry in box], box, alike)
+            for (target, *_), alike in groups.items()
             for box in boxes(alike)
         )
         for *_, box, alike in sorted(pieces, key=lambda piece: piece[:2]):
@@ -136,8 +136,7 @@ def _adapter(
         part=parts.as_text(site.region(shape, box), shape),
         use=site.use,
     )
-    given = places.gives_axes(site.name) or places.gives_axes(site.module)
-    return Placed(arrays, target, use_of(kind, axes, given))
+    return Placed(arrays, target, use_of(kind, axes, site.given))
 
 
 def _change_bases(

@@ -6,6 +6,7 @@ that an initialization changed, replace leaves too.
 
 import contextlib
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,6 @@ from lora_jax.peft.layout import (
     has_room,
     same_bits,
     shared_readings,
-    size_of,
     stacked_readings,
     to_matrix,
     torch_forms,
@@ -369,9 +369,9 @@ def put_rows(
     width, given = rows.shape[1], places.given(module)
     found = places.search(split_name(module), (WEIGHT,))
     paths = [given.path] if given else [each.path for each in found]
-    counts = {size_of(places.shape(path)) // max(width, 1) for path in paths}
+    counts = {math.prod(places.shape(path)) // max(width, 1) for path in paths}
     shape = (counts.pop() if len(counts) == 1 else 0, width)
-    if given and size_of(places.shape(given.path)) != size_of(shape):
+    if given and math.prod(places.shape(given.path)) != math.prod(shape):
         raise CheckpointError(
             f"{module!r} has rows of {width} entries, and {given.path!r} has the "
             f"shape {places.shape(given.path)}: it has no such rows."

@@ -68,11 +68,18 @@ class Site(NamedTuple):
     """The part of the leaf that holds the module, or a stack of modules; as in `Target`."""
     use: str = ""
     """The use of the leaf that the module is, `"lookup"` or `"product"`; empty for all."""
+    given: bool = False
+    """Whether the caller gave the axes."""
 
     @property
-    def suffix(self) -> str:
-        """What follows the path of the leaf in `names`, and in the path of a target."""
-        return self.part + (f"@{self.use}" if self.use else "")
+    def target(self) -> str:
+        """The path with part and use, as in `names` and in a plan."""
+        return self.path + self.part + (f"@{self.use}" if self.use else "")
+
+    @property
+    def letters(self) -> str:
+        """The letters of the axes, with fields if several axes have an index."""
+        return Reading(self.axes, self.stack).fields(self.fields)
 
     def region(self, shape: tuple[int, ...], stack: Iterable[Entry] = ()) -> list[Entry]:
         """What the module has of each axis of a leaf of some shape.
@@ -110,44 +117,62 @@ def readings(
     shape: tuple[int, ...],
     kind: Kind,
     dims: Dims,
-    layout: Layout,
+    layout: Layout | Literal["turned"],
     *,
     fan_in_fan_out: bool = False,
     count: int = 0,
 ) -> tuple[Reading, ...]:
     """All ways to see a leaf as the weight of a module, by its shape.
 
-    Args:
-        shape: of the leaf.
-        kind: of the module.
-        dims: the sizes of the module's weight.
-        layout: `"jax"` or `"torch"`.
-        fan_in_fan_out: decides whether a square weight of PyTorch is `(in, out)`.
-        count: the number of indexes in the module's name; as in `stacked_readings`.
+    `count` is the number of indexes in the module's name. `fan_in_fan_out` decides whether
+    a square weight of PyTorch is `(in, out)`. `"turned"` has outputs in front.
     """
     if count > _MOST_STACKED:
         return ()
-    return stacked_readings(
-        shape, count, lambda _, own: _unstacked(own, kind, dims, layout, fan_in_fan_out)
-    )
+
+    def letters_of(_: Index, own: tuple[int, ...]) -> list[str]:
+        straight, turned = (_first_fit(own, kind, dims, t) for t in (False, True))
+        if layout == "jax" or (layout == "torch" and kind == "embedding"):
+            return straight
+        if layout == "turned" or kind == "convolution":
+            return turned
+        if kind == "experts":
+            return straight + turned
+        turned = turned if own == (dims.n_out, dims.n_in) else []
+        return (straight if fan_in_fan_out or not turned else turned) or turned
+
+    return stacked_readings(shape, count, letters_of)
+
+
+@functools.lru_cache(maxsize=4096)
+def known_readings(
+    shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, count: int
+) -> tuple[Reading, ...]:
+    """All ways to see a leaf with known axes as the weight of a module."""
+
+    def letters_of(stack: Index, own: tuple[int, ...]) -> list[str]:
+        letters = "".join(x for axis, x in enumerate(axes) if axis not in stack)
+        batch = all(axes[axis] == "b" for axis in stack)
+        return [letters] if batch and _fits(own, letters, kind, dims) else []
+
+    if len(axes) != len(shape):
+        return ()
+    return stacked_readings(shape, count, letters_of, anywhere=True)
 
 
 def stacked_readings(
     shape: tuple[int, ...],
     count: int,
     letters_of: Callable[[Index, tuple[int, ...]], Iterable[str]],
+    *,
+    anywhere: bool = False,
 ) -> tuple[Reading, ...]:
-    """All ways to see a leaf as a stack of arrays.
+    """All ways to see a leaf as a stack of arrays along `count` axes.
 
-    Args:
-        shape: of the leaf.
-        count: the number of axes of the stack.
-        letters_of: from these axes, and the shape of one array, to the letters of the
-            array's axes; empty letters for an array in PyTorch's layout.
-
-    Returns:
-        The ways that differ in more than an axis of size 1. An index may be on any axis;
-        several are on the first axes, in any order, if that fits.
+    `letters_of` takes these axes and the shape of one array, and returns the letters that
+    the axes of the array may have; empty letters for an array in PyTorch's layout. Ways
+    that differ in an axis of size 1 only are one way. One index may be on any axis. Several
+    are on the first axes, in any order, if that fits and `anywhere` is false.
     """
     found: dict[object, Reading] = {}
     for stack in itertools.permutations(range(len(shape)), count):
@@ -155,142 +180,56 @@ def stacked_readings(
         for letters in letters_of(stack, rest):
             own = iter(letters)
             full = ("b" if a in stack else next(own, "") for a in range(len(shape)))
-            axes = "".join(full) if letters else ""
-            found.setdefault(_essence(shape, axes, stack), Reading(axes, stack))
+            reading = Reading("".join(full) if letters else "", stack)
+            found.setdefault(_essence(shape, reading), reading)
     first = [each for each in found.values() if max(each.stack, default=0) < count]
-    return tuple(first if count > 1 and first else found.values())
+    return tuple(first if count > 1 and first and not anywhere else found.values())
 
 
-def _essence(shape: tuple[int, ...], axes: str, stack: tuple[int, ...]) -> object:
+def _essence(shape: tuple[int, ...], reading: Reading) -> object:
     """A key that is equal for readings that see the same matrices."""
+    axes, stack = reading
     own = ((a, letter) for a, letter in enumerate(axes) if a not in stack)
     letters = tuple((a, letter) for a, letter in own if shape[a] > 1)
     return letters, tuple(axis if shape[axis] > 1 else None for axis in stack)
 
 
-@functools.lru_cache(maxsize=4096)
-def known_readings(
-    shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, count: int
-) -> tuple[Reading, ...]:
-    """All ways to see a leaf as the weight of a module, if its axes are known.
+def _first_fit(
+    shape: tuple[int, ...], kind: Kind, dims: Dims, turned: bool = False
+) -> list[str]:
+    """The letters that the axes of one module's weight have in JAX, if they fit.
 
-    Args:
-        shape: of the leaf.
-        axes: one letter for each axis, as in `LoraConfig.axes`.
-        kind: of the module.
-        dims: the sizes of the module's weight.
-        count: the number of indexes in the module's name.
+    Inputs and then outputs: `(in, out)`, `(d, heads, k)`, `(*kernel, in, out)`,
+    `(experts, in, out)`. A single expert may have no axis. If `turned` is true, outputs are
+    in front, as in PyTorch.
     """
-    batch = [axis for axis, letter in enumerate(axes) if letter == "b"]
-    found: dict[object, Reading] = {}
+    inner = len(shape) - 1
+    options = ["i" * n + "o" * (inner + 1 - n) for n in range(1, inner + 1)]
+    if kind == "convolution":
+        options = ["o" + "i" * inner] if turned else options[-1:]
+    elif kind == "experts":
+        options = ["b" * (inner - 1) + ("oi" if turned else "io")]
+    elif turned:
+        options = [x.translate(SWAPPED) for x in options if kind == "linear"]
+    return [x for x in options if _fits(shape, x, kind, dims)][:1]
+
+
+def _fits(shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims) -> bool:
+    """Whether axes with some letters have the sizes of a module's weight."""
     if len(axes) != len(shape):
-        return ()
-    for stack in itertools.permutations(batch, count):
-        if _sizes_fit(shape, axes, dims, stack) and _kernel_fits(
-            shape, axes, kind, dims, stack
-        ):
-            found.setdefault(_essence(shape, axes, stack), Reading(axes, stack))
-    return tuple(found.values())
-
-
-def _sizes_fit(
-    shape: tuple[int, ...], axes: str, dims: Dims, stack: tuple[int, ...]
-) -> bool:
-    sizes: dict[str, list[int]] = {letter: [] for letter in "iob"}
-    for axis, (letter, size) in enumerate(zip(axes, shape, strict=True)):
-        if axis not in stack:
-            sizes[letter].append(size)
-    experts = sizes["b"]
+        return False
+    pairs = [*zip(axes, shape, strict=True)]
+    inner, outer, experts = ([n for x, n in pairs if x == own] for own in "iob")
+    if kind == "convolution":  # the order of the axes of the kernel counts
+        last = axes[-1:] == "o"
+        kernel = [*dims.kernel, dims.n_in] if last else [dims.n_in, *dims.kernel]
+        if inner != kernel or not (last or axes[:1] == "o"):
+            return False
     return (
-        math.prod(sizes["i"]) == dims.n_in * math.prod(dims.kernel)
-        and math.prod(sizes["o"]) == dims.n_out
+        math.prod(inner) == dims.n_in * math.prod(dims.kernel)
+        and math.prod(outer) == dims.n_out
         and (experts == [dims.experts] or (not experts and dims.experts < 2))
     )
-
-
-def _kernel_fits(
-    shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims, stack: tuple[int, ...]
-) -> bool:
-    """Whether the axes of a convolution's kernel have the order of a supported layout."""
-    if kind != "convolution":
-        return True
-    own = [(n, axes[a]) for a, n in enumerate(shape) if a not in stack]
-    inner = tuple(n for n, letter in own if letter == "i")
-    if own[-1][1] == "o":
-        return inner == (*dims.kernel, dims.n_in)
-    return own[0][1] == "o" and inner == (dims.n_in, *dims.kernel)
-
-
-def _unstacked(
-    shape: tuple[int, ...], kind: Kind, dims: Dims, layout: Layout, fan_in_fan_out: bool
-) -> list[str]:
-    """The letters that the axes of one module's weight may have."""
-    if kind == "convolution":
-        return _only(_convolution(shape, dims, layout))
-    if kind == "experts":
-        return _experts(shape, dims, layout)
-    if kind == "embedding" or layout == "jax":
-        return _only(_in_out(shape, dims))
-    straight, turned = _in_out(shape, dims), _out_in(shape, dims)
-    if straight and turned:
-        return [straight if fan_in_fan_out else turned]
-    return _only(straight or turned)
-
-
-def turned_readings(
-    shape: tuple[int, ...], kind: Kind, dims: Dims, count: int
-) -> tuple[Reading, ...]:
-    """The readings of a leaf that has not the layout `"jax"` but is turned."""
-    if kind == "linear":
-        other = Dims(dims.n_out, dims.n_in)
-        found = readings(shape, "linear", other, "jax", count=count)
-        return tuple(each._replace(axes=each.axes.translate(SWAPPED)) for each in found)
-    if kind == "convolution":
-        return readings(shape, kind, dims, "torch", count=count)
-    if kind == "experts":
-        found = readings(shape, kind, dims, "torch", count=count)
-        return tuple(each for each in found if each.axes.find("o") < each.axes.find("i"))
-    return ()
-
-
-def _only(letters: str | None) -> list[str]:
-    return [] if letters is None else [letters]
-
-
-def _in_out(shape: tuple[int, ...], dims: Dims) -> str | None:
-    """Inputs and then outputs: `(in, out)`, `(d, heads, k)`, `(heads, k, d)`."""
-    for split in range(1, len(shape)):
-        if math.prod(shape[:split]) == dims.n_in and math.prod(shape[split:]) == dims.n_out:
-            return "i" * split + "o" * (len(shape) - split)
-    return None
-
-
-def _out_in(shape: tuple[int, ...], dims: Dims) -> str | None:
-    return "oi" if shape == (dims.n_out, dims.n_in) else None
-
-
-def _convolution(shape: tuple[int, ...], dims: Dims, layout: Layout) -> str | None:
-    """`(*kernel, in, out)` in JAX, `(out, in, *kernel)` in PyTorch."""
-    inner = "i" * (len(dims.kernel) + 1)
-    if layout == "jax":
-        return inner + "o" if shape == (*dims.kernel, dims.n_in, dims.n_out) else None
-    return "o" + inner if shape == (dims.n_out, dims.n_in, *dims.kernel) else None
-
-
-def _experts(shape: tuple[int, ...], dims: Dims, layout: Layout) -> list[str]:
-    """`(experts, in, out)`, or also `(experts, out, in)` in PyTorch.
-
-    A single expert may have no axis. In PyTorch a flag of the module decides, and a
-    checkpoint does not contain this flag.
-    """
-    if dims.experts == 1 and len(shape) == 2:
-        return [letters[1:] for letters in _experts((1, *shape), dims, layout)]
-    found = []
-    if shape == (dims.experts, dims.n_in, dims.n_out):
-        found.append("bio")
-    if layout == "torch" and shape == (dims.experts, dims.n_out, dims.n_in):
-        found.append("boi")
-    return found
 
 
 def from_torch(array: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
@@ -308,16 +247,11 @@ def from_torch(array: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarr
     return from_matrix(array.T, shape, axes)
 
 
-def size_of(shape: tuple[int, ...]) -> int:
-    """The number of entries of an array."""
-    return int(np.prod(shape, dtype=np.int64))
-
-
 def to_matrix(weight: np.ndarray, axes: str) -> np.ndarray:
     """A weight without batch axes as `(in, out)`."""
     inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
     outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
-    n_in = size_of(tuple(weight.shape[axis] for axis in inner))
+    n_in = math.prod(weight.shape[axis] for axis in inner)
     return weight.transpose(*inner, *outer).reshape(n_in, -1)
 
 
@@ -418,10 +352,8 @@ def torch_forms(
         sizes = tuple(math.prod(n for n, own in pairs if own == x) for x in "oi")
         return [known] if sizes == array else [], True
     rows, columns = array
-    straight = readings(shape, "embedding", Dims(rows, columns), "jax")
-    across = readings(shape, "linear", Dims(columns, rows), "jax")
-    forms = [each.axes for each in across]
-    as_is = [each.axes.translate(SWAPPED) for each in straight]
+    forms = _first_fit(shape, "linear", Dims(columns, rows))
+    as_is = _first_fit(shape, "linear", Dims(columns, rows), True)
     return as_is + forms if embedding else forms + as_is, embedding
 
 

@@ -10,25 +10,15 @@ from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import LAYOUTS, Layout, Site, part_axes, part_shape
-from lora_jax.peft.name_table import (
-    Given,
-    NamesArgument,
-    by_mask,
-    parse_given,
-)
+from lora_jax.peft.name_table import Given, Names, NamesArgument, PathMasks
 from lora_jax.peft.names import (
     BIAS,
     WEIGHT,
     Found,
-    fill_fields,
     index_paths,
-    is_template,
     leaf_word,
-    mask_numbers,
-    numbers_in,
     search_paths,
     split_path,
-    template_fields,
 )
 from lora_jax.plan import axis_roles, parts, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Use
@@ -138,17 +128,11 @@ class Places:
     ) -> None:
         if layout is not None:
             checks.check_choice("layout", layout, LAYOUTS)
-        if names is not None and not callable(names) and not isinstance(names, Mapping):
-            raise TypeError(
-                "names must be a dict from the names of modules to paths, or a function, "
-                f"got {type(names).__name__}."
-            )
         self.leaves = leaves
         self.given_layout = layout
         self.layout: Layout = layout or "jax"
         self.known = known
-        self._names, self._used = names, set[str]()
-        self._templates = by_mask(names if isinstance(names, Mapping) else ())
+        self._names, self._used = Names(names), set[str]()
         self._index = index_paths(leaves)
         self._hints = 0
         self.shown: set[str] = set()
@@ -168,77 +152,49 @@ class Places:
         """The path of the bias beside a weight, if there is one."""
         return self._biases.get(split_path(path).words)
 
-    @functools.cached_property
-    def _masks(self) -> dict[str, list[str]]:
-        return by_mask(self.leaves, all_of_them=True)
-
     def given(self, name: str) -> Given | None:
         """The leaf that the caller gave a module.
 
         Raises:
             CheckpointError: if the params lack it.
         """
-        found = self._find_given(name)
-        if found is None:
+        given = self._names.find(name)
+        if given is None:
             return None
-        key, given = found
-        self._used.add(key)
-        path, part, use = parts.split(given.path)
-        if given.path not in self.leaves and path in self.leaves:
+        self._used.add(given.name)
+        text = given.text
+        if text in self.leaves:
+            return given._replace(path=text, part="", use="")
+        if given.path in self.leaves:
             try:
-                part = parts.canonical(part, self.shape(path))
+                part = parts.canonical(given.part, self.shape(given.path))
             except ValueError as error:
                 raise CheckpointError(
-                    f"names has {given.path!r} for the module {name!r}: {error}"
+                    f"names has {text!r} for the module {name!r}: {error}"
                 ) from None
-            return given._replace(path=path, part=part, use=use)
-        if given.path not in self.leaves:
-            hint = self.hint(given.path)
-            raise CheckpointError(
-                f"names has {given.path!r} for the module {name!r}, and params have no "
-                f"such leaf{hint}."
-            )
-        return given
-
-    def _find_given(self, name: str) -> tuple[str, Given] | None:
-        """The key of `names` for a module, and its value."""
-        names = self._names
-        if names is None:
-            return None
-        if not isinstance(names, Mapping):
-            value = names(name)
-            return None if value is None else (name, parse_given(name, value))
-        if name in names:
-            return name, parse_given(name, names[name])
-        for template in self._templates.get(mask_numbers(name), ()):
-            numbers = numbers_in(template, name)
-            if numbers is not None:
-                given = parse_given(template, names[template])
-                fields = zip(template_fields(template), numbers, strict=True)
-                path, left = fill_fields(given.path, tuple(fields))
-                return template, given._replace(path=path, numbers=left)
-        return None
-
-    def gives_axes(self, name: str) -> bool:
-        """Whether the caller gave the axes of a module's weight."""
-        found = self._find_given(name)
-        return found is not None and found[1].axes is not None
+            return given._replace(part=part)
+        raise CheckpointError(
+            f"names has {text!r} for the module {name!r}, and params have no such leaf"
+            f"{self.hint(text)}."
+        )
 
     def unused_names(self) -> list[str]:
         """The errors of entries of `names` that match nothing."""
-        given = self._names if isinstance(self._names, Mapping) else {}
-        paths = {name: parse_given(name, value).path for name, value in given.items()}
-        taken = {path for name, path in paths.items() if name in self._used}
+        entries, masks = self._names.entries, PathMasks(self.leaves)
+        taken = {entry.text for entry in entries if entry.name in self._used}
+
+        def has(path: str) -> bool:
+            return path in self.leaves or masks.match(parts.split(path).base)
+
         lines = []
-        for name, path in paths.items():
-            if name in self._used:
-                continue
-            there = self._has(path)
-            if there and path not in taken:
+        for entry in entries:
+            name, path = entry.name, entry.text
+            there = has(path)
+            if name in self._used or (there and path not in taken):
                 continue  # another checkpoint may adapt that weight
             hint = "" if there else self.hint(path)
             leaf = "" if there else f", nor such a leaf in the params{hint}"
-            turned = " They go from modules to paths." if self._has(name) else ""
+            turned = " They go from modules to paths." if has(name) else ""
             lines.append(
                 f"names has {path!r} for {name!r}, and there is no such module in the "
                 f"checkpoint{leaf}.{turned}"
@@ -258,14 +214,6 @@ class Places:
         """The nearest path, for messages; empty for messages that are not shown."""
         self._hints += 1
         return tree_paths.nearest_hint(path, self.leaves) if self._hints <= _SHOWN else ""
-
-    def _has(self, path: str) -> bool:
-        """Whether params have a leaf at a path, or at one of a template."""
-        if not is_template(path):
-            return path in self.leaves or parts.split(path).base in self.leaves
-        path = parts.split(path).base
-        leaves = self._masks.get(mask_numbers(path), ())
-        return any(numbers_in(path, leaf) is not None for leaf in leaves)
 
     def search(self, words: tuple[str, ...], leaves: tuple[str, ...]) -> list[Found]:
         """The leaves whose paths have the longest common end with a name."""

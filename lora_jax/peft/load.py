@@ -65,16 +65,11 @@ class Placement(NamedTuple):
 
     def table(self) -> NameTable:
         """The modules of the checkpoint and their weights."""
-        rows = {}
+        rows = []
         for site in self.sites.values():
-            given = site.path in self.places.known.axes
-            given |= any(map(self.places.gives_axes, {site.name, site.module}))
+            given = site.given or site.path in self.places.known.axes
             given |= site.stack != tuple(sorted(site.stack))
-            _, name, path, axes, indices, stack, fields, *_ = site
-            shape = self.places.shape(path, site.part)
-            rows[name] = Row(
-                name, path + site.suffix, indices, shape, axes, given, stack, fields
-            )
+            rows.append(Row(site, self.places.shape(site.path, site.part), given))
         return NameTable.of(rows)
 
 

@@ -18,8 +18,6 @@ from lora_jax.peft.layout import (
     known_readings,
     readings,
     shared_readings,
-    size_of,
-    turned_readings,
 )
 from lora_jax.peft.leaves import Places, Problems, agrees
 from lora_jax.peft.name_table import Given
@@ -56,8 +54,9 @@ class Claim(NamedTuple):
     by_shape: bool = False
     """Whether only the shape shows the way."""
     part: str = ""
-    """As in `Site`, and so is `use`."""
+    """As in `Site`, and so are `use` and `given`."""
     use: str = ""
+    given: bool = False
 
     @property
     def key(self) -> str:
@@ -89,6 +88,7 @@ class Claim(NamedTuple):
             fields,
             part=self.part,
             use=self.use,
+            given=self.given,
         )
 
 
@@ -359,7 +359,7 @@ def _reader(
             own = {"fan_in_fan_out": fan_in_fan_out, "count": count}
             found = readings(shape, kind, dims, places.layout, **own)
             if places.given_layout is None:
-                turned = turned_readings(shape, kind, dims, count)
+                turned = readings(shape, kind, dims, "turned", count=count)
         batch = [axis for axis, letter in enumerate(known) if letter == "b"]
         order = {field: a for field, a in zip(fields, batch, strict=False) if field}
         stack = tuple(order.get(field, -1) for field, _ in numbers)
@@ -373,7 +373,10 @@ def _reader(
 
         found, turned = (tuple(filter(allowed, each)) for each in (found, turned))
         turned = turned if found else ()
-        return Claim(module.name, name, path, numbers, found, turned, by_shape, part)
+        given = axes is not None
+        return Claim(
+            module.name, name, path, numbers, found, turned, by_shape, part, given=given
+        )
 
     return read
 
@@ -483,7 +486,7 @@ def _not_found(
 
 def _first_part(shape: tuple[int, ...], entries: int) -> str:
     """The first of the equal parts of a leaf that have a number of entries, as a guess."""
-    count, rest = divmod(size_of(shape), entries)
+    count, rest = divmod(math.prod(shape), entries)
     if rest == 0 and count > 1:
         fused = sorted(axis for axis, n in enumerate(shape) if n % count == 0)
         for axis in sorted(fused, key=lambda axis: shape[axis] != count):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from lora_jax._core import checks, tree_paths
+from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
@@ -25,10 +25,10 @@ from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
-from lora_jax.peft.name_table import Naming, SaveNames
-from lora_jax.peft.names import mask_numbers, name_ends, numbers_in, split_path
+from lora_jax.peft.name_table import Names, SaveNames
+from lora_jax.peft.names import name_ends, split_path
 from lora_jax.peft.rules import Rules
-from lora_jax.plan import parts, plan_checks, trained_leaves
+from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 __all__ = ["save"]
@@ -149,8 +149,8 @@ def make_files(
     dtype: Any = None,
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
     """The config and the arrays that `save` writes. It takes the arguments of `save`."""
-    _check_names(names, [*plan.by_leaf(), *plan.skipped, *replaced])
-    naming = Naming(names)
+    naming = Names(names)
+    naming.check_paths([*plan.by_leaf(), *plan.skipped, *replaced])
     modules: list[SavedModule] = []
     others: set[str] = set()
     for path in plan.targets:
@@ -223,33 +223,10 @@ def _warn_of_patterns(config: PeftConfig) -> None:
             return
 
 
-def _check_names(names: SaveNames, paths: Iterable[str]) -> None:
-    """Raises unless each entry of `names` has a leaf."""
-    if names is None or callable(names):
-        return
-    if not isinstance(names, Mapping):
-        raise TypeError(
-            "names must be a dict from the names of modules to paths, or a function from "
-            f"paths to names, got {type(names).__name__}."
-        )
-    paths = list(paths)
-    masks: dict[str, list[str]] = {}
-    for path in paths:
-        masks.setdefault(mask_numbers(path), []).append(path)
-    for name, value in names.items():
-        own = parts.split(value if isinstance(value, str) else value[0]).base
-        near = masks.get(mask_numbers(own), ())
-        if not any(numbers_in(own, path) is not None for path in near):
-            raise ValueError(
-                f"names has {own!r} for {name!r}, and neither the plan nor `replaced` has "
-                f"that path{tree_paths.nearest_hint(own, paths)}."
-            )
-
-
 def _check_distinct(modules: Iterable[SavedModule]) -> None:
     owners: dict[str, str] = {}
     for module in modules:
-        path = module.site.path + module.site.suffix
+        path = module.site.target
         other = owners.setdefault(module.name, path)
         if other != path:
             raise ValueError(
@@ -258,7 +235,7 @@ def _check_distinct(modules: Iterable[SavedModule]) -> None:
             )
 
 
-def _tensors(modules: list[SavedModule], names: Naming) -> dict[str, np.ndarray]:
+def _tensors(modules: list[SavedModule], names: Names) -> dict[str, np.ndarray]:
     """The arrays of adapters, by name without the prefix of the format."""
     tensors, inner = {}, _inner(modules)
     owners: dict[str, list[SavedModule]] = {}

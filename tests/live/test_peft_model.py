@@ -100,9 +100,9 @@ def test_logits_and_gradients(case, params, tmp_path):
     names = lora_jax.peft.match_names(tmp_path, params)
     targets = loaded.plan.by_leaf()
     assert set(names.values()) == set(targets)
-    for row in names.rows:
-        layer = trained.model.base_model.model.get_submodule(row.module)
-        places = {path: place(loaded.plan, path, row) for path in targets[row.path]}
+    for site in (row.site for row in names.rows):
+        layer = trained.model.base_model.model.get_submodule(site.name)
+        places = {path: place(loaded.plan, path, site) for path in targets[site.target]}
         ((path, index),) = ((p, i) for p, i in places.items() if i is not None)
         for entry, grad in grads[path].items():
             want = gradient(layer, entry)
@@ -110,13 +110,13 @@ def test_logits_and_gradients(case, params, tmp_path):
             assert_close(own, want, support.ULPS)
 
 
-def place(plan, path, row):
+def place(plan, path, site):
     """The index of a module's layer in a target, which may have some of the layers."""
-    if not row.indices:
+    if not site.indices:
         return ()
     target = plan.targets[path]
     layers = parts.indices_of(parts.entries(target.part, target.shape)[0])
-    return layers.index(row.indices[0]) if row.indices[0] in layers else None
+    return layers.index(site.indices[0]) if site.indices[0] in layers else None
 
 
 def gradient(layer, entry):

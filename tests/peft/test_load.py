@@ -13,7 +13,7 @@ import pytest
 from lora_jax import peft
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import leaves
+from lora_jax.peft import name_table
 from lora_jax.peft import names as module_names
 from tests.peft import support
 from tests.peft.support import GOLDEN, draw, linear, update_of, write
@@ -664,7 +664,7 @@ def test_work_grows_with_the_number_of_modules(stacked, config, tmp_path, monkey
     """A name is compared with the paths that end as it does, and with no other."""
     counts, work = {}, []
     counted(monkeypatch, module_names, "_common", counts)
-    counted(monkeypatch, leaves, "numbers_in", counts)
+    counted(monkeypatch, name_table, "numbers_in", counts)
     counted(monkeypatch, re, "match", counts)
     counted(monkeypatch, re, "fullmatch", counts)
     counted(monkeypatch, tensor_files.load_safetensors(), "safe_open", counts)

@@ -1,13 +1,14 @@
 import pytest
 
 from lora_jax.peft import names as module_names
-from lora_jax.peft.name_table import Naming, find_modules
+from lora_jax.peft.modules import find_modules
+from lora_jax.peft.name_table import Names
 from lora_jax.peft.names import BIAS, WEIGHT, Found
 
 
 def names_of(path, names, sizes):
     """The names of the modules of a stack, each with its index."""
-    sites = find_modules(path, names, (*sizes, 5, 7), "b" * len(sizes) + "io")
+    sites = find_modules(path, Names(names), (*sizes, 5, 7), "b" * len(sizes) + "io")
     return [(site.name, site.indices) for site in sites]
 
 
@@ -153,9 +154,9 @@ def test_a_function_has_to_give_names():
 
 def test_the_order_of_names():
     names = {"m.up": "h/up", "l.{}.down": "h/down"}
-    naming = Naming(names)
+    naming = Names(names)
     assert [naming.position(n) for n in ("m.up", "l.3.down", "?")] == [0, 1, 0]
-    assert Naming(None).position("m.up") == 0
-    given = Naming({"m": ("h/q", "oi"), "n": "h/k"})
+    assert Names(None).position("m.up") == 0
+    given = Names({"m": ("h/q", "oi"), "n": "h/k"})
     assert given.axes("h/q") == "oi"
     assert given.axes("h/k") is None

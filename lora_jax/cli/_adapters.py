@@ -18,8 +18,8 @@ from lora_jax.peft.checkpoint import Checkpoint, FileDtype, is_checkpoint, open_
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import same_bits
-from lora_jax.peft.names import EMBEDDINGS, HEADS, last_word
-from lora_jax.peft.tied import may_be_tied
+from lora_jax.peft.missing import may_be_tied
+from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word
 from lora_jax.plan import parts, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig

@@ -19,7 +19,7 @@ from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.full import find_full
 from lora_jax.peft.leaves import Known, Places, Problems
 from lora_jax.peft.load import Loaded, assemble, find_places
-from lora_jax.peft.names import mask_numbers
+from lora_jax.peft.words import mask_numbers
 from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 

@@ -16,7 +16,7 @@ from lora_jax.cli._base import Base
 from lora_jax.cli._blocks import Update
 from lora_jax.cli._loading import Loaded
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft.names import EMBEDDINGS, HEADS
+from lora_jax.peft.words import EMBEDDINGS, HEADS
 from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Use
 

@@ -1,8 +1,7 @@
 """Adapters of Hugging Face PEFT, read and written without torch."""
 
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.load import Loaded, load, match_names, replace_leaves
-from lora_jax.peft.name_table import NameTable
+from lora_jax.peft.load import Loaded, NameTable, load, match_names, replace_leaves
 from lora_jax.peft.rules import ModuleMatch, match_modules, to_lora_config
 from lora_jax.peft.save import save
 from lora_jax.peft.torchtune import load_torchtune

@@ -18,9 +18,9 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.full import Replaced, add_bias, check_whole, common_dtype
-from lora_jax.peft.keys import Kind, Module
-from lora_jax.peft.layout import Index, Site, boxes, from_matrix, to_matrix
+from lora_jax.peft.full import Replaced, add_bias, check_whole
+from lora_jax.peft.keys import Kind
+from lora_jax.peft.layout import Index, Site, boxes, common_dtype, from_matrix, to_matrix
 from lora_jax.peft.leaves import Places
 from lora_jax.plan import parts, selection
 from lora_jax.plan.adapter_plan import (
@@ -50,40 +50,30 @@ class Placed(NamedTuple):
 
 
 def make_adapters(
-    checkpoint: Checkpoint,
-    places: Places,
-    sites: Mapping[str, Site],
-    replaced: Replaced,
+    checkpoint: Checkpoint, sites: Mapping[str, Site], replaced: Replaced
 ) -> dict[str, Placed]:
     """The adapters by path, in the order of the leaves."""
     by_path: dict[str, list[Site]] = {}
     for site in sites.values():
         by_path.setdefault(site.path, []).append(site)
-    config, modules = checkpoint.config, checkpoint.entries.modules
     placed = {}
-    for path in places.leaves:
+    for path in filter(by_path.__contains__, replaced.places.leaves):
         groups: dict[tuple[str, int, float], dict[Index, _Module]] = {}
-        for site in by_path.get(path, ()):
-            module = modules[site.module]
-            scale = config.scale_of(site.name)
-            arrays = {
-                name: checkpoint.arrays.read(key) for name, key in module.keys.items()
-            }
-            bias = arrays.pop("B_bias", None)
-            if bias is not None:
-                add_bias(replaced, places, site, bias, scale)
-            own = from_peft(module.kind, site.own_axes, module.experts, arrays)
-            alike = groups.setdefault((site.target, own["A"].shape[-1], scale), {})
-            alike[site.indices] = _Module(site, module.kind, own, scale)
-        if config.changes_base:
-            _change_bases(config, by_path.get(path, ()), modules, replaced)
+        for site in by_path[path]:
+            own = _read_module(checkpoint, site, replaced)
+            alike = groups.setdefault((site.target, own.rank, own.scale), {})
+            alike[site.indices] = own
+        if checkpoint.config.changes_base:
+            for alike in groups.values():
+                for own in alike.values():
+                    _change_base(checkpoint.config, own, replaced)
         pieces = (
             (target, [parts.indices_of(entry)[0] for entry in box], box, alike)
             for (target, *_), alike in groups.items()
             for box in boxes(alike)
         )
         for *_, box, alike in sorted(pieces, key=lambda piece: piece[:2]):
-            own = _adapter(config, places, box, alike)
+            own = _adapter(checkpoint.config, replaced.places, box, alike)
             placed[path + own.target.suffix] = own
     return placed
 
@@ -96,6 +86,22 @@ class _Module(NamedTuple):
     arrays: Arrays
     scale: float
 
+    @property
+    def rank(self) -> int:
+        return self.arrays["A"].shape[-1]
+
+
+def _read_module(checkpoint: Checkpoint, site: Site, replaced: Replaced) -> _Module:
+    """Reads the adapter of a module, and adds its bias to the bias of the layer."""
+    module, read = checkpoint.entries.modules[site.module], checkpoint.arrays.read
+    scale = checkpoint.config.scale_of(site.name)
+    arrays = {name: read(key) for name, key in module.keys.items()}
+    bias = arrays.pop("B_bias", None)
+    if bias is not None:
+        add_bias(replaced, site, bias, scale)
+    own = from_peft(module.kind, site.own_axes, module.experts, arrays)
+    return _Module(site, module.kind, own, scale)
+
 
 def _adapter(
     config: PeftConfig,
@@ -105,14 +111,10 @@ def _adapter(
 ) -> Placed:
     """The adapter of a weight, or of a part of one: a module, or a stack of them.
 
-    Args:
-        config: of the checkpoint.
-        places: the leaves.
-        box: what the part has of each axis of the stack.
-        modules: by their index, all of one rank and one scale.
+    `box` has the indices of the part on each axis of the stack. `modules` have one rank and
+    one scale.
     """
-    indices = itertools.product(*map(parts.indices_of, box))
-    own = [modules[index] for index in indices]
+    own = [modules[index] for index in itertools.product(*map(parts.indices_of, box))]
     site, kind, arrays, scale = own[0]
     shape, axes = places.shape(site.path), places.leaf_axes(site)
     groups = {
@@ -120,14 +122,14 @@ def _adapter(
         for letter in "iob"
     }
     if box:
-        arrays = stack_modules([each.arrays for each in own], tuple(map(parts.count, box)))
+        sizes = tuple(map(parts.count, box))
         batch = (axis for axis, letter in enumerate(site.axes) if letter == "b")
         inner = (axis for axis in batch if axis not in site.stack)
-        arrays = order_axes(arrays, (*site.stack, *inner))
+        arrays = stack_modules([each.arrays for each in own], sizes, (*site.stack, *inner))
     target = Target(
         shape=shape,
         method="dora" if config.use_dora else "lora",
-        rank=arrays["A"].shape[-1],
+        rank=own[0].rank,
         scale=scale,
         dropout=config.lora_dropout,
         in_axes=groups["i"],
@@ -136,43 +138,36 @@ def _adapter(
         part=parts.as_text(site.region(shape, box), shape),
         use=site.use,
     )
-    return Placed(arrays, target, use_of(kind, axes, site.given))
+    return Placed(arrays, target, _use_of(kind, axes, site.given))
 
 
-def _change_bases(
-    config: PeftConfig,
-    sites: Iterable[Site],
-    modules: Mapping[str, Module],
-    replaced: Replaced,
-) -> None:
-    """Puts the base weights that PiSSA or OLoRA left, which PEFT does not save.
+def _change_base(config: PeftConfig, module: _Module, replaced: Replaced) -> None:
+    """Puts the base weight that PiSSA or OLoRA left, which PEFT does not save.
 
-    Raises:
-        CheckpointError: if the initialization cannot be repeated exactly.
+    Raises if the initialization cannot be repeated exactly.
     """
+    site, name = module.site, module.site.name
     olora = str(config.init_lora_weights).lower() == "olora"
-    for site in sites:
-        name = site.name
-        check_whole(site, "the initialization changed its base")
-        if config.init_lora_weights != "pissa" and not olora:
-            raise _not_repeatable(config, name, "its result is not unique")
-        if modules[site.module].kind != "linear":
-            raise _not_repeatable(config, name, f"it is not a matrix, {site.axes!r}")
-        why = f"init_lora_weights={config.init_lora_weights!r} changed the base of {name!r}"
-        weight = replaced.current(site, why)
-        matrix = to_matrix(weight, site.own_axes)
-        rank, alpha = config.rank_of(name), config.alpha_of(name)
-        if not olora:
-            wide = matrix.astype(np.promote_types(matrix.dtype, np.float32))
-            values = np.linalg.svd(wide, compute_uv=False)
-            if rank < len(values) and values[rank - 1] - values[rank] < (
-                _SMALLEST_GAP * values[rank - 1]
-            ):
-                raise _not_repeatable(config, name, "two singular values are nearly equal")
-        init = init_olora_adapter if olora else init_pissa_adapter
-        base, _ = init(jnp.asarray(matrix), rank, alpha, rank_stabilized=config.use_rslora)
-        own = from_matrix(np.asarray(base), weight.shape, site.own_axes)
-        replaced.set(site, own.astype(weight.dtype))
+    check_whole(site, "the initialization changed its base")
+    if config.init_lora_weights != "pissa" and not olora:
+        raise _not_repeatable(config, name, "its result is not unique")
+    if module.kind != "linear":
+        raise _not_repeatable(config, name, f"it is not a matrix, {site.axes!r}")
+    why = f"init_lora_weights={config.init_lora_weights!r} changed the base of {name!r}"
+    weight = replaced.current(site, why)
+    matrix = to_matrix(weight, site.own_axes)
+    rank, alpha = config.rank_of(name), config.alpha_of(name)
+    if not olora:
+        wide = matrix.astype(np.promote_types(matrix.dtype, np.float32))
+        values = np.linalg.svd(wide, compute_uv=False)
+        if rank < len(values) and values[rank - 1] - values[rank] < (
+            _SMALLEST_GAP * values[rank - 1]
+        ):
+            raise _not_repeatable(config, name, "two singular values are nearly equal")
+    init = init_olora_adapter if olora else init_pissa_adapter
+    base, _ = init(jnp.asarray(matrix), rank, alpha, rank_stabilized=config.use_rslora)
+    own = from_matrix(np.asarray(base), weight.shape, site.own_axes)
+    replaced.set(site, own.astype(weight.dtype))
 
 
 def _not_repeatable(config: PeftConfig, name: str, why: str) -> CheckpointError:
@@ -187,11 +182,8 @@ def _not_repeatable(config: PeftConfig, name: str, why: str) -> CheckpointError:
 def from_peft(kind: Kind, axes: str, experts: int, arrays: Arrays) -> dict[str, np.ndarray]:
     """Converts the adapter of one module from PEFT's layout.
 
-    Args:
-        kind: of the module.
-        axes: the letters of the axes of the module's weight, without those of a stack.
-        experts: the number of experts in the factors; 0 for none.
-        arrays: `A` and `B`, and `m` if there is one, as in the checkpoint.
+    `axes` are the letters of the module's own weight, without those of a stack. `experts`
+    is the number of experts in the factors.
 
     Returns:
         `A (in, r)`, `B (r, out)` and `m (out,)`, or `(experts, in, r)` and so on.
@@ -214,17 +206,7 @@ def from_peft(kind: Kind, axes: str, experts: int, arrays: Arrays) -> dict[str, 
 def to_peft(
     kind: Kind, axes: str, shape: tuple[int, ...], arrays: Arrays
 ) -> dict[str, np.ndarray]:
-    """Undoes `from_peft`.
-
-    Args:
-        kind: of the module.
-        axes: the letters of the axes of the module's weight, without those of a stack.
-        shape: of this weight.
-        arrays: `A` and `B`, and `m` if there is one.
-
-    Returns:
-        The arrays in PEFT's layout.
-    """
+    """Undoes `from_peft` for a module whose own weight has a shape."""
     a, b = arrays["A"], arrays["B"]
     if kind == "experts":
         if "b" not in axes:
@@ -247,22 +229,21 @@ def to_peft(
     return entries
 
 
-def stack_modules(modules: Sequence[Arrays], sizes: tuple[int, ...]) -> Arrays:
+def stack_modules(
+    modules: Sequence[Arrays], sizes: tuple[int, ...], batch: tuple[int, ...]
+) -> Arrays:
     """Stacks the adapters of several modules, whose weights are stacked.
 
-    Args:
-        modules: `A`, `B`, and `m` if there is one, of each module in their order.
-        sizes: of the axes of the stack.
-
-    Returns:
-        The arrays with the axes of the stack in front.
+    `sizes` are of the axes of the stack. `batch` has the axis of the weight that each first
+    axis of the stacked arrays is; they are sorted as the axes of the weight.
     """
-    stacked = {}
+    stacked, order = {}, [*map(int, np.argsort(batch))]
     for name in modules[0]:
         own = [arrays[name] for arrays in modules]
         dtype = common_dtype(*{array.dtype for array in own})
         array = np.stack([array.astype(dtype, copy=False) for array in own])
-        stacked[name] = array.reshape(*sizes, *own[0].shape)
+        array = array.reshape(*sizes, *own[0].shape)
+        stacked[name] = array.transpose(*order, *range(len(order), array.ndim))
     return stacked
 
 
@@ -272,17 +253,8 @@ def cut_adapter(
     """The adapter of a part of a target, in the same layout: of a layer of a stack.
 
     A part of the inputs has rows of `A` and all of `B`, and a part of the outputs columns
-    of `B` and all of `A`, so that the update of the part stays the same.
-
-    Args:
-        name: of the module that the part is.
-        region: the part, as in `Target`.
-        target: has the part.
-        arrays: of the target.
-
-    Raises:
-        ValueError: if the target has only some of the part; or magnitudes, and the part
-            only some of their inputs.
+    of `B` and all of `A`, so that the update of the part stays the same. `name` is of the
+    module that the part `region` is.
     """
     own, whole = (parts.entries(part, target.shape) for part in (region, target.part))
     if own == whole:
@@ -316,44 +288,8 @@ def cut_adapter(
     return cut
 
 
-def order_axes(arrays: Arrays, batch: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Sorts the first axes of the arrays of a stack as the axes of the weight.
-
-    Args:
-        arrays: with the axes of the stack in front.
-        batch: the axis of the weight that each of these is.
-    """
-    order = [*map(int, np.argsort(batch))]
-    return {
-        name: value.transpose(*order, *range(len(order), value.ndim))
-        for name, value in arrays.items()
-    }
-
-
-def fill_up(arrays: Arrays, rank: int, factor: float) -> dict[str, np.ndarray]:
-    """Pads an adapter to a larger rank, and multiplies its `B` by a factor.
-
-    Args:
-        arrays: the adapter.
-        rank: at least the rank of the adapter; the rest is zeros.
-        factor: of the update. If it is not 1, `B` is float64, not rounded yet.
-    """
-    filled = dict(arrays)
-    missing = rank - arrays["A"].shape[-1]
-    a, b = arrays["A"], arrays["B"]
-    if missing:
-        filled["A"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
-        filled["B"] = np.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, missing), (0, 0)])
-    if not math.isclose(factor, 1, rel_tol=1e-12):
-        filled["B"] = filled["B"].astype(np.float64) * factor
-    return filled
-
-
-def use_of(kind: str, axes: str, given: bool) -> Use:
-    """The use of a weight by a module of some kind, which `save` reads.
-
-    `given` is whether the caller gave the axes.
-    """
+def _use_of(kind: str, axes: str, given: bool) -> Use:
+    """The use of a weight by a module of some kind, which `save` reads."""
     first = "indexed" if kind == "embedding" else "contracted"
     roles = {"i": first, "o": "kept", "b": "stacked"}
     own = tuple(roles[letter] for letter in axes)

@@ -61,11 +61,7 @@ class Readable(Protocol):
 
 
 def check_dtype(dtype: FileDtype) -> FileDtype:
-    """Checks the dtype of the adapters that the caller wants.
-
-    Raises:
-        TypeError: if adapters cannot have it.
-    """
+    """Checks the dtype of the adapters that the caller wants."""
     if dtype is None or (isinstance(dtype, str) and dtype == "file"):
         return dtype
     return checks.check_factor_dtype(dtype)
@@ -86,9 +82,7 @@ class Checkpoint(NamedTuple):
 class Widened:
     """Reads arrays in at least float32, so that nothing is computed or trained in less.
 
-    Args:
-        checkpoint: the checkpoint of the arrays.
-        dtype: of full arrays, if it is at least float32.
+    Full arrays have `dtype`, if that is at least float32.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
@@ -114,17 +108,7 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 def open_checkpoint(
     directory: str | os.PathLike[str], allow_fields: Collection[str] = ()
 ) -> Checkpoint:
-    """Reads the config, and the names and shapes of the arrays.
-
-    Args:
-        directory: of the two files.
-        allow_fields: as in `lora_jax.peft.load`.
-
-    Raises:
-        CheckpointError: if a file is incomplete or not of a PEFT adapter, or if the two
-            files are from two adapters.
-        FileNotFoundError: if a file is missing.
-    """
+    """Reads the config, and the names and shapes of the arrays; as `lora_jax.peft.load`."""
     folder = pathlib.Path(directory)
     if not is_checkpoint(folder) and any((folder / name).is_file() for name in _OWN):
         raise CheckpointError(
@@ -240,16 +224,7 @@ def _digest(fields: Mapping[str, Any]) -> str:
 def write_checkpoint(
     folder: pathlib.Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes the two files of an adapter. They replace old files when they are complete.
-
-    Args:
-        folder: of the files.
-        config: of the adapter.
-        tensors: contiguous arrays by name.
-
-    Raises:
-        OSError: if they cannot be written.
-    """
+    """Writes the two files of an adapter. They replace old files when they are complete."""
     text = config.to_json()
     metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
     new = {name: tensor_files.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
@@ -293,11 +268,7 @@ def _put_in_place(
 
 
 def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
-    """Raises unless the dtypes of all arrays are supported.
-
-    Raises:
-        CheckpointError: if one is not floating point, or has less than 16 bits.
-    """
+    """Raises unless all arrays are floating point and have at least 16 bits."""
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", None)
         if dtype is None or not checks.is_floating(dtype) or dtype.itemsize < 2:
@@ -310,11 +281,7 @@ def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
 def sort_checked(
     where: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]]
 ) -> Entries:
-    """Sorts the entries of a checkpoint, and marks the parameters of experts.
-
-    Raises:
-        CheckpointError: if there are no entries, or some are not valid.
-    """
+    """Sorts the entries of a checkpoint, and marks the parameters of experts."""
     entries = sort_entries(where, shapes)
     if not any(entries):
         raise CheckpointError(f"{where} has no entries: the adapter would change nothing.")

@@ -28,7 +28,7 @@ from lora_jax.peft.fields import (
     shorten,
     wrong_type,
 )
-from lora_jax.peft.names import name_ends
+from lora_jax.peft.words import name_ends
 
 __all__ = ["PeftConfig"]
 

@@ -4,11 +4,9 @@ These are saved modules, biases and rows of embeddings. The bias of an adapter, 
 that an initialization changed, replace leaves too.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,24 +14,32 @@ from jax.core import Tracer
 
 from lora_jax._io import processes, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,
     Reading,
     Site,
+    common_dtype,
     first_axes,
     from_torch,
     has_room,
     same_bits,
-    shared_readings,
     stacked_readings,
     to_matrix,
     torch_forms,
 )
 from lora_jax.peft.leaves import Places, Problems
-from lora_jax.peft.locate import Claim, fitting, given_claim, only
-from lora_jax.peft.names import (
+from lora_jax.peft.locate import Claim, fitting, given_claim, only, shared_readings
+from lora_jax.peft.missing import (
+    OnTied,
+    shared_leaves,
+    tied_arrays,
+    without_frozen,
+    without_twins,
+)
+from lora_jax.peft.words import (
     BIAS,
     HEADS,
     WEIGHT,
@@ -46,29 +52,20 @@ from lora_jax.peft.names import (
 
 
 def find_full(
-    places: Places,
-    shapes: Mapping[str, tuple[int, ...]],
-    problems: Problems | None = None,
+    places: Places, shapes: Mapping[str, tuple[int, ...]], problems: Problems
 ) -> dict[str, Site]:
-    """Finds the site of each full array.
+    """Finds the site of each full array, by the names of the parameters: `"score.weight"`.
 
-    Args:
-        places: the leaves to search.
-        shapes: of the arrays, by the names of the parameters: `"score.weight"`.
-        problems: collects the arrays without a site, or with several.
-
-    Raises:
-        CheckpointError: for such an array, if nothing collects it.
+    `problems` collects the arrays without a site, or with several.
     """
-    collecting = problems.collecting if problems else contextlib.nullcontext
     by_path: dict[str, list[Claim]] = {}
     for name, shape in shapes.items():
-        with collecting():
+        with problems.collecting():
             claim = _find_claim(places, name, shape)
             by_path.setdefault(claim.path, []).append(claim)
     found: dict[str, Site] = {}
     for claims in by_path.values():
-        with collecting():
+        with problems.collecting():
             reading = _one_reading(places, claims)
             found |= {claim.name: claim.site(reading) for claim in claims}
     return {name: found[name] for name in shapes if name in found}
@@ -78,37 +75,36 @@ def _find_claim(places: Places, name: str, shape: tuple[int, ...]) -> Claim:
     module, _, last = name.rpartition(".")
     for key in (name, module):
         given = places.given(key)
-        if given is not None:
-            if given.part:
-                site = Site(module, name, given.path, "", part=given.part)
-                check_whole(site, f"the file has all of {name!r}")
-            if key == module and last == BIAS:
-                given = given._replace(path=sibling_bias(places, name, given.path))
-            read = functools.partial(_read, places, name, shape, axes=given.axes or "")
-            claim = given_claim(given, module, read, ())
-            if claim is None:
-                raise CheckpointError(
-                    f"{name!r} has the shape {shape}, and {given.path!r} has "
-                    f"{places.shape(given.path)}{places.axes_of(given.path)}: was the "
-                    "model resized (its vocabulary, its classes) before it was trained? "
-                    "Give params of that size."
-                )
-            return claim
-    words = split_path(name)
-    found = places.search(words.words, (words.leaf,))
-    claims = fitting(module, found, functools.partial(_read, places, name, shape))
-
-    def not_found() -> CheckpointError:
-        error = places.not_found(name, found, f"a leaf of the shape {shape}")
-        if not found and last_word(module) in HEADS:
-            error = CheckpointError(
-                f"{error} If the model has one leaf for its embedding and its output head "
-                "(tied), the head was trained apart from it: give params with a leaf for "
-                "each, and a function that uses both."
+        if given is None:
+            continue
+        if given.part:
+            site = Site(module, name, given.path, "", part=given.part)
+            check_whole(site, f"the file has all of {name!r}")
+        if key == module and last == BIAS:
+            given = given._replace(path=_sibling_bias(places, name, given.path))
+        read = functools.partial(_read, places, name, shape, axes=given.axes or "")
+        claim = given_claim(given, module, read, ())
+        if claim is None:
+            raise CheckpointError(
+                f"{name!r} has the shape {shape}, and {given.path!r} has "
+                f"{places.shape(given.path)}{places.axes_of(given.path)}: was the "
+                "model resized (its vocabulary, its classes) before it was trained? "
+                "Give params of that size."
             )
-        return error
-
-    return only(name, claims, not_found)
+        return claim
+    words = split_path(name)
+    near = places.search(words.words, (words.leaf,))
+    claims = fitting(module, near, functools.partial(_read, places, name, shape))
+    if claims:
+        return only(name, claims)
+    error = places.not_found(name, near, f"a leaf of the shape {shape}")
+    if not near and last_word(module) in HEADS:
+        error = CheckpointError(
+            f"{error} If the model has one leaf for its embedding and its output head "
+            "(tied), the head was trained apart from it: give params with a leaf for "
+            "each, and a function that uses both."
+        )
+    raise error
 
 
 def _read(
@@ -121,13 +117,8 @@ def _read(
 ) -> Claim:
     """Reads a leaf as an array of a checkpoint; without readings if it does not fit.
 
-    Args:
-        places: the leaves.
-        name: of the parameter.
-        shape: of the array.
-        path: of the leaf.
-        numbers: of the name, that are indexes of the leaf.
-        axes: the letters of the leaf's axes, if the caller gave them.
+    `name` and `shape` are of the array. `numbers` of the name are indexes of the leaf.
+    `axes` are its letters, if the caller gave them.
     """
     own, known = places.shape(path), axes or places.known.axes.get(path, "")
     if len(known) != len(own):
@@ -159,18 +150,10 @@ def _read(
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:
-    """The one way to see a leaf that fits all of its arrays.
-
-    Raises:
-        CheckpointError: if there is none, or several.
-    """
+    """The one way to see a leaf that fits all of its arrays; else raises."""
     first, shape = claims[0], places.shape(claims[0].path)
-    ways: list[Reading] = []
-    turned: list[Reading] = []
-    if len({len(claim.numbers) for claim in claims}) == 1:
-        indices = [claim.indices for claim in claims]
-        ways = shared_readings(shape, [claim.readings for claim in claims], indices)
-        turned = shared_readings(shape, [claim.turned for claim in claims], indices)
+    alike = len({len(claim.numbers) for claim in claims}) == 1
+    ways, turned = shared_readings(places, claims) if alike else ([], [])
     if not ways:
         raise CheckpointError(
             f"{', '.join(repr(claim.name) for claim in claims[:8])} all match "
@@ -191,12 +174,43 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
     return ways[0]
 
 
-def check_whole(site: Site, why: str) -> None:
-    """Raises for a module that is a part of a leaf, if values of the leaf would change.
+def put_full(
+    replaced: "Replaced",
+    checkpoint: Checkpoint,
+    sites: Mapping[str, Site],
+    problems: Problems,
+    on_tied: OnTied,
+) -> set[str]:
+    """Puts the full arrays of a checkpoint, and then the rows of embeddings.
 
-    Raises:
-        CheckpointError: with the reason `why`.
+    `sites` are of its adapters.
+
+    Returns:
+        The modules whose adapters are left out, because another array has their leaf.
     """
+    places, config, read = replaced.places, checkpoint.config, checkpoint.arrays.read
+    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
+    arrays = without_twins(places, without_frozen(places, sites, arrays))
+    full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
+    if on_tied == "error":
+        twins = checkpoint.entries.wholes.keys() - arrays.keys()
+        wrong = tied_arrays(places, full, twins, config)
+        problems.lines += wrong.values()
+        full = {name: site for name, site in full.items() if name not in wrong}
+    for name, site in full.items():
+        with problems.collecting():
+            replaced.put(site, arrays[name])
+    rows: dict[str, str] = {}
+    for name, key in checkpoint.entries.tokens.items():
+        with problems.collecting():
+            rows[name] = _put_rows(replaced, name, read(key), config)
+    twice = dict(shared_leaves(sites.values(), full.values(), rows))
+    problems.lines += twice.values()
+    return {*twice}
+
+
+def check_whole(site: Site, why: str) -> None:
+    """Raises for a module that is a part of a leaf, if values of the leaf would change."""
     if site.part:
         raise CheckpointError(
             f"{site.name!r} is a part of a leaf, {site.path + site.part!r}, and {why}: a "
@@ -204,12 +218,8 @@ def check_whole(site: Site, why: str) -> None:
         )
 
 
-def sibling_bias(places: Places, name: str, path: str) -> str:
-    """The path of the bias beside a weight.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+def _sibling_bias(places: Places, name: str, path: str) -> str:
+    """The path of the bias beside a weight; raises if there is none."""
     bias = places.bias_of(path)
     if bias is None:
         raise CheckpointError(
@@ -219,39 +229,11 @@ def sibling_bias(places: Places, name: str, path: str) -> str:
     return bias
 
 
-def common_dtype(*dtypes: np.dtype) -> np.dtype:
-    """The dtype that holds the values of all dtypes.
-
-    NumPy does not have it for float16 and bfloat16.
-    """
-    if len({dtype for dtype in dtypes if dtype.itemsize == 2}) > 1:
-        dtypes = (*(d for d in dtypes if d.itemsize != 2), np.dtype(np.float32))
-    return np.result_type(*dtypes)
-
-
-def leaf_values(path: str, leaf: Any, why: str) -> np.ndarray:
-    """The values of a leaf that the checkpoint changes in part.
-
-    Raises:
-        CheckpointError: if the leaf is a shape without values.
-    """
-    if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-        raise CheckpointError(
-            f"{why}, so the values of {path!r} are needed, got a "
-            f"{type(leaf).__name__}: give params with arrays."
-        )
-    return processes.to_host(leaf)
-
-
 class Replaced:
-    """Collects the leaves that a checkpoint replaces, whole or index by index.
-
-    Args:
-        places: the leaves of the params.
-    """
+    """Collects the leaves that a checkpoint replaces, whole or index by index."""
 
     def __init__(self, places: Places) -> None:
-        self._places = places
+        self.places = places
         self._arrays: dict[str, np.ndarray] = {}
         # The axes of the stack, and the indexes that are set.
         self._open: dict[str, tuple[Index, set[Index]]] = {}
@@ -260,10 +242,9 @@ class Replaced:
     def put(self, site: Site, array: np.ndarray) -> None:
         """Puts an array of a checkpoint, in PyTorch's layout, at its site.
 
-        Raises:
-            CheckpointError: if another array of the checkpoint is there and differs.
+        Raises if another array of the checkpoint is there and differs.
         """
-        shape = site.own_shape(self._places.shape(site.path))
+        shape = site.own_shape(self.places.shape(site.path))
         own = from_torch(array, shape, site.own_axes)
         other = self._owners.setdefault((site.path, site.indices), site.name)
         if other == site.name:
@@ -285,7 +266,7 @@ class Replaced:
             self._arrays[path] = array
             return
         if path not in self._arrays:
-            self._arrays[path] = np.zeros(self._places.shape(path), array.dtype)
+            self._arrays[path] = np.zeros(self.places.shape(path), array.dtype)
             self._open[path] = site.stack, set()
         wide = common_dtype(self._arrays[path].dtype, array.dtype)
         self._arrays[path] = self._arrays[path].astype(wide, copy=False)
@@ -296,26 +277,31 @@ class Replaced:
     def current(self, site: Site, why: str) -> np.ndarray:
         """The values that `set` would replace: values set before, or values of the params.
 
-        Raises:
-            CheckpointError: if the params have no values; it says why they are needed.
+        If the params have no values, the error says why they are needed.
         """
         path = site.path
         complete = path not in self._open or site.indices in self._open[path][1]
         if path in self._arrays and complete:
             return site.view(self._arrays[path])
-        return site.view(leaf_values(path, self._places.leaves[path], why))
+        return site.view(self._values(path, why))
+
+    def _values(self, path: str, why: str) -> np.ndarray:
+        """The values of a leaf that the checkpoint changes in part."""
+        leaf = self.places.leaves[path]
+        if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
+            raise CheckpointError(
+                f"{why}, so the values of {path!r} are needed, got a "
+                f"{type(leaf).__name__}: give params with arrays."
+            )
+        return processes.to_host(leaf)
 
     def finish(self, where: str) -> dict[str, jax.Array]:
-        """All leaves. Indexes that are not set have the values of the params.
-
-        Args:
-            where: the name of the file, for messages.
-        """
+        """All leaves. Indexes that are not set have the values of the params."""
         for path, (stack, indexes) in self._open.items():
-            shape = self._places.shape(path)
+            shape = self.places.shape(path)
             absent = set(np.ndindex(*(shape[axis] for axis in stack))) - indexes
             if absent:
-                own = leaf_values(path, self._places.leaves[path], "some layers lack it")
+                own = self._values(path, "some layers lack it")
                 for index in absent:
                     values = first_axes(own, stack)[index]
                     first_axes(self._arrays[path], stack)[index] = values
@@ -325,43 +311,29 @@ class Replaced:
         }
 
 
-def add_bias(
-    replaced: Replaced, places: Places, site: Site, bias: np.ndarray, scale: float
-) -> None:
-    """Adds the bias of an adapter's B to the bias of its layer: `lora_bias`.
-
-    Raises:
-        CheckpointError: if the layer has no such bias.
-    """
+def add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> None:
+    """Adds the bias of an adapter's B to the bias of its layer: `lora_bias`."""
     check_whole(site, "its adapter has a bias of its own")
-    path = sibling_bias(places, site.module, site.path)
+    places, module = replaced.places, site.module
+    path = _sibling_bias(places, module, site.path)
     numbers = tuple(zip(site.fields, site.indices, strict=True))
-    claim = _read(places, f"{site.module}.bias", bias.shape, path, numbers)
+    claim = _read(places, f"{module}.bias", bias.shape, path, numbers)
     if not claim.readings:
         raise CheckpointError(
-            f"{site.module!r} has a bias of {bias.size} entries, and {path!r} has the "
-            f"shape {places.shape(path)}: it is not the bias of that layer."
+            f"{module!r} has a bias of {bias.size} entries, and {path!r} has the shape "
+            f"{places.shape(path)}: it is not the bias of that layer."
         )
     own = claim.site(_one_reading(places, [claim]))
-    why = f"{site.module!r} has a bias of its own, which shifts the bias of the layer"
+    why = f"{module!r} has a bias of its own, which shifts the bias of the layer"
     old = replaced.current(own, why)
     wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
     update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
     replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
 
 
-def put_rows(
-    replaced: Replaced, places: Places, module: str, rows: np.ndarray, config: PeftConfig
-) -> str:
-    """Puts rows of an embedding, or of a head: `trainable_token_indices`.
-
-    Returns:
-        The path of the leaf.
-
-    Raises:
-        CheckpointError: if they do not fit.
-    """
-    indexes = _token_indexes(config, module)
+def _put_rows(replaced: Replaced, module: str, rows: np.ndarray, config: PeftConfig) -> str:
+    """Puts rows of an embedding, or of a head, and returns the path of the leaf."""
+    places, indexes = replaced.places, _token_indexes(config, module)
     if rows.ndim != 2:
         raise CheckpointError(
             f"{module!r} must have rows of an embedding, (n, width), got {rows.shape}."
@@ -376,8 +348,8 @@ def put_rows(
             f"{module!r} has rows of {width} entries, and {given.path!r} has the "
             f"shape {places.shape(given.path)}: it has no such rows."
         )
-    name = f"{module}.weight"
-    site = find_full(places, {name: shape})[name]
+    claim = _find_claim(places, f"{module}.weight", shape)
+    site = claim.site(_one_reading(places, [claim]))
     old = replaced.current(site, f"only rows of {module!r} are replaced")
     if len(rows) != len(indexes) or max(indexes, default=0) >= shape[0]:
         raise CheckpointError(

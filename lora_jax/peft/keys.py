@@ -1,11 +1,11 @@
 """Sorts the entries of a PEFT checkpoint by module, and finds the kind of each module."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.names import name_ends
+from lora_jax.peft.words import name_ends
 
 PREFIX = "base_model.model."
 Kind = Literal["linear", "embedding", "convolution", "experts"]
@@ -80,14 +80,9 @@ class Entries(NamedTuple):
 
 
 def sort_entries(where: str, shapes: Mapping[str, tuple[int, ...]]) -> Entries:
-    """Sorts the entries of a checkpoint by module.
+    """Sorts the entries of a checkpoint by module, from the shapes by name.
 
-    Args:
-        where: the name of the file, for messages.
-        shapes: of the entries by their names.
-
-    Raises:
-        CheckpointError: if the kind of an entry is not known, or a module lacks an entry.
+    Raises if the kind of an entry is not known, or a module lacks an entry.
     """
     found: dict[str, dict[str, str]] = {}
     entries = Entries({}, {}, {})
@@ -190,11 +185,7 @@ def nesting(name: str) -> tuple[str, int]:
 
 
 class Parameters:
-    """Finds the parameters of `target_parameters` by their module.
-
-    Args:
-        names: the value of `target_parameters`.
-    """
+    """Finds the parameters of `target_parameters` by their module."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._by_parent: dict[str, list[tuple[int, str]]] = {}
@@ -207,22 +198,6 @@ class Parameters:
         ends = dict.fromkeys(["", *name_ends(owner)])
         found = sorted(pair for end in ends for pair in self._by_parent.get(end, ()))
         return [f"{owner}.{last}" if owner else last for _, last in found]
-
-
-def missing_parameters(parameters: tuple[str, ...], entries: Entries) -> Iterator[str]:
-    """Lists what `target_parameters` names and the file lacks."""
-    experts = [m for m in entries.modules.values() if m.kind == "experts"]
-    owners = [nesting(module.name)[0] for module in experts]
-    if parameters and not owners:
-        yield f"the config targets the parameter {parameters[0]!r}, and the file has none"
-    named = Parameters(parameters)
-    for owner in dict.fromkeys(owners):
-        names, count = named.of(owner), owners.count(owner)
-        if count != len(names):
-            yield (
-                f"the config targets {len(names)} parameters of {owner!r}, "
-                f"{', '.join(names)}, and the file has {count}"
-            )
 
 
 def as_experts(
@@ -238,12 +213,6 @@ def as_experts(
         modules: the adapters of a checkpoint.
         parameters: the value of `target_parameters`.
         rank_of: from the name of a parameter to its rank in the config.
-
-    Returns:
-        The adapters. Adapters of parameters have the number of experts.
-
-    Raises:
-        CheckpointError: if the ranks in the config do not divide the ranks of the factors.
     """
     named, marked = Parameters(parameters), dict(modules)
     owners: dict[str, list[Module]] = {}

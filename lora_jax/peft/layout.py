@@ -32,8 +32,7 @@ class Reading(NamedTuple):
     def fields(self, names: Iterable[str]) -> str:
         """The letters, with `{name}` for the axis of each index if there are several `b`.
 
-        Args:
-            names: of the fields, in the order of `stack`.
+        `names` are of the fields, in the order of `stack`.
         """
         if self.axes.count("b") < 2:
             return self.axes
@@ -84,10 +83,8 @@ class Site(NamedTuple):
     def region(self, shape: tuple[int, ...], stack: Iterable[Entry] = ()) -> list[Entry]:
         """What the module has of each axis of a leaf of some shape.
 
-        Args:
-            shape: of the leaf.
-            stack: what several modules have of each axis of the stack, in place of the
-                index of this one.
+        `stack` is what several modules have of each axis of the stack, in place of the
+        index of this one.
         """
         own = list(parts.entries(self.part, shape))
         left = [axis for axis, entry in enumerate(own) if not isinstance(entry, int)]
@@ -235,10 +232,8 @@ def _fits(shape: tuple[int, ...], axes: str, kind: Kind, dims: Dims) -> bool:
 def from_torch(array: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
     """Turns an array of PyTorch into the layout of a leaf.
 
-    Args:
-        array: `(out, in)`, `(entries, width)`, `(out, in, *kernel)` or a vector.
-        shape: of the leaf, without the axes of a stack.
-        axes: the letters of these axes; empty if the leaf has PyTorch's layout.
+    `shape` and `axes` are of the leaf, without the axes of a stack. `axes` are empty if the
+    leaf has PyTorch's layout.
     """
     if not axes:
         return array.reshape(shape)
@@ -357,22 +352,16 @@ def torch_forms(
     return as_is + forms if embedding else forms + as_is, embedding
 
 
-def shared_readings(
-    shape: tuple[int, ...], options: list[tuple[Reading, ...]], indices: list[Index]
-) -> list[Reading]:
-    """The ways to see a leaf that fit all of its modules.
-
-    Args:
-        shape: of the leaf.
-        options: of each module, the ways to see the leaf.
-        indices: of each module, its index; all of one length.
-    """
-    most = [max(column) for column in zip(*indices, strict=True)]
-    distinct = dict.fromkeys(options)
-    fitting = (each for each in options[0] if has_room(shape, each.stack, most))
-    return [each for each in fitting if all(each in other for other in distinct)]
-
-
 def has_room(shape: tuple[int, ...], stack: Index, indices: Iterable[int]) -> bool:
     """Whether the axes of a stack are long enough for indexes."""
     return all(n < shape[axis] for n, axis in zip(indices, stack, strict=True))
+
+
+def common_dtype(*dtypes: np.dtype) -> np.dtype:
+    """The dtype that holds the values of all dtypes.
+
+    NumPy does not have it for float16 and bfloat16.
+    """
+    if len({dtype for dtype in dtypes if dtype.itemsize == 2}) > 1:
+        dtypes = (*(d for d in dtypes if d.itemsize != 2), np.dtype(np.float32))
+    return np.result_type(*dtypes)

@@ -3,15 +3,15 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import LAYOUTS, Layout, Site, part_axes, part_shape
-from lora_jax.peft.name_table import Given, Names, NamesArgument, PathMasks
-from lora_jax.peft.names import (
+from lora_jax.peft.names import Given, Names, NamesArgument, PathMasks
+from lora_jax.peft.words import (
     BIAS,
     WEIGHT,
     Found,
@@ -46,11 +46,7 @@ class Problems:
             self.lines.append(str(error))
 
     def settle(self, where: str, strict: bool) -> None:
-        """Raises one error with all problems, or warns of them.
-
-        Raises:
-            CheckpointError: if there are problems, and `strict` is true.
-        """
+        """Raises one error with all problems, or warns of them if `strict` is false."""
         if not self.lines:
             return
         extra = len(self.lines) - _SHOWN
@@ -70,7 +66,7 @@ class Known(NamedTuple):
     uses: Mapping[str, tuple[Use, ...]] = {}
     source: str = ""
     """Where this is known from, for messages: the function, or the plan."""
-    trained: Collection[str] = ()
+    trained: frozenset[str] = frozenset()
     """The leaves that the plan trains."""
     products: Mapping[str, str] = {}
     """The functions that the plan states to be products; as in `LoraConfig`."""
@@ -109,14 +105,7 @@ class Known(NamedTuple):
 class Places:
     """Searches the leaves of params by names of modules.
 
-    Args:
-        leaves: by path.
-        names: as in `lora_jax.peft.load`, and so is `layout`.
-        layout: of the leaves; None if the caller did not give it.
-        known: the known axes of the leaves.
-
-    Raises:
-        TypeError, ValueError: if `names` or `layout` is not valid.
+    `names` and `layout` are as in `lora_jax.peft.load`. `known` has the axes of the leaves.
     """
 
     def __init__(
@@ -153,11 +142,7 @@ class Places:
         return self._biases.get(split_path(path).words)
 
     def given(self, name: str) -> Given | None:
-        """The leaf that the caller gave a module.
-
-        Raises:
-            CheckpointError: if the params lack it.
-        """
+        """The leaf that the caller gave a module; raises if the params lack it."""
         given = self._names.find(name)
         if given is None:
             return None
@@ -246,11 +231,8 @@ class Places:
     ) -> CheckpointError:
         """The error for a module without a leaf that fits.
 
-        Args:
-            name: of the module.
-            near: leaves with similar paths.
-            fits: what the leaf must have.
-            part: the path of a part of a leaf, as an example.
+        `near` are leaves with similar paths, `fits` says what the leaf must have, and
+        `part` is the path of a part of a leaf, as an example.
         """
         self.unplaced.append(name)
         listed = [f"{path!r} {self.shape(path)}{self.axes_of(path)}" for path, _ in near]
@@ -286,17 +268,7 @@ def find_known(
     args: tuple[Any, ...],
     plan: AdapterPlan | None,
 ) -> Known:
-    """The axes that the arguments of `load` show.
-
-    Args:
-        params: of the model.
-        fn: traced as `fn(params, *args)`, if it is given.
-        args: of `fn`.
-        plan: of the params, if it is given.
-
-    Raises:
-        KeyError, TypeError, ValueError: if an argument is not valid.
-    """
+    """The axes that the arguments of `load` show."""
     if fn is None and args:
         raise TypeError(
             "got arguments and no function: the order is load(directory, params, fn, "

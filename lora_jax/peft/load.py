@@ -2,13 +2,15 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lora_jax._core import checks, tree_paths
+from lora_jax._core.immutable import FrozenDict
+from lora_jax._core.tables import format_table
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
@@ -20,25 +22,24 @@ from lora_jax.peft.checkpoint import (
     check_dtype,
     open_checkpoint,
 )
-from lora_jax.peft.full import Replaced, find_full, put_rows
+from lora_jax.peft.full import Replaced, put_full
 from lora_jax.peft.layout import Layout, Site
 from lora_jax.peft.leaves import Places, Problems, make_places
 from lora_jax.peft.locate import find_sites
-from lora_jax.peft.mismatches import find_biased, find_missing, module_check, shared_leaves
-from lora_jax.peft.name_table import NamesArgument, NameTable, Row
-from lora_jax.peft.tied import (
+from lora_jax.peft.missing import (
     ON_TIED,
     OnTied,
+    check_module,
+    find_missing,
     tied_adapters,
-    tied_arrays,
-    without_frozen,
-    without_twins,
 )
+from lora_jax.peft.names import NamesArgument
+from lora_jax.peft.rules import Rules
 from lora_jax.plan import trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
-__all__ = ["Loaded", "load", "match_names", "replace_leaves"]
+__all__ = ["Loaded", "NameTable", "load", "match_names", "replace_leaves"]
 
 _LOG = logging.getLogger("lora_jax.peft")
 
@@ -52,6 +53,50 @@ class Loaded(NamedTuple):
     """Like the plan of `plan_adapters`."""
     replaced: dict[str, jax.Array]
     """Path to value, for the leaves that the checkpoint replaces."""
+
+
+class Row(NamedTuple):
+    """A module and its weight."""
+
+    site: Site
+    shape: tuple[int, ...]
+    """Of the weight."""
+    given: bool = False
+    """Whether more than the shape showed the axes."""
+
+
+class NameTable(FrozenDict[str, str | tuple[str, str]]):
+    """From the names of modules to the paths of their weights. `print` shows a table.
+
+    Where more than the shape showed the axes of a weight, the value is a pair of the path
+    and the letters of the axes, with `{layers}` for the axis of layers.
+    """
+
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "NameTable":
+        """Makes a table from rows."""
+        by_name = {row.site.name: row for row in rows}
+        table = cls(
+            {
+                name: (site.target, site.letters) if given else site.target
+                for name, (site, _, given) in by_name.items()
+            }
+        )
+        table.rows = tuple(by_name.values())
+        return table
+
+    def __str__(self) -> str:
+        return "\n".join(format_table(_cells(self.rows)))
+
+
+def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:
+    yield "module", "path", "shape", "axes"
+    for site, shape, _ in rows:
+        pairs = sorted(zip(site.stack, site.indices, strict=True))
+        index = f"[{', '.join(str(index) for _, index in pairs)}]" if pairs else ""
+        yield site.name, site.target + index, str(shape), site.letters
 
 
 class Placement(NamedTuple):
@@ -78,26 +123,19 @@ def find_places(
 ) -> Placement:
     """Finds the site of each adapter of a checkpoint.
 
-    Args:
-        checkpoint: an open checkpoint.
-        places: the leaves of the params.
-        on_tied: as in `lora_jax.peft.load`.
-
     Raises:
         ValueError: if `on_tied` is not one of its values.
     """
     checks.check_choice("on_tied", on_tied, ON_TIED)
     problems, config, modules = Problems(), checkpoint.config, {}
-    check = module_check(config)
+    rules, separate = Rules(config), on_tied == "error"
     for name, module in checkpoint.entries.modules.items():
         with problems.collecting():
-            check(module)
+            check_module(module, rules)
             modules[name] = module
-    separate = on_tied == "error"
     sites = find_sites(places, modules, config, problems, splits_ties=separate)
     if separate:
-        kinds = {name: module.kind for name, module in modules.items()}
-        wrong = tied_adapters(places, sites.values(), kinds, config)
+        wrong = tied_adapters(places, sites.values(), modules, config)
         problems.lines += wrong.values()
         sites = {name: site for name, site in sites.items() if name not in wrong}
     return Placement(checkpoint, places, sites, problems)
@@ -108,92 +146,46 @@ def assemble(
     strict: bool,
     *,
     dtype: FileDtype = None,
-    scales_bias: bool = False,
     on_tied: OnTied = "error",
 ) -> Loaded:
     """Makes adapters, a plan and replaced leaves from a checkpoint.
 
-    Args:
-        placement: the sites of its adapters.
-        strict: whether what does not fit is an error.
-        dtype: of the adapters; as in `lora_jax.peft.load`.
-        scales_bias: whether the adapters multiply the biases of their layers too.
-        on_tied: as in `lora_jax.peft.load`.
+    If `strict` is true, what does not fit is an error.
 
     Raises:
         CheckpointError: as `lora_jax.peft.load`.
     """
     checkpoint, places, sites, problems = placement
+    where, config = checkpoint.where, checkpoint.config
     dtype = check_dtype(dtype)
     if dtype != "file":
         checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
-    _LOG.info("%s\n%s", checkpoint.where, placement.table())
+    _LOG.info("%s\n%s", where, placement.table())
     replaced = Replaced(places)
-    twice = _put_full(checkpoint, places, sites, replaced, problems, on_tied)
+    twice = put_full(replaced, checkpoint, sites, problems, on_tied)
     sites = {name: site for name, site in sites.items() if name not in twice}
     problems.lines[:0] = places.unused_names()
-    problems.lines += find_missing(
-        checkpoint.config, checkpoint.entries, places, sites.values()
-    )
-    if scales_bias:
-        problems.lines += find_biased(places, sites.values())
-    problems.settle(checkpoint.where, strict)
+    problems.lines += find_missing(checkpoint, places, sites.values())
+    problems.settle(where, strict)
     try:
-        placed = make_adapters(checkpoint, places, sites, replaced)
-        whole = replaced.finish(checkpoint.where)
+        placed = make_adapters(checkpoint, sites, replaced)
+        whole = replaced.finish(where)
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint.where}: {error}") from None
+        raise CheckpointError(f"{where}: {error}") from None
     if not placed and not whole:
         why = problems.lines[0] if problems.lines else "it contains nothing for them."
-        raise CheckpointError(f"{checkpoint.where}: nothing of it fits the params: {why}")
+        raise CheckpointError(f"{where}: nothing of it fits the params: {why}")
     adapters = {
         path: {
-            name: _to_jax(checkpoint.where, f"{path}:{name}", array, dtype)
+            name: _to_jax(where, f"{path}:{name}", array, dtype)
             for name, array in own.arrays.items()
         }
         for path, own in placed.items()
     }
-    adapted = {site.path for site in sites.values()}
-    trained = [
-        path for path in whole if path in places.known.trained and path not in adapted
-    ]
-    own = make_plan(checkpoint.config, places, placed, trained)
-    adapters |= {path: {VALUE: whole.pop(path)} for path in trained}
-    return Loaded(adapters, own, whole)
-
-
-def _put_full(
-    checkpoint: Checkpoint,
-    places: Places,
-    sites: Mapping[str, Site],
-    replaced: Replaced,
-    problems: Problems,
-    on_tied: OnTied,
-) -> set[str]:
-    """Puts the full arrays of a checkpoint, and then the rows of embeddings.
-
-    Returns:
-        The modules whose adapters are left out, because another array has their leaf.
-    """
-    config, read = checkpoint.config, checkpoint.arrays.read
-    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
-    arrays = without_twins(places, without_frozen(places, sites, arrays))
-    full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
-    if on_tied == "error":
-        twins = checkpoint.entries.wholes.keys() - arrays.keys()
-        wrong = tied_arrays(places, full, twins, config)
-        problems.lines += wrong.values()
-        full = {name: site for name, site in full.items() if name not in wrong}
-    for name, site in full.items():
-        with problems.collecting():
-            replaced.put(site, arrays[name])
-    rows: dict[str, str] = {}
-    for name, key in checkpoint.entries.tokens.items():
-        with problems.collecting():
-            rows[name] = put_rows(replaced, places, name, read(key), config)
-    twice = dict(shared_leaves(sites.values(), full.values(), rows))
-    problems.lines += twice.values()
-    return set(twice)
+    trained = places.known.trained - {site.path for site in sites.values()}
+    values = {path: {VALUE: whole.pop(path)} for path in [*whole] if path in trained}
+    plan = make_plan(config, places, placed, values)
+    return Loaded(adapters | values, plan, whole)
 
 
 def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:

@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
@@ -17,11 +17,10 @@ from lora_jax.peft.layout import (
     has_room,
     known_readings,
     readings,
-    shared_readings,
 )
 from lora_jax.peft.leaves import Places, Problems, agrees
-from lora_jax.peft.name_table import Given
-from lora_jax.peft.names import (
+from lora_jax.peft.names import NOT_GIVEN, Given
+from lora_jax.peft.words import (
     HEADS,
     WEIGHT,
     Found,
@@ -37,6 +36,7 @@ from lora_jax.plan.parts import LOOKUP, PRODUCT
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention
 _WEIGHTS = (WEIGHT, "")
+_Key: TypeAlias = tuple[str, str, str]  # a path, a part and a use
 
 
 class Claim(NamedTuple):
@@ -95,12 +95,9 @@ class Claim(NamedTuple):
 def fitting(
     name: str, found: Iterable[Found], read: Callable[[str, Numbers], Claim]
 ) -> list[Claim]:
-    """The claims to some leaves, without the leaves that do not fit.
+    """The claims of a module to some leaves, without the leaves that do not fit.
 
-    Args:
-        name: of the module.
-        found: leaves with similar paths.
-        read: from a path, and the numbers of the name that are indexes, to the claim.
+    `read` makes a claim from a path, and the numbers of the name that are indexes.
     """
     claims = (read(path, name_indices(name, path, indices)) for path, indices in found)
     return [claim for claim in claims if claim.readings]
@@ -111,25 +108,15 @@ def given_claim(
 ) -> Claim | None:
     """The claim to the leaf that the caller gave; None if the leaf does not fit.
 
-    Args:
-        given: the leaf.
-        module: the name, in which further numbers may be indexes of the leaf.
-        read: as in `fitting`.
-        more: further numbers to try.
+    Further numbers of the module's name may be indexes of the leaf, and so may `more`.
     """
     numbers = given.numbers, lacking_fields(module, given.path), *more
     claims = (read(given.path, each) for each in dict.fromkeys(numbers))
     return next((claim for claim in claims if claim.readings), None)
 
 
-def only(name: str, claims: list[Claim], not_found: Callable[[], CheckpointError]) -> Claim:
-    """The one leaf that fits.
-
-    Raises:
-        CheckpointError: if several leaves fit, or none does.
-    """
-    if not claims:
-        raise not_found()
+def only(name: str, claims: list[Claim]) -> Claim:
+    """The one leaf that fits; raises if there are several."""
     if len(claims) > 1:
         raise CheckpointError(
             f"{name!r} may be any of "
@@ -137,6 +124,21 @@ def only(name: str, claims: list[Claim], not_found: Callable[[], CheckpointError
             f"names={{{name!r}: path}}."
         )
     return claims[0]
+
+
+def shared_readings(
+    places: Places, claims: list[Claim]
+) -> tuple[list[Reading], list[Reading]]:
+    """The ways to see a leaf that fit all of its modules, and those if it is transposed."""
+    first = claims[0]
+    shape = places.shape(first.path, first.part)
+    most = [max(column) for column in zip(*(c.indices for c in claims), strict=True)]
+    ways = []
+    for options in ([c.readings for c in claims], [c.turned for c in claims]):
+        fit = (each for each in options[0] if has_room(shape, each.stack, most))
+        distinct = dict.fromkeys(options)
+        ways.append([each for each in fit if all(each in other for other in distinct)])
+    return ways[0], ways[1]
 
 
 def find_sites(
@@ -147,37 +149,19 @@ def find_sites(
     *,
     splits_ties: bool = True,
 ) -> dict[str, Site]:
-    """Finds the site of each module.
+    """Finds the site of each adapter of a checkpoint, by the names of the modules.
 
-    Args:
-        places: the leaves to search.
-        modules: the adapters of a checkpoint.
-        config: of the checkpoint.
-        problems: collects the modules without a site, with several, or with one that
-            another module has.
-        splits_ties: whether a module is one use of a tied leaf, if that can be told.
-
-    Returns:
-        The sites by the names of the modules.
+    `problems` collects the modules without a site, with several, or with one that another
+    module has. If `splits_ties` is true, a module is one use of a tied leaf, if that can be
+    told.
     """
-    owners: dict[str, list[Module]] = {}
-    for name, module in modules.items():
-        owner = nesting(name)[0] if module.kind == "experts" else name
-        owners.setdefault(owner, []).append(module)
-    parameters = Parameters(config.target_parameters or ())
-    by_leaf: dict[tuple[str, str, str], list[Claim]] = {}
-    for owner, own in owners.items():
-        with problems.collecting():
-            if own[0].kind == "experts":
-                claims = _find_parameters(places, parameters.of(owner), own, config)
-            else:
-                claims = [_find_module(places, own[0], config.fan_in_fan_out)]
-            for claim in claims:
-                use = claim.use
-                if splits_ties and not use:
-                    use = places.known.side(claim.path, modules[claim.module].kind)
-                claims = by_leaf.setdefault((claim.path, claim.part, use), [])
-                claims.append(claim._replace(use=use))
+    by_leaf: dict[_Key, list[Claim]] = {}
+    for claim in _find_claims(places, modules, config, problems):
+        use = claim.use
+        if splits_ties and not use:
+            use = places.known.side(claim.path, modules[claim.module].kind)
+        key = (claim.path, claim.part, use)
+        by_leaf.setdefault(key, []).append(claim._replace(use=use))
     by_leaf = {leaf: _alike(claims, modules, problems) for leaf, claims in by_leaf.items()}
     places.claimed |= {path for path, *_ in by_leaf}
     _check_apart(places, by_leaf, problems)
@@ -195,13 +179,29 @@ def find_sites(
     return {name: sites[name] for name in modules if name in sites}
 
 
+def _find_claims(
+    places: Places, modules: Mapping[str, Module], config: PeftConfig, problems: Problems
+) -> Iterator[Claim]:
+    owners: dict[str, list[Module]] = {}
+    for name, module in modules.items():
+        owner = nesting(name)[0] if module.kind == "experts" else name
+        owners.setdefault(owner, []).append(module)
+    parameters = Parameters(config.target_parameters or ())
+    for owner, own in owners.items():
+        claims: list[Claim] = []
+        with problems.collecting():
+            if own[0].kind == "experts":
+                claims = _find_parameters(places, parameters.of(owner), own, config)
+            else:
+                claims = [_find_module(places, own[0], config.fan_in_fan_out)]
+        yield from claims
+
+
 def _check_apart(
-    places: Places,
-    by_leaf: dict[tuple[str, str, str], list[Claim]],
-    problems: Problems,
+    places: Places, by_leaf: dict[_Key, list[Claim]], problems: Problems
 ) -> None:
     """Leaves out modules of parts that have entries in common with parts before."""
-    taken: dict[str, list[tuple[str, str, str]]] = {}
+    taken: dict[str, list[_Key]] = {}
     for key, claims in [*by_leaf.items()]:
         path, part, use = key
         for before in taken.setdefault(path, []):
@@ -260,16 +260,10 @@ def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> Non
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:
-    """The one way to see a leaf that fits all of its modules.
-
-    Raises:
-        CheckpointError: if there is none, or several.
-    """
+    """The one way to see a leaf that fits all of its modules; else raises."""
     first = claims[0]
     shape = places.shape(first.path, first.part)
-    indices = [claim.indices for claim in claims]
-    found = shared_readings(shape, [claim.readings for claim in claims], indices)
-    turned = shared_readings(shape, [claim.turned for claim in claims], indices)
+    found, turned = shared_readings(places, claims)
     if not found:
         last = max(claims, key=lambda claim: claim.indices)
         raise CheckpointError(
@@ -320,7 +314,9 @@ def _find_module(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
     if not claims and last_word(name) in HEADS and module.kind == "linear":
         tied = (path for path in places.leaves if places.known.side(path, "linear"))
         claims = fitting(name, [Found(path, ()) for path in tied], read)
-    return only(module.name, claims, lambda: _not_found(places, module, near))
+    if not claims:
+        raise _not_found(places, module, near)
+    return only(module.name, claims)
 
 
 def _reader(
@@ -328,40 +324,32 @@ def _reader(
     module: Module,
     name: str,
     fan_in_fan_out: bool = False,
-    axes: str | None = None,
-    fields: tuple[str, ...] = (),
-    part: str = "",
+    given: Given = NOT_GIVEN,
 ) -> Callable[[str, Numbers], Claim]:
-    """What reads a leaf as the weight of a module; see `fitting`.
+    """What reads a leaf as the weight of a module, or of a parameter; see `fitting`.
 
-    Args:
-        places: the leaves.
-        module: of the checkpoint.
-        name: of the module, or of the parameter.
-        fan_in_fan_out: of the checkpoint.
-        axes: the letters of the leaf's axes, if the caller gave them.
-        fields: the fields that the caller gave some of the batch axes.
-        part: of the leaf that holds the module.
+    `given` has the axes and the part of the leaf, if the caller gave them.
     """
     kind, dims = module.kind, module.dims
 
     def read(path: str, numbers: Numbers) -> Claim:
-        shape, count = places.shape(path, part), len(numbers)
-        known = axes or places.letters(path, part)
+        shape, count = places.shape(path, given.part), len(numbers)
+        known = given.axes or places.letters(path, given.part)
         turned: tuple[Reading, ...] = ()
         by_shape = not (known and set(known) <= set("iob"))
-        if not by_shape:
-            found = known_readings(shape, known, kind, dims, count)
-            if not found and axes is None and not part and places.known.tie(path):
-                swapped = known.translate(SWAPPED)
-                found = known_readings(shape, swapped, kind, dims, count)
-        else:
+        if by_shape:
             own = {"fan_in_fan_out": fan_in_fan_out, "count": count}
             found = readings(shape, kind, dims, places.layout, **own)
             if places.given_layout is None:
                 turned = readings(shape, kind, dims, "turned", count=count)
+        else:
+            found = known_readings(shape, known, kind, dims, count)
+            whole = given.axes is None and not given.part
+            if not found and whole and places.known.tie(path):
+                swapped = known.translate(SWAPPED)
+                found = known_readings(shape, swapped, kind, dims, count)
         batch = [axis for axis, letter in enumerate(known) if letter == "b"]
-        order = {field: a for field, a in zip(fields, batch, strict=False) if field}
+        order = {f: axis for f, axis in zip(given.fields, batch, strict=False) if f}
         stack = tuple(order.get(field, -1) for field, _ in numbers)
 
         def allowed(reading: Reading) -> bool:
@@ -372,26 +360,27 @@ def _reader(
             )
 
         found, turned = (tuple(filter(allowed, each)) for each in (found, turned))
-        turned = turned if found else ()
-        given = axes is not None
         return Claim(
-            module.name, name, path, numbers, found, turned, by_shape, part, given=given
+            module.name,
+            name,
+            path,
+            numbers,
+            readings=found,
+            turned=turned if found else (),
+            by_shape=by_shape,
+            part=given.part,
+            use=given.use,
+            given=given.axes is not None,
         )
 
     return read
 
 
 def _find_given(
-    places: Places,
-    module: Module,
-    given: Given,
-    name: str,
-    fan_in_fan_out: bool = False,
+    places: Places, module: Module, given: Given, name: str, fan_in_fan_out: bool = False
 ) -> Claim:
     """The claim to the leaf that the caller gave."""
-    read = _reader(
-        places, module, name, fan_in_fan_out, given.axes, given.fields, given.part
-    )
+    read = _reader(places, module, name, fan_in_fan_out, given)
     claim = given_claim(given, without_wrapper(module.name), read)
     if claim is None:
         indices = tuple(number for _, number in given.numbers)
@@ -406,7 +395,7 @@ def _find_given(
             f"is of the kind {module.kind!r}: an embedding is a look-up, and any other "
             "module a product."
         )
-    return claim._replace(use=given.use)
+    return claim
 
 
 def _find_parameters(
@@ -414,20 +403,13 @@ def _find_parameters(
 ) -> list[Claim]:
     """The leaves of the adapters that belong to parameters of one module.
 
-    A checkpoint does not name the parameter of an adapter: shapes have to show it. `names`
-    are of the parameters, and `modules` are the adapters.
-
-    Raises:
-        CheckpointError: if shapes do not show it.
+    A checkpoint does not name the parameter of an adapter: shapes have to show it.
     """
-    options = [
-        _parameter_claims(
-            places, module, [n for n in names if config.rank_of(n) == module.rank]
-        )
-        for module in modules
-    ]
-    for module, claims in zip(modules, options, strict=True):
-        if not claims:
+    options = []
+    for module in modules:
+        own = [name for name in names if config.rank_of(name) == module.rank]
+        options.append(_parameter_claims(places, module, own))
+        if not options[-1]:
             words = [split_path(name).words for name in names]
             near = [each for own in words for each in places.search(own, _WEIGHTS)]
             raise _not_found(places, module, near)

@@ -1,332 +1,387 @@
-"""Compares names of modules with paths of leaves.
+"""The argument `names`: from modules to paths for `load`, and back for `save`."""
 
-The words of a name and of a path are compared from the last one:
-`model.layers.0.self_attn.q_proj` with `decoder/layers_0/self_attn/q_proj/kernel`. Both must
-contain the same numbers. Only the number of a module in a stacked array is not in the path.
-"""
-
-import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
-# Names of modules whose weights are (entries, width) in every framework.
-_EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
-_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
-# Names of embeddings of tokens and of output heads.
-EMBEDDINGS = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
+import numpy as np
+
+from lora_jax._core import tree_paths
+from lora_jax.peft.layout import Index, Layout, Site, part_axes, part_shape
+from lora_jax.peft.words import (
+    Numbers,
+    fill_fields,
+    fill_numbers,
+    is_template,
+    lacking_fields,
+    mask_numbers,
+    name_fields,
+    numbers_in,
+    split_name,
+    split_path,
+    template_fields,
+    template_parts,
 )
-HEADS = frozenset({"lm_head", "embed_out"})
-WEIGHT = "weight"
-BIAS = "bias"
-# The names of weights and biases in different frameworks.
-_LEAVES = {
-    "weight": WEIGHT,
-    "kernel": WEIGHT,
-    "embedding": WEIGHT,
-    "embeddings": WEIGHT,
-    "scale": WEIGHT,
-    "w": WEIGHT,
-    "bias": BIAS,
-    "b": BIAS,
-}
-_BOXES = ("value", "raw_value")
-_COLLECTION = "params"
-_NUMBERED = re.compile(r"(.*[^_\d])_?(\d+)")
-_FIELD = re.compile(r"\{([A-Za-z_]\w*)?\}")
-_MASKED = re.compile(r"\d+|\{(?:[A-Za-z_]\w*)?\}")
-# Words that tell towers and blocks apart, and parts of words. The first part that is found
-# decides.
-_SIDES = (
-    {"encoder": ("encoder",), "decoder": ("decoder",)},
-    {
-        "vision": ("vision_model", "vision_tower", "visual", "vision", "image_encoder"),
-        "text": ("text_model", "language_model", "text", "text_encoder"),
-    },
+from lora_jax.plan import parts
+
+GivenPath: TypeAlias = str | tuple[str, str]
+"""The path of a weight, or a pair of the path and the letters of the axes."""
+NamesArgument: TypeAlias = (
+    Mapping[str, GivenPath] | Callable[[str], GivenPath | None] | None
 )
-_PARTS = {
-    "cross": ("cross", "encoder_attn", "encdec", "attn2"),
-    "mlp": ("mlp", "ffn", "feed_forward", "feedforward", "densereludense"),
-    "self": ("attn", "attention"),
-}
-PathIndex: TypeAlias = dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]]
-"""Paths by the word of the leaf, the numbers in them, and each end of their words."""
-Numbers: TypeAlias = tuple[tuple[str, int], ...]
-"""Numbers of a module's name, each with its field."""
+SaveNames: TypeAlias = Mapping[str, GivenPath] | Callable[[str], str] | None
+_FIELD = re.compile(r"\{(\w+)\}")
 
 
-def last_word(name: str) -> str:
-    """The last word of a module's name that is not a number."""
-    words = [word for word in split_path(name).words if not word.isdecimal()]
-    return words[-1] if words else ""
+class Given(NamedTuple):
+    """A module and the weight that the caller gave it, or templates of both."""
 
-
-def is_embedding(name: str, path: str = "") -> bool:
-    """Whether a module is an embedding, by its name or the path of its leaf."""
-    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
-    words = path.replace(".", "/").split("/")[-2:]
-    if "kernel" in words:  # a matrix, such as an output head called embed_out
-        return False
-    return any(map(_EMBEDDING.search, last)) or "embedding" in words
-
-
-def is_convolution(name: str) -> bool:
-    """Whether a module is a convolution, by its name."""
-    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
-    return any(map(_CONVOLUTION.search, last))
-
-
-class Words(NamedTuple):
-    """The words of a path, and whether the leaf is `WEIGHT`, `BIAS` or neither (empty)."""
-
-    words: tuple[str, ...]
-    leaf: str = ""
-
-
-class Found(NamedTuple):
-    """A path that matches a name."""
-
+    name: str
     path: str
-    indices: tuple[int, ...]
-    """The numbers of the name that are not in the path: indexes on stacked axes."""
+    """Of the leaf."""
+    axes: str | None = None
+    """The letters of the axes of the weight or of the part, if they are given."""
+    fields: tuple[str, ...] = ()
+    """For each batch axis the field of its index, or an empty text."""
+    part: str = ""
+    """The part of the weight that holds the module; as in `Site`, and so is `use`."""
+    use: str = ""
+    numbers: Numbers = ()
+    """The numbers of the module's name that are not in the path."""
+
+    @property
+    def text(self) -> str:
+        """The path with part and use, as the caller wrote it."""
+        return self.path + self.part + (f"@{self.use}" if self.use else "")
 
 
-@functools.lru_cache(maxsize=2**17)
-def split_path(path: str, *, numbers_apart: bool = True) -> Words:
-    """Splits the path of a leaf into words, without the word of the leaf.
+NOT_GIVEN = Given("", "")
+
+
+class PathMasks:
+    """Finds the paths that a template matches, and paths without fields too."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._by_mask: dict[str, list[str]] = {}
+        for path in paths:
+            self._by_mask.setdefault(mask_numbers(path), []).append(path)
+
+    def match(self, template: str) -> bool:
+        """Whether some path matches."""
+        near = self._by_mask.get(mask_numbers(template), ())
+        return any(numbers_in(template, path) is not None for path in near)
+
+
+class Names:
+    """The argument `names` of `load`, from modules to weights, and of `save`, back."""
+
+    def __init__(self, names: NamesArgument | SaveNames) -> None:
+        if names is not None and not callable(names) and not isinstance(names, Mapping):
+            raise TypeError(
+                "names must be a dict from the names of modules to paths, or a function, "
+                f"got {type(names).__name__}."
+            )
+        own = isinstance(names, Mapping)
+        self._function: Any = None if own else names
+        self.entries = [_parse(*item) for item in (names.items() if own else ())]
+        self._by_name = {entry.name: entry for entry in self.entries}
+        self._templates: dict[str, list[Given]] = {}
+        self._by_path: dict[str, list[Given]] = {}
+        self._places: dict[str, int] = {}
+        for place, entry in enumerate(self.entries):
+            mask = mask_numbers(entry.name)
+            self._places.setdefault(mask, place)
+            self._by_path.setdefault(mask_numbers(entry.path), []).append(entry)
+            if is_template(entry.name):
+                self._templates.setdefault(mask, []).append(entry)
+
+    def find(self, name: str) -> Given | None:
+        """The weight that the caller gave a module; templates of paths are filled."""
+        if self._function is not None:
+            value = self._function(name)
+            return None if value is None else _parse(name, value)
+        if name in self._by_name:
+            return self._by_name[name]
+        for entry in self._templates.get(mask_numbers(name), ()):
+            numbers = numbers_in(entry.name, name)
+            if numbers is not None:
+                fields = zip(template_fields(entry.name), numbers, strict=True)
+                path, left = fill_fields(entry.path, tuple(fields))
+                return entry._replace(path=path, numbers=left)
+        return None
+
+    def of(self, path: str, use: str = "") -> list[Given]:
+        """The modules that the caller gave a path, or templates of their names.
+
+        Names that are given for the use of a target go before others.
+        """
+        if self._function is not None:
+            name = self._function(f"{path}@{use}" if use else path)
+            if not isinstance(name, str):
+                raise TypeError(f"names must return the name of a module, got {name!r}.")
+            return [Given(name, path)]
+        found = [each for each in self._matching(path) if each.use in ("", use)]
+        return [each for each in found if each.use == use] or found
+
+    def _matching(self, path: str) -> Iterator[Given]:
+        for entry in self._by_path.get(mask_numbers(path), ()):
+            numbers = numbers_in(entry.path, path)
+            if numbers is not None:
+                pairs = zip(template_fields(entry.path), numbers, strict=True)
+                yield entry._replace(name=_filled_name(entry, tuple(pairs)))
+
+    def has(self, path: str) -> bool:
+        """Whether a path has a name, or matches a template that has one."""
+        return any(self._matching(path))
+
+    def axes(self, path: str) -> str | None:
+        """The letters that the caller gave the axes of a leaf, without names of fields."""
+        return next((each.axes for each in self._matching(path) if each.axes), None)
+
+    def position(self, name: str) -> int:
+        """The position of a module in the caller's order; 0 if there is no order."""
+        return self._places.get(mask_numbers(name), 0)
+
+    def check_paths(self, paths: Collection[str]) -> None:
+        """Raises unless each entry has one of some paths."""
+        masks = PathMasks(paths)
+        for entry in self.entries:
+            if not masks.match(entry.path):
+                raise ValueError(
+                    f"names has {entry.path!r} for {entry.name!r}, and neither the plan "
+                    "nor `replaced` has that path"
+                    f"{tree_paths.nearest_hint(entry.path, paths)}."
+                )
+
+
+def _filled_name(entry: Given, numbers: Numbers) -> str:
+    """Fills a name with the numbers of the path: by the names of fields, or in order."""
+    name = entry.name
+    named = {field: number for field, number in numbers if f"{{{field}}}" in entry.path}
+    for field, number in named.items():
+        name = name.replace(f"{{{field}}}", str(number))
+    return fill_numbers(name, [n for field, n in numbers if field not in named])
+
+
+def _parse(name: str, value: Any) -> Given:
+    """Parses what the caller gave for a module: a path, or a path and letters of axes."""
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    path, axes = value if pair else (value, None)
+    if not isinstance(path, str) or not isinstance(axes, str | None):
+        raise TypeError(
+            f"names must have a path for {name!r}, or a path and the letters of its axes, "
+            f"got {value!r}."
+        )
+    _check_fields(name, path)
+    if "{" in path.rpartition("[")[-1] and "[" in path:
+        raise ValueError(
+            f"names has {path!r} for {name!r}: in an index, ':' stands for all layers of a "
+            "stack, 'layers/qkv[:,0]', and the number of the module selects one."
+        )
+    base, part, use = parts.split(path)
+    if axes is None:
+        return Given(name, base, part=part, use=use)
+    letters = _FIELD.sub("b", axes)
+    fields = tuple(match[1] or "" for match in re.finditer(r"\{(\w+)\}|b", axes))
+    if not {"i", "o"} <= set(letters) <= {"i", "o", "b"}:
+        raise ValueError(
+            f"the axes of {path!r} must be letters i, o and b, with at least one i and one "
+            f"o, or a field such as {{layer}} in place of a b, got {axes!r}."
+        )
+    own = template_fields(name) if is_template(name) else name_fields(name)
+    unknown = sorted({*fields} - {*own, ""})
+    if unknown:
+        raise ValueError(
+            f"the axes {axes!r} of {path!r} have the field {unknown[0]!r}, and the numbers "
+            f"of {name!r} are called {', '.join(map(repr, own)) or 'nothing'}."
+        )
+    return Given(name, base, letters, fields, part, use)
+
+
+def _check_fields(name: str, path: str) -> None:
+    """Raises if a path has a field that the name of the module lacks."""
+    fields = template_fields(name)
+    own, named = _FIELD.findall(name), _FIELD.findall(path)
+    if path.count("{}") > len(fields) - len(named) or not set(named) <= set(fields):
+        raise ValueError(f"names has {path!r} for {name!r}, which has fewer numbers {{}}.")
+    if len(set(own)) < len(own):
+        raise ValueError(f"names has {name!r}, in which two numbers have one field.")
+
+
+def find_modules(
+    path: str,
+    names: Names,
+    shape: tuple[int, ...],
+    axes: str,
+    layout: Layout = "jax",
+    use: str = "",
+    *,
+    partial: bool = False,
+) -> list[Site]:
+    """The modules of a leaf that `save` writes, with their sites.
+
+    There is one for the leaf, or for each part that has a name; or one for each index on
+    some of the batch axes.
 
     Args:
-        path: with `/` or `.` between the words.
-        numbers_apart: whether `layers_0` is two words.
+        path: of a weight.
+        names: the argument of `save`.
+        shape: of the weight.
+        axes: the letters of its axes. The `b` may be indexes of modules.
+        layout: of the weight.
+        use: of the weight that is adapted; as in `Target`.
+        partial: whether names of some of the indexes will do.
     """
-    words = path.replace(".", "/").split("/")
-    while len(words) > 1 and words[-1] in _BOXES:
-        words = words[:-1]
-    if len(words) > 1 and words[0] == _COLLECTION:
-        words = words[1:]
-    leaf = ""
-    if len(words) > 1 and words[-1] in _LEAVES:
-        words, leaf = words[:-1], _LEAVES[words[-1]]
-    return Words(tuple(_numbers_apart(words) if numbers_apart else words), leaf)
+    by_part: dict[str, list[Given]] = {}
+    for given in names.of(path, use):
+        by_part.setdefault(parts.canonical(given.part, shape), []).append(given)
+    for one, other in itertools.combinations(by_part, 2):
+        if parts.overlap(one, other, shape):
+            raise ValueError(
+                f"names has the parts {one or 'all'} and {other or 'all'} of {path!r}, "
+                "which have entries in common."
+            )
+    sites = []
+    for part, found in (by_part or {"": []}).items():
+        own_shape, own_axes = part_shape(part, shape), part_axes(part, shape, axes)
+        own = _part_modules(path, found, own_shape, own_axes, layout, partial)
+        sites += [site._replace(part=part, use=use) for site in own]
+    return sites
 
 
-def leaf_word(path: str) -> str:
-    """The last word of the path of a leaf."""
-    words = path.replace(".", "/").split("/")
-    return next((word for word in reversed(words) if word not in _BOXES), "")
+def _part_modules(
+    path: str,
+    found: list[Given],
+    shape: tuple[int, ...],
+    axes: str,
+    layout: Layout,
+    partial: bool,
+) -> list[Site]:
+    """The modules of a leaf, or of one part of it, without the part in their sites."""
+    batch = tuple(axis for axis, letter in enumerate(axes) if letter == "b")
+    sizes = tuple(shape[axis] for axis in batch)
+    shown = " x ".join(map(str, sizes)) or "none"
+    names = [each.name for each in found]
+    if not names and sizes:
+        raise ValueError(
+            f"the weight is a stack of {shown}, and its path does not contain the names "
+            f"of the modules: give names={{'name.{{}}.of': {path!r}}}, with {{}} for each "
+            "number."
+        )
+    names = names or [_derived(path, layout)]
+    fields = found[0].fields if found else ()
+    if not any(map(is_template, names)):
+        modules, order = _numbered(path, names, sizes, fields, partial)
+        if not modules and len(names) == 1:
+            modules = {(): names[0]}
+    elif len(names) == 1:
+        modules, order = _fill_template(path, names[0], sizes, fields)
+    else:
+        raise ValueError(
+            f"names has {len(names)} names for {path!r}, {names[0]!r} and others: give one "
+            "template, or a name for each index."
+        )
+    if not modules:
+        raise ValueError(
+            f"names must have one module for each index of {path!r}, a stack of "
+            f"{shown}, got {', '.join(names[:5])}." + _parts_hint(path, names, shape)
+        )
+    stack = tuple(batch[each] for each in order)
+    return [
+        Site(name, name, path, axes, index, stack if index else ())
+        for index, name in modules.items()
+    ]
 
 
-def name_ends(name: str) -> list[str]:
-    """A name, and each end of it after a dot."""
-    words = name.split(".")
-    return [".".join(words[start:]) for start in range(len(words))]
+def _parts_hint(path: str, names: list[str], shape: tuple[int, ...]) -> str:
+    """The end of an error about modules that may be parts of a fused weight."""
+    axis = next((axis for axis, n in enumerate(shape) if n == len(names)), None)
+    if axis is None:
+        return ""
+    index = ":," * axis
+    written = (f"{name!r}: '{path}[{index}{i}]'" for i, name in enumerate(names))
+    return f" If they are parts of a fused weight, give names={{{', '.join(written)}}}."
 
 
-@functools.lru_cache(maxsize=2**17)
-def split_name(name: str) -> tuple[str, ...]:
-    """Splits the name of a module into words."""
-    return tuple(_numbers_apart(name.split(".")))
+def _derived(path: str, layout: Layout) -> str:
+    """The name that a path gives, without the word of its leaf.
 
-
-def _numbers_apart(words: Iterable[str]) -> Iterator[str]:
-    for word in words:
-        match = _NUMBERED.fullmatch(word)
-        yield from (match.groups() if match and "_" in word else (word,))
-
-
-def index_paths(paths: Iterable[str]) -> PathIndex:
-    """Indexes paths of leaves by the ends of their words, for `search_paths`."""
-    index: PathIndex = {}
-    for path in paths:
-        own, leaf = split_path(path)
-        numbers = tuple(_numbers(own))
-        for start in range(len(own)):
-            index.setdefault((leaf, numbers, own[start:]), []).append(path)
-    return index
-
-
-def search_paths(
-    words: tuple[str, ...], leaves: tuple[str, ...], index: PathIndex
-) -> list[Found]:
-    """The leaves whose paths have the longest common end with a name.
-
-    Args:
-        words: of the name.
-        leaves: the leaves to find: `WEIGHT`, `BIAS`, or empty for other leaves.
-        index: of the paths to search.
-
-    Returns:
-        All such leaves; or only the leaves whose whole path is the common end, if there
-        are some.
+    `layers_0` becomes `layers.0`. Trees of PyTorch keep such words, and so do paths in
+    which numbers are words: `ln_1` is a name in `h/0/ln_1/scale`.
     """
-    found: dict[Found, tuple[int, bool]] = {}
-    for rest, numbers in _without_indexes(words):
-        for path, same in _longest(rest, leaves, index).items():
-            each = Found(path, numbers)
-            found[each] = max(same, found.get(each, same))
-    most = max(found.values(), default=None)
-    return [each for each, same in found.items() if same == most]
+    words = split_path(path, numbers_apart=False).words
+    kept = layout == "torch" or any(map(str.isdecimal, words))
+    return ".".join(words if kept else split_path(path).words)
 
 
-def _longest(
-    words: tuple[str, ...], leaves: tuple[str, ...], index: PathIndex
-) -> dict[str, tuple[int, bool]]:
-    """The paths with the longest common end, its length, and whether it is all words."""
-    numbers = tuple(_numbers(words))
-    for start in range(len(words)):
-        found = {}
-        for leaf in leaves:
-            for path in index.get((leaf, numbers, words[start:]), ()):
-                own = split_path(path).words
-                same = _common(words, own)
-                if not _opposite(words[:-same], own[:-same]):
-                    found[path] = same, same == len(own)
-        if found:
-            return found
-    return {}
+def _fill_template(
+    path: str, template: str, sizes: tuple[int, ...], fields: tuple[str, ...]
+) -> tuple[dict[Index, str], Index]:
+    """The names of a template by index, and the batch axis of each number."""
+    own, texts = template_fields(template), template_parts(template)
+    if len(own) > len(sizes):
+        raise ValueError(
+            f"the template {template!r} has {len(own)} numbers, and {path!r} has "
+            f"{len(sizes)} stacked axes."
+        )
+    order = _order(own, fields)
+    names = {}
+    for index in np.ndindex(*(sizes[each] for each in order)):
+        pairs = itertools.zip_longest(texts, index, fillvalue="")
+        names[index] = "".join(f"{text}{number}" for text, number in pairs)
+    return names, order
 
 
-def _without_indexes(
-    words: tuple[str, ...],
-) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """The words without up to two of their numbers, and those numbers."""
-    numbers = [position for position, word in enumerate(words) if word.isdecimal()]
-    for count in range(min(len(numbers), 2) + 1):
-        for removed in itertools.combinations(numbers, count):
-            rest = tuple(word for p, word in enumerate(words) if p not in removed)
-            yield rest, tuple(int(words[p]) for p in removed)
+def _order(own: tuple[str, ...], fields: tuple[str, ...]) -> Index:
+    """The batch axis that each number of a name is an index on.
 
-
-def _numbers(words: Iterable[str]) -> list[str]:
-    return [word for word in words if word.isdecimal()]
-
-
-def _common(words: tuple[str, ...], others: tuple[str, ...]) -> int:
-    """The number of equal words at the end."""
-    pairs = zip(reversed(words), reversed(others), strict=False)
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-    return sum(1 for _ in same)
-
-
-def _opposite(words: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Whether the words before the common end name different towers or blocks."""
-    pairs = [(_parts(words), _parts(others))]
-    for group in _SIDES:
-        pairs.append((_sides(words, group), _sides(others, group)))
-    return any(own and other and own != other for own, other in pairs)
-
-
-def _sides(words: tuple[str, ...], group: Mapping[str, tuple[str, ...]]) -> set[str]:
-    return {side for side, names in group.items() if set(names) & set(words)}
-
-
-def _parts(words: tuple[str, ...]) -> set[str]:
-    """The parts of a layer that some words name."""
-    found = set()
-    for word in words:
-        named = (p for p, ends in _PARTS.items() if any(e in word.lower() for e in ends))
-        found |= {next(named, "")} - {""}
-    return found
-
-
-def lacking_fields(name: str, path: str) -> Numbers:
-    """The numbers of a module's name that a path lacks, with their fields."""
-    words = split_name(name)
-    values = [int(word) for word in words if word.isdecimal()]
-    left = [*zip(name_fields(name), values, strict=True)]
-    for number in map(int, _numbers(split_path(path).words)):
-        first = next((each for each in left if each[1] == number), None)
-        if first is not None:
-            left.remove(first)
-    return tuple(left)
-
-
-def name_indices(name: str, path: str, indices: tuple[int, ...]) -> Numbers:
-    """The numbers of a name that are indexes of the leaf at a path, with their fields."""
-    numbers = lacking_fields(name, path)
-    if tuple(number for _, number in numbers) == indices:
-        return numbers
-    return tuple((f"index{i}", number) for i, number in enumerate(indices))
-
-
-def name_fields(name: str) -> tuple[str, ...]:
-    """The fields of the numbers in a name. A field is the word in front of the number."""
-    found, word = [], ""
-    for each in split_name(name):
-        if each.isdecimal():
-            found.append(word)
-        else:
-            word = each
-    return _distinct(found)
-
-
-def template_fields(template: str) -> tuple[str, ...]:
-    """The fields of a template: the name in `{layer}`, or the word in front of `{}`."""
-    found = []
-    for match in _FIELD.finditer(template):
-        words = re.split(r"[./]", template[: match.start()].rstrip("./_"))
-        found.append(match[1] or _FIELD.sub("", words[-1]))
-    return _distinct(found)
-
-
-def _distinct(fields: list[str]) -> tuple[str, ...]:
-    """Numbers the repetitions in a list of fields."""
-    return tuple(
-        f"{field}{count + 1}" if (count := fields[:place].count(field)) else field
-        for place, field in enumerate(fields)
-    )
-
-
-def is_template(text: str) -> bool:
-    """Whether a text contains `{}` or `{layer}`."""
-    return _FIELD.search(text) is not None
-
-
-def mask_numbers(text: str) -> str:
-    """Replaces each number and each field of a name or a template by `{}`."""
-    return _MASKED.sub("{}", text)
-
-
-def numbers_in(template: str, name: str) -> tuple[int, ...] | None:
-    """The numbers in a name at the fields of a template; None if it does not match."""
-    if not is_template(template):
-        return () if template == name else None
-    match = _template_regex(template).fullmatch(name)
-    return match and tuple(map(int, match.groups()))
-
-
-@functools.lru_cache(maxsize=4096)
-def _template_regex(template: str) -> re.Pattern[str]:
-    """The regular expression of the names that a template matches."""
-    return re.compile(r"(\d+)".join(map(re.escape, template_parts(template))))
-
-
-def template_parts(template: str) -> list[str]:
-    """The parts of a template before, between and after its fields."""
-    return _FIELD.split(template)[::2]
-
-
-def fill_numbers(template: str, numbers: Iterable[int]) -> str:
-    """Replaces the first `{}` of a template by numbers."""
-    for number in numbers:
-        template = template.replace("{}", str(number), 1)
-    return template
-
-
-def fill_fields(template: str, numbers: Numbers) -> tuple[str, Numbers]:
-    """Fills the template of a path: fields by their names, then `{}` in order.
-
-    Returns:
-        The path, and the numbers that are not in it.
+    `own` are the fields of the numbers. `fields` are those that the caller gave the batch
+    axes, or empty texts.
     """
-    left = dict(numbers)
-    named = [match[1] for match in _FIELD.finditer(template) if match[1]]
-    for field in named:
-        if field in left:
-            template = template.replace(f"{{{field}}}", str(left[field]))
-    left = {field: number for field, number in left.items() if field not in named}
-    count = template.count("{}")
-    template = fill_numbers(template, list(left.values())[:count])
-    return template, tuple(left.items())[count:]
+    if not any(fields):
+        return tuple(range(len(own)))
+    if not set(own) <= set(fields):
+        raise ValueError(
+            f"the axes name the indexes {', '.join(filter(None, fields))}, and the numbers "
+            f"of the module are called {', '.join(own)}: name the axis of each."
+        )
+    return tuple(fields.index(field) for field in own)
+
+
+def _numbered(
+    path: str,
+    names: list[str],
+    sizes: tuple[int, ...],
+    fields: tuple[str, ...],
+    partial: bool,
+) -> tuple[dict[Index, str], Index]:
+    """Names of single modules by the numbers in them, if these are indexes; else empty.
+
+    The numbers are those that the path lacks, as in `load`, or else those in which the
+    names differ. The batch axis of each number comes second. Names of some indexes will do
+    if `partial` is true.
+    """
+    lacking = [lacking_fields(name, path) for name in names]
+    own = tuple(field for field, _ in lacking[0])
+    order = _order(own, fields) if own else ()
+    by_path = [tuple(number for _, number in each) for each in lacking]
+    for indices in (by_path, _differing(names)):
+        found = dict(zip(indices, names, strict=True))
+        count = len(indices[0])
+        ordered = order if count == len(order) else tuple(range(count))
+        if not count or count > len(sizes) or len({*map(len, indices)}) > 1:
+            continue
+        every = [*np.ndindex(*(sizes[each] for each in ordered))]
+        if sorted(indices) == every or (partial and {*indices} <= {*every}):
+            return dict(sorted(found.items())), ordered
+    return {}, ()
+
+
+def _differing(names: list[str]) -> list[Index]:
+    """The numbers in which some names differ; empty if words differ."""
+    words = [split_name(name) for name in names]
+    columns = [column for column in zip(*words, strict=False) if len(set(column)) > 1]
+    if any(not word.isdecimal() for column in columns for word in column):
+        return [() for _ in names]
+    return [tuple(int(column[i]) for column in columns) for i in range(len(names))]

@@ -15,7 +15,7 @@ from lora_jax._core import tree_paths
 from lora_jax.peft.config import Patterns, PeftConfig, is_saved, pattern_key
 from lora_jax.peft.fields import layer_regex, shorten
 from lora_jax.peft.layout import Index, boxes
-from lora_jax.peft.names import BIAS, is_embedding, name_ends, split_path
+from lora_jax.peft.words import BIAS, is_embedding, name_ends, split_path
 from lora_jax.plan import parts
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig
 from lora_jax.plan.parts import Entry
@@ -162,6 +162,12 @@ class Rules:
         self._saved = Patterns(config.modules_to_save or ())
         self._parameters = _Targets(config.target_parameters or ())
 
+    @property
+    def choose_by_name(self) -> bool:
+        """Whether the name of a module decides if it has an adapter."""
+        targets = self.config.target_modules
+        return bool(targets) and not _is_all_linear(targets)
+
     def matched(self, name: str) -> bool:
         """Whether a module has an adapter, by its name alone.
 
@@ -219,11 +225,6 @@ def _targets(config: PeftConfig) -> Targets:
 
 def _is_all_linear(targets: Targets | None) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
-
-
-def chooses_by_name(config: PeftConfig) -> bool:
-    """Whether the name of a module decides if it has an adapter."""
-    return bool(config.target_modules) and not _is_all_linear(config.target_modules)
 
 
 def _all_linear(

@@ -18,16 +18,15 @@ from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.peft.adapters import fill_up
 from lora_jax.peft.checkpoint import write_checkpoint
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
-from lora_jax.peft.name_table import Names, SaveNames
-from lora_jax.peft.names import name_ends, split_path
+from lora_jax.peft.names import Names, SaveNames
 from lora_jax.peft.rules import Rules
+from lora_jax.peft.words import name_ends, split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -195,7 +194,7 @@ def _uniform(
         arrays = {
             name: tensor_files.to_numpy(name, v) for name, v in adapters[path].items()
         }
-        wide = fill_up(arrays, rank, target.scale / scale)
+        wide = _fill_up(arrays, rank, target.scale / scale)
         with checks.at_path(path):
             filled[path] = {
                 name: tensor_files.cast(name, value, dtype or arrays[name].dtype)
@@ -204,6 +203,24 @@ def _uniform(
         alike[path] = dataclasses.replace(target, rank=rank, scale=scale)
     config = dataclasses.replace(plan.config, rank_stabilized=False)
     return filled, AdapterPlan(config, alike, plan.skipped, plan.uses, plan.total)
+
+
+def _fill_up(
+    arrays: Mapping[str, np.ndarray], rank: int, factor: float
+) -> dict[str, np.ndarray]:
+    """Pads an adapter to a larger rank with zeros, and multiplies its `B` by a factor.
+
+    If the factor is not 1, `B` is float64, not rounded yet.
+    """
+    filled = dict(arrays)
+    missing = rank - arrays["A"].shape[-1]
+    a, b = arrays["A"], arrays["B"]
+    if missing:
+        filled["A"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+        filled["B"] = np.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, missing), (0, 0)])
+    if not math.isclose(factor, 1, rel_tol=1e-12):
+        filled["B"] = filled["B"].astype(np.float64) * factor
+    return filled
 
 
 def _warn_of_patterns(config: PeftConfig) -> None:
@@ -314,13 +331,8 @@ def _layers(
 ) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
     """The layers that have adapters, and the ends of their modules' names.
 
-    Args:
-        named: the names of modules with adapters.
-        others: the names of modules without.
-        derived: names of other weights, which lack the number of a layer in a stack.
-
-    Returns:
-        None unless PEFT selects these modules and no others by them.
+    None unless PEFT selects the modules `named` by them and none of `others`. `derived` are
+    names of other weights, which lack the number of a layer in a stack.
     """
     found = [re.match(layer_regex(), name) for name in named]
     if not all(found):

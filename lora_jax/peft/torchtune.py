@@ -3,7 +3,7 @@
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +15,9 @@ from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import PREFIX, Module, sort_entries
 from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import make_places
-from lora_jax.peft.load import Loaded, assemble, find_places
-from lora_jax.peft.name_table import NamesArgument
-from lora_jax.peft.tied import OnTied
+from lora_jax.peft.load import Loaded, Placement, assemble, find_places
+from lora_jax.peft.missing import OnTied
+from lora_jax.peft.names import NamesArgument
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["load_torchtune"]
@@ -122,8 +122,20 @@ def load_torchtune(
     checkpoint = Checkpoint(where, config, state, sort_checked(where, config, shapes))
     places = make_places(params, fn, args, plan, names, layout)
     placement = find_places(checkpoint, places, on_tied=on_tied)
-    scales = config.use_dora
-    return assemble(placement, strict, dtype=dtype, scales_bias=scales, on_tied=on_tied)
+    if config.use_dora:
+        placement.problems.lines += _scaled_biases(placement)
+    return assemble(placement, strict, dtype=dtype, on_tied=on_tied)
+
+
+def _scaled_biases(placement: Placement) -> Iterator[str]:
+    """Lists the layers with a bias, which DoRA multiplies in torchtune and not here."""
+    for site in placement.sites.values():
+        bias = placement.places.bias_of(site.path)
+        if bias:
+            yield (
+                f"the adapter of {site.name!r} multiplies the bias {bias!r} too, and DoRA "
+                "here does not: merge it where it was trained"
+            )
 
 
 def _check_heads(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from lora_jax.peft.adapters import from_peft, stack_modules, to_peft
-from lora_jax.peft.full import common_dtype
+from lora_jax.peft.layout import common_dtype
 from tests.peft.support import draw
 
 KINDS = {
@@ -62,7 +62,7 @@ def test_a_stack_of_different_dtypes():
         {"A": draw(5, 2, dtype=dtype), "B": draw(2, 7, dtype=dtype)}
         for dtype in ("bfloat16", "float16")
     ]
-    stacked = stack_modules(own, (2, 1))
+    stacked = stack_modules(own, (2, 1), (0, 1))
     assert stacked["A"].dtype == np.float32
     assert stacked["A"].shape == (2, 1, 5, 2)
     np.testing.assert_array_equal(stacked["A"][1, 0], own[1]["A"].astype(np.float32))

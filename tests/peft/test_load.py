@@ -13,8 +13,8 @@ import pytest
 from lora_jax import peft
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import name_table
 from lora_jax.peft import names as module_names
+from lora_jax.peft import words
 from tests.peft import support
 from tests.peft.support import GOLDEN, draw, linear, update_of, write
 from tests.support import x64
@@ -663,8 +663,8 @@ def counted(monkeypatch, owner, name, counts):
 def test_work_grows_with_the_number_of_modules(stacked, config, tmp_path, monkeypatch):
     """A name is compared with the paths that end as it does, and with no other."""
     counts, work = {}, []
-    counted(monkeypatch, module_names, "_common", counts)
-    counted(monkeypatch, name_table, "numbers_in", counts)
+    counted(monkeypatch, words, "_common", counts)
+    counted(monkeypatch, module_names, "numbers_in", counts)
     counted(monkeypatch, re, "match", counts)
     counted(monkeypatch, re, "fullmatch", counts)
     counted(monkeypatch, tensor_files.load_safetensors(), "safe_open", counts)

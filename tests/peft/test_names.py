@@ -1,9 +1,18 @@
 import pytest
 
-from lora_jax.peft import names as module_names
-from lora_jax.peft.modules import find_modules
-from lora_jax.peft.name_table import Names
-from lora_jax.peft.names import BIAS, WEIGHT, Found
+from lora_jax.peft.names import Names, find_modules
+from lora_jax.peft.words import (
+    BIAS,
+    WEIGHT,
+    Found,
+    fill_numbers,
+    index_paths,
+    lacking_fields,
+    numbers_in,
+    search_paths,
+    split_name,
+    split_path,
+)
 
 
 def names_of(path, names, sizes):
@@ -13,9 +22,7 @@ def names_of(path, names, sizes):
 
 
 def find(name, *paths, leaf=WEIGHT):
-    index = module_names.index_paths(paths)
-    words = module_names.split_name(name)
-    return module_names.search_paths(words, (leaf, ""), index)
+    return search_paths(split_name(name), (leaf, ""), index_paths(paths))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +40,7 @@ def find(name, *paths, leaf=WEIGHT):
     ],
 )
 def test_words_of_a_path(path, words, leaf):
-    assert module_names.split_path(path) == (tuple(words.split()), leaf)
+    assert split_path(path) == (tuple(words.split()), leaf)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +103,13 @@ def test_weights_and_biases_are_apart():
 
 
 def test_templates():
-    assert module_names.numbers_in("l.{}.q", "l.12.q") == (12,)
-    assert module_names.numbers_in("l.{}.q", "lx12.q") is None
-    assert module_names.numbers_in("l.{}.q", "l.x.q") is None
-    assert module_names.numbers_in("l.q", "l.q") == ()
-    assert module_names.fill_numbers("l.{}.e.{}", (3,)) == "l.3.e.{}"
-    assert module_names.fill_numbers("{odd}.{}", (3,)) == "{odd}.3"
-    assert module_names.lacking_fields("l.1.e.2.q", "x/l_2/q/kernel") == (("l", 1),)
+    assert numbers_in("l.{}.q", "l.12.q") == (12,)
+    assert numbers_in("l.{}.q", "lx12.q") is None
+    assert numbers_in("l.{}.q", "l.x.q") is None
+    assert numbers_in("l.q", "l.q") == ()
+    assert fill_numbers("l.{}.e.{}", (3,)) == "l.3.e.{}"
+    assert fill_numbers("{odd}.{}", (3,)) == "{odd}.3"
+    assert lacking_fields("l.1.e.2.q", "x/l_2/q/kernel") == (("l", 1),)
 
 
 def test_names_of_paths():

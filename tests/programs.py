@@ -1,5 +1,6 @@
-"""What a compiled program makes and keeps: read from XLA's text, and from shapes."""
+"""What a compiled program makes, moves and keeps: read from XLA's text, and from shapes."""
 
+import collections
 import math
 import re
 from typing import NamedTuple
@@ -9,17 +10,19 @@ import jax.numpy as jnp
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
-_ARRAY = re.compile(r"[a-z]\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
-    """One line of a computation, with the shapes of its results."""
+    """One line of a computation, with the shapes and dtypes of its results."""
 
     name: str
     shapes: list[tuple[int, ...]]
+    dtypes: list[str]
     opcode: str
     operands: list[str]
+    attributes: str
     fused: str | None
 
     @property
@@ -30,10 +33,16 @@ class Instruction(NamedTuple):
 
 def _instruction(match):
     name, result, opcode, rest = match.groups()
-    shapes = [tuple(map(int, filter(None, s.split(",")))) for s in _ARRAY.findall(result)]
+    dtypes, sizes = (
+        zip(*_ARRAY.findall(result), strict=True) if result != "()" else ((), ())
+    )
+    shapes = [tuple(map(int, filter(None, s.split(",")))) for s in sizes]
     called = re.search(r"calls=%?([\w.\-]+)", rest) if opcode == "fusion" else None
-    operands = _OPERAND.findall(rest.split(")")[0])
-    return Instruction(name, shapes, opcode, operands, called and called[1])
+    operands, _, rest = rest.partition(")")
+    operands = _OPERAND.findall(operands)
+    return Instruction(
+        name, shapes, list(dtypes), opcode, operands, rest, called and called[1]
+    )
 
 
 def computations(text):
@@ -45,6 +54,76 @@ def computations(text):
         elif match := _INSTRUCTION.match(line):
             current.append(_instruction(match))
     return found
+
+
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast)(-start)?"
+)
+
+
+class Collective(NamedTuple):
+    """One array that devices exchange; `shape` is that of the result on one device."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self):
+        """The bytes of the result on one device."""
+        (bits, *_) = re.findall(r"\d+", self.dtype) or ["8"]  # `pred` has a byte
+        return math.prod(self.shape) * int(bits) // 8
+
+
+def collectives(text):
+    """How often a compiled program exchanges arrays, `Counter` of `Collective`.
+
+    A collective in a loop counts as often as the loop runs, one in a branch once. Each
+    array of a combined collective counts by itself.
+    """
+    found = collections.Counter()
+    for one, times in _calls(computations(text)):
+        if match := _COLLECTIVE.fullmatch(one.opcode):
+            kind, start = match.groups()
+            arrays = list(zip(one.dtypes, one.shapes, strict=True))
+            if start and kind != "all-reduce":  # the operands come before the results
+                arrays = arrays[len(arrays) // 2 :]
+            for dtype, shape in arrays:
+                found[Collective(kind, dtype, shape)] += times
+    return found
+
+
+def product_flops(text):
+    """The operations of all products of a compiled program, those of loops included."""
+    found, total = computations(text), 0
+    shapes = {one.name: one.shapes for body in found.values() for one in body}
+    for one, times in _calls(found):
+        if one.opcode == "dot":
+            (summed,) = re.findall(r"lhs_contracting_dims={([\d,]*)}", one.attributes)
+            sizes = [shapes[one.operands[0]][0][int(i)] for i in summed.split(",") if i]
+            total += 2 * math.prod(one.shapes[0]) * math.prod(sizes) * times
+    return total
+
+
+def _calls(found):
+    """Each instruction of a program and how often it is called."""
+    times = collections.Counter()
+
+    def visit(name, n):
+        times[name] += n
+        for one in found[name]:
+            trips = re.search(r'known_trip_count":{"n":"(\d+)"', one.attributes)
+            for called in _OPERAND.findall(one.attributes):
+                if called in found:
+                    visit(called, n * (int(trips[1]) if trips else 1))
+
+    called = {
+        c for b in found.values() for one in b for c in _OPERAND.findall(one.attributes)
+    }
+    for name in found.keys() - called:
+        visit(name, 1)
+    return [(one, times[name]) for name, body in found.items() for one in body]
 
 
 def large_arrays(text, size):

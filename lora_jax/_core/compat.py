@@ -45,6 +45,21 @@ def explicit_spec(x: jax.Array) -> tuple[Any, ...]:
     return tuple(jax.typeof(x).sharding.spec)
 
 
+def explicit_names(arrays: Sequence[jax.Array]) -> frozenset[str]:
+    """The explicit mesh axes that split at least one of the arrays."""
+    entries = [axes for x in arrays for axes in explicit_spec(x) if axes is not None]
+    return frozenset(
+        name for axes in entries for name in (axes if isinstance(axes, tuple) else (axes,))
+    )
+
+
+def only(axes: Any, names: Collection[str]) -> Any:
+    """An entry of a `PartitionSpec`, with the mesh axes that are in `names` alone."""
+    if not isinstance(axes, tuple):
+        return axes if axes in names else None
+    return tuple(name for name in axes if name in names) or None
+
+
 def explicit_sharding(x: jax.Array) -> PartitionSpec | None:
     """The sharding of `x` along explicit axes, as an `out_sharding`; None without one."""
     spec = explicit_spec(x)
@@ -62,6 +77,13 @@ def has_explicit_axes(mesh: Any, without: Collection[str] = ()) -> bool:
     kinds = zip(mesh.axis_names, mesh.axis_types or (), strict=True)
     explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
     return not set(explicit) <= set(without)
+
+
+def may_be_sharded(x: jax.Array) -> bool:
+    """Whether `x` is on a mesh of several devices, and not inside of a `jax.shard_map`."""
+    mesh = mesh_of(jax.typeof(x))
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in kinds)
 
 
 def on_mesh(mesh: AbstractMesh) -> Any:

@@ -51,16 +51,14 @@ def named(array: jax.Array, names: Names) -> Named:
 
 
 def fold(x: Named, shared: Collection[Name]) -> Named:
-    """Folds adjacent axes of an activation that are not in `shared` into one, on a CPU.
+    """Folds adjacent axes of an activation that are not in `shared` into one, on one CPU.
 
     With one row axis the products of the backward pass contract one axis. With several,
     XLA on the CPU first copies `x` and its cotangent into another layout, which doubles
-    the time of a training step. On other devices the token axes are not folded: a mesh
-    that shards two of them could not shard the folded axis, and would gather `x`.
+    the time of a training step. On other devices and on a mesh the axes are not folded: a
+    mesh that shards two of them could not shard the folded axis, and would gather `x`.
     """
-    spec = zip(x.names, compat.explicit_spec(x.array), strict=False)
-    sharded = any(axes for name, axes in spec if name not in shared)
-    if jax.default_backend() != "cpu" or sharded:
+    if jax.default_backend() != "cpu" or compat.may_be_sharded(x.array):
         return x
     names: list[Name] = []
     shape: list[int] = []

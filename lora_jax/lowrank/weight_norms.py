@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax._core import numerics
+from lora_jax._core import compat, numerics
 from lora_jax.lowrank import contraction
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -299,9 +299,16 @@ def _sums(block: jax.Array, axis: Axis) -> tuple[jax.Array, ...]:
     that brings the squares of small or large entries into the range of the dtype.
     """
     step = _step(block.dtype)
-    scaled = block * step, block, block * (1 / step)
-    # Not one `lax.reduce` of all three: a mesh would gather its partial sums.
-    return tuple(jnp.sum(jnp.square(x), axis) for x in scaled)
+    scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
+    if compat.may_be_sharded(block):  # a mesh gathers the parts of several sums at once
+        return tuple(jnp.sum(x, axis) for x in scaled)
+    zeros = (jnp.zeros((), block.dtype),) * 3
+
+    def add(x, y):
+        return tuple(map(jnp.add, x, y))
+
+    axes = [block.ndim + own for own in (axis if isinstance(axis, tuple) else (axis,))]
+    return tuple(lax.reduce(tuple(scaled), zeros, add, axes))
 
 
 def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:

@@ -47,7 +47,10 @@ class Update(NamedTuple):
 
 
 def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
-    """The factored value of a weight, with the sharding of `kind`, the weight's type."""
+    """The factored value of a weight, with the sharding of `kind`, the weight's type.
+
+    Factors are split over the mesh axes that split the adapters.
+    """
     mesh = compat.mesh_of(kind)
     static = [(own.path, own.target) for own in updates]
     arrays = [own[2:] for own in updates]
@@ -71,7 +74,8 @@ def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
         )
 
     value = compat.automatically(make, mesh, weight, arrays)
-    return retyped(value.replace(base=_base(weight)), kind)
+    names = compat.explicit_names([v for own in updates for v in own.adapter.values()])
+    return retyped(value.replace(base=_base(weight)), kind, names)
 
 
 def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:

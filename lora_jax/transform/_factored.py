@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from lora_jax._core import compat, numerics
 from lora_jax.lowrank import contraction
@@ -270,10 +270,27 @@ def specs(value: Factored, spec: Sequence[Any]) -> Factored:
     return value.replace(base=base, terms=terms, columns=columns)
 
 
-def retyped(value: Any, kind: Any) -> Any:
+def mesh_axes(values: Sequence[Any], mesh: AbstractMesh) -> frozenset[str]:
+    """The axes of `mesh` that split factors, columns and indices among the values.
+
+    All of them if a factor is on automatic axes, where its type does not show it.
+    """
+    factors = jax.tree.leaves(
+        [(v.terms, v.columns) for v in values if isinstance(v, Factored)]
+    )
+    if not all(compat.has_explicit_axes(compat.mesh_of(jax.typeof(p))) for p in factors):
+        return frozenset(mesh.axis_names)
+    arrays = [v for v in values if not isinstance(v, Factored)]
+    indices = [v for v in arrays if jnp.issubdtype(v.dtype, jnp.integer)]
+    return compat.explicit_names((*factors, *indices))
+
+
+def retyped(value: Any, kind: Any, names: frozenset[str]) -> Any:
     """A value with the sharding of `kind`, its type in the program.
 
-    A factor or a column is sharded along the axes that it owns.
+    A factor or a column is sharded as the weight is, along the axes that it owns, but only
+    over the mesh axes in `names`. The other mesh axes of the weight split the examples, and
+    a factor that lay on them would be gathered for each product.
     """
     mesh = compat.mesh_of(kind)
     if not mesh.axis_names:
@@ -283,7 +300,7 @@ def retyped(value: Any, kind: Any) -> Any:
     # A deferred weight gets this sharding when it is computed.
     deferred = isinstance(value.base, Deferred)
     base = value.base if deferred else compat.retyped(value.base, kind.sharding)
-    places = specs(value, kind.sharding.spec)
+    places = specs(value, [compat.only(axes, names) for axes in kind.sharding.spec])
     factors = jax.tree.map(
         lambda p, spec: compat.retyped(p, NamedSharding(mesh, spec)),
         (value.terms, value.columns),

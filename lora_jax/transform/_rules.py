@@ -24,15 +24,14 @@ from lora_jax.transform import (
 )
 from lora_jax.transform._context import Context, Rule
 from lora_jax.transform._deferred import Deferred
-from lora_jax.transform._factored import retyped
+from lora_jax.transform._factored import mesh_axes, retyped
 
 
 def _on_any_mesh(rule: Rule) -> Rule:
     """Extends a rule to meshes with explicit axes.
 
     The rule runs with automatic axes, so that it need not give shardings for factors. Its
-    results then get the shardings of the program. Factors and columns are sharded as the
-    weight is, along the axes that they own.
+    results then get the shardings of the program; see `retyped` for factors and columns.
     """
 
     @functools.wraps(rule)
@@ -44,7 +43,8 @@ def _on_any_mesh(rule: Rule) -> Rule:
             out = rule(context, equation, *_as_automatic(values, mesh))
         outputs = out if isinstance(out, list | tuple) else [out]
         kinds = [atom.aval for atom in equation.outvars]
-        return list(map(retyped, outputs, kinds))
+        names = mesh_axes(values, mesh)
+        return [retyped(v, kind, names) for v, kind in zip(outputs, kinds, strict=True)]
 
     return run
 

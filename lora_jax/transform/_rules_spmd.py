@@ -12,6 +12,7 @@ from lora_jax.transform._deferred import form
 from lora_jax.transform._factored import (
     Factored,
     base_of,
+    retyped,
     specs,
     with_base,
 )
@@ -22,7 +23,14 @@ from lora_jax.transform._parameters import NotFactorableError, parameter
 def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     """Rebuilds a `shard_map`. Factors are sharded along the axes that they own."""
     # The spec of a dense weight does not say how to split its quantized arrays.
+    mesh = parameter(equation, "mesh")
     values = [with_base(value, form(base_of(value))) for value in operands]
+    if compat.has_explicit_axes(mesh):
+        kinds, names = [atom.aval for atom in equation.invars], frozenset(mesh.axis_names)
+        values = [
+            retyped(value, kind, names) if isinstance(value, Factored) else value
+            for value, kind in zip(values, kinds, strict=True)
+        ]
     pairs = zip(values, parameter(equation, "in_specs"), strict=True)
     in_specs = [_spec(v, tuple(s)) for v, s in pairs]
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
@@ -34,7 +42,6 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
             out = evaluate_closed(context, parameter(equation, "jaxpr"), inside)
             return tuple(context.merge_all(out, equation, "shard_map returns it"))
 
-    mesh = parameter(equation, "mesh")
     if compat.has_explicit_axes(mesh, without=axes):
         # JAX then keeps only the arguments for the backward pass.
         body = jax.checkpoint(body)

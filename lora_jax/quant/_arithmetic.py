@@ -62,8 +62,8 @@ def multiply_by_inverse(x: jax.Array, divisor: jax.Array) -> jax.Array:
     return (x * down) * inverse
 
 
-def largest(x: jax.Array, axis: int = -1) -> jax.Array:
-    """The largest absolute value along an axis.
+def largest(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """The largest absolute value along an axis, or along several.
 
     Zero if the largest value is below the normal numbers. NaN if a value is not finite, so
     that every code becomes NaN.

@@ -1,6 +1,7 @@
 """Scales per output of a weight `(*batch, *inputs, out)`, or per block of its inputs."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,42 +9,69 @@ import jax.numpy as jnp
 from lora_jax.quant import _arithmetic
 
 
-def as_blocks(weight: jax.Array, batch_axes: int, block: int | None) -> jax.Array:
-    """`(*batch, *inputs, out)` -> `(*batch, n_blocks, block, out)`, float32.
+class Blocks(NamedTuple):
+    """A weight in blocks of inputs that share a scale.
 
-    All input axes are folded into one. The last block is padded with zeros. If `block` is
-    None, there is one block.
+    Attributes:
+        values: `(*batch, *blocks, *members, out)`, float32.
+        members: the axes along a block, as negative numbers.
     """
-    batch, n_out = weight.shape[:batch_axes], weight.shape[-1]
-    n_in = math.prod(weight.shape[batch_axes:-1])
-    width = n_in if block is None else block
-    n_blocks = math.ceil(n_in / width)
-    rows = weight.reshape(*batch, n_in, n_out).astype(jnp.float32)
-    padded = _arithmetic.pad_axis(rows, -2, n_blocks * width)
-    return padded.reshape(*batch, n_blocks, width, n_out)
+
+    values: jax.Array
+    members: tuple[int, ...]
 
 
-def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes `as_blocks`, in the dtype of the blocks; `shape` is the weight's shape."""
-    batch, n_out = blocks.shape[:-3], blocks.shape[-1]
+def as_blocks(weight: jax.Array, batch_axes: int, block: int | None) -> Blocks:
+    """The blocks of a weight `(*batch, *inputs, out)`.
+
+    Blocks count along all input axes, row by row, and zeros fill the last one. If `block`
+    is None, there is one block. The input axes are folded into one only if blocks cross
+    from one row to the next: a mesh may split any of them, and a fold would gather them.
+    """
+    wide, axes = weight.astype(jnp.float32), weight.shape
+    batch, inputs, n_out = axes[:batch_axes], axes[batch_axes:-1], axes[-1]
+    if block is None:
+        return Blocks(wide, tuple(range(-1 - len(inputs), -1)))
+    if inputs[-1] % block:
+        n_blocks = math.ceil(math.prod(inputs) / block)
+        rows = wide.reshape(*batch, math.prod(inputs), n_out)
+        wide, blocks = _arithmetic.pad_axis(rows, -2, n_blocks * block), [n_blocks]
+    else:
+        blocks = [*inputs[:-1], inputs[-1] // block]
+    return Blocks(wide.reshape(*batch, *blocks, block, n_out), (-2,))
+
+
+def from_blocks(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `as_blocks`, in the dtype of the values; `shape` is the weight's shape."""
+    if values.size == math.prod(shape):
+        return values.reshape(shape)
+    batch, n_out = values.shape[:-3], shape[-1]
     n_in = math.prod(shape[len(batch) : -1])
-    return blocks.reshape(*batch, -1, n_out)[..., :n_in, :].reshape(shape)
+    return values.reshape(*batch, -1, n_out)[..., :n_in, :].reshape(shape)
 
 
-def normalize(blocks: jax.Array, top: float) -> tuple[jax.Array, jax.Array]:
+def normalize(blocks: Blocks, top: float) -> tuple[jax.Array, jax.Array]:
     """Scales each column of each block to absolute values of at most `top`.
 
     Args:
-        blocks: `(*batch, n_blocks, block, out)`, float32.
+        blocks: of a weight.
         top: the largest absolute value of a code.
 
     Returns:
-        The values divided by their scales, and the scales `(*batch, n_blocks, out)`,
+        The values divided by their scales, and the scales `(*batch, *blocks, out)`,
         float32: `largest / top`. If a scale would be below the normal numbers, the scale
         and the values are 0. If a value of a column is not finite, both are NaN.
     """
-    scales = _arithmetic.largest(blocks, axis=-2) / top
+    scales = _arithmetic.largest(blocks.values, blocks.members) / top
     scales = jnp.where(scales < _arithmetic.TINY, jnp.zeros_like(scales), scales)
-    divisor = scales[..., None, :]
-    ratio = _arithmetic.divide(blocks, divisor)
+    divisor = jnp.expand_dims(scales, blocks.members)
+    ratio = _arithmetic.divide(blocks.values, divisor)
     return jnp.where(divisor == 0, jnp.zeros_like(ratio), ratio), scales
+
+
+def multiply(blocks: Blocks, scales: jax.Array) -> jax.Array:
+    """The values times their scales, which have one entry for each block and output."""
+    shape = list(blocks.values.shape)
+    for axis in blocks.members:
+        shape[axis] = 1
+    return blocks.values * scales.reshape(shape)

@@ -154,7 +154,7 @@ def _quantize(weight: jax.Array, batch_axes: int) -> FP8Tensor:
         codes=lax.bitcast_convert_type(
             _channels.from_blocks(codes, weight.shape), jnp.uint8
         ),
-        scales=scales[..., 0, :],
+        scales=scales,
         weight_dtype=weight.dtype.name,
     )
 
@@ -175,5 +175,5 @@ def _dequantize(quantized: FP8Tensor, dtype: str) -> jax.Array:
     codes, scales = quantized.codes, quantized.scales
     numbers = lax.bitcast_convert_type(codes, _DTYPE)
     blocks = _channels.as_blocks(numbers, scales.ndim - 1, None)
-    values = (blocks * scales[..., None, None, :]).astype(dtype)
+    values = _channels.multiply(blocks, scales).astype(dtype)
     return _channels.from_blocks(values, codes.shape)

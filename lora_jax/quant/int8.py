@@ -166,13 +166,16 @@ def _check_padding(weight: jax.Array, block: int | None, batch_axes: int) -> Non
 
 @functools.partial(jax.jit, static_argnames=("block", "batch_axes"), inline=True)
 def _quantize(weight: jax.Array, block: int | None, batch_axes: int) -> Int8Tensor:
-    blocks = _channels.as_blocks(weight, batch_axes, block)
+    batch, blocks = (
+        weight.shape[:batch_axes],
+        _channels.as_blocks(weight, batch_axes, block),
+    )
     ratio, scales = _channels.normalize(blocks, _TOP)
     ratio = jnp.where(jnp.isnan(ratio), jnp.zeros_like(ratio), ratio)
     codes = jnp.clip(jnp.round(ratio), -_TOP, _TOP).astype(jnp.int8)
     return Int8Tensor(
         codes=_channels.from_blocks(codes, weight.shape),
-        scales=scales[..., 0, :] if block is None else scales,
+        scales=scales if block is None else scales.reshape(*batch, -1, weight.shape[-1]),
         weight_dtype=weight.dtype.name,
         block_size=block,
     )
@@ -180,8 +183,7 @@ def _quantize(weight: jax.Array, block: int | None, batch_axes: int) -> Int8Tens
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def _dequantize(quantized: Int8Tensor, dtype: str) -> jax.Array:
-    codes, scales, block = quantized.codes, quantized.scales, quantized.block_size
-    scales = scales[..., None, :] if block is None else scales
-    blocks = _channels.as_blocks(codes, scales.ndim - 2, block)
-    values = (blocks * scales[..., None, :]).astype(dtype)
+    codes = quantized.codes
+    blocks = _channels.as_blocks(codes, quantized.batch_ndim, quantized.block_size)
+    values = _channels.multiply(blocks, quantized.scales).astype(dtype)
     return _channels.from_blocks(values, codes.shape)

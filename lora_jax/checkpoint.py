@@ -30,6 +30,7 @@ from lora_jax._core import checks
 from lora_jax._io import processes, record_files, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.model import sharding
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import Target, TrainedLeaf
@@ -154,7 +155,8 @@ def load_adapters(
             older version wrote its two files later, the arrays do not fit the plan, no
             adapter is left with `strict=False`, an array is float64 and JAX is not set to
             64 bits, or `dtype` does not hold a value.
-        KeyError: if shardings lack an entry of the plan.
+        KeyError, TypeError, ValueError: if the shardings are not those of the plan in the
+            file, or do not divide a shape.
         OSError: if there are no such files, or they cannot be read.
         ModuleNotFoundError: if the package safetensors is not installed.
         TypeError: if `directory` is not a path, or `strict` is not a bool.
@@ -188,16 +190,20 @@ def load_adapters(
             f"left out of {path}: {_listed(misfits, len(misfits))}.", stacklevel=2
         )
 
-    def read(name: str) -> jax.Array:
+    places = shardings(plan) if callable(shardings) else shardings
+    if places is not None:
+        sharding.check_shardings(places, plan)
+
+    def read(name: str, each: str, entry: str) -> jax.Array:
         to = given if as_stored else given or dtypes.get(name)
         array = tensor_files.checked(
             path, lambda: tensor_files.cast(repr(name), saved.arrays[name], to)
         )
-        return tensor_files.to_jax(path, name, array, places.get(name))
+        place = None if places is None else places[each][entry]
+        return tensor_files.to_jax(path, name, array, place)
 
-    places = {} if shardings is None else _places(shardings, plan)
     adapters = {
-        each: {entry: read(name) for name, entry in _names(each, leaf).items()}
+        each: {entry: read(name, each, entry) for name, entry in _names(each, leaf).items()}
         for each, leaf in plan.entries.items()
     }
     tensor_files.checked(path, lambda: plan_checks.check_adapters(adapters, plan))
@@ -226,22 +232,6 @@ def _folder(directory: Any) -> pathlib.Path:
 def _names(path: str, leaf: Target | TrainedLeaf) -> dict[str, str]:
     """The entries of an adapter, by their names in the file."""
     return {f"{path}:{entry}": entry for entry in leaf.adapter_shapes}
-
-
-def _places(shardings: Shardings, plan: AdapterPlan) -> dict[str, Sharding]:
-    """The sharding of each array by its name in the file."""
-    given = shardings(plan) if callable(shardings) else shardings
-    places = {}
-    for path, leaf in plan.entries.items():
-        for name, entry in _names(path, leaf).items():
-            if entry not in given.get(path, {}):
-                raise KeyError(
-                    f"shardings lack the entry {entry!r} of {path!r}: give those that "
-                    "adapter_shardings(params, plan) returns for the plan in the file, or "
-                    "a function of this plan."
-                )
-            places[name] = given[path][entry]
-    return places
 
 
 def _write(folder: pathlib.Path, adapters: Adapters, plan: AdapterPlan, dtype: Any) -> None:

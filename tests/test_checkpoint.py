@@ -255,6 +255,23 @@ def test_numpy_and_sharded_arrays_are_saved_whole(tmp_path):
     assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
 
 
+def test_arrays_are_loaded_to_where_they_belong(tmp_path):
+    mesh = Mesh(np.array(jax.devices()[:3]), ("tensor",))
+    adapters, plan = saved(tmp_path)
+    split = NamedSharding(mesh, P("tensor"))
+    places = jax.tree.map(lambda array: NamedSharding(mesh, P()), adapters)
+    places["block/w"] = {"A": split, "B": NamedSharding(mesh, P(None, "tensor"))}
+    for shardings in (places, lambda loaded: places if loaded == plan else {}):
+        loaded, _ = load_adapters(tmp_path, shardings=shardings)
+        assert jax.tree.map(lambda array: array.sharding, loaded) == places
+        assert bits(loaded) == bits(adapters)
+    with pytest.raises(ValueError, match=r"'block/w': B of shape .* cannot be split"):
+        load_adapters(tmp_path, shardings=places | {"block/w": {"A": split, "B": split}})
+    del places["block/w"]["B"]
+    with pytest.raises(KeyError, match="missing: 'B'"):
+        load_adapters(tmp_path, shardings=places)
+
+
 def test_saving_again_leaves_one_checkpoint(tmp_path):
     (tmp_path / "adapters-notes.txt").write_text("mine")
     (tmp_path / "model.safetensors").write_text("mine")

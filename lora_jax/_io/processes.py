@@ -5,6 +5,7 @@ one process. Adapters are a small part of a model. A file for each process would
 directory that all processes share, and could not be replaced in one step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 WAIT_SECONDS = 600.0
 """How long a process waits for the others to call the same function."""
+PIECE_BYTES = 2**28
 _LONGEST = 2000  # bytes of the message about a failed write
 _KINDS = (OSError, TypeError, ValueError, RuntimeError)
 
@@ -33,11 +35,19 @@ def is_shared(value: Any) -> bool:
 def to_host(value: Any) -> np.ndarray:
     """The values of an array.
 
-    If the array is shared, all processes must call this, since it is gathered.
+    If the array is shared, all processes must call this. A sharded array is gathered to all
+    devices; in pieces of `PIECE_BYTES` if its first axis is whole, as in stacks of layers.
     """
-    if is_shared(value):
-        return multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value)
+    if not is_shared(value) or value.is_fully_replicated:
+        return np.asarray(value)
+    gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+    if value.sharding.shard_shape(value.shape)[:1] != value.shape[:1] or not value.ndim:
+        return gather(value)
+    host = np.empty(value.shape, value.dtype)
+    rows = max(1, PIECE_BYTES * len(host) // max(1, host.nbytes))
+    for first in range(0, len(host), rows):
+        host[first : first + rows] = gather(value[first : first + rows])
+    return host
 
 
 def write_once(caller: str, tree: T, write: Callable[[T], None]) -> None:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import peft, quant
 from lora_jax._io import processes
+from lora_jax.peft import full
 
 METHODS = ("lora", "dora", "nf4")
 RESUMED = "dora"
@@ -80,31 +81,16 @@ class Run:
         if method == "nf4":
             params = lora_jax.quantize_params(params, self.plan, block_size=8)
         self.mesh, self.params, self.optimizer = mesh, params, optax.adam(1e-2, eps=1e-3)
+        self.shardings = lora_jax.adapter_shardings(params, self.plan)
         self._step = jax.jit(self._update)
-
-    def shardings(self, plan):
-        def of(path):
-            *batch, last = WEIGHTS[path][1]
-            if path in plan.trained:
-                return {"value": P(last)}
-            *batch, into, out = *batch, last
-            into, out = (None if axis == "data" else axis for axis in (into, out))
-            return {"A": P(*batch, into), "B": P(*batch, None, out), "m": P(*batch, out)}
-
-        return {
-            path: {name: NamedSharding(self.mesh, of(path)[name]) for name in own}
-            for path, own in ((p, leaf.adapter_shapes) for p, leaf in plan.entries.items())
-        }
 
     def start(self):
         adapters = lora_jax.init_adapters(jax.random.key(0), self.params, self.plan)
-        adapters = jax.device_put(adapters, self.shardings(self.plan))
-        state = {"adapters": adapters, "optimizer": self.optimizer.init(adapters)}
-        everywhere = NamedSharding(self.mesh, P())
-        return jax.tree.map(
-            lambda x: x if x.ndim else jax.device_put(x, everywhere),
-            state | {"step": jnp.int32(0)},
-        )
+        assert jax.tree.map(lambda x: x.sharding, adapters) == self.shardings
+        places = lora_jax.optimizer_shardings(self.optimizer, adapters, self.shardings)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=places)(adapters)
+        step = jax.device_put(jnp.int32(0), NamedSharding(self.mesh, P()))
+        return {"adapters": adapters, "optimizer": optimizer, "step": step}
 
     def _update(self, state, params, batch):
         def loss(adapters):
@@ -115,7 +101,7 @@ class Run:
         with jax.numpy_dtype_promotion("standard"):
             updates, optimizer = self.optimizer.update(grads, state["optimizer"])
         adapters = optax.apply_updates(state["adapters"], updates)
-        adapters = jax.lax.with_sharding_constraint(adapters, self.shardings(self.plan))
+        adapters = jax.lax.with_sharding_constraint(adapters, self.shardings)
         return {"adapters": adapters, "optimizer": optimizer, "step": state["step"] + 1}
 
     def train(self, state, end):
@@ -175,8 +161,8 @@ def train_and_save(method, folder):
 
 def check_loading(run, adapters, folder):
     """Loads what `train_and_save` wrote, on the mesh and in each process alone."""
-    places = run.shardings(run.plan)
-    for shardings in (places, run.shardings):
+    places = run.shardings
+    for shardings in (places, functools.partial(lora_jax.adapter_shardings, run.params)):
         loaded, plan = lora_jax.load_adapters(folder / "own", shardings=shardings)
         assert plan == run.plan
         assert jax.tree.map(lambda x: x.sharding, loaded) == places
@@ -208,18 +194,20 @@ def resume(path, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path, like)
     places = jax.tree.map(lambda x: x.sharding, state["adapters"])
-    assert places == run.shardings(run.plan)
+    assert places == run.shardings
     assert int(state["step"]) == 2
     record(folder, "resumed", run.train(state, 4)["adapters"])
 
 
 def everything(folder):
     """Trains in all processes; several of them go on from the state of one as well."""
+    pieces, processes.PIECE_BYTES = processes.PIECE_BYTES, 1024  # a stack takes several
     for method in METHODS:
         own = folder / f"{jax.process_count()}" / method
         check_loading(*train_and_save(method, own), own)
         if method == RESUMED and HAS_ORBAX and jax.process_count() > 1:
             resume(folder / "1" / method / "state", own)
+    processes.PIECE_BYTES = pieces
 
 
 def filled(number):
@@ -263,6 +251,9 @@ def mistakes(folder):
     assert not (folder / "own").exists()
     save("own")
     assert_same(lora_jax.load_adapters(folder / "own")[0], adapters)
+
+    values = full.leaf_values("down", run.params["down"], "a reason")
+    assert values.tobytes() == drawn()["down"].tobytes()
 
     adapters["down"]["A"] *= np.float32("inf")
     merge = functools.partial(lora_jax.merge_adapters, run.params, adapters, run.plan)

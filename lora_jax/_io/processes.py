@@ -41,12 +41,15 @@ def to_host(value: Any) -> np.ndarray:
     if not is_shared(value) or value.is_fully_replicated:
         return np.asarray(value)
     gather = functools.partial(multihost_utils.process_allgather, tiled=True)
-    if value.sharding.shard_shape(value.shape)[:1] != value.shape[:1] or not value.ndim:
+    own = value.sharding.shard_shape(value.shape)
+    if own[:1] != value.shape[:1] or value.nbytes <= PIECE_BYTES:
         return gather(value)
     host = np.empty(value.shape, value.dtype)
-    rows = max(1, PIECE_BYTES * len(host) // max(1, host.nbytes))
-    for first in range(0, len(host), rows):
-        host[first : first + rows] = gather(value[first : first + rows])
+    rows = max(1, PIECE_BYTES * len(host) // host.nbytes)
+    for start in range(0, len(host), rows):
+        stop = min(start + rows, len(host))
+        # Indexing would refuse an array in the memory of the host.
+        host[start:stop] = gather(jax.lax.slice_in_dim(value, start, stop))
     return host
 
 

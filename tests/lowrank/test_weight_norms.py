@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.lowrank import weight_norms
+from lora_jax.lowrank import low_rank, weight_norms
 from lora_jax.optim import preconditioning
 from tests import reference, support
 
@@ -64,7 +64,30 @@ def test_error_is_within_the_law(part, dtype, norm_axis):
         weight, adapter, float(RANK), norm_axis=norm_axis
     )
     assert got.dtype == jnp.float32
-    assert_law(got, *law(weight, adapter, 1.0, norm_axis))
+    want, k_squared, direct = law(weight, adapter, 1.0, norm_axis)
+    assert_law(got, want, k_squared, direct)
+    assert are_right(weight, adapter, norm_axis) == (not direct)
+
+
+def are_right(weight, adapter, norm_axis="out"):
+    """Whether the norms are those of the factored squares."""
+    axis = -2 if norm_axis == "out" else -1
+    matrix = low_rank.LowRank(weight, adapter, 1.0, axis).matrix()
+    base = weight_norms.weight_norm_squared(weight, axis)
+    return weight_norms._are_right(weight_norms._factored_squares(matrix, base, axis))
+
+
+@pytest.mark.parametrize(
+    ("size", "right"), [(5e-14, True), (1e-14, False), (4e18, True), (5e18, False)]
+)
+def test_squares_near_the_ends_of_the_range_are_not_used(size, right):
+    weight = jnp.full((256, 4), size / 16)
+    zeros = {"A": jnp.zeros((256, RANK)), "B": jnp.zeros((RANK, 4))}
+    assert are_right(weight, zeros) == right
+    # The squares of a weight alone lose less.
+    squares = weight_norms.weight_norm_squared(weight, -2) / (RANK if size < 1 else 1)
+    alone = weight_norms._factored_squares(weight_norms.Matrix(weight), squares, -2)
+    assert weight_norms._are_right(alone) == right
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

@@ -35,6 +35,16 @@ def test_a_product_with_an_inverse_is_rounded_twice():
     x, divisor = numbers().reshape(40, 100), np.abs(numbers(2, 40))[:, None]
     got = jax.jit(_arithmetic.multiply_by_inverse)(x, divisor)
     np.testing.assert_array_equal(got, x * (np.float32(1) / divisor))
+    zero = _arithmetic.multiply_by_inverse(jnp.ones((1, 2)), jnp.zeros((1, 1)))
+    np.testing.assert_array_equal(zero, np.zeros((1, 2)))
+
+
+def test_the_largest_value_is_a_normal_number_or_zero():
+    tiny = _arithmetic.TINY
+    x = np.float32([[1, -3], [-tiny, 0], [tiny / 2, 0], [np.nan, 1], [1, -np.inf]])
+    want = np.float32([3, tiny, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(_arithmetic.largest(jnp.asarray(x)), want)
+    np.testing.assert_array_equal(_arithmetic.largest(jnp.asarray(x.T), axis=0), want)
 
 
 def test_an_inverse_of_the_largest_numbers():

@@ -371,15 +371,24 @@ class TestDropout:
         want = lora_jax.adapt(model, plan)(self.params, self.adapters, self.x)
         np.testing.assert_allclose(self.run(None), want, rtol=1e-6)
 
-    def test_is_that_of_the_input_of_the_adapter(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda p, x: x @ p["w"],
+            lambda p, x: lax.conv(x[..., None], p["w"].T[..., None], (1,), "VALID")[..., 0],
+            lambda p, x: lax.ragged_dot(x, p["w"][None], jnp.asarray([5])),
+        ],
+        ids=["product", "conv", "ragged_dot"],
+    )
+    def test_is_that_of_the_input_of_the_adapter(self, fn, monkeypatch):
         keep = np.random.default_rng(3).random((5, 12)) > self.RATE
         monkeypatch.setattr(
-            jax.random, "bernoulli", lambda key, p, shape: jnp.asarray(keep)
+            jax.random, "bernoulli", lambda key, p, shape: jnp.reshape(keep, shape)
         )
         adapter, x = self.adapters["w"], np.float64(self.x)
         dropped = np.where(keep, x / (1 - self.RATE), 0.0)
         update = dropped @ np.float64(adapter["A"]) @ np.float64(adapter["B"]) * 2.0
-        got = self.run(jax.random.key(0), lambda p, x: x @ p["w"])
+        got = self.run(jax.random.key(0), fn)
         jax.clear_caches()
         np.testing.assert_allclose(
             got, x @ np.float64(self.params["w"]) + update, rtol=1e-4

@@ -26,6 +26,19 @@ def refuse(capsys, *arguments):
     return line
 
 
+def to_own(adapter, base, own, *options):
+    """Converts an adapter of PEFT, and returns the folder."""
+    convert = ["convert", adapter, own, "--to=lora_jax", f"--base={base}", *options]
+    assert main([*map(str, convert)]) == 0
+    return own
+
+
+def assert_equal(got, want):
+    assert set(got) == set(want)
+    for name, values in want.items():
+        np.testing.assert_array_equal(got[name], values, name)
+
+
 def assert_merged(got, tensors, factors, dtype=None, ulps=4):
     want = models.merged(tensors, factors)
     assert set(got) == set(want)

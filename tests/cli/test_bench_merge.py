@@ -46,9 +46,8 @@ def test_the_model_has_its_size_and_shards(bench_merge, tmp_path):
     bench_merge.write_model(tmp_path / "base", shapes, 20_000)
     base = _base.open_base(tmp_path / "base")
     assert {name: entry.shape for name, entry in base.spans.items()} == shapes
-    sizes = [
-        sum(2 * entry.size for entry in file.values()) for file in base.shards.values()
-    ]
+    shards = [file.values() for file in base.shards.values()]
+    sizes = [sum(2 * entry.size for entry in entries) for entries in shards]
     assert sum(sizes) == sum(2 * math.prod(shape) for shape in shapes.values())
     assert len(sizes) > 1
     assert max(sizes) <= 20_000

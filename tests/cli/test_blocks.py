@@ -12,11 +12,8 @@ RANK = 2
 
 
 def make(axes, method="lora", part="", seed=0):
-    groups = {
-        letter: tuple(i for i, own in enumerate(axes) if own == letter) for letter in "iob"
-    }
+    sides = (tuple(i for i, own in enumerate(axes) if own == each) for each in "iob")
     shape = tuple(SIZES[letter] + i for i, letter in enumerate(axes))
-    sides = groups["i"], groups["o"], groups["b"]
     target = Target(shape, method, RANK, 0.5, 0.0, *sides, part=part)
     rng = np.random.default_rng(seed)
     adapter = {name: rng.normal(size=s) for name, s in target.adapter_shapes.items()}

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import lora_jax
 from lora_jax import checkpoint
 from lora_jax.cli import main
 from tests.cli import models
+from tests.cli.merging import assert_equal, to_own
 
 
 @pytest.fixture
@@ -28,14 +28,17 @@ def error(capsys, *arguments):
     return line
 
 
+def halved(factors):
+    return {n: (a.astype("float16"), b.astype("float16")) for n, (a, b) in factors.items()}
+
+
 def test_there_and_back(tmp_path, base):
     factors = models.make_factors()
     ranks = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1.5}}
     name = "model.layers.0.self_attn.q_proj"
     factors |= models.make_factors(2, modules={name: models.LINEARS[name]})
     adapter = models.write_adapter(tmp_path / "adapter", factors, **ranks)
-    own, back = tmp_path / "own", tmp_path / "back"
-    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    own, back = to_own(adapter, base, tmp_path / "own"), tmp_path / "back"
     loaded, plan = checkpoint.load_adapters(own)
     for name, (a, b) in factors.items():
         np.testing.assert_array_equal(loaded[f"{name}.weight"]["A"], a.T)
@@ -43,37 +46,24 @@ def test_there_and_back(tmp_path, base):
         alpha = 1.5 if name.endswith("down_proj") else 6
         assert plan.targets[f"{name}.weight"].scale == alpha / len(a)
     assert convert(own, back, "--to=peft", "--layout=torch") == 0
-    entries = models.read_model(back)
-    want = models.read_model(adapter)
-    assert set(entries) == set(want)
-    for name, values in want.items():
-        np.testing.assert_array_equal(entries[name], values)
+    assert_equal(models.read_model(back), models.read_model(adapter))
     assert main(["diff", str(adapter), str(own)]) == 0
 
 
 def test_full_arrays_go_there_and_back(tmp_path, base, capsys):
     head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 0)}
-    factors = {
-        n: tuple(x.astype("float16") for x in f) for n, f in models.make_factors().items()
-    }
+    factors = halved(models.make_factors())
     saved = {"modules_to_save": ["lm_head"]}
     adapter = models.write_adapter(tmp_path / "adapter", factors, head, **saved)
-    own, back = tmp_path / "own", tmp_path / "back"
-    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    own, back = to_own(adapter, base, tmp_path / "own"), tmp_path / "back"
     assert main(["diff", str(adapter), str(own)]) == 0
     for name in ("adapter", "own"):
         source = str(tmp_path / name)
         assert main(["merge", str(base), source, str(tmp_path / f"from {name}")]) == 0
-    got, want = (models.read_model(tmp_path / f"from {n}") for n in ("own", "adapter"))
-    assert set(got) == set(want)
-    for name, values in want.items():
-        np.testing.assert_array_equal(got[name], values)
+    assert_equal(*(models.read_model(tmp_path / f"from {n}") for n in ("own", "adapter")))
     assert convert(own, back, "--to=peft", "--layout=torch") == 0
     assert "3 adapters and 1 full arrays in the format peft" in capsys.readouterr().out
-    got, want = models.read_model(back), models.read_model(adapter)
-    assert set(got) == set(want)
-    for name, values in want.items():
-        np.testing.assert_array_equal(got[name], values)
+    assert_equal(models.read_model(back), models.read_model(adapter))
 
 
 def test_trained_leaves_are_modules_to_save(tmp_path):
@@ -87,14 +77,12 @@ def test_trained_leaves_are_modules_to_save(tmp_path):
 
 
 def test_dtypes_stay_or_are_asked_for(tmp_path, base, capsys):
-    factors = {
-        n: tuple(x.astype("float16") for x in f) for n, f in models.make_factors().items()
-    }
+    factors = halved(models.make_factors())
     adapter = models.write_adapter(tmp_path / "adapter", factors)
     for dtype, expected in ((None, "float16"), ("bfloat16", "bfloat16")):
         options = [f"--dtype={dtype}"] if dtype else []
-        own, back = tmp_path / f"own {dtype}", tmp_path / f"back {dtype}"
-        assert convert(adapter, own, "--to=lora_jax", f"--base={base}", *options) == 0
+        own = to_own(adapter, base, tmp_path / f"own {dtype}", *options)
+        back = tmp_path / f"back {dtype}"
         # What is trained further is float32, as if PEFT's files were loaded.
         leaves = jax.tree.leaves(checkpoint.load_adapters(own)[0])
         assert {x.dtype for x in leaves} == {jnp.dtype("float32")}
@@ -114,8 +102,7 @@ def test_uniform_files(tmp_path, base, caplog):
     factors |= models.make_factors(2, modules={name: models.LINEARS[name]})
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 1.5}}
     adapter = models.write_adapter(tmp_path / "adapter", factors, **patterns)
-    own, out = tmp_path / "own", tmp_path / "out"
-    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    own, out = to_own(adapter, base, tmp_path / "own"), tmp_path / "out"
     assert convert(own, tmp_path / "plain", "--to=peft", "--layout=torch") == 0
     assert "write a uniform file" in caplog.text
     assert convert(own, out, "--to=peft", "--layout=torch", "--uniform") == 0
@@ -133,9 +120,7 @@ def test_uniform_files(tmp_path, base, caplog):
 
 def test_names_of_modules(tmp_path):
     params = {"body": {"query": np.zeros((6, 5), "float32")}}
-    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
-    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
-    checkpoint.save_adapters(tmp_path / "own", adapters, plan)
+    adapters, _ = models.write_own(tmp_path / "own", params)
     (tmp_path / "names.json").write_text(json.dumps({"model.q_proj": "body/query"}))
     names = f"--names={tmp_path / 'names.json'}"
     assert convert(tmp_path / "own", tmp_path / "out", "--to=peft", names) == 0
@@ -171,7 +156,6 @@ def test_what_cannot_be_converted(tmp_path, base, capsys):
 
 def test_a_base_is_for_one_direction(tmp_path, base, capsys):
     adapter = models.write_adapter(tmp_path / "adapter", models.make_factors())
-    own = tmp_path / "own"
-    assert convert(adapter, own, "--to=lora_jax", f"--base={base}") == 0
+    own = to_own(adapter, base, tmp_path / "own")
     line = error(capsys, own, tmp_path / "out", "--to=peft", f"--base={base}")
     assert "--base is for --to lora_jax" in line

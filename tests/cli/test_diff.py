@@ -8,6 +8,7 @@ import lora_jax
 from lora_jax import checkpoint
 from lora_jax.cli import _diff, main
 from tests.cli import models
+from tests.cli.merging import to_own
 
 
 def diff(capsys, a, b, *options):
@@ -26,9 +27,8 @@ def test_equal_models(tmp_path, capsys):
     three = models.write_base(tmp_path / "three", tensors, 3)
     code, text = diff(capsys, one, three)
     assert code == 0
-    assert text == (
-        "0 settings differ; of the entries 11 are equal, 0 differ, 0 are in one only.\n"
-    )
+    equal = "0 settings differ; of the entries 11 are equal, 0 differ, 0 are in one only."
+    assert text == f"{equal}\n"
     assert diff(capsys, one / "model.safetensors", three)[0] == 0
 
 
@@ -186,10 +186,7 @@ def test_two_forms_of_one_adapter(tmp_path, capsys, form, own):
         a = stacked(tmp_path / "own", factors)
     elif own:
         shapes = {f"{name}.weight": np.zeros(s, "float32") for name, s in LAYERS.items()}
-        base = models.write_base(tmp_path / "base", shapes)
-        convert = ["convert", str(a), str(tmp_path / "own"), "--to=lora_jax"]
-        assert main([*convert, f"--base={base}"]) == 0
-        a = tmp_path / "own"
+        a = to_own(a, models.write_base(tmp_path / "base", shapes), tmp_path / "own")
     capsys.readouterr()
     other, config = other_form(form, factors)
     other = {n: tuple(x.astype("float32") for x in pair) for n, pair in other.items()}
@@ -221,10 +218,8 @@ def test_stacked_and_one_by_one_of_this_library(tmp_path, capsys):
     a = stacked(tmp_path / "a", factors)
     shapes = {f"{name}.weight": np.zeros(s, "float32") for name, s in LAYERS.items()}
     base = models.write_base(tmp_path / "base", shapes)
-    peft = models.write_adapter(tmp_path / "peft", factors)
-    convert = ["convert", str(peft), str(tmp_path / "b"), "--to=lora_jax"]
-    assert main([*convert, f"--base={base}"]) == 0
-    for pair in ((a, tmp_path / "b"), (tmp_path / "b", a)):
+    b = to_own(models.write_adapter(tmp_path / "peft", factors), base, tmp_path / "b")
+    for pair in ((a, b), (b, a)):
         code, text = diff(capsys, *pair)
         assert code == 0
         assert "The effects are the same: of 2 updates" in text
@@ -281,9 +276,8 @@ def test_parts_of_parts_and_uses(tmp_path, capsys):
     adapters, _ = models.write_own(a, params, targets=("up[1:]", "table"), **config)
     targets = "up[1]", "up[2]", "table@lookup", "table@product"
     more, cut = models.write_own(b, params, targets=targets, **config)
-    more |= {
-        f"up[{i}]": {n: x[i - 1] for n, x in adapters["up[1:]"].items()} for i in (1, 2)
-    }
+    whole = adapters["up[1:]"].items()
+    more |= {f"up[{i}]": {name: x[i - 1] for name, x in whole} for i in (1, 2)}
     more |= dict.fromkeys(("table@lookup", "table@product"), adapters["table"])
     more["bias"] = adapters["bias"]
     checkpoint.save_adapters(b, more, cut)

@@ -8,7 +8,7 @@ import pytest
 from lora_jax import checkpoint
 from lora_jax.cli import main
 from tests.cli import models
-from tests.cli.merging import assert_merged, refuse, run
+from tests.cli.merging import assert_merged, refuse, run, to_own
 
 TEXT, VISION = "language_model", "vision_tower.vision_model.encoder"
 Q = "layers.0.self_attn.q_proj"
@@ -39,9 +39,7 @@ def test_an_adapter_of_a_part(tmp_path, capsys, text_only, prefix):
     name = VISION if prefix == VISION else f"{TEXT}.model"
     factors = {f"{name}.{Q}": text_only[f"model.{Q}"]}
     assert_merged(models.read_model(tmp_path / "out"), tensors, factors)
-    own = tmp_path / "own"
-    convert = ["convert", str(adapter), str(own), "--to=lora_jax", f"--base={base}"]
-    assert main([*convert, f"--prefix={prefix}"]) == 0
+    own = to_own(adapter, base, tmp_path / "own", f"--prefix={prefix}")
     assert list(checkpoint.load_adapters(own)[1].targets) == [f"{name}.{Q}.weight"]
     # Its own paths are names of tensors, of which the prefix leaves others.
     assert run(base, own, tmp_path / "own out") == 0
@@ -77,9 +75,7 @@ def test_what_does_not_fit_is_left_out_if_asked(tmp_path, capsys, factors, own):
     head = {"lm_head.weight": models.draw((models.ENTRIES + 1, models.WIDTH), 0)}
     adapter = models.write_adapter(tmp_path / "adapter", factors, {} if own else head)
     if own:
-        full = ["convert", str(adapter), str(tmp_path / "own"), "--to=lora_jax"]
-        assert main([*full, f"--base={base}"]) == 0
-        adapter = tmp_path / "own"
+        adapter = to_own(adapter, base, tmp_path / "own")
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name][:-1]
     gone = "model.layers.1.mlp.down_proj.weight"
@@ -103,11 +99,9 @@ def test_a_conversion_leaves_out_what_has_no_place(tmp_path, capsys, factors):
     base = models.write_base(tmp_path / "base", models.make_tensors())
     factors["model.layers.7.mlp.up_proj"] = factors["model.layers.0.mlp.up_proj"]
     head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 0)}
-    adapter = models.write_adapter(
-        tmp_path / "adapter", factors, head, modules_to_save=["lm_head"]
-    )
-    convert = ["convert", str(adapter), str(tmp_path / "own"), "--to=lora_jax"]
-    assert main([*convert, f"--base={base}", "--no-strict"]) == 0
+    saved = {"modules_to_save": ["lm_head"]}
+    adapter = models.write_adapter(tmp_path / "adapter", factors, head, **saved)
+    to_own(adapter, base, tmp_path / "own", "--no-strict")
     text = capsys.readouterr().out
     assert "3 adapters and 1 full arrays in the format lora_jax" in text
     assert "left out, because of --no-strict: 1" in text
@@ -124,13 +118,11 @@ def test_a_conversion_leaves_out_what_has_no_place(tmp_path, capsys, factors):
 def test_nothing_fits(tmp_path, capsys):
     base = models.write_base(tmp_path / "base", models.make_tensors())
     modules = {f"model.layers.{i}.mlp.up_proj": (50, 40) for i in range(5)}
-    adapter = models.write_adapter(
-        tmp_path / "adapter", models.make_factors(modules=modules)
-    )
-    own = str(tmp_path / "own")
+    factors = models.make_factors(modules=modules)
+    adapter = models.write_adapter(tmp_path / "adapter", factors)
     shapes = {f"{name}.weight": np.zeros(s, "float32") for name, s in modules.items()}
     other = models.write_base(tmp_path / "other", shapes)
-    assert main(["convert", str(adapter), own, "--to=lora_jax", f"--base={other}"]) == 0
+    own = to_own(adapter, other, tmp_path / "own")
     for each, options in ((adapter, ()), (own, ()), (adapter, ["--no-strict"])):
         line = refuse(capsys, base, each, tmp_path / "out", *options)
         assert f"error: nothing of {each} fits {base}: for example, no tensor fits" in line
@@ -150,9 +142,8 @@ def test_saved_arrays_may_fit_alone(tmp_path, capsys):
     base = models.write_base(tmp_path / "base", tensors)
     factors = models.make_factors(modules={"model.other": (50, 40)})
     head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 9)}
-    adapter = models.write_adapter(
-        tmp_path / "adapter", factors, head, modules_to_save=["lm_head"]
-    )
+    saved = {"modules_to_save": ["lm_head"]}
+    adapter = models.write_adapter(tmp_path / "adapter", factors, head, **saved)
     refuse(capsys, base, adapter, tmp_path / "out")
     assert run(base, adapter, tmp_path / "out", "--no-strict") == 0
     assert "left out, because of --no-strict: 1\n" in capsys.readouterr().out

@@ -60,16 +60,15 @@ def test_a_peft_adapter(tmp_path, capsys):
 def test_own_adapters(tmp_path, capsys):
     params = {"a": np.zeros((6, 5), "float32"), "b": np.zeros((4, 6, 5), "float32")}
     params |= {"bias": np.ones(5, "float32"), "qkv": np.zeros((3, 6, 5), "float32")}
-    adapters, plan = models.write_own(
-        tmp_path / "own",
-        params,
-        rank=2,
-        alpha=3,
-        rank_pattern={"b[2:]": 4, "qkv": 1},
-        axes=dict.fromkeys(("b", "qkv"), "bio"),
-        targets=("a", "b", "qkv[0]", "qkv[2]@product"),
-        train="bias",
-    )
+    config = {
+        "rank": 2,
+        "alpha": 3,
+        "rank_pattern": {"b[2:]": 4, "qkv": 1},
+        "train": "bias",
+    }
+    config["targets"] = "a", "b", "qkv[0]", "qkv[2]@product"
+    config["axes"] = dict.fromkeys(("b", "qkv"), "bio")
+    adapters, plan = models.write_own(tmp_path / "own", params, **config)
     record, text = inspect(capsys, tmp_path / "own")
     assert record["format"] == "lora_jax"
     assert [record["adapters"][path]["shape"] for path in plan.targets] == [
@@ -99,13 +98,9 @@ def test_experts_and_convolutions(tmp_path, capsys):
     stack = models.draw((experts * rank, n_in), 0), models.draw((n_out, rank * experts), 1)
     kernel = models.draw((rank, n_in, 3, 3), 2), models.draw((n_out, rank, 1, 1), 3)
     factors = {"mlp.experts": stack, "conv": kernel}
-    folder = models.write_adapter(
-        tmp_path / "adapter",
-        factors,
-        r=rank,
-        target_modules=["conv"],
-        target_parameters=["mlp.experts.gate_up_proj"],
-    )
+    config = {"r": rank, "target_modules": ["conv"]}
+    config["target_parameters"] = ["mlp.experts.gate_up_proj"]
+    folder = models.write_adapter(tmp_path / "adapter", factors, **config)
     record, _ = inspect(capsys, folder)
     a = stack[0].reshape(experts, rank, n_in)
     b = stack[1].reshape(n_out, rank, experts)
@@ -153,10 +148,8 @@ def test_warnings_of_what_does_nothing(tmp_path, capsys):
 
 def test_warnings_of_sizes(tmp_path, capsys):
     large = {"model.embed_tokens.base_layer.weight": np.zeros((512, 1024), "float32")}
-    factors = models.make_factors(modules={"a": (4, 6)}, rank=5)
-    factors = {
-        name: (a.astype("float16"), b.astype("float16")) for name, (a, b) in factors.items()
-    }
+    ((a, b),) = models.make_factors(modules={"a": (4, 6)}, rank=5).values()
+    factors = {"a": (a.astype("float16"), b.astype("float16"))}
     text = warnings_of(capsys, tmp_path, factors, large)
     assert "model.embed_tokens.weight is saved in full, 2.0 MiB" in text
     assert "a has rank 5 for a weight with 6 inputs and 4 outputs" in text

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 import lora_jax
 from lora_jax import checkpoint
 from lora_jax._io import tensor_files, tensor_streams
-from lora_jax.cli import _fold, main
+from lora_jax.cli import _fold
 from tests import support
 from tests.cli import models
-from tests.cli.merging import assert_merged, refuse, run
+from tests.cli.merging import assert_equal, assert_merged, refuse, run, to_own
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden/checkpoints/llama_lora_patterns"
 
@@ -149,10 +149,7 @@ PARTS = {
     "outputs of layers": (("layers/up[1:, :, 4:]",), {"layers/up": "bio"}),
     "query and value": (("qkv[:8]", "qkv[16:]"), {"qkv": "oi"}),
     "query and value, flat": (("flat[:, :8]", "flat[:, 16:]"), {"flat": "io"}),
-    "each with its own": (
-        ("qkv[8:]", "layers/up[::2]", "flat"),
-        {"layers/up": "bio", "qkv": "oi"},
-    ),
+    "each": (("qkv[8:]", "layers/up[::2]", "flat"), {"layers/up": "bio", "qkv": "oi"}),
 }
 STACKS = {"layers/up": (4, 8, 12), "qkv": (24, 8), "flat": (8, 24)}
 
@@ -185,12 +182,6 @@ def test_parts_merge_as_in_a_program(tmp_path, monkeypatch, capsys, name, method
     got = models.read_model(tmp_path / "rows")  # products of other sizes, summed otherwise
     for path, values in want.items():
         support.assert_close(got[path], values, 4)
-
-
-def assert_equal(got, want):
-    assert set(got) == set(want)
-    for name, values in want.items():
-        np.testing.assert_array_equal(got[name], values, name)
 
 
 def test_what_is_beside_a_part_is_only_rounded(tmp_path, capsys):
@@ -232,11 +223,9 @@ def test_trained_leaves_take_the_place_of_the_models(tmp_path, capsys, dtype):
 def test_own_adapters_merge_as_those_of_peft(tmp_path, adapter, factors):
     tensors = models.make_tensors()
     base = models.write_base(tmp_path / "base", tensors)
-    own, out = str(tmp_path / "own"), tmp_path / "out"
-    convert = ["convert", str(adapter), own, "--to=lora_jax", f"--base={base}"]
-    assert main(convert) == 0
-    assert run(base, own, out) == 0
-    assert_merged(models.read_model(out), tensors, factors)
+    own = to_own(adapter, base, tmp_path / "own")
+    assert run(base, own, tmp_path / "out") == 0
+    assert_merged(models.read_model(tmp_path / "out"), tensors, factors)
 
 
 def test_own_adapters_of_a_model_of_jax(tmp_path, capsys):
@@ -281,10 +270,8 @@ def test_names_and_layout_of_other_models(tmp_path, factors, capsys):
 
 
 def test_the_report_says_what_rounding_lost(tmp_path, capsys):
-    tensors = {
-        "a.weight": np.full((4, 4), 1024, "float32"),
-        "b.weight": np.ones((4, 4), "float32"),
-    }
+    ones = np.ones((4, 4), "float32")
+    tensors = {"a.weight": 1024 * ones, "b.weight": ones}
     base = models.write_base(tmp_path / "base", tensors)
     factors = {name: (np.ones((1, 4), "float32"),) * 2 for name in "ab"}
     factors = {name: (a, b.T) for name, (a, b) in factors.items()}
@@ -309,10 +296,7 @@ def test_other_weights_and_adapters_are_not_copied(tmp_path, factors, capsys):
     assert run(base, adapter, tmp_path / "out") == 0
     files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert [str(path.relative_to(tmp_path / "out")) for path in files] == [
-        "config.json",
-        "model.safetensors",
-        "original/params.json",
-        "tokenizer.json",
+        *("config.json", "model.safetensors", "original/params.json", "tokenizer.json")
     ]
     assert "adapters.json, original/consolidated.pth" in capsys.readouterr().out
 

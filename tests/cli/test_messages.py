@@ -12,7 +12,7 @@ import lora_jax
 from lora_jax._io import tensor_files
 from lora_jax.cli import _messages, main
 from tests.cli import models
-from tests.cli.merging import refuse
+from tests.cli.merging import refuse, to_own
 
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 # What the commands call; `_uses` and `torchtune` read arguments that no command gives.
@@ -58,10 +58,7 @@ def test_no_message_names_an_argument():
         if ARGUMENT.search(text) and text != "params"  # the name of a collection of Flax
     ]
     assert len(found) > 20  # so that the test cannot pass without looking
-    left = [
-        (name, text) for name, text in found if ARGUMENT.search(_messages.translate(text))
-    ]
-    assert left == []
+    assert [f for f in found if ARGUMENT.search(_messages.translate(f[1]))] == []
 
 
 @pytest.mark.parametrize(
@@ -103,8 +100,7 @@ def test_translations(text, expected):
 
 def test_no_temporary_path_is_shown(tmp_path, capsys, adapter):
     base = models.write_base(tmp_path / "base", models.make_tensors())
-    own = str(tmp_path / "own")
-    assert main(["convert", str(adapter), own, "--to=lora_jax", f"--base={base}"]) == 0
+    own = str(to_own(adapter, base, tmp_path / "own"))
     tensors = models.make_tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"]
     less = models.write_base(tmp_path / "less", tensors)

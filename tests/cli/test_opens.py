@@ -4,13 +4,13 @@ import collections
 import functools
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from lora_jax import checkpoint, peft
 from lora_jax.cli import _effects, _loading, main
 from tests.cli import models
+from tests.cli.merging import to_own
 
 # The command, and how often it matches modules with arrays.
 COMMANDS = {
@@ -81,13 +81,10 @@ def folder(tmp_path_factory):
     head = {"lm_head.weight": tensors["lm_head.weight"]}
     models.write_adapter(folder / "peft", factors)
     models.write_adapter(folder / "other", models.make_factors(seed=5), head)
-    own = ["convert", f"{folder}/peft", f"{folder}/own", "--to=lora_jax"]
-    assert main([*own, f"--base={folder}/whole"]) == 0
+    to_own(folder / "peft", folder / "whole", folder / "own")
     shapes = {
-        f"body/{name.replace('.', '/')}/kernel": jax.ShapeDtypeStruct(
-            (n_in, n_out), "float32"
-        )
-        for name, (n_out, n_in) in models.LINEARS.items()
+        f"body/{name.replace('.', '/')}/kernel": np.zeros(shape[::-1], "float32")
+        for name, shape in models.LINEARS.items()
     }
     adapters, plan, _ = peft.load(folder / "peft", shapes)
     checkpoint.save_adapters(folder / "layers", adapters, plan)
@@ -99,8 +96,7 @@ def folder(tmp_path_factory):
     tied = models.write_base(folder / "tied", tensors, 2, tie_word_embeddings=True)
     shape = models.ENTRIES, models.WIDTH
     models.write_adapter(folder / "head", models.make_factors(modules={"lm_head": shape}))
-    use = ["convert", f"{folder}/head", f"{folder}/use", "--to=lora_jax"]
-    assert main([*use, f"--base={tied}"]) == 0
+    to_own(folder / "head", tied, folder / "use")
     return folder
 
 

@@ -12,7 +12,7 @@ import lora_jax
 from lora_jax.cli import main
 from tests import support
 from tests.cli import models
-from tests.cli.merging import assert_merged, refuse, run
+from tests.cli.merging import assert_equal, assert_merged, refuse, run, to_own
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPE = models.ENTRIES, models.WIDTH
@@ -110,9 +110,8 @@ def test_where_a_config_says_that_a_model_is_tied(tmp_path, config, untied):
     off = {"tie_word_embeddings": False}
     inner = {name: fields | off for name, fields in untied.items()}
     assert got == {"model_type": "llama", **config, **inner, **off}
-    np.testing.assert_array_equal(
-        models.read_model(tmp_path / "out")[EMBEDDING], tensors[EMBEDDING]
-    )
+    written = models.read_model(tmp_path / "out")
+    np.testing.assert_array_equal(written[EMBEDDING], tensors[EMBEDDING])
 
 
 @pytest.mark.parametrize(
@@ -141,20 +140,15 @@ def test_models_that_are_not_tied_stay_as_they_are(tmp_path, config, head, capsy
 def test_a_tied_model_of_which_both_arrays_are_saved_alike(tmp_path, factors):
     base, tensors = write_tied(tmp_path / "base", **TIED)
     extra = dict.fromkeys((EMBEDDING, HEAD), draw(1))
-    saved = ["embed_tokens", "lm_head"]
-    adapter = models.write_adapter(
-        tmp_path / "adapter", factors, extra, modules_to_save=saved
-    )
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = models.write_adapter(tmp_path / "adapter", factors, extra, **saved)
     assert run(base, adapter, tmp_path / "out") == 0
     tensors[EMBEDDING] = extra[EMBEDDING]
     assert_merged(models.read_model(tmp_path / "out"), tensors, factors)
 
 
-ROWS = {
-    "model.embed_tokens.token_adapter.trainable_tokens_delta": models.draw(
-        (1, models.WIDTH), 10
-    )
-}
+TOKENS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+ROWS = {TOKENS: models.draw((1, models.WIDTH), 10)}
 
 
 def test_rows_of_a_tied_embedding(tmp_path):
@@ -163,7 +157,7 @@ def test_rows_of_a_tied_embedding(tmp_path):
     excluded = {**options, "exclude_modules": ["q_proj"]}
     adapter = models.write_adapter(tmp_path / "adapter", {}, ROWS, **excluded)
     assert run(base, adapter, tmp_path / "out") == 0
-    tensors[EMBEDDING][5] = next(iter(ROWS.values()))
+    tensors[EMBEDDING][5] = ROWS[TOKENS]
     assert_merged(models.read_model(tmp_path / "out"), tensors, {})
 
 
@@ -211,9 +205,9 @@ def test_uses_of_this_library(tmp_path, targets, tied):
 @pytest.mark.parametrize("which", ["embedding", "head", "embedding and head"])
 def test_a_converted_adapter_is_of_one_use(tmp_path, capsys, which):
     base, _ = write_tied(tmp_path / "base", 2, **TIED)
-    peft, own = tmp_path / "peft", tmp_path / "own"
+    peft = tmp_path / "peft"
     write_peft(peft, which)
-    assert main(["convert", str(peft), str(own), "--to=lora_jax", f"--base={base}"]) == 0
+    own = to_own(peft, base, tmp_path / "own")
     _, plan = lora_jax.load_adapters(own)
     uses = {"embedding": f"{EMBEDDING}@lookup", "head": f"{EMBEDDING}@product"}
     assert set(plan.targets) == {path for end, path in uses.items() if end in which}
@@ -221,10 +215,7 @@ def test_a_converted_adapter_is_of_one_use(tmp_path, capsys, which):
         assert run(base, tmp_path / name, tmp_path / f"from {name}") == 0
     assert main(["diff", str(peft), str(own)]) == 0
     assert f"effects are the same: of {len(plan.targets)} up" in capsys.readouterr().out
-    got, want = (models.read_model(tmp_path / f"from {n}") for n in ("own", "peft"))
-    assert set(got) == set(want)
-    for name, values in want.items():
-        np.testing.assert_array_equal(got[name], values)
+    assert_equal(*(models.read_model(tmp_path / f"from {n}") for n in ("own", "peft")))
 
 
 def test_the_effect_of_a_head_is_that_of_a_product(tmp_path, capsys):
@@ -259,10 +250,8 @@ def test_a_model_that_does_not_say_whether_it_is_tied(tmp_path, module, whole, c
     base = models.write_base(tmp_path / "base", tensors)
     (base / "config.json").unlink()
     options = {"r": 2, "target_modules": [module.rpartition(".")[2]]}
-    adapter = models.write_adapter(
-        tmp_path / "adapter", {}, embedding_entries(module), **options
-    )
-    out = tmp_path / "out"
+    entries, out = embedding_entries(module), tmp_path / "out"
+    adapter = models.write_adapter(tmp_path / "adapter", {}, entries, **options)
     if whole:
         base, out = base / "model.safetensors", tmp_path / "out.safetensors"
     line = refuse(capsys, base, adapter, out)

@@ -100,7 +100,7 @@ def test_text_of_patterns(pattern, text):
         (
             "re:(",
             ValueError,
-            r"'re:\(' in targets is not a valid regular expression: missing \)",
+            r"'re:\(' in targets is not a valid .* expression: missing \)",
         ),
         ("", ValueError, r"a pattern in targets is empty: '\*' matches every path"),
         ("re:", ValueError, "a pattern in targets is empty"),
@@ -133,9 +133,8 @@ def test_nearest(pattern, first):
 
 def test_nearest_to_something_else_are_the_first():
     assert tree_paths.nearest("zzz", PATHS) == []
-    assert "the first paths are 'decoder/0/query/kernel'" in tree_paths.nearest_hint(
-        "zzz", PATHS
-    )
+    hint = tree_paths.nearest_hint("zzz", PATHS)
+    assert "the first paths are 'decoder/0/query/kernel'" in hint
     assert tree_paths.nearest_hint("zzz", []).endswith("are none")
 
 

@@ -141,9 +141,8 @@ def test_randomized_pissa_of_a_weight_of_low_rank_is_exact():
     weight = draw(60, 14) @ draw(14, 40, seed=1)
     exact, _ = init_pissa_adapter(weight, 4)
     base, _ = init_pissa_adapter(weight, 4, key=KEY, iterations=8)
-    support.assert_close(
-        base, reference.f64(exact), 256, scale=float(jnp.abs(weight).max())
-    )
+    size = float(jnp.abs(weight).max())
+    support.assert_close(base, reference.f64(exact), 256, scale=size)
 
 
 @pytest.mark.parametrize("shape", [(9, 12), (2, 3, 12, 9)])
@@ -175,9 +174,8 @@ def test_orthogonal_factors_have_a_product_of_zero():
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_loftq_alternates(iterations, rank_stabilized):
     weight = draw(3, 12, 9)
-    base, adapter = loftq(
-        weight, 4, 8.0, rank_stabilized=rank_stabilized, iterations=iterations
-    )
+    options = {"rank_stabilized": rank_stabilized, "iterations": iterations}
+    base, adapter = loftq(weight, 4, 8.0, **options)
     exact = reference.f64(weight)
     want = np.zeros_like(exact)
     for _ in range(iterations):
@@ -328,9 +326,8 @@ def test_plain_adapter_does_the_same_to_the_original(name, method, rank_stabiliz
     if method == "dora":
         layer, merge = lora_jax.dora_linear, lora_jax.merge_dora_weight
         initial["m"] = lora_jax.init_dora_magnitude(base, initial, 3.0, **options)
-        support.assert_close(
-            initial["m"], reference.norms(reference.f64(weight), "out"), 32
-        )
+        want = reference.norms(reference.f64(weight), "out")
+        support.assert_close(initial["m"], want, 32)
     adapter = trained(initial)
     plain = jax.jit(to_plain_adapter)(adapter, initial)
     assert plain["A"].shape == (*batch, 12, 8)

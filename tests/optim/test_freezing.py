@@ -37,10 +37,7 @@ def test_masked_alone_moves_frozen_leaves():
     mask = jax.tree.map(lambda _: False, params) | {"head": True}
     got, _ = support.run(optax.masked(optax.adamw(0.1), mask), params, support.gradients())
     before = support.by_path(params)
-    moved = {
-        path for path, leaf in support.by_path(got).items() if (leaf != before[path]).any()
-    }
-    assert moved == before.keys()
+    assert all((leaf != before[path]).any() for path, leaf in support.by_path(got).items())
 
 
 def test_trainable_by_a_function_and_from_shapes():
@@ -50,9 +47,8 @@ def test_trainable_by_a_function_and_from_shapes():
         optim.trainable_and_frozen(shapes, trainable, optax.adam(0.1))
         for trainable in (lambda path: path.startswith("head/"), "head/*")
     )
-    got, want = (
-        support.run(o, params, support.gradients()) for o in (by_function, by_pattern)
-    )
+    steps = support.gradients()
+    got, want = (support.run(o, params, steps) for o in (by_function, by_pattern))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert support.stateful(got[1]) == ["head/bias", "head/kernel"]
 

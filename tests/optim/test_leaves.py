@@ -30,9 +30,8 @@ def test_form_of_an_adapter(node, is_adapter):
 def test_names_of_the_leaves():
     tree = {"adapters": {"q/kernel": {"A": 1, "B": 2}}, "head": 3}
     a, b, head = _leaves.flatten(tree)[0]
-    assert a.names == (
-        *("q/kernel", "adapters/q/kernel", "q/kernel/A", "adapters/q/kernel/A"),
-    )
+    names = "q/kernel", "adapters/q/kernel", "q/kernel/A", "adapters/q/kernel/A"
+    assert a.names == names
     assert (b.value, b.entry, b.weight) == (2, "B", "q/kernel")
     assert head == _leaves.Leaf(3, "head")
     assert head.names == ("head",)

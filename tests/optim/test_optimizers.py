@@ -131,14 +131,8 @@ def test_learning_rate_of_a_compiled_program():
         return optimizer.update(params, optimizer.init(params))[0]
 
     got = updates(jnp.float32(0.5))["adapters"]["embed/table"]
-    assert_paths_close(
-        got,
-        {
-            "A": -0.5 * params["adapters"]["embed/table"]["A"],
-            "B": -1.0 * params["adapters"]["embed/table"]["B"],
-        },
-        1,
-    )
+    old = params["adapters"]["embed/table"]
+    assert_paths_close(got, {"A": -0.5 * old["A"], "B": -1.0 * old["B"]}, 1)
 
 
 def test_state_can_be_mapped_as_params_are():
@@ -173,16 +167,14 @@ def test_lora_fa_golden():
     start = {"w": {"A": tensors["A"], "B": tensors["B0"]}}
     steps = [{"w": {"A": tensors["A"], "B": tensors[f"gradB/{i}"]}} for i in range(3)]
     leaves, rates = support.by_path(start), [meta["lr"]] * 3
-    seen = [
-        lora_fa_gradient("w/B", leaves, step["w"]["B"], meta["scaling"]) for step in steps
-    ]
+    grads = [step["w"]["B"] for step in steps]
+    seen = [lora_fa_gradient("w/B", leaves, grad, meta["scaling"]) for grad in grads]
     step, got, state = support.compiled(optimizer), start, optimizer.init(start)
     for n in (1, 2, 3):
         got, state = step(steps[n - 1], state, got)
         tolerances.assert_golden(case, got["w"]["B"], tensors[f"B/{n}"])
-        want = support.adamw(
-            start["w"]["B"], seen[:n], rates[:n], meta["weight_decay"], meta["eps"]
-        )
+        options = rates[:n], meta["weight_decay"], meta["eps"]
+        want = support.adamw(start["w"]["B"], seen[:n], *options)
         tolerances.assert_close(got["w"]["B"], want, 16)
         np.testing.assert_array_equal(got["w"]["A"], start["w"]["A"])
 
@@ -190,17 +182,14 @@ def test_lora_fa_golden():
 @pytest.mark.parametrize("rate", [0.1, schedule], ids=["number", "schedule"])
 def test_lora_fa(rate):
     params, steps = support.tree(), support.gradients()
-    got, state = support.run(
-        optim.lora_fa(optax.adamw(rate, weight_decay=0.5), 2.0), params, steps
-    )
+    optimizer = optim.lora_fa(optax.adamw(rate, weight_decay=0.5), 2.0)
+    got, state = support.run(optimizer, params, steps)
     leaves = support.by_path(params)
     rates = [rate if rate == 0.1 else schedule(count) for count in range(3)]
     want = {}
     for path, before in leaves.items():
-        seen = [
-            lora_fa_gradient(path, leaves, support.by_path(step)[path], 2.0)
-            for step in steps
-        ]
+        grads = [support.by_path(step)[path] for step in steps]
+        seen = [lora_fa_gradient(path, leaves, grad, 2.0) for grad in grads]
         frozen = path.endswith("/A")
         want[path] = before if frozen else support.adamw(before, seen, rates, 0.5)
     assert_paths_close(got, want)

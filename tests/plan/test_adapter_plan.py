@@ -188,9 +188,7 @@ def test_explanations():
     ]
     lines = plan.explain("stack").splitlines()
     assert lines[2] == "  axes: bioo of (5, 4, 2, 3), given by axes['stack']: 5 of (4, 6)"
-    assert lines[3].startswith(
-        "  note: at rank 4 A and B have 40 entries for the 24 of each"
-    )
+    assert lines[3].startswith("  note: at rank 4 A and B have 40 entries for the 24 of ")
     assert plan.explain("norm/scale").splitlines() == [
         "norm/scale: trained without an adapter, 32 parameters.",
         "  chosen by train: 'norm/*'",
@@ -319,11 +317,7 @@ def test_texts_that_are_no_json(cls, text, error, message):
         ({"skipped": {"a/q": "?"}}, ValueError, "'a/q' must be in one of targets, tra"),
         ({"uses": {"a/q": [3]}}, ValueError, "at 'a/q': .*Use must be a JSON object"),
         ({"uses": {"a/q": {}}}, TypeError, "at 'a/q': uses must be a list of uses"),
-        (
-            {"uses": {"a/q": [PRODUCT._asdict() | {"roles": ["kept"]}]}},
-            ValueError,
-            "2 axes",
-        ),
+        ({"uses": {"a/q": [PRODUCT._asdict() | {"roles": [""]}]}}, ValueError, "2 axes"),
         ({"uses": {"x": [PRODUCT._asdict() | {"linear": 1}]}}, TypeError, "true or false"),
         ({"uses": {"x": [{"primitive": "dot"}]}}, ValueError, "lacks the fields roles"),
     ],
@@ -354,11 +348,7 @@ def test_a_plan_of_a_plain_dict():
         ({"targets": {1: TARGET}}, TypeError, r"the paths of targets must be strings"),
         ({"uses": {"a/q": PRODUCT._asdict()}}, TypeError, r"uses\['a/q'\] must be a tuple"),
         ({"skipped": {"stack": "why"}}, ValueError, r"'stack' must be in one of targets"),
-        (
-            {"trained": {"stack": TrainedLeaf((2,))}},
-            ValueError,
-            r"'stack' must be in one of",
-        ),
+        ({"trained": {"stack": TrainedLeaf((2,))}}, ValueError, "'stack' must be in one"),
         ({"trained": {"b": (2,)}}, TypeError, r"trained\['b'\] must be a TrainedLeaf, got"),
     ],
 )
@@ -376,21 +366,15 @@ def test_other_scales_and_rates():
     assert AdapterPlan.from_json(new.to_json()) == new != plan
     assert plan.replace() == plan
     # The first pattern counts; without one a target stays as it is.
-    assert plan.replace(scale={"re:a.*": 3, "a/q": 4}).scales == {
-        "a/q": 3.0,
-        "stack": 1 / 3,
-    }
+    scales = plan.replace(scale={"re:a.*": 3, "a/q": 4}).scales
+    assert scales == {"a/q": 3.0, "stack": 1 / 3}
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"scale": {"b/*": 1.0}}, ValueError, r"pattern of scale matches no target of the"),
-        (
-            {"scale": jnp.ones(())},
-            TypeError,
-            r"a plan is static, .* adapt\(\.\.\., scales=",
-        ),
+        ({"scale": jnp.ones(())}, TypeError, r"a plan is static, .* adapt\(.*, scales="),
         ({"scale": float("inf")}, ValueError, r"^scale must be finite"),
         ({"scale": "2"}, TypeError, r"scale must be a number"),
         ({"dropout": 1.0}, ValueError, r"at 'a/q': dropout"),
@@ -415,9 +399,7 @@ def test_subsets_and_unions():
     assert str(both) == str(plan)
     assert both.explain("a/q") == plan.explain("a/q")
     assert both | plan == plan
-    with pytest.raises(
-        ValueError, match=r"of the subset matches no target.*nearest.*'a/q'"
-    ):
+    with pytest.raises(ValueError, match=r"of the subset matches no target.*nearest.*'a/q"):
         plan.subset("b/q")
     with pytest.raises(ValueError, match=r"a subset has at least one target"):
         plan.subset(())
@@ -443,19 +425,13 @@ def test_the_config_of_a_union_has_the_patterns_of_both():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"targets": {"stack": TARGET}},
-            r"both plans adapt 'stack', the first with Target",
-        ),
+        ({"targets": {"stack": TARGET}}, "plans adapt 'stack', the first with Target"),
         (
             {"trained": {"norm/scale": TrainedLeaf((3,))}},
             r"both plans adapt 'norm/scale', the first with TrainedLeaf",
         ),
         ({"total": 3}, r"of different params: the first of 10,000 parameters, the second"),
-        (
-            {"config": LoraConfig(init="gaussian")},
-            r"have different init, 'kaiming_uniform'",
-        ),
+        ({"config": LoraConfig(init="gaussian")}, "different init, 'kaiming_uniform'"),
         (
             {"config": LoraConfig(products={"f": "ab,cb->ac"})},
             r"state that 'f' is 'ab,bc->ac' and 'ab,cb->ac'",

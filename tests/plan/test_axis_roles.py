@@ -61,9 +61,8 @@ def test_axes(shape, roles, want):
 def test_groups_ascend():
     axes = axis_roles.resolve_axes((4, 2, 3, 5), [use("kckb")])
     assert axes == axis_roles.Resolved((1,), (0, 2), (3,))
-    assert axis_roles.from_letters("obio", (2, 3, 4, 5)) == axis_roles.Resolved(
-        (2,), (0, 3), (1,)
-    )
+    axes = axis_roles.from_letters("obio", (2, 3, 4, 5))
+    assert axes == axis_roles.Resolved((2,), (0, 3), (1,))
 
 
 def test_a_stack_run_through_in_blocks():
@@ -98,7 +97,5 @@ def test_no_low_rank_use(roles):
     ("shape", "roles"), [((4, 1), "ck"), ((1, 4), "ck"), ((5, 4, 1), "bck")]
 )
 def test_vectors(shape, roles):
-    with pytest.raises(
-        axis_roles.UnsuitableError, match="it is a vector: as a matrix it is"
-    ):
+    with pytest.raises(axis_roles.UnsuitableError, match="it is a vector: as a matrix it "):
         axis_roles.resolve_axes(shape, [use(roles)])

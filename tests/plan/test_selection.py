@@ -53,11 +53,8 @@ USES = {
 
 
 def plan(targets="all-linear", exclude=(), *, uses=USES, params=PARAMS, **fields):
-    if (
-        targets == "all-linear"
-        and params is PARAMS
-        and "*/twice" not in fields.get("axes", ())
-    ):
+    is_given = "*/twice" in fields.get("axes", ())
+    if targets == "all-linear" and params is PARAMS and not is_given:
         exclude = (*([exclude] if exclude else []), "layers/twice")  # which is ambiguous
     config = LoraConfig(2, targets=targets, exclude=exclude, **fields)
     return selection.select(config, tree_paths.leaf_paths(params), uses)
@@ -122,9 +119,8 @@ def test_all_linear_without_a_function_is_every_matrix():
 def test_all_linear_takes_what_axes_are_given_for():
     got = plan(uses=None, axes={"*/q/kernel": "ioo"})
     assert got.targets["layers/q/kernel"].axes == "ioo"
-    assert (
-        plan(axes={"*/o/*": "io", "*/twice": "ioo"}).targets["layers/twice"].axes == "ioo"
-    )
+    got = plan(axes={"*/o/*": "io", "*/twice": "ioo"})
+    assert got.targets["layers/twice"].axes == "ioo"
 
 
 # ---------------------------------------------------------------------------- patterns
@@ -218,9 +214,7 @@ def test_one_error_lists_all():
 
 @pytest.mark.parametrize("targets", ["all-linear", "*/kernel"])
 def test_a_wrong_number_of_letters(targets):
-    message = (
-        r"axes gives 'layers/q/kernel' the letters 'io', and its shape is \(12, 2, 3\)"
-    )
+    message = r"axes gives 'layers/q/kernel' the letters 'io', and its shape is \(12, 2"
     with pytest.raises(ValueError, match=message):
         plan(targets, axes={"*/q/*": "io"})
 
@@ -255,10 +249,7 @@ def test_trained_leaves_are_not_adapted():
     assert "left out: 'layers/o/kernel'" not in str(got)
     # The patterns of exclude are about adapters.
     got = plan("layers/?/kernel", "*/o/*", train="*/o/kernel")
-    assert (list(got.targets), list(got.trained)) == (
-        ["layers/q/kernel"],
-        ["layers/o/kernel"],
-    )
+    assert [*got.targets, *got.trained] == ["layers/q/kernel", "layers/o/kernel"]
 
 
 def test_what_cannot_be_trained():
@@ -302,12 +293,7 @@ def test_axes_for_a_weight_that_all_linear_leaves_out():
 def test_matrices_are_left_out_with_a_word():
     left_out = [line for line in str(plan()).splitlines() if line.startswith("left out")]
     assert [line.split("'")[1] for line in left_out] == [
-        "embed",
-        "head",
-        "layers/conv",
-        "layers/q/bias",
-        "layers/sorted",
-        "unused",
+        *("embed", "head", "layers/conv", "layers/q/bias", "layers/sorted", "unused")
     ]
     without = str(plan(uses=None))
     assert "left out: 'layers/q/kernel': it has 3 axes, (12, 2, 3), and without" in without

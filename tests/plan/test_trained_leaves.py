@@ -136,9 +136,7 @@ def test_a_trained_leaf_that_the_function_never_uses():
     def headless(params, x):
         return x @ params["up"]["kernel"] * params["norm"]["scale"][None]
 
-    with pytest.raises(
-        ValueError, match=r"never uses the trained leaves 'head/bias', 'hea"
-    ):
+    with pytest.raises(ValueError, match=r"never uses the trained leaves 'head/bias', 'he"):
         lora_jax.adapt(headless, plan)(params, adapters, x)
     allowed = lora_jax.adapt(headless, plan, on_unused="allow")
     np.testing.assert_allclose(
@@ -216,28 +214,15 @@ def without(name, adapters):
     ("change", "error", "message"),
     [
         (functools.partial(without, "norm/scale"), KeyError, "missing: 'norm/scale'"),
-        (
-            lambda a: a | {"norm/scale": {}},
-            KeyError,
-            r"expected {'value': array}, got \[\]",
-        ),
-        (
-            lambda a: a | {"norm/scale": jnp.ones(16)},
-            KeyError,
-            "at 'norm/scale': the plan trains this leaf without an adapter",
-        ),
-        (
-            lambda a: a | {"norm/scale": {"value": jnp.ones(3)}},
-            ValueError,
-            r"at 'norm/scale': value does not fit: expected shape \(16,\)",
-        ),
-        (
-            lambda a: a | {"norm/scale": {"value": jnp.ones(16, "int32")}},
-            TypeError,
-            "at 'norm/scale': value must be floating point",
-        ),
+        (lambda a: a | {"norm/scale": {}}, KeyError, r"expected {'value': array}, got \["),
+        (lambda a: a | {"norm/scale": jnp.ones(16)}, KeyError,
+         "at 'norm/scale': the plan trains this leaf without an adapter"),
+        (lambda a: a | {"norm/scale": {"value": jnp.ones(3)}}, ValueError,
+         r"at 'norm/scale': value does not fit: expected shape \(16,\)"),
+        (lambda a: a | {"norm/scale": {"value": jnp.ones(16, "int32")}}, TypeError,
+         "at 'norm/scale': value must be floating point"),
     ],
-)
+)  # fmt: skip
 def test_adapters_that_are_not_those_of_the_plan(change, error, message):
     params, plan, adapters = make()
     x = jnp.asarray(X, "float32")
@@ -259,7 +244,7 @@ def test_params_that_are_not_those_of_the_plan():
         (
             quantized,
             TypeError,
-            "at 'head/kernel': the plan trains this leaf, and it is quan",
+            "at 'head/kernel': the plan trains this leaf, and it is qua",
         ),
     )
     for change, error, message in cases:

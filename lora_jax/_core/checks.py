@@ -188,7 +188,7 @@ def check_key(name: str, key: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises unless `value` is a finite real number, or a scalar array of it."""
+    """Raises unless `value` is a finite real number, or a scalar array of one."""
     kinds = int | float | np.number | np.ndarray | jax.Array
     if isinstance(value, bool | np.bool_) or not isinstance(value, kinds):
         raise TypeError(

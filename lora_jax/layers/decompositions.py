@@ -13,8 +13,7 @@ from jax import lax
 
 from lora_jax._core import checks
 
-# Columns that the randomized SVD carries along beyond those that are asked for. Halko et
-# al., 2011, section 1.3, find 5 or 10 to do.
+# Extra columns of the randomized SVD. Halko et al., 2011, section 1.3, recommend 5 or 10.
 _OVERSAMPLING = 10
 
 
@@ -30,7 +29,7 @@ class Svd(NamedTuple):
 
 
 def check_rank(rank: int, shape: tuple[int, ...]) -> None:
-    """Raises unless a matrix of a shape `(*batch, in, out)` has that many terms."""
+    """Raises unless a decomposition of a weight of this shape has so many terms."""
     checks.check_rank(rank)
     most = min(shape[-2:])
     if rank > most:

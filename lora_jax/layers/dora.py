@@ -6,7 +6,7 @@ columns of `V`:
 
     y = (m / n) * (x @ V) + bias
 
-This is the formula of peft. Without dropout and bias it is also the formula of Megatron and
+This is the formula of peft. Without dropout and bias it is also that of Megatron and
 torchtune. With `norm_axis="in"` the magnitude is `(*batch, in)`, `n` are the norms of the
 *rows* of `V`, and `y = (x * m / n) @ V + bias` (Raschka's article).
 
@@ -18,13 +18,12 @@ Dtypes are as in `layers.lora`. Norms and magnitudes are at least float32. The f
 `eps = 1.2e-7` and `k^2 = (|W_j|^2 + |s |A| |B_j||^2) / n_j^2`, with `|A|` and `|B_j|` entry
 by entry. This is a few rounding units, unless the update nearly cancels a column.
 
-The norms of all columns are computed directly instead, from blocks of at most 128 rows of
-`V`, if the norm of any column is below 1/16 of the norm of its terms, or its square is
-outside the range of float32 (a norm of zero, below about 1e-13, or above 1e18). The error
-is then `4 eps k` for all columns whose norms and products of `A` and `B` are normal
-numbers. This branch is compiled and skipped at run time, except under `jax.vmap`, which
-runs both branches. Columns of at most 128 entries are always computed directly, which
-takes no more work.
+If the norm of any column is below 1/16 of the norm of its terms, or its square is outside
+the range of float32 (a norm below about 1e-13 or above 1e18), all norms are computed
+directly, from blocks of at most 128 rows of `V`. The error is then `4 eps k` for all
+columns whose norms and products of `A` and `B` are normal numbers. This branch is skipped
+at run time if it is not needed, except under `jax.vmap`. Columns of at most 128 entries are
+always computed directly, which takes no more work.
 
 References:
     Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353. The paper multiplies
@@ -171,9 +170,8 @@ def dora_column_norm(
         gradient of a zero norm is zero.
 
     Raises:
-        KeyError: if `A` or `B` is missing, or a name is unknown.
-        TypeError: if an array is not floating point.
-        ValueError: if shapes do not fit, `alpha` is not finite, or `norm_axis` is unknown.
+        KeyError, TypeError, ValueError: as `lora_jax.merge_lora_weight`, and ValueError if
+            `norm_axis` is unknown.
 
     References:
         Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353: the denominator.
@@ -215,12 +213,11 @@ def dora_linear(
     """Applies a frozen linear layer with its DoRA adapter, without computing `A @ B`.
 
     Args:
-        x: `(*batch, *tokens, in)`, floating point, with any number of token axes.
-        frozen_weight: `(*batch, in, out)`, floating point. It has no gradient: its
-            cotangent is zero, and no product for it is compiled.
+        x: see `lora_jax.lora_linear`.
+        frozen_weight: see `lora_jax.lora_linear`. It has no gradient.
         adapter: `A`, `B` and `m`.
         alpha: see `lora_jax.lora_linear`.
-        bias: `(*batch, out)` of the layer, or None.
+        bias: see `lora_jax.lora_linear`.
         rank_stabilized: see `lora_jax.lora_delta`.
         scale_bias: multiply the bias by `m / n` as well, as torchtune does.
         detach_norm: treat the norm as a constant in the backward pass, as section 4.3 of
@@ -248,11 +245,9 @@ def dora_linear(
         float32 and rounded once.
 
     Raises:
-        KeyError: if `A`, `B` or `m` is missing, or a name is unknown.
-        TypeError: if an array is not floating point, or an option has the wrong type.
-        ValueError: if shapes do not fit, `alpha` is not finite, the rate is outside
-            [0, 1) or has no key, an option is unknown, both norms are given, or
-            `scale_bias` is asked for with `norm_axis="in"`.
+        KeyError, TypeError: as `lora_jax.lora_linear`.
+        ValueError: as `lora_jax.lora_linear`, and if an option is unknown, both norms are
+            given, or `scale_bias` is true with `norm_axis="in"`.
 
     References:
         Liu et al., 2024, equations 5 and 11, https://arxiv.org/abs/2402.09353.

@@ -167,8 +167,8 @@ def lora_linear(
         bias: the layer's bias, `(*batch, out)`, or None.
         rank_stabilized: see `lora_delta`.
         dropout_rate: a Python number in [0, 1). At 0 the compiled program has no dropout.
-            Entries that are not dropped are divided by `1 - dropout_rate`. The backward
-            pass draws the mask again from the key, so the mask is not kept.
+            Entries that are not dropped are divided by `1 - dropout_rate`. The mask is not
+            kept: the backward pass draws it again from the key.
         dropout_key: a `jax.random` key, required if the rate is not 0.
         dropout_position: `"pre"` drops entries of the adapter's input, as peft does;
             `"post"` drops entries of its output. The frozen layer's input has no dropout.

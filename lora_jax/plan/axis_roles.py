@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """How one use splits the axes that are not batch axes."""
+    """The input and output axes that one use shows."""
 
     use: Use
     ins: Axes
@@ -123,7 +123,7 @@ def multiplies(use: Use) -> bool:
 
 
 def _split(use: Use, batch: Axes) -> _Split | None:
-    """How a use splits the axes, or None if it does not."""
+    """The input and output axes that a use shows, or None."""
 
     def having(role: str) -> Axes:
         axes = (axis for axis, own in enumerate(use.roles) if own == role)
@@ -218,7 +218,7 @@ def turned(letters: str) -> str:
 
 
 def _with(target: Target, sides: Iterable[Side]) -> str:
-    """The letters of a plan, with the letters of some axes taken from their uses."""
+    """The letters of a plan, with other letters for the axes in `sides`."""
     letters, left = list(target.axes), set(range(len(target.axes)))
     for side in sides:
         places = [axis for axis in sorted(left) if target.axes[axis] == side.letter]

@@ -33,10 +33,10 @@ class LoraConfig:
     also matches `/`. Or it is a regular expression that has to match the whole path, as an
     `re.Pattern` or as `"re:..."`. In a dict of patterns, the first matching pattern wins.
 
-    A glob in `targets`, `exclude`, `rank_pattern` or `alpha_pattern` may name a part of the
-    weight behind its path, as a NumPy index: `"layers/up[4:]"`, `"*/qkv[0]"`,
-    `"*/qkv[:, 64:]"`. Any pattern there may end in `"@lookup"` or `"@product"`, for the
-    look-ups of a table's rows or its products alone.
+    A glob in `targets`, `exclude`, `rank_pattern` or `alpha_pattern` may end in a NumPy
+    index, which selects a part of the weight: `"layers/up[4:]"`, `"*/qkv[0]"`,
+    `"*/qkv[:, 64:]"`. Any pattern there may end in `"@lookup"` or `"@product"`, which
+    selects only the look-ups of a table's rows or only its products.
 
     Args:
         rank: of the adapters, at least 1.
@@ -53,9 +53,9 @@ class LoraConfig:
             for each axis of the weight: `i` for input, `o` for output, `b` for batch
             (stacked layers, experts). It overrides inferred axes, and gives axes that
             cannot be inferred.
-        products: a dict from patterns of the names of functions to equations, for
+        products: a dict from patterns of names of functions to equations. It is for
             functions that `adapt` does not look into: a `custom_vjp`, `custom_jvp` or
-            `pallas_call`; a jitted function may be stated as well. See below.
+            `pallas_call`. It may also have jitted functions. See below.
         rank_stabilized: multiply by `alpha / sqrt(rank)` instead.
         use_dora: use DoRA, not LoRA.
         dropout: the probability that an entry of an adapter's input is dropped in
@@ -66,31 +66,28 @@ class LoraConfig:
             every bit of the leaf.
 
     An *equation* states that a function is a matrix product, as for `jnp.einsum`:
-    `products={"mul": "...k,kn->...n"}`. The adapter is then applied beside the function:
-    `mul(x, W) + scale * (x @ A) @ B`. The function sees the frozen weight, so it keeps its
-    custom derivative, and what it rounds. `_` is an operand or result that takes no part
-    (`"...k,kn,_->...n"`, for a scale). Values that the function closes over are in front of
-    the operands, and need no `_`. The name is that of the Python function, as errors
-    and printed plans have it. There are three kinds of equations:
+    `products={"mul": "...k,kn->...n"}`. The result is then
+    `mul(x, W) + scale * (x @ A) @ B`. The function is called with the frozen weight, so its
+    roundings and its custom derivative stay. `_` stands for an operand or result that is
+    not part of the product, such as a scale: `"...k,kn,_->...n"`. Values that the function
+    closes over need no `_`. The name is that of the Python function, as in errors and
+    printed plans. There are three kinds of equations:
 
     - two operands: a product, in any layout that `jnp.einsum` takes.
     - three: a product of groups of rows, `"mk,gkn,g->mn"`, as `jax.lax.ragged_dot`.
     - one: a function that rounds or transposes a weight, `"kn,_->kn"`, or `"...,_->..."`
-      for any number of axes. The update is added to what it returns; the product follows
-      later in the program.
+      for any number of axes. The update is added to its result, which a later product uses.
 
-    Of several equations, separated by `;`, the first that fits the shapes of a call counts.
+    If there are several equations, separated by `;`, the first that fits the shapes of a
+    call is used.
 
-    An equation that does not fit the shapes of a call, or contradicts the products that
-    the function is seen to use, is an error. All else is taken on the user's word, such as
-    that a kernel computes what is stated.
+    It is an error if no equation fits the shapes of a call, or if one contradicts the
+    products in the body of the function. The body of a kernel is not checked.
 
     Raises:
         TypeError: if a field has the wrong type.
-        ValueError: if a number is out of its range, a pattern is not a valid regular
-            expression, a name is unknown, there are no targets, a string in `axes` has
-            other letters than i, o and b, or lacks an i or an o, or a string in `products`
-            is no equation.
+        ValueError: if a number is out of its range, a name is unknown, there are no
+            targets, or a pattern, the letters of axes or an equation is not valid.
 
     References:
         Rank stabilization: Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732. DoRA:

@@ -1,9 +1,9 @@
 """A weight of any layout as a matrix, and back.
 
 `to_matrix` gives `(*batch, in, out)`. For norms, `low_rank_matrix` does not transpose a
-weight whose axes have the order batch, output, input, which would copy it. There the matrix
-is `(*batch, out, in)`: its update is `scale * B^T A^T`, and the norms of the weight's
-columns are norms of its rows.
+weight whose axes have the order batch, output, input, because that would copy the weight.
+Its matrix is then `(*batch, out, in)`, the update is `scale * B^T A^T`, and the norms are
+norms of rows.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def to_matrix(weight: jax.Array, target: Target) -> jax.Array:
 
 
 def from_matrix(matrix: jax.Array, target: Target) -> jax.Array:
-    """The weight of which `to_matrix` is the matrix."""
+    """Undoes `to_matrix`."""
     return _unfolded(matrix, target, (target.in_axes, target.out_axes))
 
 
@@ -49,7 +49,7 @@ def low_rank(
 def low_rank_matrix(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> LowRank:
-    """The weight and its update as matrices, transposed only where the order requires it.
+    """A weight and its update as matrices, transposed only if the order requires it.
 
     Args:
         weight: dense, in its own layout.
@@ -92,7 +92,7 @@ def of_whole(
 
 
 def _sides(target: Target) -> _Sides:
-    """The axes that the two last axes of the matrix in `low_rank_matrix` are made of."""
+    """The axes of the weight that `low_rank_matrix` folds into its last two axes."""
     straight = target.in_axes, target.out_axes
     turned = target.out_axes, target.in_axes
     orders = [(*target.batch_axes, *sides[0], *sides[1]) for sides in (straight, turned)]

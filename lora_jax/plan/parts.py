@@ -25,8 +25,10 @@ Entry: TypeAlias = int | range | tuple[int, ...]
 LOOKUP, PRODUCT = "lookup", "product"
 USES = (LOOKUP, PRODUCT)
 
-_ITEM = re.compile(r"\s*((-?\d+)?\s*:\s*(-?\d+)?(\s*:\s*(-?\d+)?)?|-?\d+)\s*")
-_LIST = re.compile(r"\s*\[\s*(-?\d+\s*(,\s*-?\d+\s*)*)\]\s*")
+_LIST = r"\[\s*-?\d+\s*(?:,\s*-?\d+\s*)*\]"
+_SLICE = r"(?:-?\d+)?\s*:\s*(?:-?\d+)?(?:\s*:\s*(?:-?\d+)?)?"
+_ITEM = rf"\s*(?:{_LIST}|{_SLICE}|-?\d+)\s*"
+_INDEX = re.compile(rf"\[{_ITEM}(?:,{_ITEM})*\]\Z")
 
 
 class Reading(NamedTuple):
@@ -49,38 +51,10 @@ def split(pattern: str) -> Reading:
     base, at, use = pattern.rpartition("@")
     if not at or use not in USES:
         base, use = pattern, ""
-    start = None if base.startswith("re:") else _start_of_index(base)
-    if start is None or start == 0:
+    index = None if base.startswith("re:") else _INDEX.search(base)
+    if index is None or index.start() == 0:
         return Reading(base, "", use)
-    return Reading(base[:start], base[start:], use)
-
-
-def _start_of_index(text: str) -> int | None:
-    """The position where the index at the end of a text begins; None without an index."""
-    if not text.endswith("]"):
-        return None
-    depth = 0
-    for i in range(len(text) - 1, -1, -1):
-        depth += (text[i] == "]") - (text[i] == "[")
-        if depth == 0:
-            return i if _items(text[i:]) is not None else None
-    return None
-
-
-def _items(part: str) -> list[str] | None:
-    """The items of an index in brackets; None if the text is not an index."""
-    inner, items = part[1:-1], []
-    while True:
-        match = _LIST.match(inner) or _ITEM.match(inner)
-        if match is None:
-            return None
-        items.append(match.group().strip())
-        inner = inner[match.end() :]
-        if not inner:
-            return items
-        if not inner.startswith(","):
-            return None
-        inner = inner[1:]
+    return Reading(base[: index.start()], index.group(), use)
 
 
 def read(name: str, pattern: str, paths: Iterable[str]) -> Reading:
@@ -116,12 +90,12 @@ def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
         ValueError: if `part` is not an index, has more axes than the weight, has an index
             out of bounds, is empty, or has indices that are not in ascending order.
     """
-    items = _items(part) if part else []
-    if items is None or (part and not part.startswith("[")):
+    if part and not _INDEX.match(part):
         raise ValueError(
             f"the part must be an index such as '[4:]', '[0]' or '[:, [0, 3]]', got "
             f"{part!r}."
         )
+    items = [item.strip() for item in re.findall(_ITEM, part[1:-1])]
     if len(items) > len(shape):
         axes = f"{len(items)} axes, and the weight is {shape}"
         raise ValueError(f"the part {part} has {axes}.")

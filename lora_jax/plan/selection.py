@@ -49,13 +49,12 @@ def select(config: LoraConfig, leaves: Leaves, uses: Uses | None) -> AdapterPlan
                 reason = None if found else f"the patterns of its parts {EXCLUDED}"
                 targets |= found
             except UnsuitableError as error:
-                reason, refused[path] = str(error), error
+                reason = str(error)
+                # "all-linear" skips unsuitable weights, but not ambiguous ones.
+                if not patterns.all_linear or (uses and isinstance(error, AmbiguousError)):
+                    refused[path] = error
         if reason is not None:
             skipped[path] = reason
-    if patterns.all_linear:  # it skips unsuitable weights, but not ambiguous ones
-        for path, why in [*refused.items()]:
-            if not (uses and isinstance(why, AmbiguousError)):
-                del refused[path]
     if refused:
         raise ValueError(_refusal(refused))
     if not targets:
@@ -142,12 +141,9 @@ def _pieces(
         for part in parts.cut(whole, cuts, shape):
             first = functools.partial(_first_of_part, part, use, shape)
             if first(excluded) is None:
-                rank, alpha = first(ranks), first(alphas)
-                numbers = (
-                    config.rank if rank is None else config.rank_pattern[rank],
-                    config.alpha if alpha is None else config.alpha_pattern[alpha],
-                )
-                alike.setdefault(numbers, []).append(part)
+                rank = config.rank_pattern.get(first(ranks) or "", config.rank)
+                alpha = config.alpha_pattern.get(first(alphas) or "", config.alpha)
+                alike.setdefault((rank, alpha), []).append(part)
         for numbers, own in alike.items():
             pieces += [_Piece(part, use, *numbers) for part in parts.joined(own, shape)]
     return pieces

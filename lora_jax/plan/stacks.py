@@ -66,7 +66,7 @@ def take(weight: Any, target: Target) -> Any:
 
 
 def _with_whole_axes(array: Any, target: Target) -> Any:
-    """An array of a weight in which no explicit mesh axis shards an axis that is cut."""
+    """The array, without explicit mesh axes on the axes that the part cuts."""
     spec = compat.explicit_spec(jnp.asarray(array))
     cut = parts.cut_axes(target.part, target.shape)
     if not any(spec[axis] for axis in cut if axis < len(spec)):

@@ -78,10 +78,10 @@ def save_adapters(
     A save replaces adapters that are already in the directory, in one step. Other files are
     left alone. Only one process may save to a directory at a time.
 
-    If arrays lie on devices of several processes, all of these processes must call this.
-    Process 0 writes: each array is gathered to all devices and its host, one after the
-    other. All processes return when the file has its name, and all raise an error if it
-    was not written. The directory need not be shared by the processes.
+    If arrays lie on devices of several processes, all processes must call this. The arrays
+    are gathered to all devices, one after the other, and process 0 writes the file. All
+    processes return when it is complete, and all raise an error if it was not written. Only
+    process 0 has to reach the directory.
 
     Args:
         directory: is created, with its parents, if it does not exist.
@@ -144,8 +144,8 @@ def load_adapters(
         shardings: where the arrays are created, by path and entry, as `adapter_shardings`
             returns it; or a function of the plan that returns it, since the plan is in the
             file: `functools.partial(adapter_shardings, params)`. Each device gets its part
-            of an array and no more. Each process reads the file, whichever number of
-            processes saved it. None: on the default device of each process.
+            of an array and no more. The number of processes may differ from the one that
+            saved; each process reads the file. None: on the default device of each process.
 
     Returns:
         The adapters, as JAX arrays with the bits that were saved, and their plan.
@@ -155,11 +155,12 @@ def load_adapters(
             older version wrote its two files later, the arrays do not fit the plan, no
             adapter is left with `strict=False`, an array is float64 and JAX is not set to
             64 bits, or `dtype` does not hold a value.
-        KeyError, TypeError, ValueError: if the shardings are not those of the plan in the
-            file, or do not divide a shape.
+        KeyError: if the shardings lack a path or an entry of the plan, or have others.
         OSError: if there are no such files, or they cannot be read.
         ModuleNotFoundError: if the package safetensors is not installed.
-        TypeError: if `directory` is not a path, or `strict` is not a bool.
+        TypeError: if `directory` is not a path, `strict` is not a bool, or a sharding is
+            something else.
+        ValueError: if a sharding does not divide the shape of its array.
 
     Example:
         See `save_adapters`.

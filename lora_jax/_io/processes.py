@@ -57,8 +57,8 @@ def write_once(caller: str, tree: T, write: Callable[[T], None]) -> None:
     """Calls `write(tree)`, in process 0 alone if an array of the tree is shared.
 
     Then all processes must call this. Process 0 gets the tree with its shared arrays
-    gathered to the host, one after the other. The others return when `write` has returned,
-    and raise an error of the same kind if it did.
+    gathered to the host, one after the other. The others return when `write` has returned.
+    If it raised an error, they raise one with the same message.
 
     Args:
         caller: the public function, for messages.

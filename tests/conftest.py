@@ -30,7 +30,7 @@ QUICK = (
     *("tests.test_checkpoint", "tests.test_properties", "tests.test_studies"),
     *("tests.layers.test_decompose", "tests.layers.test_dora", "tests.layers.test_lora"),
     *("tests.layers.test_initializers", "tests.lowrank.test_weight_norms"),
-    *("tests.model.test_adapters", "tests.model.test_decompose"),
+    *("tests.model.test_adapters", "tests.model.test_decompose", "tests.model.test_meshes"),
     *("tests.model.test_quantize", "tests.quant.test_files", "tests.quant.test_nf4"),
     *("tests.quant.test_tensors", "tests.transform.test_calls"),
     *("tests.transform.test_fuzz", "tests.transform.test_meshes"),

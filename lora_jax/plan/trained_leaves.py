@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from lora_jax._core import checks, compat, numerics, tree_paths
+from lora_jax._core import checks, compat, numerics, placement, tree_paths
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
@@ -59,12 +59,15 @@ def merge(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
     Raises:
         FloatingPointError: outside a trace, if one has an infinity or a NaN.
     """
-    merged = {path: jnp.copy(x) for path, x in values(leaves, adapters, plan).items()}
-    for path, leaf in merged.items():
-        if not isinstance(leaf, Tracer) and not bool(jnp.isfinite(leaf).all()):
+    merged = {}
+    for path in plan.trained:
+        copy = jnp.copy(placement.on_device(adapters[path][VALUE]))
+        copy = copy.astype(_dtype(leaves[path]))
+        if not isinstance(copy, Tracer) and not bool(jnp.isfinite(copy).all()):
             raise FloatingPointError(
-                f"at {path!r}: the trained leaf has an infinity or a NaN in {leaf.dtype}."
+                f"at {path!r}: the trained leaf has an infinity or a NaN in {copy.dtype}."
             )
+        merged[path] = as_leaf(leaves[path], copy)
     return merged
 
 
@@ -99,13 +102,14 @@ def as_leaf(leaf: Any, value: Any) -> jax.Array:
     value = jnp.asarray(value).astype(_dtype(leaf))
     if not isinstance(leaf, jax.Array):
         return value
+    if not (isinstance(leaf, Tracer) or isinstance(value, Tracer)):
+        place, memory = leaf.sharding, value.sharding.memory_kind
+        moves = isinstance(place, NamedSharding) or place.memory_kind != memory
+        return jax.device_put(value, place) if moves else value
     kind = jax.typeof(leaf)
     if compat.has_explicit_axes(compat.mesh_of(kind)):
         return compat.retyped(value, kind.sharding)
-    if isinstance(leaf, Tracer) or isinstance(value, Tracer):
-        return value
-    sharding = leaf.sharding
-    return jax.device_put(value, sharding) if isinstance(sharding, NamedSharding) else value
+    return value
 
 
 def _dtype(leaf: Any) -> Any:

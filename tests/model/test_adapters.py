@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lora_jax.model import adapters
 from lora_jax.model.adapters import (
@@ -317,72 +315,6 @@ def test_a_shared_weight_is_not_donated():
         merge_adapters(params, adapters, plan, donate=True)
     assert not params["head"].is_deleted()
     assert merge_adapters(params, adapters, plan)["head"] is params["head"]
-
-
-SPECS = {
-    "w": P(None, "model"),
-    "q": P(None, None, "model"),
-    "o": P("data", "model"),
-    "stack": P("data", None, "model"),
-    "turned": P(None, "data", None),
-    "mixed": P(None, "model", "data"),
-}
-SHARDED = {
-    "w": (16, 8),
-    "q": (16, 2, 4),
-    "o": (8, 16),
-    "stack": (2, 16, 8),
-    "turned": (3, 8, 16),
-    "mixed": (8, 16, 2),
-}
-
-
-def on_a_mesh(params, kind):
-    axis_type = getattr(jax.sharding.AxisType, kind)
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
-    block = {
-        name: jax.device_put(value, NamedSharding(mesh, SPECS[name]))
-        for name, value in params["block"].items()
-    }
-    return mesh, {"block": block, "bias": params["bias"]}
-
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_merged_weights_have_the_sharding_of_the_old_ones(method, kind, monkeypatch):
-    monkeypatch.setitem(globals(), "SHAPES", SHARDED)
-    names = ("q", "mixed") if method == "lora" else ("q",)
-    params, adapters, plan = make(method, names=names)
-    want = weights(merge_adapters(params, adapters, plan))
-    mesh, sharded = on_a_mesh(params, kind)
-    norms = adapted_column_norms(sharded, adapters, plan)
-    losses = merge_losses(sharded, adapters, plan)
-    assert all(jnp.isfinite(loss.relative_error) for loss in losses.values())
-    merged = merge_adapters(sharded, adapters, plan)
-    back = unmerge_adapters(merged, adapters, plan, column_norms=norms)
-    with support.set_mesh(mesh):
-        inside = jax.jit(merge_adapters)(sharded, adapters, plan)
-    for path, weight in weights(merged).items():
-        old = weights(sharded)[path]
-        assert weight.sharding.is_equivalent_to(old.sharding, weight.ndim)
-        support.assert_close(weight, want[path], 8)
-        support.assert_close(weights(inside)[path], want[path], 8)
-        assert weights(back)[path].sharding.is_equivalent_to(old.sharding, weight.ndim)
-        support.assert_close(weights(back)[path], old, 256)
-    assert not sharded["block"]["q"].is_deleted()
-    merge_adapters(sharded, adapters, plan, donate=True)
-    assert sharded["block"]["q"].is_deleted()
-
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_dora_starts_on_a_mesh(kind, monkeypatch):
-    monkeypatch.setitem(globals(), "SHAPES", SHARDED)
-    params, _, plan = make("dora", names=("q",))
-    _, sharded = on_a_mesh(params, kind)
-    want = init_adapters(jax.random.key(0), params, plan)
-    got = init_adapters(jax.random.key(0), sharded, plan)
-    for path, adapter in got.items():
-        support.assert_close(adapter["m"], want[path]["m"], 8)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import lora_jax
+from tests.programs import equations
 from tests.support import count_traces, normal, optimizations, x64
 from tests.transform.cases import block
 from tests.transform.support import assert_same, check, merged, plan_of, trained
@@ -44,6 +45,38 @@ def test_lower_precision_is_off_by_roundings_only(dtype):
     product = np.abs(np.float64(x)) @ np.abs(weight)
     error = np.abs(np.float64(got) - np.tanh(np.float64(x) @ weight))
     assert np.all(error <= 8 * float(jnp.finfo(dtype).eps) * (1 + product))
+
+
+HIGH, HIGHEST = lax.Precision.HIGH, lax.Precision.HIGHEST
+PRESETS = lax.DotAlgorithmPreset
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "kept"),
+    [
+        (HIGHEST, "float32", (HIGHEST, HIGHEST)),
+        ((HIGH, HIGHEST), "float32", (HIGH, HIGHEST)),
+        (PRESETS.F32_F32_F32, "float32", PRESETS.F32_F32_F32),
+        (PRESETS.F16_F16_F16, "float16", None),  # factors are multiplied in float32
+    ],
+)
+def test_products_with_factors_have_the_precision_of_the_product(
+    precision, dtype, kept, flipped
+):
+    params, plan, adapters, x = single(dtype)
+
+    def fn(params, x):
+        operands = (params["w"], x) if flipped else (x, params["w"])
+        dimensions = (((0,), (1,)) if flipped else ((1,), (0,)), ((), ()))
+        return lax.dot_general(*operands, dimensions, precision)
+
+    program = jax.make_jaxpr(lora_jax.adapt(fn, plan))(params, adapters, x)
+    dots = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(dots) == 3
+    if flipped and isinstance(precision, tuple):
+        kept = kept[::-1]
+    assert [dot.params["precision"] for dot in dots[1:]] == [kept] * 2
 
 
 def test_adapters_in_float32_train_a_bfloat16_weight():

@@ -501,32 +501,32 @@ def test_collectives_that_cannot_be_counted(bench_scaling):
         bench_scaling._programs.collectives(f"{head}{exchange}replica_groups=new\n}}\n")
 
 
+SCALING = ["--model=toy", "--devices=8", "--length=32", "--rank=4", "--tensor=2"]
+SCALING += ["--fsdp=2", "--markdown"]  # and two `data` devices
+
+
+def run_scaling(script, arguments):
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam promotes
+        result = script.measure(script.parse([*SCALING, *arguments]))
+    rows = {k.removeprefix("toy, 8, "): row for k, row in result["rows"].items()}
+    return script.format_result(result, markdown=True), rows
+
+
 @pytest.fixture(scope="module")
-def scaling_run(bench_scaling, tmp_path_factory):
-    """On a mesh of 2 x 2 x 2 devices."""
-    file = tmp_path_factory.mktemp("bench_scaling") / "result.json"
-    arguments = ["--model=toy", "--devices=8", "--length=32", "--rank=4", "--markdown"]
-    arguments += ["--tensor=2", "--fsdp=2", "--dtype=float32", f"--json={file}"]
-    options = bench_scaling.parse(arguments)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):
-        bench_scaling._timing.run(
-            options, bench_scaling.measure, bench_scaling.format_result
-        )
-    return printed.getvalue(), json.loads(file.read_text())["rows"]
+def scaling_run(bench_scaling):
+    return run_scaling(bench_scaling, ["--dtype=float32"])
 
 
 def test_bench_scaling_prints_every_method(bench_scaling, scaling_run):
     text, rows = scaling_run
-    assert list(rows) == [f"toy, 8, {method}" for method in bench_scaling.METHODS]
+    assert list(rows) == list(bench_scaling.METHODS)
     assert text.count("\n|") == 2 + len(rows)
-    assert all(f"| {name} " in text for name in rows)
+    assert all(f"| toy, 8, {name} " in text for name in rows)
     assert all(f" {column} |" in text for column in bench_scaling.COLUMNS)
 
 
 def test_bench_scaling_counts_bytes(bench_scaling, scaling_run):
-    rows = {name.removeprefix("toy, 8, "): row for name, row in scaling_run[1].items()}
-    rows = {k: {c: 2**30 * v for c, v in row.items()} for k, row in rows.items()}
+    rows = {k: {c: 2**30 * v for c, v in row.items()} for k, row in scaling_run[1].items()}
     s = bench_scaling.MODELS["toy"]
     keys = s.kv_heads * s.head
     split_out = [(s.width, n) for n in (s.width, keys, keys, s.hidden, s.hidden)]
@@ -551,15 +551,24 @@ def test_bench_scaling_counts_bytes(bench_scaling, scaling_run):
         assert row["memory"] == sum(row[c] for c in columns)
 
 
-def test_bench_scaling_counts_what_is_sent(bench_scaling, scaling_run):
-    rows = {name.removeprefix("toy, 8, "): row for name, row in scaling_run[1].items()}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_scaling_counts_what_is_sent(bench_scaling, scaling_run, dtype):
+    rows = scaling_run[1]
+    if dtype == "bfloat16":
+        arguments = ["--dtype=bfloat16", "--method", "frozen", "LoRA"]
+        _, rows = run_scaling(bench_scaling, arguments)
     frozen, lora = rows["frozen"], rows["LoRA"]
     assert lora["gather"] == frozen["gather"] > 0
-    assert rows["full"]["sent"] > lora["sent"] > frozen["sent"]
-    assert (rows["DoRA"]["branches"] > 0, lora["branches"]) == (True, 0)
-    # Gradients over rings of 4; and over rings of 2, of (tokens, rank) each, what two
-    # matrices sum in each forward pass, and the other five in the backward pass.
-    s = bench_scaling.MODELS["toy"]
-    sums = s.layers * (2 + 2 + 5) * 32 * 4 * 4 / 2**30
-    more = 2 * 3 / 4 * lora["gradients"] + sums
+    # Gradients over rings of 4, in the dtype of the products. Over rings of 2, sums of
+    # (tokens, rank): in float32 those that two matrices have in each of two forward passes,
+    # and those of the other five in the backward pass.
+    width = jnp.dtype(dtype).itemsize
+    sums = bench_scaling.MODELS["toy"].layers * 32 * 4 * (4 * 4 + 5 * width) / 2**30
+    more = 2 * 3 / 4 * lora["gradients"] * width / 4 + sums
     assert lora["sent"] - frozen["sent"] == pytest.approx(more, rel=1e-9)
+
+
+def test_bench_scaling_counts_branches_apart(scaling_run):
+    rows = scaling_run[1]
+    assert rows["DoRA"]["branches"] > 0 == rows["LoRA"]["branches"]
+    assert rows["full"]["sent"] > rows["DoRA"]["sent"] > rows["LoRA"]["sent"]

@@ -23,6 +23,7 @@ from lora_jax.peft.fields import (
     check_is_off,
     check_peft_type,
     init_word,
+    layer_regex,
     pattern_regex,
     saved_regex,
     shorten,
@@ -174,8 +175,19 @@ class PeftConfig:
 
     def scale_of(self, module: str) -> float:
         """The factor of a module's update: `alpha / rank`, or `alpha / sqrt(rank)`."""
-        rank = self.rank_of(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.scale(self.rank_of(module), self.alpha_of(module))
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor of an update of some rank and alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def has_layer_of(self, module: str) -> bool:
+        """Whether `layers_to_transform` has the layer of a module, or is not given."""
+        if not self.layers_to_transform:
+            return True
+        regexes = map(layer_regex, self.layers_pattern or (None,))
+        found = next(filter(None, (re.match(regex, module) for regex in regexes)), None)
+        return found is not None and int(found["idx"]) in self.layers_to_transform
 
     def to_json(self) -> str:
         """Writes the config as PEFT does for a trained adapter.
@@ -227,9 +239,6 @@ class Patterns:
 
     Most of the regular expressions are names. These are looked up in a dict, so that a name
     is compared with few of thousands.
-
-    Args:
-        patterns: the regular expressions, in order.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -250,9 +259,7 @@ class Patterns:
     def first(self, parts: Iterable[str], matches: Callable[[str], bool]) -> str | None:
         """The first pattern that a part of a name matches.
 
-        Args:
-            parts: the parts of the name that a pattern may match.
-            matches: whether a pattern that is not a name matches.
+        `matches` says whether a pattern that is not a name matches the name.
         """
         found = [
             position
@@ -281,10 +288,7 @@ def pattern_key(
 ) -> str | None:
     """The first key of `rank_pattern` or `alpha_pattern` that matches a module.
 
-    Args:
-        patterns: the keys.
-        module: the name of the module.
-        index: of the keys, for many modules.
+    `index` is of the keys, for many modules.
     """
     index = index or Patterns(patterns)
     key = index.first(

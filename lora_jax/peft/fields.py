@@ -4,7 +4,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,8 @@ _TASKS = (
     "QUESTION_ANS",
     "FEATURE_EXTRACTION",
 )
+Check: TypeAlias = Callable[[str, Any], Any]
+"""From the name of a field and a value to the checked value."""
 # Whether the initialization changes the base weights.
 INITS = {
     "gaussian": False,
@@ -120,10 +122,14 @@ def wrong_type(name: str, expected: str, value: Any) -> TypeError:
     )
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise wrong_type(name, "true or false", value)
+def _typed(name: str, value: Any, kind: Any, expected: str) -> Any:
+    if not isinstance(value, kind):
+        raise wrong_type(name, expected, value)
     return value
+
+
+_flag = functools.partial(_typed, kind=bool, expected="true or false")
+_text = functools.partial(_typed, kind=str | None, expected="a string or null")
 
 
 def _number(name: str, value: Any) -> int | float:
@@ -155,21 +161,9 @@ def _rate(name: str, value: Any) -> float:
     return value
 
 
-def _text(name: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise wrong_type(name, "a string or null", value)
-    return value
-
-
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
-    checks.check_choice(name, value, choices)
+    checks.check_choice(name, _typed(name, value, str, "a string"), choices)
     return value
-
-
-def _task(name: str, value: Any) -> str | None:
-    return None if value is None else _choice(name, value, _TASKS)
 
 
 def check_peft_type(name: str, value: Any) -> str:
@@ -190,111 +184,89 @@ def init_word(init: str) -> str:
 
 
 def _init(name: str, value: Any) -> bool | str:
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, str):
-        raise wrong_type(name, "true, false or the name of an initialization", value)
-    checks.check_choice(f"{name}, where not true or false,", init_word(value), tuple(INITS))
+    _typed(name, value, bool | str, "true, false or the name of an initialization")
+    if isinstance(value, str):
+        what = f"{name}, where not true or false,"
+        checks.check_choice(what, init_word(value), tuple(INITS))
     return value
 
 
-def _items(name: str, value: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    if not isinstance(value, tuple | list | set | frozenset):
-        raise wrong_type(name, "a list", value)
+def _optional(check: Check) -> Check:
+    """The check of a field that may be null."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _items(name: str, value: Any, check: Check) -> tuple[Any, ...]:
+    _typed(name, value, tuple | list | set | frozenset, "a list")
     return tuple(check(f"an item of {name}", item) for item in value)
 
 
-_rows = functools.partial(_items, check=_integer)
-
-
 def _name(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
-    if not value:
+    if not _typed(name, value, str, "a string"):
         raise ValueError(f"{name} must be a name, got an empty string.")
     return value
 
 
-def _name_list(name: str, value: Any) -> tuple[str, ...] | None:
-    return None if value is None else _items(name, value, _name)
+_rows = functools.partial(_items, check=_integer)
+_names = _optional(functools.partial(_items, check=_name))
 
 
 def _names_or_regex(name: str, value: Any) -> str | tuple[str, ...] | None:
     if isinstance(value, str):
         _check_regex(name, value, value)
         return value
-    names = _name_list(name, value)
+    names = _names(name, value)
     return None if names is None else tuple(sorted(set(names)))
 
 
-def _saved(name: str, value: Any) -> tuple[str, ...] | None:
-    names = _name_list(name, value)
-    for module in names or ():
-        _check_regex(name, module, saved_regex(module))
+def _regexes(name: str, value: Any, regex: Callable[[str], str]) -> tuple[str, ...] | None:
+    names = _names(name, value)
+    for each in names or ():
+        _check_regex(name, each, regex(each))
     return names
 
 
-def _layers(name: str, value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, int | np.integer):
-        return (_integer(name, value),)
-    return _rows(name, value)
+def _layers(name: str, value: Any) -> tuple[int, ...]:
+    one = isinstance(value, int | np.integer)
+    return (_integer(name, value),) if one else _rows(name, value)
 
 
 def _layer_patterns(name: str, value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str):
         value = (value,) if value else ()
-    patterns = _name_list(name, value)
-    for pattern in patterns or ():
-        _check_regex(name, pattern, layer_regex(pattern))
-    return patterns
+    return _regexes(name, value, layer_regex)
 
 
-def _values(
-    name: str, value: Any, check: Callable[[str, Any], Any]
-) -> FrozenDict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise wrong_type(name, "a JSON object", value)
-    for key in value:
-        if not isinstance(key, str):
-            raise wrong_type(f"a key of {name}", "a string", key)
+def _values(name: str, value: Any, check: Check) -> FrozenDict[str, Any]:
+    for key in _typed(name, value, Mapping, "a JSON object"):
+        _typed(f"a key of {name}", key, str, "a string")
     return FrozenDict({k: check(f"{name}[{shorten(k)}]", v) for k, v in value.items()})
 
 
-def _pattern_values(name: str, value: Any, check: Callable[[str, Any], Any]) -> FrozenDict:
-    if value is None:
-        return FrozenDict()
-    patterns = _values(name, value, check)
+def _pattern_values(name: str, value: Any, check: Check) -> FrozenDict:
+    patterns = FrozenDict() if value is None else _values(name, value, check)
     for key in patterns:
         _check_regex(name, key, pattern_regex(key))
     return patterns
 
 
-def _tokens(name: str, value: Any) -> tuple[int, ...] | FrozenDict | None:
-    if isinstance(value, Mapping):
-        return _sorted(_values(name, value, _rows))
-    return None if value is None else _rows(name, value)
+def _sorted_values(name: str, value: Any, check: Check) -> FrozenDict[str, Any]:
+    return FrozenDict(sorted(_values(name, value, check).items()))
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...] | FrozenDict:
+    mapping = isinstance(value, Mapping)
+    return _sorted_values(name, value, _rows) if mapping else _rows(name, value)
 
 
 def _scalar(name: str, value: Any) -> str | bool | int | float | None:
-    if value is None or isinstance(value, str | bool):
-        return value
-    return _number(name, value)
+    return value if isinstance(value, str | bool | None) else _number(name, value)
 
 
-def _auto_mapping(name: str, value: Any) -> FrozenDict[str, Any] | None:
-    return None if value is None else _sorted(_values(name, value, _scalar))
-
-
-def _sorted(values: FrozenDict[str, Any]) -> FrozenDict[str, Any]:
-    return FrozenDict(sorted(values.items()))
-
-
-# For each field the function from its name and a value to the checked value.
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
+_rank = functools.partial(_integer, least=1)
+CHECKS: dict[str, Check] = {
     "peft_type": check_peft_type,
-    "r": functools.partial(_integer, least=1),
+    "r": _rank,
     "lora_alpha": _number,
     "target_modules": _names_or_regex,
     "exclude_modules": _names_or_regex,
@@ -302,24 +274,22 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "fan_in_fan_out": _flag,
     "bias": functools.partial(_choice, choices=("none", "all", "lora_only")),
     "use_rslora": _flag,
-    "modules_to_save": _saved,
+    "modules_to_save": functools.partial(_regexes, regex=saved_regex),
     "init_lora_weights": _init,
-    "layers_to_transform": _layers,
+    "layers_to_transform": _optional(_layers),
     "layers_pattern": _layer_patterns,
-    "rank_pattern": functools.partial(
-        _pattern_values, check=functools.partial(_integer, least=1)
-    ),
+    "rank_pattern": functools.partial(_pattern_values, check=_rank),
     "alpha_pattern": functools.partial(_pattern_values, check=_number),
-    "trainable_token_indices": _tokens,
+    "trainable_token_indices": _optional(_tokens),
     "use_dora": _flag,
     "lora_bias": _flag,
-    "target_parameters": _name_list,
-    "task_type": _task,
+    "target_parameters": _names,
+    "task_type": _optional(functools.partial(_choice, choices=_TASKS)),
     "base_model_name_or_path": _text,
     "revision": _text,
     "peft_version": _text,
     "inference_mode": _flag,
-    "auto_mapping": _auto_mapping,
+    "auto_mapping": _optional(functools.partial(_sorted_values, check=_scalar)),
 }
 
 
@@ -335,12 +305,7 @@ def _check_regex(name: str, pattern: str, regex: str) -> None:
 
 
 def check_allowed(allow_fields: Any) -> tuple[str, ...]:
-    """Checks the names of fields that the caller allows.
-
-    Raises:
-        TypeError: if a name is not a string.
-        ValueError: if a name is of a field that is read.
-    """
+    """Checks the names of fields that the caller allows."""
     names = _items("allow_fields", allow_fields, _name)
     for name in names:
         if name in CHECKS:

@@ -30,8 +30,16 @@ from lora_jax.peft.layout import (
     to_matrix,
     torch_forms,
 )
-from lora_jax.peft.leaves import Places, Problems
-from lora_jax.peft.locate import Claim, fitting, given_claim, only, shared_readings
+from lora_jax.peft.leaves import (
+    Claim,
+    Places,
+    Problems,
+    fitting,
+    given_claim,
+    only,
+    open_site,
+    shared_readings,
+)
 from lora_jax.peft.missing import (
     OnTied,
     shared_leaves,
@@ -62,12 +70,12 @@ def find_full(
     for name, shape in shapes.items():
         with problems.collecting():
             claim = _find_claim(places, name, shape)
-            by_path.setdefault(claim.path, []).append(claim)
+            by_path.setdefault(claim.site.path, []).append(claim)
     found: dict[str, Site] = {}
     for claims in by_path.values():
         with problems.collecting():
             reading = _one_reading(places, claims)
-            found |= {claim.name: claim.site(reading) for claim in claims}
+            found |= {claim.site.name: claim.settle(reading) for claim in claims}
     return {name: found[name] for name in shapes if name in found}
 
 
@@ -94,7 +102,7 @@ def _find_claim(places: Places, name: str, shape: tuple[int, ...]) -> Claim:
         return claim
     words = split_path(name)
     near = places.search(words.words, (words.leaf,))
-    claims = fitting(module, near, functools.partial(_read, places, name, shape))
+    claims = fitting(near, functools.partial(_read, places, name, shape))
     if claims:
         return only(name, claims)
     error = places.not_found(name, near, f"a leaf of the shape {shape}")
@@ -146,17 +154,19 @@ def _read(
     turned = stacked_readings(own, count, lambda *at: forms(*at)[1:])
     stacks = {each.stack for each in found}
     turned = tuple(each for each in turned if each.stack in stacks)
-    return Claim(name.rpartition(".")[0], name, path, numbers, found, turned)
+    site = open_site(name.rpartition(".")[0], name, path, numbers)
+    return Claim(site, found, turned)
 
 
 def _one_reading(places: Places, claims: list[Claim]) -> Reading:
     """The one way to see a leaf that fits all of its arrays; else raises."""
-    first, shape = claims[0], places.shape(claims[0].path)
-    alike = len({len(claim.numbers) for claim in claims}) == 1
+    first = claims[0].site
+    shape = places.shape(first.path)
+    alike = len({len(claim.site.indices) for claim in claims}) == 1
     ways, turned = shared_readings(places, claims) if alike else ([], [])
     if not ways:
         raise CheckpointError(
-            f"{', '.join(repr(claim.name) for claim in claims[:8])} all match "
+            f"{', '.join(repr(claim.site.name) for claim in claims[:8])} all match "
             f"{first.path!r} {shape}, and no reading of its axes fits all: give "
             "names={parameter: path}."
         )
@@ -164,7 +174,7 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
     if len(found) > 1:
         what = [f"the index on the axis {way.stack}" for way in found]
         if len({way.stack for way in found}) == 1:
-            sites = [first.site(way) for way in found]
+            sites = [claims[0].settle(way) for way in found]
             what = [repr(s.own_axes) if s.axes else "as in PyTorch" for s in sites]
         raise CheckpointError(
             f"{first.name!r} fits {first.path!r} {shape} in {len(found)} ways, "
@@ -188,7 +198,8 @@ def put_full(
     Returns:
         The modules whose adapters are left out, because another array has their leaf.
     """
-    places, config, read = replaced.places, checkpoint.config, checkpoint.arrays.read
+    places = replaced.places
+    config, read = checkpoint.config, checkpoint.arrays.read
     arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
     arrays = without_twins(places, without_frozen(places, sites, arrays))
     full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
@@ -204,7 +215,7 @@ def put_full(
     for name, key in checkpoint.entries.tokens.items():
         with problems.collecting():
             rows[name] = _put_rows(replaced, name, read(key), config)
-    twice = dict(shared_leaves(sites.values(), full.values(), rows))
+    twice = shared_leaves(sites.values(), full.values(), rows)
     problems.lines += twice.values()
     return {*twice}
 
@@ -323,7 +334,7 @@ def add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> 
             f"{module!r} has a bias of {bias.size} entries, and {path!r} has the shape "
             f"{places.shape(path)}: it is not the bias of that layer."
         )
-    own = claim.site(_one_reading(places, [claim]))
+    own = claim.settle(_one_reading(places, [claim]))
     why = f"{module!r} has a bias of its own, which shifts the bias of the layer"
     old = replaced.current(own, why)
     wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
@@ -333,12 +344,14 @@ def add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> 
 
 def _put_rows(replaced: Replaced, module: str, rows: np.ndarray, config: PeftConfig) -> str:
     """Puts rows of an embedding, or of a head, and returns the path of the leaf."""
-    places, indexes = replaced.places, _token_indexes(config, module)
+    indexes = _token_indexes(config, module)
+    places = replaced.places
     if rows.ndim != 2:
         raise CheckpointError(
             f"{module!r} must have rows of an embedding, (n, width), got {rows.shape}."
         )
-    width, given = rows.shape[1], places.given(module)
+    width = rows.shape[1]
+    given = places.given(module)
     found = places.search(split_name(module), (WEIGHT,))
     paths = [given.path] if given else [each.path for each in found]
     counts = {math.prod(places.shape(path)) // max(width, 1) for path in paths}
@@ -349,7 +362,7 @@ def _put_rows(replaced: Replaced, module: str, rows: np.ndarray, config: PeftCon
             f"shape {places.shape(given.path)}: it has no such rows."
         )
     claim = _find_claim(places, f"{module}.weight", shape)
-    site = claim.site(_one_reading(places, [claim]))
+    site = claim.settle(_one_reading(places, [claim]))
     old = replaced.current(site, f"only rows of {module!r} are replaced")
     if len(rows) != len(indexes) or max(indexes, default=0) >= shape[0]:
         raise CheckpointError(

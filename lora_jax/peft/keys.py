@@ -1,7 +1,7 @@
 """Sorts the entries of a PEFT checkpoint by module, and finds the kind of each module."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
@@ -188,8 +188,9 @@ class Parameters:
     """Finds the parameters of `target_parameters` by their module."""
 
     def __init__(self, names: Iterable[str]) -> None:
+        self._names = [*names]
         self._by_parent: dict[str, list[tuple[int, str]]] = {}
-        for place, name in enumerate(names):
+        for place, name in enumerate(self._names):
             parent, _, last = name.rpartition(".")
             self._by_parent.setdefault(parent, []).append((place, last))
 
@@ -198,6 +199,20 @@ class Parameters:
         ends = dict.fromkeys(["", *name_ends(owner)])
         found = sorted(pair for end in ends for pair in self._by_parent.get(end, ()))
         return [f"{owner}.{last}" if owner else last for _, last in found]
+
+    def missing(self, entries: Entries) -> Iterator[str]:
+        """Lists what `target_parameters` names and the file lacks."""
+        owners = [nesting(n)[0] for n, m in entries.modules.items() if m.kind == "experts"]
+        if self._names and not owners:
+            first = self._names[0]
+            yield f"the config targets the parameter {first!r}, and the file has none"
+        for owner in dict.fromkeys(owners):
+            names, count = self.of(owner), owners.count(owner)
+            if count != len(names):
+                yield (
+                    f"the config targets {len(names)} parameters of {owner!r}, "
+                    f"{', '.join(names)}, and the file has {count}"
+                )
 
 
 def as_experts(

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -55,7 +55,7 @@ class Site(NamedTuple):
     """The name in the model, as `names` has it: of the module, or of a parameter."""
     path: str
     """Of the leaf."""
-    axes: str
+    axes: str = ""
     """As in `Reading`."""
     indices: Index = ()
     """The index on each axis of `stack`; empty for all of the leaf."""
@@ -91,7 +91,9 @@ class Site(NamedTuple):
         for place, entry in zip(self.stack, stack or self.indices, strict=True):
             indices = parts.indices_of(own[left[place]])
             chosen = tuple(indices[i] for i in parts.indices_of(entry))
-            own[left[place]] = chosen[0] if isinstance(entry, int) else as_entry(chosen)
+            own[left[place]] = (
+                chosen[0] if isinstance(entry, int) else parts.grouped(chosen)
+            )
         return own
 
     @property
@@ -244,19 +246,21 @@ def from_torch(array: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarr
 
 def to_matrix(weight: np.ndarray, axes: str) -> np.ndarray:
     """A weight without batch axes as `(in, out)`."""
-    inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
-    outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
-    n_in = math.prod(weight.shape[axis] for axis in inner)
-    return weight.transpose(*inner, *outer).reshape(n_in, -1)
+    n_in = math.prod(
+        n for n, letter in zip(weight.shape, axes, strict=True) if letter == "i"
+    )
+    return weight.transpose(_inputs_first(axes)).reshape(n_in, -1)
 
 
 def from_matrix(matrix: np.ndarray, shape: tuple[int, ...], axes: str) -> np.ndarray:
     """Undoes `to_matrix` for a weight of a shape."""
-    inner = [axis for axis, letter in enumerate(axes) if letter == "i"]
-    outer = [axis for axis, letter in enumerate(axes) if letter == "o"]
-    order = (*inner, *outer)
+    order = _inputs_first(axes)
     weight = matrix.reshape([shape[axis] for axis in order])
     return weight.transpose(np.argsort(order))
+
+
+def _inputs_first(axes: str) -> list[int]:
+    return sorted(range(len(axes)), key=axes.__getitem__)
 
 
 def part_shape(part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -274,16 +278,6 @@ def part_axes(part: str, shape: tuple[int, ...], axes: str) -> str:
     return "".join(letter for letter, entry in pairs if not isinstance(entry, int))
 
 
-def as_entry(indices: Sequence[int]) -> Entry:
-    """Some indices of an axis, in ascending order: as a slice if they are evenly spaced."""
-    steps = {b - a for a, b in itertools.pairwise(indices)} or {1}
-    return (
-        tuple(indices)
-        if len(steps) > 1
-        else range(indices[0], indices[-1] + 1, steps.pop())
-    )
-
-
 def boxes(indices: Iterable[Index]) -> list[tuple[Entry, ...]]:
     """Divides indices of a stack into parts, each with some entry of each axis.
 
@@ -298,7 +292,7 @@ def boxes(indices: Iterable[Index]) -> list[tuple[Entry, ...]]:
     found: list[tuple[Entry, ...]] = []
     for rest, first in alike.items():
         inner = boxes(rest)
-        entry = as_entry(first)
+        entry = parts.grouped(first)
         if isinstance(entry, tuple) and any(isinstance(e, tuple) for b in inner for e in b):
             found += [(range(i, i + 1), *box) for i in first for box in inner]
         else:

@@ -135,7 +135,7 @@ def find_places(
             modules[name] = module
     sites = find_sites(places, modules, config, problems, splits_ties=separate)
     if separate:
-        wrong = tied_adapters(places, sites.values(), modules, config)
+        wrong = tied_adapters(places, sites, modules, config)
         problems.lines += wrong.values()
         sites = {name: site for name, site in sites.items() if name not in wrong}
     return Placement(checkpoint, places, sites, problems)

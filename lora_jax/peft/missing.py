@@ -16,7 +16,7 @@ from lora_jax._io import processes
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig, saved_in
-from lora_jax.peft.keys import Entries, Kind, Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.keys import Kind, Module, Parameters, without_wrapper
 from lora_jax.peft.layout import SWAPPED, Site, from_torch, same_bits
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.rules import Rules
@@ -96,7 +96,7 @@ def find_missing(
             yield f"the config's modules_to_save has {name!r}, and the file lacks it"
     if config.trainable_token_indices and not entries.tokens:
         yield "the config has trainable_token_indices, and the file has no rows of tokens"
-    yield from _missing_parameters(config.target_parameters or (), entries)
+    yield from Parameters(config.target_parameters or ()).missing(entries)
     biased = any(name.endswith(f".{BIAS}") for name in entries.wholes)
     layers = [site.name for site in sites if places.bias_of(site.path)]
     if config.bias != "none" and not biased and layers:
@@ -187,28 +187,12 @@ def _is_targeted(rules: Rules, name: str, ends: set[str]) -> bool:
 
     `ends` are the names with adapters, without their numbers.
     """
-    if rules.targets_parameter(name):
+    if rules.parameters.match(name):
         return True
     if rules.choose_by_name:
         return rules.matched(name)
     # "all-linear" selects classes: a module with an adapter in one layer has it in all.
     return _numberless(name) in ends and rules.verdict(name, (name,)) == "matched"
-
-
-def _missing_parameters(targets: Collection[str], entries: Entries) -> Iterator[str]:
-    """Lists what `target_parameters` names and the file lacks."""
-    owners = [nesting(n)[0] for n, m in entries.modules.items() if m.kind == "experts"]
-    parameters = Parameters(targets)
-    if targets and not owners:
-        first = next(iter(targets))
-        yield f"the config targets the parameter {first!r}, and the file has none"
-    for owner in dict.fromkeys(owners):
-        names, count = parameters.of(owner), owners.count(owner)
-        if count != len(names):
-            yield (
-                f"the config targets {len(names)} parameters of {owner!r}, "
-                f"{', '.join(names)}, and the file has {count}"
-            )
 
 
 def _has_module(places: Places, name: str) -> bool:
@@ -224,50 +208,47 @@ def _has_module(places: Places, name: str) -> bool:
 
 def shared_leaves(
     sites: Iterable[Site], full: Iterable[Site], rows: Mapping[str, str]
-) -> Iterator[tuple[str, str]]:
-    """Yields modules that change the leaf of another module, each with the error.
+) -> dict[str, str]:
+    """The errors of modules that change the leaf of another module, by the modules.
 
     `sites` are of adapters, `full` of full arrays. `rows` has the paths of leaves with rows
     replaced, by modules.
     """
+    pairs: dict[str, tuple[str, str, str]] = {}
     owners = {(site.path, site.indices): site.module for site in full}
     for module, path in rows.items():
         other = owners.setdefault((path, ()), module)
         if other != module:
-            yield module, _both(other, module, path)
+            pairs[module] = other, module, path
     for site in sites:
         other = owners.get((site.path, site.indices), site.name)
         other = owners.get((site.path, ()), other) if site.part else other
-        if other not in (site.name, site.name.rpartition(".")[0]) and (
-            site.path not in rows.values()
-        ):
-            yield site.module, _both(other, site.name, site.path)
-
-
-def _both(one: str, other: str, path: str) -> str:
-    return (
-        f"the file changes {one!r} and {other!r}, and both are {path!r}: the leaf has room "
-        "for one. Give params with a leaf for each, and a function that uses both"
-    )
+        own = site.name, site.name.rpartition(".")[0]
+        if other not in own and site.path not in rows.values():
+            pairs[site.module] = other, site.name, site.path
+    return {
+        module: f"the file changes {one!r} and {other!r}, and both are {path!r}: the leaf "
+        "has room for one. Give params with a leaf for each, and a function that uses both"
+        for module, (one, other, path) in pairs.items()
+    }
 
 
 def tied_adapters(
     places: Places,
-    sites: Iterable[Site],
+    sites: Mapping[str, Site],
     modules: Mapping[str, Module],
     config: PeftConfig,
 ) -> dict[str, str]:
     """The errors of adapters of one side of a tied leaf, by the modules."""
     lines: dict[str, str] = {}
-    for site in sites:
-        kind = modules[site.module].kind
+    for module, site in sites.items():
+        kind, name = modules[module].kind, site.name
         if kind in ("embedding", "linear") and not site.use:
-            own = _side(site.name, site.path, config)
-            last = last_word(site.name)
-            if kind == "embedding" and _TOKENS.search(last) and not _NO_TOKEN.search(last):
+            own = _side(name, site.path, config)
+            if _TOKENS.search(last_word(name)) and may_be_tied(name, kind):
                 own = own or "embedding"
-            wrong = _tied(places, site.name, site.path, own, kind == "embedding", config)
-            lines.update((site.module, line) for line in wrong)
+            wrong = _tied(places, name, site.path, own, kind == "embedding", config)
+            lines.update((module, line) for line in wrong)
     return lines
 
 

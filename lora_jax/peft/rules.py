@@ -5,7 +5,6 @@ cannot stop one that backtracks for very long. So a config from an untrusted sou
 the program busy.
 """
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,12 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 from lora_jax._core import tree_paths
 from lora_jax.peft.config import Patterns, PeftConfig, is_saved, pattern_key
-from lora_jax.peft.fields import layer_regex, shorten
+from lora_jax.peft.fields import shorten
 from lora_jax.peft.layout import Index, boxes
-from lora_jax.peft.words import BIAS, is_embedding, name_ends, split_path
+from lora_jax.peft.words import BIAS, is_embedding, name_ends, nearest_names, split_path
 from lora_jax.plan import parts
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig
-from lora_jax.plan.parts import Entry
 
 __all__ = ["ModuleMatch", "match_modules", "to_lora_config"]
 
@@ -32,6 +30,12 @@ Verdict = Literal["matched", "excluded", "unmatched", "other layer"]
 _NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
 # Lists of layers, as PEFT has them for `layers_to_transform`.
 _LISTS = ("layers", "layer", "blocks", "block", "h")
+# Fields that train more than the weights of modules, and their values if they do not.
+_BEYOND_WEIGHTS = (
+    *("bias", "lora_bias", "modules_to_save"),
+    *("target_parameters", "trainable_token_indices"),
+)
+_UNUSED = ("none", False, None, (), {})
 _INITIALIZERS = {
     True: "kaiming_uniform",
     "gaussian": "gaussian",
@@ -102,33 +106,28 @@ def match_modules(
     """
     if not isinstance(config, PeftConfig):
         config = PeftConfig.from_dict(config, "config")
-    names = select_modules(config, modules, output_embedding=output_embedding)
-    return {
-        name: ModuleMatch(
-            config.rank_of(name), config.alpha_of(name), config.scale_of(name)
-        )
-        for name in names
-    }
-
-
-def select_modules(
-    config: PeftConfig, modules: Mapping[str, str], *, output_embedding: str | None = None
-) -> list[str]:
-    """The names of the modules with adapters; see `match_modules`."""
-    _check_modules(modules)
+    expected = "modules must be a dict from names of modules to names of their classes"
+    if not isinstance(modules, Mapping):
+        raise TypeError(f"{expected}, got {type(modules).__name__}.")
+    for name, kind in modules.items():
+        if not isinstance(name, str) or not isinstance(kind, str):
+            raise TypeError(f"{expected}, got the entry {name!r}: {kind!r}.")
     if config.target_parameters and not config.target_modules:
-        return []
+        return {}
     targets = _targets(config)
     if _is_all_linear(targets):
         targets = _all_linear(config, modules, output_embedding)
     rules, own = Rules(config), _Targets(targets)
-    verdicts: dict[str, Verdict] = {
-        name: rules.verdict(name, own) for name in modules if name
-    }
-    matching = [name for name, found in verdicts.items() if found == "matched"]
-    if not matching:
+    verdicts: dict[str, Verdict] = {n: rules.verdict(n, own) for n in modules if n}
+    if "matched" not in verdicts.values():
         raise ValueError(_why_none(config, targets, verdicts))
-    return matching
+    return {
+        name: ModuleMatch(
+            config.rank_of(name), config.alpha_of(name), config.scale_of(name)
+        )
+        for name, found in verdicts.items()
+        if found == "matched"
+    }
 
 
 class _Targets:
@@ -150,29 +149,21 @@ class _Targets:
 
 
 class Rules:
-    """Applies the rules of PEFT for one config to many modules.
-
-    Args:
-        config: of an adapter.
-    """
+    """Applies the rules of PEFT for one config to many modules."""
 
     def __init__(self, config: PeftConfig) -> None:
         self.config = config
         self._excluded = _Targets(config.exclude_modules or ())
         self._saved = Patterns(config.modules_to_save or ())
-        self._parameters = _Targets(config.target_parameters or ())
-
-    @property
-    def choose_by_name(self) -> bool:
+        self.parameters = _Targets(config.target_parameters or ())
+        named = config.target_modules
+        self.choose_by_name = bool(named) and not _is_all_linear(named)
         """Whether the name of a module decides if it has an adapter."""
-        targets = self.config.target_modules
-        return bool(targets) and not _is_all_linear(targets)
 
     def matched(self, name: str) -> bool:
         """Whether a module has an adapter, by its name alone.
 
-        Raises:
-            ValueError: if the config targets `"all-linear"`, or has no targets.
+        Raises if the config targets `"all-linear"`, or has no targets.
         """
         if self.config.target_parameters and not self.config.target_modules:
             return False
@@ -188,10 +179,6 @@ class Rules:
             )
         return _Targets(targets)
 
-    def targets_parameter(self, name: str) -> bool:
-        """Whether `target_parameters` has a name, or its end after a dot."""
-        return self._parameters.match(name)
-
     def verdict(self, name: str, targets: _Targets | Targets) -> Verdict:
         """The result of the rules for one module, for targets other than "all-linear"."""
         targets = targets if isinstance(targets, _Targets) else _Targets(targets)
@@ -199,18 +186,9 @@ class Rules:
             return "excluded"
         if not targets.match(name):
             return "unmatched"
-        if not targets.pass_over_layers(name) and not _in_layers(self.config, name):
+        if not targets.pass_over_layers(name) and not self.config.has_layer_of(name):
             return "other layer"
         return "matched"
-
-
-def _check_modules(modules: Any) -> None:
-    expected = "modules must be a dict from names of modules to names of their classes"
-    if not isinstance(modules, Mapping):
-        raise TypeError(f"{expected}, got {type(modules).__name__}.")
-    for name, kind in modules.items():
-        if not isinstance(name, str) or not isinstance(kind, str):
-            raise TypeError(f"{expected}, got the entry {name!r}: {kind!r}.")
 
 
 def _targets(config: PeftConfig) -> Targets:
@@ -236,21 +214,13 @@ def _all_linear(
     if not left_out and output_embedding is not None:
         raise KeyError(
             f"there is no module {output_embedding!r} to leave out"
-            f"{_nearest_hint((output_embedding,), modules)}."
+            f"{nearest_names((output_embedding,), modules)}."
         )
     if not left_out and config.task_type == "SEQ_CLS":
         left_out = {next((head for head in _HEADS if head in modules), "")}
     return tuple(
         name for name, kind in modules.items() if kind in _LINEAR and name not in left_out
     )
-
-
-def _in_layers(config: PeftConfig, name: str) -> bool:
-    if not config.layers_to_transform:
-        return True
-    regexes = map(layer_regex, config.layers_pattern or (None,))
-    found = next(filter(None, (re.match(regex, name) for regex in regexes)), None)
-    return found is not None and int(found["idx"]) in config.layers_to_transform
 
 
 def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdict]) -> str:
@@ -261,11 +231,8 @@ def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdi
     if not targets:
         kinds = " or ".join(_LINEAR)
         return f"target_modules={shown} matches no module: no {kinds} besides a head."
-    excluded = [
-        name
-        for name, found in verdicts.items()
-        if found == "excluded" and _Targets(targets).match(name)
-    ]
+    own = _Targets(targets)
+    excluded = [n for n, found in verdicts.items() if found == "excluded" and own.match(n)]
     elsewhere = [name for name, found in verdicts.items() if found == "other layer"]
     if elsewhere:
         return (
@@ -281,20 +248,7 @@ def _why_none(config: PeftConfig, targets: Targets, verdicts: Mapping[str, Verdi
             f"{shorten(config.exclude_modules)} or modules_to_save="
             f"{shorten(config.modules_to_save)}: shorten these."
         )
-    return f"target_modules={shown} matches no module{_nearest_hint(targets, verdicts)}."
-
-
-def _nearest_hint(targets: Targets, names: Iterable[str]) -> str:
-    """The end of the message about targets that match no module."""
-    names = list(names)
-    words = re.findall(r"\w{2,}", targets) if isinstance(targets, str) else targets
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
-    near = []
-    for word in words[:3]:
-        near += difflib.get_close_matches(word, names if "." in word else ends, n=1)
-    if near:
-        return f"; the nearest names are {', '.join(map(repr, dict.fromkeys(near)))}"
-    return f"; the first names are {', '.join(map(repr, names[:3]))}"
+    return f"target_modules={shown} matches no module{nearest_names(targets, verdicts)}."
 
 
 def to_lora_config(
@@ -340,27 +294,27 @@ def to_lora_config(
     if not isinstance(own, PeftConfig):
         own = PeftConfig.from_dict(own, "the config")
     _check_is_about_weights(own)
-    lists = own.layers_pattern or _LISTS
-    weights = _weights(params)
-    paths = {
-        prefix + ".".join(words): (path, index)
-        for path, (words, shape) in weights.items()
-        for words, index in _unstacked(words, shape, lists)
-    }
+    found = _modules_of(params, own.layers_pattern or _LISTS)
+    modules = {prefix + name: leaf for name, leaf in found}
     kinds = {
         name: "Embedding" if is_embedding(name, path) else "Linear"
-        for name, (path, _) in paths.items()
+        for name, (path, *_) in modules.items()
     }
     found = _matched(own, kinds, prefix)
     for field in ("rank_pattern", "alpha_pattern"):
-        _check_all_match(field, getattr(own, field), found)
-    by_path: dict[str, dict[ModuleMatch, list[Index]]] = {}
+        for key in getattr(own, field):
+            if not any(pattern_key({key: None}, name) for name in found):
+                raise ValueError(
+                    f"{field} has {key!r}, which matches none of the {len(found)} modules: "
+                    f"{', '.join(list(found)[:3])}, ..."
+                )
+    by_path: dict[tuple[str, tuple[int, ...]], dict[ModuleMatch, list[Index]]] = {}
     for name, match in found.items():
-        path, index = paths[name]
-        by_path.setdefault(path, {}).setdefault(match, []).append(index)
+        path, shape, index = modules[name]
+        by_path.setdefault((path, shape), {}).setdefault(match, []).append(index)
     targets = {
-        path + _part(box, weights[path][1]): match
-        for path, alike in by_path.items()
+        path + parts.as_text([*box, *map(range, shape[len(box) :])], shape): match
+        for (path, shape), alike in by_path.items()
         for match, indices in alike.items()
         for box in boxes(indices)
     }
@@ -396,48 +350,35 @@ def _matched(
         ) from None
 
 
-def _unstacked(
-    words: tuple[str, ...], shape: tuple[int, ...], lists: Iterable[str]
-) -> Iterator[tuple[tuple[str, ...], Index]]:
-    """The words of a weight with no index; or of each layer of a stack, with its index."""
-    ends = [i for i, word in enumerate(words) if any(re.fullmatch(x, word) for x in lists)]
-    if not ends or len(shape) < 3 or any(map(str.isdecimal, words)):
-        yield words, ()
-        return
-    for index in range(shape[0]):
-        yield (*words[: ends[0] + 1], str(index), *words[ends[0] + 1 :]), (index,)
+def _modules_of(
+    params: tree_paths.PyTree, lists: Iterable[str]
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...], Index]]]:
+    """The modules of leaves that may be weights, each with path, shape and index.
 
-
-def _part(box: tuple[Entry, ...], shape: tuple[int, ...]) -> str:
-    """The part of a stack that has some layers; empty for all of it."""
-    return parts.as_text([*box, *map(range, shape[len(box) :])], shape)
-
-
-def _weights(
-    params: tree_paths.PyTree,
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """The leaves that may be weights of modules: the words of the path, and the shape."""
-    found = {}
+    A stack below one of the lists of layers is a module for each layer.
+    """
     for path, leaf in tree_paths.leaf_paths(params).items():
-        words = split_path(path)
-        named = [word for word in words.words if not word.isdecimal()]
-        vector = words.leaf == BIAS or any(map(_NORM.search, named[-1:]))
+        words, kind = split_path(path)
+        named = [word for word in words if not word.isdecimal()]
         shape = tuple(getattr(leaf, "shape", ()))
-        if len(shape) >= 2 and not vector:
-            found[path] = words.words, shape
-    return found
+        if len(shape) < 2 or kind == BIAS or any(map(_NORM.search, named[-1:])):
+            continue
+        ends = [
+            i
+            for i, word in enumerate(words, 1)
+            if any(re.fullmatch(x, word) for x in lists)
+        ]
+        if not ends or len(shape) < 3 or len(named) < len(words):
+            yield ".".join(words), (path, shape, ())
+            continue
+        for index in range(shape[0]):
+            own = (*words[: ends[0]], str(index), *words[ends[0] :])
+            yield ".".join(own), (path, shape, (index,))
 
 
 def _check_is_about_weights(config: PeftConfig) -> None:
     """Raises if the config trains more than a plan can."""
-    others = {
-        "bias": config.bias != "none",
-        "lora_bias": config.lora_bias,
-        "modules_to_save": config.modules_to_save,
-        "target_parameters": config.target_parameters,
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    used = [name for name, value in others.items() if value]
+    used = [name for name in _BEYOND_WEIGHTS if getattr(config, name) not in _UNUSED]
     if used:
         raise ValueError(
             f"the config's {used[0]} is {getattr(config, used[0])!r}, and a LoraConfig "
@@ -450,15 +391,3 @@ def _check_is_about_weights(config: PeftConfig) -> None:
             f"LoraConfig, which has {', '.join(map(repr, _INITIALIZERS))}: for those "
             "that change the base see lora_jax.decompose_params."
         )
-
-
-def _check_all_match(
-    field: str, patterns: Mapping[str, Any], names: Mapping[str, Any]
-) -> None:
-    """Raises if a key matches none of the adapted modules."""
-    for key in patterns:
-        if not any(pattern_key({key: None}, name) for name in names):
-            raise ValueError(
-                f"{field} has {key!r}, which matches none of the {len(names)} modules: "
-                f"{', '.join(list(names)[:3])}, ..."
-            )

@@ -106,15 +106,20 @@ def save(
     checks.check_flags(uniform=uniform)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
     plan_checks.check_adapters(adapters, plan)
+    for path in replaced or {}:
+        if path in plan.trained:
+            raise ValueError(
+                f"replaced has {path!r}, which the plan trains: leave it out, because its "
+                "value is in adapters."
+            )
 
     def write(held: tuple[Adapters, Mapping[str, Any]]) -> None:
         arrays: Mapping[str, Mapping[str, Any]]
         arrays, own, wholes = trained_leaves.split(held[0], plan)
-        wholes |= _checked_replaced(held[1], wholes)
         if uniform:
             arrays, own = _uniform(arrays, own, dtype)
         config, tensors = make_files(
-            arrays, own, names, layout, wholes, base_model, task_type, dtype
+            arrays, own, names, layout, wholes | held[1], base_model, task_type, dtype
         )
         _warn_of_patterns(config)
         folder = pathlib.Path(directory)
@@ -122,19 +127,6 @@ def save(
         write_checkpoint(folder, config, tensors)
 
     processes.write_once("peft.save", (adapters, replaced or {}), write)
-
-
-def _checked_replaced(
-    replaced: Mapping[str, jax.Array], trained: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-    """The argument `replaced`, which must not have a trained leaf of the plan."""
-    twice = [path for path in replaced if path in trained]
-    if twice:
-        raise ValueError(
-            f"replaced has {twice[0]!r}, which the plan trains: leave it out, because its "
-            "value is in adapters."
-        )
-    return dict(replaced)
 
 
 def make_files(
@@ -225,12 +217,11 @@ def _fill_up(
 
 def _warn_of_patterns(config: PeftConfig) -> None:
     """Warns if a program that ignores the patterns would scale a module differently."""
-    own = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    own = config.scale(config.r, config.lora_alpha)
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         rank = config.rank_pattern.get(pattern, config.r)
         alpha = config.alpha_pattern.get(pattern, config.lora_alpha)
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        if not math.isclose(scale, own, rel_tol=1e-12):
+        if not math.isclose(config.scale(rank, alpha), own, rel_tol=1e-12):
             _LOG.warning(
                 "the scales of some modules differ from lora_alpha and r, for example %s. "
                 "Programs that read neither rank_pattern nor alpha_pattern, such as vLLM, "

@@ -172,7 +172,7 @@ class _State:
     """A state dict of torchtune, with PEFT's names for its entries."""
 
     def __init__(self, where: str, arrays: Any, heads: dict[str, int], model: str) -> None:
-        self._arrays, self._heads, self._model = arrays, heads, model
+        self._arrays, self._heads, self._is_hf = arrays, heads, model == "hf"
         self._where = where
         self.keys = {self._renamed(name): name for name in arrays}
 
@@ -182,16 +182,12 @@ class _State:
 
     def read(self, key: str) -> np.ndarray:
         """An entry, with its rows in the order of the model."""
-        name = self.keys[key]
-        own = self._arrays
+        name, own = self.keys[key], self._arrays
         array = own.read(name) if isinstance(own, TensorFile) else np.asarray(own[name])
         match = re.search(r"\.attn\.([qk])_proj\.(lora_b\.weight|magnitude)$", name)
-        if match is None or self._model == "torchtune":
+        if match is None or not self._is_hf:
             return array
-        return self._halves_apart(name, array, self._heads[match[1]])
-
-    def _halves_apart(self, name: str, array: np.ndarray, heads: int) -> np.ndarray:
-        """Permutes rows from `(heads, pairs, 2)` to `(heads, 2, pairs)`."""
+        heads = self._heads[match[1]]  # from (heads, pairs, 2) to (heads, 2, pairs)
         if len(array) % (2 * heads):
             raise CheckpointError(
                 f"{name!r} has {len(array)} rows, which {heads} heads of an even size "
@@ -201,23 +197,21 @@ class _State:
         return pairs.swapaxes(1, 2).reshape(array.shape)
 
     def _renamed(self, name: str) -> str:
-        for suffix, own in _SUFFIXES.items():
-            if name.endswith(suffix):
-                module = self._module(name.removesuffix(suffix))
-                return f"{PREFIX}{module}{own}"
-        raise CheckpointError(
-            f"{self._where}: {name!r} is not an entry of a torchtune adapter: names must "
-            f"end in {', '.join(_SUFFIXES)}. Give the result of get_adapter_state_dict."
-        )
-
-    def _module(self, name: str) -> str:
-        if self._model == "torchtune":
-            return name
-        for pattern, own in _RENAMED.items():
-            match = re.fullmatch(pattern, name)
-            if match:
-                return match.expand(own)
-        raise CheckpointError(
-            f"{self._where}: no name of {name!r} in the models of Hugging Face is known: "
-            "give model='torchtune' and names={module: path}."
-        )
+        suffix = next(filter(name.endswith, _SUFFIXES), None)
+        if suffix is None:
+            raise CheckpointError(
+                f"{self._where}: {name!r} is not an entry of a torchtune adapter: names "
+                f"must end in {', '.join(_SUFFIXES)}. Give the result of "
+                "get_adapter_state_dict."
+            )
+        module = name.removesuffix(suffix)
+        if self._is_hf:
+            matches = ((re.fullmatch(p, module), own) for p, own in _RENAMED.items())
+            renamed = next((match.expand(own) for match, own in matches if match), None)
+            if renamed is None:
+                raise CheckpointError(
+                    f"{self._where}: no name of {module!r} in the models of Hugging Face "
+                    "is known: give model='torchtune' and names={module: path}."
+                )
+            module = renamed
+        return f"{PREFIX}{module}{_SUFFIXES[suffix]}"

@@ -5,6 +5,7 @@ The words of a name and of a path are compared from the last one:
 contain the same numbers. Only the number of a module in a stacked array is not in the path.
 """
 
+import difflib
 import functools
 import itertools
 import re
@@ -65,17 +66,20 @@ def last_word(name: str) -> str:
 
 def is_embedding(name: str, path: str = "") -> bool:
     """Whether a module is an embedding, by its name or the path of its leaf."""
-    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
     words = path.replace(".", "/").split("/")[-2:]
     if "kernel" in words:  # a matrix, such as an output head called embed_out
         return False
-    return any(map(_EMBEDDING.search, last)) or "embedding" in words
+    return _ends_with(name, _EMBEDDING) or "embedding" in words
 
 
 def is_convolution(name: str) -> bool:
     """Whether a module is a convolution, by its name."""
+    return _ends_with(name, _CONVOLUTION)
+
+
+def _ends_with(name: str, pattern: re.Pattern[str]) -> bool:
     last = [word for word in name.split(".") if not word.isdecimal()][-1:]
-    return any(map(_CONVOLUTION.search, last))
+    return any(map(pattern.search, last))
 
 
 class Words(NamedTuple):
@@ -120,6 +124,19 @@ def name_ends(name: str) -> list[str]:
     """A name, and each end of it after a dot."""
     words = name.split(".")
     return [".".join(words[start:]) for start in range(len(words))]
+
+
+def nearest_names(targets: str | tuple[str, ...], names: Iterable[str]) -> str:
+    """The end of the message about targets that match no module of some names."""
+    names = list(names)
+    words = re.findall(r"\w{2,}", targets) if isinstance(targets, str) else targets
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    near = []
+    for word in words[:3]:
+        near += difflib.get_close_matches(word, names if "." in word else ends, n=1)
+    if near:
+        return f"; the nearest names are {', '.join(map(repr, dict.fromkeys(near)))}"
+    return f"; the first names are {', '.join(map(repr, names[:3]))}"
 
 
 @functools.lru_cache(maxsize=2**17)
@@ -233,14 +250,6 @@ def lacking_fields(name: str, path: str) -> Numbers:
         if first is not None:
             left.remove(first)
     return tuple(left)
-
-
-def name_indices(name: str, path: str, indices: tuple[int, ...]) -> Numbers:
-    """The numbers of a name that are indexes of the leaf at a path, with their fields."""
-    numbers = lacking_fields(name, path)
-    if tuple(number for _, number in numbers) == indices:
-        return numbers
-    return tuple((f"index{i}", number) for i, number in enumerate(indices))
 
 
 def name_fields(name: str) -> tuple[str, ...]:

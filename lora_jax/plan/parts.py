@@ -161,12 +161,12 @@ def canonical(part: str, shape: Sequence[int]) -> str:
     return as_text(entries(part, tuple(shape)), shape)
 
 
-def _grouped(indices: Sequence[int], size: int) -> Entry:
+def grouped(indices: Sequence[int]) -> Entry:
     """The entry with the given ascending indices: a range if the steps are equal."""
     steps = {b - a for a, b in itertools.pairwise(indices)} or {1}
     if len(steps) > 1:
         return tuple(indices)
-    return range(size)[indices[0] : indices[-1] + 1 : steps.pop()]
+    return range(indices[0], indices[-1] + 1, steps.pop())
 
 
 def count(entry: Entry) -> int:
@@ -197,7 +197,7 @@ def cut(part: str, cuts: Iterable[str], shape: tuple[int, ...]) -> list[str]:
         groups: dict[tuple[bool, ...], list[int]] = {}
         for index in entry:
             groups.setdefault(tuple(index in own for own in inside), []).append(index)
-        pieces = [_grouped(own, shape[axis]) for own in groups.values()]
+        pieces = [grouped(own) for own in groups.values()]
         choices.append([entry] if len(groups) == 1 else pieces)
     return [as_text(own, shape) for own in itertools.product(*choices)]
 
@@ -210,7 +210,7 @@ def joined(alike: Sequence[str], shape: tuple[int, ...]) -> list[str]:
         return list(alike)
     (axis,) = differ
     indices = sorted(i for own in whole for i in indices_of(own[axis]))
-    entry = _grouped(indices, shape[axis])
+    entry = grouped(indices)
     return [as_text((*whole[0][:axis], entry, *whole[0][axis + 1 :]), shape)]
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -15,6 +16,14 @@ draw = functools.partial(normal, dtype="float32")  # as NumPy: it is written to 
 LLAMA = GOLDEN / "checkpoints" / "llama_lora_patterns"
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def abstract(shapes):
+    """A tree of shapes as arrays without values."""
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, "float32"), shapes, is_leaf=is_shape
+    )
 
 
 def write(folder, tensors, **config):

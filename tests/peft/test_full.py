@@ -6,7 +6,6 @@ import pytest
 import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.layout import from_matrix, to_matrix
 from tests.peft import support
 from tests.peft.support import draw, linear, update_of, write
 
@@ -72,37 +71,32 @@ def test_trained_biases(bias, tmp_path):
     np.testing.assert_array_equal(own["score/bias"], entries["score.bias"])
 
 
-def test_the_bias_of_an_adapter_is_added(tmp_path):
-    entries = {"q.lora_B.bias": draw(7)} | linear("q", 5, 7, 2)
-    loaded = load(tmp_path, LAYER, entries, lora_bias=True, lora_alpha=6)
-    assert set(loaded.adapters["q/kernel"]) == {"A", "B"}
-    want = 1 + 3 * entries["q.lora_B.bias"]
-    np.testing.assert_allclose(loaded.replaced["q/bias"], want, rtol=1e-6)
-
-
-def test_biases_of_stacked_adapters_are_added(tmp_path):
-    entries, old = {}, draw(3, 7)
-    for i in (0, 2):
-        name = f"h.{i}.q"
-        entries |= {f"{name}.lora_B.bias": draw(7, seed=i)} | linear(name, 5, 7, 2)
-    params = {"h": {"q": {"kernel": jnp.zeros((3, 5, 7)), "bias": jnp.asarray(old)}}}
-    fields = {"lora_bias": True, "lora_alpha": 2, "target_modules": ["h.0.q", "h.2.q"]}
+@pytest.mark.parametrize(
+    ("layers", "kernel", "shape"),
+    [((), (5, 6), (6,)), ((), (5, 2, 3), (2, 3)), ((0, 2), (3, 5, 6), (3, 6))],
+)
+def test_the_bias_of_an_adapter_is_added(layers, kernel, shape, tmp_path):
+    names = [f"h.{i}.q" for i in layers] or ["h.q"]
+    entries, want = {}, draw(*shape)
+    params = {"h": {"q": {"kernel": jnp.ones(kernel), "bias": jnp.asarray(want)}}}
+    for i, name in enumerate(names):
+        bias = draw(6, seed=i)
+        entries |= {f"{name}.lora_B.bias": bias} | linear(name, 5, 6, 2, seed=i)
+        want[layers[i] if layers else ...] += 3 * bias.reshape(
+            shape[-2:] if not layers else 6
+        )
+    fields = {"lora_bias": True, "lora_alpha": 6, "target_modules": names}
     loaded = load(tmp_path, params, entries, **fields)
-    want = old.copy()
-    for i in (0, 2):
-        want[i] += entries[f"h.{i}.q.lora_B.bias"]
-    np.testing.assert_allclose(loaded.replaced["h/q/bias"], want, rtol=1e-6)
-
-
-def test_the_bias_of_heads_is_added(tmp_path):
-    entries = {"q.lora_B.bias": draw(6)} | linear("q", 5, 6, 2)
-    params = {"q": {"kernel": jnp.zeros((5, 2, 3)), "bias": jnp.zeros((2, 3))}}
-    loaded = load(tmp_path, params, entries, lora_bias=True, lora_alpha=2)
-    want = entries["q.lora_B.bias"].reshape(2, 3)
-    np.testing.assert_allclose(loaded.replaced["q/bias"], want, rtol=1e-6)
-    params["q"]["bias"] = jnp.zeros(5)
+    assert all(set(own) == {"A", "B"} for own in loaded.adapters.values())
+    got = support.merged(params, loaded)["h"]["q"]
+    np.testing.assert_allclose(got["bias"], want, rtol=1e-6)
+    for i, name in enumerate(names):
+        kernel = got["kernel"][layers[i]] if layers else got["kernel"].reshape(5, 6)
+        update = 1 + support.update_of(entries, name, 3.0)
+        np.testing.assert_allclose(kernel, update, rtol=1e-5, atol=1e-6)
+    params["h"]["q"]["bias"] = jnp.zeros((*shape[:-1], 5))
     with pytest.raises(CheckpointError, match="it is not the bias of that layer"):
-        load(tmp_path, params, entries, lora_bias=True)
+        load(tmp_path, params, entries, **fields)
 
 
 @pytest.mark.parametrize("given", [[4, 1], {"tok": [4, 1]}, {"m.tok": [4, 1]}])
@@ -117,29 +111,20 @@ def test_rows_of_tokens(given, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "rows", "message"),
     [
-        ([4, 9], r"has 2 rows, .* \[4, 9\], and 'tok/embedding' has 9 rows"),
-        ([4], r"has 2 rows, the config has the indices \[4\]"),
-        ({"other": [4, 1]}, "trainable_token_indices does not list its rows"),
-        (None, "trainable_token_indices does not list its rows"),
+        ([4, 9], (2, 5), r"has 2 rows, .* \[4, 9\], and 'tok/embedding' has 9 rows"),
+        ([4], (2, 5), r"has 2 rows, the config has the indices \[4\]"),
+        ({"other": [4, 1]}, (2, 5), "trainable_token_indices does not list its rows"),
+        (None, (2, 5), "trainable_token_indices does not list its rows"),
+        ([1, 0], (2, 5, 1), "must have rows of an embedding"),
+        ([1, 0], (2, 7), "has rows of 7 entries"),
     ],
 )
-def test_rows_that_do_not_fit(given, message, tmp_path):
-    entries = {"tok.token_adapter.trainable_tokens_delta": draw(2, 5)}
-    params = {"tok": {"embedding": jnp.zeros((9, 5))}}
-    with pytest.raises(CheckpointError, match=message):
-        load(tmp_path, params, entries, trainable_token_indices=given)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [((2, 5, 1), "must have rows of an embedding"), ((2, 7), "has rows of 7 entries")],
-)
-def test_rows_of_another_size(rows, message, tmp_path):
+def test_rows_that_do_not_fit(given, rows, message, tmp_path):
     entries = {"tok.token_adapter.trainable_tokens_delta": draw(*rows)}
-    folder = write(tmp_path, entries, trainable_token_indices=[1, 0])
-    params = {"tok": {"embedding": jnp.zeros((6, 5))}}
+    params = {"tok": {"embedding": jnp.zeros((9, 5))}}
+    folder = write(tmp_path, entries, trainable_token_indices=given)
     with pytest.raises(CheckpointError, match=message):
         peft.load(folder, params, names={"tok": "tok/embedding"})
 
@@ -234,27 +219,6 @@ def test_leaves_are_put_in_their_dtype():
         peft.replace_leaves(params, {"c": jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"at 'a': the leaf must be an array of the shape"):
         peft.replace_leaves(params, {"a": jnp.zeros(4)})
-
-
-@pytest.mark.parametrize("axes", ["io", "oi", "iio", "oii", "ioo"])
-def test_matrices_there_and_back(axes):
-    weight = draw(*range(3, 3 + len(axes)))
-    matrix = to_matrix(weight, axes)
-    sizes = {letter: [n for n, a in zip(weight.shape, axes, strict=True) if a == letter]
-        for letter in "io"}  # fmt: skip
-    assert matrix.shape == (np.prod(sizes["i"]), np.prod(sizes["o"]))
-    assert axes != "oi" or np.array_equal(matrix, weight.T)
-    back = from_matrix(matrix, weight.shape, axes)
-    np.testing.assert_array_equal(back, weight)
-
-
-def test_merged_is_used_after_replacing(tmp_path):
-    entries = {"q.lora_B.bias": draw(7)} | linear("q", 5, 7, 2)
-    loaded = load(tmp_path, LAYER, entries, lora_bias=True, lora_alpha=2)
-    got = support.merged(LAYER, loaded)["q"]
-    want = 1 + support.update_of(entries, "q", 1.0)
-    np.testing.assert_allclose(got["kernel"], want, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(got["bias"], 1 + entries["q.lora_B.bias"], rtol=1e-6)
 
 
 def test_what_a_plan_trains_and_states(tmp_path):

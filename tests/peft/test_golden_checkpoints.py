@@ -17,7 +17,6 @@ from tests.peft.support import GOLDEN, LLAMA, PREFIX, check
 BASE = load_file(LLAMA / "base" / "model.safetensors")
 EXPECTED = load_file(LLAMA / "expected.safetensors")
 MODULES = json.loads((LLAMA / "modules.json").read_text())
-ADAPTER = load_file(LLAMA / "adapter" / support.TENSORS)
 LAYERS, HEADS, KV_HEADS, WIDTH, HEAD = 2, 4, 2, 48, 12
 CONV, EMBEDDING = support.cases("peft_conv"), support.cases("peft_embedding")
 CHANGED = support.changed_base_cases()
@@ -147,26 +146,12 @@ def test_ranks_and_scales_of_a_llama():
     plan = peft.load(LLAMA / "adapter", torch_params(), layout="torch").plan
     assert {path.removesuffix(".weight") for path in plan.targets} == set(MODULES)
     for name, fields in MODULES.items():
-        path = f"{name}.weight"
-        target = plan.targets[path]
-        assert (target.rank, target.scale) == (fields["r"], fields["scaling"])
-        assert plan.config.rank_of(path) == fields["r"]
-        assert plan.config.scale_of(path) == fields["scaling"]
+        target, config = plan.targets[f"{name}.weight"], plan.config
+        for rank in (target.rank, config.rank_of(f"{name}.weight")):
+            assert rank == fields["r"]
+        for scale in (target.scale, config.scale_of(f"{name}.weight")):
+            assert scale == fields["scaling"]
         assert (target.axes, target.dropout) == ("oi", 0.05)
-
-
-def test_each_module_of_a_llama():
-    loaded = peft.load(LLAMA / "adapter", torch_params(), layout="torch")
-    names = {key.split("/")[1] for key in EXPECTED if key.startswith("module_io/")}
-    assert names == set(MODULES)
-    for name in names:
-        path = f"{name}.weight"
-        target = loaded.plan.targets[path]
-        x = jnp.asarray(EXPECTED[f"module_io/{name}/in"])
-        y = lora_jax.lora_linear(
-            x, jnp.asarray(BASE[path].T), loaded.adapters[path], target.alpha
-        )
-        check(y, EXPECTED[f"module_io/{name}/out"])
 
 
 def test_stacked_layers_of_a_llama():
@@ -184,44 +169,14 @@ def test_stacked_layers_of_a_llama():
     assert shapes == {f"{down}[:1]": (1, 80, 8), f"{down}[1:]": (1, 80, 2)}
 
 
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_heads_of_a_llama_as_axes(heads_first):
-    params = stacked(BASE)
-    attention = params["layers"]["self_attn"]
-    for name, count in (("q_proj", HEADS), ("k_proj", KV_HEADS), ("v_proj", KV_HEADS)):
-        kernel = attention[name]["kernel"]
-        attention[name]["kernel"] = kernel.reshape(2, WIDTH, count, HEAD)
-    o = attention["o_proj"]["kernel"]
-    attention["o_proj"]["kernel"] = o.reshape(2, HEADS, HEAD, WIDTH)
-    if heads_first:  # layers are not the first axis: (d, layers, heads, k)
-        q = attention["q_proj"]["kernel"]
-        attention["q_proj"]["kernel"] = jnp.swapaxes(q, 0, 1)
-    loaded = peft.load(LLAMA / "adapter", params)
-    axes = {loaded.plan.leaf(p): t.axes for p, t in loaded.plan.targets.items()}
-    assert axes["layers/self_attn/q_proj/kernel"] == ("iboo" if heads_first else "bioo")
-    assert axes["layers/self_attn/o_proj/kernel"] == "biio"
-    got = support.merged(params, loaded)["layers"]["self_attn"]
-    if heads_first:
-        got["q_proj"]["kernel"] = jnp.swapaxes(got["q_proj"]["kernel"], 0, 1)
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        for layer in range(LAYERS):
-            want = EXPECTED[f"merged/model.layers.{layer}.self_attn.{name}.weight"]
-            n_in = want.shape[1]
-            check(got[name]["kernel"][layer].reshape(n_in, -1).T, want)
-
-
 @pytest.mark.parametrize("kind", ["torch", "tree", "stacked"])
 def test_a_llama_is_written_as_it_was(kind, tmp_path):
-    make = {"torch": torch_params, "tree": lambda: nested(BASE), "stacked": None}[kind]
-    params, layout = (make or (lambda: stacked(BASE)))(), "torch" if make else "jax"
+    own = {"torch": torch_params, "tree": lambda: nested(BASE)}
+    params = own.get(kind, lambda: stacked(BASE))()
     layout = "torch" if kind == "torch" else "jax"
     loaded = peft.load(LLAMA / "adapter", params, layout=layout)
     names = peft.match_names(LLAMA / "adapter", params, layout=layout)
-    peft.save(tmp_path, loaded.adapters, loaded.plan, names=names, layout=layout)
-    tensors, config = support.read(tmp_path)
-    assert set(tensors) == set(ADAPTER)
-    for name, want in ADAPTER.items():
-        np.testing.assert_array_equal(tensors[name], want)
+    config = written_as(LLAMA / "adapter", tmp_path, loaded, names=names, layout=layout)
     own = peft.PeftConfig.from_dict(config, "config")
     for name, fields in MODULES.items():
         assert (own.rank_of(name), own.alpha_of(name)) == (fields["r"], fields["alpha"])
@@ -236,50 +191,43 @@ def golden(case, tmp_path, module, suffixes):
     return support.write(tmp_path, entries, **fields), tensors
 
 
+def written_as(folder, out, loaded, **options):
+    """Asserts that a save has the arrays of a folder."""
+    peft.save(out, loaded.adapters, loaded.plan, **options)
+    written, config = support.read(out)
+    for name, value in support.read(folder)[0].items():
+        np.testing.assert_array_equal(written.pop(name), value)
+    assert not written
+    return config
+
+
 @pytest.mark.parametrize("layout", ["jax", "torch"])
-@pytest.mark.parametrize("case", CONV, ids=lambda case: case["id"])
-def test_convolutions(case, layout, tmp_path):
-    suffixes = {"A": "lora_A.weight", "B": "lora_B.weight", "B_bias": "lora_B.bias"}
-    suffixes["m"] = "lora_magnitude_vector"
-    folder, tensors = golden(case, tmp_path / "in", "net.conv", suffixes)
+@pytest.mark.parametrize("case", [*CONV, *EMBEDDING], ids=lambda case: case["id"])
+def test_convolutions_and_embeddings(case, layout, tmp_path):
+    conv, jax_layout = case in CONV, layout == "jax"
+    kind = "" if conv else "embedding_"
+    suffixes = {x: f"lora_{kind}{x}" + ".weight" * conv for x in "AB"}
+    suffixes |= {"B_bias": "lora_B.bias", "m": "lora_magnitude_vector"}
+    folder, tensors = golden(case, tmp_path / "in", "net.own", suffixes)
 
     def own(name):
-        value = tensors[name]
-        return np.moveaxis(value, (0, 1), (-1, -2)) if layout == "jax" else value
+        moved = conv and jax_layout
+        return np.moveaxis(tensors[name], (0, 1), (-1, -2)) if moved else tensors[name]
 
-    params = {"net": {"conv": {"kernel": jnp.asarray(own("W0"))}}}
+    leaf = "kernel" if conv else "embedding" if jax_layout else "weight"
+    params = {"net": {"own": {leaf: jnp.asarray(own("W0"))}}}
     if "b0" in tensors:
-        params["net"]["conv"]["bias"] = jnp.asarray(tensors["b0"])
+        params["net"]["own"]["bias"] = jnp.asarray(tensors["b0"])
     loaded = peft.load(folder, params, layout=layout)
-    merged = support.merged(params, loaded)["net"]["conv"]
-    check(merged["kernel"], own("W_merged"), case)
-    assert loaded.plan.targets["net/conv/kernel"].scale == case["meta"]["scaling"]
+    merged = support.merged(params, loaded)["net"]["own"]
+    check(merged[leaf], own("W_merged"), case)
+    if conv:
+        assert loaded.plan.targets["net/own/kernel"].scale == case["meta"]["scaling"]
     if "B_bias" in tensors:
-        assert set(loaded.replaced) == {"net/conv/bias"}
+        assert set(loaded.replaced) == {"net/own/bias"}
         check(merged["bias"], tensors["b_merged"], case)
         return
-    peft.save(tmp_path / "out", loaded.adapters, loaded.plan, layout=layout)
-    written, _ = support.read(tmp_path / "out")
-    for name, value in support.read(folder)[0].items():
-        np.testing.assert_array_equal(written.pop(name), value)
-    assert not written
-
-
-@pytest.mark.parametrize("layout", ["jax", "torch"])
-@pytest.mark.parametrize("case", EMBEDDING, ids=lambda case: case["id"])
-def test_embeddings(case, layout, tmp_path):
-    suffixes = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
-    suffixes["m"] = "lora_magnitude_vector"
-    folder, tensors = golden(case, tmp_path / "in", "net.tok", suffixes)
-    leaf = "embedding" if layout == "jax" else "weight"
-    params = {"net": {"tok": {leaf: jnp.asarray(tensors["W0"])}}}
-    loaded = peft.load(folder, params, layout=layout)
-    check(support.merged(params, loaded)["net"]["tok"][leaf], tensors["W_merged"], case)
-    peft.save(tmp_path / "out", loaded.adapters, loaded.plan, layout=layout)
-    written, _ = support.read(tmp_path / "out")
-    for name, value in support.read(folder)[0].items():
-        np.testing.assert_array_equal(written.pop(name), value)
-    assert not written
+    written_as(folder, tmp_path / "out", loaded, layout=layout)
 
 
 def changed_base(case, tmp_path, **config):
@@ -363,12 +311,8 @@ def test_experts(layout, tmp_path):
         check(got[name].transpose(turned), want, case)
     names = peft.match_names(folder, params, names=names, layout=layout)
     assert dict(names) == (given if layout == "torch" else found)
-    peft.save(tmp_path / "out", loaded.adapters, loaded.plan, names=names, layout=layout)
-    written, config = support.read(tmp_path / "out")
+    config = written_as(folder, tmp_path / "out", loaded, names=names, layout=layout)
     assert config["target_parameters"] == ["experts.w1", "experts.w2"]
-    for name, value in support.read(folder)[0].items():
-        np.testing.assert_array_equal(written.pop(name), value)
-    assert not written
 
 
 def test_experts_whose_shapes_leave_it_open(tmp_path):

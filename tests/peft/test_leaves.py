@@ -1,7 +1,5 @@
 """What a function, a plan or names say of axes that shapes leave open."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.leaves import agrees, find_known
+from lora_jax.peft.known import agrees, find_known
 from tests.peft.support import draw, linear, merged, update_of, write
 
 LAYERS = HEADS = 3
@@ -89,6 +87,10 @@ def test_square_weights_as_equinox_has_them(tmp_path):
     ):
         got = apply(merged(params, loaded), x)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    turned = peft.load(tmp_path, params, layout="jax").plan.targets["up/weight"]
+    assert turned.axes == "io"
+    kernels = {name: {"kernel": own["weight"]} for name, own in params.items()}
+    assert peft.load(tmp_path, kernels).plan.targets["up/kernel"].axes == "io"
 
 
 def test_other_weights_show_how_square_ones_lie(tmp_path):
@@ -220,37 +222,32 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize(("numbers", "x", "order"), CONVOLUTIONS)
-def test_convolutions_of_equal_sizes(numbers, x, order, tmp_path):
-    a, b = draw(2, 3, 3, 3), draw(3, 2, 1, 1)
-    folder = write(
-        tmp_path, {"c.lora_A.weight": a, "c.lora_B.weight": b}, r=2, lora_alpha=4,
-        target_modules=["c"],
-    )  # fmt: skip
-    params = {"c": {"weight": jnp.zeros((3, 3, 3, 3))}}
-    with pytest.raises(CheckpointError, match=r"'iiio' .*'oiii'"):
-        peft.load(folder, params)
-    apply = functools.partial(convolve, numbers)
-    loaded = peft.load(folder, params, apply, jax.ShapeDtypeStruct(x, "float32"))
-    want = 2 * np.einsum("or,rihw->oihw", b[:, :, 0, 0].astype(float), a)
-    got = merged(params, loaded)["c"]["weight"]
-    np.testing.assert_allclose(got, want.transpose(order), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("numbers", "x", "order"), CONVOLUTIONS)
-def test_saved_convolutions_of_equal_sizes(numbers, x, order, tmp_path):
-    kernel = draw(3, 3, 3, 3)
-    entries = {"c.weight": kernel} | linear("q", 5, 7, 2)
-    folder = write(tmp_path, entries, r=2, target_modules=["q"], modules_to_save=["c"])
+def test_convolutions_of_equal_sizes(numbers, x, order, saved, tmp_path):
+    """The kernel of an adapter, or one that is saved whole."""
+    a, b, kernel = draw(2, 3, 3, 3), draw(3, 2, 1, 1), draw(3, 3, 3, 3)
+    if saved:
+        entries = {"c.weight": kernel} | linear("q", 5, 7, 2)
+        config = {"target_modules": ["q"], "modules_to_save": ["c"]}
+        message = r"'c.weight' fits 'c/weight' .* in 2 ways"
+    else:
+        entries = {"c.lora_A.weight": a, "c.lora_B.weight": b}
+        entries |= linear("q", 5, 7, 2)
+        config, message = {"target_modules": ["c", "q"]}, r"'iiio' .*'oiii'"
+    folder = write(tmp_path, entries, r=2, lora_alpha=4, **config)
     params = {"c": {"weight": jnp.zeros((3, 3, 3, 3))}, "q": {"kernel": jnp.zeros((5, 7))}}
-    with pytest.raises(CheckpointError, match=r"'c.weight' fits 'c/weight' .* in 2 ways"):
+    with pytest.raises(CheckpointError, match=message):
         peft.load(folder, params)
 
     def apply(params, x):
         return convolve(numbers, params, x), jnp.zeros((1, 5)) @ params["q"]["kernel"]
 
     loaded = peft.load(folder, params, apply, jax.ShapeDtypeStruct(x, "float32"))
-    np.testing.assert_array_equal(loaded.replaced["c/weight"], kernel.transpose(order))
+    update = 2 * np.einsum("or,rihw->oihw", b[:, :, 0, 0].astype(float), a)
+    want = kernel if saved else update
+    got = merged(params, loaded)["c"]["weight"]
+    np.testing.assert_allclose(got, want.transpose(order), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("equation", "axes"), [("io", "bio"), ("oi", "boi")])
@@ -349,6 +346,8 @@ def test_a_square_head_lies_as_the_function_uses_it(tmp_path):
         ((3,), {}, TypeError, "fn must be a function, got int"),
         ((), {"plan": 3}, TypeError, "plan must be an AdapterPlan, got int"),
         ((), {"on_tied": "ask"}, ValueError, "on_tied must be"),
+        ((), {"layout": "flax"}, ValueError, "layout must be"),
+        ((), {"strict": 1}, TypeError, "strict"),
     ],
 )
 def test_arguments(args, options, error, message, tmp_path):

@@ -5,7 +5,6 @@ import logging
 import re
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import names as module_names
 from lora_jax.peft import words
 from tests.peft import support
-from tests.peft.support import GOLDEN, draw, linear, update_of, write
+from tests.peft.support import GOLDEN, abstract, draw, linear, update_of, write
 from tests.support import x64
 
 ROWS = {
@@ -45,13 +44,6 @@ TORCH = {
     },
     "mha": {"mha.in_proj_weight": (12, 4), "mha.out_proj.weight": (4, 4)},
 }  # fmt: skip
-
-
-def abstract(shapes):
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s, "float32"), shapes, is_leaf=is_shape
-    )
 
 
 def checkpoint(folder, *modules, target_modules=None, **config):
@@ -108,23 +100,18 @@ def test_a_plan_and_what_it_says(tmp_path):
         np.testing.assert_array_equal(adapters["m/q/kernel"][name], own.T)
 
 
-def test_alpha_of_an_odd_quotient(tmp_path):
-    folder = checkpoint(tmp_path, ("q", 5, 7), lora_alpha=0.3, alpha_pattern={"k": 7})
+@pytest.mark.parametrize(
+    ("alpha", "pattern", "scale"), [(0.3, {"k": 7}, 0.3 / 2), (0, {"q": 6}, 3)]
+)
+def test_alphas_that_modules_have(alpha, pattern, scale, tmp_path):
+    folder = checkpoint(tmp_path, ("q", 5, 7), lora_alpha=alpha, alpha_pattern=pattern)
     plan = peft.load(folder, abstract({"q": (5, 7)})).plan
-    assert plan.targets["q"].scale == 0.3 / 2
-    assert plan.config.alpha_pattern == {}
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_dtypes_are_those_of_the_file(dtype, tmp_path):
-    entries = linear("q", 5, 7, 2, dtype=dtype)
-    folder = write(tmp_path, entries, r=2, target_modules=["q"])
-    loaded = peft.load(folder, abstract({"q": (5, 7)}), dtype="file")
-    assert {x.dtype for x in jax.tree.leaves(loaded.adapters)} == {jnp.dtype(dtype)}
+    assert plan.targets["q"].scale == plan.config.scale_of("q") == scale
+    assert {*plan.config.alpha_pattern} == {*pattern} - {"k"}
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])
+@pytest.mark.parametrize("dtype", [None, "file", "float32", "bfloat16", jnp.float16])
 def test_adapters_are_float32_unless_told_otherwise(stored, dtype, tmp_path):
     """A stack with magnitudes, and a saved module."""
     entries = {"score.weight": draw(3, 5, dtype=stored)}
@@ -136,15 +123,14 @@ def test_adapters_are_float32_unless_told_otherwise(stored, dtype, tmp_path):
     )  # fmt: skip
     params = abstract({"h": {"q": {"kernel": (2, 5, 7)}}, "score": {"kernel": (5, 3)}})
     loaded = peft.load(folder, params, dtype=dtype)
-    adapter = loaded.adapters["h/q/kernel"]
-    assert {x.dtype for x in adapter.values()} == {jnp.dtype(dtype or "float32")}
-    assert loaded.replaced["score/kernel"].dtype == "float32"
+    adapter, whole = loaded.adapters["h/q/kernel"], loaded.replaced["score/kernel"]
+    want = stored if dtype == "file" else dtype or "float32"
+    assert {x.dtype for x in adapter.values()} == {jnp.dtype(want)}
+    assert whole.dtype == (stored if dtype == "file" else "float32")
     for i in range(2):
-        b = entries[f"h.{i}.q.lora_B.weight"].astype(np.float32)
-        rounded = b.T.astype(dtype or "float32")
-        np.testing.assert_array_equal(adapter["B"][i], rounded)
-        m = entries[f"h.{i}.q.lora_magnitude_vector"].astype(np.float32)
-        np.testing.assert_array_equal(adapter["m"][i], m.astype(dtype or "float32"))
+        for entry, name in (("B", "lora_B.weight"), ("m", "lora_magnitude_vector")):
+            wide = entries[f"h.{i}.q.{name}"].astype(np.float32)
+            np.testing.assert_array_equal(adapter[entry][i], wide.T.astype(want))
 
 
 def test_a_dtype_that_does_not_hold_a_value(tmp_path):
@@ -407,12 +393,6 @@ def test_configs_that_do_not_agree(config, message, tmp_path):
         peft.load(folder, abstract({"m": {"q": (5, 7)}}))
 
 
-def test_an_alpha_of_0_that_no_module_has(tmp_path):
-    folder = checkpoint(tmp_path, ("q", 5, 7), lora_alpha=0, alpha_pattern={"q": 6})
-    plan = peft.load(folder, abstract({"q": (5, 7)})).plan
-    assert plan.targets["q"].scale == plan.config.scale_of("q") == 3
-
-
 @pytest.mark.parametrize(
     "init", ["pissa_niter_4", "corda", "lora_ga", "loftq", "pissa", "OLoRA"]
 )
@@ -498,43 +478,18 @@ def test_files_that_are_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"layout": "flax"}, ValueError, "layout must be"),
-        ({"strict": 1}, TypeError, "strict"),
-    ],
-)
-def test_arguments(options, error, message, tmp_path):
-    folder = checkpoint(tmp_path, ("q", 5, 7))
-    with pytest.raises(error, match=message):
-        peft.load(folder, NAMED, **options)
-
-
-def part_of_a_stack(folder, layers, **config):
-    tensors = {
-        f"model.layers.{i}.q.lora_{x}.weight": support.draw(*shape, seed=i)
-        for i in layers
-        for x, shape in {"A": (2, 6), "B": (4, 2)}.items()
-    }
-    return support.write(folder, tensors, r=2, target_modules=["q"], **config)
-
-
-@pytest.mark.parametrize(
     ("layers", "absent", "part"), [((0, 2), [1], "[::2]"), ((1,), [0, 2], "[1:2]")]
 )
 def test_a_layer_that_a_stack_lacks_is_missed(tmp_path, layers, absent, part):
-    params = {"layers": {"q": {"kernel": support.draw(3, 6, 4)}}}
-    folder = part_of_a_stack(tmp_path, layers)
+    params = abstract({"layers": {"q": {"kernel": (3, 6, 4)}}})
+    modules = [(f"model.layers.{i}.q", 6, 4) for i in layers]
+    folder = checkpoint(tmp_path, *modules, target_modules=["q"])
     with pytest.raises(CheckpointError, match="is the file whole") as error:
         peft.load(folder, params)
     assert all(f"'model.layers.{i}.q'" in str(error.value) for i in absent)
     with pytest.warns(UserWarning, match=f"layers.{absent[0]}.q"):
         loaded = peft.load(folder, params, strict=False)
     assert list(loaded.plan.targets) == [f"layers/q/kernel{part}"]
-    chosen = part_of_a_stack(tmp_path, layers, layers_to_transform=list(layers))
-    again = peft.load(chosen, params)
-    assert again.plan.targets == loaded.plan.targets
-    assert jax.tree.all(jax.tree.map(np.array_equal, again.adapters, loaded.adapters))
 
 
 def test_names_may_be_those_of_the_whole_model(tmp_path):
@@ -617,6 +572,8 @@ def test_a_head_of_another_model_need_not_be_there(tmp_path):
         ("h.0.mlp.c_proj", "h/0/attn/c_proj/kernel"),
         ("visual.blocks.0.attn.out_proj", "text/blocks/0/attn/out_proj/kernel"),
         ("encoder.block.0.SelfAttention.q", "decoder/block/0/SelfAttention/q/kernel"),
+        ("text_model.layers.0.q", "vision_model/layers_0/q/kernel"),
+        ("vision_tower.layers.0.q", "language_model/layers_0/q/kernel"),
     ],
 )
 def test_the_same_weight_of_another_part_is_not_taken(tmp_path, module, path):
@@ -625,18 +582,6 @@ def test_the_same_weight_of_another_part_is_not_taken(tmp_path, module, path):
         peft.load(folder, abstract({path: (5, 7)}))
     own = module.replace(".", "/") + "/kernel"
     assert list(peft.load(folder, abstract({path: (5, 7), own: (5, 7)})).adapters) == [own]
-
-
-def test_square_weights_that_may_be_those_of_torch(tmp_path):
-    folder = checkpoint(tmp_path, ("m.q", 5, 5))
-    square = abstract({"m.q.weight": (5, 5)})
-    for layout, axes in (("torch", "oi"), ("jax", "io")):
-        plan = peft.load(folder, square, layout=layout).plan
-        assert plan.targets["m.q.weight"].axes == axes
-    plan = peft.load(folder, abstract({"m": {"q": {"kernel": (5, 5)}}})).plan
-    assert plan.targets["m/q/kernel"].axes == "io"
-    with pytest.raises(CheckpointError, match=r"'io' .*'oi' .*or layout='torch'"):
-        peft.load(folder, square)
 
 
 def test_the_directory_of_the_other_format(tmp_path):

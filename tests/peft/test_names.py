@@ -81,21 +81,6 @@ def test_numbers_have_to_agree():
     assert not find("a.1.b.2.c.3.q", "a/b/c/q/kernel")
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("encoder", "decoder"),
-        ("text_model", "vision_model"),
-        ("language_model", "vision_tower"),
-    ],
-)
-def test_towers_are_never_mixed_up(one, other):
-    assert not find(f"{one}.layers.0.q", f"{other}/layers_0/q/kernel")
-    paths = f"{other}/layers_0/q/kernel", f"{one}/layers_0/q/kernel"
-    assert find(f"{one}.layers.0.q", *paths) == [Found(paths[1], ())]
-    assert find("layers.0.q", paths[0]) == [Found(paths[0], ())]
-
-
 def test_weights_and_biases_are_apart():
     paths = "h/0/q/kernel", "h/0/q/bias"
     assert find("h.0.q", *paths) == [Found(paths[0], ())]

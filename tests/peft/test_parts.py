@@ -189,6 +189,9 @@ class Fused(NamedTuple):
     """Whether the blocks are `(out, in)`."""
     x: tuple[int, ...] = (3, D)
 
+    def apply(self, params, x):
+        return self.fn(params["w"], x)
+
 
 CASES = {
     "(3, D, H, K)": Fused(
@@ -259,13 +262,9 @@ def block_of(case, weight, module):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_modules_of_a_fused_weight(case, dora, tmp_path):
-    case = CASES[case]
+    case, fn = CASES[case], CASES[case].apply
     params = {"w": jnp.asarray(draw(*case.shape))}
     x = jnp.asarray(draw(*case.x, seed=5))
-
-    def fn(params, x):
-        return case.fn(params["w"], x)
-
     tensors = {}
     for seed, module in enumerate(case.blocks):
         sizes = block_of(case, params["w"], module).shape
@@ -305,13 +304,9 @@ def test_modules_of_a_fused_weight(case, dora, tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_one_adapter_of_a_fused_weight(case, dora, tmp_path):
-    case = CASES[case]
+    case, fn = CASES[case], CASES[case].apply
     params = {"w": jnp.asarray(draw(*case.shape))}
     x = jnp.asarray(draw(*case.x, seed=5))
-
-    def fn(params, x):
-        return case.fn(params["w"], x)
-
     config = lora_jax.LoraConfig(rank=2, use_dora=dora)
     plan = lora_jax.plan_adapters(config, params, fn, x)
     assert list(plan.targets) == ["w"]

@@ -15,7 +15,7 @@ from lora_jax import peft
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan.target import TrainedLeaf, Use
 from tests.peft import support
-from tests.peft.support import GOLDEN, PREFIX, draw
+from tests.peft.support import GOLDEN, PREFIX, abstract, draw
 
 ROWS = {
     row["name"]: row
@@ -26,10 +26,9 @@ LAYER = "model/layers_0/self_attn/q_proj/kernel"
 
 def plan_of(shapes, axes=None, uses=(), **config):
     """A plan for weights of some shapes, and adapters without zeros."""
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
     axes = {path: "i" * (len(s) - 1) + "o" for path, s in shapes.items()} | (axes or {})
     fields = {"rank": 2, "alpha": 4, "targets": tuple(shapes), "axes": axes} | config
-    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(**fields), params)
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(**fields), abstract(shapes))
     if uses:
         plan = dataclasses.replace(plan, uses=FrozenDict(uses))
     return plan, adapters_of(plan)
@@ -110,8 +109,7 @@ def test_patterns_of_names_that_end_alike(tmp_path):
         name = path.replace("/", ".")
         assert config.rank_of(name) == plan.targets[path].rank
         assert config.scale_of(name) == plan.targets[path].scale
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
-    again = peft.load(tmp_path, params)
+    again = peft.load(tmp_path, abstract(shapes))
     support.same_updates(plan, again.plan, adapters, again.adapters)
 
 
@@ -200,54 +198,60 @@ def plans(draw):
     }  # fmt: skip
 
 
-@hypothesis.settings(
-    max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
-@hypothesis.given(drawn=plans())
+class Drawn:
+    """A drawn plan with adapters, and how to save and load it."""
+
+    def __init__(self, drawn, folder):
+        layout, paths, config = drawn
+        self.shapes = {path: KINDS[kind][0] for kind, path in paths.items()}
+        axes = {path: KINDS[kind][1] for kind, path in paths.items()}
+        self.plan, self.adapters = plan_of(self.shapes, axes, **config)
+        self.names = {named(kind)[1]: (path, axes[path]) for kind, path in paths.items()}
+        searched = {
+            name: value
+            for kind, (name, value) in zip(paths, self.names.items(), strict=True)
+            if kind == "experts_as_modules" or (kind in MOE and layout == "torch")
+        }
+        self.folder, self.options = folder, {"names": searched, "layout": layout}
+        self.params = abstract(self.shapes)
+
+    def save(self, adapters, plan, names, **options):
+        layout = self.options["layout"]
+        peft.save(self.folder, adapters, plan, names=names, layout=layout, **options)
+
+    def load(self, function=peft.load):
+        return function(self.folder, self.params, **self.options)
+
+
+def examples(test):
+    """Runs a test for 40 plans that are drawn."""
+    checks = [hypothesis.HealthCheck.function_scoped_fixture]
+    settings = hypothesis.settings(max_examples=40, suppress_health_check=checks)
+    return settings(hypothesis.given(drawn=plans())(test))
+
+
+@examples
 def test_what_is_saved_is_loaded(drawn, tmp_path):
-    layout, paths, config = drawn
-    shapes = {path: KINDS[kind][0] for kind, path in paths.items()}
-    axes = {path: KINDS[kind][1] for kind, path in paths.items()}
-    plan, adapters = plan_of(shapes, axes, **config)
-    names = {named(kind)[1]: (path, axes[path]) for kind, path in paths.items()}
-    peft.save(tmp_path, adapters, plan, names=names, layout=layout)
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
-    searched = {
-        name: value
-        for kind, (name, value) in zip(paths, names.items(), strict=True)
-        if kind == "experts_as_modules" or (kind in MOE and layout == "torch")
-    }
-    again = peft.load(tmp_path, params, names=searched, layout=layout)
-    support.same_updates(plan, again.plan, adapters, again.adapters)
-    table = peft.match_names(tmp_path, params, names=searched, layout=layout)
-    peft.save(tmp_path, again.adapters, again.plan, names=table, layout=layout)
-    third = peft.load(tmp_path, params, names=searched, layout=layout)
-    support.same_updates(plan, third.plan, adapters, third.adapters)
+    own = Drawn(drawn, tmp_path)
+    own.save(own.adapters, own.plan, own.names)
+    again = own.load()
+    support.same_updates(own.plan, again.plan, own.adapters, again.adapters)
+    own.save(again.adapters, again.plan, own.load(peft.match_names))
+    third = own.load()
+    support.same_updates(own.plan, third.plan, own.adapters, third.adapters)
 
 
-@hypothesis.settings(
-    max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
-@hypothesis.given(drawn=plans())
+@examples
 def test_uniform_files_have_one_rank_and_one_scale(drawn, tmp_path):
-    layout, paths, config = drawn
-    shapes = {path: KINDS[kind][0] for kind, path in paths.items()}
-    axes = {path: KINDS[kind][1] for kind, path in paths.items()}
-    plan, adapters = plan_of(shapes, axes, **config)
-    names = {named(kind)[1]: (path, axes[path]) for kind, path in paths.items()}
-    peft.save(tmp_path, adapters, plan, names=names, layout=layout, uniform=True)
+    own = Drawn(drawn, tmp_path)
+    adapters, plan = own.adapters, own.plan
+    own.save(adapters, plan, own.names, uniform=True)
     fields = support.read(tmp_path)[1]
     assert fields["rank_pattern"] == fields["alpha_pattern"] == {}
     assert fields["use_rslora"] is False
     assert fields["r"] == max(target.rank for target in plan.targets.values())
     assert isinstance(fields["lora_alpha"], int)
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
-    searched = {
-        name: value
-        for kind, (name, value) in zip(paths, names.items(), strict=True)
-        if kind == "experts_as_modules" or (kind in MOE and layout == "torch")
-    }
-    again = peft.load(tmp_path, params, names=searched, layout=layout)
+    again = own.load()
     for path, target in plan.targets.items():
         a, b = (np.asarray(adapters[path][n], np.float64) for n in "AB")
         # As a reader has it that knows one scale for all modules.
@@ -342,42 +346,34 @@ def test_dtypes_that_do_not_hold_the_values(tmp_path):
     peft.save(tmp_path, adapters | infinite, plan, dtype="float16")
 
 
-@pytest.mark.parametrize("ranks", [{}, {"*/up": 4}, {"*/down": 4}])
-def test_experts_of_different_ranks(ranks, tmp_path):
-    shapes = {"h/0/moe/up": (3, 5, 7), "h/0/moe/down": (3, 7, 5)}
+@pytest.mark.parametrize(
+    ("ranks", "n_in"),  # shapes or ranks tell the two apart
+    [({}, 7), ({"*/up": 4}, 7), ({"*/down": 4}, 7), ({"*/up": 4}, 5)],
+)
+def test_experts_of_different_ranks(ranks, n_in, tmp_path):
+    shapes = {"h/0/moe/up": (3, 5, 7), "h/0/moe/down": (3, n_in, 12 - n_in)}
     axes = dict.fromkeys(shapes, "bio")
     plan, adapters = plan_of(shapes, axes, rank_pattern=ranks, alpha_pattern={"*/up": 3})
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
+    params = abstract(shapes)
     for order in (("up", "down"), ("down", "up")):
         names = {f"h.0.moe.{name}": f"h/0/moe/{name}" for name in order}
         peft.save(tmp_path, adapters, plan, names=names)
         again = peft.load(tmp_path, params)
         support.same_updates(plan, again.plan, adapters, again.adapters)
         # The one that is registered first lies innermost.
-        written, n_in = keys(tmp_path)[0], {"up": 5, "down": 7}
+        written, inner = keys(tmp_path)[0], {"up": 5, "down": n_in}
         assert len(written) == 4
         for wrapped, name in zip((".base_layer", ""), order, strict=True):
-            shape = [3 * ranks.get(f"*/{name}", 2), n_in[name]]
+            shape = [3 * ranks.get(f"*/{name}", 2), inner[name]]
             assert written[f"{PREFIX}h.0.moe{wrapped}.lora_A.weight"][1] == shape
 
 
-def test_ranks_tell_experts_of_one_shape_apart(tmp_path):
-    shapes = dict.fromkeys(("moe/up", "moe/gate"), (3, 5, 7))
-    axes, ranks = dict.fromkeys(shapes, "bio"), {"moe/up": 4}
-    plan, adapters = plan_of(shapes, axes, rank_pattern=ranks)
-    names = {"moe.up": "moe/up", "moe.gate": "moe/gate"}
-    peft.save(tmp_path, adapters, plan, names=names)
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
-    again = peft.load(tmp_path, params)
-    support.same_updates(plan, again.plan, adapters, again.adapters)
-
-
 def test_replaced_leaves_there_and_back(tmp_path):
-    plan, adapters = plan_of(
-        {"h/q/kernel": (2, 5, 7), "up/kernel": (5, 7)}, {"h/q/kernel": "bio"}
-    )
+    own = {"h/q/kernel": (2, 5, 7), "up/kernel": (5, 7), "i/q/kernel": (5, 3, 7)}
+    plan, adapters = plan_of(own, {"h/q/kernel": "bio", "i/q/kernel": "ibo"})
     shapes = {
         "h/q/kernel": (2, 5, 7),
+        "i/q/kernel": (5, 3, 7),
         "h/q/bias": (2, 7),
         "h/norm/scale": (2, 5),
         "score/bias": (3,),
@@ -391,6 +387,7 @@ def test_replaced_leaves_there_and_back(tmp_path):
     replaced = {path: jnp.asarray(draw(*shape)) for path, shape in shapes.items()}
     names = {
         "h.{}.q": "h/q/kernel",
+        "i.{}.q": "i/q/kernel",
         "h.{}.norm": "h/norm/scale",
         "heads": ("heads/kernel", "ioo"),
     }
@@ -401,9 +398,11 @@ def test_replaced_leaves_there_and_back(tmp_path):
     assert config["bias"] == "lora_only"
     assert tensors[PREFIX + "up.base_layer.weight"].shape == (7, 5)
     assert tensors[PREFIX + "h.1.q.base_layer.bias"].shape == (7,)
+    for i in range(3):
+        got = tensors[f"{PREFIX}i.{i}.q.base_layer.weight"]
+        np.testing.assert_array_equal(got, replaced["i/q/kernel"][:, i].T)
     assert tensors[PREFIX + "conv.weight"].shape == (4, 2, 3, 3)
-    params = {p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()}
-    again = peft.load(tmp_path, params)
+    again = peft.load(tmp_path, abstract(shapes))
     assert again.replaced.keys() == replaced.keys()
     for path, want in replaced.items():
         np.testing.assert_array_equal(again.replaced[path], want, err_msg=path)
@@ -439,18 +438,6 @@ def test_the_word_for_biases(paths, bias, saved, tmp_path):
         peft.save(tmp_path, values, own, replaced=replaced)
 
 
-def test_weights_of_a_stack_that_is_not_in_front(tmp_path):
-    plan, adapters = plan_of({"h/q/kernel": (5, 3, 7)}, {"h/q/kernel": "ibo"})
-    weight = draw(5, 3, 7)
-    replaced = {"h/q/kernel": jnp.asarray(weight)}
-    names = {"h.{}.q": "h/q/kernel"}
-    peft.save(tmp_path, adapters, plan, names=names, replaced=replaced)
-    tensors, _ = support.read(tmp_path)
-    for i in range(3):
-        got = tensors[f"{PREFIX}h.{i}.q.base_layer.weight"]
-        np.testing.assert_array_equal(got, weight[:, i].T)
-
-
 def tied(path):
     roles = (("indexed", "kept"), ("kept", "contracted"))
     uses = (Use("gather", roles[0]), Use("dot_general", roles[1]))
@@ -477,6 +464,9 @@ def tied(path):
             "at 'tok/trained': .* called neither weight nor bias"),
         ({"q": (5, 7)}, {}, {"replaced": {"o/kernel": jnp.zeros((2, 3, 4))}},
             r"names=\{module: \(path, axes\)\}"),
+        ({"e/w": (3, 5, 7)}, {"e/w": "bio"},
+            {"names": {"e.w": "e/w"}, "replaced": {"e/w": jnp.zeros((3, 5, 7))}},
+            "cannot represent a full stack of experts"),
         ({"q": (5, 7)}, {}, {"layout": "flax"}, "layout must be"),
     ],
 )  # fmt: skip
@@ -506,13 +496,6 @@ def test_adapters_have_to_be_those_of_the_plan(tmp_path):
     shape = jax.ShapeDtypeStruct((5, 3), "float32")
     with pytest.raises(TypeError, match="the leaf has no values to write"):
         peft.save(tmp_path, adapters, plan, replaced={"head/kernel": shape})
-
-
-def test_stacks_of_experts_are_not_written_whole(tmp_path):
-    plan, adapters = plan_of({"e/w": (3, 5, 7)}, {"e/w": "bio"})
-    replaced = {"e/w": jnp.zeros((3, 5, 7))}
-    with pytest.raises(ValueError, match="cannot represent a full stack of experts"):
-        peft.save(tmp_path, adapters, plan, names={"e.w": "e/w"}, replaced=replaced)
 
 
 def test_sharded_adapters_are_written_whole(tmp_path):

@@ -40,6 +40,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "depth += ((text[i] == '[') - (text[i] == ']'))",
     ): "a depth of the other sign is zero at the same places",
     (
+        "lora_jax/plan/parts.py",
+        "return [as_text((*whole[0][:axis], entry, *whole[0][axis + 1 :]), shape)]",
+        "return [as_text((*whole[1][:axis], entry, *whole[0][axis + 1 :]), shape)]",
+    ): "the parts have the same entries along the other axes",
+    (
+        "lora_jax/plan/parts.py",
+        "return [as_text((*whole[0][:axis], entry, *whole[0][axis + 1 :]), shape)]",
+        "return [as_text((*whole[0][:axis], entry, *whole[1][axis + 1 :]), shape)]",
+    ): "the parts have the same entries along the other axes",
+    (
+        "lora_jax/plan/parts.py",
+        "if axis >= 0 and array.shape[place] != shape[axis]:",
+        "if (axis >= 0):",
+    ): "an axis that has its size already is padded with nothing",
+    (
         "lora_jax/quant/_arithmetic.py",
         "return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)",
         "return lax.reduce_precision(x, exponent_bits=9, mantissa_bits=7)",

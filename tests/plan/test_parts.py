@@ -18,6 +18,7 @@ SHAPE = (6, 8)
         "[ 4 : 6 ]": "[4:]",
         "[-2:]": "[4:]",
         "[-1]": "[5]",
+        "[-6]": "[0]",
         "[0:5:2]": "[::2]",
         "[1:4:2]": "[1:4:2]",
         "[3:5:2]": "[3:4]",
@@ -47,7 +48,11 @@ def test_a_part_has_one_way_of_writing(written, kept):
     sizes = [parts.count(entry) for entry in entries]
     spread = parts.spread(taken.reshape(sizes), (0, 1), entries, SHAPE, 0)
     np.testing.assert_array_equal(spread, np.where(changed <= 0, -changed, 0))
-    inside = np.broadcast_to(parts.mask(kept, SHAPE), SHAPE)
+    mask = parts.mask(kept, SHAPE)
+    assert mask.shape == tuple(
+        1 if n == size else size for n, size in zip(sizes, SHAPE, strict=True)
+    )
+    inside = np.broadcast_to(mask, SHAPE)
     np.testing.assert_array_equal(inside[1:], (changed < 0)[1:])
 
 
@@ -90,6 +95,40 @@ def test_what_is_no_part_of_a_weight(part, message):
 )
 def test_a_pattern_is_taken_apart(pattern, reading):
     assert parts.split(pattern) == reading
+
+
+@pytest.mark.parametrize(
+    ("alike", "one"),
+    [
+        (("[:2]", "[2:]"), [""]),
+        (("[1:,4:6]", "[1:,:2]"), ["[1:,[0,1,4,5]]"]),
+        (("[0,:4]", "[1:,4:]"), ["[0,:4]", "[1:,4:]"]),
+    ],
+)
+def test_parts_that_differ_along_one_axis_are_one(alike, one):
+    assert parts.joined(alike, SHAPE) == one
+
+
+@pytest.mark.parametrize(
+    ("pattern", "suffix", "shape", "matches"),
+    [
+        ("up", "[4:]", SHAPE, True),
+        ("*p[3:]", "[4:]", SHAPE, True),
+        ("up[3:]", "[4:]", None, False),
+        ("up[4:]", "[4:]", None, True),
+        ("up[5:]", "[4:]", SHAPE, False),
+        ("up[:, :, 0]", "[4:]", SHAPE, False),
+        ("w[4:]", "[4:]", SHAPE, False),
+        ("up[4:]", "", SHAPE, False),
+        ("up@lookup", "[4:]@lookup", SHAPE, True),
+        ("up@lookup", "[4:]@product", SHAPE, False),
+        ("up@lookup", "[4:]", SHAPE, False),
+        ("up[4:]", "[4:]@product", SHAPE, True),
+    ],
+)
+def test_a_pattern_matches_what_is_inside_of_its_part(pattern, suffix, shape, matches):
+    found = parts.first_match(["other", pattern], f"up{suffix}", suffix, shape)
+    assert found == (pattern if matches else None)
 
 
 PARAMS = {

@@ -79,7 +79,7 @@ SECTIONS = {
     "Training step, large model": Section(
         "bench_field",
         240,
-        ("--preset=large", "--rounds=10", PYTHON, "--only", *FIELD),
+        ("--preset=large", "--rounds=10", "--threads=0", PYTHON, "--only", *FIELD),
     ),
     "adapt against a model by hand, scanned": Section(
         "bench_transform",

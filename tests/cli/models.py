@@ -57,13 +57,11 @@ def write_base(folder, tensors, shards=1, **config):
 
 def make_factors(rank=3, seed=100, size=0.3, modules=LINEARS):
     """`{module: (A, B)}` as PEFT has them."""
-    return {
-        name: (
-            size * draw((rank, n_in), seed + 2 * i),
-            size * draw((n_out, rank), seed + 2 * i + 1),
-        )
-        for i, (name, (n_out, n_in)) in enumerate(modules.items())
-    }
+    factors = {}
+    for i, (name, (n_out, n_in)) in enumerate(modules.items()):
+        a, b = draw((rank, n_in), seed + 2 * i), draw((n_out, rank), seed + 2 * i + 1)
+        factors[name] = size * a, size * b
+    return factors
 
 
 def write_adapter(folder, factors, extra=None, **config):

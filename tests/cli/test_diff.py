@@ -142,11 +142,12 @@ def stacked(folder, factors):
     return folder
 
 
-LAYERS = {
-    f"model.layers.{i}.mlp.{name}": shape
-    for i in (0, 1)
-    for name, shape in (("up", (20, 12)), ("down", (12, 20)))
-}
+SHAPES = {"up": (20, 12), "down": (12, 20)}
+LAYERS = {f"model.layers.{i}.mlp.{n}": SHAPES[n] for i in (0, 1) for n in SHAPES}
+
+
+def wider(n, a, b):
+    return np.pad(a, ((0, n), (0, 0))), np.pad(b, ((0, 0), (0, n)))
 
 
 def other_form(form, factors):
@@ -155,21 +156,14 @@ def other_form(form, factors):
     if form == "folded":
         return {n: (a, 2 * b) for n, (a, b) in factors.items()}, {"lora_alpha": 3}
     if form == "turned":
-        turns = {name: rng.normal(size=(3, 3)) + 3 * np.eye(3) for name in factors}
-        return {
-            n: (turns[n] @ a, b @ np.linalg.inv(turns[n])) for n, (a, b) in factors.items()
-        }, {}
+        turn = rng.normal(size=(3, 3)) + 3 * np.eye(3)
+        back = np.linalg.inv(turn)
+        return {n: (turn @ a, b @ back) for n, (a, b) in factors.items()}, {}
     if form == "wider":
-        wide = {
-            n: (np.pad(a, ((0, 2), (0, 0))), np.pad(b, ((0, 0), (0, 2))))
-            for n, (a, b) in factors.items()
-        }
-        return wide, {"lora_alpha": 10}
+        return {name: wider(2, *own) for name, own in factors.items()}, {"lora_alpha": 10}
     if form == "patterns":
         name = "model.layers.1.mlp.up"
-        a, b = factors[name]
-        more = {name: (np.pad(a, ((0, 1), (0, 0))), np.pad(b, ((0, 0), (0, 1))))}
-        return factors | more, {
+        return factors | {name: wider(1, *factors[name])}, {
             "r": 3, "rank_pattern": {"layers.1.mlp.up": 4},
             "alpha_pattern": {"layers.1.mlp.up": 8},
         }  # fmt: skip
@@ -294,11 +288,8 @@ def test_parts_of_parts_and_uses(tmp_path, capsys):
     found = {x[0]: (x[-2], x[-1]) for x in lines if x and x[-2] in _EFFECTS}
     up = adapters["up[1:]"]["m"]
     share = np.linalg.norm(up[0]) / np.linalg.norm([2 * up[0], up[1]])
-    assert found == {
-        "up": ("magnitude", f"{share:.4g}"),
-        "table@product": ("update", "0.5"),
-        "bias": ("whole", "0.5"),
-    }
+    half = {"table@product": ("update", "0.5"), "bias": ("whole", "0.5")}
+    assert found == {"up": ("magnitude", f"{share:.4g}"), **half}
     # Of a column outside of the part nothing is known.
     models.write_own(b, params, targets=("up", "table"), **config)
     code, text = diff(capsys, a, b)

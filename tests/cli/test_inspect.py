@@ -60,12 +60,8 @@ def test_a_peft_adapter(tmp_path, capsys):
 def test_own_adapters(tmp_path, capsys):
     params = {"a": np.zeros((6, 5), "float32"), "b": np.zeros((4, 6, 5), "float32")}
     params |= {"bias": np.ones(5, "float32"), "qkv": np.zeros((3, 6, 5), "float32")}
-    config = {
-        "rank": 2,
-        "alpha": 3,
-        "rank_pattern": {"b[2:]": 4, "qkv": 1},
-        "train": "bias",
-    }
+    config = {"rank": 2, "alpha": 3, "train": "bias"}
+    config["rank_pattern"] = {"b[2:]": 4, "qkv": 1}
     config["targets"] = "a", "b", "qkv[0]", "qkv[2]@product"
     config["axes"] = dict.fromkeys(("b", "qkv"), "bio")
     adapters, plan = models.write_own(tmp_path / "own", params, **config)

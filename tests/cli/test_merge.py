@@ -231,17 +231,12 @@ def test_own_adapters_merge_as_those_of_peft(tmp_path, adapter, factors):
 def test_own_adapters_of_a_model_of_jax(tmp_path, capsys):
     tensors = models.make_tensors()
     base = models.write_base(tmp_path / "base", tensors)
-    params = {
-        f"body_{i}": np.zeros(shape[::-1], "float32")
-        for i, shape in enumerate(models.LINEARS.values())
-    }
+    shapes = enumerate(models.LINEARS.values())
+    params = {f"body_{i}": np.zeros(shape[::-1], "float32") for i, shape in shapes}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=3, alpha=6), params)
     names = dict(zip(models.LINEARS, params, strict=True))
     factors = models.make_factors()
-    adapters = {
-        names[name]: {"A": jnp.asarray(a.T), "B": jnp.asarray(b.T)}
-        for name, (a, b) in factors.items()
-    }
+    adapters = {names[n]: {"A": a.T, "B": b.T} for n, (a, b) in factors.items()}
     own, out = tmp_path / "own", tmp_path / "out"
     checkpoint.save_adapters(own, adapters, plan)
     refuse(capsys, base, own, out)
@@ -251,10 +246,8 @@ def test_own_adapters_of_a_model_of_jax(tmp_path, capsys):
 
 
 def test_names_and_layout_of_other_models(tmp_path, factors, capsys):
-    tensors = {
-        f"body/{i}/kernel": models.draw(shape[::-1], i)
-        for i, shape in enumerate(models.LINEARS.values())
-    }
+    shapes = enumerate(models.LINEARS.values())
+    tensors = {f"body/{i}/kernel": models.draw(shape[::-1], i) for i, shape in shapes}
     save_file(tensors, tmp_path / "base.safetensors")
     adapter = models.write_adapter(tmp_path / "adapter", factors)
     out = tmp_path / "out.safetensors"

@@ -34,11 +34,9 @@ def test_what_exists_is_replaced_only_if_asked(tmp_path, adapter, factors, capsy
 
 
 def contents(folder):
-    """What each file, link and empty directory of a folder is."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
+    """The files, links and empty directories of a folder, and what is in the files."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: p.read_bytes() if p.is_file() else None for name, p in paths.items()}
 
 
 def test_what_is_not_of_the_model_is_not_overwritten(tmp_path, adapter, factors):

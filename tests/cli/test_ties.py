@@ -162,17 +162,13 @@ def test_rows_of_a_tied_embedding(tmp_path):
 
 
 # Targets of this library, and the targets of each of the two arrays.
+LOOKUP, PRODUCT = f"{EMBEDDING}@lookup", f"{EMBEDDING}@product"
+FIRST, LAST = f"{EMBEDDING}[:4]", f"{EMBEDDING}[4:]@product"
 USES = {
-    (f"{EMBEDDING}@lookup",): ({f"{EMBEDDING}@lookup"}, set()),
-    (f"{EMBEDDING}@product",): (set(), {f"{EMBEDDING}@product"}),
-    (f"{EMBEDDING}@lookup", f"{EMBEDDING}[4:]@product"): (
-        {f"{EMBEDDING}@lookup"},
-        {f"{EMBEDDING}[4:]@product"},
-    ),
-    (f"{EMBEDDING}[:4]", f"{EMBEDDING}[4:]@product"): (
-        {f"{EMBEDDING}[:4]"},
-        {f"{EMBEDDING}[:4]", f"{EMBEDDING}[4:]@product"},
-    ),
+    (LOOKUP,): ({LOOKUP}, set()),
+    (PRODUCT,): (set(), {PRODUCT}),
+    (LOOKUP, LAST): ({LOOKUP}, {LAST}),
+    (FIRST, LAST): ({FIRST}, {FIRST, LAST}),
 }
 
 
@@ -191,10 +187,8 @@ def test_uses_of_this_library(tmp_path, targets, tied):
     assert set(got) == {*tensors, HEAD}
     for name, paths in zip((EMBEDDING, HEAD), USES[targets], strict=True):
         own = {name + plan.targets[p].part: p for p in paths}
-        whole = lora_jax.AdapterPlan(
-            plan.config,
-            {key: dataclasses.replace(plan.targets[p], use="") for key, p in own.items()},
-        )
+        every = {k: dataclasses.replace(plan.targets[p], use="") for k, p in own.items()}
+        whole = lora_jax.AdapterPlan(plan.config, every)
         values = {key: adapters[p] for key, p in own.items()}
         want = lora_jax.merge_adapters({name: table}, values, whole)[name]
         np.testing.assert_array_equal(got[name], want)
@@ -209,7 +203,7 @@ def test_a_converted_adapter_is_of_one_use(tmp_path, capsys, which):
     write_peft(peft, which)
     own = to_own(peft, base, tmp_path / "own")
     _, plan = lora_jax.load_adapters(own)
-    uses = {"embedding": f"{EMBEDDING}@lookup", "head": f"{EMBEDDING}@product"}
+    uses = {"embedding": LOOKUP, "head": PRODUCT}
     assert set(plan.targets) == {path for end, path in uses.items() if end in which}
     for name in ("peft", "own"):
         assert run(base, tmp_path / name, tmp_path / f"from {name}") == 0

@@ -339,17 +339,29 @@ def test_delta_has_the_dtype_of_the_factors():
 # ---------------------------------------------------------------------------- trees
 
 
-def test_tree_delta_replaces_adapters_and_nothing_else():
-    case, other = support.make_case("rows"), support.make_case("stacked", rank=2)
-    step = jnp.arange(3)
-    tree = {"q": case.adapter, "blocks": [other.adapter, None], "step": step, "name": "run"}
-    got = lora_jax.tree_lora_delta(tree, ALPHA)
-    np.testing.assert_array_equal(got["q"], lora_jax.lora_delta(case.adapter, ALPHA))
-    want = lora_jax.lora_delta(other.adapter, ALPHA)
-    np.testing.assert_array_equal(got["blocks"][0], want)
-    assert got["blocks"][1] is None
-    assert got["step"] is step
-    assert got["name"] == "run"
+@pytest.mark.parametrize(
+    "is_leaf",
+    [
+        None,
+        lambda node: isinstance(node, dict) and "A" in node,
+        lambda node: np.bool_(isinstance(node, dict) and "B" in node),
+        lambda node: node is None or isinstance(node, tuple),
+        lambda node: False,
+    ],
+    ids=["none", "adapters", "numpy_bool", "others", "nothing"],
+)
+def test_tree_delta_replaces_adapters_and_nothing_else(is_leaf):
+    adapter = support.make_case("rows").adapter
+    other = support.make_case("stacked", rank=2).adapter
+    tree = {"q": adapter, "layers": [{"k": other}, None], "step": jnp.ones(3), "name": "a"}
+    got = lora_jax.tree_lora_delta(tree, ALPHA, is_leaf=is_leaf)
+    deltas = [lora_jax.lora_delta(own, ALPHA) for own in (adapter, other)]
+    np.testing.assert_array_equal(got["q"], deltas[0])
+    np.testing.assert_array_equal(got["layers"][0]["k"], deltas[1])
+    assert (got["layers"][1], got["name"]) == (None, "a")
+    assert got["step"] is tree["step"]
+    alone = lora_jax.tree_lora_delta(adapter, ALPHA, is_leaf=is_leaf)
+    np.testing.assert_array_equal(alone, deltas[0])
 
 
 def test_tree_delta_leaves_the_users_leaves_alone():
@@ -359,33 +371,6 @@ def test_tree_delta_leaves_the_users_leaves_alone():
     got = lora_jax.tree_lora_delta(tree, is_leaf=lambda node: node is frozen)
     assert got["head"] is frozen
     assert got["q"].shape == (support.N_IN, support.N_OUT)
-
-
-@pytest.mark.parametrize(
-    "is_leaf",
-    [
-        lambda node: isinstance(node, dict) and "A" in node,
-        lambda node: np.bool_(isinstance(node, dict) and "B" in node),
-        lambda node: node is None or isinstance(node, tuple),
-        lambda node: False,
-    ],
-    ids=["adapters", "numpy_bool", "others", "nothing"],
-)
-def test_tree_delta_of_a_leaf_that_is_an_adapter(is_leaf):
-    adapter = support.make_case("rows").adapter
-    other = support.make_case("stacked", rank=2).adapter
-    tree = {"q": adapter, "layers": [{"k": other}, None], "step": 3}
-    got = lora_jax.tree_lora_delta(tree, ALPHA, is_leaf=is_leaf)
-    np.testing.assert_array_equal(got["q"], lora_jax.lora_delta(adapter, ALPHA))
-    np.testing.assert_array_equal(got["layers"][0]["k"], lora_jax.lora_delta(other, ALPHA))
-    assert (got["layers"][1], got["step"]) == (None, 3)
-
-
-def test_tree_delta_of_a_tree_that_is_one_adapter():
-    adapter = support.make_case("rows").adapter
-    for is_leaf in (None, lambda node: isinstance(node, dict)):
-        got = lora_jax.tree_lora_delta(adapter, ALPHA, is_leaf=is_leaf)
-        np.testing.assert_array_equal(got, lora_jax.lora_delta(adapter, ALPHA))
 
 
 def test_tree_delta_of_modules_that_are_named_like_factors():

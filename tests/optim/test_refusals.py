@@ -9,12 +9,8 @@ from lora_jax import optim
 from lora_jax.optim import _leaves
 from tests.optim import support
 
-TREE, ADAPTER, ADAM, SGD = (
-    support.tree(),
-    support.adapter(),
-    optax.adam(0.1),
-    optax.sgd(1.0),
-)
+TREE, ADAPTER = support.tree(), support.adapter()
+ADAM, SGD = optax.adam(0.1), optax.sgd(1.0)
 HEAD = {"head": {"kernel": jnp.ones((3, 2))}}
 RIEMANNIAN = optim.scale_by_riemannian()
 PLAN = lora_jax.plan_adapters(lora_jax.LoraConfig(), {"q": jnp.zeros((12, 9))})

@@ -131,10 +131,8 @@ def test_a_pattern_matches_what_is_inside_of_its_part(pattern, suffix, shape, ma
     assert found == (pattern if matches else None)
 
 
-PARAMS = {
-    "up": jax.ShapeDtypeStruct((6, 8, 8), "float32"),
-    "w1": jax.ShapeDtypeStruct((8, 8), "float32"),
-}
+SHAPES = {"up": (6, 8, 8), "w1": (8, 8)}
+PARAMS = {path: jax.ShapeDtypeStruct(own, "float32") for path, own in SHAPES.items()}
 
 
 def plan_of(targets, **options):
@@ -161,9 +159,8 @@ def plan_of(targets, **options):
     ],
 )
 def test_targets_of_a_config(targets, options, found):
-    options = dict(options)
-    options["axes"] = {"up": "bio"} if "up" in str(targets) else {}
-    config = lora_jax.LoraConfig(rank=2, targets=targets, **options)
+    axes = {"up": "bio"} if "up" in str(targets) else {}
+    config = lora_jax.LoraConfig(rank=2, targets=targets, axes=axes, **options)
     plan = lora_jax.plan_adapters(config, PARAMS)
     assert {path: target.rank for path, target in plan.targets.items()} == found
     assert lora_jax.AdapterPlan.from_json(plan.to_json()) == plan

@@ -78,11 +78,8 @@ def test_all_linear_leaves_out_what_is_added():
 
 
 def test_all_linear_is_what_matrix_products_use():
-    got = plan()
-    assert {path: t.axes for path, t in got.targets.items()} == {
-        "layers/q/kernel": "ioo",
-        "layers/o/kernel": "oi",
-    }
+    axes = {path: target.axes for path, target in plan().targets.items()}
+    assert axes == {"layers/q/kernel": "ioo", "layers/o/kernel": "oi"}
 
 
 def test_each_other_leaf_has_its_reason():
@@ -135,20 +132,12 @@ def test_patterns_choose_what_can_have_an_adapter():
 
 
 def test_numbers_of_a_target():
-    got = plan(
-        ("embed", "*/kernel"),
-        alpha=8.0,
-        rank_pattern={"*/q/*": 4, "*/kernel": 6},
-        alpha_pattern={"embed": 1.0},
-        dropout=0.5,
-        use_dora=True,
-    )
-    numbers = {path: (t.rank, t.scale) for path, t in got.targets.items()}
-    assert numbers == {
-        "embed": (2, 0.5),
-        "layers/q/kernel": (4, 2.0),
-        "layers/o/kernel": (6, 8.0 / 6),
-    }
+    options = {"rank_pattern": {"*/q/*": 4, "*/kernel": 6}, "alpha_pattern": {"embed": 1.0}}
+    options |= {"alpha": 8.0, "dropout": 0.5, "use_dora": True}
+    got = plan(("embed", "*/kernel"), **options)
+    numbers = [(path, t.rank, t.scale) for path, t in got.targets.items()]
+    kernels = ("layers/o/kernel", 6, 8.0 / 6), ("layers/q/kernel", 4, 2.0)
+    assert sorted(numbers) == [("embed", 2, 0.5), *kernels]
     assert {(t.method, t.dropout) for t in got.targets.values()} == {("dora", 0.5)}
 
 
@@ -240,11 +229,8 @@ def test_patterns_that_match_nothing(fields, message):
 def test_trained_leaves_are_not_adapted():
     got = plan(train=("*/bias", "layers/o/kernel", "layers/norm"))
     assert list(got.targets) == ["layers/q/kernel"]
-    assert {path: leaf.shape for path, leaf in got.trained.items()} == {
-        "layers/norm": (12,),
-        "layers/o/kernel": (9, 12),
-        "layers/q/bias": (2, 3),
-    }
+    shapes = {"layers/norm": (12,), "layers/o/kernel": (9, 12), "layers/q/bias": (2, 3)}
+    assert {path: leaf.shape for path, leaf in got.trained.items()} == shapes
     assert not got.trained.keys() & got.skipped.keys()
     assert "left out: 'layers/o/kernel'" not in str(got)
     # The patterns of exclude are about adapters.

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import optim
 from lora_jax.plan.target import TrainedLeaf
-from tests.support import count_traces, normal, set_mesh, x64
+from tests.support import by_path, count_traces, normal, set_mesh, x64
 from tests.transform.support import assert_same, check, merged, plan_of, trained
 
 TRAIN = ("*/bias", "norm/*", "head/*")
@@ -241,11 +241,7 @@ def test_params_that_are_not_those_of_the_plan():
     cases = (
         ({"norm": {"scale": jnp.ones(3)}}, ValueError, r"at 'norm/scale': the plan is for"),
         ({"norm": {}}, KeyError, "params lack weights that the plan trains: 'norm/scale'"),
-        (
-            quantized,
-            TypeError,
-            "at 'head/kernel': the plan trains this leaf, and it is qua",
-        ),
+        (quantized, TypeError, "at 'head/kernel': the plan trains this leaf, and it is q"),
     )
     for change, error, message in cases:
         with pytest.raises(error, match=message):
@@ -324,11 +320,7 @@ def test_values_are_sharded_as_their_leaves(kind):
         x = place(jnp.asarray(X), P())
         plan = plan_of(own_model, params, x, targets="up/kernel", train=TRAIN)
         adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
-        flat = jax.tree_util.tree_leaves_with_path(params)
-        shardings = {
-            jax.tree_util.keystr(keys, simple=True, separator="/"): leaf.sharding
-            for keys, leaf in flat
-        }
+        shardings = {path: leaf.sharding for path, leaf in by_path(params).items()}
         for path, leaf in plan.trained.items():
             value = adapters[path]["value"]
             assert value.sharding.is_equivalent_to(shardings[path], len(leaf.shape))
@@ -339,8 +331,7 @@ def test_values_are_sharded_as_their_leaves(kind):
             got = jax.jit(lora_jax.adapt(own_model, plan))(params, own, x)
             assert_same(jax.device_get(got), jax.device_get(want))
             whole = lora_jax.merge_adapters(params, own, plan)
-            for keys, leaf in jax.tree_util.tree_leaves_with_path(whole):
-                path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            for path, leaf in by_path(whole).items():
                 assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim)
 
 
@@ -349,7 +340,5 @@ def test_a_trained_leaf_of_a_hand_made_plan():
     leaves = {path: TrainedLeaf(leaf.shape) for path, leaf in plan.trained.items()}
     hand = lora_jax.AdapterPlan(plan.config, plan.targets, trained=leaves)
     assert hand == plan
-    assert lora_jax.count_parameters(params, hand) == (
-        plan.parameters,
-        plan.parameters + 8 * 16 + 16 + 16 + 48 + 3,
-    )
+    total = plan.parameters + 8 * 16 + 16 + 16 + 48 + 3
+    assert lora_jax.count_parameters(params, hand) == (plan.parameters, total)

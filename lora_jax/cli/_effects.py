@@ -5,7 +5,6 @@ One adapter can be stored in many ways: with other factors `A` and `B`, with the
 parts. All have the same update `scale * A @ B`.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -21,12 +20,11 @@ from lora_jax.peft.known import Known
 from lora_jax.peft.leaves import Places, Problems
 from lora_jax.peft.load import Loaded, assemble, find_places
 from lora_jax.peft.words import mask_numbers
-from lora_jax.plan import parts
+from lora_jax.plan import layout, parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
 # The rounding of a norm in float64.
 _ROUNDING = 1e-14
-_RANK = -1  # the axis of the rank, behind those of the weight
 
 Effect: TypeAlias = dict[str, np.ndarray]
 """The float64 arrays of an adapter, `A (*batch, in, rank)` and `B (*batch, rank, out)` with
@@ -123,35 +121,15 @@ def _by_leaf(side: _Side, uses: Collection[str]) -> dict[str, Effect]:
     found: dict[str, Effect] = {}
     for path, target in side.plan.targets.items():
         leaf = side.plan.leaf(path)
-        effect = _effect(_turned(_whole(side.adapters[path], target), target), target.scale)
+        adapter = side.adapters[path]
+        if target.part:  # the magnitude of a column outside of the part is not known
+            adapter, _ = layout.of_whole(adapter, target, magnitude=np.nan)
+        effect = _effect(_turned(adapter, target), target.scale)
         for use in parts.USES if leaf in uses else ("",):
             if not use or target.use in ("", use):
                 name = f"{leaf}@{use}" if use else leaf
                 found[name] = _sum(found[name], effect) if name in found else effect
     return found | side.others
-
-
-def _whole(adapter: Mapping[str, Any], target: Target) -> dict[str, np.ndarray]:
-    """The adapter of a part as one of the whole weight, with zeros outside of the part.
-
-    The magnitude outside is NaN: it is the norm of a column of the weight, not known here.
-    """
-    if not target.part:
-        return dict(adapter)
-    own = parts.entries(target.part, target.shape)
-    inside = {axis: list(parts.indices_of(entry)) for axis, entry in enumerate(own)}
-    inside[_RANK], shape = list(range(target.rank)), (*target.shape, target.rank)
-    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
-    sides = {"A": (batch, ins, (_RANK,)), "B": (batch, (_RANK,), outs), "m": (batch, outs)}
-    arrays = {}
-    for name, array in adapter.items():
-        axes = [axis for side in sides[name] for axis in side]
-        whole = np.full([shape[axis] for axis in axes], np.nan if name == "m" else 0.0)
-        index = [inside[axis] for axis in axes]
-        whole[np.ix_(*index)] = np.asarray(array).reshape([*map(len, index)])
-        folded = [math.prod(shape[axis] for axis in side) for side in sides[name][1:]]
-        arrays[name] = whole.reshape(*(shape[axis] for axis in batch), *folded)
-    return arrays
 
 
 def _turned(adapter: Mapping[str, Any], target: Target) -> Mapping[str, Any]:

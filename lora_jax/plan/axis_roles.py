@@ -194,8 +194,7 @@ def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
     """
     if all(_READS.get(side.role) == side.letter for side in sides):
         return target.axes if {side.letter for side in sides} == {"i", "o"} else None
-    found = {letter: {s.role for s in sides if s.letter == letter} for letter in "io"}
-    ins, outs = ({_READS.get(role) for role in found[letter]} for letter in "io")
+    ins, outs = ({_READS.get(s.role) for s in sides if s.letter == own} for own in "io")
     whole = ndim <= sum(size > 1 for size in target.shape)
     if "b" in ins | outs:
         if whole:

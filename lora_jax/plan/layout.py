@@ -69,11 +69,11 @@ def low_rank_matrix(
 
 
 def of_whole(
-    adapter: Mapping[str, jax.Array], target: Target
+    adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 1.0
 ) -> tuple[dict[str, jax.Array], Target]:
     """The adapter and target of the whole weight whose update is that of a part of it.
 
-    Factors are padded with zeros, and vectors of the outputs with ones.
+    Factors are padded with zeros, and vectors of the outputs with `magnitude`.
     """
     entries = parts.entries(target.part, target.shape)
     whole = dataclasses.replace(target, part="", use="", method="dora")
@@ -83,7 +83,7 @@ def of_whole(
 
     def padded(name: str, array: jax.Array) -> jax.Array:
         array = jnp.asarray(array).reshape([sizes[axis] for axis in axes[name]])
-        fill = float(name == "m")
+        fill = magnitude if name == "m" else 0.0
         array = parts.spread(array, axes[name], entries, target.shape, fill)
         return array.reshape(whole.adapter_shapes[name])
 

@@ -1,11 +1,9 @@
 """Checks of weights to quantize, and of arrays from files."""
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -33,7 +31,7 @@ def check_weight(weight: Any, batch_axes: Any) -> jax.Array:
             f"weight must be {', '.join(DTYPES)}, got {array.dtype}: quantization keeps at "
             "most 8 bits of each entry, so cast it with .astype('float32')."
         )
-    axes = as_integer("batch_axes", batch_axes)
+    axes = checks.as_index("batch_axes", batch_axes)
     if not 0 <= axes < max(array.ndim, 1):
         raise ValueError(
             f"batch_axes must be at least 0 and below {array.ndim}, the number of axes of "
@@ -77,32 +75,11 @@ def _count_not_finite(array: jax.Array) -> jax.Array:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Checks a positive integer and returns it as an `int`.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is not positive.
-    """
-    count = as_integer(name, value)
+    """Checks a positive integer and returns it as an `int`."""
+    count = checks.as_index(name, value)
     if count < 1:
         raise ValueError(f"{name} must be a positive integer, got {count}.")
     return count
-
-
-def as_integer(name: str, value: Any) -> int:
-    """Converts an integer of any type to an `int`.
-
-    Raises:
-        TypeError: if it is not an integer.
-    """
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, got {value!r} ({type(value).__name__})."
-        ) from None
 
 
 def check_weight_dtype(name: Any) -> None:

@@ -292,7 +292,7 @@ def _check_settings(block: Any, nested: Any, codec: Any) -> tuple[int, int | Non
 
 
 def _check_rows(row_axes: Any, entry: tuple[int, ...], block: int) -> None:
-    if inputs.as_integer("row_axes", row_axes) < 0:
+    if checks.as_index("row_axes", row_axes) < 0:
         raise ValueError(f"row_axes must be at least 0, got {row_axes}.")
     rest = math.prod(entry[row_axes:])
     if row_axes and (row_axes >= len(entry) or rest % block):

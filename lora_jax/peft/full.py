@@ -184,42 +184,6 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
     return ways[0]
 
 
-def put_full(
-    replaced: "Replaced",
-    checkpoint: Checkpoint,
-    sites: Mapping[str, Site],
-    problems: Problems,
-    on_tied: OnTied,
-) -> set[str]:
-    """Puts the full arrays of a checkpoint, and then the rows of embeddings.
-
-    `sites` are of its adapters.
-
-    Returns:
-        The modules whose adapters are left out, because another array has their leaf.
-    """
-    places = replaced.places
-    config, read = checkpoint.config, checkpoint.arrays.read
-    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
-    arrays = without_twins(places, without_frozen(places, sites, arrays))
-    full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
-    if on_tied == "error":
-        twins = checkpoint.entries.wholes.keys() - arrays.keys()
-        wrong = tied_arrays(places, full, twins, config)
-        problems.lines += wrong.values()
-        full = {name: site for name, site in full.items() if name not in wrong}
-    for name, site in full.items():
-        with problems.collecting():
-            replaced.put(site, arrays[name])
-    rows: dict[str, str] = {}
-    for name, key in checkpoint.entries.tokens.items():
-        with problems.collecting():
-            rows[name] = _put_rows(replaced, name, read(key), config)
-    twice = shared_leaves(sites.values(), full.values(), rows)
-    problems.lines += twice.values()
-    return {*twice}
-
-
 def check_whole(site: Site, why: str) -> None:
     """Raises for a module that is a part of a leaf, if values of the leaf would change."""
     if site.part:
@@ -340,6 +304,42 @@ def add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> 
     wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
     update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
     replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
+
+
+def put_full(
+    replaced: Replaced,
+    checkpoint: Checkpoint,
+    sites: Mapping[str, Site],
+    problems: Problems,
+    on_tied: OnTied,
+) -> set[str]:
+    """Puts the full arrays of a checkpoint, and then the rows of embeddings.
+
+    `sites` are of its adapters.
+
+    Returns:
+        The modules whose adapters are left out, because another array has their leaf.
+    """
+    places = replaced.places
+    config, read = checkpoint.config, checkpoint.arrays.read
+    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
+    arrays = without_twins(places, without_frozen(places, sites, arrays))
+    full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
+    if on_tied == "error":
+        twins = checkpoint.entries.wholes.keys() - arrays.keys()
+        wrong = tied_arrays(places, full, twins, config)
+        problems.lines += wrong.values()
+        full = {name: site for name, site in full.items() if name not in wrong}
+    for name, site in full.items():
+        with problems.collecting():
+            replaced.put(site, arrays[name])
+    rows: dict[str, str] = {}
+    for name, key in checkpoint.entries.tokens.items():
+        with problems.collecting():
+            rows[name] = _put_rows(replaced, name, read(key), config)
+    twice = shared_leaves(sites.values(), full.values(), rows)
+    problems.lines += twice.values()
+    return {*twice}
 
 
 def _put_rows(replaced: Replaced, module: str, rows: np.ndarray, config: PeftConfig) -> str:

@@ -56,6 +56,11 @@ class Module:
     experts: int = 0
 
     @property
+    def model_name(self) -> str:
+        """The name without the layers that PEFT puts around modules."""
+        return without_wrapper(self.name)
+
+    @property
     def rank(self) -> int:
         """The rank of the factors."""
         rank = self.shapes["A"][0]

@@ -131,7 +131,7 @@ def readings(
 
     def letters_of(_: Index, own: tuple[int, ...]) -> list[str]:
         straight, turned = (_first_fit(own, kind, dims, t) for t in (False, True))
-        if layout == "jax" or (layout == "torch" and kind == "embedding"):
+        if layout == "jax":
             return straight
         if layout == "turned" or kind == "convolution":
             return turned

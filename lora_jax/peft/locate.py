@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.keys import Module, Parameters, nesting
 from lora_jax.peft.known import agrees
 from lora_jax.peft.layout import (
     SWAPPED,
@@ -204,7 +204,7 @@ def _one_reading(places: Places, claims: list[Claim]) -> Reading:
 
 
 def _find_module(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
-    name = without_wrapper(module.name)
+    name = module.model_name
     given = places.given(name)
     if given is not None:
         return _find_given(places, module, given, name, fan_in_fan_out)
@@ -273,7 +273,7 @@ def _find_given(
 ) -> Claim:
     """The claim to the leaf that the caller gave."""
     read = _reader(places, module, name, fan_in_fan_out, given)
-    claim = given_claim(given, without_wrapper(module.name), read)
+    claim = given_claim(given, module.model_name, read)
     if claim is None:
         indices = tuple(number for _, number in given.numbers)
         axes = f", with the axes {given.axes!r}" if given.axes is not None else ""

@@ -16,7 +16,7 @@ from lora_jax._io import processes
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig, saved_in
-from lora_jax.peft.keys import Kind, Module, Parameters, without_wrapper
+from lora_jax.peft.keys import Kind, Module, Parameters
 from lora_jax.peft.layout import SWAPPED, Site, from_torch, same_bits
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.rules import Rules
@@ -46,7 +46,7 @@ _WITH_A_HEAD = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 def check_module(module: Module, rules: Rules) -> None:
     """Raises if PEFT would not load the adapter of a module with a config, or change it."""
-    config, name = rules.config, without_wrapper(module.name)
+    config, name = rules.config, module.model_name
     inside = module.name.rpartition(".base_layer.")[0]  # of torch.nn.MultiheadAttention
     targeted = rules.choose_by_name and module.kind != "experts"
     if targeted and not any(rules.matched(each) for each in (name, inside) if each):

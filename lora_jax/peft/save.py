@@ -119,7 +119,7 @@ def save(
         if uniform:
             arrays, own = _uniform(arrays, own, dtype)
         config, tensors = make_files(
-            arrays, own, names, layout, wholes | held[1], base_model, task_type, dtype
+            arrays, own, names, layout, {**wholes, **held[1]}, base_model, task_type, dtype
         )
         _warn_of_patterns(config)
         folder = pathlib.Path(directory)

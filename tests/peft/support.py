@@ -74,6 +74,12 @@ def check(got, want, case=None, rtol=1e-5):
     assert error <= bound * max(1.0, np.abs(want).max()), f"off by {error:.3g}"
 
 
+def reference_rows():
+    """The entries and the config of each kind of adapter that PEFT wrote, by name."""
+    text = (GOLDEN / "peft_json" / "checkpoint_keys.json").read_text()
+    return {row["name"]: row for row in json.loads(text)}
+
+
 def cases(suite):
     """The golden cases of a suite that are read from checkpoints."""
     manifest = json.loads((GOLDEN / "manifest.json").read_text())

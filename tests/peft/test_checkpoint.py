@@ -123,25 +123,23 @@ def test_half_written_configs_are_not_read(tmp_path, monkeypatch):
         peft.load(tmp_path, PARAMS)
 
 
-def test_the_same_config_is_never_away(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("alpha", "renamed"), [(8.0, [TENSORS, CONFIG]), (100.0, [".old", TENSORS, CONFIG])]
+)
+def test_both_are_on_the_disk_before_either_has_its_name(
+    alpha, renamed, tmp_path, monkeypatch
+):
+    """A config that stays the same is never away."""
     save(tmp_path, 1.0)
-    events, real = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: events.append(b) or real(a, b))
-    save(tmp_path, 3.0)
-    assert [path.name for path in events] == [TENSORS, CONFIG]
-    assert numbers(tmp_path) == ({3.0}, {2.0})
-
-
-def test_both_are_on_the_disk_before_either_has_its_name(tmp_path, monkeypatch):
-    save(tmp_path, 1.0)
-    events = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, name=name, real=real: events.append(name) or real(*a)
-        )
-    save(tmp_path, 2.0, 100.0)
-    assert events == ["fsync"] * 2 + ["replace"] * 3 + ["fsync"]
+    events, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("sync") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(b.name) or replace(a, b))
+    save(tmp_path, 3.0, alpha)
+    assert [event[:4] for event in (*events[:2], *events[-1:])] == ["sync"] * 3
+    assert len(events) == 3 + len(renamed)
+    for event, name in zip(events[2:-1], renamed, strict=True):
+        assert name in event
+    assert numbers(tmp_path) == ({3.0}, {alpha / 4})
 
 
 def test_files_of_two_adapters_are_refused(tmp_path):

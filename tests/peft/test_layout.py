@@ -65,6 +65,7 @@ def test_a_stack_of_modules(shape, kind, dims, count, axes):
         ((12, 6), "oi", LINEAR, 0, True),
         ((12, 6), "io", LINEAR, 0, False),
         ((12, 6), "oii", LINEAR, 0, False),
+        ((4, 12, 6), "oi", LINEAR, 1, False),
         ((4, 12, 6), "boi", LINEAR, 1, True),
         ((4, 12, 6), "boi", LINEAR, 0, False),
         ((12, 2, 3), "oii", LINEAR, 0, True),

@@ -355,11 +355,6 @@ def test_arguments(args, options, error, message, tmp_path):
     params = {"q": jnp.zeros((5, 7))}
     with pytest.raises(error, match=message):
         peft.load(folder, params, *args, **options)
-
-
-def test_a_plan_and_a_function(tmp_path):
-    folder = write(tmp_path, linear("q", 5, 7, 2), r=2, target_modules=["q"])
-    params = {"q": jnp.zeros((5, 7))}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
     with pytest.raises(TypeError, match=r"both fn and plan show the axes"):
         peft.load(folder, params, lambda params: params, plan=plan)

@@ -1,6 +1,5 @@
 """What `load` makes of checkpoints that are written by hand."""
 
-import json
 import logging
 import re
 import warnings
@@ -15,13 +14,10 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import names as module_names
 from lora_jax.peft import words
 from tests.peft import support
-from tests.peft.support import GOLDEN, abstract, draw, linear, update_of, write
+from tests.peft.support import abstract, draw, linear, update_of, write
 from tests.support import x64
 
-ROWS = {
-    row["name"]: row
-    for row in json.loads((GOLDEN / "peft_json" / "checkpoint_keys.json").read_text())
-}
+ROWS = support.reference_rows()
 # A model for each row, in torch's layout, and what is to be adapted in it.
 TORCH = {
     "dora": {"model.layers.0.self_attn.q_proj.weight": (32, 32)},

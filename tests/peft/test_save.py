@@ -15,12 +15,9 @@ from lora_jax import peft
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan.target import TrainedLeaf, Use
 from tests.peft import support
-from tests.peft.support import GOLDEN, PREFIX, abstract, draw
+from tests.peft.support import PREFIX, abstract, draw
 
-ROWS = {
-    row["name"]: row
-    for row in json.loads((GOLDEN / "peft_json" / "checkpoint_keys.json").read_text())
-}
+ROWS = support.reference_rows()
 LAYER = "model/layers_0/self_attn/q_proj/kernel"
 
 

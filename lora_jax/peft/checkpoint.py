@@ -132,8 +132,12 @@ def new_checkpoint(
     where: str, config: PeftConfig, arrays: Readable, entries: Mapping[str, Any]
 ) -> Checkpoint:
     """Makes a checkpoint of arrays. `entries` has an object with the shape of each."""
-    shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
-    return Checkpoint(where, config, arrays, sort_checked(where, config, shapes))
+    own = sort_entries(where, {name: tuple(each.shape) for name, each in entries.items()})
+    if not any(own):
+        raise CheckpointError(f"{where} has no entries: the adapter would change nothing.")
+    parameters = config.target_parameters or ()
+    modules = as_experts(where, own.modules, parameters, config.rank_of)
+    return Checkpoint(where, config, arrays, own._replace(modules=modules))
 
 
 def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], TensorFile]:
@@ -276,16 +280,3 @@ def check_dtypes(where: str, arrays: Mapping[str, Any]) -> None:
                 f"{where}: the entry {name!r} is {dtype or type(array).__name__}, and must "
                 "be an array, floating point of at least 16 bits."
             )
-
-
-def sort_checked(
-    where: str, config: PeftConfig, shapes: dict[str, tuple[int, ...]]
-) -> Entries:
-    """Sorts the entries of a checkpoint, and marks the parameters of experts."""
-    entries = sort_entries(where, shapes)
-    if not any(entries):
-        raise CheckpointError(f"{where} has no entries: the adapter would change nothing.")
-    marked = as_experts(
-        where, entries.modules, config.target_parameters or (), config.rank_of
-    )
-    return entries._replace(modules=marked)

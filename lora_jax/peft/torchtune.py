@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtypes, sort_checked
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtypes
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import PREFIX, Module, sort_entries
 from lora_jax.peft.layout import Layout
@@ -103,9 +103,9 @@ def load_torchtune(
             raise ValueError(f"{name} must be a positive integer, got {count!r}.")
     where, arrays = _opened(source)
     state = _State(where, arrays, heads, model)
-    shapes = {key: state.shape(key) for key in state.keys}
-    check_dtypes(where, {name: arrays[name] for name in arrays})
-    modules = sort_entries(where, shapes).modules
+    check_dtypes(where, arrays)
+    entries = sort_entries(where, {key: state.shape(key) for key in state.keys})
+    modules = entries.modules
     if model == "hf":
         _check_heads(where, modules, heads)
     ranks = {module.rank for module in modules.values()}
@@ -119,7 +119,7 @@ def load_torchtune(
         target_modules=tuple(modules),
         use_dora=any("m" in module.shapes for module in modules.values()),
     )
-    checkpoint = Checkpoint(where, config, state, sort_checked(where, config, shapes))
+    checkpoint = Checkpoint(where, config, state, entries)
     places = make_places(params, fn, args, plan, names, layout)
     placement = find_places(checkpoint, places, on_tied=on_tied)
     if config.use_dora:

@@ -11,25 +11,36 @@ from lora_jax.peft.keys import (
 )
 
 P = "base_model.model."
-PAIR = {"q__lora_A__weight": (2, 5), "q__lora_B__weight": (7, 2)}
+# Suffixes of entries by the names of this test.
+SUFFIXES = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "m": "lora_magnitude_vector",
+    "old_m": "lora_magnitude_vector.weight",
+    "EA": "lora_embedding_A",
+    "EB": "lora_embedding_B",
+    "old_EA": "lora_embedding_A.weight",
+    "old_EB": "lora_embedding_B.weight",
+    "rows": "token_adapter.trainable_tokens_delta",
+}
 
 
-def sort(**shapes):
-    return sort_entries(
-        "the file", {P + k.replace("__", "."): v for k, v in shapes.items()}
-    )
+def sort(**modules):
+    """Sorts entries: for each module its shapes by suffix."""
+    shapes = {
+        f"{P}{module}.{SUFFIXES.get(suffix, suffix)}": shape
+        for module, own in modules.items()
+        for suffix, shape in own.items()
+    }
+    return sort_entries("the file", shapes)
 
 
 def test_kinds_and_sizes():
     modules = sort(
-        q__lora_A__weight=(2, 5),
-        q__lora_B__weight=(7, 2),
-        q__lora_B__bias=(7,),
-        tok__lora_embedding_A=(2, 11),
-        tok__lora_embedding_B=(3, 2),
-        conv__lora_A__weight=(2, 4, 3, 5),
-        conv__lora_B__weight=(6, 2, 1, 1),
-        conv__lora_magnitude_vector=(1, 6, 1, 1),
+        q={"A": (2, 5), "B": (7, 2), "bias": (7,)},
+        tok={"EA": (2, 11), "EB": (3, 2)},
+        conv={"A": (2, 4, 3, 5), "B": (6, 2, 1, 1), "m": (1, 6, 1, 1)},
     ).modules
     kinds = {name: (m.kind, m.dims, m.rank) for name, m in modules.items()}
     assert kinds == {
@@ -38,23 +49,13 @@ def test_kinds_and_sizes():
         "conv": ("convolution", Dims(4, 6, (3, 5)), 2),
     }
     assert modules["q"].keys["B_bias"] == P + "q.lora_B.bias"
-
-
-def test_names_that_older_versions_wrote():
-    modules = sort(
-        tok__lora_embedding_A__weight=(2, 11),
-        tok__lora_embedding_B__weight=(3, 2),
-        tok__lora_magnitude_vector__weight=(3,),
-    ).modules
-    assert modules["tok"].shapes == {"A": (2, 11), "B": (3, 2), "m": (3,)}
+    older = sort(tok={"old_EA": (2, 11), "old_EB": (3, 2), "old_m": (3,)}).modules
+    assert older["tok"].shapes == {"A": (2, 11), "B": (3, 2), "m": (3,)}
 
 
 def test_what_is_whole_and_what_is_rows():
-    entries = sort(
-        head__weight=(3, 4),
-        q__base_layer__bias=(3,),
-        emb__token_adapter__trainable_tokens_delta=(2, 4),
-    )
+    wholes = {"head": {"weight": (3, 4)}, "q": {"base_layer.bias": (3,)}}
+    entries = sort(**wholes, emb={"rows": (2, 4)})
     assert entries.wholes == {
         "head.weight": P + "head.weight",
         "q.bias": P + "q.base_layer.bias",
@@ -65,62 +66,39 @@ def test_what_is_whole_and_what_is_rows():
 
 def test_only_whole_words_are_wrappers():
     assert without_wrapper("a.base_layer.base_layer.b") == "a.b"
-    assert (
-        without_wrapper("a.base_layers.0.base_layer_norm")
-        == "a.base_layers.0.base_layer_norm"
-    )
+    other = "a.base_layers.0.base_layer_norm"
+    assert without_wrapper(other) == other
     assert nesting("a.experts.base_layer.base_layer") == ("a.experts", 2)
     assert nesting("a.base_layer.b") == ("a.base_layer.b", 0)
+
+
+INCOMPLETE, UNFIT = "'q' must have one lora_A and one lora_B", "do not fit each other"
+UNKNOWN, SIZE = "kind of the entry .* is not known", r"must have the shape \(7,\)"
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"q__lora_A__weight": (2, 5)}, "'q' must have one lora_A and one lora_B"),
-        ({"q__lora_magnitude_vector": (5,)}, "must have one lora_A and one lora_B"),
-        (
-            {"q__lora_embedding_A": (2, 5), "q__lora_B__weight": (3, 2)},
-            "must have one lora_A and one lora_B",
-        ),
-        (
-            {"q__lora_A__weight": (2, 5), "q__lora_B__weight": (7, 3)},
-            "do not fit each other",
-        ),
-        ({"q__lora_A__weight": (2,), "q__lora_B__weight": (7, 2)}, "do not fit each other"),
-        (
-            {"q__lora_A__weight": (0, 5), "q__lora_B__weight": (7, 0)},
-            "do not fit each other",
-        ),
-        (
-            {"q__lora_A__weight": (2, 5, 3), "q__lora_B__weight": (7, 2, 3)},
-            "do not fit each other",
-        ),
-        (
-            {"q__lora_embedding_A": (2, 5, 3), "q__lora_embedding_B": (7, 2, 1)},
-            "do not fit each other",
-        ),
-        ({"q__lora_diag": (2,)}, "kind of the entry .* is not known"),
-        ({"q__lora_A__default__weight": (2, 5)}, "kind of the entry .* is not known"),
-        ({"q__bias": (2,), "q__base_layer__bias": (2,)}, "are the same"),
-        (
-            {"q__lora_magnitude_vector": (2,), "q__lora_magnitude_vector__weight": (2,)},
-            "are the same",
-        ),
-        (PAIR | {"q__lora_magnitude_vector": (5,)}, r"must have the shape \(7,\)"),
-        (PAIR | {"q__lora_B__bias": (1, 7)}, r"must have the shape \(7,\)"),
-        (
-            {
-                "q__lora_embedding_A": (2, 5),
-                "q__lora_embedding_B": (7, 2),
-                "q__lora_B__bias": (7,),
-            },
-            "bias of an embedding",
-        ),
+        ({"A": (2, 5)}, INCOMPLETE),
+        ({"m": (5,)}, INCOMPLETE),
+        ({"EA": (2, 5), "B": (3, 2)}, INCOMPLETE),
+        ({"A": (2, 5), "B": (7, 3)}, UNFIT),
+        ({"A": (2,), "B": (7, 2)}, UNFIT),
+        ({"A": (0, 5), "B": (7, 0)}, UNFIT),
+        ({"A": (2, 5, 3), "B": (7, 2, 3)}, UNFIT),
+        ({"EA": (2, 5, 3), "EB": (7, 2, 1)}, UNFIT),
+        ({"lora_diag": (2,)}, UNKNOWN),
+        ({"lora_A.default.weight": (2, 5)}, UNKNOWN),
+        ({"weight": (2,), "base_layer.weight": (2,)}, "are the same"),
+        ({"m": (2,), "old_m": (2,)}, "are the same"),
+        ({"A": (2, 5), "B": (7, 2), "m": (5,)}, SIZE),
+        ({"A": (2, 5), "B": (7, 2), "bias": (1, 7)}, SIZE),
+        ({"EA": (2, 5), "EB": (7, 2), "bias": (7,)}, "bias of an embedding"),
     ],
 )
 def test_entries_that_do_not_fit(shapes, message):
     with pytest.raises(CheckpointError, match=message):
-        sort(**shapes)
+        sort(q=shapes)
 
 
 def test_a_prefix_is_needed():

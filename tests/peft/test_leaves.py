@@ -335,8 +335,12 @@ def test_a_square_head_lies_as_the_function_uses_it(tmp_path):
             y = jnp.einsum(equation, x, params["score"]["weight"])
             return y, x @ params["q"]["kernel"]
 
-        loaded = peft.load(folder, params, apply, jnp.zeros((2, 5)))
-        np.testing.assert_array_equal(loaded.replaced["score/weight"], want)
+        names = {"score": ("score/weight", equation[3:5])}
+        for loaded in (
+            peft.load(folder, params, apply, jnp.zeros((2, 5))),
+            peft.load(folder, params, names=names),
+        ):
+            np.testing.assert_array_equal(loaded.replaced["score/weight"], want)
 
 
 @pytest.mark.parametrize(

@@ -159,15 +159,12 @@ def test_why_nothing_matches(fields, match):
         match_modules(fields, MODULES)
 
 
-def test_there_is_nothing_to_match():
-    with pytest.raises(ValueError, match="modules is empty"):
-        match_modules({"target_modules": ["q"]}, {})
-    with pytest.raises(ValueError, match="no Linear or Conv1D besides a head"):
-        all_linear({"embed": "Embedding", "lm_head": "Linear"})
-
-
 def test_wrong_arguments():
     fields = {"target_modules": ["q"]}
+    with pytest.raises(ValueError, match="modules is empty"):
+        match_modules(fields, {})
+    with pytest.raises(ValueError, match="no Linear or Conv1D besides a head"):
+        all_linear({"embed": "Embedding", "lm_head": "Linear"})
     with pytest.raises(TypeError, match=r"modules must be a dict .* got list"):
         match_modules(fields, ["q"])
     with pytest.raises(TypeError, match="got the entry 'q': 3"):

@@ -91,6 +91,8 @@ def test_what_is_no_part_of_a_weight(part, message):
         "re:up[4:]": ("re:up[4:]", "", ""),
         "re:.*table@lookup": ("re:.*table", "", "lookup"),
         "[4]": ("[4]", "", ""),
+        "w[4:]": ("w", "[4:]", ""),
+        "lookup": ("lookup", "", ""),
     }.items(),
 )
 def test_a_pattern_is_taken_apart(pattern, reading):

@@ -11,6 +11,8 @@ import pytest
 from jax import lax
 
 import lora_jax
+from lora_jax.lowrank import weight_norms
+from lora_jax.transform import _norms
 from tests.programs import equations
 from tests.support import count_traces, normal, optimizations, x64
 from tests.transform.cases import block
@@ -893,6 +895,20 @@ def test_nested_dropout_leaves_the_norms_alone():
     own[1]["w"]["m"] = lora_jax.adapted_column_norms(first, own[1], inner)["w"]
     got, want = function(params, *own, x), dropped(params, own[0], x)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("mapped", [None, "left", "right", "columns", "out"])
+def test_shapes_show_which_norms_are_mapped(mapped, axis):
+    kept, left = (10, (3, 12, 4)) if axis == -2 else (12, (3, 4, 10))
+    shapes = {"weight": (3, 12, 10), "left": left, "right": (3, 4, kept)}
+    shapes |= {"columns": (3, kept), "out": (3, kept)}
+    if mapped:
+        shapes[mapped] = (2, *shapes[mapped])
+    out = shapes.pop("out")
+    arrays = {name: jax.ShapeDtypeStruct(shape, "f4") for name, shape in shapes.items()}
+    is_matrix = _norms._is_matrix(weight_norms.Matrix(**arrays), axis, out)
+    assert is_matrix == (mapped is None)
 
 
 def test_norms_of_weights_of_one_shape_are_one_function():

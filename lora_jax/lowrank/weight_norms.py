@@ -47,7 +47,7 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
     return lax.select(safe < 0, lax.full_like(safe, 1), magnitude / safe)
 
 
-def weight_norm_squared(weight: jax.Array, axis: int) -> jax.Array:
+def weight_norm_squared(weight: jax.Array, axis: Axis) -> jax.Array:
     """`|W|^2` over `axis`, wide. No wide copy of a 16-bit weight is kept."""
     return jnp.sum(jnp.square(_wide(weight)), axis=axis)
 
@@ -70,7 +70,7 @@ def norm(matrix: "Matrix", squares: jax.Array | None, axis: int) -> jax.Array:
         axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
     """
     if squares is None:
-        squares = weight_norm_squared(matrix.weight, axis)
+        squares = _weight_squares(matrix, axis)
     squares = jnp.asarray(squares, numerics.accumulation_dtype(matrix.weight.dtype))
     return _norm(matrix, lax.stop_gradient(squares), axis).value
 
@@ -79,7 +79,8 @@ class Matrix(NamedTuple):
     """The matrix `columns * weight + scale * left @ right`, whose norms are computed.
 
     Attributes:
-        weight: `(*batch, in, out)`, or a pair of arrays that are added.
+        weight: `(*batch, in, out)`, or a pair of arrays that are added. With factors, both
+            ends may be several axes, which a mesh may split: they are not folded here.
         left: the factor with the summed axis, at the same position as in the weight:
             `(*batch, in, rank)` for the norms of columns, `(*batch, rank, out)` for those
             of rows. Wide. None if there are no factors.
@@ -94,6 +95,27 @@ class Matrix(NamedTuple):
     scale: Any = None
     columns: Any = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return jax.tree.leaves(self.weight)[0].shape
+
+    def axes(self, axis: Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the weight that are summed over, and those that are folded to `kept`.
+
+        Without factors nothing is folded.
+        """
+        end = len(self.shape)
+        if self.left is None or self.right is None:
+            summed = axis if isinstance(axis, tuple) else (axis,)
+            return tuple(own % end for own in summed), ()
+        start = self.right.ndim - 2
+        size = self.left.shape[-2] if axis == -2 else self.right.shape[-1]
+        middles = range(start + 1, end)
+        middle = next(i for i in middles if math.prod(self.shape[start:i]) == size)
+        first, last = tuple(range(start, middle)), tuple(range(middle, end))
+        return (first, last) if axis == -2 else (last, first)
+
 
 def sides(
     a: jax.Array, b: jax.Array, axis: int, *dtypes: Any
@@ -107,7 +129,27 @@ def sides(
 def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
     """The norms of a matrix over `axis`, `(*batch, kept)`, without a gradient."""
     matrix = lax.stop_gradient(matrix)
-    return _norms(matrix, weight_norm_squared(matrix.weight, axis), axis).value
+    return _norms(matrix, _weight_squares(matrix, axis), axis).value
+
+
+def _weight_squares(matrix: Matrix, axis: int) -> jax.Array:
+    """`|W|^2` over `axis`, `(*batch, kept)`, without `columns`."""
+    summed, kept = matrix.axes(axis)
+    return _folded(weight_norm_squared(matrix.weight, summed), len(kept))
+
+
+def _folded(x: jax.Array, n: int) -> jax.Array:
+    """The array with its last `n` axes folded into one."""
+    if n < 2:
+        return x
+    lead = x.ndim - n
+    return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
+
+
+def _on_weight(columns: jax.Array, matrix: Matrix, axis: Axis) -> jax.Array:
+    """`(*batch, kept)` with the axes of the weight; the summed ones have size 1."""
+    summed, _ = matrix.axes(axis)
+    return columns.reshape([1 if i in summed else n for i, n in enumerate(matrix.shape)])
 
 
 def _with_scale_in_right(matrix: Matrix) -> Matrix:
@@ -186,7 +228,7 @@ class _Squares(NamedTuple):
 
 def _factored_squares(matrix: Matrix, base: jax.Array, axis: Any) -> _Squares:
     """The factored squares. `base` is `|columns * weight|^2`."""
-    weight, left, right, scale, columns = matrix
+    _, left, right, scale, columns = matrix
     n = _summed_entries(matrix, axis)
     info = jnp.finfo(base.dtype)
     # Each of the n products of a sum may lose a smallest normal number.
@@ -194,12 +236,13 @@ def _factored_squares(matrix: Matrix, base: jax.Array, axis: Any) -> _Squares:
     if left is None or right is None:
         return _Squares(base, jnp.full_like(base, lost))
     right = numerics.multiply(right, scale)
-    gram = _product(left, left, axis, axis)  # (*batch, rank, rank)
-    cross = _product_with_weight(left, weight, axis)
+    own = (left.ndim + axis,)
+    gram = _product(left, left, own, own, left.ndim - 2)  # (*batch, rank, rank)
+    cross = _product_with_weight(matrix, axis)
     if columns is not None:
         cross = cross * columns[..., None, :]
-    own = jnp.matmul(gram, right, precision=_HIGHEST)
-    value = base + jnp.sum((2 * cross + own) * right, axis=-2)
+    square = jnp.matmul(gram, right, precision=_HIGHEST)
+    value = base + jnp.sum((2 * cross + square) * right, axis=-2)
     # |A_r|^2 B_rj^2, summed: the last term without cancellation within A @ B.
     each = jnp.sum(jnp.square(left), axis=axis)[..., None]  # (*batch, rank, 1)
     lost = right.shape[-2] * lost
@@ -244,9 +287,7 @@ def _is_one_block(matrix: Matrix, axis: Axis) -> bool:
 
 def _summed_entries(matrix: Matrix, axis: Axis) -> int:
     """The number of entries that a norm sums over."""
-    shape = jax.tree.leaves(matrix.weight)[0].shape
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    return math.prod(shape[own] for own in axes)
+    return math.prod(matrix.shape[own] for own in matrix.axes(axis)[0])
 
 
 def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
@@ -258,42 +299,57 @@ def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
     between devices if the weight is sharded along that axis. The size of a block divides
     the size of the axis, so an axis of prime size has blocks of one row.
     """
-    weight, left, right, scale, columns = matrix
+    _, left, right, scale, columns = matrix
     n = _summed_entries(matrix, axis)
     size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
     count = n // size if left is not None else 1
+    summed, kept = matrix.axes(axis)
+    if count > 1:  # the summed axes become one, of which blocks are cut
+        ends = (n,), [matrix.shape[i] for i in kept]
+        shape = [*matrix.shape[: min(*summed, *kept)]]
+        shape += [size for end in (ends if axis == -2 else ends[::-1]) for size in end]
+        matrix = matrix._replace(
+            weight=jax.tree.map(lambda x: x.reshape(shape), matrix.weight)
+        )
+        summed, kept = matrix.axes(axis)
 
-    def cut(x, i):  # (..., n, ...) -> (..., size, ...)
+    def cut(x, position, i):  # (..., n, ...) -> (..., size, ...)
         if count == 1:
             return x
-        position = x.ndim + axis
         blocks = x.reshape(*x.shape[:position], size, count, *x.shape[position + 1 :])
         return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
 
     def form(i):
-        block = _wide(jax.tree.map(lambda x: cut(x, i), weight))
+        block = _wide(jax.tree.map(lambda x: cut(x, summed[0], i), matrix.weight))
         if columns is not None:
-            block = block * jnp.expand_dims(columns, axis)
+            block = block * _on_weight(columns, matrix, axis)
         if left is None or right is None:
             return block
-        a, b = cut(left, i), right
+        a, b = cut(left, left.ndim + axis, i), right
         if axis == -1:
             a, b = jnp.swapaxes(b, -1, -2), a
-        update = jnp.matmul(a, b, precision=_HIGHEST)
+        # Each end is unfolded, as in the weight: a mesh may split any of its axes.
+        lead, middle = b.ndim - 2, max(summed[0], kept[0])
+        a = a.reshape(*block.shape[:middle], a.shape[-1])
+        b = b.reshape(*b.shape[:-1], *block.shape[middle:])
+        update = _product(a, b, (a.ndim - 1,), (lead,), lead)
         return block + numerics.multiply(update, scale)
 
+    def sums(i):
+        return tuple(_folded(x, len(kept)) for x in _sums(form(i), summed))
+
     if count == 1 or like is None:
-        sums = _sums(form(0), axis)
+        total = sums(0)
     else:
         # Not jnp.zeros: on a mesh the initial sums need the sharding of the result.
         start = (jnp.zeros_like(like),) * 3
-        add = lambda i, sums: tuple(map(jnp.add, sums, _sums(form(i), axis)))  # noqa: E731
-        sums = lax.fori_loop(0, count, add, start)
-    return _safe_root(sums, n)
+        add = lambda i, total: tuple(map(jnp.add, total, sums(i)))  # noqa: E731
+        total = lax.fori_loop(0, count, add, start)
+    return _safe_root(total, n)
 
 
-def _sums(block: jax.Array, axis: Axis) -> tuple[jax.Array, ...]:
-    """The sums of squares over `axis` for small, ordinary and large entries.
+def _sums(block: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The sums of squares over `axes` for small, ordinary and large entries.
 
     These are Blue's accumulators. Before squaring, entries are multiplied by a power of two
     that brings the squares of small or large entries into the range of the dtype.
@@ -301,13 +357,12 @@ def _sums(block: jax.Array, axis: Axis) -> tuple[jax.Array, ...]:
     step = _step(block.dtype)
     scaled = [jnp.square(x) for x in (block * step, block, block * (1 / step))]
     if compat.may_be_sharded(block):  # a mesh gathers the parts of several sums at once
-        return tuple(jnp.sum(x, axis) for x in scaled)
+        return tuple(jnp.sum(x, axes) for x in scaled)
     zeros = (jnp.zeros((), block.dtype),) * 3
 
     def add(x, y):
         return tuple(map(jnp.add, x, y))
 
-    axes = [block.ndim + own for own in (axis if isinstance(axis, tuple) else (axis,))]
     return tuple(lax.reduce(tuple(scaled), zeros, add, axes))
 
 
@@ -359,8 +414,10 @@ def _balanced(matrix: Matrix) -> Matrix:
 
 def _gained_square(matrix: Matrix, axis: Axis) -> jax.Array:
     """`|columns * W|^2` over `axis`."""
-    columns = jnp.expand_dims(matrix.columns, axis)
-    return jnp.sum(jnp.square(_wide(matrix.weight) * columns), axis=axis)
+    columns = _on_weight(matrix.columns, matrix, axis)
+    squares = jnp.square(_wide(matrix.weight) * columns)
+    summed, kept = matrix.axes(axis)
+    return _folded(jnp.sum(squares, axis=summed), len(kept))
 
 
 def _wide(weight: Any) -> jax.Array:
@@ -370,8 +427,8 @@ def _wide(weight: Any) -> jax.Array:
     return functools.reduce(jnp.add, [part.astype(dtype) for part in parts])
 
 
-def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
-    """Contracts `axis` of the factor and of the weight: `(*batch, rank, kept)`.
+def _product_with_weight(matrix: Matrix, axis: int) -> jax.Array:
+    """Contracts the summed axes of `left` and of the weight: `(*batch, rank, kept)`.
 
     The product has the precision of the factor, float32 or wider. A bfloat16 weight is not
     widened. The factor is split into three bfloat16 parts whose sum it is, and one bfloat16
@@ -380,9 +437,18 @@ def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax
     On a mesh the factor may lie whole where the weight is split. Without the barrier XLA
     would then gather the weight. With it, XLA sums the products of the shards.
     """
-    factor = lax.optimization_barrier(factor)
+    weight, factor = matrix.weight, lax.optimization_barrier(matrix.left)
+    summed, kept = matrix.axes(axis)
+    n_batch, at = factor.ndim - 2, factor.ndim + axis
+    sizes = [weight.shape[i] for i in summed]
+
+    def product(x, at):
+        x = x.reshape(*x.shape[:at], *sizes, *x.shape[at + 1 :])
+        own = tuple(range(at, at + len(sizes)))
+        return _folded(_product(x, weight.astype(x.dtype), own, summed, n_batch), len(kept))
+
     if weight.dtype != jnp.bfloat16 or factor.dtype != jnp.float32:
-        return _product(factor, weight.astype(factor.dtype), axis, axis)
+        return product(factor, at)
     parts, rest = [], factor
     for _ in range(3):
         # The compiler may remove a cast to bfloat16 and back, but not this rounding.
@@ -392,13 +458,19 @@ def _product_with_weight(factor: jax.Array, weight: jax.Array, axis: int) -> jax
     stacked = jnp.concatenate(parts, axis=rank_axis).astype(jnp.bfloat16)
     if axis == -2:
         stacked = jnp.swapaxes(stacked, -1, -2)  # (*batch, 3 * rank, summed)
-    product = _product(stacked, weight, -1, axis)
-    return functools.reduce(jnp.add, jnp.split(product, 3, axis=-2))
+    thirds = jnp.split(product(stacked, stacked.ndim - 1), 3, axis=-2)
+    return functools.reduce(jnp.add, thirds)
 
 
-def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """Contracts `x_axis` of `x` with `y_axis` of `y`; the other axes stay in order."""
-    batch = tuple(range(x.ndim - 2))
-    dimensions = (((x.ndim + x_axis,), (y.ndim + y_axis,)), (batch, batch))
+def _product(
+    x: jax.Array,
+    y: jax.Array,
+    x_axes: tuple[int, ...],
+    y_axes: tuple[int, ...],
+    n_batch: int,
+) -> jax.Array:
+    """Contracts `x_axes` of `x` with `y_axes` of `y`; the other axes stay in order."""
+    batch = tuple(range(n_batch))
+    dimensions = ((x_axes, y_axes), (batch, batch))
     precision = _HIGHEST if x.dtype != jnp.bfloat16 else None
     return contraction.dot(x, y, contraction.Dot(dimensions, precision))

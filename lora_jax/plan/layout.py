@@ -68,6 +68,13 @@ def low_rank_matrix(
     return LowRank(matrix, adapter, target.scale, axis=-1)
 
 
+def ordered(weight: jax.Array, target: Target) -> jax.Array:
+    """The weight of `low_rank_matrix`, whose axes are in that order and not folded."""
+    sides = _sides(target)
+    order = (*target.batch_axes, *sides[0], *sides[1])
+    return weight if _ascends(order) else weight.transpose(order)
+
+
 def of_whole(
     adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 1.0
 ) -> tuple[dict[str, jax.Array], Target]:

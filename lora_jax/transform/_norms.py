@@ -6,6 +6,7 @@ is computed without a merge. The norms are calls of the functions in `_CALLS`, w
 outer `adapt` recognizes by name.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,9 +42,11 @@ def constant_norm(
 
 
 def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
-    """The norms of one weight."""
-    value = layout.low_rank_matrix(jnp.asarray(weight), adapter, target)
-    return _CALLS[value.axis](value.matrix())
+    """The norms of one weight, whose axes are not folded: a mesh may split each of them."""
+    weight = jnp.asarray(weight)
+    value = layout.low_rank_matrix(weight, adapter, target)
+    matrix = value.matrix()._replace(weight=layout.ordered(weight, target))
+    return _CALLS[value.axis](matrix)
 
 
 # Traced once for all weights of one shape. The gradient of the weight is stopped inside. If
@@ -95,57 +98,68 @@ def check_can_form(equation: Any, axis: int, weights: Sequence[bool]) -> None:
 def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
     """Whether the arrays have the shapes of a `Matrix`. Under `jax.vmap` they do not."""
     weight, left, right = matrix.weight, matrix.left, matrix.right
-    kept = -1 if axis == -2 else -2
-    batch, rank = weight.shape[:-2], right.shape[-2]
-    of_left = [0, 0]
-    of_left[axis], of_left[kept] = weight.shape[axis], rank
-    columns = (*batch, weight.shape[kept])
+    *batch, rank, n_kept = right.shape
+    n_summed = left.shape[axis]
+    of_left = (n_summed, rank) if axis == -2 else (rank, n_summed)
     known = () if matrix.columns is None else (tuple(matrix.columns.shape),)
+    start = len(batch)
+    ends = (n_summed, n_kept) if axis == -2 else (n_kept, n_summed)
+    sizes = weight.shape[start:]
     return (
         tuple(left.shape) == (*batch, *of_left)
-        and tuple(right.shape) == (*batch, rank, weight.shape[kept])
-        and {tuple(out), *known} == {columns}
+        and tuple(weight.shape[:start]) == (*batch,)
+        and any(
+            (math.prod(sizes[:i]), math.prod(sizes[i:])) == ends
+            for i in range(1, len(sizes))
+        )
+        and {tuple(out), *known} == {(*batch, n_kept)}
     )
 
 
 def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
     """The matrix, with the terms and columns of its factored weight `f` included."""
-    summed = f.ndim + axis
-    kept = f.ndim - 1 if axis == -2 else f.ndim - 2
+    summed, kept = matrix._replace(weight=f.base).axes(axis)
+    n_batch = min(*summed, *kept)
+    at = n_batch if axis == -1 else n_batch + 1  # the rank axis of `left`
     gain = matrix.columns
     for column in f.columns:
-        if summed in f.owned(column):
+        if f.owned(column) & {*summed}:
             raise NotFactorableError("another DoRA adapter scales the summed axis")
-        shape = [size for i, size in enumerate(f.shape) if i != summed]
-        column = jnp.broadcast_to(lax.squeeze(column, [summed]), shape)
+        column = _whole(f, column[None], summed, kept)[0]
         gain = column if gain is None else gain * column
     lefts, rights = [], []
     own = numerics.multiply(matrix.right, matrix.scale)
     for term in f.terms:
         left, right = _term_sides(f, term, summed, kept, matrix.left.dtype)
-        lefts.append(jnp.moveaxis(left, 0, kept))
+        lefts.append(jnp.moveaxis(left, 0, at))
         right = jnp.moveaxis(right, 0, -2)  # (*batch, rank, kept)
         rights.append(right if gain is None else right * gain[..., None, :])
-    left = jnp.concatenate([*lefts, matrix.left], axis=kept)
+    left = jnp.concatenate([*lefts, matrix.left], axis=at)
     right = jnp.concatenate([*rights, own], axis=-2)
     return Matrix(f.base, left, right, jnp.ones_like(matrix.scale), gain)
 
 
 def _term_sides(
-    f: Factored, term: Term, summed: int, kept: int, dtype: Any
+    f: Factored, term: Term, summed: tuple[int, ...], kept: tuple[int, ...], dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """`(rank, *batch, summed)` and `(rank, *batch, kept)`, the second times the scale."""
     for a, b in ((term.a, term.b), (term.b, term.a)):
-        if kept not in f.owned(a) and summed not in f.owned(b):
+        if not f.owned(a) & {*kept} and not f.owned(b) & {*summed}:
             left, right = a.leading(dtype), b.leading(dtype)
-
-            def whole(x, gone):
-                shape = [size for i, size in enumerate(f.shape) if i != gone]
-                x = lax.squeeze(x, [1 + gone])
-                return jnp.broadcast_to(x, (x.shape[0], *shape))
-
-            return whole(left, kept), whole(right, summed) * term.label.scale
+            return _whole(f, left, kept, summed), _whole(
+                f, right, summed, kept
+            ) * term.label.scale
     raise NotFactorableError("its adapters have different inputs and outputs")
+
+
+def _whole(
+    f: Factored, x: jax.Array, gone: tuple[int, ...], end: tuple[int, ...]
+) -> jax.Array:
+    """`(rank, *axes)` to `(rank, *batch, end)`: the axes of the other end are gone."""
+    batch = [f.shape[i] for i in range(f.ndim) if i not in gone and i not in end]
+    shape = x.shape[0], *batch, *(f.shape[i] for i in end)
+    x = jnp.broadcast_to(lax.squeeze(x, [1 + i for i in gone]), shape)
+    return x.reshape(*shape[: 1 + len(batch)], math.prod(shape[1 + len(batch) :]))
 
 
 def _norm(matrix: Matrix, axis: int) -> jax.Array:

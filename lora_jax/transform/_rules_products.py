@@ -229,7 +229,9 @@ def _rows_of_groups(f: Factored, column: jax.Array, sizes: Any, n: int) -> jax.A
     flat = lax.squeeze(column, [2 if 1 in f.owned(column) else 1])
     if flat.shape[0] == 1:
         return flat
-    return jnp.repeat(flat, sizes, axis=0, total_repeat_length=n)
+    # Not jnp.repeat: a mesh would gather the groups of all rows.
+    groups = jnp.sum(jnp.arange(n)[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    return jnp.take(flat, groups, axis=0, mode="clip")
 
 
 def _ragged_update(

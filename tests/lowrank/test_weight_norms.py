@@ -345,3 +345,23 @@ def test_what_is_not_finite_stays_so(bad):
     norm = np.asarray(lora_jax.dora_column_norm(weight))
     assert not np.isfinite(norm[2])
     assert np.isfinite(np.delete(norm, 2)).all()
+
+
+@pytest.mark.parametrize("part", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("norm_axis", ["out", "in"])
+def test_axes_of_a_weight_that_are_not_folded(norm_axis, dtype, part):
+    """The norms of a stack whose ends are several axes, on both branches."""
+    weight, adapter = cancelling_case(part, dtype, norm_axis)
+    axis = {"out": -2, "in": -1}[norm_axis]
+    a, b = adapter["A"], adapter["B"]
+    weight, a, b = (jnp.stack(pair) for pair in ((weight, 2 * weight), (a, a), (b, 2 * b)))
+    sides = weight_norms.sides(a, b, axis, "float32")
+    folded = weight_norms.Matrix(weight, *sides, 1.0)
+    sizes = {N_IN: (4, 256), N_OUT: (3, 16)}
+    ends = [n for size in weight.shape[1:] for n in sizes[size]]
+    unfolded = folded._replace(weight=weight.reshape(2, *ends))
+    want = weight_norms.constant_norm(folded, axis)
+    got = weight_norms.constant_norm(unfolded, axis)
+    assert got.shape == want.shape
+    support.assert_close(got, want, 16)

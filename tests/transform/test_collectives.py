@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from tests import programs
@@ -180,6 +181,36 @@ def grouped_experts(params, inputs, place):
     return place.shard(lax.ragged_dot(h, params["down"], inputs["sizes"]), BATCH, None)
 
 
+@case(
+    (0, 0),
+    {"x": ((16, 48), (BATCH, None)), "sizes": ((4,), ("tensor",))},
+    params={"w": ((4, 48, 80), ("tensor", None, None))},
+    rows=4,
+    groups=2,
+)
+def experts_in_a_shard_map(params, inputs, place):
+    """Each device multiplies by its own experts, and the model sums over devices."""
+    specs = (BATCH, None), ("tensor", None, None), ("tensor",)
+
+    def local(x, w, sizes):
+        return lax.psum(lax.ragged_dot(x, w, sizes), "tensor")
+
+    mapped = jax.shard_map(
+        local,
+        mesh=place.mesh,
+        in_specs=tuple(P(*spec) for spec in specs),
+        out_specs=P(BATCH, None),
+    )
+    return mapped(inputs["x"], params["w"], inputs["sizes"])
+
+
+def experts_over_devices(params, inputs, place):
+    """Groups that a mesh axis splits, without `jax.shard_map`."""
+    return place.shard(
+        lax.ragged_dot(inputs["x"], params["w"], inputs["sizes"]), BATCH, None
+    )
+
+
 def look_up(place, table, tokens, *spec):
     """Rows of a table, with their sharding."""
     return place.shard(table.at[tokens].get(**place.out(*spec)), *spec)
@@ -265,32 +296,17 @@ class Step:
                 targets="*",
                 use_dora=use_dora,
             )
-            self.adapters = {
-                path: {
-                    name: array(shape, self.spec(path, name))
-                    for name, shape in target.adapter_shapes.items()
-                }
-                for path, target in self.plan.targets.items()
+        places = lora_jax.adapter_shardings(self.params, self.plan, data_axes=BATCH)
+        self.adapters = {
+            path: {
+                name: jax.ShapeDtypeStruct(shape, "float32", sharding=places[path][name])
+                for name, shape in target.adapter_shapes.items()
             }
+            for path, target in self.plan.targets.items()
+        }
 
     def fn(self, params, x, indices):
         return self.case.fn(params, {"x": x, **indices}, self.place)
-
-    def spec(self, path, name):
-        """The rule: the axes of the weight, without those that split the examples."""
-        spec = self.case.params[path][1]
-        target = self.plan.targets[path]
-        batch = [spec[axis] for axis in target.batch_axes]
-
-        def fold(axes):
-            return None if spec[axes[0]] in BATCH else spec[axes[0]]
-
-        ends = {
-            "A": (fold(target.in_axes), None),
-            "B": (None, fold(target.out_axes)),
-            "m": (fold(target.out_axes),),
-        }
-        return (*batch, *ends[name])
 
     def compiled(self, function, *args):
         """The text of a program; gradients lie where their arguments lie."""
@@ -344,7 +360,10 @@ class Step:
         return {None: (1, 1), True: (2, 1), False: (1, 0)}[multiplied]
 
     def allowed(self, backward):
-        """The collectives of the adapters: how often each kind and number of entries."""
+        """The collectives of the adapters: how often each kind and number of entries.
+
+        Norms of DoRA are not among them.
+        """
         case, found = self.case, collections.Counter()
         found["all-reduce", case.rows * RANK] = case.sums[backward]
         for path, adapter in self.adapters.items() if backward else ():
@@ -377,12 +396,31 @@ class Step:
             total += 2 * case.rows * RANK * width * case.layers * case.groups
         return total * (1, 4 if case.recomputes else 3)[backward]
 
+    def norm_operations(self):
+        """The operations of `A @ B` for DoRA's norms, on the shard of each weight."""
+        shards = (w.sharding.shard_shape(w.shape) for w in self.params.values())
+        return sum(2 * RANK * math.prod(shape) for shape in shards)
+
+    def recomputed(self):
+        """The collectives and the operations that a checkpoint repeats for DoRA alone.
+
+        The gradient of a magnitude needs the output of its product.
+        """
+        if not self.case.recomputes:
+            return collections.Counter(), 0
+        (forward, _) = self.frozen
+        return counted(programs.collectives(forward)), programs.product_flops(forward)
+
 
 def added(adapted, frozen):
     """The collectives that a program has beyond those of another one."""
-    more = programs.collectives(adapted) - programs.collectives(frozen)
+    return counted(programs.collectives(adapted) - programs.collectives(frozen))
+
+
+def counted(found):
+    """How often each kind and number of entries is exchanged."""
     sizes = collections.Counter()
-    for one, times in more.items():
+    for one, times in found.items():
         sizes[one.kind, math.prod(one.shape)] += times
     return sizes
 
@@ -410,6 +448,60 @@ def test_no_product_is_computed_by_several_devices(name, kind):
         adapted, frozen = step.adapted[backward], step.frozen[backward]
         more = programs.product_flops(adapted) - programs.product_flops(frozen)
         assert 0 < more <= step.operations(backward)
+
+
+def test_known_limit_of_groups_that_an_axis_splits():
+    """The product with `B` is summed over devices by itself, not with the frozen product.
+
+    XLA on the CPU does not join the two sums. Inside `jax.shard_map` they are one sum.
+    """
+    params = {"w": ((4, 48, 80), ("tensor", None, None))}
+    inputs = {"x": ((16, 48), (BATCH, None)), "sizes": ((4,), (None,))}
+    case = Case(experts_over_devices, params, inputs, (1, 2), rows=4, groups=4)
+    step = Step(case, AxisType.Auto)
+    for backward, width in ((False, 80), (True, 48)):
+        found = added(step.adapted[backward], step.frozen[backward])
+        more = found - step.allowed(backward)
+        assert more["all-reduce", case.rows * width] == 1
+
+
+# A norm is a sum of squares on three scales, each of which is summed over devices; then it
+# is gathered where the weight, but not the adapter, is split along its outputs.
+NORMS = 8
+"""How many arrays of as many numbers as the outputs DoRA exchanges, for each weight."""
+
+
+@pytest.mark.parametrize(("name", "kind"), GRID)
+def test_norms_of_dora_exchange_numbers_of_outputs(name, kind):
+    step = step_of(name, kind, use_dora=True)
+    outs = {path: t.adapter_shapes["m"] for path, t in step.plan.targets.items()}
+    for backward in (False, True):
+        adapted, frozen = step.adapted[backward], step.frozen[backward]
+        more = added(adapted, frozen) - step.allowed(backward)
+        flops = programs.product_flops(adapted) - programs.product_flops(frozen)
+        flops -= step.operations(backward) + step.norm_operations()
+        if backward:
+            collectives, operations = step.recomputed()
+            more, flops = more - collectives, flops - operations
+        largest = max(size for _, size in more)
+        assert largest <= max(map(math.prod, outs.values()))
+        numbers = sum(size * times for (_, size), times in more.items())
+        assert numbers <= NORMS * sum(map(math.prod, outs.values()))
+        assert flops <= 0
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_norms_of_long_columns_exchange_products_with_factors(kind):
+    """Norms of more than 128 entries are factored: `A^T W` is summed over devices."""
+    params = {
+        "up": ((160, 192), ("fsdp", "tensor")),
+        "down": ((192, 160), ("tensor", "fsdp")),
+    }
+    inputs = {"x": ((8, 6, 160), (BATCH, None, None))}
+    step = Step(Case(columns_and_rows, params, inputs, (1, 2)), kind, use_dora=True)
+    for backward in (False, True):
+        found = added(step.adapted[backward], step.frozen[backward])
+        assert max(size for _, size in found) <= RANK * 192
 
 
 TEXT = """

@@ -572,3 +572,27 @@ def test_bench_scaling_counts_branches_apart(scaling_run):
     rows = scaling_run[1]
     assert rows["DoRA"]["branches"] > 0 == rows["LoRA"]["branches"]
     assert rows["full"]["sent"] > rows["DoRA"]["sent"] > rows["LoRA"]["sent"]
+
+
+bench_sharding = script_fixture("bench_sharding")
+
+
+def test_bench_sharding_counts_what_devices_exchange(bench_sharding, tmp_path):
+    sizes = ["--layers=1", "--batch=4", "--length=4", "--width=32", "--heads=2", "--rank=4"]
+    run = run_script(bench_sharding, sizes, tmp_path)
+    names = [bench_sharding.FROZEN, *bench_sharding.CONTESTANTS]
+    for table in run.result["tables"].values():
+        assert list(table) == names
+        assert all(set(row) == set(bench_sharding.COLUMNS) for row in table.values())
+        frozen, rule, inherited, replicated = (
+            table[name]
+            for name in ("frozen", "adapt, rule", "adapt, inherited", "adapt, replicated")
+        )
+        assert rule["gathers"] == frozen["gathers"] > 0
+        assert rule["others"] == frozen["others"] == 0
+        assert rule["gathers"] < inherited["gathers"]
+        assert inherited["adapters KiB"] < rule["adapters KiB"] < replicated["adapters KiB"]
+        assert frozen["MFLOP"] < rule["MFLOP"] <= replicated["MFLOP"]
+    assert all(f"\n{name} " in run.text for name in names)
+    markdown = bench_sharding.format_result(run.result, markdown=True)
+    assert markdown.count("\n|") == 2 * (len(names) + 2)

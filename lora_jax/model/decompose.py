@@ -7,12 +7,15 @@ returned with them. Save both, or convert the adapters with `to_plain_adapters`.
 import dataclasses
 import functools
 import glob
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks, placement, tree_paths
@@ -31,12 +34,14 @@ from lora_jax.layers.decompose import (
     to_plain_adapter,
 )
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.model import merging
+from lora_jax.model import merging, sharding
 from lora_jax.plan import layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
 __all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters"]
+
+_LOG = logging.getLogger("lora_jax")
 
 Initializer = Callable[..., tuple[Any, Adapter]]
 
@@ -94,6 +99,13 @@ def decompose_params(
 ) -> Decomposed[Tree]:
     """Moves parts of the weights of a plan into adapters.
 
+    On a mesh `"olora"`, and `"pissa"` with `key`, decompose a weight where it lies: devices
+    exchange arrays with about as many columns as the rank. An exact SVD, of `"pissa"`
+    without `key` and of `"loftq"`, gathers one weight at a time, in float32, on every
+    device, unless the mesh splits batch axes only. A weight is also gathered if the mesh
+    splits the second of several folded axes, or an axis of which a part is adapted. Each
+    gathered weight is logged at the level INFO to the logger `"lora_jax"`.
+
     Use it in place of `init_adapters`. Train, merge and save the adapters with the returned
     params, or convert the adapters with `to_plain_adapters`; see the module's docstring.
 
@@ -117,7 +129,8 @@ def decompose_params(
         old ones. All other leaves, and with `"orthogonal"` all leaves, are the same objects
         as in `params`. If `quantize` returns a quantized tensor, this tensor is the leaf,
         with a sharding as in `quantize_params`; `adapt` and the merges accept it.
-        `adapters`, as from `init_adapters`. For DoRA, `"m"` has the column norms of
+        `adapters`, as from `init_adapters`, on a mesh with the shardings of
+        `lora_jax.adapter_shardings(params, plan)`. For DoRA, `"m"` has the column norms of
         `W_base + scale * A @ B`, with the stored base.
 
     Raises:
@@ -157,11 +170,15 @@ def decompose_params(
             check_dense(weight)
             checks.check_array("the weight", weight)
             _check_can_decompose(target, method, quantize)
-            init = _initializer(method, target.alone, plan.config.dtype, options)
-            base, adapters[path] = _decompose(weight, target, init)
+            _report(path, weight, target, method, options)
+            own = {"rank": target.rank, "alpha": target.alpha, "dtype": plan.config.dtype}
+            base, adapters[path] = _decompose(weight, target, method, own | options)
         if method != "orthogonal":
             bases[leaf] = base
     adapters |= trained_leaves.init_all(leaves, plan)
+    places = sharding.init_shardings(leaves, plan)
+    if places is not None:
+        adapters = jax.tree.map(placement.put, adapters, places)
     return Decomposed(treedef.unflatten((leaves | bases).values()), adapters)
 
 
@@ -230,15 +247,23 @@ def _checked_options(method: str, **given: Any) -> dict[str, Any]:
     return options
 
 
-def _initializer(
-    method: str, target: Target, dtype: DTypeLike | None, options: Mapping[str, Any]
-) -> Initializer:
-    """A function from the `(*batch, in, out)` matrix of a target to base and adapter."""
-    options = {"rank": target.rank, "alpha": target.alpha, "dtype": dtype, **options}
-    if "quantize" in options:
-        check_quantize(options["quantize"])
-        options["quantize"] = _on_matrix(options["quantize"], target)
-    return functools.partial(_METHODS[method].init, **options)
+def _report(
+    path: str, weight: Any, target: Target, method: str, options: Mapping[str, Any]
+) -> None:
+    """Logs that a weight is gathered, if it is."""
+    split = placement.parts(weight)
+    sides = (*target.in_axes, *target.out_axes)
+    if method == "orthogonal" or max(split) == 1 or isinstance(weight, Tracer):
+        return
+    reason = None
+    if method == "loftq" or (method == "pissa" and "key" not in options):
+        if any(split[axis] > 1 for axis in sides):
+            reason = "its exact SVD"
+    elif merging.own(weight, target).in_place:
+        reason = "the fold of its axes, or the slice of its part,"
+    if reason is not None:
+        size = math.prod(target.matrix_shape) * 4
+        _LOG.info("%s: %s gathers the weight, %d bytes in float32.", path, reason, size)
 
 
 @jax.tree_util.register_dataclass
@@ -284,13 +309,55 @@ def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
     return quantize_matrix
 
 
-def _decompose(weight: jax.Array, target: Target, init: Initializer) -> DecomposedWeight:
+def _decompose(
+    weight: jax.Array, target: Target, method: str, options: dict[str, Any]
+) -> DecomposedWeight:
     """The base, in the layout and with the sharding of the weight, and the adapter."""
+    quantize = options.get("quantize")
+    if quantize is not None:
+        check_quantize(quantize)
+    if quantize is not None and method == "pissa":
+        del options["quantize"]
+        made, adapter = _decompose(weight, target, method, options)
+        rest: Any = made
+        base, _ = placement.keep_sharding(lambda w: (stored(quantize, w), ()), rest)
+        if target.method == "dora":
+            adapter["m"] = merging.column_norm(base, adapter, target)
+        return DecomposedWeight(base, adapter)
+    weight = jnp.asarray(weight)
+    place = getattr(weight, "sharding", None)
+    on_mesh = isinstance(place, NamedSharding) and not isinstance(weight, Tracer)
+    if quantize is not None or method == "orthogonal" or not on_mesh:
+        return DecomposedWeight(*_split(weight, target, method, options))
+    # One program: single operations would leave whole arrays on each device.
+    key = options.pop("key", None)
+    here = placement.on_device(weight)
+    run = _compiled(method, tuple(options.items()), here.sharding)
+    base, adapter = run(here, target, key)
+    return DecomposedWeight(placement.put(base, place), adapter)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(method: str, options: tuple[tuple[str, Any], ...], place: Any) -> Any:
+    def split(weight: jax.Array, target: Target, key: jax.Array | None) -> Any:
+        keys = {} if key is None else {"key": key}
+        return _split(weight, target, method, dict(options) | keys)
+
+    return jax.jit(split, out_shardings=(place, None))
+
+
+def _split(
+    weight: jax.Array, target: Target, method: str, options: Mapping[str, Any]
+) -> Any:
+    """The base with the sharding of the weight, and the adapter."""
     own = target.alone
+    if "quantize" in options:
+        options = {**options, "quantize": _on_matrix(options["quantize"], own)}
 
     def split(weight: jax.Array) -> tuple[Any, Adapter]:
         part = parts.take(weight, target.part)
-        made, adapter = init(weight=layout.to_matrix(part, own))
+        matrix = layout.to_matrix(part, own)
+        made, adapter = _METHODS[method].init(weight=matrix, **options)
         base: Any = (
             made.weight if isinstance(made, _AsMatrix) else layout.from_matrix(made, own)
         )
@@ -298,8 +365,7 @@ def _decompose(weight: jax.Array, target: Target, init: Initializer) -> Decompos
             adapter["m"] = merging.column_norm(base, adapter, own)
         return parts.put(weight, target.part, base), adapter
 
-    # A decomposition needs the whole matrix, so no axis stays explicit.
-    return DecomposedWeight(*placement.keep_sharding(split, jnp.asarray(weight)))
+    return placement.keep_sharding(split, weight)
 
 
 def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:

@@ -172,14 +172,17 @@ def test_under_jit():
         (AxisType.Explicit, "loftq"),
     ],
 )
-def test_sharded_weights_stay_sharded(kind, method):
+def test_sharded_weights_stay_sharded(kind, method, caplog):
     mesh = jax.make_mesh((3, 2), ("x", "y"), axis_types=(kind,) * 2)
     sharding = NamedSharding(mesh, P("x", "y"))
     params, plan = make(("o",), use_dora=method == "pissa")
     params = {"block": params["block"]}
     want = decompose_params(params, plan, method, **METHODS[method]).params
     params = jax.device_put(params, sharding)
-    base, adapters = decompose_params(params, plan, method, **METHODS[method])
+    with caplog.at_level("INFO", "lora_jax"):
+        base, adapters = decompose_params(params, plan, method, **METHODS[method])
+    logged = ["block/o: its exact SVD gathers the weight, 432 bytes in float32."]
+    assert caplog.messages == logged * (method in ("pissa", "loftq"))
     got = base["block"]["o"]
     assert got.sharding.is_equivalent_to(sharding, 2)
     support.assert_close(got, reference.f64(want["block"]["o"]), 64)

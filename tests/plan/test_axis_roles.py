@@ -3,7 +3,7 @@
 import pytest
 
 from lora_jax.plan import axis_roles
-from lora_jax.plan.target import Use
+from lora_jax.plan.target import Target, Use
 
 LETTERS = {"c": "contracted", "k": "kept", "b": "batch", "x": "indexed", "s": "stacked"}
 
@@ -33,6 +33,8 @@ def letters(shape, *roles):
         ((5, 4, 6), ["xck"], "bio"),
         ((5, 4, 6), ["xck", "bck"], "bio"),
         ((5, 4, 6), ["x..", "bck"], "bio"),
+        ((1, 4, 6), ["bck", "cck"], "bio"),
+        ((3, 4, 6), ["ck.", ".kc"], "ioi"),
         # An embedding, also with an output head that is tied to it.
         ((10, 4), ["xk"], "io"),
         ((10, 4), ["x."], "io"),
@@ -74,7 +76,8 @@ def test_a_stack_run_through_in_blocks():
     ("shape", "roles"),
     [
         ((4, 2, 3), ["ckk", "cck"]),
-        ((5, 4, 6), ["bck", "cck"]),
+        ((2, 4, 6), ["bck", "cck"]),
+        ((5, 4, 6), ["bck", "kck"]),
         ((5, 4, 6), ["sck", "cck"]),
         ((5, 4, 6), ["ckk", "kxk"]),
     ],
@@ -99,3 +102,57 @@ def test_no_low_rank_use(roles):
 def test_vectors(shape, roles):
     with pytest.raises(axis_roles.UnsuitableError, match="it is a vector: as a matrix it "):
         axis_roles.resolve_axes(shape, [use(roles)])
+
+
+def sides(text, sizes):
+    """The sides of a value: for each axis its letter in the plan and its role."""
+    pairs = zip(text.split(), sizes, strict=True)
+    return [axis_roles.Side(own[0], LETTERS.get(own[1], ""), n) for own, n in pairs]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "used", "sizes", "want"),
+    [
+        ((4, 6), "io", "ic ok", (4, 6), "io"),
+        ((4, 6), "io", "ik oc", (4, 6), "oi"),
+        ((4, 6), "io", "ix ok", (4, 6), "io"),
+        ((4, 6), "io", "ic", (4,), None),
+        ((4, 6), "io", "ic oc", (4, 6), None),
+        ((4, 6), "io", "i. o.", (4, 6), None),
+        ((4, 6), "io", "ib ok", (4, 6), "bo"),
+        ((4, 6), "io", "ic ob", (4, 6), "ib"),
+        # One axis of two, found by its size; in a reshaped value the plan is right.
+        ((4, 2, 3), "ioo", "ic ok oc", (4, 2, 3), "ioi"),
+        ((4, 2, 3), "ioo", "ic oc ok", (4, 2, 3), "iio"),
+        ((4, 2, 3), "ioo", "ic ok ob", (4, 2, 3), "iob"),
+        ((4, 2, 3), "ioo", "ic ok oc", (4, 2, 9), "iio"),
+        ((4, 6), "io", "ic ok oc", (4, 2, 3), "io"),
+        ((4, 1, 6), "ioo", "ic ok oc", (4, 2, 3), "ioo"),
+        ((4, 6), "io", "ic ok ob", (4, 2, 3), "io"),
+        ((4, 6), "io", "ib ok oc", (4, 2, 3), None),
+        ((4, 6), "io", "ic ob o.", (4, 2, 3), None),
+        ((4, 6), "io", "ik ic o.", (2, 2, 6), None),
+    ],
+)
+def test_letters_of_a_use(shape, axes, used, sizes, want):
+    groups = axis_roles.from_letters(axes, shape)
+    target = Target(shape, "lora", 1, 1.0, 0.0, *groups)
+    ndim = sum(size > 1 for size in sizes)
+    assert axis_roles.as_used(target, sides(used, sizes), ndim) == want
+
+
+@pytest.mark.parametrize(
+    ("shape", "roles", "want"),
+    [
+        ((5, 4, 6), "bck", False),
+        ((5, 4, 6), "kck", False),
+        ((5, 4, 6), "bkc", True),
+        ((5, 4, 6), "b.k", False),
+        ((5, 4, 6), "bcc", True),
+        ((5, 1, 6), "bkk", False),
+        ((5, 2, 6), "bkk", True),
+    ],
+)
+def test_a_use_that_contradicts_a_plan(shape, roles, want):
+    target = Target(shape, "lora", 1, 1.0, 0.0, (1,), (2,), (0,))
+    assert axis_roles.contradicts(target, use(roles)) == want

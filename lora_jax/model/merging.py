@@ -88,10 +88,12 @@ class Own:
         in_place: whether the weight is neither sliced nor folded, because a mesh splits an
             axis so that the slice or the fold would move the weight. The update of a part
             is then padded with zeros to the shape of the weight.
+        split: how many parts the first axis is split into; None if that is not known.
     """
 
     target: Target
     in_place: bool
+    split: int | None
 
     def take(self, weight: Any) -> jax.Array:
         """The adapted part; in place, the whole weight."""
@@ -135,7 +137,8 @@ def own(weight: Any, target: Target) -> Own:
         split[axis] > 1 or not (known or axis in target.batch_axes)
         for axis in (*cut, *folded)
     ]
-    return Own(target, any(moved))
+    first = split[0] if known and 0 not in cut else None
+    return Own(target, any(moved), first)
 
 
 def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
@@ -153,10 +156,12 @@ def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> ja
     target = own.target
     if not own.in_place:
         weight = stacks.take(weight, target)
-        return stacks.map_entries(_column_norm, weight, factors, target.alone)
+        own_target = target.alone
+        return stacks.map_entries(_column_norm, weight, factors, own_target, own.split)
     mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
     factors, whole = compat.automatically(own.adapter, mesh, factors)
-    norms = stacks.map_entries(_column_norm_in_place, weight, factors, whole)
+    form = _column_norm_in_place
+    norms = stacks.map_entries(form, weight, factors, whole, own.split)
     axes = (*target.batch_axes, *target.out_axes)
     sizes, entries = target.shape, parts.entries(target.part, target.shape)
     norms = norms.reshape([sizes[axis] for axis in axes])

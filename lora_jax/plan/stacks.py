@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import compat, quantized
+from lora_jax._core import compat, placement, quantized
 from lora_jax.plan import parts
 from lora_jax.plan.target import Target
 
@@ -16,9 +16,15 @@ Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
 
 
 def map_entries(
-    function: Function, weight: Any, adapter: Mapping[str, jax.Array], target: Target
+    function: Function,
+    weight: Any,
+    adapter: Mapping[str, jax.Array],
+    target: Target,
+    split: int | None = None,
 ) -> Any:
     """Applies a function to the dense weight, one entry at a time in a quantized stack.
+
+    If a mesh splits the stack, each part of it has one dense entry at a time.
 
     Args:
         function: takes a dense weight in its own layout, its adapter and the target. Its
@@ -26,15 +32,24 @@ def map_entries(
         weight: an array or a quantized weight.
         adapter: some or all entries of the adapter.
         target: of the weight.
+        split: how many parts the first axis is split into. By default this is read from
+            the weight, which does not show it in a trace on automatic axes.
     """
     adapter = dict(adapter)
     is_stack = quantized.is_quantized(weight) and weight.batch_ndim
     if not is_stack or target.batch_axes[:1] != (0,):
         return function(quantized.as_dense(weight), adapter, target)
-    entry = _entry(target)
+    entry, n = _entry(target), split or placement.parts(weight)[0]
+
+    def one(of: Any) -> Any:
+        return map_entries(function, of[0], of[1], entry)
 
     def each(*of: Any) -> Any:
-        return jax.lax.map(lambda own: map_entries(function, own[0], own[1], entry), of)
+        if n == 1:
+            return jax.lax.map(one, of)
+        cut = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]).swapaxes(0, 1), of)
+        out = jax.lax.map(jax.vmap(one), cut)
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)
 
     # JAX maps over a sharded stack on automatic axes only.
     mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))

@@ -257,6 +257,43 @@ def test_an_adapter_on_another_mesh_than_its_weight():
         lora_jax.merge_adapters(placed, adapters, plan)
 
 
+FORMATS = {
+    "nf4": {"block_size": 8, "scaler_block_size": 64},
+    "int8": {},
+    "fp8": {},
+}
+
+
+def quantized(placed, plan, form, names, **settings):
+    return lora_jax.quantize_params(
+        placed, names, form, plan=plan, **FORMATS[form], **settings
+    )
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=slow)])
+@METHODS
+def test_quantized_weights_do_not_travel(method, kind, form, compiled_texts):
+    names = ("both", "fused_heads", "convolution", "experts", "stack")
+    params, adapters, plan, placed = tree(kind, method, "bfloat16", names)
+    stored = quantized(placed, plan, form, names)
+    own = place(adapters, placed, plan, "by the rule")
+
+    merge = jax.jit(lambda stored, own: lora_jax.merge_adapters(stored, own, plan))
+    compiled = merge.lower(stored, own).compile()
+    assert not travels(compiled.as_text())
+    want = lora_jax.merge_adapters(quantized(params, plan, form, names), adapters, plan)
+    compiled_texts.clear()
+    for merged in (compiled(stored, own), lora_jax.merge_adapters(stored, own, plan)):
+        assert_alike(merged, want, placed)
+    lora_jax.adapted_column_norms(stored, own, plan)
+    assert compiled_texts
+    assert not [found for text in compiled_texts for found in travels(text)]
+    again = lora_jax.merge_adapters(stored, own, plan, requantize=True)
+    for one, other in zip(*map(jax.tree.leaves, (again, stored)), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
 # ----------------------------------------------------------------- decompositions
 
 KEY = jax.random.key(0)

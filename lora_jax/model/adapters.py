@@ -415,10 +415,7 @@ def _checked(
 ) -> tuple[dict[str, Any], Any]:
     """The leaves of params by path, and the tree structure, after all checks."""
     leaves, treedef = tree_paths.flatten(params)
-    plan_checks.check_params(leaves, plan)
-    for path in plan.by_leaf():
-        with checks.at_path(path):
-            checks.check_array("the weight", leaves[path])
+    plan_checks.check_params(leaves, plan, values=True)
     plan_checks.check_adapters(adapters, plan)
     return leaves, treedef
 

@@ -33,8 +33,12 @@ def check_plan(plan: Any) -> None:
         )
 
 
-def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
+def check_params(
+    params_by_path: Mapping[str, Any], plan: AdapterPlan, *, values: bool = False
+) -> None:
     """Raises unless the leaves of params have the paths and shapes of a plan.
+
+    With `values`, weights of targets must also have values.
 
     Raises:
         KeyError: if a leaf is missing.
@@ -54,6 +58,8 @@ def check_params(params_by_path: Mapping[str, Any], plan: AdapterPlan) -> None:
         weight = params_by_path[plan.leaf(path)]
         with checks.at_path(path):
             checks.check_abstract_array("the weight", weight)
+            if values and path in plan.targets:
+                checks.check_has_values("the weight", weight)
             if path in plan.trained and is_quantized(weight):
                 raise TypeError(
                     f"the plan trains this leaf, and it is quantized ({weight!r}): pass "

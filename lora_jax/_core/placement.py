@@ -216,6 +216,20 @@ def put(value: Any, sharding: Any) -> Any:
     return jax.lax.with_sharding_constraint(value, sharding)
 
 
+def check_divides(shape: Sequence[int], sharding: NamedSharding) -> None:
+    """Raises ValueError unless a sharding splits each axis of a shape evenly.
+
+    An abstract array may have a sharding that does not.
+    """
+    sizes = sharding.mesh.shape
+    for axis, own in enumerate(_padded(sharding.spec, len(shape))):
+        if shape[axis] % _count(own, sizes):
+            raise ValueError(
+                f"the sharding {sharding.spec} splits axis {axis} of the weight, of size "
+                f"{shape[axis]}, into {_count(own, sizes)} parts, which does not divide it."
+            )
+
+
 def on_device(tree: Any) -> Any:
     """The arrays of a tree in the memory of their devices; they may be in the host's."""
 

@@ -234,6 +234,10 @@ def merge_adapters(
 ) -> tree_paths.Tree:
     """Merges adapters into the weights that they adapt.
 
+    On a mesh no weight is gathered: devices exchange parts of adapters and norms only. One
+    case is an exception: in a trace on automatic mesh axes, an adapter of some entries of a
+    batch axis that the mesh splits.
+
     Merged quantized weights are dense. With `requantize` they are quantized again, which
     often loses more than the adapters changed; `merge_losses` measures the loss.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from lora_jax._core import checks, compat, placement, tree_paths
 from lora_jax._core.immutable import FrozenDict
@@ -81,7 +82,9 @@ def quantize_params(
         values per output. It holds for the arrays of `"nf4"` and the scales of blocks if
         each shard is a whole number of blocks; if not, NF4 writes a warning with suitable
         block sizes to the logger `"lora_jax"`. Inside `jax.jit` it holds on a mesh with
-        explicit axes; otherwise the compiler decides.
+        explicit axes. On automatic axes the compiler decides: there give `"nf4"` the
+        `row_axes`, and `jax.jit` the `out_shardings`, that abstract leaves with a sharding
+        get.
 
     Raises:
         KeyError: if params lack a weight of the plan.
@@ -218,6 +221,8 @@ def _check_leaf(leaf: Any) -> None:
     if _is_slice(leaf):
         return
     checks.check_abstract_array("the weight", leaf)
+    if isinstance(getattr(leaf, "sharding", None), NamedSharding):
+        placement.check_divides(leaf.shape, leaf.sharding)
     if isinstance(leaf, jax.Array) and not _is_traced(leaf):
         checks.check_not_deleted("the weight", leaf)
 

@@ -332,6 +332,30 @@ def test_a_mesh_with_explicit_axes_under_jit():
         store({"w": broken})
 
 
+def test_automatic_axes_under_jit_need_what_abstract_leaves_get():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    place = NamedSharding(mesh, P("x", "y"))
+    store = functools.partial(quantize_params, patterns="w", **SMALL)
+    shapes = store({"w": jax.ShapeDtypeStruct((8, 32), "float32", sharding=place)})
+    store = functools.partial(store, row_axes=shapes["w"].row_axes)
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    got = jax.jit(store, out_shardings=places)({"w": jax.device_put(draw(8, 32), place)})
+    assert_same_bits(jax.device_get(got), jax.device_get(store({"w": draw(8, 32)})))
+    assert got["w"].codes.sharding.is_equivalent_to(place, 2)
+    assert got["w"].scales.sharding.is_equivalent_to(place, 2)
+
+
+def test_a_sharding_that_does_not_divide():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    place = NamedSharding(mesh, P(None, ("x", "y")))
+    leaf = jax.ShapeDtypeStruct((8, 36), "float32", sharding=place)
+    for format in FORMATS:
+        with pytest.raises(
+            ValueError, match=r"at 'w': .* axis 1 .*36, into 8 parts, which"
+        ):
+            quantize_params({"w": leaf}, "w", format)
+
+
 # --------------------------------------------------------------------------- errors
 
 

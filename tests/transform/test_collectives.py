@@ -425,7 +425,23 @@ def counted(found):
     return sizes
 
 
-GRID = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
+# Other cases are slow tests, but for adapters without norms on automatic axes.
+SOME = ("columns_and_rows", "fused_heads", "scan_of_checkpoints", "tied_head")
+
+
+def grid(*kinds):
+    """Parameters for every case and kind of axes; for those of `kinds` no slow tests."""
+    return [
+        pytest.param(
+            *(name, kind),
+            marks=[pytest.mark.slow] * (name not in SOME and kind not in kinds),
+        )
+        for name, case in CASES.items()
+        for kind in case.kinds
+    ]
+
+
+GRID = grid(AxisType.Auto)
 
 
 @functools.cache
@@ -471,7 +487,7 @@ NORMS = 8
 """How many arrays of as many numbers as the outputs DoRA exchanges, for each weight."""
 
 
-@pytest.mark.parametrize(("name", "kind"), GRID)
+@pytest.mark.parametrize(("name", "kind"), grid())
 def test_norms_of_dora_exchange_numbers_of_outputs(name, kind):
     step = step_of(name, kind, use_dora=True)
     outs = {path: t.adapter_shapes["m"] for path, t in step.plan.targets.items()}

@@ -77,8 +77,9 @@ def test_trained_biases(bias, tmp_path):
 )
 def test_the_bias_of_an_adapter_is_added(layers, kernel, shape, tmp_path):
     names = [f"h.{i}.q" for i in layers] or ["h.q"]
-    entries, want = {}, draw(*shape)
-    params = {"h": {"q": {"kernel": jnp.ones(kernel), "bias": jnp.asarray(want)}}}
+    entries, old = {}, draw(*shape)
+    params = {"h": {"q": {"kernel": jnp.ones(kernel), "bias": jnp.asarray(old)}}}
+    want = old.copy()  # JAX may share the memory of `old`
     for i, name in enumerate(names):
         bias = draw(6, seed=i)
         entries |= {f"{name}.lora_B.bias": bias} | linear(name, 5, 6, 2, seed=i)

@@ -106,9 +106,13 @@ def is_automatic() -> bool:
     return bool(mesh.axis_names) and not has_explicit_axes(mesh)
 
 
-def as_current(x: Any) -> Any:
-    """An array on the current mesh, with the current types of axes."""
+def as_current(x: Any, otherwise: AbstractMesh | None = None) -> Any:
+    """An array on the current mesh, with the current types of axes.
+
+    Without a current mesh, an array that is on a mesh is put on the mesh `otherwise`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh if mesh.axis_names or otherwise is None else otherwise
     own = mesh_of(jax.typeof(x)) if isinstance(x, jax.Array) else mesh
     if mesh == own or not mesh.axis_names or not own.axis_names:
         return x

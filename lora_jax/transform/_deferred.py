@@ -115,7 +115,7 @@ def _in_its_types(equation: Any, values: Sequence[Any]) -> Any:
         own = [
             compat.retyped(value, atom.aval.sharding)
             if compat.mesh_of(atom.aval).axis_names
-            else compat.as_current(value)
+            else compat.as_current(value, compat.explicit_mesh(equation))
             for value, atom in zip(values, equation.invars, strict=True)
         ]
         out = _bind(equation, own)

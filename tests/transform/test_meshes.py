@@ -268,6 +268,28 @@ def test_explicit_axes_of_arrays_alone(name):
     check_on_mesh(name, context=False)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_explicit_axes_of_a_shard_map_alone(jit):
+    """Neither the weights nor the context have a mesh."""
+    mesh = mesh_of(AxisType.Explicit, (1,), ("x",))
+
+    def fn(params, x):
+        softmax = jax.shard_map(jax.nn.softmax, mesh=mesh, in_specs=P(), out_specs=P())
+        return softmax(x @ params["a"]) @ params["b"]
+
+    with x64():
+        params, x = {"a": normal(4, 5), "b": normal(5, 2)}, jnp.asarray(normal(3, 4))
+        params = jax.tree.map(jnp.asarray, params)
+        plan = plan_of(fn, params, x)
+        adapters = trained(params, plan)
+        got = value_and_gradients(lora_jax.adapt(fn, plan), adapters, params, x, jit=jit)
+
+        def reference(params, adapters, x):
+            return fn(merged(params, adapters, plan), x)
+
+        assert_same(got, value_and_gradients(reference, adapters, params, x))
+
+
 @without_0_7
 @pytest.mark.parametrize("name", ["tied_head", "row_parallel", "experts", "shards"])
 def test_explicit_axes_without_jit(name):

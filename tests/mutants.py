@@ -109,6 +109,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return jnp.where(jnp.abs(x) < _TINY, steps, rounded)",
         "return jnp.where((jnp.abs(x) <= _TINY), steps, rounded)",
     ): "both round the smallest normal number to itself",
+    (
+        "lora_jax/quant/_torchao.py",
+        "codes = jnp.clip(jnp.round(steps), -128, 127).astype(SCALES)",
+        "codes = jnp.clip(jnp.round(steps), -128, 128).astype(SCALES)",
+    ): "XLA casts 128 to the largest int8",
+    (
+        "lora_jax/quant/_torchao.py",
+        "codes = jnp.clip(jnp.round(steps), -128, 127).astype(SCALES)",
+        "codes = jnp.clip(jnp.round(steps), -129, 127).astype(SCALES)",
+    ): "XLA casts -129 to the smallest int8",
+    (
+        "lora_jax/plan/parts.py",
+        "line.reshape(-1)[list(indices_of(own[axis]))] = True",
+        "line.reshape(-2)[list(indices_of(own[axis]))] = True",
+    ): "NumPy takes any negative size as the one that is not given",
 }
 
 OPERATORS = {

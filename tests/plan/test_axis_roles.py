@@ -119,6 +119,13 @@ def sides(text, sizes):
         ((4, 6), "io", "ic", (4,), None),
         ((4, 6), "io", "ic oc", (4, 6), None),
         ((4, 6), "io", "i. o.", (4, 6), None),
+        ((4, 6), "io", "ik ok", (4, 6), None),
+        ((4, 6), "io", "ik i. oc", (2, 2, 6), "oi"),
+        ((4, 6), "io", "ik oc o.", (4, 2, 3), "oi"),
+        ((4, 6), "io", "ik oc ok", (4, 2, 3), None),
+        ((4, 2, 6), "iio", "ic ik oc", (4, 2, 6), "ioi"),
+        ((4, 2, 6), "iio", "ic ik ok", (4, 2, 6), "ioo"),
+        ((4, 2, 3), "ioo", "ik oc ok", (4, 2, 3), "oio"),
         ((4, 6), "io", "ib ok", (4, 6), "bo"),
         ((4, 6), "io", "ic ob", (4, 6), "ib"),
         # One axis of two, found by its size; in a reshaped value the plan is right.

@@ -125,6 +125,8 @@ def test_parts_that_differ_along_one_axis_are_one(alike, one):
         ("*p[3:]", "[4:]", SHAPE, True),
         ("up[3:]", "[4:]", None, False),
         ("up[4:]", "[4:]", None, True),
+        ("*p[4:]", "[4:]", None, True),
+        ("up@lookup", "[4:]@lookup", None, True),
         ("up[5:]", "[4:]", SHAPE, False),
         ("up[:, :, 0]", "[4:]", SHAPE, False),
         ("w[4:]", "[4:]", SHAPE, False),
@@ -138,6 +140,8 @@ def test_parts_that_differ_along_one_axis_are_one(alike, one):
 def test_a_pattern_matches_what_is_inside_of_its_part(pattern, suffix, shape, matches):
     found = parts.first_match(["other", pattern], f"up{suffix}", suffix, shape)
     assert found == (pattern if matches else None)
+    # A set of characters is no part.
+    assert parts.first_match(["w[12]"], f"w1{suffix}", suffix, shape) == "w[12]"
 
 
 SHAPES = {"up": (6, 8, 8), "w1": (8, 8)}

@@ -195,12 +195,25 @@ def bytes_on_each_device(value: Any) -> int:
 
 
 def put(value: Any, sharding: Any) -> Any:
-    """A value with a sharding, inside a trace or not."""
+    """A value with a sharding, inside a trace or not.
+
+    Raises:
+        ValueError: in a trace, if an axis is split by an automatic mesh axis and then by an
+            explicit one.
+    """
     if not isinstance(value, Tracer):
         return jax.device_put(value, sharding)
     if isinstance(sharding, NamedSharding) and compat.has_explicit_axes(sharding.mesh):
         kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
         both = axes_of(sharding, value.ndim)
+        for names in both:
+            order = [kinds[own] != AxisType.Explicit for own in names]
+            if order != sorted(order):
+                raise ValueError(
+                    f"inside a trace no axis can be split over {', '.join(names)} in this "
+                    "order, in which an automatic mesh axis is in front of an explicit "
+                    "one: call the function outside of it."
+                )
         explicit, rest = (
             as_spec(
                 tuple(own for own in names if (kinds[own] == AxisType.Explicit) == is_it)
@@ -211,7 +224,7 @@ def put(value: Any, sharding: Any) -> Any:
         mesh = getattr(sharding.mesh, "abstract_mesh", sharding.mesh)
         value = compat.retyped(value, NamedSharding(mesh, explicit))
         sharding = sharding.update(spec=rest)
-        if not any(rest):
+        if {*kinds.values()} == {AxisType.Explicit}:
             return value
     return jax.lax.with_sharding_constraint(value, sharding)
 

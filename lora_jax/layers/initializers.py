@@ -305,6 +305,12 @@ def _draw(
     return _cut(draw(key, (rounded,), dtype), by, tuple(shape))
 
 
+def is_own(init: Init) -> bool:
+    """Whether all of `init` is from this module, and so depends on key and shape alone."""
+    both = init if isinstance(init, tuple) else (init,)
+    return all(isinstance(i, str) or i.__module__ == __name__ for i in both)
+
+
 def drawn_by_place(key: jax.Array) -> bool:
     """Whether each number depends only on the key and on its own index."""
     is_threefry = str(jax.random.key_impl(key)) == "threefry2x32"

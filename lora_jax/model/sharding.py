@@ -180,9 +180,14 @@ def init_factors(
     out = {name: shardings[name] for name in ("A", "B")}
     if not initializers.drawn_by_place(key):  # then the numbers depend on the parts
         return jax.device_put(_factors(key, shape, **options), out)
-    impl = str(jax.random.key_impl(key))
-    draw = _compiled(impl, shape, tuple(options.items()), tuple(out.items()))
-    return draw(np.asarray(jax.random.key_data(key)))
+    given = str(jax.random.key_impl(key)), shape, (*options.items(),), (*out.items(),)
+    data = np.asarray(jax.random.key_data(key))
+    if initializers.is_own(options["init"]):
+        return _compiled(*given)(data)
+    try:  # anew for each weight: a function may return other values in each call
+        return _compiled.__wrapped__(*given)(data)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+        return jax.device_put(_factors(key, shape, **options), out)
 
 
 def _factors(key: jax.Array, shape: tuple[int, ...], **options: Any) -> Adapter:

@@ -118,7 +118,8 @@ def _is_matrix(matrix: Matrix, axis: int, out: tuple[int, ...]) -> bool:
 
 def _with_terms(f: Factored, matrix: Matrix, axis: int) -> Matrix:
     """The matrix, with the terms and columns of its factored weight `f` included."""
-    summed, kept = matrix._replace(weight=f.base).axes(axis)
+    weight = jax.ShapeDtypeStruct(f.shape, f.dtype)  # the base may be quantized
+    summed, kept = matrix._replace(weight=weight).axes(axis)
     n_batch = min(*summed, *kept)
     at = n_batch if axis == -1 else n_batch + 1  # the rank axis of `left`
     gain = matrix.columns

@@ -230,7 +230,8 @@ def _rows_of_groups(f: Factored, column: jax.Array, sizes: Any, n: int) -> jax.A
     if flat.shape[0] == 1:
         return flat
     # Not jnp.repeat: a mesh would gather the groups of all rows.
-    groups = jnp.sum(jnp.arange(n)[:, None] >= jnp.cumsum(sizes)[None], axis=1)
+    ends = jnp.cumsum(sizes)
+    groups = jnp.sum(jnp.arange(n, dtype=ends.dtype)[:, None] >= ends[None], axis=1)
     return jnp.take(flat, groups, axis=0, mode="clip")
 
 

@@ -228,7 +228,13 @@ def test_new_adapters_are_made_where_they_belong(name, kind):
     own = lora_jax.adapter_shardings(params, plan, **options(case))
     given = own if options(case) else None
     traced = jax.jit(lambda key, params: lora_jax.init_adapters(key, params, plan, own))
-    for got in (lora_jax.init_adapters(key, params, plan, given), traced(key, params)):
+    results = [lora_jax.init_adapters(key, params, plan, given)]
+    if (name, kind) == ("split down to 1", "mixed"):  # over tensor, and then over data
+        with pytest.raises(ValueError, match=r"no axis can be split over tensor, data"):
+            traced(key, params)
+    else:
+        results.append(traced(key, params))
+    for got in results:
         for entry, value in got[path].items():
             assert value.sharding.is_equivalent_to(own[path][entry], value.ndim)
             if entry == "m":  # sums over split inputs have another order
@@ -250,9 +256,18 @@ def test_inside_a_trace_explicit_axes_are_known():
     assert shapes["w"]["B"].sharding.spec == case.b
 
 
-@pytest.mark.parametrize(
-    "init", ["orthogonal", ("zeros", "gaussian"), lambda key, shape, dtype: jnp.ones(shape)]
-)
+def from_numpy(key, shape, dtype):
+    seed = np.asarray(jax.random.key_data(key)).sum()
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+INITS = [
+    *("orthogonal", ("zeros", "gaussian"), lora_jax.initializers.gaussian(0.5)),
+    *(jax.nn.initializers.normal(0.1), from_numpy),
+]
+
+
+@pytest.mark.parametrize("init", INITS)
 def test_every_initializer(init):
     params, plan = made(CASES["column"], mesh_of(), method="lora")
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, init=init))
@@ -262,6 +277,21 @@ def test_every_initializer(init):
     assert got["B"].sharding.spec == P(None, "tensor")
     for name, value in got.items():
         assert_close(value, want[name], 4)
+
+
+def test_functions_are_called_for_each_weight():
+    """They may return other values in each call, which a compiled program would repeat."""
+    count = iter(range(9))
+
+    def counted(key, shape, dtype):
+        del key
+        return jnp.full(shape, next(count), dtype)
+
+    place = NamedSharding(mesh_of(), P("tensor"))
+    params = {name: jax.device_put(jnp.ones((8, 8)), place) for name in "ab"}
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2, init=counted), params)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    assert [float(adapters[name]["A"][0, 0]) for name in "ab"] == [0, 1]
 
 
 def test_keys_whose_numbers_depend_on_the_shape():

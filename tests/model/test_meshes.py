@@ -143,6 +143,8 @@ def test_no_weight_travels_inside_of_jit(method, kind, lie):
     assert not travels(compiled.as_text())
     got = compiled(placed, place(adapters, placed, plan, lie))
     want = everything(params, adapters, plan)
+    if kind == "auto":  # a trained leaf is only copied, so it lies as its new value lies
+        placed = {name: x for name, x in placed.items() if name in plan.by_leaf()}
     for own, other in zip(got[0], want[0], strict=True):
         assert_alike(own, other, placed)
     for own, other in zip(*map(jax.tree.leaves, (got[1], want[1])), strict=True):

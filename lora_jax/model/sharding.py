@@ -147,6 +147,13 @@ def optimizer_shardings(
             "adapter_shardings(params, plan) returns; one of them lacks "
             f"{tree_paths.listed(odd)}."
         )
+    for (path, name), sharding in own.items():
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"the sharding of {name} of {path!r} must be a jax.sharding.NamedSharding, "
+                f"got {type(sharding).__name__}: the order is optimizer_shardings("
+                "optimizer, adapters, shardings)."
+            )
     mesh = next(iter(own.values())).mesh
     names = placement.names_of_axes("split_over", split_over, mesh.axis_names)
     state = jax.eval_shape(optimizer.init, adapters)

@@ -88,6 +88,8 @@ def test_errors():
     with pytest.raises(ValueError, match="split_over has 'model', which is no axis of the"):
         lora_jax.optimizer_shardings(adam, adapters, shardings, "model")
     fewer = {"w": {name: x for name, x in shardings["w"].items() if name != "A"}}
+    with pytest.raises(TypeError, match="sharding of A of 'w' must be a jax"):
+        lora_jax.optimizer_shardings(adam, shardings, adapters)
     with pytest.raises(KeyError, match="one of them lacks 'w/A'"):
         lora_jax.optimizer_shardings(adam, adapters, fewer)
     with pytest.raises(TypeError, match=r"must be \{path: \{name: ...\}\}"):

@@ -243,11 +243,18 @@ def check_shardings(shardings: Any, plan: AdapterPlan) -> None:
 
 
 def layout_of(leaves: Mapping[str, Any], plan: AdapterPlan) -> MeshLayout | None:
-    """What a printed plan says of the mesh; None if no weight lies on one."""
-    found = _shardings(leaves, plan)
-    if not found:
+    """What a printed plan says of the mesh; None if the weights do not lie on one mesh.
+
+    A plan may be for weights on several meshes, such as those of pipeline stages. Then
+    `adapter_shardings` takes the subset of one.
+    """
+    try:
+        found = _shardings(leaves, plan)
+        made = _by_rule(found, plan, _checked_axes(found, None)) if found else None
+    except (TypeError, ValueError):  # which adapter_shardings and init_adapters raise
         return None
-    made = _by_rule(found, plan, _checked_axes(found, None))
+    if made is None:
+        return None
     rows = {}
     for path, entry in plan.entries.items():
         leaf, shapes = plan.leaf(path), entry.adapter_shapes
@@ -287,7 +294,8 @@ def _shardings(leaves: Mapping[str, Any], plan: AdapterPlan) -> dict[str, NamedS
             raise ValueError(
                 f"the weights of a plan must lie on one mesh: {first!r} lies on "
                 f"{found[first].mesh} and {path!r} on {sharding.mesh}. Put all params on "
-                "the same mesh with jax.device_put."
+                "the same mesh with jax.device_put, or give the subsets of the plan with "
+                "the weights of each mesh: plan.subset(patterns)."
             )
         found[path] = sharding
     return found

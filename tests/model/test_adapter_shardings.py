@@ -443,6 +443,12 @@ def test_errors():
         ValueError, match=r"must lie on one mesh: 'w' lies on .* and 'x' on"
     ):
         shardings(params | {"x": on(other)})
+    both = params | {"x": on(other)}
+    plan = lora_jax.plan_adapters(config, both)  # as of the stages of a pipeline
+    assert plan.layout is None
+    for path, where in (("w", mesh), ("x", other)):
+        own = lora_jax.adapter_shardings(both, plan.subset(path))
+        assert own[path]["B"].mesh == where
     with pytest.raises(
         ValueError, match=r"'w': axis 1 .* has 15 entries .* over tensor into 2"
     ):

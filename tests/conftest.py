@@ -1,7 +1,10 @@
 """Eight CPU devices, and JAX at its strictest, for the whole suite."""
 
+import gc
 import importlib.util
+import itertools
 import os
+import pathlib
 
 from tests import xla_flags
 
@@ -40,6 +43,23 @@ QUICK = (
 MISSING = [name for name in QUICK if importlib.util.find_spec(name) is None]
 if MISSING:
     raise RuntimeError(f"QUICK has modules that do not exist: {MISSING}")
+
+
+# Linux allows a process 65,530 mappings of memory, and XLA takes some for each program.
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Frees the compiled programs of earlier tests before a process has too many."""
+    yield
+    if next(TESTS) % 16 or not MAPPINGS.exists():  # to read them takes some milliseconds
+        return
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -320,14 +320,7 @@ def _specs(
     """The specs of the arrays of one adapter or trained leaf."""
     axes = placement.axes_of(sharding, len(entry.shape))
     sizes = sharding.mesh.shape
-    for axis, names in enumerate(axes):
-        count = math.prod(sizes[name] for name in names)
-        if entry.shape[axis] % count:
-            raise ValueError(
-                f"axis {axis} of the weight of shape {entry.shape} has "
-                f"{entry.shape[axis]} entries and is split over {', '.join(names)} into "
-                f"{count} parts, which does not divide it."
-            )
+    placement.check_divides(entry.shape, sharding)
     if isinstance(entry, TrainedLeaf):
         return {VALUE: placement.as_spec(axes)}
     own = parts.entries(entry.part, entry.shape)

@@ -49,6 +49,7 @@ from lora_jax.model.decompose import (
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.adapter_stack import AdapterStack
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
@@ -56,6 +57,7 @@ from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
 __all__ = [
     "Adapter",
     "AdapterPlan",
+    "AdapterStack",
     "CheckpointError",
     "Decomposed",
     "DecomposedWeight",

@@ -9,6 +9,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jax import core
+
 from lora_jax._core import compat
 from lora_jax.transform import _row_axes, _row_bodies
 from lora_jax.transform._moves import MOVES
@@ -37,15 +40,20 @@ class _Analysis:
         self.callers: list[Any] = []
 
     def follow(
-        self, jaxpr: Any, places: Sequence[Place], n_rows: int, split: tuple[str, ...] = ()
+        self,
+        jaxpr: Any,
+        places: Sequence[Place],
+        n_rows: int,
+        split: tuple[str, ...] = (),
+        counts: tuple[int | None, ...] = (),
     ) -> "Followed":
-        body, _ = compat.open_jaxpr(jaxpr)
+        body, constants = compat.open_jaxpr(jaxpr)
         if n_rows == 1:  # all values belong to the same row
             places = [place if isinstance(place, Lost) else None for place in places]
-        key = id(body), tuple(places), n_rows, split
+        key = id(body), tuple(places), n_rows, split, counts
         if key not in self.known:
             self.known[key] = Followed(n_rows, body, split, self)
-            self.known[key].run(places)
+            self.known[key].run(places, _Counts(body, counts, constants))
         return self.known[key]
 
 
@@ -82,10 +90,10 @@ class Followed:
         known = self._bodies.get((id(equation), id(body)))
         return known or self.enter(equation, body, [None] * len(body.invars))
 
-    def run(self, places: Sequence[Place]) -> None:
+    def run(self, places: Sequence[Place], counts: "_Counts") -> None:
         """Follows the rows through all equations."""
         self._bodies: dict[tuple[int, int], Followed] = {}
-        self._counts = _Counts()
+        self._counts = counts
         self.places.update(zip(self.jaxpr.invars, places, strict=True))
         for equation in self.jaxpr.eqns:
             self._counts.see(equation)
@@ -100,13 +108,21 @@ class Followed:
         places: Sequence[Place],
         n_rows: int | None = None,
         split: tuple[str, ...] | None = None,
+        fixed: Sequence[Any] = (),
     ) -> "Followed":
-        """Follows the rows through a body of an equation."""
+        """Follows the rows through a body of an equation.
+
+        `fixed` are the operands that are the first arguments of the body, always.
+        """
         body, _ = compat.open_jaxpr(body)
         split = self.split if split is None else split
+        counts = tuple(map(self._counts.of, fixed))
+        counts = () if set(counts) == {None} else counts
         self._analysis.callers.append(equation)
         try:
-            inside = self._analysis.follow(body, places, n_rows or self.n_rows, split)
+            inside = self._analysis.follow(
+                body, places, n_rows or self.n_rows, split, counts
+            )
         finally:
             self._analysis.callers.pop()
         self._bodies[id(equation), id(body)] = inside
@@ -219,10 +235,17 @@ def follow(jaxpr: Any, places: Sequence[Place], n_rows: int) -> Followed:
 class _Counts:
     """The values of a jaxpr whose entries equal their index along an axis."""
 
-    def __init__(self):
-        self._axes: dict[Any, int] = {}
+    def __init__(self, jaxpr: Any, counts: Sequence[int | None], constants: Sequence[Any]):
+        known = zip(jaxpr.invars, counts, strict=False)
+        self._axes = {variable: axis for variable, axis in known if axis is not None}
         self._components: dict[Any, dict[int, int]] = {}
+        # Whether an index is negative, by which its sum with the size is chosen.
         self._negative: set[Any] = set()
+        for variable, value in zip(jaxpr.constvars, constants, strict=False):
+            if _is_vector(value) and value.dtype == bool and not np.any(value):
+                self._negative.add(variable)
+            elif _is_vector(value) and np.array_equal(value, np.arange(len(value))):
+                self._axes[variable] = 0
 
     def of(self, atom: Any) -> int | None:
         """The axis along which the entries of a value count from 0."""
@@ -241,7 +264,7 @@ class _Counts:
         axis = self.of(atoms[0]) if atoms else None
         if name == "iota":
             axis = parameter(equation, "dimension")
-        elif name == "select_n":  # of an index, and of its sum with the size if negative
+        elif name == "select_n":
             known = isinstance(atoms[0], compat.Literal) or atoms[0] not in self._negative
             axis = None if known else self.of(atoms[1])
         elif name == "concatenate":
@@ -254,7 +277,7 @@ class _Counts:
             return
         elif name in ("broadcast_in_dim", "reshape", "squeeze", "transpose"):
             axis = _moved_axis(equation, axis)
-        elif name not in ("convert_element_type", "copy"):
+        elif name not in ("convert_element_type", "copy", "device_put"):
             return
         if axis is not None and out is not None:
             self._axes[out] = axis
@@ -271,6 +294,14 @@ class _Counts:
             for start, atom in zip(starts, equation.invars, strict=False)
             if atom.aval.shape[-1] == 1 and (axis := self.of(atom)) is not None
         }
+
+
+def _is_vector(constant: Any) -> bool:
+    """Whether a constant is a vector of integers or booleans that can be read."""
+    is_here = getattr(constant, "is_fully_addressable", True)
+    if isinstance(constant, core.Tracer) or not is_here or np.ndim(constant) != 1:
+        return False
+    return constant.dtype == bool or np.issubdtype(constant.dtype, np.integer)
 
 
 def _moved_axis(equation: Any, axis: int) -> int | None:

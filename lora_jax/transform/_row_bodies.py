@@ -84,7 +84,7 @@ def _call(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]:
         raise NotFollowedError("has no body in which rows could be followed")
     known = {place.number for place in places if isinstance(place, Taken)}
     numbers = {number: number for number in known}
-    out = followed.enter(equation, body[0], places).outputs
+    out = followed.enter(equation, body[0], places, fixed=equation.invars).outputs
     return [
         place._replace(number=numbers.setdefault(place.number, followed.new_number()))
         if isinstance(place, Taken)
@@ -107,7 +107,8 @@ def _cond(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]:
     index, *operands = places
     out: list[Place] = [None] * len(equation.outvars)
     for branch in parameter(equation, "branches"):
-        found = followed.enter(equation, branch, operands).outputs
+        inside = followed.enter(equation, branch, operands, fixed=equation.invars[1:])
+        found = inside.outputs
         found = _from_outside(followed, equation, operands, found)
         reason = "has branches that return rows along different axes"
         out = _joined(followed, equation, out, found, reason)
@@ -123,11 +124,11 @@ def _while(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]
     )
     for_condition, rest = places[:n_condition], places[n_condition:]
     fixed, carry, before = rest[:n_body], rest[n_body:], None
+    body = parameter(equation, "body_jaxpr")
+    constants = equation.invars[n_condition : n_condition + n_body]
     while carry != before:
         before = carry
-        inside = followed.enter(
-            equation, parameter(equation, "body_jaxpr"), [*fixed, *carry]
-        )
+        inside = followed.enter(equation, body, [*fixed, *carry], fixed=constants)
         found = _from_outside(followed, equation, rest, inside.outputs)
         carry = _joined(followed, equation, carry, found, _CARRY)
     followed.enter(equation, parameter(equation, "cond_jaxpr"), [*for_condition, *carry])
@@ -152,7 +153,9 @@ def _scan(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]:
     )
     while carry != before:
         before = carry
-        inside = followed.enter(equation, body, [*fixed, *carry, *xs], n_rows)
+        inside = followed.enter(
+            equation, body, [*fixed, *carry, *xs], n_rows, fixed=equation.invars[:n_fixed]
+        )
         found = _from_outside(followed, equation, [*outer, *xs], inside.outputs)
         if cut:
             found[:n_carry] = _without_rows(followed, equation, found[:n_carry])
@@ -228,7 +231,7 @@ def _shard_map(followed: Any, equation: Any, places: Sequence[Place]) -> list[Pl
     split = next(filter(None, map(_split_by, places, in_specs)), ())
     parts = math.prod(sizes[name] for name in split)
     if followed.n_rows % parts:
-        raise NotFollowedError("splits rows unevenly")
+        raise NotFollowedError("does not split the rows into consecutive groups")
     inside = _attempt(
         followed, equation, lambda p, s: _shard(followed, p, s, split), places, in_specs
     )
@@ -282,7 +285,7 @@ def _shard(followed: Any, place: Place, spec: _Spec, split: tuple[str, ...]) -> 
             first, *minor = atoms
             is_outer = first.stride is None or first.stride * first.size == followed.n_rows
             if first.size % parts or not is_outer:
-                raise NotFollowedError("splits rows unevenly")
+                raise NotFollowedError("does not split the rows into consecutive groups")
             found = found if first.stride is None else spec.names(axis)
             atoms = merged([(first.size // parts, first.stride), *minor])
         axes.append(atoms)

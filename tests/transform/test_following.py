@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from lora_jax._core import compat
 from lora_jax.transform._following import Atom, Lost, Rows, Taken, follow
 from tests.support import normal, optimizations
 
 N = 4  # rows
+BOTH = "data", "model"  # the axes of the mesh
 
 
 def whole_axis(shape, axis, n=N):
@@ -54,6 +57,19 @@ def ids(*shape, axis=0):
     return jnp.asarray(np.broadcast_to(own, shape))
 
 
+def on_mesh(body, in_specs, out_specs):
+    mesh = jax.make_mesh((2, 2), BOTH, axis_types=(AxisType.Auto,) * 2)
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    return lambda *args: mapped(*args)
+
+
+def pooled(x):
+    rows, first = jnp.arange(N), x[:, 0, 0].astype(int)
+    return lax.scan(lambda c, i: (c, x[rows, c + i]), first, jnp.arange(2))[1]
+
+
 # Programs that move entries: the row numbers are moved as the places say.
 IDS = ids(N, 6, 3)
 MOVES = {
@@ -78,6 +94,8 @@ MOVES = {
     "sort": lambda x: jnp.sort(x, axis=1),
     "top": lambda x: lax.top_k(x, 2)[0],
     "pool": lambda x: x[jnp.arange(N), jnp.array([3, 0, 1, 5])],
+    "pool_of_constants": lambda x: x[np.arange(N), np.array([3, 0, 1, 5])],
+    "pool_in_a_loop": pooled,
     "cache": lambda x: jnp.zeros((N, 6, 3)).at[jnp.arange(N)].set(x),
     "along_axis": lambda x: jnp.take_along_axis(x, jnp.ones((N, 2, 3), int), axis=1),
     "look_up": lambda x: jnp.arange(9.0)[x.astype(int)],
@@ -420,6 +438,24 @@ LOST = {
         lambda x: jax.pure_callback(np.asarray, x, x),
         "there is no rule that follows rows through `pure_callback`",
     ),
+    "gathered": (
+        on_mesh(lambda x: lax.all_gather(x, "data", tiled=True), P("data"), P()),
+        "`all_gather` exchanges rows between devices",
+    ),
+    "gathered_single": (
+        on_mesh(lambda x: lax.all_gather(x, BOTH, tiled=True), P(BOTH), P()),
+        "`all_gather` exchanges rows between devices",
+    ),
+    "other_groups": (
+        lambda x: on_mesh(jnp.abs, P("data"), P("data"))(
+            x.reshape(2, 2, 18).swapaxes(0, 1)
+        ),
+        "`shard_map` does not split the rows into consecutive groups",
+    ),
+    "not_joined": (
+        on_mesh(lambda x: x, P("data"), P()),
+        "`shard_map` does not join the rows that it has split",
+    ),
     "two_orders": (
         lambda x: x[PERMUTATION] + x[PERMUTATION[::-1]],
         "`add` joins values with rows in different orders",
@@ -444,6 +480,8 @@ NOWHERE = {
     "shape": lambda x: jnp.zeros(x.shape),
     "random": lambda x: jax.random.normal(jax.random.key(0), x.shape),
     "carry": lambda x: lax.scan(lambda c, x: (c + x.sum(), None), 0.0, x)[0],
+    "summed": on_mesh(lambda x: lax.psum(x, "data"), P("data"), P()),
+    "sum_of_both": on_mesh(lambda x: lax.psum(x, BOTH), P(BOTH), P()),
     "empty": lambda x: x[:, :0].reshape(0, 4),
 }
 
@@ -538,6 +576,87 @@ def test_a_loop_over_rows_renumbers_them(shape, axis):
     for own, got in zip(rows, y, strict=True):
         np.testing.assert_array_equal(own[local], got)
     np.testing.assert_array_equal(numbers(found.outputs[0], y.shape), y)
+
+
+# Bodies of a `shard_map` over "data" (2) and "model" (2), the axes of the mesh that split
+# the argument, those of the result, and the axes that split the rows.
+SHARDED = {
+    "rows": (lambda x: jnp.abs(x), P("data"), P("data"), ("data",)),
+    "single_rows": (lambda x: x.T, P(BOTH), P(None, None, BOTH), BOTH),
+    "columns": (lambda x: jnp.abs(x), P(None, "data"), P(None, "data"), ()),
+    "both": (lambda x: x.T, P("data", "model"), P(None, "model", "data"), ("data",)),
+    "replicated": (lambda x: x.T, P(), P(), ()),
+    "again": (lambda x: x, P(), P("data"), ()),
+    "flat": (lambda x: x.reshape(-1, 4), P("data"), P("data"), ("data",)),
+    "inner": (lambda x: x.swapaxes(0, 1).reshape(-1, 4), P("data"), P("data"), ("data",)),
+    "summed": (
+        lambda x: lax.pmax(x, "model"),
+        P("data", "model"),
+        P("data", "model"),
+        ("data",),
+    ),
+    "gathered": (
+        lambda x: lax.all_gather(x, "model", axis=1, tiled=True),
+        P("data", "model"),
+        P("data"),
+        ("data",),
+    ),
+    "stacked": (
+        lambda x: lax.all_gather(x, "model"),
+        P("data", "model"),
+        P(None, "data"),
+        ("data",),
+    ),
+    "scattered": (
+        lambda x: lax.psum_scatter(x / 2, "model", scatter_dimension=1, tiled=True),
+        P("data"),
+        P("data", "model"),
+        ("data",),
+    ),
+    "exchanged": (
+        lambda x: lax.all_to_all(x, "model", 1, 2, tiled=True),
+        P("data", None, "model"),
+        P("data", "model"),
+        ("data",),
+    ),
+    "permuted": (
+        lambda x: lax.ppermute(x, "model", [(0, 1), (1, 0)]),
+        P("data", "model"),
+        P("data", "model"),
+        ("data",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_have_the_rows_that_the_specs_say(name):
+    body, in_spec, out_spec, names = SHARDED[name]
+    fn = on_mesh(body, in_spec, out_spec)
+    x = jnp.tile(IDS[:, :2, :2], (1, 2, 2))
+    jaxpr, found = followed(fn, x)
+    (place,), want = found.outputs, jax.jit(fn)(x)
+    assert isinstance(place, Rows), place
+    (equation,) = jaxpr.eqns
+    assert found.specs[id(equation)] == names
+    n_rows = found.inside(equation, equation.params["jaxpr"]).n_rows
+    assert n_rows == N // 2 ** len(names)
+    np.testing.assert_array_equal(numbers(place, want.shape), want)
+
+
+def test_shards_of_values_with_and_without_rows():
+    fn = on_mesh(lambda x, y, t: (x + t, y), (P("data"), P(), P("model")), (P("data"), P()))
+    _, found = followed(fn, IDS, IDS, jnp.ones((4, 6, 3)), axes=(0, 0, None))
+    split, unsplit = found.outputs
+    assert split == whole_axis(IDS.shape, 0)
+    assert isinstance(unsplit, Lost)
+    reason = "`shard_map` splits the rows of some values, and not those of others"
+    assert unsplit.reason == reason
+
+
+def test_a_sum_over_some_of_the_axes_that_split_the_rows():
+    fn = on_mesh(lambda x: lax.psum(x, "data"), P(BOTH), P("model"))
+    _, found = followed(fn, ids(8, 3), n=8)
+    assert found.outputs[0].reason == "`psum` exchanges rows between devices"
 
 
 def test_a_single_row_has_no_place():

@@ -94,12 +94,15 @@ def _call(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]:
 
 
 def _linear_solve(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]:
-    """Follows rows through the solver; its operands are behind those of the products."""
-    lengths = parameter(equation, "const_lengths")
-    first = lengths.matvec + lengths.vecmat
-    own = *places[first : first + lengths.solve], *places[sum(lengths) :]
-    solver = parameter(equation, "jaxprs").solve
-    outputs = followed.enter(equation, solver, own).outputs
+    """Follows rows through the solver and the products, each with operands of its own."""
+    lengths, solvers = (parameter(equation, name) for name in ("const_lengths", "jaxprs"))
+    right, start, outputs = places[sum(lengths) :], 0, []
+    for name in lengths._fields:
+        stop, jaxpr = start + getattr(lengths, name), getattr(solvers, name)
+        if jaxpr is not None:
+            inside = followed.enter(equation, jaxpr, [*places[start:stop], *right])
+            outputs = inside.outputs if name == "solve" else outputs
+        start = stop
     return _from_outside(followed, equation, places, outputs)
 
 

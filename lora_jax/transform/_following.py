@@ -186,11 +186,10 @@ class Followed:
         out = []
         for place in self._by_rule(equation, operands, n):
             if isinstance(place, Rows):
-                [(axis, atoms)] = held(place.axes).items()
-                if len(atoms) > 1:
-                    raise NotFollowedError(
-                        "repeats rows in an order that the data determine"
-                    )
+                (axis, atoms), *more = held(place.axes).items()
+                if more or len(atoms) > 1:
+                    reason = "splits or repeats rows in an order that the data determine"
+                    raise NotFollowedError(reason)
                 place = Taken(min(numbers), axis)
             out.append(place)
         return out

@@ -128,6 +128,7 @@ MOVES = {
     "jit": lambda x: jax.jit(lambda x: x.T)(x),
     "checkpoint": lambda x: jax.checkpoint(lambda x: x.T)(x),
     "relu": lambda x: jax.nn.relu(x.T),
+    "barrier": lambda x: lax.optimization_barrier((x.T, x.sum()))[0],
     "custom_vjp": lambda x: turned(x),
     "vmap_update": lambda x: jax.vmap(
         lambda x, i: lax.dynamic_update_slice(jnp.zeros((6, 3)) + x[:1], x[1:3], (i, 0))
@@ -371,6 +372,7 @@ def test_only_entries_of_a_changed_row_change(name):
     assert n_changed >= 3
 
 
+OF_ALL = lax.GatherDimensionNumbers((), tuple(range(N)), tuple(range(N)))
 PERMUTATION = jnp.array([2, 0, 3, 1])
 # Programs whose rows are lost, and what is said of the primitive.
 LOST = {
@@ -418,6 +420,57 @@ LOST = {
     "kernel": (
         lambda x: lax.conv(jnp.ones((1, 6, 9)), x, (1,), "SAME"),
         "`conv_general_dilated` has a kernel that holds rows",
+    ),
+    "convolved": (
+        lambda x: lax.conv(x.T, jnp.ones((3, 6, 2)), (1,), "SAME"),
+        "`conv_general_dilated` convolves an axis that holds rows",
+    ),
+    "groups_of_the_batch": (
+        lambda x: lax.conv_general_dilated(
+            x, jnp.ones((2, 6, 2)), (1,), "SAME", batch_group_count=2
+        ),
+        "`conv_general_dilated` splits the batch into groups",
+    ),
+    "experts": (
+        lambda x: lax.ragged_dot(jnp.ones((9, 6)), x, jnp.array([3, 0, 4, 2])),
+        "`ragged_dot_general` has a group for each row",
+    ),
+    "matrices": (
+        lambda x: jnp.linalg.qr(x[:, :, 0])[0],
+        "`qr` mixes an axis that holds rows",
+    ),
+    "solved": (
+        lambda x: jax.scipy.linalg.solve_triangular(jnp.eye(N), x[:, 0]),
+        "`triangular_solve` mixes an axis that holds rows",
+    ),
+    "components": (
+        lambda x: lax.gather(jnp.ones((2,) * N), x[:, 0, 0].astype(int), OF_ALL, (1,) * N),
+        "`gather` has an index with rows along its components",
+    ),
+    "components_put": (
+        lambda x: lax.scatter(
+            jnp.ones((2,) * N),
+            x[:, 0, 0].astype(int),
+            jnp.float32(1),
+            lax.ScatterDimensionNumbers((), tuple(range(N)), tuple(range(N))),
+        ),
+        "`scatter` has an index with rows along its components",
+    ),
+    "transposed": (
+        lambda x: lax.reshape(x, (6, 12), dimensions=(1, 0, 2)),
+        "`reshape` transposes as well",
+    ),
+    "update": (
+        lambda x: lax.dynamic_update_slice(jnp.ones((9, 6, 3)), x, (jnp.int32(1), 0, 0)),
+        "`dynamic_update_slice` takes a part of an axis that holds rows",
+    ),
+    "taken_repeated": (
+        lambda x: jnp.repeat(x[PERMUTATION], 2, axis=0),
+        "`reshape` splits or repeats rows in an order that the data determine",
+    ),
+    "taken_in_a_map": (
+        lambda x: lax.map(jnp.sin, x[PERMUTATION]),
+        "`scan` runs over rows in an order that the data determine",
     ),
     "put": (
         lambda x: jnp.zeros_like(x).at[PERMUTATION].set(x),
@@ -473,6 +526,36 @@ LOST = {
         on_mesh(lambda x: x, P("data"), P()),
         "`shard_map` does not join the rows that it has split",
     ),
+    "stacked_shards": (
+        lambda x: on_mesh(lambda x: lax.psum_scatter(x, "model"), P(), P())(
+            x.reshape(2, 2, 18)
+        ),
+        "`reduce_scatter` splits an axis that holds rows",
+    ),
+    "gathered_rows": (
+        on_mesh(
+            lambda x: lax.all_gather(x, "model", tiled=True),
+            P(None, "data"),
+            P(None, "data"),
+        ),
+        "`all_gather` splits or joins an axis that holds rows",
+    ),
+    "exchanged_rows": (
+        on_mesh(
+            lambda x: lax.all_to_all(x, "model", 0, 1, tiled=True),
+            P(None, "data"),
+            P(None, "data"),
+        ),
+        "`all_to_all` splits or joins an axis that holds rows",
+    ),
+    "shards_of_taken": (
+        lambda x: on_mesh(jnp.sin, P("data"), P("data"))(x[PERMUTATION]),
+        "`shard_map` splits rows in an order that the data determine",
+    ),
+    "taken_shards": (
+        lambda x: on_mesh(jnp.sin, P(), P("data"))(x[PERMUTATION]),
+        "`shard_map` joins rows in an order that the data determine",
+    ),
     "two_orders": (
         lambda x: x[PERMUTATION] + x[PERMUTATION[::-1]],
         "`add` joins values with rows in different orders",
@@ -500,6 +583,7 @@ NOWHERE = {
     "summed": on_mesh(lambda x: lax.psum(x, "data"), P("data"), P()),
     "sum_of_both": on_mesh(lambda x: lax.psum(x, BOTH), P(BOTH), P()),
     "empty": lambda x: x[:, :0].reshape(0, 4),
+    "empty_count": lambda x: jnp.arange(0).reshape(0, 1),
 }
 
 
@@ -523,6 +607,19 @@ STAY = {  # what mixes rows, or loses them, is of a row where it meets entries o
 @pytest.mark.parametrize("name", STAY)
 def test_rows_stay_where_they_are(name):
     assert followed(STAY[name], IDS)[1].outputs == [whole_axis(IDS.shape, 0)]
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_entries_that_are_taken_move_as_places_say(name):
+    def fn(x, order):
+        return MOVES[name](x[order])
+
+    _, found = followed(fn, IDS, PERMUTATION, axes=(0, None))
+    (place,), want = found.outputs, np.asarray(fn(IDS, PERMUTATION))
+    assert isinstance(place, Taken | Lost), place
+    if isinstance(place, Taken):
+        want = np.moveaxis(want, place.axis, 0)
+        np.testing.assert_array_equal(want.T, np.broadcast_to(PERMUTATION, want.T.shape))
 
 
 TAKEN = {  # the axis along which entries belong to rows
@@ -671,6 +768,18 @@ def test_shards_of_values_with_and_without_rows():
     assert isinstance(unsplit, Lost)
     reason = "`shard_map` splits the rows of some values, and not those of others"
     assert unsplit.reason == reason
+
+
+def test_rows_that_a_mesh_does_not_divide():
+    fn = on_mesh(jnp.sin, P(BOTH), P(BOTH))
+    _, found = followed(lambda x: fn(x.reshape(12)), ids(6, 2), n=6)
+    reason = "`shard_map` does not split the rows into consecutive groups"
+    assert found.outputs[0].reason == reason
+
+
+def test_one_row_of_several():  # by a primitive that not every JAX has
+    _, found = followed(lambda x: jnp.unstack(x)[1], IDS)
+    assert found.outputs[0].reason.endswith("takes a part of an axis that holds rows")
 
 
 def test_a_sum_over_some_of_the_axes_that_split_the_rows():

@@ -48,6 +48,7 @@ from lora_jax.model.decompose import (
 )
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
+from lora_jax.model.slots import put_adapters, stack_adapters, take_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack
 from lora_jax.plan.config import LoraConfig
@@ -100,9 +101,12 @@ __all__ = [
     "optimizer_shardings",
     "peft",
     "plan_adapters",
+    "put_adapters",
     "quant",
     "quantize_params",
     "save_adapters",
+    "stack_adapters",
+    "take_adapters",
     "to_plain_adapter",
     "to_plain_adapters",
     "tree_lora_delta",

@@ -1,0 +1,467 @@
+"""Adapters of many tenants on one base: stacked, put into a slot, and taken out again.
+
+A stack multiplies `A @ B` by its own `scales`, which differ between slots. So every scale
+of the plan of a stack is 1.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from lora_jax._core import checks, compat, numerics, placement
+from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.plan import adapter_stack, plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.adapter_stack import AdapterStack
+
+__all__ = ["put_adapters", "stack_adapters", "take_adapters"]
+
+_RANK_AXIS = {"A": -1, "B": -2}
+
+
+def stack_adapters(
+    adapters: Sequence[Adapters],
+    plans: AdapterPlan | Sequence[AdapterPlan],
+    slots: int | None = None,
+    rank: int | None = None,
+) -> tuple[AdapterStack, AdapterPlan]:
+    """Stacks the adapters of several tenants, the first ones in the first slots.
+
+    Ranks, scales, methods and targets may differ. Factors of a lower rank are padded with
+    zeros. A slot without an adapter for a target has zeros, and does not change the weight.
+    If one adapter of a target has DoRA, the target of the stack has DoRA; the slots with
+    LoRA have the magnitudes 0 there, which give a column factor of exactly 1.
+
+    All slots share the params. So adapters of `decompose_params`, or of `peft.load` with
+    new base weights in `replaced`, belong into a stack only if all of them have the same
+    base: `to_plain_adapters` converts them to adapters of the original params.
+
+    Args:
+        adapters: a list or tuple with the adapters of each tenant, at least one.
+        plans: the plan of each, or one plan for all. They are for the same params and the
+            same function.
+        slots: the number of slots, at least the number of adapters, which is the default.
+            The slots behind the adapters are empty.
+        rank: of all targets of the stack, at least the largest rank of the plans. The
+            default is, for each target, the largest rank of its adapters.
+
+    Returns:
+        The stack, and its plan, with the targets of all plans and with every scale 1. The
+        other fields of its config are those of the first plan, with the patterns of all.
+        Each array of the stack has the widest dtype of its adapters. It lies as the first
+        of its adapters that lies on a mesh, with the slot axis in front, which is not
+        split. Inside a trace, axes of type `Explicit` are known and others are not. The
+        scales and magnitudes are replicated.
+
+    Raises:
+        KeyError: if the paths or entries of the adapters are not those of their plan.
+        TypeError: if an argument has the wrong type.
+        ValueError: if there are no adapters, or not as many plans; `slots` or `rank` is too
+            small; a plan trains leaves; an adapter has biases; two plans have different
+            shapes, axes, uses or dropout rates for one weight, targets that overlap, or
+            different equations for one function; or the plans are for different params.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": jnp.ones((64, 32))}
+        >>> plans = [
+        ...     lora_jax.plan_adapters(lora_jax.LoraConfig(rank=rank, alpha=8.0), params)
+        ...     for rank in (2, 4)
+        ... ]
+        >>> key = jax.random.key(0)
+        >>> tenants = [lora_jax.init_adapters(key, params, plan) for plan in plans]
+        >>> stack, plan = lora_jax.stack_adapters(tenants, plans, slots=3)
+        >>> jax.tree.map(jnp.shape, stack.adapters)
+        {'query': {'A': (3, 64, 4), 'B': (3, 4, 32)}}
+        >>> stack.scales["query"].tolist(), plan.scales
+        ([4.0, 2.0, 0.0], {'query': 1.0})
+    """
+    plans = _checked_plans(adapters, plans)
+    count = len(adapters)
+    slots = count if slots is None else checks.as_index("slots", slots)
+    if slots < count:
+        raise ValueError(
+            f"slots must be at least the number of adapters, {count}, got {slots}."
+        )
+    plan = adapter_stack.plan_of_all(plans, rank)
+    stacked, scales, magnitudes = {}, {}, {}
+    on_mesh = filter(None, map(_sharding, jax.tree.leaves(list(adapters))))
+    mesh = next((NamedSharding(own.mesh, PartitionSpec()) for own in on_mesh), None)
+    for path, target in plan.targets.items():
+        own = [given.get(path, {}) for given in adapters]
+        with checks.at_path(path):
+            stacked[path] = {
+                name: _stacked([a.get(name) for a in own], name, shape, slots, mesh)
+                for name, shape in target.adapter_shapes.items()
+            }
+        like = stacked[path]["A"]
+        scales[path] = _vector([_scale(own, path) for own in plans], like)
+        if target.method == "dora":
+            magnitudes[path] = _vector(["m" in adapter for adapter in own], like)
+    return AdapterStack(stacked, scales, magnitudes), plan
+
+
+def put_adapters(
+    stack: AdapterStack, slot: int | jax.Array, adapters: Adapters, plan: AdapterPlan
+) -> AdapterStack:
+    """Puts the adapters of one tenant into a slot of a stack.
+
+    `jax.jit(put_adapters, static_argnums=3, donate_argnums=0)` writes in place, and is
+    compiled once for all slots and all adapters of one plan.
+
+    Args:
+        stack: a stack.
+        slot: an integer, or a traced scalar of any integer dtype, from 0 to the number of
+            slots - 1.
+        adapters: the adapters of the tenant.
+        plan: the plan of these adapters, for the same params and the same function as the
+            stack. Its ranks are at most those of the stack. A target of the stack that the
+            plan lacks becomes zero in this slot.
+
+    Returns:
+        A stack with the dtypes and shardings of the given one. If `slot` is traced and out
+        of range, nothing is written, and the scales of **all** slots are NaN: then every
+        output with this stack is NaN, and no adapter is lost.
+
+    Raises:
+        IndexError: if `slot` is not traced, and out of range.
+        KeyError: if the paths or entries of the adapters are not those of the plan, or the
+            stack lacks a target of the plan.
+        TypeError: if an argument has the wrong type, or the dtype of the stack would round
+            the adapters.
+        ValueError: if a shape is not the plan's or not the stack's, a rank is above the
+            stack's, the stack has LoRA for a target with DoRA, the plan trains leaves, or
+            an adapter has biases.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": jnp.ones((64, 32))}
+        >>> plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
+        >>> adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+        >>> stack, _ = lora_jax.stack_adapters([adapters], plan, slots=3)
+        >>> put = jax.jit(lora_jax.put_adapters, static_argnums=3, donate_argnums=0)
+        >>> put(stack, 2, adapters, plan).scales["query"].tolist()
+        [8.0, 0.0, 8.0]
+    """
+    place = _place(slot, adapter_stack.slots_of(stack))
+    plan_checks.check_adapters(adapters, plan)
+    adapter_stack.check_fits(stack, plan)
+    stacked = {}
+    for path, arrays in stack.adapters.items():
+        own = adapters.get(path, {})
+        with checks.at_path(path):
+            stacked[path] = {
+                name: _written(x, _filled(own.get(name), name, x.shape[1:], x.dtype), place)
+                for name, x in arrays.items()
+            }
+    scales = {
+        path: _or_nan(_written(x, jnp.asarray(_scale(plan, path), x.dtype), place), place)
+        for path, x in stack.scales.items()
+    }
+    magnitudes = {
+        path: _written(x, jnp.asarray("m" in adapters.get(path, {}), x.dtype), place)
+        for path, x in stack.magnitudes.items()
+    }
+    return AdapterStack(stacked, scales, magnitudes)
+
+
+def take_adapters(
+    stack: AdapterStack,
+    slot: int | jax.Array,
+    rank: int | None = None,
+    plan: AdapterPlan | None = None,
+) -> dict[str, Adapter]:
+    """Takes the adapters of one tenant out of a slot of a stack.
+
+    The stack keeps them. The result has no scale: the plan of the tenant has it. Checks
+    that depend on values are made outside a trace only. Inside, entries that the result has
+    no place for are dropped.
+
+    Args:
+        stack: a stack.
+        slot: as in `put_adapters`.
+        rank: of the result, at most the stack's. None means that of the plan, or of the
+            stack.
+        plan: the plan of the tenant: the result has its targets, ranks and entries, and
+            goes with it to `adapt`, `save_adapters` and `peft.save`. None means all
+            targets of the stack, with `"m"` where the stack has it, for the stack's plan.
+
+    Returns:
+        `{path: {"A": (*batch, in, rank), "B": (*batch, rank, out)}}`, and `"m"` for DoRA,
+        with the dtypes and shardings of the stack. NaN if `slot` is traced and out of
+        range.
+
+    Raises:
+        IndexError: if `slot` is not traced, and out of range.
+        KeyError: if the stack lacks a target of the plan.
+        TypeError: if an argument has the wrong type.
+        ValueError: if both `rank` and `plan` are given; a rank is above the stack's; a
+            shape is not the plan's; the plan trains leaves; or, outside a trace, an entry
+            would be lost that is not zero, or the method or the scale of a target in the
+            slot is not that of the plan.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": jnp.ones((64, 32))}
+        >>> plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
+        >>> adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+        >>> stack, _ = lora_jax.stack_adapters([adapters], plan, slots=3, rank=8)
+        >>> taken = lora_jax.take_adapters(stack, 0, plan=plan)
+        >>> jax.tree.map(jnp.array_equal, taken, adapters)
+        {'query': {'A': Array(True, dtype=bool), 'B': Array(True, dtype=bool)}}
+    """
+    place = _place(slot, adapter_stack.slots_of(stack))
+    names = {path: (*arrays,) for path, arrays in stack.adapters.items()}
+    ranks = {path: arrays["A"].shape[-1] for path, arrays in stack.adapters.items()}
+    if plan is not None:
+        if rank is not None:
+            raise ValueError(
+                f"rank={rank!r} and plan are both given, and the plan has ranks: leave one "
+                "of them out."
+            )
+        adapter_stack.check_fits(stack, plan)
+        names = {path: (*own.adapter_shapes,) for path, own in plan.targets.items()}
+        ranks = {path: own.rank for path, own in plan.targets.items()}
+    elif rank is not None:
+        checks.check_rank(rank)
+        for path, own in ranks.items():
+            if rank > own:
+                raise ValueError(
+                    f"at {path!r}: rank {rank} is above the rank of the stack, {own}."
+                )
+        ranks = dict.fromkeys(ranks, rank)
+    own = {
+        path: {name: _read(x, place) for name, x in arrays.items()}
+        for path, arrays in stack.adapters.items()
+    }
+    if not any(isinstance(x, Tracer) for x in (slot, *jax.tree.leaves(stack))):
+        _check_complete(stack, operator.index(slot), own, names, ranks, plan)
+    return {
+        path: {name: _cut(own[path][name], name, 0, ranks[path]) for name in names[path]}
+        for path in names
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A slot of a stack, and whether there is such a slot; None if that is known."""
+
+    index: Any
+    inside: jax.Array | None
+
+
+def _place(slot: Any, slots: int) -> _Place:
+    """Checks a slot, which may be traced."""
+    if isinstance(slot, Tracer):
+        if not jnp.issubdtype(slot.dtype, jnp.integer):
+            raise TypeError(f"slot must be an integer, got an array of {slot.dtype}.")
+        if slot.shape:
+            raise ValueError(
+                f"slot must be one integer, got an array of shape {slot.shape}: for "
+                "several slots use jax.vmap or jax.lax.scan."
+            )
+        # Of 32 bits or more, since `slots` may be too large for fewer.
+        index = slot.astype(jnp.int64 if slot.dtype.itemsize == 8 else jnp.int32)
+        return _Place(jnp.clip(index, 0, slots - 1), (index >= 0) & (index < slots))
+    index = checks.as_index("slot", slot)
+    if not 0 <= index < slots:
+        hint = (
+            " -1 stands for the base alone, which has no adapters." if index == -1 else ""
+        )
+        raise IndexError(
+            f"slot must be from 0 to {slots - 1}, since the stack has {slots} slots, got "
+            f"{index}.{hint}"
+        )
+    return _Place(jnp.asarray(index, jnp.int32), None)
+
+
+def _checked_plans(adapters: Any, plans: Any) -> list[AdapterPlan]:
+    """Checks adapters and their plans, and returns a plan for each of them."""
+    if not isinstance(adapters, list | tuple):
+        raise TypeError(
+            "adapters must be a list or tuple with the adapters of each tenant, got "
+            f"{type(adapters).__name__}: for one tenant write [adapters]."
+        )
+    if not adapters:
+        raise ValueError(
+            "adapters is empty, and a stack takes its dtypes and shardings from adapters: "
+            "give those of one tenant at least, such as init_adapters(key, params, plan)."
+        )
+    one_for_all = isinstance(plans, AdapterPlan)
+    if not one_for_all and not isinstance(plans, list | tuple):
+        raise TypeError(
+            "plans must be an AdapterPlan, or a list or tuple of them, got "
+            f"{type(plans).__name__}."
+        )
+    plans = [plans] * len(adapters) if one_for_all else list(plans)
+    if len(plans) != len(adapters):
+        raise ValueError(
+            f"there must be one plan for each of the {len(adapters)} adapters, or one for "
+            f"all, got {len(plans)} plans."
+        )
+    for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
+        with checks.at_path(f"adapters[{i}]"):
+            plan_checks.check_adapters(own, plan)
+            adapter_stack.check_trains_nothing(plan)
+    return plans
+
+
+def _check_complete(
+    stack: AdapterStack,
+    slot: int,
+    own: Mapping[str, Adapter],
+    names: Mapping[str, Sequence[str]],
+    ranks: Mapping[str, int],
+    plan: AdapterPlan | None,
+) -> None:
+    """Raises unless the result has everything of a slot, and the plan its scales."""
+    rest = {
+        path: [
+            jnp.any(_cut(adapter[name], name, ranks.get(path, 0), None) != 0)
+            for name in _RANK_AXIS
+            if ranks.get(path, 0) < adapter["A"].shape[-1]
+        ]
+        for path, adapter in own.items()
+    }
+    lost, scales, magnitudes = jax.device_get((rest, stack.scales, stack.magnitudes))
+    hint = "give the plan of the adapters in this slot"
+    for path in own:
+        has_m = path in magnitudes and bool(magnitudes[path][slot])
+        if path not in names:
+            if any(lost[path]) or has_m:
+                raise ValueError(
+                    f"at {path!r}: slot {slot} has an adapter, and the plan none: {hint}."
+                )
+            continue
+        if has_m != ("m" in names[path]):
+            raise ValueError(
+                f"at {path!r}: slot {slot} has {'' if has_m else 'no '}DoRA, and the "
+                f"result would be {'without' if has_m else 'with'} 'm': {hint}."
+            )
+        if any(lost[path]):
+            raise ValueError(
+                f"at {path!r}: slot {slot} has entries behind the rank {ranks[path]} that "
+                f"are not zero: give a larger rank, or {hint}."
+            )
+        scale = scales[path][slot]
+        if plan is not None and scale != np.float32(plan.targets[path].scale):
+            raise ValueError(
+                f"at {path!r}: the scale of slot {slot} is {scale}, and that of the "
+                f"plan is {plan.targets[path].scale}: {hint}."
+            )
+
+
+def _scale(plan: AdapterPlan, path: str) -> float:
+    """The scale of a target; 0 if the plan lacks it."""
+    return plan.scales.get(path, 0.0)
+
+
+def _stacked(
+    arrays: Sequence[Any], name: str, shape: tuple[int, ...], slots: int, mesh: Any
+) -> jax.Array:
+    """The arrays of the first slots in one; None is an empty slot, and so are the rest.
+
+    If none of them lies on a mesh, the result is replicated over the given one.
+    """
+    arrays = placement.on_device(list(arrays))
+    given = [x for x in arrays if x is not None]
+    dtype = numerics.promote(*(x.dtype for x in given))
+    place = next(filter(None, map(_sharding, given)), mesh)
+    stacked = jnp.stack([_laid(_filled(x, name, shape, dtype), place) for x in arrays])
+    empty = slots - len(arrays)
+    if empty:
+        sizes = [(0, empty, 0), *[(0, 0, 0)] * len(shape)]
+        stacked = lax.pad(stacked, jnp.asarray(_fill(name), dtype), sizes)
+    if place is None:
+        return stacked
+    return _laid(stacked, place.update(spec=PartitionSpec(None, *place.spec)))
+
+
+def _filled(array: Any, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array padded to the shape of a slot; without an array, that of an empty slot."""
+    if array is None:
+        return jnp.full(shape, _fill(name), dtype)
+    if numerics.promote(array.dtype, dtype) != dtype:
+        raise TypeError(
+            f"{name} has the dtype {array.dtype}, and the stack, of {dtype}, would round "
+            f"it: cast the adapters to {dtype}, or make the stack with wider adapters."
+        )
+    array = jnp.asarray(placement.on_device(array)).astype(dtype)
+    sizes = [(0, n - own, 0) for n, own in zip(shape, array.shape, strict=True)]
+    return lax.pad(array, jnp.zeros((), dtype), sizes) if array.shape != shape else array
+
+
+def _fill(name: str) -> float:
+    """What arrays of empty slots have: a magnitude of 1 has a finite quotient."""
+    return float(name == "m")
+
+
+def _vector(values: Sequence[float], like: jax.Array) -> jax.Array:
+    """A number for each slot of a stack, replicated over its mesh. Empty slots have 0."""
+    vector = np.zeros(len(like), np.float32)
+    vector[: len(values)] = values
+    place = _sharding(like)
+    return _laid(jnp.asarray(vector), place and place.update(spec=PartitionSpec(None)))
+
+
+def _written(stacked: jax.Array, value: jax.Array, place: _Place) -> jax.Array:
+    """A stack with a value in one slot, unchanged if there is no such slot."""
+    here = placement.on_device(stacked)
+    own = _sharding(here)
+    if own is not None:
+        value = _laid(value, own.update(spec=PartitionSpec(*own.spec[1:])))
+    elif not isinstance(here, Tracer) and _sharding(value) is not None:
+        value = placement.put(value, here.sharding)
+    if place.inside is not None:
+        old = lax.dynamic_index_in_dim(here, place.index, 0, keepdims=False)
+        value = jnp.where(place.inside, value, old)
+    new = _laid(lax.dynamic_update_index_in_dim(here, value, place.index, 0), own)
+    return new if here is stacked else jax.device_put(new, stacked.sharding)
+
+
+def _read(stacked: jax.Array, place: _Place) -> jax.Array:
+    stacked = placement.on_device(stacked)
+    value = lax.dynamic_index_in_dim(stacked, place.index, 0, keepdims=False)
+    return _or_nan(value, place)
+
+
+def _or_nan(value: jax.Array, place: _Place) -> jax.Array:
+    """A value, or NaN if there is no such slot."""
+    if place.inside is None:
+        return value
+    return jnp.where(place.inside, value, jnp.full_like(value, jnp.nan))
+
+
+def _cut(array: jax.Array, name: str, start: int, stop: int | None) -> jax.Array:
+    """Some entries of the rank axis of an array of one slot; `m` has none."""
+    if name not in _RANK_AXIS:
+        return array
+    axis = array.ndim + _RANK_AXIS[name]
+    stop = array.shape[axis] if stop is None else stop
+    return lax.slice_in_dim(array, start, stop, axis=axis)
+
+
+def _sharding(x: Any) -> NamedSharding | None:
+    """The sharding of an array on a mesh; in a trace, that of explicit axes."""
+    own: Any = jax.typeof(x).sharding if isinstance(x, Tracer) else None
+    if own is not None:
+        return own if compat.has_explicit_axes(own.mesh) else None
+    own = getattr(x, "sharding", None)
+    return own if isinstance(own, NamedSharding) else None
+
+
+def _laid(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """An array with a sharding that `_sharding` returned."""
+    if sharding is None:
+        return x
+    if isinstance(sharding.mesh, AbstractMesh):
+        return compat.retyped(x, sharding)
+    return placement.put(x, sharding)

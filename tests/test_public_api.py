@@ -88,6 +88,7 @@ accept_quantized(fn)
 quantize_params(params, patterns, format='nf4', *, batch_axes={}, plan=None, donate=False,
       **settings)
 optim.adapter_labels(tree, patterns={}, *, other='other')
+optim.per_slot(optimizer)
 optim.trainable_and_frozen(params, trainable, optimizer)
 unmerge_adapters(params, adapters, plan, *, column_norms=None, originals=None)
 adapted_column_norms(params, adapters, plan)

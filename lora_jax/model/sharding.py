@@ -27,6 +27,7 @@ from lora_jax.layers import initializers
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import mesh_layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.adapter_stack import AdapterStack
 from lora_jax.plan.mesh_layout import MeshLayout
 from lora_jax.plan.target import VALUE, TrainedLeaf
 
@@ -102,8 +103,8 @@ def adapter_shardings(
 
 def optimizer_shardings(
     optimizer: optax.GradientTransformation,
-    adapters: Adapters,
-    shardings: Mapping[str, Mapping[str, Any]],
+    adapters: Adapters | AdapterStack,
+    shardings: Mapping[str, Mapping[str, Any]] | AdapterStack,
     split_over: str | Sequence[str] = (),
 ) -> Any:
     """Derives where the state of an optimizer lies on a mesh.
@@ -113,8 +114,9 @@ def optimizer_shardings(
 
     Args:
         optimizer: any optax transformation.
-        adapters: arrays or `jax.ShapeDtypeStruct`s.
-        shardings: of the adapters, as from `adapter_shardings`.
+        adapters: arrays or `jax.ShapeDtypeStruct`s; also an `AdapterStack`.
+        shardings: of the adapters, as from `adapter_shardings`; for a stack, a stack of
+            shardings or only those of its adapters.
         split_over: mesh axes over which arrays of the state are split in addition, such as
             `"data"`: each device then updates its part only (ZeRO-1). An array is split
             along its longest axis that these mesh axes divide, and not along the rank. An
@@ -377,6 +379,8 @@ def _checked_axes(
 
 def _entries_of(tree: Any) -> dict[tuple[str, ...], Any]:
     """The leaves of adapters, by path and name."""
+    if isinstance(tree, AdapterStack):
+        tree = tree.adapters
     if not isinstance(tree, Mapping) or not all(
         isinstance(x, Mapping) for x in tree.values()
     ):

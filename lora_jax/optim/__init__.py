@@ -4,11 +4,13 @@ from lora_jax.optim.freezing import trainable_and_frozen
 from lora_jax.optim.labels import adapter_labels, weight_decay_mask
 from lora_jax.optim.optimizers import lora_fa, lora_plus
 from lora_jax.optim.preconditioning import scale_by_riemannian
+from lora_jax.optim.slots import per_slot
 
 __all__ = [
     "adapter_labels",
     "lora_fa",
     "lora_plus",
+    "per_slot",
     "scale_by_riemannian",
     "trainable_and_frozen",
     "weight_decay_mask",

@@ -13,7 +13,13 @@ from lora_jax._core import checks, tree_paths
 from lora_jax.optim import _leaves
 from lora_jax.optim.freezing import FROZEN, TRAINED, check_optimizer, freezing
 from lora_jax.optim.labels import NO_PATTERNS, adapter_labels, labels_by
-from lora_jax.optim.preconditioning import Number, check_damping, on_factors, solve_gram
+from lora_jax.optim.preconditioning import (
+    Number,
+    Scales,
+    check_damping,
+    on_factors,
+    solve_gram,
+)
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 __all__ = ["lora_fa", "lora_plus"]
@@ -138,7 +144,8 @@ def lora_fa(
     Args:
         optimizer: of all leaves except `A`, such as `optax.adamw(1e-3)`.
         scale: the scale of `A @ B`, a number other than 0; or the plan of the adapters,
-            which has the scale of each.
+            which has the scale of each. In `per_slot`, a plan stands for the scales of the
+            `AdapterStack`.
         damping: as in `scale_by_riemannian`.
 
     Returns:
@@ -173,9 +180,11 @@ def lora_fa(
     _check_scale(scale)
     check_damping(damping)
 
-    def precondition(leaf: _leaves.Leaf, a: jax.Array, _: jax.Array) -> jax.Array:
+    def precondition(
+        leaf: _leaves.Leaf, a: jax.Array, _: jax.Array, slot_scales: Scales
+    ) -> jax.Array:
         solved = solve_gram(a.swapaxes(-1, -2), leaf.value, damping)
-        divisor = jnp.asarray(_scale_of(scale, leaf), solved.dtype)
+        divisor = jnp.asarray(_scale_of(scale, leaf, slot_scales), solved.dtype)
         return solved / divisor**2
 
     def groups(tree: Any) -> Any:
@@ -199,10 +208,15 @@ def _check_scale(scale: Any) -> None:
         raise ValueError("scale must not be 0: the adapter would never act.")
 
 
-def _scale_of(scale: Number | AdapterPlan, leaf: _leaves.Leaf) -> Number:
+def _scale_of(
+    scale: Number | AdapterPlan, leaf: _leaves.Leaf, slot_scales: Scales
+) -> Number:
     """The scale of the adapter that a leaf belongs to."""
     if not isinstance(scale, AdapterPlan):
         return scale
+    if slot_scales is not None:
+        own = slot_scales[leaf.weight]
+        return jnp.where(own == 0, 1, own)  # the slot has no such adapter, only zeros
     for path in (leaf.adapter, leaf.weight):
         if path is not None and path in scale.targets:
             return scale.targets[path].scale

@@ -3,7 +3,8 @@
 The product of a factor with itself is `(*batch, rank, rank)`. It is computed, and the
 system is solved, in at least float32. `damping` is at least `rank` rounding units of the
 product's largest diagonal entry. A smaller value would be lost to rounding, and the product
-of a factor without full rank would be singular.
+of a factor without full rank would be singular. `rank` does not count padding: components
+that are zero in the factor and in the gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,8 @@ from lora_jax.optim import _leaves
 __all__ = ["scale_by_riemannian"]
 
 Number = float | jax.Array
-Precondition = Callable[[_leaves.Leaf, jax.Array, jax.Array], jax.Array]
+Scales = Mapping[str, jax.Array] | None  # by path
+Precondition = Callable[[_leaves.Leaf, jax.Array, jax.Array, Scales], jax.Array]
 
 
 def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
@@ -39,8 +41,8 @@ def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
 
     Args:
         damping: a positive number or scalar array. It is raised to at least `rank`
-            rounding units of the largest diagonal entry of the product. The system is
-            solved in at least float32.
+            rounding units of the largest diagonal entry of the product. `rank` does not
+            count padding with zeros. The system is solved in at least float32.
 
     Returns:
         A gradient transformation. Results have the dtypes of the gradients.
@@ -69,7 +71,9 @@ def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
     """
     check_damping(damping)
 
-    def precondition(leaf: _leaves.Leaf, a: jax.Array, b: jax.Array) -> jax.Array:
+    def precondition(
+        leaf: _leaves.Leaf, a: jax.Array, b: jax.Array, _: Scales
+    ) -> jax.Array:
         if leaf.entry == "A":
             return _transpose(solve_gram(b, _transpose(leaf.value), damping))
         return solve_gram(_transpose(a), leaf.value, damping)
@@ -92,8 +96,8 @@ def on_factors(
 ) -> optax.GradientTransformation:
     """Returns a stateless transformation of the gradients of some entries of adapters.
 
-    `precondition` takes a leaf of the gradients, `A` and `B`. Errors give the `name` of the
-    public function.
+    `precondition` takes a leaf of the gradients, `A`, `B`, and the scales of the slot if
+    `per_slot` calls. Errors give the `name` of the public function.
     """
 
     def init(params: optax.Params) -> optax.OptState:
@@ -101,7 +105,12 @@ def on_factors(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        slot_scales: Scales = None,
+        **_: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
             raise ValueError(
@@ -117,11 +126,11 @@ def on_factors(
                 return leaf.value
             with checks.at_path(str(leaf.adapter)):
                 a, b = _factors(name, leaf, adapters.get(str(leaf.adapter), {}))
-            return precondition(leaf, a, b).astype(leaf.value.dtype)
+            return precondition(leaf, a, b, slot_scales).astype(leaf.value.dtype)
 
         return structure.unflatten(map(changed, leaves)), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _by_adapter(leaves: list[_leaves.Leaf]) -> dict[str, dict[str, Any]]:
@@ -182,10 +191,11 @@ def _solve_gram(factor: jax.Array, gradient: jax.Array, damping: jax.Array) -> j
     dtype = numerics.accumulation_dtype(factor.dtype, gradient.dtype)
     f = factor.astype(dtype)
     gram = jnp.matmul(f, _transpose(f), precision=lax.Precision.HIGHEST)
-    rank = gram.shape[-1]
+    used = jnp.any(f != 0, axis=-1) | jnp.any(gradient != 0, axis=-1)  # (*batch, rank)
+    units = jnp.sum(used, axis=-1, dtype=dtype) * float(jnp.finfo(dtype).eps)
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)  # (*batch, rank)
-    rounding = rank * float(jnp.finfo(dtype).eps) * jnp.max(diagonal, axis=-1)
+    rounding = units * jnp.max(diagonal, axis=-1)
     added = jnp.maximum(damping.astype(dtype), rounding)[..., None, None]
-    eye = lax.expand_dims(jnp.eye(rank, dtype=dtype), range(gram.ndim - 2))
+    eye = lax.expand_dims(jnp.eye(gram.shape[-1], dtype=dtype), range(gram.ndim - 2))
     root = jnp.linalg.cholesky(gram + added * eye)
     return jax.scipy.linalg.cho_solve((root, True), gradient.astype(dtype))

@@ -111,6 +111,11 @@ def test_the_least_damping_is_the_rank_in_rounding_units():
     factor, gradient = jnp.eye(2, 1), jnp.eye(2, 1)[::-1]
     solved = preconditioning.solve_gram(factor, gradient, 1e-30)
     np.testing.assert_array_equal(solved, [[0.0], [2.0**22]])
+    more = [(0, 6), (0, 0)]  # padding does not count
+    solved = preconditioning.solve_gram(
+        jnp.pad(factor, more), jnp.pad(gradient, more), 1e-30
+    )
+    np.testing.assert_array_equal(solved, jnp.pad(jnp.array([[0.0], [2.0**22]]), more))
 
 
 def test_the_least_damping_of_an_entry_does_not_depend_on_the_others():

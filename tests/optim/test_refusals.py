@@ -96,7 +96,34 @@ PRECONDITIONING = [
     (lambda: precondition(W, {"v": ADAPTER}), ValueError, "A and B is missing or masked"),
 ]  # fmt: skip
 
-CALLS = [*LABELS, *LORA_PLUS, *LORA_FA, *PRECONDITIONING]
+STACK = lora_jax.AdapterStack({"q": support.adapter(3)}, {"q": jnp.ones(3)}, {})
+SLOTS = optim.per_slot(ADAM)
+
+
+def step_slots(step=None, grads=STACK, params=STACK, state=STACK, **extra):
+    return SLOTS.update(grads, SLOTS.init(state), params, step=step, **extra)
+
+
+PER_SLOT = [
+    (lambda: optim.per_slot(optax.adam), TypeError, "be an optax.* got function"),
+    (lambda: SLOTS.init(STACK.adapters | {"x": jnp.ones(())}), ValueError,
+     r"every array: params/x has the shape \(\), .* 3 slots"),
+    (lambda: SLOTS.init({"x": jnp.ones((0, 2))}), ValueError, r"\(0, 2\), .* has 0 slots"),
+    (lambda: SLOTS.init({"stack": STACK}), TypeError, "give the stack alone"),
+    (lambda: step_slots(params=None), ValueError, "per_slot needs the params: call"),
+    (lambda: step_slots(grads=STACK.adapters), TypeError, "gradients dict and params Ada"),
+    (lambda: step_slots(grads={"q": ADAPTER}, params=STACK.adapters), ValueError,
+     r"gradients/q/A has the shape \(12, 4\)"),
+    (lambda: step_slots(state={"q": support.adapter(2)}), ValueError,
+     r"state/0/count has the shape \(2,\), .* 3 slots. per_slot\(optimizer\).init"),
+    (lambda: SLOTS.update(STACK, ADAM.init(ADAPTER), STACK), ValueError, "state/0/count h"),
+    (lambda: step_slots(value=jnp.ones(2)), ValueError, r"value has the shape \(2,\)"),
+    (lambda: step_slots([True] * 3), TypeError, r"a bool array \(3,\) .* got list"),
+    (lambda: step_slots(jnp.ones(3)), TypeError, "got float32"),
+    (lambda: step_slots(jnp.array(True)), ValueError, r"the shape \(3,\), .* got \(\)"),
+]  # fmt: skip
+
+CALLS = [*LABELS, *LORA_PLUS, *LORA_FA, *PRECONDITIONING, *PER_SLOT]
 CALLS += [
     (lambda t=t: optim.trainable_and_frozen(TREE, t, ADAM), *want) for t, *want in FREEZING
 ]

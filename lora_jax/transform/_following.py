@@ -4,6 +4,7 @@ No equation runs. What is followed is association, not independence: an entry be
 row if it stands where the entries of that row are, even if other rows contribute to it.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class Followed:
         places: by variable.
         outputs: of the results.
         scanned: by `id` of a `scan` over rows, how it divides their numbers.
-        specs: by `id` of a `shard_map`, the mesh axes that split the rows.
+        specs: by `id` of a `shard_map`, the mesh axes that split the rows, or `()`.
     """
 
     n_rows: int
@@ -78,7 +79,9 @@ class Followed:
     places: dict[Any, Place] = dataclasses.field(default_factory=dict)
     outputs: list[Place] = dataclasses.field(default_factory=list)
     scanned: dict[int, Cut] = dataclasses.field(default_factory=dict)
-    specs: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    specs: dict[int, tuple[str, ...]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(tuple)
+    )
 
     def place(self, atom: Any) -> Place:
         """The place of a variable or literal."""

@@ -761,7 +761,8 @@ def test_shards_have_the_rows_that_the_specs_say(name):
 
 
 def test_shards_of_values_with_and_without_rows():
-    fn = on_mesh(lambda x, y, t: (x + t, y), (P("data"), P(), P("model")), (P("data"), P()))
+    specs = (P("data"), P(), P("model")), (P("data"), P())
+    fn = on_mesh(lambda x, y, t: (x + t, y), *specs)
     _, found = followed(fn, IDS, IDS, jnp.ones((4, 6, 3)), axes=(0, 0, None))
     split, unsplit = found.outputs
     assert split == whole_axis(IDS.shape, 0)
@@ -780,6 +781,14 @@ def test_rows_that_a_mesh_does_not_divide():
 def test_one_row_of_several():  # by a primitive that not every JAX has
     _, found = followed(lambda x: jnp.unstack(x)[1], IDS)
     assert found.outputs[0].reason.endswith("takes a part of an axis that holds rows")
+
+
+def test_shards_without_rows():
+    jaxpr, found = followed(on_mesh(jnp.sin, P("data"), P("data")), IDS, axes=(None,))
+    (equation,) = jaxpr.eqns
+    assert found.outputs == [None]
+    assert found.specs[id(equation)] == ()
+    assert found.inside(equation, equation.params["jaxpr"]).n_rows == N
 
 
 def test_a_sum_over_some_of_the_axes_that_split_the_rows():

@@ -40,9 +40,9 @@ def stack_adapters(
     If one adapter of a target has DoRA, the target of the stack has DoRA; the slots with
     LoRA have the magnitudes 0 there, which give a column factor of exactly 1.
 
-    All slots share the params. So adapters of `decompose_params`, or of `peft.load` with
-    new base weights in `replaced`, belong into a stack only if all of them have the same
-    base: `to_plain_adapters` converts them to adapters of the original params.
+    All slots share the params. Adapters of `decompose_params`, and of `peft.load` with new
+    base weights in `replaced`, have a base of their own, which the arrays do not show:
+    convert them first, with `to_plain_adapters`.
 
     Args:
         adapters: a list or tuple with the adapters of each tenant, at least one.
@@ -54,12 +54,15 @@ def stack_adapters(
             default is, for each target, the largest rank of its adapters.
 
     Returns:
-        The stack, and its plan, with the targets of all plans and with every scale 1. The
-        other fields of its config are those of the first plan, with the patterns of all.
-        Each array of the stack has the widest dtype of its adapters. It lies as the first
-        of its adapters that lies on a mesh, with the slot axis in front, which is not
-        split. Inside a trace, axes of type `Explicit` are known and others are not. The
-        scales and magnitudes are replicated.
+        The stack, and its plan, which describes one slot: it has the targets of all plans,
+        and every scale is 1. Its config has the rank of the stack, the default `init`, and
+        otherwise the fields of the first plan, with the patterns of all plans.
+
+        Each array of the stack has the widest dtype of its adapters. It has the sharding of
+        the first of its adapters that lies on a mesh, with the slot axis in front, which is
+        not split. If none of them lies on a mesh, the array is replicated over the mesh of
+        the other arrays. So are the scales and magnitudes. Inside a trace, axes of type
+        `Explicit` are known and others are not.
 
     Raises:
         KeyError: if the paths or entries of the adapters are not those of their plan.
@@ -87,9 +90,10 @@ def stack_adapters(
     plans = _checked_plans(adapters, plans)
     count = len(adapters)
     slots = count if slots is None else checks.as_index("slots", slots)
-    if slots < count:
+    if not count <= slots < 2**31:
         raise ValueError(
-            f"slots must be at least the number of adapters, {count}, got {slots}."
+            f"slots must be at least the number of adapters, {count}, and below 2**31, got "
+            f"{slots}."
         )
     plan = adapter_stack.plan_of_all(plans, rank)
     stacked, scales, magnitudes = {}, {}, {}
@@ -128,8 +132,8 @@ def put_adapters(
 
     Returns:
         A stack with the dtypes and shardings of the given one. If `slot` is traced and out
-        of range, nothing is written, and the scales of **all** slots are NaN: then every
-        output with this stack is NaN, and no adapter is lost.
+        of range, nothing is written, and the scales of **all** slots are NaN: then the
+        outputs of all slots are NaN, and no adapter is lost.
 
     Raises:
         IndexError: if `slot` is not traced, and out of range.
@@ -308,6 +312,12 @@ def _checked_plans(adapters: Any, plans: Any) -> list[AdapterPlan]:
             f"all, got {len(plans)} plans."
         )
     for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
+        if hasattr(own, "adapters"):
+            raise TypeError(
+                f"adapters[{i}] must be a dict from paths to adapters, got "
+                f"{type(own).__name__}: pass its .adapters. If they have a base of their "
+                "own, as after decompose_params, convert them with to_plain_adapters."
+            )
         with checks.at_path(f"adapters[{i}]"):
             plan_checks.check_adapters(own, plan)
             adapter_stack.check_trains_nothing(plan)

@@ -46,7 +46,16 @@ class AdapterStack:
 
 
 def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:
-    """The plan of a stack: the targets of all plans, with the scale 1."""
+    """The plan of a stack: the targets of all plans, with the scale 1.
+
+    Args:
+        plans: of the adapters, at least one.
+        rank: of all targets; None for the largest of each target.
+
+    Raises:
+        TypeError, ValueError: if the rank is not valid or too small, or two plans do not
+            agree about a weight.
+    """
     if rank is not None:
         checks.check_rank(rank)
     found: dict[str, tuple[int, Target]] = {}
@@ -89,6 +98,7 @@ def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:
 
 
 def check_trains_nothing(plan: AdapterPlan) -> None:
+    """Raises ValueError if a plan trains leaves without an adapter."""
     if plan.trained:
         raise ValueError(
             f"the plan trains the leaves {tree_paths.listed([*plan.trained])} without an "
@@ -102,7 +112,8 @@ def slots_of(stack: Any) -> int:
 
     Raises:
         KeyError: if a path or an entry is missing or unknown.
-        TypeError: if it is not an AdapterStack, or a leaf is not a floating-point array.
+        TypeError: if it is not an AdapterStack, a leaf is not a floating-point array, or
+            scales or magnitudes are not float32.
         ValueError: if the shapes of two arrays do not fit each other, or there are none.
     """
     if not isinstance(stack, AdapterStack):
@@ -135,14 +146,25 @@ def slots_of(stack: Any) -> int:
         given = getattr(stack, name)
         plan_checks.check_paths(f"stack.{name}", given, paths)
         for path in paths:
-            checks.check_vector(
-                f"stack.{name}[{path!r}]", given[path], (*slots,), "(slots,)"
-            )
+            own = f"stack.{name}[{path!r}]"
+            checks.check_vector(own, given[path], (*slots,), "(slots,)")
+            if given[path].dtype != "float32":
+                raise TypeError(
+                    f"{own} must be float32, got {given[path].dtype}: to cast a stack, "
+                    "cast its adapters alone, dataclasses.replace(stack, adapters=...)."
+                )
     return slots[0]
 
 
 def check_fits(stack: AdapterStack, plan: AdapterPlan) -> None:
-    """Raises unless a slot of a stack has room for the adapters of a plan."""
+    """Raises unless a slot of a stack has room for the adapters of a plan.
+
+    Raises:
+        KeyError: if the stack lacks a target.
+        TypeError: if `plan` is no plan.
+        ValueError: if a rank is too large, a shape differs, the stack has no magnitudes for
+            a target with DoRA, or the plan trains leaves.
+    """
     plan_checks.check_plan(plan)
     check_trains_nothing(plan)
     for path, target in plan.targets.items():

@@ -54,6 +54,7 @@ from lora_jax.plan.adapter_stack import AdapterStack
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
+from lora_jax.transform.rows import adapt_rows
 
 __all__ = [
     "Adapter",
@@ -73,6 +74,7 @@ __all__ = [
     "Use",
     "accept_quantized",
     "adapt",
+    "adapt_rows",
     "adapted_column_norms",
     "adapter_shardings",
     "count_parameters",

@@ -96,6 +96,8 @@ merge_losses(params, adapters, plan, *, requantize=False)
 decompose_params(params, plan, method, *, key=None, iterations=None, quantize=None)
 to_plain_adapters(adapters, initial, plan)
 count_parameters(params, plan)
+adapt_rows(fn, plan, in_axes=0, *, on_unused='error', on_stop_gradient='error',
+    dropout_key=None)
 stack_adapters(adapters, plans, slots=None, rank=None)
 put_adapters(stack, slot, adapters, plan)
 take_adapters(stack, slot, rank=None, plan=None)

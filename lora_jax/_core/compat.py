@@ -6,6 +6,7 @@ feature instead, and a comment has the version. Only this module imports `jax.ex
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -284,11 +285,58 @@ def call_shapes(equation: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, .
     return operands, results
 
 
+def outside_of_vmap(function: Callable[..., T], *values: Any) -> T:
+    """Calls a function of arrays that are the same in all slots, outside of the `jax.vmap`.
+
+    The rules for `jax.vmap` of some primitives raise errors for such arrays.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(slot: jax.Array, *values: Any) -> T:
+        return function(*values)
+
+    @call.def_vmap
+    def _(size: int, mapped: Any, slot: jax.Array, *values: Any) -> tuple[T, Any]:
+        out = function(*values)
+        return out, jax.tree.map(lambda _: False, out)
+
+    # With an argument that is mapped over, so that the rule is used.
+    return call(jax.lax.axis_index(SLOTS), *values)
+
+
 def bind(equation: Any, values: Sequence[Any]) -> Any:
     """Evaluates the equation's primitive on other values.
 
     Returns a list if the primitive has several results, else the single result.
     """
+    if is_mapped_over(SLOTS) and _has_ragged_dot(equation):
+        return outside_of_vmap(functools.partial(_bind, equation), *values)
+    return _bind(equation, *values)
+
+
+SLOTS = "slots of lora_jax"
+"""The name of the axis of `jax.vmap` in `adapt_rows`."""
+
+
+def is_mapped_over(name: str) -> bool:
+    """Whether the current trace is inside of a `jax.vmap` with this name of its axis."""
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return False
+    return True
+
+
+def _has_ragged_dot(equation: Any) -> bool:
+    """Whether an equation, or the program that it calls, has a `ragged_dot`."""
+    if equation.primitive.name == "ragged_dot_general":
+        return True
+    bodies = [open_jaxpr(v)[0] for v in jax.tree.leaves(tuple(equation.params.values()))]
+    inner = (own for body in bodies for own in getattr(body, "eqns", ()))
+    return any(map(_has_ragged_dot, inner))
+
+
+def _bind(equation: Any, *values: Any) -> Any:
     parameters = equation.primitive.get_bind_params(equation.params)
     if isinstance(parameters, tuple):  # JAX < (0, 9, 2): functions are separate
         functions, parameters = parameters

@@ -27,6 +27,8 @@ Names = tuple[Name, ...]
 
 RANK: Name = ("rank",)
 """The name of the rank axis of a factor."""
+SLOT: Name = ("slot",)
+"""The name of the axis of a factor that has an entry for each slot of a stack."""
 _IN: Name = ("in",)
 _OUT: Name = ("out",)
 
@@ -102,6 +104,7 @@ def contract(
     order: Names | None = None,
     rate: float = 0.0,
     key: Any = None,
+    slots: jax.Array | None = None,
 ) -> Named:
     """The product of two arrays, summed over their common names that are not in `keep`.
 
@@ -122,6 +125,8 @@ def contract(
             of `A`.
         rate: the dropout rate of `x`. The result is not divided by `1 - rate`.
         key: the dropout key, if `rate` is not 0.
+        slots: the number of a slot for each index of the first axes of `y`. The array of
+            `y` then has the slots as its first axis instead of these axes; see `take`.
 
     Returns:
         The wide product. Its axes are the common axes that are kept, then the other axes of
@@ -138,7 +143,10 @@ def contract(
     options = Dot((axes(summed), axes(batch)), precision)
     moved = None if order is None else tuple(map(y.names.index, order))
     static = _Static((x.shape, y.shape), moved, jnp.dtype(dtype), options)
-    product = functools.partial(_product, static)
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _product(static, x, y, slots)
+
     rest = [name for name in (*x.names, *y_names) if name not in shared]
     return named(dropped(product, x.array, y.array, rate, key), (*batch, *rest))
 
@@ -161,7 +169,10 @@ def keep_arguments(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # compiled once
 @functools.partial(keep_arguments, static=0)
-def _product(static: _Static, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(
+    static: _Static, x: jax.Array, y: jax.Array, slots: jax.Array | None
+) -> jax.Array:
+    y = y if slots is None else take(y, slots)
     x, y = (
         v.reshape(shape).astype(static.dtype)
         for v, shape in zip((x, y), static.shapes, strict=True)
@@ -227,11 +238,22 @@ def up(
     scale: float | jax.Array,
     dtype: DTypeLike,
     precision: Any = None,
+    slots: jax.Array | None = None,
 ) -> Named:
     """`scale * down @ factor`, multiplied in `factor_dtype(dtype)`; see `contract`."""
     dtype = numerics.factor_dtype(dtype)
     scaled = numerics.multiply(down.array, scale).astype(dtype)
-    return contract(down._replace(array=scaled), factor, keep, dtype, precision)
+    return contract(
+        down._replace(array=scaled), factor, keep, dtype, precision, slots=slots
+    )
+
+
+def take(stack: jax.Array, slots: jax.Array, fill: float = 0.0) -> jax.Array:
+    """`(slots, *axes)`, `(*rows)` -> `(*rows, *axes)`, the entry of each row's slot.
+
+    A slot behind the last one gives the value `fill`.
+    """
+    return stack.at[slots].get(mode="fill", fill_value=fill)
 
 
 def dropped(

@@ -362,7 +362,7 @@ def _check_complete(
                 f"are not zero: give a larger rank, or {hint}."
             )
         scale = scales[path][slot]
-        if plan is not None and scale != np.float32(plan.targets[path].scale):
+        if plan is not None and scale != scale.dtype.type(plan.targets[path].scale):
             raise ValueError(
                 f"at {path!r}: the scale of slot {slot} is {scale}, and that of the "
                 f"plan is {plan.targets[path].scale}: {hint}."
@@ -416,7 +416,7 @@ def _fill(name: str) -> float:
 
 def _vector(values: Sequence[float], like: jax.Array) -> jax.Array:
     """A number for each slot of a stack, replicated over its mesh. Empty slots have 0."""
-    vector = np.zeros(len(like), np.float32)
+    vector = np.zeros(len(like), numerics.accumulation_dtype(like.dtype))
     vector[: len(values)] = values
     place = _sharding(like)
     return _laid(jnp.asarray(vector), place and place.update(spec=PartitionSpec(None)))

@@ -34,10 +34,11 @@ class AdapterStack:
         adapters: for each path of the plan, `{"A": (slots, *batch, in, rank), "B": (slots,
             *batch, rank, out)}`, for DoRA also `"m": (slots, *batch, out)`. Factors of a
             lower rank are padded with zeros.
-        scales: for each path, `(slots,)` float32, which multiplies `A @ B`; 0 in a slot
-            without an adapter for this path.
-        magnitudes: for each path with DoRA, `(slots,)` float32: 1 in a slot that uses its
-            `"m"`, and 0 in a slot whose columns keep the length of those of `W + A @ B`.
+        scales: for each path, `(slots,)`, which multiplies `A @ B`; 0 in a slot without an
+            adapter for this path. float32, or float64 for float64 adapters.
+        magnitudes: for each path with DoRA, `(slots,)`, of the dtype of the scales: 1 in a
+            slot that uses its `"m"`, and 0 in a slot whose columns keep the length of those
+            of `W + A @ B`.
     """
 
     adapters: dict[str, dict[str, jax.Array]]
@@ -113,7 +114,7 @@ def slots_of(stack: Any) -> int:
     Raises:
         KeyError: if a path or an entry is missing or unknown.
         TypeError: if it is not an AdapterStack, a leaf is not a floating-point array, or
-            scales or magnitudes are not float32.
+            scales or magnitudes are of fewer bits than float32.
         ValueError: if the shapes of two arrays do not fit each other, or there are none.
     """
     if not isinstance(stack, AdapterStack):
@@ -148,10 +149,11 @@ def slots_of(stack: Any) -> int:
         for path in paths:
             own = f"stack.{name}[{path!r}]"
             checks.check_vector(own, given[path], (*slots,), "(slots,)")
-            if given[path].dtype != "float32":
+            if given[path].dtype not in ("float32", "float64"):
                 raise TypeError(
-                    f"{own} must be float32, got {given[path].dtype}: to cast a stack, "
-                    "cast its adapters alone, dataclasses.replace(stack, adapters=...)."
+                    f"{own} must be float32 or float64, got {given[path].dtype}: to cast a "
+                    "stack, cast its adapters alone, dataclasses.replace(stack, "
+                    "adapters=...)."
                 )
     return slots[0]
 

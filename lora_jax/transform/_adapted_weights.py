@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from lora_jax._core import compat, numerics, quantized
 from lora_jax.lowrank import weight_norms
 from lora_jax.plan import parts, stacks
 from lora_jax.plan.target import Target
-from lora_jax.transform import _norms
+from lora_jax.transform import _norms, _slots
 from lora_jax.transform._context import Parts
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place, retyped
@@ -34,16 +33,20 @@ class Update(NamedTuple):
     Attributes:
         path: of the target.
         target: of the plan.
+        by_slot: whether all arrays differ between slots.
         adapter: the arrays of the adapter.
         norm: the column norms, if the caller gave them.
         scale: replaces the target's scale, if the caller gave one.
+        magnitude: 0 if the columns keep their length, in a slot without DoRA.
     """
 
     path: str
     target: Target
+    by_slot: bool
     adapter: dict[str, jax.Array]
-    norm: jax.Array | None
-    scale: ArrayLike | None
+    norm: jax.Array | None = None
+    scale: Any = None
+    magnitude: jax.Array | None = None
 
 
 def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
@@ -52,8 +55,8 @@ def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
     Factors are split over the mesh axes that split the adapters.
     """
     mesh = compat.mesh_of(kind)
-    static = [(own.path, own.target) for own in updates]
-    arrays = [own[2:] for own in updates]
+    static = [own[:3] for own in updates]
+    arrays = [own[3:] for own in updates]
 
     def make(weight: Any, arrays: Sequence[Any]) -> Factored:
         made = [
@@ -61,10 +64,10 @@ def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
             for names, own in zip(static, arrays, strict=True)
         ]
         terms = [term for own in made for term in own.terms]
-        if _are_of_one_stack([target for _, target in static]):
+        if _are_of_one_stack([target for _, target, _ in static]):
             terms = [sum_of_parts(terms)]
         columns = [column for own in made for column in own.columns]
-        uses = [target.use for _, target in static if target.method == "dora"]
+        uses = [target.use for _, target, _ in static if target.method == "dora"]
         if not any(uses):
             if len({column.shape for column in columns}) == 1:
                 columns = [math.prod(columns[1:], start=columns[0])]
@@ -92,9 +95,11 @@ def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
 def _with_term(weight: Any, update: Update) -> Factored:
     """The weight with one update.
 
-    The factors keep their stored dtype and layout. Only a given scale multiplies `B`.
+    The factors keep their stored dtype and layout. Only a given scale multiplies `B`, and
+    if it differs between slots, only when `B` is used.
     """
-    path, target, adapter, norm, scale = update
+    path, target, by_slot, adapter, norm, scale, magnitude = update
+    stored = adapter["B"]
     if scale is not None:
         b = jnp.asarray(adapter["B"])
         wide = b.astype(numerics.accumulation_dtype(b.dtype))
@@ -114,16 +119,21 @@ def _with_term(weight: Any, update: Update) -> Factored:
     a, b = (*batch, *ins, RANK), (*batch, RANK, *outs)
     term = Term(
         Factor(unfold(adapter["A"], a, 0.0), a, ndim),
-        Factor(unfold(adapter["B"], b, 0.0), b, ndim),
-        Label((path,), target.scale, target.dropout, use=target.use),
+        Factor(unfold(stored, b, 0.0), b, ndim, scale)
+        if by_slot
+        else Factor(unfold(adapter["B"], b, 0.0), b, ndim),
+        Label((path,), target.scale, target.dropout, use=target.use, by_slot=by_slot),
     )
     base = _base(weight)
     if target.method == "lora":
         return Factored(base, (term,))
     axes = (*batch, *outs)
     if norm is None:
-        norm = _norm(weight, adapter, target)
+        form = functools.partial(_norm, weight, target=target)
+        norm = _slots.for_each(form, adapter) if by_slot else form(adapter)
     column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(norm))
+    if magnitude is not None:
+        column = jnp.where(magnitude > 0, column, jnp.ones_like(column))
     column = unfold(column, axes, 1.0)
     return Factored(base, (term,), (place(column, axes, range(ndim)),))
 

@@ -6,10 +6,10 @@ A missing term has factors of zeros, and a missing column has ones.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax.transform._factored import (
-    Factor,
     Factored,
     Term,
     base_of,
@@ -88,11 +88,9 @@ def _matched(
 def _kind(term: Term) -> Any:
     """A key that is equal for two terms that can replace each other."""
     sides = term.a, term.b
-    return term.label, *((p.array.shape, p.array.dtype, p.axes) for p in sides)
+    kinds = ((p.stored.shape, p.stored.dtype, p.axes, p.scale is None) for p in sides)
+    return term.label, *kinds
 
 
 def _zeros(template: Term) -> Term:
-    def zeros(p: Factor) -> Factor:
-        return Factor(jnp.zeros(p.array.shape, p.array.dtype), p.axes, p.ndim)
-
-    return template.map(zeros)
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), template)

@@ -98,10 +98,21 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass
 class Frame:
-    """A jaxpr under evaluation: its values, and the equations that made broadcasts."""
+    """A jaxpr under evaluation.
+
+    Attributes:
+        values: of its variables.
+        broadcasts: the equations that made broadcasts.
+        followed: in `adapt_rows`, where the rows of the batch are; see `_following`.
+    """
 
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
     broadcasts: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    followed: Any = None
+
+    def place(self, atom: Any) -> Any:
+        """Where the rows of the batch are in a value."""
+        return self.followed.place(atom)
 
     def read(self, atom: Any) -> Any:
         """The value of a variable or a literal."""
@@ -124,6 +135,9 @@ class Context:
         targets: of the plan, by path; only those whose axes are compared with the uses.
         closed_over_is_constant: whether arrays that the function closes over count as
             constants. They do if the function has arguments besides the params.
+        slots: in `adapt_rows`, the slot of each row, `(rows,)`; see `_slots`.
+        n_slots: the number of slots.
+        taken: the slots of values whose rows are in an order that only the data know.
     """
 
     rules: Mapping[str, Rule]
@@ -136,6 +150,9 @@ class Context:
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, Target] = dataclasses.field(default_factory=dict)
     closed_over_is_constant: bool = False
+    slots: Any = None
+    n_slots: int = 0
+    taken: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     _constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     _parts: dict[int, tuple[Factored, Parts]] = dataclasses.field(default_factory=dict)
     _names: tuple[Mapping[Any, str | int], ...] = ()
@@ -193,6 +210,17 @@ class Context:
                 if letters is not None:
                     found[name] = letters
         return found
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows of the batch, in the current body."""
+        return len(self.slots)
+
+    def followed(self, jaxpr: Any) -> Any:
+        """Where the rows are in a jaxpr that the rule of the current equation evaluates."""
+        if self.frame.followed is None or not self.callers:
+            return self.frame.followed
+        return self.frame.followed.inside(self.callers[-1], jaxpr)
 
     def is_weight(self, value: Any) -> bool:
         """Whether a value of the program is a weight."""
@@ -318,8 +346,10 @@ class Context:
         """Whether a merged value is no larger than one of its factors.
 
         With dropout the answer is no: the product that uses the value needs the factors.
+        The same holds if they differ between slots.
         """
-        return bool(value.terms) and value.is_thin() and not self.drops(value)
+        needed = self.drops(value) or value.by_slot
+        return bool(value.terms) and value.is_thin() and not needed
 
     def drops(self, value: Factored) -> bool:
         """Whether products with the value have dropout on the other operand."""
@@ -377,6 +407,15 @@ class Context:
             yield
         finally:
             self.key, self._keys_made = saved
+
+    @contextlib.contextmanager
+    def using_slots(self, slots: Any) -> Iterator[None]:
+        """Uses the slots of the rows that a body has, a value of the current trace."""
+        saved, self.slots = self.slots, slots
+        try:
+            yield
+        finally:
+            self.slots = saved
 
     @contextlib.contextmanager
     def quietly(self) -> Iterator[None]:

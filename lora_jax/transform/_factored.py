@@ -11,6 +11,9 @@ and a primitive that contracts the weight contracts one factor after the other.
 
 The scale is static. Factors keep their dtype until they are multiplied. Columns have at
 least float32.
+
+In `adapt_rows` the program runs under `jax.vmap` over the slots of a stack. Factors and
+columns differ between slots, and all other values do not; see `_slots`.
 """
 
 import dataclasses
@@ -30,8 +33,9 @@ from lora_jax.transform._deferred import Deferred, form
 
 Map = Callable[[jax.Array], jax.Array]
 
-# Stands for the rank axis where axes of the weight are given by number.
-RANK = -1
+# Stand for other axes where axes of the weight are given by number: the rank axis, and the
+# slots of a factor that was collected from all slots.
+RANK, SLOT = -1, -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Label:
         use: the kind of use that the term is for, `"lookup"` or `"product"`; empty for any.
         swapped: for each name, whether `a` and `b` were exchanged to match the other
             weights of a stack; empty if none were.
+        by_slot: whether the factors differ between slots.
     """
 
     names: tuple[str | int, ...]
@@ -53,11 +58,12 @@ class Label:
     dropout: float = 0.0
     swapped: tuple[bool, ...] = ()
     use: str = ""
+    by_slot: bool = False
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["array"],
+    data_fields=["stored", "scale"],
     meta_fields=["axes", "ndim"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +74,34 @@ class Factor:
     keep a copy in another layout, and under `lax.scan` one copy for each layer.
 
     Attributes:
-        array: has the rank axis and some axes of the weight. The others have size 1.
+        stored: has the rank axis and some axes of the weight. The others have size 1.
         axes: for each axis of the array, its axis of the weight, or `RANK`.
         ndim: the number of axes of the weight.
+        scale: a scalar that multiplies the stored array; None for 1.
     """
 
-    array: jax.Array
+    stored: jax.Array
     axes: tuple[int, ...]
     ndim: int
+    scale: jax.Array | None = None
+
+    @property
+    def array(self) -> jax.Array:
+        """The stored array times the scale."""
+        if self.scale is None:
+            return self.stored
+        wide = self.stored.astype(numerics.accumulation_dtype(self.stored.dtype))
+        return numerics.multiply(wide, self.scale)
 
     @property
     def rank(self) -> int:
         """The size of the rank axis."""
-        return self.array.shape[self.axes.index(RANK)]
+        return self.stored.shape[self.axes.index(RANK)]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The size of the factor along each axis of the weight."""
-        known = dict(zip(self.axes, self.array.shape, strict=True))
+        known = dict(zip(self.axes, self.stored.shape, strict=True))
         return tuple(known.get(axis, 1) for axis in range(self.ndim))
 
     def leading(self, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -172,6 +188,11 @@ class Factored:
     def names(self) -> tuple[str | int, ...]:
         """The names of the weights in the value, each once."""
         return tuple(dict.fromkeys(n for term in self.terms for n in term.label.names))
+
+    @property
+    def by_slot(self) -> bool:
+        """Whether the factors and columns differ between slots."""
+        return any(term.label.by_slot for term in self.terms)
 
     @property
     def has_uses(self) -> bool:
@@ -261,8 +282,9 @@ def specs(value: Factored, spec: Sequence[Any]) -> Factored:
 
     def of_factor(p: Factor) -> Factor:
         own = of(value.owned(p))
-        array: Any = PartitionSpec(*(None if i == RANK else own[i] for i in p.axes))
-        return dataclasses.replace(p, array=array)
+        stored: Any = PartitionSpec(*(None if i == RANK else own[i] for i in p.axes))
+        scale: Any = None if p.scale is None else PartitionSpec()
+        return dataclasses.replace(p, stored=stored, scale=scale)
 
     terms = tuple(term.map(of_factor) for term in value.terms)
     columns: Any = tuple(PartitionSpec(*of(value.owned(c))) for c in value.columns)
@@ -314,6 +336,12 @@ def merge(value: Factored) -> jax.Array:
     base = form(value.base)
     if not value.terms and not value.columns:
         return base
+    if value.by_slot:
+        raise ValueError(
+            "this use of an adapted weight needs the merged weight, and with `adapt_rows` "
+            f"each row would have its own ({value.names[0]!r} here has the shape "
+            f"{value.shape})."
+        )
     kind = jax.typeof(base)
     mesh = compat.mesh_of(kind)
     out = compat.automatically(_merge, mesh, value.replace(base=base))
@@ -348,10 +376,11 @@ def owned(value: Factored, factor: Factor, names: Names) -> Named:
         factor: a factor of one of its terms.
         names: the names of the axes of the weight.
     """
-    kept = {RANK, *value.owned(factor)}
-    sizes = zip(factor.axes, factor.array.shape, strict=True)
+    kept = {RANK, SLOT, *value.owned(factor)}
+    sizes = zip(factor.axes, factor.stored.shape, strict=True)
     axes = [(axis, size) for axis, size in sizes if axis in kept]
-    own = tuple(contraction.RANK if i == RANK else names[i] for i, _ in axes)
+    others = {RANK: contraction.RANK, SLOT: contraction.SLOT}
+    own = tuple(others[i] if i < 0 else names[i] for i, _ in axes)
     return Named(factor.array, own, tuple(size for _, size in axes))
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 from lora_jax._core import compat
 from lora_jax.plan.parts import LOOKUP, PRODUCT
-from lora_jax.transform import _deferred
+from lora_jax.transform import _deferred, _slots
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import Factored, is_factored, merge
 from lora_jax.transform._moves import named
-from lora_jax.transform._parameters import NotFactorableError, no_rule
+from lora_jax.transform._parameters import NotFactorableError, no_rule, parameter
+from lora_jax.transform._row_places import Taken
 
 # Rows of a table stay factored through these primitives; others get the merged rows.
 _KEEP_GATHERED = named(lambda row: row.keeps_rows) | {"closed_call", "dot_general", "jit"}
@@ -55,7 +56,7 @@ def evaluate(
     context: Context, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]
 ) -> list[Any]:
     """Evaluates a jaxpr; its arguments and outputs may be factored."""
-    frame, outer = Frame(), context.frame
+    frame, outer = Frame(followed=context.followed(jaxpr)), context.frame
     if context.closed_over_is_constant:
         context.add_constants(constants)
     frame.values.update(zip(jaxpr.constvars, constants, strict=True))
@@ -88,7 +89,7 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     if equation.primitive.name == "broadcast_in_dim":
         frame.broadcasts[equation.outvars[0]] = equation
     if not any(map(is_factored, values)):
-        return compat.bind(equation, values)
+        return _without_weights(context, equation, values)
     values = _merge_gathered(context, equation, values)
     if any(isinstance(value, Factored) and value.has_uses for value in values):
         values = _of_use(context, equation, values)
@@ -110,6 +111,31 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
         for value in values
     ]
     return _deferred.use(equation, context.merge_all(dense, equation, reason))
+
+
+def _without_weights(context: Context, equation: Any, values: list[Any]) -> Any:
+    """The results of an equation without weights.
+
+    If it takes rows in an order that only the data know, their slots are taken as well.
+    """
+    places = (
+        [] if context.frame.followed is None else map(context.frame.place, equation.outvars)
+    )
+    new = [
+        p.number for p in places if isinstance(p, Taken) and p.number not in context.taken
+    ]
+    if new and equation.primitive.name == "gather":
+        context.taken[new[0]] = _slots.taken(context, equation, values[1])
+    elif new and equation.primitive.name == "jit":
+        body = parameter(equation, "jaxpr")
+        context.callers.append(equation)
+        try:
+            out = evaluate_closed(context, body, values)
+        finally:
+            context.callers.pop()
+        _slots.rename_taken(context, equation, body)
+        return out
+    return compat.bind(equation, values)
 
 
 def _of_use(context: Context, equation: Any, values: list[Any]) -> list[Any]:

@@ -71,7 +71,8 @@ def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factor
     )
     swapped = _names_swapped([v for v in values if isinstance(v, Factored)], turned)
     flags = tuple(swapped.values()) if any(swapped.values()) else ()
-    label = Label(tuple(swapped), scale, first.dropout, swapped=flags)
+    by_slot = any(v.by_slot for v in values if isinstance(v, Factored))
+    label = Label(tuple(swapped), scale, first.dropout, flags, by_slot=by_slot)
     term = Term(from_leading(a), from_leading(b), label)
     return Factored(base, (term,), _columns(values, axis))
 
@@ -88,7 +89,8 @@ def sum_of_parts(terms: Sequence[Term]) -> Term:
     a = _sum([term.a for term in terms], [1.0] * len(terms), rank)
     b = _sum([term.b for term in terms], [t.label.scale / scale for t in terms], rank)
     first = terms[0].label
-    return Term(a, b, Label(names, scale, first.dropout, use=first.use))
+    label = dataclasses.replace(first, names=names, scale=scale, swapped=())
+    return Term(a, b, label)
 
 
 def _common(scales: Sequence[float]) -> float:
@@ -110,7 +112,7 @@ def _sum(factors: Sequence[Factor], by: Sequence[float], rank: int) -> Factor:
         array = _scaled(factor.array.astype(dtype), number)
         array = lax.pad(array, jnp.zeros((), dtype), missing)
         total = array if total is None else total + array
-    return dataclasses.replace(factors[0], array=total)
+    return dataclasses.replace(factors[0], stored=total, scale=None)
 
 
 def _names_swapped(

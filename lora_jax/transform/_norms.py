@@ -83,6 +83,8 @@ def adapted(context: Context, equation: Any, axis: int, *values: Any) -> list[ja
     """The rule for a call in `_CALLS` whose weight is factored."""
     check_can_form(equation, axis, list(map(is_factored, values)))
     matrix = Matrix(*values)
+    if matrix.weight.by_slot:
+        raise NotFactorableError("it is the norm of a weight of an inner DoRA adapter")
     return [_norm(_with_terms(matrix.weight, matrix, axis), axis)]
 
 

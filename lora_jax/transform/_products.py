@@ -16,9 +16,10 @@ from jax import lax
 
 from lora_jax._core import numerics
 from lora_jax.lowrank import contraction
-from lora_jax.lowrank.contraction import RANK, Name, Named, Names, named
+from lora_jax.lowrank.contraction import RANK, SLOT, Name, Named, Names, named
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term, owned, place
+from lora_jax.transform._slots import RowAxes, collect, masked
 
 # The assumed size of a symbolic axis when the order of the products is chosen.
 _SYMBOLIC_SIZE = 1024
@@ -33,6 +34,10 @@ class Product(NamedTuple):
         out_names: the names of the axes of the result.
         column_names: for each column that scales the result, the names of its axes.
         precision: as in `lax.dot_general`, with the activation as the first operand.
+        x_shape: the sizes of the named axes of the activation, which is reshaped to it.
+        out_shape: the same of the result.
+        row_names: the names of the axes whose indices have factors of their own.
+        dense: whether the factors of all slots are multiplied; see `_slots`.
     """
 
     x_names: Names
@@ -40,6 +45,10 @@ class Product(NamedTuple):
     out_names: Names
     column_names: tuple[Names, ...]
     precision: Any
+    x_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    row_names: Names = ()
+    dense: bool = False
 
 
 def add_terms(
@@ -49,8 +58,18 @@ def add_terms(
     x: jax.Array,
     base: jax.Array,
     columns: Sequence[jax.Array],
+    rows: RowAxes | None = None,
 ) -> jax.Array:
     """Adds the products with the terms to `base`, the product with the frozen weight.
+
+    Args:
+        context: of the evaluation.
+        f: the weight.
+        product: the names of the axes.
+        x: the activation.
+        base: the product with the frozen weight.
+        columns: scale the result.
+        rows: if the factors differ between slots, where the rows are.
 
     Returns:
         `columns * (base + updates)`, like `base`, rounded once.
@@ -58,23 +77,30 @@ def add_terms(
     keys = [context.dropout(term.label, x)[1] for term in f.terms]
     # The names of the weights are removed, so that layers share one trace.
     terms = tuple(term.named(()) for term in f.terms)
+    own: Any = None
+    if rows is not None:
+        collected = [collect(term, rows.own, dense=rows.dense) for term in terms]
+        terms = tuple(term for term, _ in collected)
+        own = rows.own.numbers, [scales for _, scales in collected]
     static = product, f.shape, f.dtype
-    return _add_terms(x, base, terms, keys, list(columns), static)
+    return _add_terms(x, base, terms, keys, list(columns), own, static)
 
 
-@functools.partial(jax.jit, static_argnums=5, inline=True)  # traced once for equal shapes
+@functools.partial(jax.jit, static_argnums=6, inline=True)  # traced once for equal shapes
 def _add_terms(
     x: jax.Array,
     base: jax.Array,
     terms: tuple[Term, ...],
     keys: Sequence[jax.Array | None],
     columns: Sequence[jax.Array],
+    own: tuple[jax.Array, Sequence[jax.Array]] | None,
     static: tuple[Product, tuple[int, ...], Any],
 ) -> jax.Array:
     product, shape, dtype = static
     f = Factored(jax.ShapeDtypeStruct(shape, dtype), terms)  # pyright: ignore
     rows, out_names = _fold(product, x)
-    sizes = dict(zip(product.out_names, base.shape, strict=True))
+    sizes = dict(zip(product.out_names, product.out_shape, strict=True))
+    numbers, scales = (None, [None] * len(terms)) if own is None else own
     folded = [math.prod(sizes[(name,)] for name in run) for run in out_names]
 
     def placed(update: Named) -> jax.Array:
@@ -82,8 +108,8 @@ def _add_terms(
 
     product = product._replace(out_names=out_names)
     updates = (
-        placed(_update(f, term, key, rows, product))
-        for term, key in zip(terms, keys, strict=True)
+        placed(_update(f, term, key, rows, product, numbers, scale))
+        for term, key, scale in zip(terms, keys, scales, strict=True)
     )
     scaled = (
         place(column, names, out_names)
@@ -134,7 +160,8 @@ def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
     Returns:
         The folded activation, and the names of the axes of the folded result.
     """
-    rows = contraction.fold(named(x, product.x_names), product.weight_names)
+    unfolded = Named(x, product.x_names, product.x_shape)
+    rows = contraction.fold(unfolded, {*product.weight_names, *product.row_names})
     runs = {run[:1]: run for run in rows.names}
     inner = {(name,) for run in rows.names for name in run[1:]}
     out_names = [runs.get(name, name) for name in product.out_names if name not in inner]
@@ -142,22 +169,46 @@ def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
 
 
 def _update(
-    f: Factored, term: Term, key: jax.Array | None, x: Named, product: Product
+    f: Factored,
+    term: Term,
+    key: jax.Array | None,
+    x: Named,
+    product: Product,
+    slots: jax.Array | None,
+    scales: jax.Array | None,
 ) -> Named:
-    """`scale * (x @ first factor) @ second factor`, in at least float32."""
+    """`scale * (x @ first factor) @ second factor`, in at least float32.
+
+    `slots` and `scales` are those of the rows. In the dense form `scales` has a slot axis.
+    """
     dtype = numerics.factor_dtype(numerics.promote(x.array.dtype, f.dtype))
     precision = precision_for(product.precision, x.array, dtype)
     a, b = (owned(f, p, product.weight_names) for p in (term.a, term.b))
+    own: Names = product.row_names
+    if product.dense:
+        own, slots = (*own, SLOT), None
+    elif slots is not None:
+        a, b = (_of_rows(p, own, slots.shape) for p in (a, b))
     x = _sum_unowned(x, product, {*a.names, *b.names})
     first, second = (a, b) if _a_is_first(x, a, b, product.out_names) else (b, a)
     keep = {RANK, *product.out_names, *second.names}
     rate = 0.0 if key is None else term.label.dropout
-    order = (RANK, *(name for name in first.names if name != RANK))
+    order = (*product.row_names, RANK) if slots is not None else (RANK,)
+    order += tuple(name for name in first.names if name not in order)
     down = contraction.contract(
-        x, first, keep, dtype, precision, order=order, rate=rate, key=key
+        x, first, keep, dtype, precision, order=order, rate=rate, key=key, slots=slots
     )
     scale = term.label.scale / (1.0 - rate)
-    return contraction.up(down, second, product.out_names, scale, dtype, precision)
+    if scales is not None:
+        by = place(scales, own, down.names)
+        down = down._replace(array=masked(down.array, by))
+    return contraction.up(down, second, product.out_names, scale, dtype, precision, slots)
+
+
+def _of_rows(factor: Named, names: Names, sizes: tuple[int, ...]) -> Named:
+    """A factor of all slots, with the axes of the rows in place of that of the slots."""
+    _, *own = factor.names
+    return Named(factor.array, (*names, *own), (*sizes, *factor.shape[1:]))
 
 
 def _sum_unowned(x: Named, product: Product, known: set[Name]) -> Named:

@@ -374,6 +374,8 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
     """Sums of the weight, as a dense array of the size that the frozen program has."""
     if f.columns:
         raise NotFactorableError("DoRA scales what is summed")
+    if f.by_slot:
+        raise NotFactorableError("each row has its own adapter, so the sum is not one")
     context.check_no_dropout(f)
     axes = parameter(equation, "axes")
     context.see(f, equation)

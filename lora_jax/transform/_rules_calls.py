@@ -39,11 +39,11 @@ class _Call:
         self.sightings: list[Sighting] = []
         self.was_traced = False
 
-        def call(key, values):
+        def call(key, slots, values):
             self.was_traced = True
             context.enter(operands, values)
-            inside = context.renamed(self.weights)
-            with inside as self.sightings, context.using_key(key):
+            inside = context.renamed(self.weights), context.using_slots(slots)
+            with inside[0] as self.sightings, inside[1], context.using_key(key):
                 return evaluate(context, jaxpr, [], values)
 
         call.__name__ = call.__qualname__ = name
@@ -54,7 +54,7 @@ class _Call:
     ) -> list[Any]:
         """Calls the function for `weights`, by number, and records their uses."""
         self.weights, self.was_traced = weights, False
-        out = self.function(key, values)
+        out = self.function(key, self.context.slots, values)
         for sighting in self.sightings:
             sighting = sighting._replace(name=weights[int(sighting.name)])
             if self.was_traced:  # tracing reported the merges already
@@ -113,6 +113,7 @@ def _call_once_traced(
     key = context.make_key()
     constant = tuple(map(context.is_constant, values))
     known = id(jaxpr), jax.tree.structure((key, operands)), constant
+    known += (id(context.followed(jaxpr)),)
     if known not in context.calls:
         context.calls[known] = _Call(context, jaxpr, name, values)
     out = context.calls[known](key, operands, weights)

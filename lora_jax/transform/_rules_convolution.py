@@ -12,9 +12,10 @@ from lora_jax._core import numerics
 from lora_jax.lowrank import contraction
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, Term, merge
+from lora_jax.transform._factored import Factored, Term, merge, place
 from lora_jax.transform._parameters import NotFactorableError, parameter
 from lora_jax.transform._products import project
+from lora_jax.transform._slots import Own, masked, of_all, own_along, widened
 
 
 def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax.Array:
@@ -25,12 +26,19 @@ def conv_general_dilated(context: Context, equation: Any, x: Any, f: Any) -> jax
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
     if any(f.owned(column) - {out_axis} for column in f.columns):
         raise NotFactorableError("DoRA scales axes other than its output features")
-    if _is_cheaper_merged(equation, f) and not context.drops(f):
+    own = own_along(context, equation, 0, numbers.lhs_spec[0]) if f.by_slot else None
+    if own is None and _is_cheaper_merged(equation, f) and not context.drops(f):
         return _deferred.bind(equation, [x, merge(f)])
     base = _deferred.bind(equation, [x, f.base])
-    updates = (_update(context, equation, x, f, term) for term in f.terms)
-    shape = [-1 if axis == feature_axis else 1 for axis in range(base.ndim)]
-    columns = (column.reshape(shape) for column in f.columns)
+    updates = (_update(context, equation, x, f, term, own) for term in f.terms)
+    batch_axis = numbers.out_spec[0]
+    names = [batch_axis, feature_axis]
+    columns = (
+        place(column.reshape(-1), names[1:], range(base.ndim))
+        if own is None
+        else place(own.columns(of_all(column.reshape(-1))), names, range(base.ndim))
+        for column in f.columns
+    )
     return numerics.sum_and_round(base, updates, columns)
 
 
@@ -58,7 +66,7 @@ def _is_cheaper_merged(equation: Any, f: Factored) -> bool:
 
 
 def _update(
-    context: Context, equation: Any, x: jax.Array, f: Factored, term: Term
+    context: Context, equation: Any, x: jax.Array, f: Factored, term: Term, own: Own | None
 ) -> jax.Array:
     """`scale * (x conv kernel) @ mix`, with the axes of the result.
 
@@ -67,6 +75,7 @@ def _update(
     numbers = parameter(equation, "dimension_numbers")
     groups = parameter(equation, "feature_group_count")
     out_axis, feature_axis = numbers.rhs_spec[0], numbers.out_spec[1]
+    term, mask = (term, None) if own is None else widened(term, own)
     kernel, mix = _sides(f, term, out_axis)
     rank = kernel.shape[0]
     dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
@@ -79,6 +88,10 @@ def _update(
     down = project(context, term, x, kernel, dtype, convolve)
     rows = jnp.moveaxis(down, feature_axis, -1)  # (..., groups * rank)
     rows = rows.reshape(*rows.shape[:-1], groups, rank)
+    if mask is not None:  # (examples, rank)
+        batch_axis = numbers.out_spec[0]
+        names = [batch_axis - (batch_axis > feature_axis), rows.ndim - 1]
+        rows = masked(rows, place(mask, names, range(rows.ndim)))
     dimensions = (((rows.ndim - 1,), (0,)), ((rows.ndim - 2,), (1,)))
     options = contraction.Dot(dimensions, equation.params.get("precision"))
     up = contraction.dot(rows, mix.astype(dtype), options)  # (groups, ..., features)

@@ -1,5 +1,7 @@
 """The rule for gathers: rows of an embedding table, and entries of a batch axis."""
 
+import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term
 from lora_jax.transform._moves import MOVES
 from lora_jax.transform._parameters import check_weight_is, parameter
+from lora_jax.transform._slots import Own, of_all, of_result
 
 
 def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
@@ -33,23 +36,32 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     # DoRA may scale filled entries only if they are 0.
     stays = equation.params.get("fill_value") == 0
 
+    rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
+    kind = kind_of_rows(taken, is_constant=context.is_constant(indices)) if rows else ""
+    own = of_result(context, equation, 1) if f.by_slot and kind else None
+
+    def part(p, fill):
+        if own is None:
+            return _gather(equation, f, p, indices, base.ndim, fill)
+        return _gather_own(equation, f, p, indices, own, fill)
+
     def factor(p, owns):  # zero in filled slices
-        out = _gather(equation, f, p, indices, base.ndim, 0.0)
+        out = part(p, 0.0)
         return out if found is None or owns else out * found.astype(out.dtype)
 
     def column(p):  # one in filled slices
-        out = _gather(equation, f, p, indices, base.ndim, 1.0)
+        out = part(p, 1.0)
         owns = stays or taken <= f.owned(p)
         return out if found is None or owns else jnp.where(found, out, 1)
 
     def slices(term):  # one zero factor is enough
         owns = any(taken <= f.owned(p) for p in (term.a, term.b))
         a = term.a.map(lambda p: factor(p, owns))
-        return Term(a, term.b.map(lambda p: factor(p, True)), term.label)
+        by_slot = term.label.by_slot and own is None
+        label = dataclasses.replace(term.label, by_slot=by_slot)
+        return Term(a, term.b.map(lambda p: factor(p, True)), label)
 
     terms, columns = tuple(map(slices, f.terms)), tuple(map(column, f.columns))
-    rows = any(f.owned(term.a) & taken != f.owned(term.b) & taken for term in f.terms)
-    kind = kind_of_rows(taken, is_constant=context.is_constant(indices)) if rows else ""
     return f.replace(base=base, terms=terms, columns=columns, gathered=f.gathered or kind)
 
 
@@ -80,27 +92,63 @@ def _gather(
     indices: jax.Array,
     ndim: int,
     fill: int | float,
+    slots: jax.Array | None = None,
 ) -> jax.Array:
-    """The slices of a factor or column; axes that it does not own have size 1."""
+    """The slices of a factor or column; axes that it does not own have size 1.
+
+    With `slots`, each slice is from the factor of its slot.
+    """
     numbers = parameter(equation, "dimension_numbers")
     sizes, collapsed = parameter(equation, "slice_sizes"), numbers.collapsed_slice_dims
     offsets = numbers.offset_dims
     own = [p.shape[axis] == f.shape[axis] for axis in range(f.ndim)]
     shape = [size if owned else 1 for size, owned in zip(sizes, own, strict=True)]
-    starts = enumerate(numbers.start_index_map)
-    places = [i for i, axis in starts if own[axis] and sizes[axis] != f.shape[axis]]
+    indexed = enumerate(numbers.start_index_map)
+    places = [i for i, axis in indexed if own[axis] and sizes[axis] != f.shape[axis]]
     if not places:
         return _place(p, shape, collapsed, offsets, ndim)
-    part = lax.GatherDimensionNumbers(
-        offset_dims=offsets,
-        collapsed_slice_dims=collapsed,
-        start_index_map=tuple(numbers.start_index_map[i] for i in places),
-    )
     if len(places) != len(numbers.start_index_map):
         indices = jnp.take(indices, np.array(places), axis=-1)
+    starts = tuple(numbers.start_index_map[i] for i in places)
+    if slots is not None:
+        p, shape = of_all(p), [1, *shape]
+        indices = jnp.concatenate([slots[..., None].astype(indices.dtype), indices], -1)
+        collapsed, starts = ((0, *(i + 1 for i in own)) for own in (collapsed, starts))
+    part = lax.GatherDimensionNumbers(
+        offset_dims=offsets, collapsed_slice_dims=collapsed, start_index_map=starts
+    )
     return lax.gather(
         p, indices, part, shape, mode=parameter(equation, "mode"), fill_value=fill
     )
+
+
+def _gather_own(
+    equation: Any, f: Factored, p: jax.Array, indices: jax.Array, own: Own, fill: float
+) -> jax.Array:
+    """As `_gather`, from the factor of each slice's slot; `own` has the result's axes.
+
+    The result is `fill` for the base alone, and NaN for a slot out of range.
+    """
+    numbers, ndim = parameter(equation, "dimension_numbers"), own.ids.ndim
+    wrong = (own.ids < -1) | (own.ids >= own.total)
+    valid = (own.ids >= 0) & ~wrong
+    chosen = jnp.where(valid, own.ids, 0)
+    sizes = parameter(equation, "slice_sizes")
+    taken = [i for i in numbers.start_index_map if sizes[i] != f.shape[i]]
+    if any(p.shape[axis] == f.shape[axis] for axis in taken):
+        slots = jnp.broadcast_to(
+            lax.squeeze(chosen, numbers.offset_dims), indices.shape[:-1]
+        )
+        out = _gather(equation, f, p, indices, ndim, fill, slots)
+    else:
+        each = of_all(_gather(equation, f, p, indices, ndim, fill))
+        out = jnp.take(each, chosen.reshape(-1), axis=0)
+        # Of `(*rows, *axes)`, one of the two has size 1 along each axis of the result.
+        out = out.reshape(*chosen.shape, *each.shape[1:])
+        order = [axis for i in range(ndim) for axis in (i, ndim + i)]
+        shape = map(operator.mul, chosen.shape, each.shape[1:])
+        out = lax.transpose(out, order).reshape([*shape])
+    return jnp.where(valid, out, jnp.where(wrong, jnp.nan, fill).astype(p.dtype))
 
 
 def _place(

@@ -1,5 +1,6 @@
 """Rules for `scan`, `while` and `cond`, which are rebuilt with JAX's public functions."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,9 +44,17 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
     key = context.make_key()
     keys = None if key is None else jax.random.split(key, length)
 
+    slots = context.slots
+    if slots is not None and (cut := context.frame.followed.scanned.get(id(equation))):
+        outer, _, inner = cut
+        by_step = slots.reshape(outer, length, inner).swapaxes(0, 1).reshape(length, -1)
+    else:
+        by_step = None
+
     def step(carry, x):
-        key, slices = x
-        with context.using_key(key):
+        key, own, slices = x
+        own = slots if own is None else own
+        with context.using_slots(own), context.using_key(key):
             entries = [stack.entry(s) for stack, s in zip(stacks, slices, strict=True)]
             context.enter(values[n_constants + n_carry :], entries)
             arguments = [*fixed, *_with_kept(carry, kept), *entries]
@@ -56,7 +65,7 @@ def scan(context: Context, equation: Any, *values: Any) -> list[Any]:
     options = {name: parameter(equation, name) for name in ("reverse", "unroll")}
     if equation.params.get("_split_transpose"):
         options["_split_transpose"] = True
-    xs = keys, [stack.sliced for stack in stacks]
+    xs = keys, by_step, [stack.sliced for stack in stacks]
     end, ys = lax.scan(step, start, xs, length=length, **options)
     return [*_with_kept(end, kept), *map(_stacked, ys)]
 
@@ -96,19 +105,19 @@ class _Stack:
         if isinstance(value.base, Deferred) and not value.base.batch_ndim:
             value = value.replace(base=form(value.base))
         leaves, self.tree = jax.tree.flatten(_with_factors(value, self._stack_first))
-        scanned = [leaf.shape[0] == self.length for leaf in leaves]
+        scanned = [leaf.ndim > 0 and leaf.shape[0] == self.length for leaf in leaves]
         self.sliced = [leaf if s else None for leaf, s in zip(leaves, scanned, strict=True)]
         # Factors that do not vary along the stack are shared by all entries.
         self.shared = [
-            None if s else lax.squeeze(leaf, [0])
+            None if s else lax.squeeze(leaf, [0]) if leaf.ndim else leaf
             for leaf, s in zip(leaves, scanned, strict=True)
         ]
 
     def _stack_first(self, factor: Factor) -> Factor:
         """The factor with the stack as its first stored axis, so that a scan slices it."""
         others = tuple(axis for axis in factor.axes if axis != 0)
-        array = place(factor.array, factor.axes, (0, *others))
-        return Factor(array, (0, *others), factor.ndim)
+        stored = place(factor.stored, factor.axes, (0, *others))
+        return dataclasses.replace(factor, stored=stored, axes=(0, *others))
 
     def entry(self, sliced: Any) -> Any:
         """The value that the body gets, from one entry of `sliced`."""
@@ -128,7 +137,7 @@ def _with_factors(value: Factored, function: Callable[[Factor], Factor]) -> Fact
 def _entry(factor: Factor) -> Factor:
     """The factor of one entry, without the stacked axis."""
     axes = tuple(axis if axis == RANK else axis - 1 for axis in factor.axes[1:])
-    return Factor(factor.array, axes, factor.ndim - 1)
+    return dataclasses.replace(factor, axes=axes, ndim=factor.ndim - 1)
 
 
 def _formed(value: Any) -> Any:
@@ -143,7 +152,7 @@ def _stacked(value: Any) -> Any:
 
     def back(factor: Factor) -> Factor:
         axes = tuple(axis if axis == RANK else axis + 1 for axis in factor.axes)
-        return Factor(factor.array, (0, *axes), factor.ndim + 1)
+        return dataclasses.replace(factor, axes=(0, *axes), ndim=factor.ndim + 1)
 
     return _with_factors(value, back)
 

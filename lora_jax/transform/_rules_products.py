@@ -1,5 +1,6 @@
 """Rules for the products that contract a weight: `dot_general` and `ragged_dot`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core import numerics
+from lora_jax._core import compat, numerics
 from lora_jax.lowrank.contraction import Name, Named, Names
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
@@ -20,6 +21,7 @@ from lora_jax.transform._factored import (
 )
 from lora_jax.transform._parameters import NotFactorableError, parameter
 from lora_jax.transform._products import Product, add_terms, project
+from lora_jax.transform._slots import Own, masked, of_all, own_along, row_axes, widened
 
 
 def dot_general(context: Context, equation: Any, x: Any, y: Any) -> jax.Array:
@@ -62,25 +64,36 @@ def multiply(
     out_names: Names,
     *,
     flipped: bool = False,
+    position: int | None = None,
     roles: Sequence[str] | None = None,
     form_base: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """The product of an activation with a factored weight.
 
-    `flipped` means that the weight is the first operand. `roles` replaces the roles of the
-    weight's axes that follow from the names. `form_base` computes the product with the
-    frozen weight, if the equation is not a product of two operands.
+    `flipped` means that the weight is the first operand. If the equation is not a product
+    of two operands, `position` is that of the activation, `form_base` computes the product
+    with the frozen weight, and `roles` replaces the roles of the weight's axes that follow
+    from the names.
     """
     context.see(f, equation, _roles(f_names) if roles is None else roles)
     contracted = [name for name in f_names if name not in out_names]
     before, after = _columns(f, f_names, contracted)
     check_multiplies(x.dtype, integers=not before and not context.drops(f))
+    rows, whole = None, x.shape
+    if f.by_slot:
+        at = int(flipped) if position is None else position
+        rows = row_axes(context, equation, at, x_names, f_names, out_names)
+        before, after = ([rows.column(own) for own in side] for side in (before, after))
+        x_names, x_shape = rows.split(x_names, x.shape)
+    else:
+        x_shape = x.shape
     for column in before:
         unit, by = numerics.range_unit(x.dtype, x, column.array), column.array
         if unit is not None:
             by = by / unit
             after.append(Named(unit, (), ()))
-        x = times(x, place(by, column.names, x_names))
+        by = place(by, column.names, x_names)
+        x = times(x.reshape(x_shape), by).reshape(whole)
     if form_base is not None:
         base, precision = form_base(x), None
     else:
@@ -90,11 +103,22 @@ def multiply(
         return base
     if flipped and isinstance(precision, tuple):
         precision = precision[::-1]
+    out_shape = base.shape
+    if rows is not None:
+        out_names, out_shape = rows.split(out_names, out_shape)
     product = Product(
-        x_names, f_names, out_names, tuple(column.names for column in after), precision
+        x_names,
+        f_names,
+        out_names,
+        tuple(column.names for column in after),
+        precision,
+        x_shape,
+        out_shape,
+        () if rows is None else rows.names,
+        rows is not None and rows.dense,
     )
     columns = [column.array for column in after]
-    return add_terms(context, f, product, x, base, columns)
+    return add_terms(context, f, product, x, base, columns, rows)
 
 
 def check_multiplies(dtype: Any, *, integers: bool = True) -> None:
@@ -165,6 +189,7 @@ def ragged_dot(
         x,
         sizes,
         lambda x: _deferred.bind(equation, [x, f.base, sizes]),
+        position=0,
     )
 
 
@@ -175,18 +200,22 @@ def grouped_product(
     x: jax.Array,
     sizes: jax.Array,
     form_base: Callable[[jax.Array], jax.Array],
+    *,
+    position: int,
 ) -> jax.Array:
     """`(rows, in), (groups, in, out), (groups,) -> (rows, out)`, with the weight `f`.
 
-    `form_base` computes the product of an activation with the frozen weight.
+    `form_base` computes the product of an activation with the frozen weight. `position` is
+    that of the activation among the operands of the equation.
     """
+    own = own_along(context, equation, position, 0) if f.by_slot else None
     scaled = any(1 in f.owned(column) for column in f.columns)
     check_multiplies(x.dtype, integers=not scaled and not context.drops(f))
     after = []
     for column in f.columns:
         if {1, 2} <= f.owned(column):
             raise NotFactorableError("DoRA scales contracted and kept axes of it")
-        rows = _rows_of_groups(f, column, sizes, x.shape[0])
+        rows = _rows_of_groups(f, column, sizes, x.shape[0], own)
         if 1 in f.owned(column):
             unit = numerics.range_unit(x.dtype, x, rows)
             if unit is not None:
@@ -195,7 +224,9 @@ def grouped_product(
             x = times(x, rows)
         else:
             after.append(rows)
-    updates = (_ragged_update(context, equation, x, f, term, sizes) for term in f.terms)
+    updates = (
+        _ragged_update(context, equation, x, f, term, sizes, own) for term in f.terms
+    )
     return numerics.sum_and_round(form_base(x), updates, after)
 
 
@@ -224,21 +255,33 @@ def _is_grouped_matmul(equation: Any) -> bool:
     )
 
 
-def _rows_of_groups(f: Factored, column: jax.Array, sizes: Any, n: int) -> jax.Array:
+def _rows_of_groups(
+    f: Factored, column: jax.Array, sizes: Any, n: int, own: Own | None
+) -> jax.Array:
     """`(groups or 1, in or 1, out or 1)` -> `(rows or 1, in or out)`."""
     flat = lax.squeeze(column, [2 if 1 in f.owned(column) else 1])
     if flat.shape[0] == 1:
-        return flat
+        return flat if own is None else own.columns(of_all(flat[0]))
     # Not jnp.repeat: a mesh would gather the groups of all rows.
     ends = jnp.cumsum(sizes)
     groups = jnp.sum(jnp.arange(n, dtype=ends.dtype)[:, None] >= ends[None], axis=1)
-    return jnp.take(flat, groups, axis=0, mode="clip")
+    if own is None:
+        return jnp.take(flat, groups, axis=0, mode="clip")
+    groups = jnp.minimum(groups, flat.shape[0] - 1)
+    return of_all(flat).at[own.numbers, groups].get(mode="fill", fill_value=1.0)
 
 
 def _ragged_update(
-    context: Context, equation: Any, x: jax.Array, f: Factored, term: Term, sizes: Any
+    context: Context,
+    equation: Any,
+    x: jax.Array,
+    f: Factored,
+    term: Term,
+    sizes: Any,
+    own: Own | None,
 ) -> jax.Array:
     """`scale * (x @ first) @ second`: `(rows, rank)`, then `(rows, out)`."""
+    term, mask = (term, None) if own is None else widened(term, own)
     first, second = (term.a, term.b) if 2 in f.owned(term.b) else (term.b, term.a)
     if 2 in f.owned(first) or 1 in f.owned(second):
         raise NotFactorableError("its factors mix inputs with outputs")
@@ -253,12 +296,15 @@ def _ragged_update(
 
     def multiply(v, weight):
         if weight.shape[0] == f.shape[0]:
-            return lax.ragged_dot(v, weight, sizes, **options)
+            product = functools.partial(lax.ragged_dot, **options)
+            if own is None:
+                return product(v, weight, sizes)
+            return compat.outside_of_vmap(product, v, weight, sizes)
         # One factor for all groups. The product of a row in no group is zero.
         rows = jnp.arange(v.shape[0])[:, None] < jnp.sum(sizes)
         return jnp.matmul(jnp.where(rows, v, jnp.zeros_like(v)), weight[0], **options)
 
-    projected = project(context, term, x, down, dtype, multiply)
+    projected = masked(project(context, term, x, down, dtype, multiply), mask)
     return multiply(projected, up.astype(dtype))
 
 

@@ -34,11 +34,12 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     pairs = zip(values, parameter(equation, "in_specs"), strict=True)
     in_specs = [_spec(v, tuple(s)) for v, s in pairs]
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
-    key = context.make_key()
+    key, slots = context.make_key(), context.slots
+    of_rows = None if slots is None else context.frame.followed.specs[id(equation)]
 
-    def body(key, inside):
+    def body(key, slots, inside):
         context.enter(operands, inside)
-        with context.using_key(key):
+        with context.using_slots(slots), context.using_key(key):
             out = evaluate_closed(context, parameter(equation, "jaxpr"), inside)
             return tuple(context.merge_all(out, equation, "shard_map returns it"))
 
@@ -48,12 +49,12 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(PartitionSpec(), in_specs),
+        in_specs=(PartitionSpec(), PartitionSpec(of_rows), in_specs),
         out_specs=tuple(parameter(equation, "out_specs")),
         check_vma=parameter(equation, "check_vma"),
         axis_names=axes,
     )
-    return list(mapped(key, list(values)))
+    return list(mapped(key, slots, list(values)))
 
 
 def _spec(value: Any, spec: Sequence[Any]) -> Any:

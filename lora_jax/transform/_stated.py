@@ -179,7 +179,9 @@ def _apply(
         shape = jax.ShapeDtypeStruct([f.shape[axis] for axis in order], f.dtype)
         turned = f.map(shape, lambda p: lax.transpose(p, order))
         (sizes,) = (values[n] for n in rest)
-        return _rules_products.grouped_product(context, equation, turned, x, sizes, base)
+        return _rules_products.grouped_product(
+            context, equation, turned, x, sizes, base, position=j
+        )
     of_f, of_x = (call.fitted.operands[n] or () for n in (i, j))
     ordered = _as_dot_general(of_x, of_f, call.fitted.output)
     order = [call.fitted.output.index(name) for name in ordered]
@@ -194,6 +196,7 @@ def _apply(
         x,
         x_names,
         out_names,
+        position=j,
         roles=roles,
         form_base=lambda x: lax.transpose(base(x), order),
     )

@@ -156,10 +156,8 @@ def adapt(
         plan_checks.check_column_norms(column_norms, plan)
     norms = column_norms or {}
     traced_scales = plan_checks.check_scales(scales, plan, norms)
-    compared = _to_be_compared(plan)
+    compared = to_be_compared(plan)
     rules = rules_for(plan.config.products)
-    by_leaf = plan.by_leaf()
-    has_dropout = any(target.dropout for target in plan.targets.values())
 
     def adapted(
         params: Tree, adapters: Adapters, /, *args: P.args, **kwargs: P.kwargs
@@ -169,44 +167,20 @@ def adapt(
         own = trained_leaves.put(params, adapters, plan)
         traced = _tracing.trace(fn, own, args, kwargs)
         traced.check_values()
-        key = dropout_key if has_dropout else None
-        has_uses = any(target.use for target in plan.targets.values())
         context = Context(
             rules,
             report,
             on_stop_gradient=on_stop_gradient,
-            key=key,
+            key=dropout_key if has_dropout(plan) else None,
             targets=compared,
             closed_over_is_constant=None in traced.paths,
         )
-        values = []
-        for path, kind, value in zip(
-            traced.paths, traced.types, traced.arguments, strict=True
-        ):
-            if path not in by_leaf:
-                values.append(unadapted(value))
-                continue
-            updates = [
-                Update(
-                    own,
-                    plan.targets[own],
-                    dict(adapters[own]),
-                    norms.get(own),
-                    traced_scales.get(own),
-                )
-                for own in by_leaf[path]
-            ]
-            values.append(factored(kind, value, updates))
-            if any(own.target.part for own in updates):
-                context.keep_parts(values[-1], parts_of(values[-1], updates))
-        if has_uses:  # to recognize products of weights alone
-            own = zip(traced.paths, values, strict=True)
-            context.add_constants(value for path, value in own if path is not None)
-        out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
-        out = context.merge_all(out, None, "the function returns it")
-        if on_unused == "error":
-            _check_used(context, plan, traced.unused)
-        _check_axes(context, plan)
+
+        def update(path: str) -> Update:
+            given = norms.get(path), traced_scales.get(path)
+            return Update(path, plan.targets[path], False, dict(adapters[path]), *given)
+
+        out = run(context, traced, plan, update, on_unused)
         return traced.result(out)
 
     adapted.__name__ = adapted.__qualname__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
@@ -251,6 +225,52 @@ def accept_quantized(fn: Callable[P, R]) -> Callable[P, R]:
         return traced.result(context.merge_all(out, None, "the function returns it"))
 
     return dense
+
+
+def run(
+    context: Context,
+    traced: _tracing.Traced,
+    plan: AdapterPlan,
+    update: Callable[[str], Update],
+    on_unused: str,
+) -> list[jax.Array]:
+    """Runs a traced program with adapters.
+
+    Args:
+        context: of the evaluation.
+        traced: the program, with its arguments.
+        plan: of the adapters.
+        update: from the path of a target, its adapter.
+        on_unused: as in `adapt`.
+
+    Returns:
+        The outputs of the program.
+    """
+    by_leaf = plan.by_leaf()
+    values = []
+    for path, kind, value in zip(traced.paths, traced.types, traced.arguments, strict=True):
+        if path not in by_leaf:
+            values.append(unadapted(value))
+            continue
+        updates = list(map(update, by_leaf[path]))
+        values.append(factored(kind, value, updates))
+        if any(own.target.part for own in updates):
+            context.keep_parts(values[-1], parts_of(values[-1], updates))
+    if any(target.use for target in plan.targets.values()):
+        # To recognize products of weights alone.
+        own = zip(traced.paths, values, strict=True)
+        context.add_constants(value for path, value in own if path is not None)
+    out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
+    out = context.merge_all(out, None, "the function returns it")
+    if on_unused == "error":
+        _check_used(context, plan, traced.unused)
+    _check_axes(context, plan)
+    return out
+
+
+def has_dropout(plan: AdapterPlan) -> bool:
+    """Whether some target has dropout."""
+    return any(target.dropout for target in plan.targets.values())
 
 
 def _reporter(on_merge: OnMerge) -> Callable[[Merge], None]:
@@ -329,7 +349,7 @@ def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
     )
 
 
-def _to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
+def to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
     """The targets whose axes are checked against their uses; see `_check_axes`."""
     return {
         path: target

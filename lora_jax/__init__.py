@@ -48,7 +48,12 @@ from lora_jax.model.decompose import (
 )
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
-from lora_jax.model.slots import put_adapters, stack_adapters, take_adapters
+from lora_jax.model.slots import (
+    put_adapters,
+    stack_adapters,
+    stacked_column_norms,
+    take_adapters,
+)
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack
 from lora_jax.plan.config import LoraConfig
@@ -108,6 +113,7 @@ __all__ = [
     "quantize_params",
     "save_adapters",
     "stack_adapters",
+    "stacked_column_norms",
     "take_adapters",
     "to_plain_adapter",
     "to_plain_adapters",

@@ -97,7 +97,8 @@ decompose_params(params, plan, method, *, key=None, iterations=None, quantize=No
 to_plain_adapters(adapters, initial, plan)
 count_parameters(params, plan)
 adapt_rows(fn, plan, in_axes=0, *, on_unused='error', on_stop_gradient='error',
-    dropout_key=None)
+    dropout_key=None, column_norms=None)
+stacked_column_norms(params, stack, plan)
 stack_adapters(adapters, plans, slots=None, rank=None)
 put_adapters(stack, slot, adapters, plan)
 take_adapters(stack, slot, rank=None, plan=None)

@@ -18,11 +18,12 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, compat, numerics, placement
 from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.model.adapters import adapted_column_norms
 from lora_jax.plan import adapter_stack, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack
 
-__all__ = ["put_adapters", "stack_adapters", "take_adapters"]
+__all__ = ["put_adapters", "stack_adapters", "stacked_column_norms", "take_adapters"]
 
 _RANK_AXIS = {"A": -1, "B": -2}
 
@@ -252,6 +253,57 @@ def take_adapters(
         path: {name: _cut(own[path][name], name, 0, ranks[path]) for name in names[path]}
         for path in names
     }
+
+
+def stacked_column_norms(
+    params: Any, stack: AdapterStack, plan: AdapterPlan
+) -> dict[str, jax.Array]:
+    """Computes DoRA's column norms of each slot, for `adapt_rows(..., column_norms=...)`.
+
+    Args:
+        params: the base of all slots.
+        stack: a stack.
+        plan: of the stack.
+
+    Returns:
+        `{path: (slots, *batch, out)}` for the targets with DoRA: the norms of the columns
+        of `W + scale * A @ B`, at least float32, computed for one slot after the other.
+        They are constants in the backward pass.
+
+    Raises:
+        KeyError: if the stack has other paths than the plan, or params lack one.
+        TypeError: if an argument has the wrong type.
+        ValueError: if the shape of an array is not the plan's.
+
+    References:
+        Liu et al., 2024, section 4.3, https://arxiv.org/abs/2402.09353.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> params = {"query": jnp.ones((64, 32))}
+        >>> config = lora_jax.LoraConfig(rank=2, use_dora=True)
+        >>> plan = lora_jax.plan_adapters(config, params)
+        >>> adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+        >>> stack, plan = lora_jax.stack_adapters([adapters], plan, slots=3)
+        >>> lora_jax.stacked_column_norms(params, stack, plan)["query"].shape
+        (3, 32)
+    """
+    adapter_stack.slots_of(stack)
+    adapter_stack.check_fits(stack, plan)
+
+    def of_slot(own: tuple[Adapters, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+        adapters, scales = own
+        scaled = {
+            path: {**adapter, "B": numerics.multiply(_wide(adapter["B"]), scales[path])}
+            for path, adapter in adapters.items()
+        }
+        return adapted_column_norms(params, scaled, plan)
+
+    return lax.map(of_slot, (stack.adapters, stack.scales))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(numerics.accumulation_dtype(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

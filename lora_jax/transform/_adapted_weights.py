@@ -38,6 +38,7 @@ class Update(NamedTuple):
         norm: the column norms, if the caller gave them.
         scale: replaces the target's scale, if the caller gave one.
         magnitude: 0 if the columns keep their length, in a slot without DoRA.
+        slots: of the rows, which do not differ between slots.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Update(NamedTuple):
     norm: jax.Array | None = None
     scale: Any = None
     magnitude: jax.Array | None = None
+    slots: Any = None
 
 
 def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
@@ -98,7 +100,7 @@ def _with_term(weight: Any, update: Update) -> Factored:
     The factors keep their stored dtype and layout. Only a given scale multiplies `B`, and
     if it differs between slots, only when `B` is used.
     """
-    path, target, by_slot, adapter, norm, scale, magnitude = update
+    path, target, by_slot, adapter, norm, scale, magnitude, slots = update
     stored = adapter["B"]
     if scale is not None:
         b = jnp.asarray(adapter["B"])
@@ -130,7 +132,7 @@ def _with_term(weight: Any, update: Update) -> Factored:
     axes = (*batch, *outs)
     if norm is None:
         form = functools.partial(_norm, weight, target=target)
-        norm = _slots.for_each(form, adapter) if by_slot else form(adapter)
+        norm = _slots.for_each(form, adapter, slots) if by_slot else form(adapter)
     column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(norm))
     if magnitude is not None:
         column = jnp.where(magnitude > 0, column, jnp.ones_like(column))

@@ -39,9 +39,25 @@ def of_all(x: jax.Array) -> jax.Array:
     return lax.all_gather(x, compat.SLOTS)
 
 
-def for_each(function: Callable[[Any], jax.Array], values: Any) -> jax.Array:
-    """Calls a function for one slot after the other; the results differ between slots."""
-    return lax.map(function, jax.tree.map(of_all, values))[lax.axis_index(compat.SLOTS)]
+def for_each(
+    function: Callable[[Any], jax.Array], values: Any, slots: jax.Array
+) -> jax.Array:
+    """Calls a function for one slot after the other; the results differ between slots.
+
+    If there are fewer rows than slots, only for the slots of the rows. Other slots, which
+    no row uses, then have ones.
+    """
+    values = jax.tree.map(of_all, values)
+    total = len(jax.tree.leaves(values)[0])
+    if len(slots) < total:
+        numbers = Own(slots, total).numbers
+        values = jax.tree.map(lambda own: take(own, numbers), values)
+        found = lax.map(function, values)
+        ones = jnp.ones((total, *found.shape[1:]), found.dtype)
+        results = ones.at[numbers].set(found, mode="drop")
+    else:
+        results = lax.map(function, values)
+    return results[lax.axis_index(compat.SLOTS)]
 
 
 class Own(NamedTuple):
@@ -143,10 +159,18 @@ def row_axes(
         return RowAxes((name,), own, True, {})
     parts: dict[Name, tuple[tuple[Name, int], ...]] = {}
     rows: list[tuple[int, Name, int]] = []
+    held = [n for n, own in zip(x_names, place.axes, strict=True) if _has_rows(own)]
+    _check_kept(context, equation, held, out_names)
+    shape = equation.invars[position].aval.shape
+    if {*held} & {*weight_names}:  # the rows are along a batch axis of the weight
+        whole = ids_like(context, place, shape)
+        whole = whole.reshape(
+            [n for n, own in zip(shape, place.axes, strict=True) if _has_rows(own)]
+        )
+        return RowAxes(tuple(held), Own(whole, count), True, {})
     for name, atoms in zip(x_names, place.axes, strict=True):
-        if all(atom.stride is None for atom in atoms):
+        if name not in held:
             continue
-        _check_kept(context, equation, (name,), out_names)
         own = [name] if len(atoms) == 1 else [((*name, i),) for i in range(len(atoms))]
         named = list(zip(own, atoms, strict=True))
         if len(atoms) > 1:
@@ -154,21 +178,24 @@ def row_axes(
         rows += [(atom.stride, part, atom.size) for part, atom in named if atom.stride]
     rows.sort(key=lambda row: -row[0])
     ids = ids.reshape([size for *_, size in rows])
-    kept = zip(x_names, equation.invars[position].aval.shape, strict=True)
-    tokens = math.prod(size for name, size in kept if name in out_names)
-    names = tuple(name for _, name, _ in rows)
-    shared = bool({*names} & {*weight_names})
-    dense = shared or is_dense(count, context.n_rows, tokens)
-    return RowAxes(names, Own(ids, count), dense, parts)
+    tokens = math.prod(
+        n for n, name in zip(shape, x_names, strict=True) if name in out_names
+    )
+    dense = is_dense(count, context.n_rows, tokens)
+    return RowAxes(tuple(name for _, name, _ in rows), Own(ids, count), dense, parts)
+
+
+def _has_rows(atoms: Sequence[Any]) -> bool:
+    return any(atom.stride is not None for atom in atoms)
 
 
 def is_dense(slots: int, rows: int, tokens: int) -> bool:
     """Whether a product has the dense form: for few tokens in all, and few slots for them.
 
     The gathered form copies the factors of each row. The dense form reads those of each
-    slot, and multiplies all tokens by them. The numbers are from `bench_rows`, on a CPU.
+    slot, and multiplies all tokens by them. The numbers were measured on a CPU.
     """
-    return slots * (16 + tokens) < 32 * rows
+    return slots * (12 + tokens) < 20 * rows
 
 
 def own_along(context: Context, equation: Any, position: int, axis: int) -> Own:

@@ -15,7 +15,7 @@ from lora_jax.plan.adapter_stack import AdapterStack, check_trains_nothing, slot
 from lora_jax.transform import _following, _tracing
 from lora_jax.transform._adapted_weights import Update
 from lora_jax.transform._context import Context, Merge, OnStopGradient
-from lora_jax.transform._row_places import Atom, Rows
+from lora_jax.transform._row_places import Atom, Rows, whole
 from lora_jax.transform._rules import rules_for
 from lora_jax.transform.adapt import has_dropout, run, to_be_compared
 
@@ -33,6 +33,7 @@ def adapt_rows(
     on_unused: Literal["error", "allow"] = "error",
     on_stop_gradient: OnStopGradient = "error",
     dropout_key: jax.Array | None = None,
+    column_norms: Mapping[str, jax.Array] | None = None,
 ) -> Callable[Concatenate[Tree, AdapterStack, jax.Array, P], R]:
     """Makes a function of a batch run with another adapter for each row.
 
@@ -53,7 +54,7 @@ def adapt_rows(
     Convolutions, products with groups of experts, and rows in an order that only the data
     know (tokens sorted by expert) are multiplied by the factors of all slots, and keep the
     result of their own. So are few tokens with few slots, as in decoding, because that
-    reads less than a copy of each row's factors: if `slots * (16 + tokens) < 32 * rows`.
+    reads less than a copy of each row's factors: if `slots * (12 + tokens) < 20 * rows`.
 
     Args:
         fn: `fn(params, *args, **kwargs)`, with any arguments.
@@ -65,6 +66,10 @@ def adapt_rows(
         on_unused: as in `adapt`.
         on_stop_gradient: as in `adapt`.
         dropout_key: as in `adapt`. Rows have different masks.
+        column_norms: for DoRA, the result of `stacked_column_norms` for these params and
+            this stack: `{path: (slots, *batch, out)}`. Otherwise each call computes them,
+            once for each slot, or for the slot of each row if there are fewer rows. Give
+            them if the stack does not change between calls, as in decoding.
 
     Returns:
         `adapted(params, stack, slots, *args, **kwargs)`, which returns what `fn` does.
@@ -130,7 +135,7 @@ def adapt_rows(
         places = _places(traced, in_axes, args, kwargs, len(slots))
         followed = _following.follow(traced.jaxpr, places, len(slots))
 
-        def one_slot(adapters, scales, magnitudes):
+        def one_slot(adapters, scales, magnitudes, norms):
             plan_checks.check_adapters(adapters, plan)
             context = Context(
                 rules,
@@ -145,12 +150,13 @@ def adapt_rows(
             context.frame.followed = followed
 
             def update(path: str) -> Update:
-                own = plan.targets[path], True, dict(adapters[path]), None
-                return Update(path, *own, scales[path], magnitudes.get(path))
+                own = plan.targets[path], True, dict(adapters[path]), norms.get(path)
+                return Update(path, *own, scales[path], magnitudes.get(path), slots)
 
             return run(context, traced, plan, update, on_unused)
 
-        constants = lax.stop_gradient((stack.scales, stack.magnitudes))
+        given = _check_norms(column_norms, plan, n_slots)
+        constants = lax.stop_gradient((stack.scales, stack.magnitudes, given))
         out = jax.vmap(one_slot, out_axes=None, axis_name=compat.SLOTS)(
             stack.adapters, *constants
         )
@@ -165,6 +171,20 @@ def _refuse_merge(merge: Merge) -> NoReturn:
         f"the adapted weight {merge}. This use needs the merged weight, and each row would "
         "have its own. Leave the weight out with LoraConfig(exclude=...)."
     )
+
+
+def _check_norms(norms: Any, plan: AdapterPlan, n_slots: int) -> dict[str, jax.Array]:
+    if norms is None:
+        return {}
+    shapes = {p: own.adapter_shapes.get("m") for p, own in plan.targets.items()}
+    wanted = {path: shape for path, shape in shapes.items() if shape is not None}
+    plan_checks.check_paths("column_norms", norms, list(wanted))
+    for path, shape in wanted.items():
+        with checks.at_path(path):
+            shape = (n_slots, *shape)
+            what = "(slots, *batch, out), of stacked_column_norms"
+            checks.check_vector("column_norms", norms[path], shape, what)
+    return dict(norms)
 
 
 def _check_slots(slots: Any) -> jax.Array:
@@ -217,10 +237,7 @@ def _place(name: str, shape: tuple[int, ...], axis: Any, n_rows: int) -> Rows | 
             f"{name} has the shape {shape}, and its axis {axis} must have the {n_rows} "
             "rows of slots. State in in_axes which axis has the rows, or None if none has."
         )
-    rows = axis % len(shape)
-    return Rows(
-        tuple((Atom(size, 1 if i == rows else None),) for i, size in enumerate(shape))
-    )
+    return Rows(whole(shape, {axis % len(shape): (Atom(n_rows, 1),)}))
 
 
 def _leaves(tree: Any) -> list[Any]:

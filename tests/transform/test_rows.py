@@ -1,17 +1,20 @@
 """Another adapter for each row of a batch: the results are those of each adapter alone."""
 
+import dataclasses
 import functools
+import operator
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import lora_jax
 from lora_jax.transform import _following, _tracing
 from lora_jax.transform._row_places import Atom, Rows
-from tests.support import optimizations, x64
+from tests.support import assert_same_bits, count_traces, normal, optimizations, x64
 from tests.transform.cases import CASES, inputs
 from tests.transform.support import assert_same, loss_of, plan_of, trained
 from tests.transform.test_cases import DORA_GRADIENTS
@@ -131,3 +134,314 @@ def test_each_row_has_its_own_adapter(name, method):
             pairs = (got, of_stack.adapters, got_x), (want, of_slots, want_x)
             assert_same(*pairs, tolerance=TOLERANCE.get(name, 1e-10))
         assert ran or name in NO_ROWS
+
+
+WIDTH, HIDDEN, VOCABULARY = 12, 10, 20
+X = normal(6, 5, WIDTH)
+TOKENS = np.arange(18, dtype="int32").reshape(6, 3) * 7 % VOCABULARY
+
+
+def layers(p, x):
+    def layer(x, w):
+        return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    return lax.scan(jax.checkpoint(layer), x, p)[0]
+
+
+STACK = {"up": (3, WIDTH, HIDDEN), "down": (3, HIDDEN, WIDTH)}
+
+
+def folded(p, x):
+    """Tokens of all rows in one axis, and a scan over groups of rows."""
+    flat = jnp.tanh(x.reshape(-1, WIDTH) @ p["up"][0])
+    x = x + (flat @ p["down"][0]).reshape(x.shape)
+    return lax.map(lambda rows: layers(p, rows), x.reshape(3, 2, *x.shape[1:])).reshape(
+        x.shape
+    )
+
+
+def recurrent(p, x):
+    def step(h, x):
+        h = jnp.tanh(x @ p["in"] + h @ p["hidden"])
+        return h, h
+
+    start = jnp.zeros((len(x), WIDTH), x.dtype)
+    end, states = lax.scan(step, start, x.swapaxes(0, 1))
+    return states.swapaxes(0, 1), end
+
+
+def _experts(p, x):
+    flat = x.reshape(-1, WIDTH)
+    return flat, jnp.argmax(flat @ lax.stop_gradient(p["router"]), -1)
+
+
+def sorted_experts(p, x):
+    flat, expert = _experts(p, x)
+    order = jnp.argsort(expert)
+    sizes = jnp.sum(expert[:, None] == jnp.arange(4)[None], 0, dtype="int32")
+    hidden = jnp.tanh(lax.ragged_dot(jnp.take(flat, order, axis=0), p["w"], sizes))
+    y = lax.ragged_dot(hidden, p["v"], sizes)[jnp.argsort(order)]
+    return (x + y.reshape(x.shape)) @ p["out"]
+
+
+def experts_by_token(p, x):
+    flat, expert = _experts(p, x)
+    hidden = jnp.tanh(jnp.einsum("td,tdf->tf", flat, p["w"][expert]))
+    return x + jnp.einsum("tf,tfd->td", hidden, p["v"][expert]).reshape(x.shape)
+
+
+EXPERTS = {
+    "router": (WIDTH, 4),
+    "w": (4, WIDTH, HIDDEN),
+    "v": (4, HIDDEN, WIDTH),
+    "out": (WIDTH, WIDTH),
+}
+
+
+def decode(p, prompt):
+    """Generates greedily: a tied embedding, and a cache of keys and values in a loop."""
+    (rows, start), length = prompt.shape, 6
+    tokens = jnp.zeros((rows, length), "int32").at[:, :start].set(prompt)
+    cache = jnp.zeros((2, rows, length, WIDTH), p["embed"].dtype)
+
+    def step(state):
+        i, tokens, cache, _ = state
+        x = p["embed"][lax.dynamic_index_in_dim(tokens, i, 1, keepdims=False)]
+        new = jnp.stack([x @ p["key"], x @ p["value"]])[:, :, None]
+        cache = lax.dynamic_update_slice(cache, new, (0, 0, i, 0))
+        scores = jnp.einsum("bd,btd->bt", x @ p["query"], cache[0])
+        scores = jnp.where(jnp.arange(length)[None] <= i, scores, -jnp.inf)
+        x += jnp.einsum("bt,btd->bd", jax.nn.softmax(scores), cache[1])
+        logits = x @ p["embed"].T
+        follows = jnp.minimum(i + 1, length - 1)
+        given = lax.dynamic_index_in_dim(tokens, follows, 1, keepdims=False)
+        made = jnp.argmax(logits, -1).astype("int32")
+        token = jnp.where(i + 1 < start, given, made)
+        return (
+            i + 1,
+            lax.dynamic_update_index_in_dim(tokens, token, follows, 1),
+            cache,
+            logits,
+        )
+
+    logits = jnp.zeros((rows, VOCABULARY), p["embed"].dtype)
+    _, tokens, _, logits = lax.while_loop(
+        lambda state: state[0] < length, step, (0, tokens, cache, logits)
+    )
+    return tokens, logits
+
+
+SQUARE = (WIDTH, WIDTH)
+MODELS = {
+    "scan": (layers, STACK, X, {}),
+    "folded": (folded, STACK, X, {}),
+    "recurrent": (recurrent, {"in": SQUARE, "hidden": SQUARE}, X, {}),
+    "sorted_experts": (sorted_experts, EXPERTS, X, {"targets": ("w", "v", "out")}),
+    "experts_by_token": (experts_by_token, EXPERTS, X, {"targets": ("w", "v")}),
+    "decode": (
+        decode,
+        {"embed": (VOCABULARY, WIDTH), "key": SQUARE, "query": SQUARE, "value": SQUARE},
+        TOKENS[:, :3],
+        {"targets": "*"},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mixed", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_equal_each_row_alone(name, method):
+    """Ranks, scales and methods differ between slots."""
+    fn, shapes, x, config = MODELS[name]
+    if method == "int8" and name != "scan":
+        pytest.skip("test_quantized.py: how a weight is stored does not depend on its use")
+    with x64():
+        params = {k: normal(*shape, seed=7, size=0.5) for k, shape in shapes.items()}
+        params, x = jax.tree.map(jnp.asarray, (params, x))
+        if method == "int8":
+            params, x = jax.tree.map(lambda v: v.astype("float32"), (params, x))
+            params = lora_jax.quantize_params(params, "*", "int8", batch_axes={"*": 1})
+        dora = {"mixed": [False, True, False], "dora": [True] * 3}.get(method, [False] * 3)
+        plans = [
+            plan_of(fn, params, x, **config, rank=i + 2, alpha=5.0, use_dora=use)
+            for i, use in enumerate(dora)
+        ]
+        tenants = [trained(params, plan, seed=i) for i, plan in enumerate(plans)]
+        tenants = jax.tree.map(lambda v: 0.3 * v, tenants)
+        stack, plan = lora_jax.stack_adapters(tenants, plans, slots=5)
+        slots = jnp.array([1, 0, -1, 2, 4, 1])  # 4 is empty
+        got = jax.jit(lora_jax.adapt_rows(fn, plan))(params, stack, slots, x)
+        frozen = jax.jit(lora_jax.accept_quantized(fn))
+        for row, slot in enumerate(slots.tolist()):
+            # Six times the row, for a model that scans over groups of rows.
+            alone = jnp.broadcast_to(x[row], x.shape)
+            want = (
+                jax.jit(lora_jax.adapt(fn, plans[slot]))(params, tenants[slot], alone)
+                if slot in (0, 1, 2)
+                else frozen(params, alone)
+            )
+            pair = (jax.tree.map(operator.itemgetter(row), v) for v in (got, want))
+            assert_same(*pair, tolerance=1e-5 if method == "int8" else 1e-10)
+        if "dora" in {target.method for target in plan.targets.values()}:
+            norms = lora_jax.stacked_column_norms(params, stack, plan)
+            model = lora_jax.adapt_rows(fn, plan, column_norms=norms)
+            assert_same(jax.jit(model)(params, stack, slots, x), got)
+
+
+@pytest.mark.parametrize("rows", [4, 64])  # gathered, dense
+def test_a_slot_that_diverged_reaches_no_other_row(rows):
+    """Nor does a slot out of range; -1 is the base, bit for bit."""
+    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    x = jnp.asarray(normal(rows, 1, WIDTH, dtype="float32"))
+    plan = plan_of(layers, params, x)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
+    bad = jax.tree.map(lambda v: v.at[1].set(jnp.nan), stack.adapters)
+    stack = dataclasses.replace(stack, adapters=bad)
+    model = lora_jax.adapt_rows(layers, plan)
+    slots = jnp.array([0, 2, -1, 0] * (rows // 4))
+
+    def loss(stack, x, slots):
+        y = model(params, stack, slots, x)
+        return jnp.sum(y[:3]), y
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, y), grads = step(stack, x, slots)
+    assert bool(jnp.isfinite(y).all())
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    assert_same_bits(model(params, stack, slots, x)[2], layers(params, x)[2])
+    for wrong in (1, 3, 2**20, -2):
+        (_, other), _ = step(stack, x, slots.at[3].set(wrong))
+        assert bool(jnp.isnan(other[3]).all())
+        others = [i for i in range(rows) if i != 3]
+        assert_same_bits(other[jnp.array(others)], y[jnp.array(others)])
+
+
+def test_one_compilation_for_any_traffic():
+    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    plan = plan_of(layers, params, X)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
+    with count_traces(lora_jax.adapt_rows(layers, plan)) as (run, traces):
+        for slots in ([0] * 6, [2, 1, 0, -1, 2, 1], [7, -3, 0, 0, 0, 0]):
+            run(params, stack, jnp.array(slots), jnp.asarray(X, "float32"))
+        assert len(traces) == 1
+
+
+def test_scales_and_magnitudes_are_not_trained():
+    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    x = jnp.asarray(X, "float32")
+    plan = plan_of(layers, params, x, use_dora=True)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 2, plan)
+    model, slots = lora_jax.adapt_rows(layers, plan), jnp.array([0, 1, 0, 1, -1, 0])
+    grads = jax.grad(lambda stack: jnp.sum(model(params, stack, slots, x)))(stack)
+    constants = jax.tree.leaves((grads.scales, grads.magnitudes))
+    assert all(not bool(g.any()) for g in constants)
+    assert all(bool(g.any()) for g in jax.tree.leaves(grads.adapters))
+
+
+def test_rows_have_different_dropout_masks():
+    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    x = jnp.broadcast_to(jnp.asarray(X[:1], "float32"), X.shape)
+    plan = plan_of(layers, params, x, dropout=0.5)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)], plan)
+    model = lora_jax.adapt_rows(layers, plan, dropout_key=jax.random.key(0))
+    y = model(params, stack, jnp.array([0, 0, 0, 0, 0, -1]), x)
+    assert len(np.unique(np.asarray(y), axis=0)) == len(X)
+    assert_same_bits(y[5], layers(params, x)[5])
+
+
+def _sums_over_rows(p, x):
+    return x.T @ p["w"][:4]
+
+
+def _loses_rows(p, x):
+    return jnp.sort(x, axis=0) @ p["w"]
+
+
+W = {"w": SQUARE}
+ERRORS = {
+    "one slot too few": (
+        lambda f, p, s, x: f(p, s, jnp.zeros(3, int), x),
+        ValueError,
+        r"args\[0\] has the shape \(4, 12\), and its axis 0 must have the 3 rows of slots",
+    ),
+    "slots are floats": (
+        lambda f, p, s, x: f(p, s, jnp.zeros(4), x),
+        TypeError,
+        "slots must be integers, got float32",
+    ),
+    "a scalar slot": (
+        lambda f, p, s, x: f(p, s, jnp.array(1), x),
+        ValueError,
+        r"slots must be \(rows,\), .* got the shape \(\)",
+    ),
+    "no slots": (lambda f, p, s, x: f(p, s, None, x), TypeError, "got NoneType"),
+    "adapters instead of a stack": (
+        lambda f, p, s, x: f(p, s.adapters, jnp.zeros(4, int), x),
+        TypeError,
+        "stack must be an AdapterStack",
+    ),
+    "another stack": (
+        lambda f, p, s, x: f(p, dataclasses.replace(s, adapters={}), jnp.zeros(4, int), x),
+        ValueError,
+        "stack.adapters must be a dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_arguments(name):
+    call, kind, text = ERRORS[name]
+    params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((4, WIDTH))
+    plan = plan_of(lambda p, x: x @ p["w"], params, x)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)], plan)
+    model = lora_jax.adapt_rows(lambda p, x: x @ p["w"], plan)
+    with pytest.raises(kind, match=text):
+        call(model, params, stack, x)
+
+
+@pytest.mark.parametrize(
+    ("fn", "text"),
+    [
+        (_sums_over_rows, "and it sums over the rows"),
+        (_loses_rows, "the rows of its other operand are lost: `sort` .*test_rows.py"),
+        (lambda p, x: x.mean(0) @ p["w"], "is the same for all rows, or mixes them"),
+        (lambda p, x: x + jnp.tanh(p["w"])[:1], "each row would have its own"),
+        (lambda p, x: (x @ p["w"], p["w"]), "the function returns it"),
+    ],
+)
+def test_uses_without_rows_are_errors(fn, text):
+    params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((4, WIDTH))
+    plan = plan_of(lambda p, x: x @ p["w"], params, x)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)], plan)
+    model = lora_jax.adapt_rows(fn, plan)
+    with pytest.raises(ValueError, match=text):
+        model(params, stack, jnp.zeros(4, "int32"), x)
+
+
+@pytest.mark.parametrize(
+    ("in_axes", "text"),
+    [
+        ((0,), "in_axes has 1 entries, and there are 2 arguments"),
+        ((0, 1.5), r"in_axes has 1.5 for args\[1\]"),
+        ((0, 2), r"in_axes has 2 for args\[1\]"),
+        (({"a": 0}, 0), "in_axes is not a prefix"),
+    ],
+)
+def test_bad_in_axes(in_axes, text):
+    params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((4, WIDTH))
+    plan = plan_of(lambda p, x: x @ p["w"], params, x)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)], plan)
+    model = lora_jax.adapt_rows(lambda p, x, z: x @ p["w"] + z, plan, in_axes)
+    with pytest.raises(ValueError, match=text):
+        model(params, stack, jnp.zeros(4, "int32"), x, x)
+
+
+def test_bad_functions_and_plans():
+    params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((4, WIDTH))
+    plan = plan_of(lambda p, x: x @ p["w"], params, x)
+    with pytest.raises(TypeError, match=r"the order is adapt_rows\(fn, plan\)"):
+        lora_jax.adapt_rows(plan, lambda p, x: x)
+    with pytest.raises(ValueError, match="on_unused"):
+        lora_jax.adapt_rows(lambda p, x: x, plan, on_unused="no")
+    whole = plan_of(lambda p, x: x @ p["w"] * p["b"], {**params, "b": x[:1]}, x, train="b")
+    with pytest.raises(ValueError, match="trains the leaves 'b'"):
+        lora_jax.adapt_rows(lambda p, x: x, whole)

@@ -27,7 +27,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks
-from lora_jax._io import processes, record_files, tensor_files
+from lora_jax._io import processes, record_files, replacement, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model import sharding
@@ -261,7 +261,7 @@ def _write(folder: pathlib.Path, adapters: Adapters, plan: AdapterPlan, dtype: A
         if _OLD_TENSORS.fullmatch(file.name):
             file.unlink(missing_ok=True)
     names = f"{_OLD_TENSORS.pattern}|{re.escape(OLD_RECORD)}|{re.escape(FILE)}"
-    for file in tensor_files.temporary_paths(folder, names):
+    for file in replacement.temporary_paths(folder, names):
         file.unlink(missing_ok=True)
 
 

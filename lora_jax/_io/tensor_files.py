@@ -1,20 +1,15 @@
 """Files of arrays (safetensors) and of settings (JSON).
 
 Files are not trusted: reading gives the content of a file, or raises a `CheckpointError`
-that names the file. Nothing is unpickled. A written file gets its name when it is complete.
+that names the file. Nothing is unpickled.
 """
 
 import codecs
-import contextlib
-import errno
 import io
 import json
 import math
 import os
 import pathlib
-import re
-import secrets
-import stat
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -377,83 +372,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r:.60} comes twice, so its value is not known")
     return found
-
-
-def tensor_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file."""
-    load_safetensors()
-    from safetensors.numpy import save
-
-    return save(dict(tensors), metadata)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path, and renames its file to `path` if there was no error.
-
-    The file is on the disk before it is renamed. So even if the machine stops, either the
-    old file or the new one exists.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"there is no directory {path.parent} to write {path.name} in: make it first."
-        )
-    temporary = temporary_path(path)
-    try:
-        temporary.touch(exist_ok=False)
-        permissions = stat.S_IMODE(temporary.stat().st_mode)  # as the process' umask allows
-        yield temporary
-        temporary.chmod(permissions)
-        synchronize(temporary)
-        os.replace(temporary, path)
-        synchronize_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def temporary_path(path: pathlib.Path) -> pathlib.Path:
-    """A unique name in the same directory, for a file that will replace `path`."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-
-
-def temporary_paths(folder: pathlib.Path, names: str) -> list[pathlib.Path]:
-    """The temporary files that killed processes left in a directory.
-
-    Args:
-        folder: the directory.
-        names: a regular expression of the final names of these files.
-    """
-    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{16}}\.tmp")
-    return sorted(file for file in folder.iterdir() if pattern.fullmatch(file.name))
-
-
-def synchronize(path: pathlib.Path) -> None:
-    """Waits until a file is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def synchronize_directory(path: pathlib.Path) -> None:
-    try:
-        synchronize(path)
-    except OSError as error:
-        # Some systems, and some network file systems, do not offer it for directories.
-        if error.errno not in (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP):
-            raise
 
 
 def checked(path: pathlib.Path, read: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._io import tensor_files
+from lora_jax._io import replacement, tensor_files
 
 _METADATA = "__metadata__"
 _ALIGNMENT = 8  # bytes: the header is padded with spaces to a multiple of it
@@ -153,7 +153,7 @@ def open_writer(
     Raises:
         ValueError: if an array did not get all of its values.
     """
-    with tensor_files.replacing(path) as temporary, temporary.open("wb") as file:
+    with replacement.replacing(path) as temporary, temporary.open("wb") as file:
         writer = TensorWriter(file, entries, metadata)
         yield writer
         writer.finish()
@@ -163,7 +163,7 @@ def write_tensors(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes arrays to a safetensors file atomically."""
-    with tensor_files.replacing(path) as temporary:
+    with replacement.replacing(path) as temporary:
         write_arrays(temporary, tensors, metadata)
 
 
@@ -245,7 +245,7 @@ def write_pieces(path: pathlib.Path, pieces: Iterable[memoryview]) -> Iterator[i
     Yields:
         The size of each piece, after it is written.
     """
-    with tensor_files.replacing(path) as temporary, temporary.open("wb", 0) as new:
+    with replacement.replacing(path) as temporary, temporary.open("wb", 0) as new:
         for piece in pieces:
             _write_all(new.fileno(), piece)
             yield len(piece)

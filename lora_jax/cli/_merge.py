@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks
-from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io import replacement, tensor_files, tensor_streams
 from lora_jax.checkpoint import OLD_RECORD
 from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal, _ties
 from lora_jax.cli._base import Base
@@ -155,7 +155,7 @@ def _write(
             losses |= _write_shard(job, file, new / name, progress)
         if base.index is not None:
             index = _base.new_index(base, job.entries)
-            tensor_files.write_text(new / _base.INDEX, json.dumps(index, indent=2) + "\n")
+            replacement.write_text(new / _base.INDEX, json.dumps(index, indent=2) + "\n")
         for path in job.others.copied:
             _copy_other(job, path, new / path)
     return losses
@@ -238,9 +238,9 @@ def _copy_other(job: Job, name: pathlib.Path, path: pathlib.Path) -> None:
             fields = fields | dict.fromkeys(strings, job.dtype)
         if unties:
             fields = _ties.untied_settings(fields)
-        tensor_files.write_text(path, json.dumps(fields, indent=2) + "\n")
+        replacement.write_text(path, json.dumps(fields, indent=2) + "\n")
     elif own and job.base.config is not None:
-        tensor_files.write_bytes(path, job.base.config)
+        replacement.write_bytes(path, job.base.config)
     else:
         for _ in tensor_streams.copy_file(source, path, _PIECE):
             pass

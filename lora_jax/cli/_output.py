@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
-from lora_jax._io import tensor_files
+from lora_jax._io import replacement
 from lora_jax.cli import _terminal
 
 
@@ -105,9 +105,9 @@ def new_directory(
             _link(place / path, temporary / "new" / path)
         yield temporary / "new"
         with _uninterrupted():
-            tensor_files.synchronize_directory(temporary / "new")
+            replacement.synchronize_directory(temporary / "new")
             _swap(temporary / "new", place, temporary / "old")
-            tensor_files.synchronize_directory(place.parent)
+            replacement.synchronize_directory(place.parent)
     finally:
         with _uninterrupted():
             if place.exists() or not (temporary / "old").exists():

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks
-from lora_jax._io import tensor_files, tensor_streams
+from lora_jax._io import replacement, tensor_files, tensor_streams
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.fields import check_allowed, is_off, shorten
@@ -178,7 +178,7 @@ def _configs(folder: pathlib.Path) -> list[pathlib.Path]:
         return [path]
     if not (folder / TENSORS).is_file():
         return []
-    return tensor_files.temporary_paths(folder, f"{re.escape(CONFIG)}|{re.escape(_ASIDE)}")
+    return replacement.temporary_paths(folder, f"{re.escape(CONFIG)}|{re.escape(_ASIDE)}")
 
 
 def _read_configs(folder: pathlib.Path) -> dict[pathlib.Path, dict[str, Any]]:
@@ -207,7 +207,7 @@ def _open_arrays(folder: pathlib.Path) -> TensorFile:
 
 
 def _is_being_saved(folder: pathlib.Path) -> bool:
-    return folder.is_dir() and bool(tensor_files.temporary_paths(folder, _TEMPORARY))
+    return folder.is_dir() and bool(replacement.temporary_paths(folder, _TEMPORARY))
 
 
 def _belong_together(
@@ -231,27 +231,27 @@ def write_checkpoint(
     """Writes the two files of an adapter. They replace old files when they are complete."""
     text = config.to_json()
     metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
-    new = {name: tensor_files.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
+    new = {name: replacement.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
     try:
         new[CONFIG].write_text(text, encoding="utf-8")
         tensor_streams.write_arrays(new[TENSORS], tensors, metadata)
         for path in new.values():
-            tensor_files.synchronize(path)
+            replacement.synchronize(path)
     except BaseException:
         for path in new.values():
             path.unlink(missing_ok=True)
         raise
     _put_in_place(folder, new[CONFIG], new[TENSORS])
-    for path in tensor_files.temporary_paths(folder, _TEMPORARY):
+    for path in replacement.temporary_paths(folder, _TEMPORARY):
         path.unlink(missing_ok=True)
-    tensor_files.synchronize_directory(folder)
+    replacement.synchronize_directory(folder)
 
 
 def _put_in_place(
     folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path
 ) -> None:
     """Gives both files their names, or leaves the old files."""
-    place, aside = folder / CONFIG, tensor_files.temporary_path(folder / _ASIDE)
+    place, aside = folder / CONFIG, replacement.temporary_path(folder / _ASIDE)
     try:
         if place.exists() and place.read_bytes() != config.read_bytes():
             os.replace(place, aside)

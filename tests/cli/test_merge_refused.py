@@ -265,9 +265,9 @@ def test_a_terminated_process_leaves_nothing(tmp_path, adapter):
     slow = (
         "import sys, time\n"
         "from lora_jax import cli\n"
-        "from lora_jax._io import tensor_files\n"
+        "from lora_jax._io import replacement\n"
         "def wait(*_): print('here', flush=True); time.sleep(60)\n"
-        "tensor_files.write_text = wait\n"
+        "replacement.write_text = wait\n"
         "sys.argv[1:] = ['merge', *sys.argv[1:]]\n"
         "sys.exit(cli.main())\n"
     )

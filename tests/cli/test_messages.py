@@ -9,17 +9,18 @@ import re
 import pytest
 
 import lora_jax
-from lora_jax._io import tensor_files
+from lora_jax._io import replacement
 from lora_jax.cli import _messages, main
 from tests.cli import models
 from tests.cli.merging import refuse, to_own
 
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
-# What the commands call; `_uses` and `torchtune` read arguments that no command gives.
+# What the commands call; `torchtune` reads arguments that no command gives.
 MODULES = [
-    *(f for f in PACKAGE.glob("peft/*.py") if f.stem not in ("_uses", "torchtune")),
+    *(f for f in PACKAGE.glob("peft/*.py") if f.stem != "torchtune"),
     *(PACKAGE / f"_core/{name}.py" for name in ("checks", "tree_paths")),
-    *(PACKAGE / name for name in ("_io/tensor_files.py", "checkpoint.py")),
+    *(PACKAGE / f"_io/{name}.py" for name in ("replacement", "tensor_files")),
+    PACKAGE / "checkpoint.py",
     *(PACKAGE / name for name in ("layers/adapter_checks.py", "plan/plan_checks.py")),
 ]
 ARGUMENT = re.compile(
@@ -125,7 +126,7 @@ def test_no_temporary_name_is_shown(tmp_path, capsys, adapter, monkeypatch, comm
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(tensor_files, "synchronize", full)
+    monkeypatch.setattr(replacement, "synchronize", full)
     assert main([*map(str, arguments)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

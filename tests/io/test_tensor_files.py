@@ -1,11 +1,7 @@
 """Files of arrays and settings: whole or not there, read or refused."""
 
-import contextlib
-import errno
 import json
-import os
 import random
-import stat
 import struct
 import sys
 
@@ -14,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,7 +71,7 @@ def test_every_bit_comes_back(path, dtype):
 def test_bytes_are_those_of_the_file(path):
     arrays = {"b": some("float32", 3, 2), "a": some("bfloat16", 7)}
     tensor_streams.write_tensors(path, arrays, {"who": "a test"})
-    assert tensor_files.tensor_bytes(arrays, {"who": "a test"}) == path.read_bytes()
+    assert safetensors.numpy.save(arrays, {"who": "a test"}) == path.read_bytes()
 
 
 def test_values_outlive_the_file(path):
@@ -139,7 +136,7 @@ def test_a_dtype_that_is_not_read(path):
 def test_damaged_files_are_read_or_refused(path):
     rng = random.Random(0)
     arrays = {"a:A": some("float32", 2, 3), "a:B": some("bfloat16", 3, 2)}
-    whole = tensor_files.tensor_bytes(arrays, {"who": "a test"})
+    whole = safetensors.numpy.save(arrays, {"who": "a test"})
     refused = 0
     for i in range(400):
         data = bytearray(whole)
@@ -311,7 +308,7 @@ def test_settings_come_back(tmp_path):
     path = tmp_path / "a.json"
     value = {"Größe": [1, 2.5, None, True], "nested": {"a": "日本"}}
     for text in (json.dumps(value, ensure_ascii=False), json.dumps(value | {"b": "😀"})):
-        tensor_files.write_text(path, text)
+        path.write_text(text, encoding="utf-8")
         assert tensor_files.read_json(path) == json.loads(text)
     path.write_bytes(b"\xef\xbb\xbf{}")  # as some editors begin
     assert tensor_files.read_json(path) == {}
@@ -335,62 +332,3 @@ def test_errors_of_checks_become_those_of_the_file(path, error):
         CheckpointError, match=r"arrays\.safetensors: (no x|AttributeError)"
     ):
         tensor_files.checked(path, read)
-
-
-# ---------------------------------------------------------------------------- writing
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    events = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, name=name, real=real: events.append(name) or real(*a)
-        )
-    tensor_files.write_bytes(tmp_path / "a", b"new")
-    assert events == ["fsync", "replace", "fsync"]
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, name):
-    def fail(*args):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    (tmp_path / "a").write_bytes(b"old")
-    monkeypatch.setattr(os, name, fail)
-    with pytest.raises(OSError, match="no space left"):
-        tensor_files.write_bytes(tmp_path / "a", b"new")
-    assert [(f.name, f.read_bytes()) for f in tmp_path.iterdir()] == [("a", b"old")]
-
-
-def test_file_systems_that_cannot_synchronize_directories(tmp_path, monkeypatch):
-    real = os.fsync
-
-    def fsync(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "invalid argument")
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    tensor_files.write_bytes(tmp_path / "a", b"new")
-    assert (tmp_path / "a").read_bytes() == b"new"
-
-
-def test_permissions_are_the_usual_ones(tmp_path):
-    (tmp_path / "usual").touch()
-    tensor_streams.write_tensors(tmp_path / "a", {"a": some("float32", 3)}, {})
-    tensor_files.write_text(tmp_path / "b", "text")
-    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-def test_nothing_is_there_before_it_is_whole(tmp_path):
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        tensor_files.replacing(tmp_path / "a") as new,
-    ):
-        new.write_bytes(b"half")
-        assert not (tmp_path / "a").exists()
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []

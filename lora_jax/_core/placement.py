@@ -117,11 +117,7 @@ def sharding_of(weight: Any) -> NamedSharding | None:
     Raises:
         TypeError: if an array of several devices has another kind of sharding.
     """
-    array, n = weight.array_with_axes() if is_quantized(weight) else (weight, weight.ndim)
-    if isinstance(array, Tracer):
-        kind: Any = jax.typeof(array).sharding
-        return kind if any(kind.spec) else None
-    sharding = getattr(array, "sharding", None)
+    sharding = _sharding(weight)
     if sharding is None or isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return None
     if not isinstance(sharding, NamedSharding):
@@ -129,8 +125,25 @@ def sharding_of(weight: Any) -> NamedSharding | None:
             f"the weight must have a jax.sharding.NamedSharding, which names the axes of a "
             f"mesh, got {sharding}: put it there with jax.device_put."
         )
-    spec = axes_of(sharding, array.ndim)[:n]
-    return sharding.update(spec=as_spec([*spec, *[()] * (len(weight.shape) - n)]))
+    return sharding
+
+
+def _sharding(weight: Any) -> Any:
+    """The sharding of a weight, of any kind; None if there is none, or it is not known."""
+    array, ndim = weight, len(weight.shape)
+    n = ndim
+    if is_quantized(weight):
+        array, n = weight.array_with_axes()
+    if isinstance(array, Tracer):
+        sharding: Any = jax.typeof(array).sharding
+        if not any(sharding.spec):
+            return None
+    else:
+        sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    own = axes_of(sharding, len(array.shape))[:n]
+    return sharding.update(spec=as_spec([*own, *[()] * (ndim - n)]))
 
 
 def axes_of(sharding: NamedSharding, ndim: int) -> tuple[tuple[str, ...], ...]:
@@ -268,11 +281,11 @@ def is_known(weight: Any) -> bool:
 
 def parts(weight: Any) -> tuple[int, ...]:
     """How many parts each axis of a weight is split into; 1 if that is not known."""
-    placed = _placed(weight)
-    if placed is None:
+    sharding = _sharding(weight)
+    if not isinstance(sharding, NamedSharding):
         return (1,) * len(weight.shape)
-    spec, sizes = placed
-    return tuple(_count(axes, sizes) for axes in spec)
+    sizes = sharding.mesh.shape
+    return tuple(_count(axes, sizes) for axes in axes_of(sharding, len(weight.shape)))
 
 
 def axes_of_fold(
@@ -298,23 +311,6 @@ def _count(axes: Any, sizes: Mapping[Any, int]) -> int:
     """The number of parts that mesh axes split an axis into."""
     names = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(sizes[name] for name in names if name is not None)
-
-
-def _placed(weight: Any) -> tuple[tuple[Any, ...], Mapping[Any, int]] | None:
-    """The mesh axes of each axis of a sharded weight, and their sizes; or None."""
-    array, n = weight, len(weight.shape)
-    if is_quantized(weight):
-        array, n = weight.array_with_axes()
-    if isinstance(array, Tracer):
-        spec, mesh = compat.explicit_spec(array), compat.mesh_of(jax.typeof(array))
-        if not any(spec):
-            return None
-    else:
-        sharding = getattr(array, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
-            return None
-        spec, mesh = sharding.spec, sharding.mesh
-    return _padded(tuple(spec)[:n], len(weight.shape)), mesh.shape
 
 
 def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:

@@ -14,14 +14,16 @@ pattern without the ending may match as well.
 import difflib
 import fnmatch
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core import quantized
+from lora_jax._core import checks, quantized
 
 PyTree: TypeAlias = Any
 """Any pytree: a dict, an `nnx.State`, an Equinox module. Type checkers know no bound."""
@@ -66,6 +68,16 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, in the order of `jax.tree.leaves`."""
     return flatten(tree)[0]
+
+
+def count_entries(leaves: Mapping[str, Any]) -> int:
+    """The number of entries of all numeric arrays, without random keys."""
+    return sum(
+        math.prod(array.shape)
+        for array in filter(checks.is_array, leaves.values())
+        if checks.has_jax_dtype(array)
+        and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    )
 
 
 def fold_in(key: jax.Array, path: str) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.cli import _blocks
 from lora_jax.cli._blocks import Update
-from lora_jax.model import merging
+from lora_jax.model import losses
 from lora_jax.model.adapters import merge_adapters
 from lora_jax.plan import layout, parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -115,7 +115,7 @@ def _merge_rows(
         part, own = parts.take(rows, target.part), target.alone
         value = layout.low_rank(part.astype(_wide(rows.dtype)), adapter, own)
         merged = value.merge().astype(dtype)
-        lost = merging.rounding_loss(value.change(), value.weight, merged)
+        lost = losses.rounding_loss(value.change(), value.weight, merged)
         vanished += jnp.sum(lost.vanished)
         largest = jnp.maximum(largest, lost.largest)
         finite &= jnp.all(jnp.isfinite(merged))

@@ -16,14 +16,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
 
-from lora_jax._core import checks, numerics, placement, tree_paths
-from lora_jax.layers.lora import Adapter, Adapters, init_lora_adapter
-from lora_jax.model import merging, sharding
-from lora_jax.model.merging import MergeLoss
-from lora_jax.plan import parts, plan_checks, selection, trained_leaves
-from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax._core import checks, placement, tree_paths
+from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.model import losses, merging, sharding
+from lora_jax.model.initialization import init_adapter, put
+from lora_jax.model.losses import MergeLoss
+from lora_jax.plan import plan_checks, selection, trained_leaves
+from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.transform import discovery
 
@@ -128,12 +128,10 @@ def plan_adapters(
             "passed to fn."
         )
     leaves = tree_paths.leaf_paths(params)
-    uses = None
-    if fn is not None:
-        uses = discovery.find_uses(fn, params, args, kwargs, config.products)
-    plan = selection.select(config, leaves, uses)
-    layout = sharding.layout_of(leaves, plan)
-    return plan if layout is None else dataclasses.replace(plan, layout=layout)
+    products = config.products
+    found = None if fn is None else discovery.find_uses(fn, params, args, kwargs, products)
+    plan = selection.select(config, leaves, found)
+    return dataclasses.replace(plan, layout=sharding.layout_of(leaves, plan))
 
 
 def init_adapters(
@@ -193,35 +191,11 @@ def init_adapters(
             own_key = tree_paths.fold_in(key, path)
             weight = leaves[plan.leaf(path)]
             own = None if shardings is None else shardings[path]
-            adapters[path] = _init(own_key, weight, target, plan.config, own)
+            adapters[path] = init_adapter(own_key, weight, target, plan.config, own)
     trained = trained_leaves.init_all(leaves, plan)
     if shardings is not None:
-        trained = {path: _put(leaf, shardings[path]) for path, leaf in trained.items()}
+        trained = {path: put(leaf, shardings[path]) for path, leaf in trained.items()}
     return adapters | trained
-
-
-def _init(
-    key: jax.Array, weight: Any, target: Target, config: LoraConfig, shardings: Any
-) -> Adapter:
-    dtype = config.dtype or numerics.accumulation_dtype(weight.dtype)
-    options = {"rank": target.rank, "dtype": dtype, "init": config.init}
-    if shardings is None or isinstance(key, Tracer):
-        matrix = jax.ShapeDtypeStruct(target.matrix_shape, weight.dtype)
-        adapter = init_lora_adapter(key, matrix, **options)
-        adapter = adapter if shardings is None else _put(adapter, shardings)
-    else:
-        adapter = sharding.init_factors(key, target.matrix_shape, shardings, **options)
-    if target.method == "dora":
-        checks.check_array("the weight", weight)
-        init = config.init
-        zero = not isinstance(init, tuple) and init != "orthogonal"  # B and A @ B are zero
-        m = merging.column_norm(weight, {} if zero else adapter, target)
-        adapter["m"] = m if shardings is None else placement.put(m, shardings["m"])
-    return adapter
-
-
-def _put(adapter: Adapter, shardings: Mapping[str, Any]) -> Adapter:
-    return {name: placement.put(x, shardings[name]) for name, x in adapter.items()}
 
 
 def merge_adapters(
@@ -269,13 +243,13 @@ def merge_adapters(
             the function uses in two ways.
     """
     leaves, treedef = _checked(params, adapters, plan)
-    _check_all_uses(plan)
+    merging.check_all_uses(plan)
     checks.check_flags(donate=donate, requantize=requantize)
     if donate:
-        plan_checks.check_none_is_shared(leaves, plan.by_leaf(), "merge with donate=False")
+        merging.check_none_is_shared(leaves, plan.by_leaf(), "merge with donate=False")
     merged = merging.fold_all(merging.merge, leaves, adapters, {}, plan, donate)
     if requantize:
-        merged = merging.requantize_all(leaves, merged)
+        merged = losses.requantize_all(leaves, merged)
     merged |= trained_leaves.merge(leaves, adapters, plan)
     return treedef.unflatten((leaves | merged).values())
 
@@ -313,8 +287,8 @@ def unmerge_adapters(
             `column_norms` or `originals` are missing, or given and not needed.
     """
     leaves, treedef = _checked(params, adapters, plan)
-    _check_all_uses(plan)
-    norms = _checked_norms(column_norms, plan)
+    merging.check_all_uses(plan)
+    norms = merging.checked_norms(column_norms, plan)
     trained = trained_leaves.restore(originals, plan)
     restored = merging.fold_all(merging.unmerge, leaves, adapters, norms, plan, False)
     restored |= trained
@@ -340,11 +314,12 @@ def adapted_column_norms(
     """
     leaves, _ = _checked(params, adapters, plan)
     norms = {}
-    for path in _dora_paths(plan):
+    for path, target in plan.targets.items():
+        if target.method != "dora":
+            continue
         with checks.at_path(path):
-            norms[path] = merging.column_norm(
-                leaves[plan.leaf(path)], dict(adapters[path]), plan.targets[path]
-            )
+            weight = leaves[plan.leaf(path)]
+            norms[path] = merging.column_norm(weight, adapters[path], target)
     return norms
 
 
@@ -378,13 +353,12 @@ def merge_losses(
     """
     leaves, _ = _checked(params, adapters, plan)
     checks.check_flags(requantize=requantize)
-    losses = {}
+    found = {}
     for path, target in plan.targets.items():
         with checks.at_path(path):
-            adapter = dict(adapters[path])
             weight = leaves[plan.leaf(path)]
-            losses[path] = merging.merge_loss(weight, adapter, target, requantize)
-    return losses
+            found[path] = losses.merge_loss(weight, adapters[path], target, requantize)
+    return found
 
 
 def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterCount:
@@ -406,7 +380,7 @@ def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterC
     """
     leaves = tree_paths.leaf_paths(params)
     plan_checks.check_params(leaves, plan)
-    total = selection.count(leaves.values()) + plan.parameters
+    total = tree_paths.count_entries(leaves) + plan.parameters
     counted = ParameterCount(plan.parameters, total)
     counted.trainable_bytes = sharding.bytes_of_adapters(leaves, plan)
     frozen = sum(map(placement.bytes_on_each_device, leaves.values()))
@@ -422,43 +396,3 @@ def _checked(
     plan_checks.check_params(leaves, plan, values=True)
     plan_checks.check_adapters(adapters, plan)
     return leaves, treedef
-
-
-def _check_all_uses(plan: AdapterPlan) -> None:
-    """Raises if an adapter is for one kind of use and its weight has other uses."""
-    for path, target in plan.targets.items():
-        leaf = plan.leaf(path)
-        uses = plan.uses.get(leaf, ())
-        kinds = {use.kind(target.batch_axes) for use in uses} - {""}
-        # A single row may be either; an entry of a stack is neither.
-        if any(
-            role == "moved" and axis not in target.batch_axes
-            for use in uses
-            for axis, role in enumerate(use.roles)
-        ):
-            kinds = {parts.LOOKUP, parts.PRODUCT}
-        if target.use and kinds != {target.use}:
-            other = "products" if target.use == parts.LOOKUP else "look-ups"
-            raise ValueError(
-                f"{path!r} adapts one use of {leaf!r} alone, and a merge would change the "
-                f"{other} of the same array, too. Untie them first: store a copy of "
-                f"{leaf!r} under another path, let the function use the copy for its "
-                f"{other}, and make a new plan; or run the model with adapt."
-            )
-
-
-def _dora_paths(plan: AdapterPlan) -> list[str]:
-    return [path for path, target in plan.targets.items() if target.method == "dora"]
-
-
-def _checked_norms(
-    norms: Mapping[str, jax.Array] | None, plan: AdapterPlan
-) -> Mapping[str, jax.Array]:
-    paths = _dora_paths(plan)
-    if paths and norms is None:
-        raise ValueError(
-            "a merged DoRA weight does not contain its norms: give column_norms="
-            "adapted_column_norms(params, adapters, plan), computed before the merge."
-        )
-    plan_checks.check_column_norms(norms or {}, plan)
-    return norms or {}

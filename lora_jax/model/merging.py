@@ -1,4 +1,4 @@
-"""Merges, unmerges, norms and rounding losses of the weights of a plan.
+"""Merges, unmerges and norms of the weights of a plan.
 
 The functions of one weight take the weight in its own layout, with its adapter and its
 target. Outside a trace they are compiled, once for each kind of target, so that no array
@@ -7,8 +7,6 @@ wider than the weight is kept. Their results have the sharding of the weight.
 
 import dataclasses
 import functools
-import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,20 +15,17 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, compat, numerics, placement, quantized
+from lora_jax._core import checks, compat, placement, quantized
 from lora_jax.layers.lora import Adapter
-from lora_jax.lowrank import weight_norms
 from lora_jax.lowrank.low_rank import LowRank
-from lora_jax.plan import layout, parts, stacks
+from lora_jax.plan import layout, parts, plan_checks, stacks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
-
-_LOG = logging.getLogger("lora_jax")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Fold = Callable[..., jax.Array]
 
 # Inlined inside a trace; otherwise compiled once for each target.
-_compiled = functools.partial(jax.jit, inline=True)
+compiled = functools.partial(jax.jit, inline=True)
 
 
 class Finite(NamedTuple):
@@ -41,18 +36,7 @@ class Finite(NamedTuple):
     adapter: Any
 
 
-class MergeLoss(NamedTuple):
-    """What a merge loses when it is rounded to its dtype. Scalars, at least float32."""
-
-    vanished: jax.Array
-    """The fraction of all entries that have an update and do not change."""
-    largest_vanished: jax.Array
-    """The largest `|update| / |weight|` among these entries; 0 if there are none."""
-    relative_error: jax.Array
-    """`|merged - exact| / |update|`, in the Frobenius norm; 0 if the update is zero."""
-
-
-def _automatic(keeps: bool) -> Callable[[F], F]:
+def automatic(keeps: bool) -> Callable[[F], F]:
     """On a mesh with explicit axes, runs a function with automatic axes.
 
     Otherwise folds of axes, and products with differently sharded factors, would need the
@@ -151,16 +135,15 @@ def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -
     return _column_norms(*placement.on_device((weight, factors)), how)
 
 
-@_compiled
+@compiled
 def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> jax.Array:
     target = own.target
     if not own.in_place:
-        weight = stacks.take(weight, target)
-        own_target = target.alone
-        return stacks.map_entries(_column_norm, weight, factors, own_target, own.split)
+        norms, weight = _norms_of(layout.low_rank_matrix), stacks.take(weight, target)
+        return stacks.map_entries(norms, weight, factors, target.alone, own.split)
     mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
     factors, whole = compat.automatically(own.adapter, mesh, factors)
-    form = _column_norm_in_place
+    form = _norms_of(layout.low_rank)
     norms = stacks.map_entries(form, weight, factors, whole, own.split)
     axes = (*target.batch_axes, *target.out_axes)
     sizes, entries = target.shape, parts.entries(target.part, target.shape)
@@ -170,21 +153,12 @@ def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> ja
     return norms.reshape(*batch, n_out)
 
 
-@_automatic(keeps=False)
-def _column_norm(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
-) -> jax.Array:
-    return layout.low_rank_matrix(weight, adapter, target).norms()
+def _norms_of(value: Callable[..., LowRank]) -> Callable[..., jax.Array]:
+    """The function from the arguments of `value` to the norms of its result."""
+    return automatic(keeps=False)(lambda *given: value(*given).norms())
 
 
-@_automatic(keeps=False)
-def _column_norm_in_place(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
-) -> jax.Array:
-    return layout.low_rank(weight, adapter, target).norms()
-
-
-@_automatic(keeps=True)
+@automatic(keeps=True)
 def merge(
     weight: jax.Array, adapter: Mapping[str, jax.Array], norm: None, own: Own
 ) -> jax.Array:
@@ -193,7 +167,7 @@ def merge(
     return own.put(weight, own.value(weight, adapter).merge())
 
 
-@_automatic(keeps=True)
+@automatic(keeps=True)
 def unmerge(
     weight: jax.Array,
     adapter: Mapping[str, jax.Array],
@@ -204,80 +178,6 @@ def unmerge(
     if norm is not None:
         norm = own.adapter({"m": norm})[0]["m"]
     return own.put(weight, own.value(weight, adapter).unmerge(norm))
-
-
-def merge_loss(
-    weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
-) -> MergeLoss:
-    """The rounding loss of `merge`; with `requantize`, the quantization loss as well."""
-    requantize = requantize and quantized.is_quantized(weight)
-    how = own(weight, target)
-    return _compiled_loss(*placement.on_device((weight, adapter)), how, requantize)
-
-
-@functools.partial(_compiled, static_argnums=3)
-def _compiled_loss(
-    weight: Any, adapter: Mapping[str, jax.Array], own: Own, requantize: bool
-) -> MergeLoss:
-    return _merge_loss(weight, adapter, own, weight if requantize else None)
-
-
-@_automatic(keeps=False)
-def _merge_loss(
-    weight: jax.Array,
-    adapter: Mapping[str, jax.Array],
-    own: Own,
-    like: quantized.QuantizedTensor | None,
-) -> MergeLoss:
-    value = own.value(weight, adapter)
-    result, before, update = own.put(weight, value.merge()), value.weight, value.change()
-    if like is not None:
-        result = quantized.as_dense(like.quantize_like(result))
-    merged = own.take(result)
-    if own.in_place:  # nothing outside of the part counts
-        update = own.put(jnp.zeros_like(update), update)
-    lost = rounding_loss(update, before, merged)
-    # Accurate for float32 weights too: the difference is exact if the update is smaller.
-    error = update - (merged.astype(update.dtype) - before.astype(update.dtype))
-    if own.in_place:
-        error = own.put(jnp.zeros_like(error), error)
-    norm, error = (_frobenius(x) for x in (update, error))
-    entries = math.prod(own.target.alone.shape)
-    return MergeLoss(
-        vanished=jnp.sum(lost.vanished.astype(update.dtype)) / entries,
-        largest_vanished=lost.largest,
-        relative_error=jnp.where(norm == 0, norm, error / jnp.where(norm == 0, 1, norm)),
-    )
-
-
-class RoundingLoss(NamedTuple):
-    """How much of an update is lost by rounding."""
-
-    vanished: jax.Array
-    """For each entry, whether it has an update and does not change."""
-    largest: jax.Array
-    """The largest `|update| / |weight|` among these entries, a scalar; 0 for none."""
-
-
-def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> RoundingLoss:
-    """Measures how much of an update is lost when the merged weight is rounded.
-
-    Args:
-        update: the update, in at least float32.
-        weight: the weight before the merge, in the dtype of `merged` or a wider one.
-        merged: the rounded sum of weight and update.
-    """
-    zero = jnp.zeros_like(update)
-    wide = weight.astype(update.dtype)
-    vanished = (update != 0) & (merged == weight.astype(merged.dtype))
-    size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
-    ratios = jnp.where(vanished, jnp.abs(update) / size, zero)
-    return RoundingLoss(vanished, jnp.max(ratios))
-
-
-def _frobenius(x: jax.Array) -> jax.Array:
-    """The Frobenius norm. The array is not flattened, because a mesh may split any axis."""
-    return weight_norms.weight_norm(x, tuple(range(-x.ndim, 0)))
 
 
 def fold_all(
@@ -307,7 +207,7 @@ def fold_all(
             )
     lines = []
     for path, flags in finite.items():
-        if flags is not None and not _is_traced(flags) and not bool(flags.result):
+        if flags is not None and not is_traced(flags) and not bool(flags.result):
             result = results[plan.leaf(path)]
             lines.append(f"  {path!r}: {_blame(flags, result, adapters[path])}")
     if lines:
@@ -315,31 +215,55 @@ def fold_all(
     return results
 
 
-def requantize_all(
-    leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
-) -> dict[str, Any]:
-    """Quantizes merged weights like the leaves at their paths, and logs the losses."""
-    stored = {}
-    for path, weight in merged.items():
-        old = leaves[path]
-        stored[path] = weight
-        if quantized.is_quantized(old):
-            with checks.at_path(path):
-                stored[path] = old.quantize_like(weight)
-            if _LOG.isEnabledFor(logging.INFO) and not _is_traced(old, weight):
-                lost = float(_requantization_loss(old, weight, stored[path]))
-                _LOG.info("quantized again: %s, |lost| / |update| = %.3g", path, lost)
-    return stored
+def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:
+    """Raises ValueError if an array at one of `paths`, to be donated, is at two paths."""
+    owners: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array | quantized.QuantizedTensor):
+            owners.setdefault(id(leaf), []).append(path)
+    for path in paths:
+        for other in owners.get(id(leaves[path]), ()):
+            if other != path:
+                raise ValueError(
+                    f"the array at {path!r} is also at {other!r}, and donating it would "
+                    f"delete both: {way_out}."
+                )
 
 
-@jax.jit
-def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
-    """`|lost| / |update|`; infinite if the update is zero."""
-    wide = numerics.accumulation_dtype(merged.dtype)
-    dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
-    merged = merged.astype(wide).ravel()
-    update, lost = (jnp.linalg.norm(merged - x) for x in dense)
-    return lost / update
+def check_all_uses(plan: AdapterPlan) -> None:
+    """Raises if an adapter is for one kind of use and its weight has other uses."""
+    for path, target in plan.targets.items():
+        leaf = plan.leaf(path)
+        uses = plan.uses.get(leaf, ())
+        kinds = {use.kind(target.batch_axes) for use in uses} - {""}
+        # A single row may be either; an entry of a stack is neither.
+        if any(
+            role == "moved" and axis not in target.batch_axes
+            for use in uses
+            for axis, role in enumerate(use.roles)
+        ):
+            kinds = {parts.LOOKUP, parts.PRODUCT}
+        if target.use and kinds != {target.use}:
+            other = "products" if target.use == parts.LOOKUP else "look-ups"
+            raise ValueError(
+                f"{path!r} adapts one use of {leaf!r} alone, and a merge would change the "
+                f"{other} of the same array, too. Untie them first: store a copy of "
+                f"{leaf!r} under another path, let the function use the copy for its "
+                f"{other}, and make a new plan; or run the model with adapt."
+            )
+
+
+def checked_norms(
+    norms: Mapping[str, jax.Array] | None, plan: AdapterPlan
+) -> Mapping[str, jax.Array]:
+    """Checks the column norms from before a merge, which DoRA needs, and returns them."""
+    if norms is None and any(own.method == "dora" for own in plan.targets.values()):
+        raise ValueError(
+            "a merged DoRA weight does not contain its norms: give column_norms="
+            "adapted_column_norms(params, adapters, plan), computed before the merge."
+        )
+    plan_checks.check_column_norms(norms or {}, plan)
+    return norms or {}
 
 
 def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
@@ -351,7 +275,7 @@ def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
     return f"the sum is beyond the range of {result.dtype}{lost}"
 
 
-def _is_traced(*trees: Any) -> bool:
+def is_traced(*trees: Any) -> bool:
     """Whether any leaf of the trees is a value inside a trace."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
@@ -371,7 +295,7 @@ def _run(
         trace None in place of the flags.
     """
     how = own(weight, target)
-    if _is_traced(weight, adapter, norm):
+    if is_traced(weight, adapter, norm):
         return fold(weight, dict(adapter), norm, how), None
     given = getattr(jax.tree.leaves(weight)[0], "sharding", None)
     if isinstance(given, NamedSharding):

@@ -12,19 +12,16 @@ FSDP, do not split factors: the frozen weight is gathered along them, and factor
 They keep splitting batch axes, since experts may lie on them.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, numerics, placement, tree_paths
-from lora_jax.layers import initializers
-from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax.layers.lora import Adapters
 from lora_jax.plan import mesh_layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.adapter_stack import AdapterStack
@@ -173,45 +170,6 @@ def init_shardings(leaves: Mapping[str, Any], plan: AdapterPlan) -> Shardings | 
     """The shardings of new adapters, derived from the weights; None without a mesh."""
     found = _shardings(leaves, plan)
     return _by_rule(found, plan, _checked_axes(found, None)) if found else None
-
-
-def init_factors(
-    key: jax.Array, shape: tuple[int, ...], shardings: Mapping[str, Any], **options: Any
-) -> Adapter:
-    """The factors of one adapter, each part made on its device.
-
-    Args:
-        key: a `jax.random` key, not traced.
-        shape: `(*batch, in, out)` of the weight.
-        shardings: of the adapter.
-        options: `rank`, `dtype` and `init` of `initializers.init_factors`.
-    """
-    out = {name: shardings[name] for name in ("A", "B")}
-    if not initializers.drawn_by_place(key):  # then the numbers depend on the parts
-        return jax.device_put(_factors(key, shape, **options), out)
-    given = str(jax.random.key_impl(key)), shape, (*options.items(),), (*out.items(),)
-    data = np.asarray(jax.random.key_data(key))
-    if initializers.is_own(options["init"]):
-        return _compiled(*given)(data)
-    try:  # anew for each weight: a function may return other values in each call
-        return _compiled.__wrapped__(*given)(data)
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return jax.device_put(_factors(key, shape, **options), out)
-
-
-def _factors(key: jax.Array, shape: tuple[int, ...], **options: Any) -> Adapter:
-    a, b = initializers.init_factors(key, shape, **options)
-    return {"A": a, "B": b}
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(impl: str, shape: tuple[int, ...], options: Any, out: Any) -> Any:
-    """A compiled function from the data of a key to factors. It is cached by layer size."""
-
-    def draw(data: jax.Array) -> Adapter:
-        return _factors(jax.random.wrap_key_data(data, impl=impl), shape, **dict(options))
-
-    return jax.jit(draw, out_shardings=dict(out))
 
 
 def check_shardings(shardings: Any, plan: AdapterPlan) -> None:

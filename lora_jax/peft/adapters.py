@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._core import checks
+from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from lora_jax.peft.full import Replaced, add_bias, check_whole
 from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import Index, Site, boxes, common_dtype, from_matrix, to_matrix
 from lora_jax.peft.leaves import Places
-from lora_jax.plan import parts, selection
+from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import (
     FROM_CHECKPOINT,
     AdapterPlan,
@@ -324,7 +324,7 @@ def make_plan(
         trained=values,
         skipped={p: _NOT_ADAPTED for p in places.leaves if p not in chosen},
         uses=uses,
-        total=selection.count(leaves.values()),
+        total=tree_paths.count_entries(leaves),
     )
 
 

@@ -102,6 +102,23 @@ def letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str | None:
     return "".join("iob"[[i in own for own in axes].index(True)] for i in range(len(shape)))
 
 
+def letters_of_merged(
+    shape: tuple[int, ...], uses: Sequence[Use], low_rank: Sequence[Use]
+) -> str | None:
+    """The letters of the axes of a weight if every product with it needs it merged.
+
+    They are `"..."` if the uses do not show them, and None for other weights.
+    """
+    if not low_rank:
+        return letters_of(shape, uses) or "..."
+    if any(map(multiplies, low_rank)) or not any(map(multiplies, uses)):
+        return None
+    # Taking an entry of a stack is not a use, but is recorded as a look-up in a table.
+    known, letters = (letters_of(shape, own) for own in (low_rank, uses))
+    is_stack = letters is not None and "b" in letters and letters != known
+    return letters if known is None or is_stack else None
+
+
 def _batch_axes(shape: tuple[int, ...], uses: Sequence[Use]) -> Axes:
     batch, is_multiplied = set(), any(map(multiplies, uses))
     for axis in range(len(shape)):

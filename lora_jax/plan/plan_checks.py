@@ -4,11 +4,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax._core import checks, tree_paths
-from lora_jax._core.quantized import QuantizedTensor, is_quantized
+from lora_jax._core.quantized import is_quantized
 from lora_jax.layers import adapter_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE, Target, TrainedLeaf
@@ -189,18 +188,3 @@ def _check_trained(adapter: Any, leaf: TrainedLeaf) -> None:
             f"got {got}."
         )
     checks.check_vector(VALUE, adapter[VALUE], leaf.shape, "that of the leaf")
-
-
-def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:
-    """Raises ValueError if an array at one of `paths`, to be donated, is at two paths."""
-    owners: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        if isinstance(leaf, jax.Array | QuantizedTensor):
-            owners.setdefault(id(leaf), []).append(path)
-    for path in paths:
-        for other in owners.get(id(leaves[path]), ()):
-            if other != path:
-                raise ValueError(
-                    f"the array at {path!r} is also at {other!r}, and donating it would "
-                    f"delete both: {way_out}."
-                )

@@ -1,11 +1,9 @@
 """Selects the weights that a config adapts, and gives a reason for every other leaf."""
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax._core import checks, quantized, tree_paths
@@ -64,7 +62,7 @@ def select(config: LoraConfig, leaves: Leaves, uses: Uses | None) -> AdapterPlan
         targets=targets,
         skipped=skipped,
         uses=uses or {},
-        total=count(arrays.values()),
+        total=tree_paths.count_entries(arrays),
         trained=trained,
     )
     adapted = plan.by_leaf()
@@ -197,17 +195,6 @@ def _not_trainable(dtype: Any) -> str | None:
     return None
 
 
-def count(leaves: Iterable[Any]) -> int:
-    """The number of entries of all numeric arrays, without random keys."""
-    arrays = filter(checks.is_array, leaves)
-    return sum(
-        math.prod(array.shape)
-        for array in arrays
-        if checks.has_jax_dtype(array)
-        and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    )
-
-
 def _passed_over(patterns: _Patterns, path: str, leaf: Any) -> str | None:
     """The reason why the config does not select a leaf, or None if it does."""
     if not checks.is_array(leaf):
@@ -305,29 +292,12 @@ def _axes_of_uses(
     lost = [use for use in uses if not use.is_followed]
     if lost:
         raise UnsuitableError(f"not every use of it is understood: {lost[0]}")
-    merged = _letters_of_merged(shape, uses, low_rank)
+    merged = axis_roles.letters_of_merged(shape, uses, low_rank)
     if merged is not None:
         raise axis_roles.MergedError(
             f"every use of it needs the merged weight: {listed(uses)}", merged
         )
     return axis_roles.resolve_axes(shape, low_rank)
-
-
-def _letters_of_merged(
-    shape: tuple[int, ...], uses: Sequence[Use], low_rank: Sequence[Use]
-) -> str | None:
-    """The letters of the axes of a weight if every product with it needs it merged.
-
-    They are `"..."` if the uses do not show them, and None for other weights.
-    """
-    if not low_rank:
-        return axis_roles.letters_of(shape, uses) or "..."
-    if any(map(multiplies, low_rank)) or not any(map(multiplies, uses)):
-        return None
-    # Taking an entry of a stack is not a use, but is recorded as a look-up in a table.
-    known, letters = (axis_roles.letters_of(shape, own) for own in (low_rank, uses))
-    is_stack = letters is not None and "b" in letters and letters != known
-    return letters if known is None or is_stack else None
 
 
 def _check_linear(uses: Sequence[Use], low_rank: Sequence[Use]) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax.layers import initializers
-from lora_jax.model import sharding
+from lora_jax.model import initialization
 from tests.support import assert_close, normal
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -312,7 +312,7 @@ def test_no_device_makes_a_whole_factor(init):
         "B": NamedSharding(mesh, P(None, "tensor")),
     }
     options = {"rank": 16, "dtype": jnp.dtype("float32"), "init": init}
-    draw = sharding._compiled(
+    draw = initialization._compiled(
         "threefry2x32", (4096, 8), tuple(options.items()), tuple(out.items())
     )
     compiled = draw.lower(jax.random.key_data(jax.random.key(0))).compile()

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax.model import decompose, merging
+from lora_jax.model import decompose, losses, merging
 from tests import programs, support
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -167,8 +167,8 @@ def compiled_texts(monkeypatch):
 
     fold = merging._compiled_fold
     monkeypatch.setattr(merging, "_compiled_fold", lambda *own: recorded(fold(*own)))
-    for name in ("_column_norms", "_compiled_loss"):
-        monkeypatch.setattr(merging, name, recorded(getattr(merging, name)))
+    for module, name in ((merging, "_column_norms"), (losses, "_compiled_loss")):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
     return texts
 
 

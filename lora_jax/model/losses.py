@@ -1,0 +1,130 @@
+"""What a merge loses when its result is rounded, or quantized again."""
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._core import checks, numerics, placement, quantized
+from lora_jax.lowrank import weight_norms
+from lora_jax.model import merging
+from lora_jax.model.merging import Own, automatic, compiled, is_traced
+from lora_jax.plan.adapter_plan import Target
+
+_LOG = logging.getLogger("lora_jax")
+
+
+class MergeLoss(NamedTuple):
+    """What a merge loses when it is rounded to its dtype. Scalars, at least float32."""
+
+    vanished: jax.Array
+    """The fraction of all entries that have an update and do not change."""
+    largest_vanished: jax.Array
+    """The largest `|update| / |weight|` among these entries; 0 if there are none."""
+    relative_error: jax.Array
+    """`|merged - exact| / |update|`, in the Frobenius norm; 0 if the update is zero."""
+
+
+def merge_loss(
+    weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
+) -> MergeLoss:
+    """The rounding loss of `merge`; with `requantize`, the quantization loss as well."""
+    requantize = requantize and quantized.is_quantized(weight)
+    how = merging.own(weight, target)
+    return _compiled_loss(*placement.on_device((weight, dict(adapter))), how, requantize)
+
+
+@functools.partial(compiled, static_argnums=3)
+def _compiled_loss(
+    weight: Any, adapter: Mapping[str, jax.Array], own: Own, requantize: bool
+) -> MergeLoss:
+    return _merge_loss(weight, adapter, own, weight if requantize else None)
+
+
+@automatic(keeps=False)
+def _merge_loss(
+    weight: jax.Array,
+    adapter: Mapping[str, jax.Array],
+    own: Own,
+    like: quantized.QuantizedTensor | None,
+) -> MergeLoss:
+    value = own.value(weight, adapter)
+    result, before, update = own.put(weight, value.merge()), value.weight, value.change()
+    if like is not None:
+        result = quantized.as_dense(like.quantize_like(result))
+    merged = own.take(result)
+    if own.in_place:  # nothing outside of the part counts
+        update = own.put(jnp.zeros_like(update), update)
+    lost = rounding_loss(update, before, merged)
+    # Accurate for float32 weights too: the difference is exact if the update is smaller.
+    error = update - (merged.astype(update.dtype) - before.astype(update.dtype))
+    if own.in_place:
+        error = own.put(jnp.zeros_like(error), error)
+    norm, error = (_frobenius(x) for x in (update, error))
+    entries = math.prod(own.target.alone.shape)
+    return MergeLoss(
+        vanished=jnp.sum(lost.vanished.astype(update.dtype)) / entries,
+        largest_vanished=lost.largest,
+        relative_error=jnp.where(norm == 0, norm, error / jnp.where(norm == 0, 1, norm)),
+    )
+
+
+class RoundingLoss(NamedTuple):
+    """How much of an update is lost by rounding."""
+
+    vanished: jax.Array
+    """For each entry, whether it has an update and does not change."""
+    largest: jax.Array
+    """The largest `|update| / |weight|` among these entries, a scalar; 0 for none."""
+
+
+def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> RoundingLoss:
+    """Measures how much of an update is lost when the merged weight is rounded.
+
+    Args:
+        update: the update, in at least float32.
+        weight: the weight before the merge, in the dtype of `merged` or a wider one.
+        merged: the rounded sum of weight and update.
+    """
+    zero = jnp.zeros_like(update)
+    wide = weight.astype(update.dtype)
+    vanished = (update != 0) & (merged == weight.astype(merged.dtype))
+    size = jnp.where(wide == 0, zero + 1, jnp.abs(wide))
+    ratios = jnp.where(vanished, jnp.abs(update) / size, zero)
+    return RoundingLoss(vanished, jnp.max(ratios))
+
+
+def _frobenius(x: jax.Array) -> jax.Array:
+    """The Frobenius norm. The array is not flattened, because a mesh may split any axis."""
+    return weight_norms.weight_norm(x, tuple(range(-x.ndim, 0)))
+
+
+def requantize_all(
+    leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """Quantizes merged weights like the leaves at their paths, and logs the losses."""
+    stored = {}
+    for path, weight in merged.items():
+        old = leaves[path]
+        stored[path] = weight
+        if quantized.is_quantized(old):
+            with checks.at_path(path):
+                stored[path] = old.quantize_like(weight)
+            if _LOG.isEnabledFor(logging.INFO) and not is_traced(old, weight):
+                lost = float(_requantization_loss(old, weight, stored[path]))
+                _LOG.info("quantized again: %s, |lost| / |update| = %.3g", path, lost)
+    return stored
+
+
+@jax.jit
+def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
+    """`|lost| / |update|`; infinite if the update is zero."""
+    wide = numerics.accumulation_dtype(merged.dtype)
+    dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
+    merged = merged.astype(wide).ravel()
+    update, lost = (jnp.linalg.norm(merged - x) for x in dense)
+    return lost / update

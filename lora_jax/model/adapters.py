@@ -249,7 +249,7 @@ def merge_adapters(
         merging.check_none_is_shared(leaves, plan.by_leaf(), "merge with donate=False")
     merged = merging.fold_all(merging.merge, leaves, adapters, {}, plan, donate)
     if requantize:
-        merged = losses.requantize_all(leaves, merged)
+        merged = merging.requantize_all(leaves, merged)
     merged |= trained_leaves.merge(leaves, adapters, plan)
     return treedef.unflatten((leaves | merged).values())
 

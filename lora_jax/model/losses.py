@@ -1,7 +1,6 @@
-"""What a merge loses when its result is rounded, or quantized again."""
+"""What a merge loses when its result is rounded to the dtype of the weight."""
 
 import functools
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,13 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax._core import checks, numerics, placement, quantized
+from lora_jax._core import placement, quantized
 from lora_jax.lowrank import weight_norms
 from lora_jax.model import merging
-from lora_jax.model.merging import Own, automatic, compiled, is_traced
+from lora_jax.model.merging import Own, automatic, compiled
 from lora_jax.plan.adapter_plan import Target
-
-_LOG = logging.getLogger("lora_jax")
 
 
 class MergeLoss(NamedTuple):
@@ -101,30 +98,3 @@ def rounding_loss(update: jax.Array, weight: jax.Array, merged: jax.Array) -> Ro
 def _frobenius(x: jax.Array) -> jax.Array:
     """The Frobenius norm. The array is not flattened, because a mesh may split any axis."""
     return weight_norms.weight_norm(x, tuple(range(-x.ndim, 0)))
-
-
-def requantize_all(
-    leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
-) -> dict[str, Any]:
-    """Quantizes merged weights like the leaves at their paths, and logs the losses."""
-    stored = {}
-    for path, weight in merged.items():
-        old = leaves[path]
-        stored[path] = weight
-        if quantized.is_quantized(old):
-            with checks.at_path(path):
-                stored[path] = old.quantize_like(weight)
-            if _LOG.isEnabledFor(logging.INFO) and not is_traced(old, weight):
-                lost = float(_requantization_loss(old, weight, stored[path]))
-                _LOG.info("quantized again: %s, |lost| / |update| = %.3g", path, lost)
-    return stored
-
-
-@jax.jit
-def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
-    """`|lost| / |update|`; infinite if the update is zero."""
-    wide = numerics.accumulation_dtype(merged.dtype)
-    dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
-    merged = merged.astype(wide).ravel()
-    update, lost = (jnp.linalg.norm(merged - x) for x in dense)
-    return lost / update

@@ -7,6 +7,7 @@ wider than the weight is kept. Their results have the sharding of the weight.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, compat, placement, quantized
+from lora_jax._core import checks, compat, numerics, placement, quantized
 from lora_jax.layers.lora import Adapter
 from lora_jax.lowrank.low_rank import LowRank
 from lora_jax.plan import layout, parts, plan_checks, stacks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
+
+_LOG = logging.getLogger("lora_jax")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Fold = Callable[..., jax.Array]
@@ -207,12 +210,39 @@ def fold_all(
             )
     lines = []
     for path, flags in finite.items():
-        if flags is not None and not is_traced(flags) and not bool(flags.result):
+        if flags is not None and not _is_traced(flags) and not bool(flags.result):
             result = results[plan.leaf(path)]
             lines.append(f"  {path!r}: {_blame(flags, result, adapters[path])}")
     if lines:
         raise FloatingPointError("\n".join(["the result is not finite:", *lines]))
     return results
+
+
+def requantize_all(
+    leaves: Mapping[str, Any], merged: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """Quantizes merged weights like the leaves at their paths, and logs the losses."""
+    stored = {}
+    for path, weight in merged.items():
+        old = leaves[path]
+        stored[path] = weight
+        if quantized.is_quantized(old):
+            with checks.at_path(path):
+                stored[path] = old.quantize_like(weight)
+            if _LOG.isEnabledFor(logging.INFO) and not _is_traced(old, weight):
+                lost = float(_requantization_loss(old, weight, stored[path]))
+                _LOG.info("quantized again: %s, |lost| / |update| = %.3g", path, lost)
+    return stored
+
+
+@jax.jit
+def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
+    """`|lost| / |update|`; infinite if the update is zero."""
+    wide = numerics.accumulation_dtype(merged.dtype)
+    dense = [x.astype(wide).ravel() for x in map(quantized.as_dense, (old, stored))]
+    merged = merged.astype(wide).ravel()
+    update, lost = (jnp.linalg.norm(merged - x) for x in dense)
+    return lost / update
 
 
 def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:
@@ -275,7 +305,7 @@ def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
     return f"the sum is beyond the range of {result.dtype}{lost}"
 
 
-def is_traced(*trees: Any) -> bool:
+def _is_traced(*trees: Any) -> bool:
     """Whether any leaf of the trees is a value inside a trace."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
@@ -295,7 +325,7 @@ def _run(
         trace None in place of the flags.
     """
     how = own(weight, target)
-    if is_traced(weight, adapter, norm):
+    if _is_traced(weight, adapter, norm):
         return fold(weight, dict(adapter), norm, how), None
     given = getattr(jax.tree.leaves(weight)[0], "sharding", None)
     if isinstance(given, NamedSharding):

@@ -11,7 +11,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from lora_jax._core import numerics, quantized
-from lora_jax.lowrank import contraction, weight_norms
+from lora_jax.lowrank import contraction, norm_matrix, weight_norms
+from lora_jax.lowrank.norm_matrix import Matrix
 
 # Relative changes of a norm below this are the rounding of the norm itself.
 _NORM_ULPS = 8
@@ -119,11 +120,11 @@ class LowRank:
         a, b = self.adapter["A"], self.adapter["B"]
         return keep(self.weight, a, b, self.scale, squares, self.axis)
 
-    def matrix(self) -> weight_norms.Matrix:
+    def matrix(self) -> Matrix:
         """The value as an argument of `weight_norms`. The weight must be dense."""
         a, b = self.adapter["A"], self.adapter["B"]
-        sides = weight_norms.sides(a, b, self.axis, self.weight.dtype)
-        return weight_norms.Matrix(self.weight, *sides, self.scale)
+        sides = norm_matrix.sides(a, b, self.axis, self.weight.dtype)
+        return Matrix(self.weight, *sides, self.scale)
 
     def _dense_and_update(self) -> tuple[jax.Array, jax.Array]:
         weight = jnp.asarray(quantized.as_dense(self.weight))

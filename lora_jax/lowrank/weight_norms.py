@@ -14,8 +14,7 @@ layers compile it many times, so it has few operations. *Wide* means at least fl
 """
 
 import functools
-import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax._core import compat, numerics
-from lora_jax.lowrank import contraction
-
-_HIGHEST = lax.Precision.HIGHEST
+from lora_jax.lowrank.norm_matrix import HIGHEST, Axis, Matrix, contract_axes, folded, wide
 
 # The factored square is used if it is above this fraction of the sum of its terms. It has
 # then lost at most 8 of its 24 bits.
@@ -33,9 +30,6 @@ _TRUSTED = 2.0**-8
 
 # The largest number of rows or columns of the weight in one block of `_direct`.
 _BLOCK = 128
-
-Axis: TypeAlias = int | tuple[int, ...]
-"""The summed axis, counted from the last one; or several, if there are no factors."""
 
 
 def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
@@ -47,21 +41,15 @@ def factor(magnitude: jax.Array, column_norm: jax.Array) -> jax.Array:
     return lax.select(safe < 0, lax.full_like(safe, 1), magnitude / safe)
 
 
-def weight_norm_squared(weight: jax.Array, axis: Axis) -> jax.Array:
-    """`|W|^2` over `axis`, wide. No wide copy of a 16-bit weight is kept."""
-    return jnp.sum(jnp.square(_wide(weight)), axis=axis)
-
-
 def weight_norm(
     weight: jax.Array, axis: Axis, update: jax.Array | None = None
 ) -> jax.Array:
     """`|W|` over `axis`, or `|W + update|`, wide; differentiable. Of any shape."""
-    summed = weight if update is None else (weight, update)
-    base = jnp.sum(jnp.square(_wide(summed)), axis=axis)
-    return _norm(Matrix(summed), lax.stop_gradient(base), axis).value
+    matrix = Matrix(weight if update is None else (weight, update))
+    return _norm(matrix, lax.stop_gradient(matrix.squares(axis)), axis).value
 
 
-def norm(matrix: "Matrix", squares: jax.Array | None, axis: int) -> jax.Array:
+def norm(matrix: Matrix, squares: jax.Array | None, axis: int) -> jax.Array:
     """The norms of a matrix over `axis`, `(*batch, kept)`, wide; differentiable.
 
     Args:
@@ -70,97 +58,15 @@ def norm(matrix: "Matrix", squares: jax.Array | None, axis: int) -> jax.Array:
         axis: the summed axis, -2 for the norms of columns, -1 for those of rows.
     """
     if squares is None:
-        squares = _weight_squares(matrix, axis)
+        squares = matrix.squares(axis)
     squares = jnp.asarray(squares, numerics.accumulation_dtype(matrix.weight.dtype))
     return _norm(matrix, lax.stop_gradient(squares), axis).value
-
-
-class Matrix(NamedTuple):
-    """The matrix `columns * weight + scale * left @ right`, whose norms are computed.
-
-    Attributes:
-        weight: `(*batch, in, out)`, or a pair of arrays that are added. With factors, both
-            ends may be several axes, which a mesh may split: they are not folded here.
-        left: the factor with the summed axis, at the same position as in the weight:
-            `(*batch, in, rank)` for the norms of columns, `(*batch, rank, out)` for those
-            of rows. Wide. None if there are no factors.
-        right: the other factor, `(*batch, rank, kept)`. Wide. None if there are no factors.
-        scale: a scalar; None if there are no factors.
-        columns: multiplies the weight, `(*batch, kept)`, wide; or None.
-    """
-
-    weight: Any
-    left: Any = None
-    right: Any = None
-    scale: Any = None
-    columns: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return jax.tree.leaves(self.weight)[0].shape
-
-    def axes(self, axis: Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The axes of the weight that are summed over, and those that are folded to `kept`.
-
-        Without factors nothing is folded.
-        """
-        end = len(self.shape)
-        if self.left is None or self.right is None:
-            summed = axis if isinstance(axis, tuple) else (axis,)
-            return tuple(own % end for own in summed), ()
-        start = self.right.ndim - 2
-        size = self.left.shape[-2] if axis == -2 else self.right.shape[-1]
-        middles = range(start + 1, end)
-        middle = next(i for i in middles if math.prod(self.shape[start:i]) == size)
-        first, last = tuple(range(start, middle)), tuple(range(middle, end))
-        return (first, last) if axis == -2 else (last, first)
-
-
-def sides(
-    a: jax.Array, b: jax.Array, axis: int, *dtypes: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The `left` and `right` of a `Matrix` with the factors `A` and `B`."""
-    dtype = numerics.accumulation_dtype(*dtypes)
-    a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
-    return (a, b) if axis == -2 else (b, jnp.swapaxes(a, -1, -2))
 
 
 def constant_norm(matrix: Matrix, axis: int) -> jax.Array:
     """The norms of a matrix over `axis`, `(*batch, kept)`, without a gradient."""
     matrix = lax.stop_gradient(matrix)
-    return _norms(matrix, _weight_squares(matrix, axis), axis).value
-
-
-def _weight_squares(matrix: Matrix, axis: int) -> jax.Array:
-    """`|W|^2` over `axis`, `(*batch, kept)`, without `columns`."""
-    summed, kept = matrix.axes(axis)
-    return _folded(weight_norm_squared(matrix.weight, summed), len(kept))
-
-
-def _folded(x: jax.Array, n: int) -> jax.Array:
-    """The array with its last `n` axes folded into one."""
-    if n < 2:
-        return x
-    lead = x.ndim - n
-    return x.reshape(*x.shape[:lead], math.prod(x.shape[lead:]))
-
-
-def _on_weight(columns: jax.Array, matrix: Matrix, axis: Axis) -> jax.Array:
-    """`(*batch, kept)` with the axes of the weight; the summed ones have size 1."""
-    summed, _ = matrix.axes(axis)
-    return columns.reshape([1 if i in summed else n for i, n in enumerate(matrix.shape)])
-
-
-def _with_scale_in_right(matrix: Matrix) -> Matrix:
-    """The same matrix with the scale multiplied into `right`.
-
-    The branches of a `lax.cond` then have one operand less.
-    """
-    if matrix.right is None:
-        return matrix
-    right = numerics.multiply(matrix.right, matrix.scale)
-    return matrix._replace(right=right, scale=1.0)
+    return _norms(matrix, matrix._replace(columns=None).squares(axis), axis).value
 
 
 class _Norm(NamedTuple):
@@ -179,7 +85,7 @@ def _norms(matrix: Matrix, base: jax.Array, axis: Axis) -> _Norm:
     """The norms over `axis`. `base` is `|W|^2` over `axis`, without `columns`."""
     if _is_one_block(matrix, axis):
         return _direct(matrix, axis)
-    matrix = _with_scale_in_right(matrix)
+    matrix = matrix.with_scale_in_right()
     squares = _factored_squares(matrix, _gained(base, matrix), axis)
     return _correction(squares, matrix, axis=axis)
 
@@ -202,8 +108,8 @@ def _norm_jvp(axis: Axis, primals: Any, tangents: Any) -> tuple[_Norm, _Norm]:
     def square(*values):
         new = dict(zip(moving, values, strict=True))
         changed = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
-        scaled = _balanced(_scaled(jax.tree.unflatten(tree, changed), norm.unit))
-        return _factored_squares(scaled, _gained_square(scaled, axis), axis).value
+        scaled = jax.tree.unflatten(tree, changed).divided_by(norm.unit).balanced()
+        return _factored_squares(scaled, scaled.squares(axis), axis).value
 
     old, change = ([values[i] for i in moving] for values in (leaves, changes))
     _, change = jax.jvp(square, old, change)
@@ -229,7 +135,7 @@ class _Squares(NamedTuple):
 def _factored_squares(matrix: Matrix, base: jax.Array, axis: Any) -> _Squares:
     """The factored squares. `base` is `|columns * weight|^2`."""
     _, left, right, scale, columns = matrix
-    n = _summed_entries(matrix, axis)
+    n = matrix.summed_entries(axis)
     info = jnp.finfo(base.dtype)
     # Each of the n products of a sum may lose a smallest normal number.
     lost = n * float(info.tiny) / float(info.eps)
@@ -237,11 +143,11 @@ def _factored_squares(matrix: Matrix, base: jax.Array, axis: Any) -> _Squares:
         return _Squares(base, jnp.full_like(base, lost))
     right = numerics.multiply(right, scale)
     own = (left.ndim + axis,)
-    gram = _product(left, left, own, own, left.ndim - 2)  # (*batch, rank, rank)
-    cross = _product_with_weight(matrix, axis)
+    gram = contract_axes(left, left, own, own, left.ndim - 2)  # (*batch, rank, rank)
+    cross = matrix.product(axis)
     if columns is not None:
         cross = cross * columns[..., None, :]
-    square = jnp.matmul(gram, right, precision=_HIGHEST)
+    square = jnp.matmul(gram, right, precision=HIGHEST)
     value = base + jnp.sum((2 * cross + square) * right, axis=-2)
     # |A_r|^2 B_rj^2, summed: the last term without cancellation within A @ B.
     each = jnp.sum(jnp.square(left), axis=axis)[..., None]  # (*batch, rank, 1)
@@ -282,12 +188,7 @@ def _is_one_block(matrix: Matrix, axis: Axis) -> bool:
     `_direct` then takes no more work than the factored square, has no branch, and is always
     accurate.
     """
-    return _summed_entries(matrix, axis) <= _BLOCK
-
-
-def _summed_entries(matrix: Matrix, axis: Axis) -> int:
-    """The number of entries that a norm sums over."""
-    return math.prod(matrix.shape[own] for own in matrix.axes(axis)[0])
+    return matrix.summed_entries(axis) <= _BLOCK
 
 
 def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
@@ -300,7 +201,7 @@ def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
     the size of the axis, so an axis of prime size has blocks of one row.
     """
     _, left, right, scale, columns = matrix
-    n = _summed_entries(matrix, axis)
+    n = matrix.summed_entries(axis)
     size = max(d for d in range(1, _BLOCK + 1) if n % d == 0)
     count = n // size if left is not None else 1
     summed, kept = matrix.axes(axis)
@@ -320,9 +221,9 @@ def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
         return lax.dynamic_index_in_dim(blocks, i, position + 1, keepdims=False)
 
     def form(i):
-        block = _wide(jax.tree.map(lambda x: cut(x, summed[0], i), matrix.weight))
+        block = wide(jax.tree.map(lambda x: cut(x, summed[0], i), matrix.weight))
         if columns is not None:
-            block = block * _on_weight(columns, matrix, axis)
+            block = block * matrix.on_weight(columns, axis)
         if left is None or right is None:
             return block
         a, b = cut(left, left.ndim + axis, i), right
@@ -332,11 +233,11 @@ def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:
         lead, middle = b.ndim - 2, max(summed[0], kept[0])
         a = a.reshape(*block.shape[:middle], a.shape[-1])
         b = b.reshape(*b.shape[:-1], *block.shape[middle:])
-        update = _product(a, b, (a.ndim - 1,), (lead,), lead)
+        update = contract_axes(a, b, (a.ndim - 1,), (lead,), lead)
         return block + numerics.multiply(update, scale)
 
     def sums(i):
-        return tuple(_folded(x, len(kept)) for x in _sums(form(i), summed))
+        return tuple(folded(x, len(kept)) for x in _sums(form(i), summed))
 
     if count == 1 or like is None:
         total = sums(0)
@@ -382,95 +283,3 @@ def _safe_root(sums: tuple[jax.Array, ...], n: int) -> _Norm:
 def _step(dtype: Any) -> float:
     """The square root of the range of a dtype, a power of two."""
     return 2.0 ** (jnp.finfo(dtype).maxexp // 2)
-
-
-def _power_of_two(x: jax.Array) -> jax.Array:
-    """A power of two near `x >= 0`, small enough that products of it do not overflow."""
-    info = jnp.finfo(x.dtype)
-    most = 2.0 ** (info.maxexp * 25 // 32)
-    x = lax.clamp(jnp.full_like(x, info.tiny), x, jnp.full_like(x, most))
-    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=0)
-
-
-def _scaled(matrix: Matrix, unit: jax.Array) -> Matrix:
-    """The matrix with its columns divided by `unit`, which has powers of two."""
-    _, _, right, _, columns = matrix
-    columns = 1 / unit if columns is None else columns / unit
-    right = None if right is None else right / unit[..., None, :]
-    return matrix._replace(right=right, columns=columns)
-
-
-def _balanced(matrix: Matrix) -> Matrix:
-    """The same matrix, with a power of two moved from `left` to `right`.
-
-    The entries of the new `left` are not far above 1.
-    """
-    if matrix.left is None or matrix.right is None:
-        return matrix
-    largest = jnp.max(jnp.abs(lax.stop_gradient(matrix.left)), axis=(-2, -1), keepdims=True)
-    unit = _power_of_two(jnp.maximum(largest, 1))
-    return matrix._replace(left=matrix.left / unit, right=matrix.right * unit)
-
-
-def _gained_square(matrix: Matrix, axis: Axis) -> jax.Array:
-    """`|columns * W|^2` over `axis`."""
-    columns = _on_weight(matrix.columns, matrix, axis)
-    squares = jnp.square(_wide(matrix.weight) * columns)
-    summed, kept = matrix.axes(axis)
-    return _folded(jnp.sum(squares, axis=summed), len(kept))
-
-
-def _wide(weight: Any) -> jax.Array:
-    """A weight, or the sum of a pair, in at least float32."""
-    parts = jax.tree.leaves(weight)
-    dtype = numerics.accumulation_dtype(*(part.dtype for part in parts))
-    return functools.reduce(jnp.add, [part.astype(dtype) for part in parts])
-
-
-def _product_with_weight(matrix: Matrix, axis: int) -> jax.Array:
-    """Contracts the summed axes of `left` and of the weight: `(*batch, rank, kept)`.
-
-    The product has the precision of the factor, float32 or wider. A bfloat16 weight is not
-    widened. The factor is split into three bfloat16 parts whose sum it is, and one bfloat16
-    product with float32 accumulation multiplies all three.
-
-    On a mesh the factor may lie whole where the weight is split. Without the barrier XLA
-    would then gather the weight. With it, XLA sums the products of the shards.
-    """
-    weight, factor = matrix.weight, lax.optimization_barrier(matrix.left)
-    summed, kept = matrix.axes(axis)
-    n_batch, at = factor.ndim - 2, factor.ndim + axis
-    sizes = [weight.shape[i] for i in summed]
-
-    def product(x, at):
-        x = x.reshape(*x.shape[:at], *sizes, *x.shape[at + 1 :])
-        own = tuple(range(at, at + len(sizes)))
-        return _folded(_product(x, weight.astype(x.dtype), own, summed, n_batch), len(kept))
-
-    if weight.dtype != jnp.bfloat16 or factor.dtype != jnp.float32:
-        return product(factor, at)
-    parts, rest = [], factor
-    for _ in range(3):
-        # The compiler may remove a cast to bfloat16 and back, but not this rounding.
-        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
-        rest = rest - parts[-1]
-    rank_axis = -1 if axis == -2 else -2
-    stacked = jnp.concatenate(parts, axis=rank_axis).astype(jnp.bfloat16)
-    if axis == -2:
-        stacked = jnp.swapaxes(stacked, -1, -2)  # (*batch, 3 * rank, summed)
-    thirds = jnp.split(product(stacked, stacked.ndim - 1), 3, axis=-2)
-    return functools.reduce(jnp.add, thirds)
-
-
-def _product(
-    x: jax.Array,
-    y: jax.Array,
-    x_axes: tuple[int, ...],
-    y_axes: tuple[int, ...],
-    n_batch: int,
-) -> jax.Array:
-    """Contracts `x_axes` of `x` with `y_axes` of `y`; the other axes stay in order."""
-    batch = tuple(range(n_batch))
-    dimensions = ((x_axes, y_axes), (batch, batch))
-    precision = _HIGHEST if x.dtype != jnp.bfloat16 else None
-    return contraction.dot(x, y, contraction.Dot(dimensions, precision))

@@ -16,7 +16,7 @@ from jax import lax
 
 from lora_jax._core import numerics, quantized
 from lora_jax.lowrank import weight_norms
-from lora_jax.lowrank.weight_norms import Matrix
+from lora_jax.lowrank.norm_matrix import Matrix
 from lora_jax.plan import layout, stacks
 from lora_jax.plan.adapter_plan import Target
 from lora_jax.transform._context import Context

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.lowrank import low_rank, weight_norms
+from lora_jax.lowrank import low_rank, norm_matrix, weight_norms
+from lora_jax.lowrank.norm_matrix import Matrix
 from lora_jax.optim import preconditioning
 from tests import reference, support
 
@@ -73,7 +74,7 @@ def are_right(weight, adapter, norm_axis="out"):
     """Whether the norms are those of the factored squares."""
     axis = -2 if norm_axis == "out" else -1
     matrix = low_rank.LowRank(weight, adapter, 1.0, axis).matrix()
-    base = weight_norms.weight_norm_squared(weight, axis)
+    base = Matrix(weight).squares(axis)
     return weight_norms._are_right(weight_norms._factored_squares(matrix, base, axis))
 
 
@@ -85,8 +86,8 @@ def test_squares_near_the_ends_of_the_range_are_not_used(size, right):
     zeros = {"A": jnp.zeros((256, RANK)), "B": jnp.zeros((RANK, 4))}
     assert are_right(weight, zeros) == right
     # The squares of a weight alone lose less.
-    squares = weight_norms.weight_norm_squared(weight, -2) / (RANK if size < 1 else 1)
-    alone = weight_norms._factored_squares(weight_norms.Matrix(weight), squares, -2)
+    squares = Matrix(weight).squares(-2) / (RANK if size < 1 else 1)
+    alone = weight_norms._factored_squares(Matrix(weight), squares, -2)
     assert weight_norms._are_right(alone) == right
 
 
@@ -105,7 +106,7 @@ def test_ordinary_updates_cost_a_few_units(size, scale):
 def test_the_factored_form_alone_would_be_wrong():
     # Guards the tests above: without the way out, the hard cases are off by far more.
     weight, adapter = cancelling_case(1.0)
-    base = weight_norms.weight_norm_squared(weight, -2)
+    base = Matrix(weight).squares(-2)
     transposed = adapter["A"].T
     right = adapter["B"]
     squared = base + 2 * jnp.sum((transposed @ weight) * right, 0)
@@ -356,8 +357,8 @@ def test_axes_of_a_weight_that_are_not_folded(norm_axis, dtype, part):
     axis = {"out": -2, "in": -1}[norm_axis]
     a, b = adapter["A"], adapter["B"]
     weight, a, b = (jnp.stack(pair) for pair in ((weight, 2 * weight), (a, a), (b, 2 * b)))
-    sides = weight_norms.sides(a, b, axis, "float32")
-    folded = weight_norms.Matrix(weight, *sides, 1.0)
+    sides = norm_matrix.sides(a, b, axis, "float32")
+    folded = Matrix(weight, *sides, 1.0)
     sizes = {N_IN: (4, 256), N_OUT: (3, 16)}
     ends = [n for size in weight.shape[1:] for n in sizes[size]]
     unfolded = folded._replace(weight=weight.reshape(2, *ends))

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import lora_jax
-from lora_jax.lowrank import weight_norms
+from lora_jax.lowrank.norm_matrix import Matrix
 from lora_jax.transform import _norms
 from tests.programs import equations
 from tests.support import count_traces, normal, optimizations, x64
@@ -907,7 +907,7 @@ def test_shapes_show_which_norms_are_mapped(mapped, axis):
         shapes[mapped] = (2, *shapes[mapped])
     out = shapes.pop("out")
     arrays = {name: jax.ShapeDtypeStruct(shape, "f4") for name, shape in shapes.items()}
-    is_matrix = _norms._is_matrix(weight_norms.Matrix(**arrays), axis, out)
+    is_matrix = _norms._is_matrix(Matrix(**arrays), axis, out)
     assert is_matrix == (mapped is None)
 
 

@@ -362,8 +362,7 @@ def stored(quantize: Quantize, base: jax.Array) -> quantized.Weight:
 
 
 def _rounded(factors: tuple[jax.Array, jax.Array], dtype: DTypeLike) -> Adapter:
-    a, b = factors
-    return {"A": a.astype(dtype), "B": b.astype(dtype)}
+    return {name: x.astype(dtype) for name, x in zip("AB", factors, strict=True)}
 
 
 def _checked(
@@ -379,9 +378,8 @@ def _checked(
     decompositions.check_rank(rank, weight.shape)
     checks.check_number("alpha", alpha)
     checks.check_flags(rank_stabilized=rank_stabilized)
-    if dtype is None:
-        dtype = numerics.accumulation_dtype(weight.dtype)
-    dtype = checks.check_factor_dtype(dtype)
+    own = numerics.accumulation_dtype(weight.dtype)
+    dtype = checks.check_factor_dtype(own if dtype is None else dtype)
     wide = jnp.asarray(weight, numerics.accumulation_dtype(weight.dtype, dtype))
     scale = numerics.adapter_scale(alpha, rank, rank_stabilized, wide.dtype)
     return wide, scale, dtype

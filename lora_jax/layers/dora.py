@@ -180,17 +180,8 @@ def dora_column_norm(
     if adapter is None:
         checks.check_weight("weight", weight)
         return LowRank(weight, {}, 1.0, axis).norms()
-    value = adapter_checks.checked(
-        "weight",
-        weight,
-        adapter,
-        alpha,
-        rank_stabilized,
-        axis,
-        optional=("m",),
-        refused=_LOSES_BIAS,
-    )
-    return value.norms()
+    given: Any = ("weight", weight, adapter, alpha, rank_stabilized, axis)
+    return adapter_checks.checked(*given, optional=("m",), refused=_LOSES_BIAS).norms()
 
 
 def dora_linear(
@@ -259,9 +250,8 @@ def dora_linear(
         >>> lora_jax.dora_linear(x, weight, adapter, alpha=8.0).shape
         (2, 5, 32)
     """
-    value = _checked(
-        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, norm_axis
-    )
+    given = frozen_weight, adapter, alpha, rank_stabilized, norm_axis
+    value = _checked("frozen_weight", *given)
     checks.check_input(x, frozen_weight)
     checks.check_choice("dropout_mode", dropout_mode, ("peft", "torchtune", "megatron"))
     checks.check_flags(scale_bias=scale_bias, detach_norm=detach_norm)
@@ -279,16 +269,14 @@ def dora_linear(
 
     x, weight, scale = jnp.asarray(x), value.weight, value.scale
     dtype = numerics.promote(x.dtype, weight.dtype)
-    norm = column_norm
-    if norm is None:
-        norm = value.frozen_norms(weight_norm_squared)
+    squares = weight_norm_squared
+    norm = value.frozen_norms(squares) if column_norm is None else column_norm
     if detach_norm:
         norm = lax.stop_gradient(norm)
     factor = weight_norms.factor(adapter["m"], norm)
     dropout = dora_products.Dropout(dropout_rate, dropout_key, dropout_mode)
-    scale_inputs, scale_outputs = dora_products.scale_inputs, dora_products.scale_outputs
-    apply = scale_inputs if norm_axis == "in" else scale_outputs
-    y = apply(x, weight, adapter, scale, factor, dropout, dtype)
+    ways = {"in": dora_products.scale_inputs, "out": dora_products.scale_outputs}
+    y = ways[norm_axis](x, weight, adapter, scale, factor, dropout, dtype)
     if bias is not None:
         shift = numerics.as_row(bias, y)
         y = y + (shift * numerics.as_row(factor, y) if scale_bias else shift)
@@ -324,10 +312,8 @@ def merge_dora_weight(
     References:
         Liu et al., 2024, equation 5, https://arxiv.org/abs/2402.09353.
     """
-    value = _checked(
-        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, norm_axis
-    )
-    return value.merge()
+    given = frozen_weight, adapter, alpha, rank_stabilized, norm_axis
+    return _checked("frozen_weight", *given).merge()
 
 
 def unmerge_dora_weight(
@@ -363,9 +349,8 @@ def unmerge_dora_weight(
         KeyError, TypeError, ValueError: as `merge_dora_weight`; ValueError if
             `column_norm` does not fit.
     """
-    value = _checked(
-        "merged_weight", merged_weight, adapter, alpha, rank_stabilized, norm_axis
-    )
+    given = merged_weight, adapter, alpha, rank_stabilized, norm_axis
+    value = _checked("merged_weight", *given)
     _check_norms(merged_weight.shape, norm_axis, {"column_norm": column_norm})
     return value.unmerge(column_norm)
 
@@ -385,16 +370,9 @@ def _checked(
     norm_axis: NormAxis,
 ) -> LowRank:
     """The value of a weight with its DoRA adapter, after all checks."""
-    value = adapter_checks.checked(
-        name,
-        weight,
-        adapter,
-        alpha,
-        rank_stabilized,
-        _axis(norm_axis),
-        required=("A", "B", "m"),
-        refused=_LOSES_BIAS,
-    )
+    given: Any = (name, weight, adapter, alpha, rank_stabilized, _axis(norm_axis))
+    entries: Any = {"required": ("A", "B", "m"), "refused": _LOSES_BIAS}
+    value = adapter_checks.checked(*given, **entries)
     kept = _kept(weight.shape, norm_axis)
     what = f"one magnitude for each {norm_axis}put, since norm_axis={norm_axis!r}"
     checks.check_vector("adapter['m']", adapter["m"], kept, what)

@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from lora_jax._core import checks, placement, tree_paths
-from lora_jax._core.quantized import QuantizedTensor
 from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.decompose import (
     DecomposedWeight,
@@ -266,47 +265,11 @@ def _report(
         _LOG.info("%s: %s gathers the weight, %d bytes in float32.", path, reason, size)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class _AsMatrix(QuantizedTensor):
-    """A quantized weight of any layout, seen as its `(*batch, in, out)` matrix."""
-
-    weight: QuantizedTensor
-    target: Target = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.target.matrix_shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.weight.dtype
-
-    @property
-    def batch_ndim(self) -> int:
-        return 0  # not a stack: the axes of the weight may be in another order
-
-    def dequantize(self, dtype: DTypeLike) -> jax.Array:
-        return layout.to_matrix(self.weight.dequantize(dtype), self.target)
-
-    def quantize_like(self, weight: jax.Array) -> "_AsMatrix":
-        like = self.weight.quantize_like(layout.from_matrix(weight, self.target))
-        return _AsMatrix(like, self.target)
-
-    def check(self) -> None:
-        self.weight.check()
-
-
 def _on_matrix(quantize: Quantize, target: Target) -> Quantize:
     """A version of `quantize` that takes the weight as a matrix."""
-
-    def quantize_matrix(matrix):
-        base = stored(quantize, layout.from_matrix(matrix, target))
-        if isinstance(base, QuantizedTensor):
-            return _AsMatrix(base, target)
-        return layout.to_matrix(base, target)
-
-    return quantize_matrix
+    return lambda matrix: layout.to_matrix(
+        stored(quantize, layout.from_matrix(matrix, target)), target
+    )
 
 
 def _decompose(
@@ -358,9 +321,7 @@ def _split(
         part = parts.take(weight, target.part)
         matrix = layout.to_matrix(part, own)
         made, adapter = _METHODS[method].init(weight=matrix, **options)
-        base: Any = (
-            made.weight if isinstance(made, _AsMatrix) else layout.from_matrix(made, own)
-        )
+        base = layout.from_matrix(made, own)
         if own.method == "dora":
             adapter["m"] = merging.column_norm(base, adapter, own)
         return parts.put(weight, target.part, base), adapter

@@ -9,10 +9,13 @@ norms of rows.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from lora_jax._core.quantized import QuantizedTensor, is_quantized
 from lora_jax.lowrank.low_rank import Axes, LowRank
 from lora_jax.plan import parts
 from lora_jax.plan.target import Target
@@ -20,13 +23,17 @@ from lora_jax.plan.target import Target
 _Sides = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def to_matrix(weight: jax.Array, target: Target) -> jax.Array:
-    """The weight as `(*batch, in, out)`."""
+def to_matrix(weight: Any, target: Target) -> Any:
+    """The weight as `(*batch, in, out)`. A quantized weight stays quantized."""
+    if is_quantized(weight):
+        return _AsMatrix(weight, target)
     return _folded(weight, target, (target.in_axes, target.out_axes))
 
 
-def from_matrix(matrix: jax.Array, target: Target) -> jax.Array:
+def from_matrix(matrix: Any, target: Target) -> Any:
     """Undoes `to_matrix`."""
+    if isinstance(matrix, _AsMatrix):
+        return matrix.weight
     return _unfolded(matrix, target, (target.in_axes, target.out_axes))
 
 
@@ -125,3 +132,34 @@ def _unfolded(matrix: jax.Array, target: Target, sides: _Sides) -> jax.Array:
 
 def _ascends(axes: tuple[int, ...]) -> bool:
     return axes == tuple(sorted(axes))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _AsMatrix(QuantizedTensor):
+    """A quantized weight of any layout, seen as its `(*batch, in, out)` matrix."""
+
+    weight: QuantizedTensor
+    target: Target = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.target.matrix_shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.weight.dtype
+
+    @property
+    def batch_ndim(self) -> int:
+        return 0  # not a stack: the axes of the weight may be in another order
+
+    def dequantize(self, dtype: DTypeLike) -> jax.Array:
+        return to_matrix(self.weight.dequantize(dtype), self.target)
+
+    def quantize_like(self, weight: jax.Array) -> "_AsMatrix":
+        like = self.weight.quantize_like(from_matrix(weight, self.target))
+        return _AsMatrix(like, self.target)
+
+    def check(self) -> None:
+        self.weight.check()

@@ -4,7 +4,6 @@ PEFT has PyTorch's layout: `lora_A (r, in)`, `lora_B (out, r)`. All conversions 
 They reorder values and scale them; they compute nothing else.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.config import PeftConfig, as_lora_config
 from lora_jax.peft.full import Replaced, add_bias, check_whole
 from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import Index, Site, boxes, common_dtype, from_matrix, to_matrix
@@ -30,7 +29,6 @@ from lora_jax.plan.adapter_plan import (
     TrainedLeaf,
     Use,
 )
-from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.parts import Entry
 
 Arrays = Mapping[str, np.ndarray]
@@ -314,9 +312,16 @@ def make_plan(
         if not own.target.suffix or of_leaf[path] not in places.known.uses:
             uses[of_leaf[path]] = (own.use,)
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
+    # The config gives the same plan, but for a leaf with two readings of its axes.
+    root = math.sqrt if config.use_rslora else int
+    numbers = {p: (own.rank, own.scale * root(own.rank)) for p, own in targets.items()}
     return AdapterPlan(
-        config=dataclasses.replace(
-            _lora_config(config, targets, of_leaf),
+        config=as_lora_config(
+            config,
+            numbers,
+            alpha=config.lora_alpha or 1.0,  # 0 if all modules have their own
+            targets=tuple(targets) or "all-linear",
+            axes={of_leaf[path]: target.axes for path, target in targets.items()},
             train=tuple(values),
             products=places.known.products,
         ),
@@ -325,27 +330,4 @@ def make_plan(
         skipped={p: _NOT_ADAPTED for p in places.leaves if p not in chosen},
         uses=uses,
         total=tree_paths.count_entries(leaves),
-    )
-
-
-def _lora_config(
-    config: PeftConfig, targets: Mapping[str, Target], of_leaf: Mapping[str, str]
-) -> LoraConfig:
-    """A config that gives the same plan, but for a leaf with two readings of its axes."""
-    alphas = {
-        path: target.scale * (math.sqrt(target.rank) if config.use_rslora else target.rank)
-        for path, target in targets.items()
-    }
-    return LoraConfig(
-        rank=config.r,
-        alpha=config.lora_alpha or 1.0,  # 0 if all modules have their own
-        targets=tuple(targets) or "all-linear",
-        rank_pattern={p: t.rank for p, t in targets.items() if t.rank != config.r},
-        alpha_pattern={
-            p: a for p, a in alphas.items() if not math.isclose(a, config.lora_alpha)
-        },
-        axes={of_leaf[path]: target.axes for path, target in targets.items()},
-        rank_stabilized=config.use_rslora,
-        use_dora=config.use_dora,
-        dropout=config.lora_dropout,
     )

@@ -30,6 +30,7 @@ from lora_jax.peft.fields import (
     wrong_type,
 )
 from lora_jax.peft.words import name_ends
+from lora_jax.plan.config import LoraConfig
 
 __all__ = ["PeftConfig"]
 
@@ -319,3 +320,29 @@ def saved_in(saved: Iterable[str], modules: Iterable[str]) -> dict[str, bool]:
         name: name in parts or any(re.match(saved_regex(name), own) for own in modules)
         for name in saved
     }
+
+
+def as_lora_config(
+    config: PeftConfig, numbers: Mapping[str, tuple[int, float]], **more: Any
+) -> LoraConfig:
+    """A `LoraConfig` with the settings of a PEFT config.
+
+    Args:
+        config: of PEFT.
+        numbers: the targets, with the rank and the alpha of each.
+        more: further fields, and fields with other values.
+    """
+    rank, alpha = config.r, config.lora_alpha
+    settings: dict[str, Any] = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": tuple(numbers),
+        "rank_pattern": {p: own for p, (own, _) in numbers.items() if own != rank},
+        "alpha_pattern": {
+            p: own for p, (_, own) in numbers.items() if not math.isclose(own, alpha)
+        },
+        "rank_stabilized": config.use_rslora,
+        "use_dora": config.use_dora,
+        "dropout": config.lora_dropout,
+    }
+    return LoraConfig(**settings | more)

@@ -11,7 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from lora_jax._core import tree_paths
-from lora_jax.peft.config import Patterns, PeftConfig, is_saved, pattern_key
+from lora_jax.peft.config import (
+    Patterns,
+    PeftConfig,
+    as_lora_config,
+    is_saved,
+    pattern_key,
+)
 from lora_jax.peft.fields import shorten
 from lora_jax.peft.layout import Index, boxes
 from lora_jax.peft.words import BIAS, is_embedding, name_ends, nearest_names, split_path
@@ -318,17 +324,8 @@ def to_lora_config(
         for match, indices in alike.items()
         for box in boxes(indices)
     }
-    return LoraConfig(
-        rank=own.r,
-        alpha=own.lora_alpha,
-        targets=tuple(targets),
-        rank_pattern={p: m.rank for p, m in targets.items() if m.rank != own.r},
-        alpha_pattern={p: m.alpha for p, m in targets.items() if m.alpha != own.lora_alpha},
-        rank_stabilized=own.use_rslora,
-        use_dora=own.use_dora,
-        dropout=own.lora_dropout,
-        init=_INITIALIZERS[own.init_lora_weights],
-    )
+    numbers = {path: (match.rank, match.alpha) for path, match in targets.items()}
+    return as_lora_config(own, numbers, init=_INITIALIZERS[own.init_lora_weights])
 
 
 def _matched(

@@ -5,76 +5,14 @@ import pytest
 
 import lora_jax
 from tests import reference, support
-
-ALPHA = 3.0
-SCALE = ALPHA / support.RANK
-AXES = ("out", "in")
+from tests.layers.support import ALPHA, AXES, SCALE, gradients, linear
 
 
-def make_case(layout="rows", norm_axis="out", **options):
-    return support.make_case(layout, method="dora", norm_axis=norm_axis, **options)
-
-
-def linear(case, **options):
-    return lora_jax.dora_linear(case.x, case.weight, case.adapter, ALPHA, **options)
-
-
-def gradients(case, **options):
-    def loss(x, adapter):
-        y = lora_jax.dora_linear(x, case.weight, adapter, ALPHA, **options)
-        return jnp.sum((y * case.c).astype(jnp.float32))
-
-    grad_x, grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(case.x, case.adapter)
-    return grads | {"x": grad_x}
+def make_case(layout="rows", norm_axis="out"):
+    return support.make_case(layout, method="dora", norm_axis=norm_axis)
 
 
 # ---------------------------------------------------------------------------- forward
-
-
-@pytest.mark.parametrize("detach_norm", [True, False])
-@pytest.mark.parametrize("norm_axis", AXES)
-@pytest.mark.parametrize("layout", support.LAYOUTS)
-def test_output_and_gradients_equal_the_formula(layout, norm_axis, detach_norm):
-    case = make_case(layout, norm_axis)
-    options = {"norm_axis": norm_axis, "detach_norm": detach_norm}
-    x, weight, bias, adapter, c = case.reference()
-    y = linear(case, bias=case.bias, **options)
-    assert y.shape == case.c.shape
-    want = reference.dora_linear(x, weight, adapter, SCALE, bias, norm_axis)
-    support.assert_close(y, want, 16)
-    want = reference.dora_gradients(x, weight, adapter, SCALE, c, **options)
-    for name, value in gradients(case, **options).items():
-        support.assert_close(value, want[name], 32)
-
-
-@pytest.mark.parametrize("norm_axis", AXES)
-@pytest.mark.parametrize("dtype", support.HALF)
-def test_half_precision(dtype, norm_axis):
-    case = make_case("tokens", norm_axis, dtype=dtype)
-    x, weight, _, adapter, c = case.reference()
-    y = linear(case, norm_axis=norm_axis)
-    assert y.dtype == dtype
-    want = reference.dora_linear(x, weight, adapter, SCALE, norm_axis=norm_axis)
-    support.assert_close(y, want, 2)
-    want = reference.dora_gradients(x, weight, adapter, SCALE, c, norm_axis)
-    for name, value in gradients(case, norm_axis=norm_axis).items():
-        assert value.dtype == (case.x if name == "x" else case.adapter[name]).dtype
-        support.assert_close(value, want[name], 4, dtype=dtype)
-
-
-@pytest.mark.parametrize("norm_axis", AXES)
-def test_float64_stays_float64(norm_axis):
-    with support.x64():
-        case = make_case("stacked", norm_axis, dtype="float64", adapter_dtype="float64")
-        case.adapter["m"] = case.adapter["m"].astype("float64")
-        x, weight, _, adapter, c = case.reference()
-        options = {"norm_axis": norm_axis, "detach_norm": False}
-        want = reference.dora_linear(x, weight, adapter, SCALE, norm_axis=norm_axis)
-        support.assert_close(linear(case, **options), want, 16)
-        want = reference.dora_gradients(x, weight, adapter, SCALE, c, **options)
-        for name, value in gradients(case, **options).items():
-            assert value.dtype == jnp.float64
-            support.assert_close(value, want[name], 32)
 
 
 @pytest.mark.parametrize("norm_axis", AXES)
@@ -122,17 +60,6 @@ def test_gradient_goes_on_through_a_given_norm():
     want = gradients(case, detach_norm=False)
     for name, value in jax.grad(loss)(case.adapter).items():
         support.assert_close(value, want[name], 16)
-
-
-@pytest.mark.parametrize("norm_axis", AXES)
-def test_vmap_is_a_leading_axis(norm_axis):
-    case = make_case("stacked", norm_axis)
-    options = {"norm_axis": norm_axis, "detach_norm": False}
-    mapped = jax.vmap(lambda case: linear(case, **options))(case)
-    support.assert_close(linear(case, **options), mapped, 8)
-    grads = jax.vmap(lambda case: gradients(case, **options))(case)
-    for name, value in gradients(case, **options).items():
-        support.assert_close(value, grads[name], 16)
 
 
 def test_second_order_and_forward_mode():
@@ -236,36 +163,6 @@ def test_dropout_modes(mode, norm_axis, layout):
 
 
 # ---------------------------------------------------------------------------- merging
-
-
-@pytest.mark.parametrize("norm_axis", AXES)
-@pytest.mark.parametrize("layout", support.LAYOUTS)
-def test_merged_layer_equals_adapted_layer(layout, norm_axis):
-    case = make_case(layout, norm_axis)
-    merge = lora_jax.merge_dora_weight
-    merged = merge(case.weight, case.adapter, ALPHA, norm_axis=norm_axis)
-    _, weight, _, adapter, _ = case.reference()
-    want = reference.dora_weight(weight, adapter, SCALE, norm_axis)
-    support.assert_close(merged, want, 8)
-
-
-@pytest.mark.parametrize("norm_axis", AXES)
-@pytest.mark.parametrize("dtype", support.DTYPES)
-def test_unmerge_undoes_merge_within_its_bound(dtype, norm_axis):
-    case = make_case("stacked", norm_axis, dtype=dtype)
-    options = {"norm_axis": norm_axis}
-    merged = lora_jax.merge_dora_weight(case.weight, case.adapter, ALPHA, **options)
-    norm = lora_jax.dora_column_norm(case.weight, case.adapter, ALPHA, **options)
-    back = lora_jax.unmerge_dora_weight(merged, case.adapter, norm, ALPHA, **options)
-    assert back.dtype == merged.dtype == case.weight.dtype
-    _, weight, _, adapter, _ = case.reference()
-    ratio = reference.along(reference.f64(norm) / adapter["m"], norm_axis)
-    size = ratio * np.abs(reference.f64(merged)) + np.abs(weight)
-    if dtype == "float32":  # sums are no wider than the weight
-        delta = SCALE * np.abs(adapter["A"]) @ np.abs(adapter["B"])
-        support.assert_close(back, weight, 4, scale=size + delta)
-    else:
-        support.assert_close(back, weight, 1, scale=size)
 
 
 @pytest.mark.parametrize("dtype", support.HALF)

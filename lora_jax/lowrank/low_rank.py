@@ -86,7 +86,7 @@ class LowRank:
         weight, update = self._dense_and_update()
         if "m" not in self.adapter:
             return update
-        norm = self._unfolded(self.norms()).astype(update.dtype)
+        norm = weight_norms.weight_norm(weight, self._summed, update)
         change = self._unfolded(self.adapter["m"]).astype(update.dtype) - norm
         tolerance = _NORM_ULPS * float(jnp.finfo(update.dtype).eps)
         real = (norm != 0) & (jnp.abs(change) > tolerance * norm)
@@ -94,20 +94,22 @@ class LowRank:
         adapted = weight.astype(update.dtype) + update
         return update + jnp.expand_dims(change, self._summed) * adapted
 
-    def norms(self) -> jax.Array:
+    def norms(self, *, form_update: bool = False) -> jax.Array:
         """The norms `n`, `(*batch, out)` or `(*batch, in)`. Differentiable.
 
-        A quantized weight has no gradient. With `axes` the update is computed.
+        A quantized weight has no gradient. With `form_update` the update is computed, and
+        no axes of the weight are folded.
         """
         if "A" not in self.adapter:
             dense = jnp.asarray(quantized.as_dense(self.weight))
             return self._folded(weight_norms.weight_norm(dense, self._summed))
-        if self.axes is not None:
+        if form_update:
             weight, update = self._dense_and_update()
             return self._folded(weight_norms.weight_norm(weight, self._summed, update))
         if quantized.is_quantized(self.weight):
             return self.frozen_norms()
-        return weight_norms.norm(self.matrix(), None, self.axis)
+        matrix, axis = self.matrix(fold=True)
+        return weight_norms.norm(matrix, None, axis)
 
     def frozen_norms(self, squares: jax.Array | None = None) -> jax.Array:
         """The norms `n`, without a gradient of the weight.
@@ -118,13 +120,30 @@ class LowRank:
         # A quantized weight is dequantized again in the backward pass.
         keep = contraction.keep_arguments(_frozen_norms, 5, frozen=self.weight)
         a, b = self.adapter["A"], self.adapter["B"]
-        return keep(self.weight, a, b, self.scale, squares, self.axis)
+        return keep(self.weight, a, b, self.scale, squares, (self.axis, self.axes))
 
-    def matrix(self) -> Matrix:
-        """The value as an argument of `weight_norms`. The weight must be dense."""
+    def matrix(self, *, fold: bool = False) -> tuple[Matrix, int]:
+        """The value as an argument of `weight_norms`, and the axis to sum over.
+
+        The weight must be dense. With `axes` it is transposed, unless the batch axes come
+        first and then inputs and outputs, in this order or the other one. The axes of
+        inputs, and those of outputs, are folded if `fold`.
+        """
         a, b = self.adapter["A"], self.adapter["B"]
-        sides = norm_matrix.sides(a, b, self.axis, self.weight.dtype)
-        return Matrix(self.weight, *sides, self.scale)
+        weight, axis = self.weight, self.axis
+        if self.axes is not None:
+            batch, ins, outs = self.axes
+            order = (*batch, *ins, *outs)
+            if sorted(order) == [*batch, *outs, *ins]:
+                order, axis = (*batch, *outs, *ins), -3 - axis
+                a, b = jnp.swapaxes(b, -1, -2), jnp.swapaxes(a, -1, -2)
+            if list(order) != sorted(order):
+                weight = weight.transpose(order)
+            if fold:
+                ends = (a.shape[-2], b.shape[-1])
+                weight = weight.reshape(*weight.shape[: len(batch)], *ends)
+        sides = norm_matrix.sides(a, b, axis, weight.dtype)
+        return Matrix(weight, *sides, self.scale), axis
 
     def _dense_and_update(self) -> tuple[jax.Array, jax.Array]:
         weight = jnp.asarray(quantized.as_dense(self.weight))
@@ -181,7 +200,7 @@ class LowRank:
         return jnp.expand_dims(factor, self._summed)
 
 
-def _frozen_norms(weight, a, b, scale, squares, axis) -> jax.Array:
+def _frozen_norms(weight, a, b, scale, squares, static) -> jax.Array:
     weight = lax.stop_gradient(quantized.as_dense(weight))
-    matrix = LowRank(weight, {"A": a, "B": b}, scale, axis).matrix()
+    matrix, axis = LowRank(weight, {"A": a, "B": b}, scale, *static).matrix(fold=True)
     return weight_norms.norm(matrix, squares, axis)

@@ -140,14 +140,13 @@ def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -
 
 @compiled
 def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> jax.Array:
-    target = own.target
+    target, norms_of = own.target, _norms_of(own)
     if not own.in_place:
-        norms, weight = _norms_of(layout.low_rank_matrix), stacks.take(weight, target)
-        return stacks.map_entries(norms, weight, factors, target.alone, own.split)
+        weight, alone = stacks.take(weight, target), target.alone
+        return stacks.map_entries(norms_of, weight, factors, alone, own.split)
     mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
     factors, whole = compat.automatically(own.adapter, mesh, factors)
-    form = _norms_of(layout.low_rank)
-    norms = stacks.map_entries(form, weight, factors, whole, own.split)
+    norms = stacks.map_entries(norms_of, weight, factors, whole, own.split)
     axes = (*target.batch_axes, *target.out_axes)
     sizes, entries = target.shape, parts.entries(target.part, target.shape)
     norms = norms.reshape([sizes[axis] for axis in axes])
@@ -156,9 +155,10 @@ def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> ja
     return norms.reshape(*batch, n_out)
 
 
-def _norms_of(value: Callable[..., LowRank]) -> Callable[..., jax.Array]:
-    """The function from the arguments of `value` to the norms of its result."""
-    return automatic(keeps=False)(lambda *given: value(*given).norms())
+def _norms_of(own: Own) -> Callable[..., jax.Array]:
+    """A function of a dense weight, its adapter and its target."""
+    form = {"form_update": own.in_place}
+    return automatic(keeps=False)(lambda *given: layout.low_rank(*given).norms(**form))
 
 
 @automatic(keeps=True)

@@ -1,13 +1,6 @@
-"""A weight of any layout as a matrix, and back.
-
-`to_matrix` gives `(*batch, in, out)`. For norms, `low_rank_matrix` does not transpose a
-weight whose axes have the order batch, output, input, because that would copy the weight.
-Its matrix is then `(*batch, out, in)`, the update is `scale * B^T A^T`, and the norms are
-norms of rows.
-"""
+"""A weight of any layout as a `(*batch, in, out)` matrix and back, and with its update."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,21 +13,25 @@ from lora_jax.lowrank.low_rank import Axes, LowRank
 from lora_jax.plan import parts
 from lora_jax.plan.target import Target
 
-_Sides = tuple[tuple[int, ...], tuple[int, ...]]
-
 
 def to_matrix(weight: Any, target: Target) -> Any:
     """The weight as `(*batch, in, out)`. A quantized weight stays quantized."""
     if is_quantized(weight):
         return _AsMatrix(weight, target)
-    return _folded(weight, target, (target.in_axes, target.out_axes))
+    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
+    weight = weight if _ascends(order) else weight.transpose(order)
+    return weight.reshape(target.matrix_shape)
 
 
 def from_matrix(matrix: Any, target: Target) -> Any:
     """Undoes `to_matrix`."""
     if isinstance(matrix, _AsMatrix):
         return matrix.weight
-    return _unfolded(matrix, target, (target.in_axes, target.out_axes))
+    order = (*target.batch_axes, *target.in_axes, *target.out_axes)
+    weight = matrix.reshape([target.shape[axis] for axis in order])
+    if _ascends(order):
+        return weight
+    return weight.transpose([order.index(axis) for axis in range(len(order))])
 
 
 def low_rank(
@@ -51,35 +48,6 @@ def low_rank(
     n = len(target.batch_axes)
     is_matrix = axes == (tuple(range(n)), (n,), (n + 1,))
     return LowRank(weight, adapter, target.scale, axes=None if is_matrix else axes)
-
-
-def low_rank_matrix(
-    weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
-) -> LowRank:
-    """A weight and its update as matrices, transposed only if the order requires it.
-
-    Args:
-        weight: dense, in its own layout.
-        adapter: of the weight. It may be empty.
-        target: of the weight.
-    """
-    sides = _sides(target)
-    matrix = _folded(weight, target, sides)
-    if sides[0] == target.in_axes:
-        return LowRank(matrix, adapter, target.scale)
-    turned = {"A": "B", "B": "A"}
-    adapter = {
-        turned.get(name, name): value.swapaxes(-1, -2) if name in turned else value
-        for name, value in adapter.items()
-    }
-    return LowRank(matrix, adapter, target.scale, axis=-1)
-
-
-def ordered(weight: jax.Array, target: Target) -> jax.Array:
-    """The weight of `low_rank_matrix`, whose axes are in that order and not folded."""
-    sides = _sides(target)
-    order = (*target.batch_axes, *sides[0], *sides[1])
-    return weight if _ascends(order) else weight.transpose(order)
 
 
 def of_whole(
@@ -103,31 +71,6 @@ def of_whole(
 
     padded_adapter = {name: padded(name, array) for name, array in adapter.items()}
     return padded_adapter, dataclasses.replace(whole, method=target.method)
-
-
-def _sides(target: Target) -> _Sides:
-    """The axes of the weight that `low_rank_matrix` folds into its last two axes."""
-    straight = target.in_axes, target.out_axes
-    turned = target.out_axes, target.in_axes
-    orders = [(*target.batch_axes, *sides[0], *sides[1]) for sides in (straight, turned)]
-    return turned if list(map(_ascends, orders)) == [False, True] else straight
-
-
-def _folded(weight: jax.Array, target: Target, sides: _Sides) -> jax.Array:
-    order = (*target.batch_axes, *sides[0], *sides[1])
-    batch = [target.shape[axis] for axis in target.batch_axes]
-    ends = [math.prod(target.shape[axis] for axis in side) for side in sides]
-    if not _ascends(order):
-        weight = weight.transpose(order)
-    return weight.reshape(*batch, *ends)
-
-
-def _unfolded(matrix: jax.Array, target: Target, sides: _Sides) -> jax.Array:
-    order = (*target.batch_axes, *sides[0], *sides[1])
-    weight = matrix.reshape([target.shape[axis] for axis in order])
-    if _ascends(order):
-        return weight
-    return weight.transpose([order.index(axis) for axis in range(len(order))])
 
 
 def _ascends(axes: tuple[int, ...]) -> bool:

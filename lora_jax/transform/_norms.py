@@ -43,10 +43,8 @@ def constant_norm(
 
 def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """The norms of one weight, whose axes are not folded: a mesh may split each of them."""
-    weight = jnp.asarray(weight)
-    value = layout.low_rank_matrix(weight, adapter, target)
-    matrix = value.matrix()._replace(weight=layout.ordered(weight, target))
-    return _CALLS[value.axis](matrix)
+    matrix, axis = layout.low_rank(jnp.asarray(weight), adapter, target).matrix()
+    return _CALLS[axis](matrix)
 
 
 # Traced once for all weights of one shape. The gradient of the weight is stopped inside. If

@@ -76,29 +76,12 @@ def test_adapted_forward_is_merged_forward(layer):
 
 @settings(max_examples=15)
 @given(layers())
-def test_unmerge_undoes_merge(layer):
-    options, alpha, stabilized = layer
-    with build(options) as case:
-        args = (case.adapter, alpha)
-        merged = lora_jax.merge_lora_weight(case.weight, *args, rank_stabilized=stabilized)
-        back = lora_jax.unmerge_lora_weight(merged, *args, rank_stabilized=stabilized)
-        before = reference.f64(case.weight)
-        size = np.abs(before) + np.abs(reference.f64(merged))
-        support.assert_close(back, before, 1, scale=size)
-
-
-@settings(max_examples=15)
-@given(layers())
-def test_zero_b_changes_nothing(layer):
+def test_merging_zero_b_changes_no_bit(layer):
     options, alpha, _ = layer
     with build(options) as case:
         adapter = case.adapter | {"B": jnp.zeros_like(case.adapter["B"])}
         merged = lora_jax.merge_lora_weight(case.weight, adapter, alpha)
         np.testing.assert_array_equal(merged, case.weight)
-        y = jax.jit(lora_jax.lora_linear)(case.x, case.weight, adapter, alpha)
-        x, weight, *_ = case.reference()
-        size = np.abs(x) @ np.abs(weight) + 1e-30
-        support.assert_close(y, x @ weight, sums(options), scale=size)
 
 
 @settings(max_examples=15)
@@ -112,27 +95,6 @@ def test_delta_is_linear_in_alpha(layer, factor):
             for a in (alpha, factor * alpha)
         )
         np.testing.assert_array_equal(many, factor * one)
-
-
-@settings(max_examples=15)
-@given(layers(), st.sampled_from(["lora", "dora"]))
-def test_vmap_is_a_leading_axis(layer, method):
-    options, alpha, stabilized = layer
-    layout = options["layout"] if support.LAYOUTS[options["layout"]][0] else "stacked"
-    with build(options | {"layout": layout, "method": method}) as case:
-        linear = lora_jax.lora_linear if method == "lora" else lora_jax.dora_linear
-
-        def apply(x, weight, adapter):
-            return linear(x, weight, adapter, alpha, rank_stabilized=stabilized)
-
-        args = (case.x, case.weight, case.adapter)
-        got, mapped = jax.jit(apply)(*args), jax.jit(jax.vmap(apply))(*args)
-        x, weight, _, adapter, _ = case.reference()
-        size = size_of(x, weight, adapter, scale_of(options, alpha, stabilized))
-        if method == "dora":
-            size = size * 10 * np.abs(adapter["m"]).max() + np.abs(reference.f64(got)).max()
-        want = reference.f64(mapped).reshape(size.shape)
-        support.assert_close(got, want, sums(options), scale=size)
 
 
 @settings(max_examples=15)

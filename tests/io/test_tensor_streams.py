@@ -101,19 +101,6 @@ def test_the_order_is_that_of_the_entries(tmp_path):
     assert list(json.loads(header[8:])) == ["c", "a", "b"]
 
 
-def crash(path, tensors):
-    with tensor_streams.open_writer(path, abstract(tensors), {}) as writer:
-        name, tensor = next(iter(tensors.items()))
-        writer.write(name, tensor)
-        raise KeyboardInterrupt("halfway")
-
-
-def test_a_crash_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt, match="halfway"):
-        crash(tmp_path / "a.safetensors", make())
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_text("old")

@@ -70,8 +70,9 @@ def test_float64_stays_float64(method):
 
 
 @each("lora_bias", "dora out exact", "dora in exact")
-def test_vmap_is_a_leading_axis(method):
-    case, options, ulps = make_case(method, "stacked"), options_of(method), 4
+@pytest.mark.parametrize("layout", ["stacked", "experts_in_layers"])
+def test_vmap_is_a_leading_axis(layout, method):
+    case, options, ulps = make_case(method, layout), options_of(method), 4
     mapped = jax.vmap(lambda case: linear(case, bias=case.bias, **options))(case)
     ulps *= 1 + ("dora" in method)
     support.assert_close(linear(case, bias=case.bias, **options), mapped, ulps)

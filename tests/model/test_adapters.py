@@ -22,30 +22,16 @@ from lora_jax.model.adapters import (
 from lora_jax.plan.adapter_plan import Target, Use
 from lora_jax.plan.config import LoraConfig
 from tests import reference, support
+from tests.model.support import SHAPES, make_params
 from tests.support import straight
-
-AXES = {"q": "ioo", "o": "oi", "stack": "bio", "turned": "boi", "mixed": "oib", "w": "io"}
-SHAPES = {
-    "w": (12, 9),
-    "q": (12, 2, 3),
-    "o": (9, 12),
-    "stack": (3, 12, 9),
-    "turned": (3, 9, 12),
-    "mixed": (9, 12, 3),
-}
 
 
 def make(method="lora", dtype="float32", seed=0, names=None, factors=None, **fields):
     """Params, trained adapters and their plan, with a weight of each kind of layout."""
     rng = np.random.default_rng(seed)
     names = names or (tuple(SHAPES) if method == "lora" else ("w", "turned", "mixed"))
-    params = {"block": {}, "bias": jnp.ones(9), "name": "run", "step": 3}
-    for name in names:
-        params["block"][name] = jnp.asarray(rng.normal(size=SHAPES[name]), dtype)
-    axes = {f"*/{name}": AXES[name] for name in names}
-    fields |= {"use_dora": method == "dora", "dtype": factors, "axes": axes}
-    config = LoraConfig(4, 3.0, "block/*", **fields)
-    plan = plan_adapters(config, params)
+    fields |= {"use_dora": method == "dora", "dtype": factors}
+    params, plan = make_params(rng, names, dtype, **fields)
     adapters = {}
     for path, target in plan.targets.items():
         adapters[path] = {

@@ -17,19 +17,11 @@ from lora_jax.layers.decompose import (
 )
 from lora_jax.model.decompose import decompose_params, to_plain_adapters
 from tests import reference, support
+from tests.model.support import make_params
 from tests.support import assert_same_bits, best, coarse, straight
 
-AXES = {"w": "io", "q": "ioo", "o": "oi", "turned": "boi", "mixed": "oib"}
-SHAPES = {
-    "w": (12, 9),
-    "q": (12, 2, 3),
-    "o": (9, 12),
-    "turned": (3, 9, 12),
-    "mixed": (9, 12, 3),
-}
 KEY = jax.random.key(1)
-
-
+LAYOUTS = ("w", "q", "o", "turned", "mixed")
 METHODS = {
     "pissa": {},
     "olora": {},
@@ -38,15 +30,8 @@ METHODS = {
 }
 
 
-def make(names=tuple(SHAPES), dtype="float32", factors=None, **fields):
-    """Params with weights of some layouts and leaves without adapters, and a plan."""
-    rng = np.random.default_rng(0)
-    params = {"block": {}, "bias": jnp.ones(9), "name": "run", "step": 3}
-    for name in names:
-        params["block"][name] = jnp.asarray(rng.normal(size=SHAPES[name]), dtype)
-    axes = {f"*/{name}": AXES[name] for name in names}
-    config = lora_jax.LoraConfig(4, 3.0, "block/*", axes=axes, dtype=factors, **fields)
-    return params, lora_jax.plan_adapters(config, params)
+def make(names=LAYOUTS, dtype="float32", factors=None, **fields):
+    return make_params(np.random.default_rng(0), names, dtype, dtype=factors, **fields)
 
 
 # ----------------------------------------------------------------------- decompose
@@ -57,7 +42,7 @@ def make(names=tuple(SHAPES), dtype="float32", factors=None, **fields):
     [*((m, False) for m in METHODS), ("olora", True), ("loftq", True)],
 )
 def test_base_and_adapters_are_the_params(method, use_dora):
-    names = tuple(SHAPES) if method == "pissa" else ("w", "o")
+    names = LAYOUTS if method == "pissa" else ("w", "o")
     params, plan = make(("w", "mixed") if use_dora else names, use_dora=use_dora)
     base, adapters = decompose_params(params, plan, method, **METHODS[method])
     for path, target in plan.targets.items():

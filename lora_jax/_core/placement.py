@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -240,6 +241,21 @@ def put(value: Any, sharding: Any) -> Any:
         if {*kinds.values()} == {AxisType.Explicit}:
             return value
     return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def like(leaf: Any, value: Any) -> jax.Array:
+    """A value with the dtype and the sharding of a leaf."""
+    value = jnp.asarray(value).astype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+    if not isinstance(leaf, jax.Array):
+        return value
+    if not (isinstance(leaf, Tracer) or isinstance(value, Tracer)):
+        place, memory = leaf.sharding, value.sharding.memory_kind
+        moves = isinstance(place, NamedSharding) or place.memory_kind != memory
+        return jax.device_put(value, place) if moves else value
+    kind = jax.typeof(leaf)
+    if compat.has_explicit_axes(compat.mesh_of(kind)):
+        return compat.retyped(value, kind.sharding)
+    return value
 
 
 def check_divides(shape: Sequence[int], sharding: NamedSharding) -> None:

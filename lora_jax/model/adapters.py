@@ -250,7 +250,7 @@ def merge_adapters(
     merged = merging.fold_all(merging.merge, leaves, adapters, {}, plan, donate)
     if requantize:
         merged = merging.requantize_all(leaves, merged)
-    merged |= trained_leaves.merge(leaves, adapters, plan)
+    merged |= merging.copy_trained(leaves, adapters, plan)
     return treedef.unflatten((leaves | merged).values())
 
 

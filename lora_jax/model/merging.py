@@ -17,10 +17,11 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, compat, numerics, placement, quantized
-from lora_jax.layers.lora import Adapter
+from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.lowrank.low_rank import LowRank
 from lora_jax.plan import layout, parts, plan_checks, stacks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.target import VALUE
 
 _LOG = logging.getLogger("lora_jax")
 
@@ -243,6 +244,26 @@ def _requantization_loss(old: Any, merged: jax.Array, stored: Any) -> jax.Array:
     merged = merged.astype(wide).ravel()
     update, lost = (jnp.linalg.norm(merged - x) for x in dense)
     return lost / update
+
+
+def copy_trained(
+    leaves: Mapping[str, Any], adapters: Adapters, plan: AdapterPlan
+) -> Adapter:
+    """Copies of the trained leaves by path, for the params.
+
+    Raises:
+        FloatingPointError: outside a trace, if one has an infinity or a NaN.
+    """
+    merged = {}
+    for path in plan.trained:
+        copy = jnp.copy(placement.on_device(adapters[path][VALUE]))
+        copy = copy.astype(jax.dtypes.canonicalize_dtype(leaves[path].dtype))
+        if not isinstance(copy, Tracer) and not bool(jnp.isfinite(copy).all()):
+            raise FloatingPointError(
+                f"at {path!r}: the trained leaf has an infinity or a NaN in {copy.dtype}."
+            )
+        merged[path] = placement.like(leaves[path], copy)
+    return merged
 
 
 def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:

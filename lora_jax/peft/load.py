@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax._core import checks, tree_paths
+from lora_jax._core import checks, placement, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_table
 from lora_jax._io import tensor_files
@@ -35,7 +35,6 @@ from lora_jax.peft.missing import (
 )
 from lora_jax.peft.names import NamesArgument
 from lora_jax.peft.rules import Rules
-from lora_jax.plan import trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
@@ -368,4 +367,4 @@ def _like(leaf: Any, array: jax.Array) -> jax.Array:
             f"the leaf must be an array of the shape {array.shape}, got "
             f"{getattr(leaf, 'shape', type(leaf).__name__)}."
         )
-    return trained_leaves.as_leaf(leaf, array)
+    return placement.like(leaf, array)

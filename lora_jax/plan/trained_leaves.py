@@ -9,10 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import NamedSharding
 
-from lora_jax._core import checks, compat, numerics, placement, tree_paths
+from lora_jax._core import checks, numerics, placement, tree_paths
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
@@ -37,12 +35,16 @@ def init_all(leaves: Leaves, plan: AdapterPlan) -> dict[str, Adapter]:
 
 def dtype_of(leaf: Any, plan: AdapterPlan) -> Any:
     """The dtype of the copy of a leaf that a plan trains."""
-    return numerics.promote(_dtype(leaf), plan.config.dtype or "float32")
+    return numerics.promote(
+        jax.dtypes.canonicalize_dtype(leaf.dtype), plan.config.dtype or "float32"
+    )
 
 
 def values(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
     """The trained leaves by path, with the dtypes and shardings of the params' leaves."""
-    return {path: as_leaf(leaves[path], adapters[path][VALUE]) for path in plan.trained}
+    return {
+        path: placement.like(leaves[path], adapters[path][VALUE]) for path in plan.trained
+    }
 
 
 def put(params: tree_paths.Tree, adapters: Adapters, plan: AdapterPlan) -> tree_paths.Tree:
@@ -51,24 +53,6 @@ def put(params: tree_paths.Tree, adapters: Adapters, plan: AdapterPlan) -> tree_
         return params
     leaves, treedef = tree_paths.flatten(params)
     return treedef.unflatten((leaves | values(leaves, adapters, plan)).values())
-
-
-def merge(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
-    """Copies of the trained leaves by path, for the params.
-
-    Raises:
-        FloatingPointError: outside a trace, if one has an infinity or a NaN.
-    """
-    merged = {}
-    for path in plan.trained:
-        copy = jnp.copy(placement.on_device(adapters[path][VALUE]))
-        copy = copy.astype(_dtype(leaves[path]))
-        if not isinstance(copy, Tracer) and not bool(jnp.isfinite(copy).all()):
-            raise FloatingPointError(
-                f"at {path!r}: the trained leaf has an infinity or a NaN in {copy.dtype}."
-            )
-        merged[path] = as_leaf(leaves[path], copy)
-    return merged
 
 
 def split(
@@ -95,22 +79,3 @@ def restore(originals: Mapping[str, Any] | None, plan: AdapterPlan) -> dict[str,
         with checks.at_path(path):
             checks.check_vector("the leaf", given[path], leaf.shape, "that of the plan")
     return dict(given)
-
-
-def as_leaf(leaf: Any, value: Any) -> jax.Array:
-    """A value with the dtype and the sharding of a leaf."""
-    value = jnp.asarray(value).astype(_dtype(leaf))
-    if not isinstance(leaf, jax.Array):
-        return value
-    if not (isinstance(leaf, Tracer) or isinstance(value, Tracer)):
-        place, memory = leaf.sharding, value.sharding.memory_kind
-        moves = isinstance(place, NamedSharding) or place.memory_kind != memory
-        return jax.device_put(value, place) if moves else value
-    kind = jax.typeof(leaf)
-    if compat.has_explicit_axes(compat.mesh_of(kind)):
-        return compat.retyped(value, kind.sharding)
-    return value
-
-
-def _dtype(leaf: Any) -> Any:
-    return jax.dtypes.canonicalize_dtype(leaf.dtype)

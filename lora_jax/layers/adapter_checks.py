@@ -36,6 +36,8 @@ LOSES_MAGNITUDE = {
     "unmerge_dora_weight, or leave it out on purpose: "
     "{name: adapter[name] for name in 'AB'}."
 }
+# The entries of a LoRA adapter for a function that applies its biases.
+WITH_BIASES: Any = {"optional": BIASES, "refused": LOSES_MAGNITUDE}
 
 
 def check_adapter(

@@ -6,7 +6,6 @@ as its weight. `lora_linear` applies them. Dtypes are as in `lora_jax.layers.lor
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,9 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, numerics
 from lora_jax.layers import adapter_checks
-from lora_jax.layers.adapter_checks import LOSES_MAGNITUDE
+from lora_jax.layers.adapter_checks import WITH_BIASES
 
 __all__ = ["lora_bias_delta", "merge_lora_layer", "unmerge_lora_layer"]
-
-_BIASES: Any = {"optional": adapter_checks.BIASES, "refused": LOSES_MAGNITUDE}
 
 
 def lora_bias_delta(
@@ -42,7 +39,7 @@ def lora_bias_delta(
     Raises:
         KeyError, TypeError, ValueError: as `lora_delta`, but biases are welcome.
     """
-    adapter_checks.check_adapter(adapter, None, **_BIASES)
+    adapter_checks.check_adapter(adapter, None, **WITH_BIASES)
     dtypes = [value.dtype for value in adapter.values()]
     scale = adapter_checks.checked_scale(adapter, alpha, rank_stabilized, *dtypes)
     dtype = numerics.promote(*dtypes)
@@ -76,7 +73,7 @@ def merge_lora_layer(
             ValueError if `frozen_bias` does not fit.
     """
     value = adapter_checks.checked(
-        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, **_BIASES
+        "frozen_weight", frozen_weight, adapter, alpha, rank_stabilized, **WITH_BIASES
     )
     weight = value.weight
     if frozen_bias is None:
@@ -111,7 +108,7 @@ def unmerge_lora_layer(
         KeyError, TypeError, ValueError: as `merge_lora_layer`.
     """
     value = adapter_checks.checked(
-        "merged_weight", merged_weight, adapter, alpha, rank_stabilized, **_BIASES
+        "merged_weight", merged_weight, adapter, alpha, rank_stabilized, **WITH_BIASES
     )
     checks.check_bias("merged_bias", merged_bias, value.weight.shape)
     delta = _wide_bias_delta(adapter, value.scale, merged_bias.dtype)

@@ -193,15 +193,8 @@ def lora_linear(
         >>> y.shape, bool((y == x @ weight).all())
         ((2, 5, 32), True)
     """
-    value = adapter_checks.checked(
-        "frozen_weight",
-        frozen_weight,
-        adapter,
-        alpha,
-        rank_stabilized,
-        optional=adapter_checks.BIASES,
-        refused=adapter_checks.LOSES_MAGNITUDE,
-    )
+    given: Any = ("frozen_weight", frozen_weight, adapter, alpha, rank_stabilized)
+    value = adapter_checks.checked(*given, **adapter_checks.WITH_BIASES)
     checks.check_input(x, frozen_weight)
     checks.check_dropout(dropout_rate, dropout_key)
     checks.check_choice("dropout_position", dropout_position, ("pre", "post"))

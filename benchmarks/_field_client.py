@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from _field_case import Case
+from _language_case import LanguageCase
 
 HERE = pathlib.Path(__file__).parent
 ENVIRONMENTS = ("jax", "torch")
@@ -71,14 +72,21 @@ class Client:
         python: the interpreter of its environment.
         environment: which contestants it has.
         case: the sizes and the file of arrays.
+        script: what the process runs, beside this file.
 
     Raises:
         WorkerError: if it does not start.
     """
 
-    def __init__(self, python: str | os.PathLike[str], environment: str, case: Case):
+    def __init__(
+        self,
+        python: str | os.PathLike[str],
+        environment: str,
+        case: Case | LanguageCase,
+        script: str = "_field_worker.py",
+    ):
         self.environment = environment
-        command = [os.fspath(python), str(HERE / "_field_worker.py"), environment]
+        command = [os.fspath(python), str(HERE / script), environment]
         try:
             self._process = subprocess.Popen(
                 [*command, case.to_json()],

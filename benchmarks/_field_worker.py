@@ -20,13 +20,13 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, TextIO
 
 from _field_case import CHECKED_STEPS, CONTESTANTS, Case, Contestant
 
-PACKAGES = ("jax", "flax", "qwix", "torch", "peft")
+PACKAGES = ("jax", "flax", "qwix", "torch", "peft", "transformers")
 
 
 class Worker:
@@ -51,7 +51,7 @@ class Worker:
         return {
             "ready": list(self._modules),
             "missing": self._missing,
-            "versions": dict(_versions()),
+            "versions": dict(versions()),
             **device,
         }
 
@@ -63,18 +63,23 @@ class Worker:
 
     def step(self, name: str, steps: int) -> dict[str, float]:
         """Times some steps together."""
-        step = self._contestants[name].step
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            step()
-        return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        return time_steps(self._contestants[name].step, steps)
 
     def memory(self, name: str) -> dict[str, float]:
         """What a step needs."""
         return self._contestants[name].costs()
 
 
-def _versions():
+def time_steps(step: Callable[[], float], steps: int) -> dict[str, float]:
+    """The seconds that some steps take together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """The versions of Python and of packages."""
     yield "python", platform.python_version()
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -99,12 +104,17 @@ def serve(commands: Mapping[str, Callable[..., Any]], source: TextIO, sink: Text
         print(json.dumps(answer), file=sink, flush=True)
 
 
+def take_over_output() -> TextIO:
+    """The standard output, for answers: what libraries print is not taken for one."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
 def main(arguments: list[str]) -> None:
     """Serves on the streams of this process."""
     environment, case = arguments
-    # What libraries print is not to be taken for an answer.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = take_over_output()
     worker = Worker(environment, Case.from_json(case))
     commands = {
         "list": worker.list,

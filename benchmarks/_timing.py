@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -119,6 +120,23 @@ def interleave(
             if i >= warmup:
                 times[name].wall.append(wall)
                 times[name].cpu.append(cpu)
+    return times
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int, *, warmup: int = 1
+) -> dict[str, Times]:
+    """`interleave` for other processes, which say their `"wall"` and `"cpu"` themselves."""
+    times = {name: Times([], []) for name in calls}
+    shuffle, order = random.Random(0).shuffle, list(calls)
+    for i in range(warmup + rounds):
+        shuffle(order)
+        for name in order:
+            seconds = calls[name]()
+            if i >= warmup:
+                times[name].wall.append(seconds["wall"])
+                times[name].cpu.append(seconds["cpu"])
+        print(f"round {i + 1} of {warmup + rounds}", file=sys.stderr, flush=True)
     return times
 
 

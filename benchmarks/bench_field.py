@@ -22,9 +22,9 @@ parameters.
 
 import argparse
 import contextlib
+import functools
 import importlib
 import pathlib
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,18 +108,12 @@ def interleave(
     warmup: int = 1,
 ) -> dict[str, _timing.Times]:
     """Times each contestant once a round, in a shuffled order, over all processes."""
-    times = {name: _timing.Times([], []) for name in names}
-    shuffle, order = random.Random(0).shuffle, list(names)
-    for i in range(warmup + rounds):
-        shuffle(order)
-        for name in order:
-            worker = workers[CONTESTANTS[name].environment]
-            seconds = worker.ask("step", name=name, steps=steps)
-            if i >= warmup:
-                times[name].wall.append(seconds["wall"])
-                times[name].cpu.append(seconds["cpu"])
-        print(f"round {i + 1} of {warmup + rounds}", file=sys.stderr, flush=True)
-    return times
+
+    def timed(name: str) -> Any:
+        ask = workers[CONTESTANTS[name].environment].ask
+        return functools.partial(ask, "step", name=name, steps=steps)
+
+    return _timing.take_turns({name: timed(name) for name in names}, rounds, warmup=warmup)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

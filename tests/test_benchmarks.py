@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax
-from tests import support
+from tests import support, test_smollm
 
 pytestmark = pytest.mark.slow  # for developers of the library
 
@@ -596,3 +596,53 @@ def test_bench_sharding_counts_what_devices_exchange(bench_sharding, tmp_path):
     assert all(f"\n{name} " in run.text for name in names)
     markdown = bench_sharding.format_result(run.result, markdown=True)
     assert markdown.count("\n|") == 2 * (len(names) + 2)
+
+
+bench_language_model = script_fixture("bench_language_model")
+
+
+def test_bench_language_model_trains_and_decodes(bench_language_model, tmp_path):
+    script, printed, result = bench_language_model, io.StringIO(), tmp_path / "result.json"
+    arguments = [f"--gguf={test_smollm.model_file(tmp_path / 'a.gguf')}", "--quick"]
+    arguments += ["--batch=3", "--length=5", "--rank=2", "--tokens=8", f"--json={result}"]
+    with contextlib.redirect_stdout(printed):
+        script.main(arguments)
+    result, text = json.loads(result.read_text()), printed.getvalue()
+    kinds = {n: k for n, k in script.CONTESTANTS.items() if k.framework == "jax"}
+    rows, decoding = result["rows"], result["decoding"]
+    assert list(rows) == list(kinds)
+    for row, columns in [(r, script.COLUMNS) for r in rows.values()] + [
+        (r, script.DECODE_COLUMNS) for r in decoding.values()
+    ]:
+        assert set(row) == set(columns)
+        assert all(math.isfinite(value) and value >= 0 for value in row.values())
+    assert all(f"\n{name} " in text for name in (*rows, *decoding))
+    markdown = script.format_result(result, markdown=True)
+    assert markdown.count("\n|") == len(rows) + len(decoding) + len(script.GOALS) + 3 * 2
+
+    # Seven projections: (in + out) * rank in each of two layers; DoRA has out more.
+    sizes = [(n_in, n_out) for n_out, n_in in test_smollm.ROWS.values()]
+    lora = 2 * sum(2 * (n_in + n_out) for n_in, n_out in sizes) / 1e3
+    dora = lora + 2 * sum(n_out for _, n_out in sizes) / 1e3
+    matrices = sum(n_in * n_out for n_in, n_out in sizes)
+    full = (2 * matrices + 6 * 32 + 5 * 32) / 1e3  # and the embedding, and five norms
+    trained = {"nothing": 0, "lora": lora, "dora": dora, "full": full}
+    found = {name: row["trained k"] for name, row in rows.items()}
+    assert found == pytest.approx({n: trained[k.trains] for n, k in kinds.items()})
+    assert rows["LoRA, q4"]["program MiB"] < rows["LoRA, dense"]["program MiB"]
+    assert decoding["adapted, q4"]["weights MiB"] < decoding["merged"]["weights MiB"]
+    assert [goal["met"] is None for goal in result["goals"]] == [False] * len(script.GOALS)
+
+
+def test_bench_language_model_compares_nothing_unless_losses_agree(bench_language_model):
+    check = bench_language_model.check_losses
+    losses = {"LoRA, q4": [2.0, 1.9], "LoRA, dense": [2.0, 1.9], "frozen, q4": [2.0, 2.0]}
+    check(losses)
+    for name, changed, match in (
+        ("LoRA, dense", [2.01, 1.9], "number 0"),
+        ("LoRA, dense", [2.0, 1.89], "number -1"),
+        ("frozen, q4", [math.nan, 2.0], "number 0"),
+        ("DoRA, q4", [2.0, 2.0], "'DoRA, q4' does not fall"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            check(losses | {name: changed})

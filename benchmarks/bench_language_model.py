@@ -207,8 +207,9 @@ def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
 
 def _cells(rows: Rows, columns: tuple[str, ...]) -> dict[str, list[str]]:
     def cell(column: str, value: float | None) -> str:
-        whole = value is not None and column not in ("wall", "cpu", "best")
-        return f"{value:,.{0 if value >= 100 else 1}f}" if whole else _number(value)
+        if value is None or column in ("wall", "cpu", "best"):
+            return _number(value)
+        return f"{value:,.{0 if value >= 100 else 1}f}"
 
     return {n: [cell(c, row.get(c)) for c in columns] for n, row in rows.items()}
 

@@ -87,6 +87,14 @@ class QuantizedTensor(abc.ABC):
         alike = [array for array in arrays if array.shape == self.shape]
         return (alike[0], self.ndim) if alike else (arrays[0], self.batch_ndim)
 
+    def multiply_row(self, x: jax.Array) -> jax.Array | None:
+        """`W @ x` for a weight `(out, in)` and one `x`, `(in,)`, without a dense weight.
+
+        None where a dense weight is as fast, which is the default.
+        """
+        del x
+        return None
+
     @property
     def ndim(self) -> int:
         """The number of axes of the weight."""

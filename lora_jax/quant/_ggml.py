@@ -1,7 +1,8 @@
 """ggml's block types: the bytes of a block, and the values that they stand for.
 
-A block is a run of entries that share scales. Each function takes `(..., bytes)`, uint8,
-the bytes of one block on the last axis, and returns `(..., entries)`, float32.
+A block is a run of entries that share scales. Each function of a type returns the values of
+blocks, `(..., entries)`, float32. It takes the bytes of blocks, `(..., bytes)`, uint8. The
+float16 numbers that a block of some types begins with are apart, `(..., 1)`, float32.
 
 Scales are float16, and scales of scales and codes are integers of at most 8 bits. So each
 product has at most 24 significant bits and is exact in float32; only a sum of two products
@@ -23,11 +24,24 @@ _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 
 
 class BlockType(NamedTuple):
-    """A block type: how many entries and bytes a block has, and its values."""
+    """A block type.
+
+    Attributes:
+        entries: of a block.
+        n_bytes: of a block.
+        n_scales: how many float16 numbers a block begins with, if they are taken apart.
+        values: of these numbers and the other bytes.
+    """
 
     entries: int
     n_bytes: int
-    values: Callable[[jax.Array], jax.Array]
+    n_scales: int
+    values: Callable[..., jax.Array]
+
+    def fields(self, blocks: jax.Array) -> list[jax.Array]:
+        """The arguments of `values`, of blocks `(..., bytes)`."""
+        *scales, rest = _split(blocks, *[2] * self.n_scales)
+        return [*map(_half, scales), rest]
 
 
 def _split(block: jax.Array, *widths: int) -> list[jax.Array]:
@@ -73,39 +87,34 @@ def _minus(values: jax.Array, offsets: jax.Array) -> jax.Array:
     return (shares - offsets[..., None]).reshape(values.shape)
 
 
-def _q4_0(block: jax.Array) -> jax.Array:
-    scale, codes = _split(block, 2)
-    return _half(scale) * (_float(_unpack(codes, 4, 16)) - 8)
+def _q4_0(scale: jax.Array, codes: jax.Array) -> jax.Array:
+    return scale * (_float(_unpack(codes, 4, 16)) - 8)
 
 
-def _q4_1(block: jax.Array) -> jax.Array:
-    scale, offset, codes = _split(block, 2, 2)
-    return _half(scale) * _float(_unpack(codes, 4, 16)) + _half(offset)
+def _q4_1(scale: jax.Array, offset: jax.Array, codes: jax.Array) -> jax.Array:
+    return scale * _float(_unpack(codes, 4, 16)) + offset
 
 
-def _five_bits(high: jax.Array, low: jax.Array) -> jax.Array:
-    return _unpack(low, 4, 16) | (_unpack(high, 1, 1) << np.uint8(4))
+def _five_bits(codes: jax.Array) -> jax.Array:
+    high, low = _split(codes, 4)
+    return _float(_unpack(low, 4, 16) | (_unpack(high, 1, 1) << np.uint8(4)))
 
 
-def _q5_0(block: jax.Array) -> jax.Array:
-    scale, high, low = _split(block, 2, 4)
-    return _half(scale) * (_float(_five_bits(high, low)) - 16)
+def _q5_0(scale: jax.Array, codes: jax.Array) -> jax.Array:
+    return scale * (_five_bits(codes) - 16)
 
 
-def _q5_1(block: jax.Array) -> jax.Array:
-    scale, offset, high, low = _split(block, 2, 2, 4)
-    return _half(scale) * _float(_five_bits(high, low)) + _half(offset)
+def _q5_1(scale: jax.Array, offset: jax.Array, codes: jax.Array) -> jax.Array:
+    return scale * _five_bits(codes) + offset
 
 
-def _q8_0(block: jax.Array) -> jax.Array:
-    scale, codes = _split(block, 2)
-    return _half(scale) * _signed(codes)
+def _q8_0(scale: jax.Array, codes: jax.Array) -> jax.Array:
+    return scale * _signed(codes)
 
 
-def _iq4_nl(block: jax.Array) -> jax.Array:
-    scale, codes = _split(block, 2)
+def _iq4_nl(scale: jax.Array, codes: jax.Array) -> jax.Array:
     table = np.array(_IQ4_NL, np.float32)
-    return _half(scale) * _packing.look_up(_unpack(codes, 4, 16), table)
+    return scale * _packing.look_up(_unpack(codes, 4, 16), table)
 
 
 def _q2_k(block: jax.Array) -> jax.Array:
@@ -163,16 +172,52 @@ def _q6_k(block: jax.Array) -> jax.Array:
 
 
 TYPES = {
-    "Q4_0": BlockType(32, 18, _q4_0),
-    "Q4_1": BlockType(32, 20, _q4_1),
-    "Q5_0": BlockType(32, 22, _q5_0),
-    "Q5_1": BlockType(32, 24, _q5_1),
-    "Q8_0": BlockType(32, 34, _q8_0),
-    "Q2_K": BlockType(256, 84, _q2_k),
-    "Q3_K": BlockType(256, 110, _q3_k),
-    "Q4_K": BlockType(256, 144, _q4_k),
-    "Q5_K": BlockType(256, 176, _q5_k),
-    "Q6_K": BlockType(256, 210, _q6_k),
-    "IQ4_NL": BlockType(32, 18, _iq4_nl),
+    "Q4_0": BlockType(32, 18, 1, _q4_0),
+    "Q4_1": BlockType(32, 20, 2, _q4_1),
+    "Q5_0": BlockType(32, 22, 1, _q5_0),
+    "Q5_1": BlockType(32, 24, 2, _q5_1),
+    "Q8_0": BlockType(32, 34, 1, _q8_0),
+    "Q2_K": BlockType(256, 84, 0, _q2_k),
+    "Q3_K": BlockType(256, 110, 0, _q3_k),
+    "Q4_K": BlockType(256, 144, 0, _q4_k),
+    "Q5_K": BlockType(256, 176, 0, _q5_k),
+    "Q6_K": BlockType(256, 210, 0, _q6_k),
+    "IQ4_NL": BlockType(32, 18, 1, _iq4_nl),
 }
 """The block types by ggml's names."""
+
+_RUN = 16  # entries that have consecutive codes, in each type with scales apart
+_MOST = 64  # blocks in one loop
+
+
+def multiply_row(kind: BlockType, blocks: jax.Array, x: jax.Array) -> jax.Array:
+    """`W @ x`, `(out,)`, for one `x`, `(in,)`, and the blocks of `W`, `(out, n, bytes)`.
+
+    XLA on the CPU computes the product of a matrix and a vector entry by entry, in order,
+    together with what makes the matrix. Here each of 16 lanes sums every 16th entry of a
+    row. So the loop over lanes is vectorized, and nothing of the size of `W` is written.
+
+    Args:
+        kind: a type with scales apart.
+        blocks: of the rows.
+        x: float32.
+    """
+    n_out, n, _ = blocks.shape
+    size = max(size for size in range(1, _MOST + 1) if n % size == 0)
+    parts = blocks.reshape(n_out, -1, size, kind.n_bytes).swapaxes(0, 1)
+
+    def add(lanes: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        fields, runs = kind.fields(part[0]), part[1]
+        for i in range(size):
+            values = kind.values(*(field[:, i] for field in fields))
+            for j in range(kind.entries // _RUN):
+                entries = lax.slice_in_dim(values, j * _RUN, (j + 1) * _RUN, axis=1)
+                lanes += entries * runs[None, i, j]
+        return lanes, None
+
+    lanes = jnp.zeros((n_out, _RUN), jnp.float32)
+    lanes, _ = lax.scan(
+        add, lanes, (parts, x.reshape(-1, size, kind.entries // _RUN, _RUN))
+    )
+    # With a second column this is a product of matrices, which XLA does not take apart.
+    return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 0]

@@ -100,6 +100,14 @@ class GGUFTensor(QuantizedTensor):
         function = functools.partial(_dequantize, dtype=jnp.dtype(dtype).name)
         return placement.automatic(function, self, like=self.blocks, ndim=self.ndim)
 
+    def multiply_row(self, x: jax.Array) -> jax.Array | None:
+        """The product with one row: see `QuantizedTensor.multiply_row`."""
+        kind = _ggml.TYPES[self.ggml_type]
+        if not kind.n_scales or {x.dtype, self.dtype} != {jnp.dtype("float32")}:
+            return None
+        blocks = self.blocks.reshape(self.shape[0], -1, kind.n_bytes)
+        return _ggml.multiply_row(kind, blocks, x)
+
     def quantize_like(self, weight: jax.Array) -> "GGUFTensor":
         """Raises ValueError: the types of GGUF files are not written."""
         raise ValueError(
@@ -134,7 +142,7 @@ def _dequantize(quantized: GGUFTensor, dtype: str) -> jax.Array:
     kind = _ggml.TYPES[quantized.ggml_type]
     rows = quantized.blocks.shape[:-1]
     blocks = quantized.blocks.reshape(*rows, -1, kind.n_bytes)
-    return kind.values(blocks).astype(dtype).reshape(quantized.shape)
+    return kind.values(*kind.fields(blocks)).astype(dtype).reshape(quantized.shape)
 
 
 def load_gguf(

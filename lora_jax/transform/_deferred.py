@@ -141,6 +141,9 @@ def use(equation: Any, values: Sequence[Any]) -> Any:
         return compat.bind(equation, values)
 
     def used(values):
+        product = _product_of_row(equation, values)
+        if product is not None:
+            return product
         return compat.bind(equation, [form(value) for value in values])
 
     # jax.checkpoint refuses or repeats effects, and old versions of JAX cannot compile
@@ -148,6 +151,28 @@ def use(equation: Any, values: Sequence[Any]) -> Any:
     if equation.effects or equation.primitive.name == "xla_pmap":
         return used(values)
     return jax.checkpoint(used)(list(values))  # the backward pass computes them again
+
+
+def _product_of_row(equation: Any, values: Sequence[Any]) -> jax.Array | None:
+    """The product of one row and a quantized matrix on one CPU, if its format has it."""
+    if equation.primitive.name != "dot_general" or jax.default_backend() != "cpu":
+        return None
+    axes, batch = equation.params["dimension_numbers"]
+    (x, _), (weight, axis) = sorted(
+        zip(values, map(tuple, axes), strict=True), key=lambda v: isinstance(v[0], Deferred)
+    )
+    if any(batch) or len(axis) != 1 or isinstance(x, Deferred) or compat.may_be_sharded(x):
+        return None
+    (axis,) = axis
+    while weight.step is not None and weight.step.equation.primitive.name == "transpose":
+        axis = weight.step.equation.params["permutation"][axis]
+        (weight,) = weight.operands
+    out = equation.outvars[0].aval
+    is_row = weight.ndim == 2 and axis == 1 and x.size == weight.shape[1]
+    if not is_row or weight.step is not None or out.dtype != x.dtype:
+        return None
+    product = weight.operands[0].multiply_row(x.reshape(-1))
+    return None if product is None else product.reshape(out.shape)
 
 
 def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:

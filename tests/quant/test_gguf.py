@@ -211,6 +211,47 @@ def test_lora_and_dora_on_a_model_of_gguf_weights(use_dora):
         lora_jax.merge_adapters(params, adapters, plan, requantize=True)
 
 
+rows = {  # products of a weight (out, in) with x (1, 1, in)
+    "x @ w.T": lambda w, x: x @ w.T,
+    "w @ x": lambda w, x: w @ x[0, 0],
+    "einsum": lambda w, x: jnp.einsum("bti,oi->obt", x, w),
+}
+
+
+@pytest.mark.parametrize("name", [n for n, kind in _ggml.TYPES.items() if kind.n_scales])
+@pytest.mark.parametrize(
+    ("row", "n_blocks"), [*((row, 3) for row in rows), ("x @ w.T", 130)]
+)  # 130 blocks take several loops
+@pytest.mark.usefixtures("optimized")
+def test_one_row_is_multiplied_without_a_dense_weight(name, row, n_blocks):
+    n_in, n_out, product = 32 * n_blocks, 7, rows[row]
+    weight, x = gguf_tensor(name, n_out, n_in), jnp.float32(normal(1, 1, n_in))
+    f = lora_jax.accept_quantized(product)
+    dense = np.float64(quant.dequantize(weight))
+    compiled = jax.jit(f).lower(weight, x)
+    assert_close(compiled.compile()(weight, x), product(dense, np.float64(x)), 64)
+    assert f"tensor<{n_out}x{n_in}xf32>" not in compiled.as_text()
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(f(weight, x))))(x)
+    assert_close(slope[0, 0], dense.sum(0), 64)
+
+
+@pytest.mark.parametrize(
+    ("product", "shape", "dtype"),
+    [
+        (lambda w, x: x @ w.T, (2, 96), "float32"),  # two rows
+        (lambda w, x: x @ w, (1, 7), "float32"),  # the other axis
+        (lambda w, x: jnp.outer(w[0], x), (7,), "float32"),
+        (lambda w, x: jnp.einsum("oi,oi->o", w, x), (7, 96), "float32"),
+        (lambda w, x: x @ w.T.astype(x.dtype), (1, 96), "bfloat16"),
+        (lambda w, x: x @ (w + 0).T, (1, 96), "float32"),
+    ],
+)
+def test_other_products_are_of_the_dense_weight(product, shape, dtype):
+    weight, x = gguf_tensor("Q4_1", 7, 96), jnp.asarray(normal(*shape), dtype)
+    got = lora_jax.accept_quantized(product)(weight, x)
+    assert_same_bits(got, product(quant.dequantize(weight), x))
+
+
 # ----------------------------------------------------------------------------------- files
 
 

@@ -157,11 +157,11 @@ def _product_of_row(equation: Any, values: Sequence[Any]) -> jax.Array | None:
     """The product of one row and a quantized matrix on one CPU, if its format has it."""
     if equation.primitive.name != "dot_general" or jax.default_backend() != "cpu":
         return None
-    axes, batch = equation.params["dimension_numbers"]
+    axes, _ = equation.params["dimension_numbers"]
     (x, _), (weight, axis) = sorted(
         zip(values, map(tuple, axes), strict=True), key=lambda v: isinstance(v[0], Deferred)
     )
-    if any(batch) or len(axis) != 1 or isinstance(x, Deferred) or compat.may_be_sharded(x):
+    if len(axis) != 1 or isinstance(x, Deferred) or compat.may_be_sharded(x):
         return None
     (axis,) = axis
     while weight.step is not None and weight.step.equation.primitive.name == "transpose":

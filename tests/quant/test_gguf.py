@@ -239,6 +239,7 @@ def test_one_row_is_multiplied_without_a_dense_weight(name, row, n_blocks):
     ("product", "shape", "dtype"),
     [
         (lambda w, x: x @ w.T, (2, 96), "float32"),  # two rows
+        (lambda w, x: jnp.einsum("oi,oi->", w, x), (7, 96), "float32"),
         (lambda w, x: x @ w, (1, 7), "float32"),  # the other axis
         (lambda w, x: jnp.outer(w[0], x), (7,), "float32"),
         (lambda w, x: jnp.einsum("oi,oi->o", w, x), (7, 96), "float32"),
@@ -250,6 +251,21 @@ def test_other_products_are_of_the_dense_weight(product, shape, dtype):
     weight, x = gguf_tensor("Q4_1", 7, 96), jnp.asarray(normal(*shape), dtype)
     got = lora_jax.accept_quantized(product)(weight, x)
     assert_same_bits(got, product(quant.dequantize(weight), x))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "product"),
+    [
+        ("Q4_1", (1, 96), lambda w: w @ w.T),  # both are the weight
+        ("Q4_K", (7, 256), lambda w: jnp.ones((1, 256)) @ w.T),
+        ("Q4_1", (2, 7, 96), lambda w: jnp.einsum("loi,i->lo", w, jnp.ones(96))),
+        ("Q4_1", (2, 7, 96), lambda w: jnp.einsum("loi,o->li", w, jnp.ones(7))),
+    ],
+)
+def test_other_weights_are_dense_in_products_of_one_row(name, shape, product):
+    weight = gguf_tensor(name, *shape)
+    got = lora_jax.accept_quantized(product)(weight)
+    assert_close(got, product(np.float64(quant.dequantize(weight))), 64)
 
 
 # ----------------------------------------------------------------------------------- files

@@ -646,3 +646,69 @@ def test_bench_language_model_compares_nothing_unless_losses_agree(bench_languag
     ):
         with pytest.raises(ValueError, match=match):
             check(losses | {name: changed})
+bench_rows = script_fixture("bench_rows")
+
+
+@pytest.fixture(scope="module", params=["training", "decoding"])
+def rows_run(request, bench_rows, tmp_path_factory):
+    sizes = ["--layers=1", "--batch=4", "--length=3", "--width=16", "--heads=2"]
+    sizes += ["--rank=2", "--rounds=1", "--slots", "1", "3", f"--phase={request.param}"]
+    run = run_script(bench_rows, sizes, tmp_path_factory.mktemp(request.param))
+    (run.outputs,), (run.table,) = run.outputs, run.result["tables"]
+    return run
+
+
+def test_bench_rows_prints_every_contestant(bench_rows, rows_run):
+    rows = rows_run.table["rows"]
+    names = [f"{way}, {slots}" for slots in (1, 3) for way in bench_rows.WAYS]
+    dora = [f"{bench_rows.ROWS_DORA}, {slots}" for slots in (1, 3)]
+    assert list(rows) == [bench_rows.ONE, *names, bench_rows.ONE_DORA, *dora]
+    assert all(f"\n{name} " in rows_run.text for name in rows)
+    for name, row in rows.items():
+        assert set(row) == set(bench_rows.COLUMNS)
+        # of four rows over three slots, a slot has one or two
+        assert row["programs"] == (2 if name == f"{bench_rows.LOOP}, 3" else 1)
+    markdown = bench_rows.format_result(rows_run.result, markdown=True)
+    assert markdown.count("\n|") == len(rows) + 2
+
+
+def test_bench_rows_contestants_agree(bench_rows, rows_run):
+    slots, outputs = bench_rows.assign(4, 3), rows_run.outputs
+    loop = outputs[f"{bench_rows.LOOP}, 3"]
+    for way in bench_rows.WAYS[1:]:
+        (got,) = outputs[f"{way}, 3"]
+        if rows_run.table["phase"] == "decoding":
+            for slot, want in enumerate(loop):
+                support.assert_close(got[slots == slot], want, 512)
+            continue
+        (loss, grads), losses = got, [float(loss) for loss, _ in loop]
+        assert loss == pytest.approx(sum(losses), rel=1e-5)
+        for slot, (_, want) in enumerate(loop):
+            for path, adapter in want.items():
+                for name, value in adapter.items():
+                    own = grads.adapters[path][name][slot]
+                    support.assert_close(own, value, 2048)
+
+
+def test_bench_rows_shows_times_of_peft(bench_rows, tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        times = {"wall": [2.0, 3.0], "cpu": [1.0, 1.0]}
+        half = {"wall": [1.0, 1.5], "cpu": [0.5, 0.5]}
+        answer = {"times": {"one": half, "many": times}, "torch": "2", "peft": "3"}
+        return types.SimpleNamespace(returncode=0, stdout=json.dumps(answer), stderr="")
+
+    monkeypatch.setattr(bench_rows.subprocess, "run", run)
+    options = bench_rows.parse(["--peft=PYTHON", "--slots", "5", "--phase", "decoding"])
+    table = bench_rows.measure_peft(options, "decoding")
+    assert table["rows"]["many"] == {"wall": 2.0, "cpu": 2.0, "best": 2.0}
+    assert table["baseline"] == {"wall_ms": 1250.0, "torch": "2", "peft": "3"}
+    ((python, script, case),) = asked
+    assert (python, pathlib.Path(script).exists()) == ("PYTHON", True)
+    assert json.loads(case)["slots"] == [5]
+    failed = types.SimpleNamespace(returncode=1, stdout="", stderr="no torch")
+    monkeypatch.setattr(bench_rows.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match="no torch"):
+        bench_rows.measure_peft(options, "decoding")

@@ -19,6 +19,7 @@ PACKAGES = {
     "peft": "safetensors",
     "plain": "jax",
     "quantized": "safetensors",
+    "slots": "jax",
     "targets": "jax",
     "training": "jax",
 }

@@ -646,6 +646,8 @@ def test_bench_language_model_compares_nothing_unless_losses_agree(bench_languag
     ):
         with pytest.raises(ValueError, match=match):
             check(losses | {name: changed})
+
+
 bench_rows = script_fixture("bench_rows")
 
 

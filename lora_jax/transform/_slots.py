@@ -159,7 +159,7 @@ def row_axes(
         return RowAxes((name,), own, True, {})
     parts: dict[Name, tuple[tuple[Name, int], ...]] = {}
     rows: list[tuple[int, Name, int]] = []
-    held = [n for n, own in zip(x_names, place.axes, strict=True) if _has_rows(own)]
+    held = tuple(n for n, own in zip(x_names, place.axes, strict=True) if _has_rows(own))
     _check_kept(context, equation, held, out_names)
     shape = equation.invars[position].aval.shape
     if {*held} & {*weight_names}:  # the rows are along a batch axis of the weight

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
 from lora_jax.transform._context import Context
@@ -25,8 +25,14 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     # The spec of a dense weight does not say how to split its quantized arrays.
     mesh = parameter(equation, "mesh")
     values = [with_base(value, form(base_of(value))) for value in operands]
+    key, slots = context.make_key(), context.slots
+    of_rows = None if slots is None else context.frame.followed.specs[id(equation)]
     if compat.has_explicit_axes(mesh):
         kinds, names = [atom.aval for atom in equation.invars], frozenset(mesh.axis_names)
+        arrays = [value for value in values if isinstance(value, jax.Array)]
+        split = compat.only(of_rows, compat.explicit_names(arrays))
+        own = next(filter(lambda m: m.axis_names, map(compat.mesh_of, kinds)), mesh)
+        slots = compat.retyped(slots, NamedSharding(own, PartitionSpec(split)))
         values = [
             retyped(value, kind, names) if isinstance(value, Factored) else value
             for value, kind in zip(values, kinds, strict=True)
@@ -34,8 +40,6 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     pairs = zip(values, parameter(equation, "in_specs"), strict=True)
     in_specs = [_spec(v, tuple(s)) for v, s in pairs]
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
-    key, slots = context.make_key(), context.slots
-    of_rows = None if slots is None else context.frame.followed.specs[id(equation)]
 
     def body(key, slots, inside):
         context.enter(operands, inside)

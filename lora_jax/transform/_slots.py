@@ -36,7 +36,18 @@ from lora_jax.transform._row_places import Lost, Rows, Taken
 
 def of_all(x: jax.Array) -> jax.Array:
     """`(*axes)`, another array in each slot -> `(slots, *axes)`, the same in each slot."""
-    return lax.all_gather(x, compat.SLOTS)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return lax.all_gather(x, compat.SLOTS)
+
+    @jax.custom_batching.custom_vmap  # in a `shard_map`, `all_gather` is for the mesh only
+    def collect(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (lax.axis_size(compat.SLOTS), *x.shape))
+
+    @collect.def_vmap
+    def _(size: int, mapped: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+        return (x if mapped[0] else jnp.broadcast_to(x, (size, *x.shape))), False
+
+    return collect(x)
 
 
 def for_each(

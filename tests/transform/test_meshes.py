@@ -18,6 +18,7 @@ from lora_jax import quant
 from tests.support import normal, set_mesh, x64
 from tests.transform.mesh_cases import CASES, Place
 from tests.transform.support import assert_same, merged, plan_of, trained
+from tests.transform.test_rows import of_own_rows, row_axes
 
 
 def mesh_of(kind, shape=(2, 4), names=("data", "model")):
@@ -179,7 +180,7 @@ def placed(name, mesh=None, dtype="float64"):
     return Placed(lambda params, x: case.fn(params, x, place), params, x)
 
 
-def value_and_gradients(fn, adapters, params, x, *, jit=True):
+def value_and_gradients(fn, adapters, params, x, *, jit=True, options=None):
     def loss(adapters, params, x):
         out = fn(params, adapters, x)
         return jnp.sum(jnp.sin(out)), out
@@ -189,7 +190,9 @@ def value_and_gradients(fn, adapters, params, x, *, jit=True):
         jax.tree.map(jnp.subtract, adapters, grads)  # a step can be taken
         return out, grads
 
-    return jax.device_get((jax.jit(run) if jit else run)(adapters, params, x))
+    if jit:
+        run = jax.jit(run, compiler_options=options)
+    return jax.device_get(run(adapters, params, x))
 
 
 def check_on_mesh(
@@ -266,6 +269,70 @@ def test_sharded_adapters_on_explicit_axes(name):
 @pytest.mark.parametrize("name", [*SOME, "shards"])
 def test_explicit_axes_of_arrays_alone(name):
     check_on_mesh(name, context=False)
+
+
+KINDS = {
+    "explicit": (AxisType.Explicit, AxisType.Explicit),
+    "automatic": (AxisType.Auto, AxisType.Auto),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+# XLA of JAX 0.10 aborts with the former emitters of loops, see `xla_flags`.
+EMITTERS = {"xla_cpu_use_fusion_emitters": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "form"),
+    [
+        *((name, "explicit", "dense") for name in CASES),
+        *(("column_parallel", "mixed", form) for form in ("dense", "gathered")),
+        *((name, "mixed", "dense") for name in ("fused", "mapped", "shards")),
+        *((name, "automatic", "dense") for name in (*SOME, *SHARDS)),
+        *((name, "automatic", "gathered") for name in ("row_parallel", "shards")),
+        *((name, "explicit", "gathered") for name in (*SOME, "shards", "embedding")),
+    ],
+)
+def test_each_row_has_its_own_adapter(name, kind, form):
+    """The adapters lie by the rule; in the dense form the slots are split as the rows."""
+    skip_where_jax_cannot(name)
+    case, mesh = (
+        CASES[name],
+        jax.make_mesh((2, 4), ("data", "model"), axis_types=KINDS[kind]),
+    )
+    axis = case.spec.index("data") if "data" in case.spec else 0
+    n_rows, is_dense = case.x.shape[axis], form == "dense"
+    slots = jnp.arange(n_rows, dtype="int32") % 4 - 1
+    with x64():
+        off = placed(name)
+        plan = plan_of(off.fn, off.params, off.x, **case.config, use_dora=True)
+        tenants = [trained(off.params, plan, seed=i) for i in range(3)]
+
+        def model(params, own, x):
+            return off.fn(merged(params, own, plan), x)
+
+        out_axes = row_axes(off.fn, off.params, (off.x,), axis, n_rows)
+        alone = of_own_rows(off.fn, model, slots, out_axes)
+        want, grads = value_and_gradients(
+            lambda *args: alone(*args)[0], tenants, off.params, off.x
+        )
+        with set_mesh(mesh):
+            on = placed(name, mesh)
+            laid = lora_jax.adapter_shardings(on.params, plan)
+            tenants = [jax.device_put(own, laid) for own in tenants]
+            # So many slots are no longer cheaper all at once than those of each row.
+            total = 3 if is_dense else 12
+            stack, of_stack = lora_jax.stack_adapters(tenants, plan, total)
+            slots = put(mesh, slots, "data" if is_dense else None, dtype="int32")
+            rows = lora_jax.adapt_rows(on.fn, of_stack, axis)
+            adapted = lambda params, stack, x: rows(params, stack, slots, x)  # noqa: E731
+            got = value_and_gradients(
+                *(adapted, stack, on.params, on.x), options=None if is_dense else EMITTERS
+            )
+            base = jax.eval_shape(on.fn, on.params, on.x)
+            out = jax.eval_shape(adapted, on.params, stack, on.x)
+            assert base.sharding == out.sharding
+        of_slots = jax.tree.map(lambda *own: np.stack(own), *grads)
+        of_tenants = jax.tree.map(lambda own: own[:3], got[1].adapters)
+        assert_same((got[0], of_tenants), (want, of_slots))
 
 
 @pytest.mark.parametrize("jit", [False, True])

@@ -4,6 +4,12 @@ import importlib.metadata
 
 _EMITTERS = "--xla_cpu_use_fusion_emitters"
 
+WITH_NEW_EMITTERS = {"xla_cpu_use_fusion_emitters": True}
+"""`compiler_options` for the products of `adapt_rows` with a copy of each row's factors.
+
+XLA with its former emitters aborts on products with batch axes in some layouts.
+"""
+
 
 def for_tests(given: str) -> str:
     """Eight CPU devices, and what halves the time to compile; given flags come first.

@@ -25,9 +25,12 @@ from tests import programs
 from tests.support import set_mesh
 from tests.transform.mesh_cases import Place
 from tests.transform.support import plan_of
+from tests.xla_flags import WITH_NEW_EMITTERS
 
 RANK = 4
 BATCH = ("data", "fsdp")
+SLOTS = 8
+"""So many that products gather the factors of each row."""
 ROWS = 12
 """Tokens on each device: a batch of 8, split over four, of 6 tokens each."""
 X = ((8, 6, 48), (BATCH, None, None))
@@ -315,7 +318,7 @@ class Step:
             out = jax.tree.map(lambda leaf: leaf.sharding, args[:-2])
         with set_mesh(self.mesh):
             jitted = jax.jit(function, out_shardings=out)
-            return jitted.lower(*args).compile().as_text()
+            return jitted.lower(*args).compile(WITH_NEW_EMITTERS).as_text()
 
     @functools.cached_property
     def frozen(self):
@@ -349,6 +352,36 @@ class Step:
         return forward, self.compiled(
             step, self.adapters, self.x, self.params, self.indices
         )
+
+    @functools.cached_property
+    def rows(self):
+        """The text of a step in which each row has its own adapter."""
+
+        def in_slots(array):
+            spec = None, *array.sharding.spec
+            return jax.ShapeDtypeStruct(
+                (SLOTS, *array.shape), array.dtype, sharding=self.place.on(*spec)
+            )
+
+        shape, spec = self.case.inputs["x"]
+        axis = next(i for i, axes in enumerate(spec) if axes in (BATCH, "data"))
+        of_indices = {name: 0 if name == "tokens" else None for name in self.indices}
+        fn = lora_jax.adapt_rows(self.fn, self.plan, (axis, of_indices))
+        stacked = jax.tree.map(in_slots, self.adapters)
+        scales = jax.ShapeDtypeStruct((SLOTS,), "float32", sharding=self.place.on(None))
+        magnitudes = {path: scales for path, own in stacked.items() if "m" in own}
+        rest = dict.fromkeys(stacked, scales), magnitudes
+        slots = jax.ShapeDtypeStruct(
+            shape[axis : axis + 1], "int32", sharding=self.place.on(spec[axis])
+        )
+
+        def loss(stacked, x, params, inputs):
+            indices, slots, rest = inputs
+            stack = lora_jax.AdapterStack(stacked, *rest)
+            return jnp.sum(jnp.sin(fn(params, stack, slots, x, indices)))
+
+        step, inputs = jax.grad(loss, argnums=(0, 1)), (self.indices, slots, rest)
+        return self.compiled(step, stacked, self.x, self.params, inputs)
 
     def shard(self, array):
         """The number of entries of an array on one device, in one layer."""
@@ -464,6 +497,34 @@ def test_no_product_is_computed_by_several_devices(name, kind):
         adapted, frozen = step.adapted[backward], step.frozen[backward]
         more = programs.product_flops(adapted) - programs.product_flops(frozen)
         assert 0 < more <= step.operations(backward)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("name", "kind"), grid())
+def test_rows_exchange_the_gradients_of_all_slots(name, kind, use_dora):
+    """And nothing else, and the products of LoRA cost what they cost with one adapter."""
+    step, case = step_of(name, kind, use_dora), CASES[name]
+    one, rows = (programs.collectives(text) for text in (step.adapted[1], step.rows))
+    more, less = counted(rows - one), counted(one - rows)
+    gradients = step.allowed(True)
+    sums = "all-reduce", case.rows * RANK
+    gradients.pop(sums, None)
+    allowed = {(kind, SLOTS * size): n for (kind, size), n in gradients.items()}
+    if case.reductions > 1:  # first over the tokens of each row, of which a device has 2
+        allowed |= {(kind, 2 * size): n for (kind, size), n in gradients.items()}
+    if case.groups > 1:  # which are multiplied by the factors of all slots
+        allowed["all-reduce", SLOTS * sums[1]] = case.sums[1]
+        allowed["all-reduce", SLOTS] = 2  # whether the factors of a slot are finite
+    if not use_dora:
+        assert not more - collections.Counter(allowed)
+        assert more.total() <= less.total() + (case.groups > 1) * 2
+        if case.groups == 1:
+            flops = map(programs.product_flops, (step.rows, step.adapted[1]))
+            assert next(flops) <= 1.0001 * next(flops)
+        return
+    outs = [math.prod(t.adapter_shapes["m"]) for t in step.plan.targets.values()]
+    others = more - collections.Counter(allowed)
+    assert max((size for _, size in others), default=0) <= SLOTS * max(outs)
 
 
 def test_known_limit_of_groups_that_an_axis_splits():

@@ -19,6 +19,7 @@ from tests.support import normal, set_mesh, x64
 from tests.transform.mesh_cases import CASES, Place
 from tests.transform.support import assert_same, merged, plan_of, trained
 from tests.transform.test_rows import of_own_rows, row_axes
+from tests.xla_flags import WITH_NEW_EMITTERS
 
 
 def mesh_of(kind, shape=(2, 4), names=("data", "model")):
@@ -276,8 +277,6 @@ KINDS = {
     "automatic": (AxisType.Auto, AxisType.Auto),
     "mixed": (AxisType.Explicit, AxisType.Auto),
 }
-# XLA of JAX 0.10 aborts with the former emitters of loops, see `xla_flags`.
-EMITTERS = {"xla_cpu_use_fusion_emitters": True}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +324,8 @@ def test_each_row_has_its_own_adapter(name, kind, form):
             rows = lora_jax.adapt_rows(on.fn, of_stack, axis)
             adapted = lambda params, stack, x: rows(params, stack, slots, x)  # noqa: E731
             got = value_and_gradients(
-                *(adapted, stack, on.params, on.x), options=None if is_dense else EMITTERS
+                *(adapted, stack, on.params, on.x),
+                options=None if is_dense else WITH_NEW_EMITTERS,
             )
             base = jax.eval_shape(on.fn, on.params, on.x)
             out = jax.eval_shape(adapted, on.params, stack, on.x)

@@ -113,7 +113,8 @@ def test_each_row_has_its_own_adapter(name, method):
                 continue
             ran += 1
             model = lora_jax.adapt(case.fn, plan, **case.options)
-            assert_same(same, jax.jit(model)(params, tenants[1], *args))
+            one = jax.jit(model)(params, tenants[1], *args)
+            assert_same(same, one, TOLERANCE.get(name, 1e-10))
             if not by_row:
                 continue
             wanted = of_own_rows(case.fn, model, slots, axes)

@@ -45,11 +45,14 @@ def collectives(text):
     return found
 
 
-def product_flops(text):
-    """The operations of all products of a compiled program, those of loops included."""
+def product_flops(text, *, branches=True):
+    """The operations of all products of a compiled program, those of loops included.
+
+    Those in the branches of a condition all count, or without `branches` none of them.
+    """
     total = 0
-    for one, body, times, _ in hlo.calls(hlo.read(text)):
-        if one.opcode == "dot":
+    for one, body, times, in_branch in hlo.calls(hlo.read(text)):
+        if one.opcode == "dot" and (branches or not in_branch):
             (left,) = (other.arrays[0] for other in body if other.name == one.operands[0])
             (summed,) = re.findall(r"lhs_contracting_dims={([\d,]*)}", one.attributes)
             sizes = [left.shape[int(i)] for i in summed.split(",") if i]

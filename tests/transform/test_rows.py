@@ -14,10 +14,12 @@ from jax import lax
 import lora_jax
 from lora_jax.transform import _following, _tracing
 from lora_jax.transform._row_places import Atom, Rows
+from tests import programs
 from tests.support import assert_same_bits, count_traces, normal, optimizations, x64
 from tests.transform.cases import CASES, inputs
 from tests.transform.support import assert_same, loss_of, plan_of, trained
 from tests.transform.test_cases import DORA_GRADIENTS
+from tests.xla_flags import WITH_NEW_EMITTERS
 
 SLOTS = 3
 # Uses of a weight without an activation that has the rows.
@@ -446,3 +448,69 @@ def test_bad_functions_and_plans():
     whole = plan_of(lambda p, x: x @ p["w"] * p["b"], {**params, "b": x[:1]}, x, train="b")
     with pytest.raises(ValueError, match="trains the leaves 'b'"):
         lora_jax.adapt_rows(lambda p, x: x, whole)
+
+
+FEATURES, RANK, TENANTS = 512, 16, 8
+
+
+def step_with(model, adapters, x, *rest):
+    """A compiled training step of two layers inside of a larger model."""
+    weight = jax.ShapeDtypeStruct((FEATURES, FEATURES), "float32")
+    params = {"down": weight, "up": weight}
+
+    def loss(adapters, x, params, *rest):
+        return jnp.sum(jnp.sin(model(params, adapters, *rest, x)))
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    return step.lower(adapters, x, params, *rest).compile(WITH_NEW_EMITTERS)
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def by_one_hot(params, stack, slots, x):
+    """All tokens times the factors of all slots, of which a one-hot vector keeps one."""
+    own = jax.nn.one_hot(slots, TENANTS)
+
+    def product(x, path):
+        a, b = stack.adapters[path]["A"], stack.adapters[path]["B"]
+        down = jnp.einsum("btd,sdr->btsr", x, a)
+        down = down * (own * stack.scales[path][None])[:, None, :, None]
+        return x @ params[path] + jnp.einsum("btsr,srf->btf", down, b)
+
+    return product(jnp.tanh(product(x, "up")), "down")
+
+
+@pytest.mark.parametrize(("method", "length"), [("lora", 128), ("dora", 256)])
+def test_a_step_costs_what_it_costs_with_one_adapter(method, length, optimized):
+    """But for the norms of DoRA, which are computed for each slot.
+
+    They are `slots * rank / (2 * tokens)` of the products of a step.
+    """
+    params = {path: jnp.zeros((FEATURES, FEATURES)) for path in ("down", "up")}
+    x = jax.ShapeDtypeStruct((TENANTS, length, FEATURES), "float32")
+    slots = jax.ShapeDtypeStruct((TENANTS,), "int32")
+    plan = plan_of(two_layers, params, x, rank=RANK, use_dora=method == "dora")
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    stack, of_stack = lora_jax.stack_adapters([adapters] * TENANTS, plan)
+    one = step_with(lora_jax.adapt(two_layers, plan), adapters, x)
+    rows = step_with(lora_jax.adapt_rows(two_layers, of_stack), stack, x, slots)
+
+    def products(compiled):  # the branch of norms that cancel does not run
+        return programs.product_flops(compiled.as_text(), branches=False)
+
+    if method == "lora":
+        assert products(rows) == products(one)
+        assert programs.flops(rows) <= 1.02 * programs.flops(one)
+        one_hot = step_with(by_one_hot, stack, x, slots)
+        assert products(rows) <= 0.7 * products(one_hot)
+        frozen = 8 * TENANTS * length * FEATURES**2
+        assert (products(rows) - frozen) * TENANTS == products(one_hot) - frozen
+        return
+    # `A^T W`, `A^T A` and its product with `B`, for both weights.
+    more = 2 * (TENANTS - 1) * (2 * RANK * FEATURES**2 + 4 * RANK**2 * FEATURES)
+    assert products(rows) == products(one) + more
+    # XLA counts the body of the loop over slots once; it squares the weights as well.
+    more += 2 * (TENANTS - 1) * 2 * FEATURES**2
+    assert programs.flops(rows) + more <= 1.05 * programs.flops(one)

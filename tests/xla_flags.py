@@ -1,10 +1,13 @@
 """What XLA is told before the first test: it reads its flags once."""
 
 import importlib.metadata
+from typing import Any
 
 _EMITTERS = "--xla_cpu_use_fusion_emitters"
 
-WITH_NEW_EMITTERS = {"xla_cpu_use_fusion_emitters": True}
+_HAS_FORMER = importlib.metadata.version("jaxlib").startswith("0.10.")
+
+WITH_NEW_EMITTERS: Any = {_EMITTERS.strip("-"): True} if _HAS_FORMER else None
 """`compiler_options` for the products of `adapt_rows` with a copy of each row's factors.
 
 XLA with its former emitters aborts on products with batch axes in some layouts.
@@ -19,7 +22,6 @@ def for_tests(given: str) -> str:
     they are, and `.ci/run` tries this one, too, as it is where that may count.
     """
     flags = [*given.split(), "--xla_force_host_platform_device_count=8"]
-    version = importlib.metadata.version("jaxlib")
-    if version.startswith("0.10.") and _EMITTERS not in given:
+    if _HAS_FORMER and _EMITTERS not in given:
         flags.append(f"{_EMITTERS}=false")
     return " ".join(flags)

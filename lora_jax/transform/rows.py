@@ -6,6 +6,7 @@ from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, compat, quantized, tree_paths
 from lora_jax._core.tree_paths import Tree
@@ -127,6 +128,7 @@ def adapt_rows(
         **kwargs: P.kwargs,
     ) -> R:
         n_slots = slots_of(stack)
+        stack = jax.tree.map(_with_whole_slots, stack)
         plan_checks.check_paths("stack.adapters", stack.adapters, list(plan.targets))
         slots = _check_slots(slots)
         plan_checks.check_params(tree_paths.leaf_paths(params), plan)
@@ -164,6 +166,15 @@ def adapt_rows(
 
     adapted.__name__ = adapted.__qualname__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
     return adapted
+
+
+def _with_whole_slots(x: jax.Array) -> jax.Array:
+    """An array of a stack with the slots on every device: each row may need any of them."""
+    front, *rest = compat.explicit_spec(x) or (None,)
+    if front is None:
+        return x
+    mesh = compat.mesh_of(jax.typeof(x))
+    return compat.retyped(x, NamedSharding(mesh, PartitionSpec(None, *rest)))
 
 
 def _refuse_merge(merge: Merge) -> NoReturn:

@@ -279,6 +279,12 @@ KINDS = {
 }
 
 
+def over_data(mesh, array):
+    """An array with its first axis, which is whole, split over "data"."""
+    _, *rest = (*array.sharding.spec, *[None] * array.ndim)[: array.ndim]
+    return jax.device_put(array, NamedSharding(mesh, P("data", *rest)))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "form"),
     [
@@ -288,17 +294,21 @@ KINDS = {
         *((name, "automatic", "dense") for name in (*SOME, *SHARDS)),
         *((name, "automatic", "gathered") for name in ("row_parallel", "shards")),
         *((name, "explicit", "gathered") for name in (*SOME, "shards", "embedding")),
+        *(("shards", kind, "split") for kind in KINDS),
     ],
 )
 def test_each_row_has_its_own_adapter(name, kind, form):
-    """The adapters lie by the rule; in the dense form the slots are split as the rows."""
+    """The adapters lie by the rule, and their slots whole or `"split"` over devices.
+
+    In the gathered form the slots of the rows lie whole, else they are split as the rows.
+    """
     skip_where_jax_cannot(name)
     case, mesh = (
         CASES[name],
         jax.make_mesh((2, 4), ("data", "model"), axis_types=KINDS[kind]),
     )
     axis = case.spec.index("data") if "data" in case.spec else 0
-    n_rows, is_dense = case.x.shape[axis], form == "dense"
+    n_rows, is_dense = case.x.shape[axis], form != "gathered"
     slots = jnp.arange(n_rows, dtype="int32") % 4 - 1
     with x64():
         off = placed(name)
@@ -318,8 +328,10 @@ def test_each_row_has_its_own_adapter(name, kind, form):
             laid = lora_jax.adapter_shardings(on.params, plan)
             tenants = [jax.device_put(own, laid) for own in tenants]
             # So many slots are no longer cheaper all at once than those of each row.
-            total = 3 if is_dense else 12
+            total = 4 if is_dense else 12
             stack, of_stack = lora_jax.stack_adapters(tenants, plan, total)
+            if form == "split":
+                stack = jax.tree.map(lambda own: over_data(mesh, own), stack)
             slots = put(mesh, slots, "data" if is_dense else None, dtype="int32")
             rows = lora_jax.adapt_rows(on.fn, of_stack, axis)
             adapted = lambda params, stack, x: rows(params, stack, slots, x)  # noqa: E731

@@ -38,7 +38,8 @@ QUICK = (
     *("tests.model.test_quantize", "tests.model.test_slots", "tests.quant.test_files"),
     *("tests.quant.test_nf4", "tests.quant.test_tensors", "tests.transform.test_calls"),
     *("tests.transform.test_fuzz", "tests.transform.test_meshes"),
-    *("tests.transform.test_quantized", "tests.transform.test_rules"),
+    *("tests.transform.test_quantized", "tests.transform.test_rows"),
+    "tests.transform.test_rules",
     "tests.transform.test_surroundings",
 )
 MISSING = [name for name in QUICK if importlib.util.find_spec(name) is None]

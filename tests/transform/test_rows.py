@@ -15,13 +15,14 @@ import lora_jax
 from lora_jax.transform import _following, _tracing
 from lora_jax.transform._row_places import Atom, Rows
 from tests import programs
-from tests.support import assert_same_bits, count_traces, normal, optimizations, x64
+from tests.support import assert_same_bits, count_traces, normal, x64
 from tests.transform.cases import CASES, inputs
 from tests.transform.support import assert_same, loss_of, plan_of, trained
 from tests.transform.test_cases import DORA_GRADIENTS
 from tests.xla_flags import WITH_NEW_EMITTERS
 
 SLOTS = 3
+SLOW = pytest.mark.slow
 # Uses of a weight without an activation that has the rows.
 NO_ROWS = {"integers", "vector", "summed", "stated_of_weights", "one_row"}
 REFUSED = "adapt_rows|each row"
@@ -85,13 +86,21 @@ def with_slots(rows, slots, params, stack, *args):
     return rows(params, stack, slots, *args)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("name", CASES)
+# The columns of the other cases go the same ways.
+PAIRS = [
+    *((name, method) for name in sorted(DORA_GRADIENTS) for method in ("lora", "dora")),
+    *(
+        pytest.param(name, "lora", marks=SLOW)
+        for name in CASES
+        if name not in DORA_GRADIENTS
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_each_row_has_its_own_adapter(name, method):
     case = CASES[name]
-    if method == "dora" and name not in DORA_GRADIENTS:
-        pytest.skip("its columns go the same ways")
-    with x64(), optimizations(False):
+    with x64():
         params, args = inputs(case)
         plan = plan_of(case.fn, params, *args, **case.config, use_dora=method == "dora")
         params = jax.tree.map(jnp.asarray, params)
@@ -250,23 +259,22 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixed", "int8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("scan", "int8"), *((name, own) for name in MODELS for own in ("lora", "mixed"))],
+)
 def test_models_equal_each_row_alone(name, method):
     """Ranks, scales and methods differ between slots."""
     fn, shapes, x, config = MODELS[name]
-    if method == "int8" and name != "scan":
-        pytest.skip("test_quantized.py: how a weight is stored does not depend on its use")
     with x64():
         params = {k: normal(*shape, seed=7, size=0.5) for k, shape in shapes.items()}
         params, x = jax.tree.map(jnp.asarray, (params, x))
         if method == "int8":
             params, x = jax.tree.map(lambda v: v.astype("float32"), (params, x))
             params = lora_jax.quantize_params(params, "*", "int8", batch_axes={"*": 1})
-        dora = {"mixed": [False, True, False], "dora": [True] * 3}.get(method, [False] * 3)
         plans = [
             plan_of(fn, params, x, **config, rank=i + 2, alpha=5.0, use_dora=use)
-            for i, use in enumerate(dora)
+            for i, use in enumerate([False, method == "mixed", False])
         ]
         tenants = [trained(params, plan, seed=i) for i, plan in enumerate(plans)]
         tenants = jax.tree.map(lambda v: 0.3 * v, tenants)

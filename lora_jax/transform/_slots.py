@@ -40,14 +40,18 @@ def of_all(x: jax.Array) -> jax.Array:
         return lax.all_gather(x, compat.SLOTS)
 
     @jax.custom_batching.custom_vmap  # in a `shard_map`, `all_gather` is for the mesh only
-    def collect(x: jax.Array) -> jax.Array:
+    def collect(slot: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (lax.axis_size(compat.SLOTS), *x.shape))
 
     @collect.def_vmap
-    def _(size: int, mapped: Any, x: jax.Array) -> tuple[jax.Array, bool]:
-        return (x if mapped[0] else jnp.broadcast_to(x, (size, *x.shape))), False
+    def _(
+        size: int, mapped: Sequence[bool], slot: jax.Array, x: jax.Array
+    ) -> tuple[jax.Array, bool]:
+        if not mapped[0]:  # another `jax.vmap`, within that over the slots
+            return jnp.moveaxis(collect(slot, x), 1, 0), True
+        return (x if mapped[1] else jnp.broadcast_to(x, (size, *x.shape))), False
 
-    return collect(x)
+    return collect(lax.axis_index(compat.SLOTS), x)
 
 
 def for_each(

@@ -280,6 +280,13 @@ def shards_along_one_axis(params, x, place):
     return mapped(x, params["w"])
 
 
+@case(TOKENS, ("data", None), "io", {"targets": "*"}, e=((16, 12), (None, "model")))
+def look_up_of_shards(params, tokens, place):
+    specs = ("data", None), (None, "model")
+    mapped = place.shard_map(lambda _, i, e: e[i], specs, ("data", None, "model"))
+    return mapped(tokens, params["e"])
+
+
 @case(ROWS, ROWS_SPEC, "io", w=((16, 12), ("model", None)))
 def automatic(params, x, place):
     return place.automatic(lambda x, w: jnp.tanh(x @ w), "data", None)(x, params["w"])

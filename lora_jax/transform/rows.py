@@ -5,6 +5,7 @@ from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -199,11 +200,15 @@ def _check_norms(norms: Any, plan: AdapterPlan, n_slots: int) -> dict[str, jax.A
 
 
 def _check_slots(slots: Any) -> jax.Array:
-    if not isinstance(slots, jax.Array) and not hasattr(slots, "__array__"):
+    if not isinstance(slots, jax.Array | np.ndarray):
         raise TypeError(f"slots must be an array (rows,), got {type(slots).__name__}.")
-    slots = jnp.asarray(slots)
     if not jnp.issubdtype(slots.dtype, jnp.integer):
         raise TypeError(f"slots must be integers, got {slots.dtype}.")
+    # So that none of more than 32 bits, or without a sign, becomes another slot.
+    limits, clip = jnp.iinfo(slots.dtype), jnp.clip
+    if isinstance(slots, np.ndarray):
+        clip = np.clip
+    slots = jnp.asarray(clip(slots, max(limits.min, -2), min(limits.max, 2**31 - 1)))
     if slots.ndim != 1 or not len(slots):
         raise ValueError(
             f"slots must be (rows,), one slot for each row of the batch, got the shape "

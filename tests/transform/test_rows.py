@@ -319,6 +319,9 @@ def test_a_slot_that_diverged_reaches_no_other_row(rows):
     assert bool(jnp.isfinite(y).all())
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     assert_same_bits(model(params, stack, slots, x)[2], layers(params, x)[2])
+    for many in (np.int64(2**32), np.uint32(2**32 - 1), np.uint8(255)):
+        own = np.full(rows, many)
+        assert bool(jnp.isnan(model(params, stack, own, x)).all())
     for wrong in (1, 3, 2**20, -2):
         (_, other), _ = step(stack, x, slots.at[3].set(wrong))
         assert bool(jnp.isnan(other[3]).all())

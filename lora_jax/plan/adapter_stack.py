@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,10 @@ class AdapterStack:
     adapters: dict[str, dict[str, jax.Array]]
     scales: dict[str, jax.Array]
     magnitudes: dict[str, jax.Array]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields the fields: to a type checker, trees of arrays are iterable."""
+        yield from (self.adapters, self.scales, self.magnitudes)
 
 
 def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:

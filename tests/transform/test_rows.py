@@ -27,8 +27,6 @@ SLOW = pytest.mark.slow
 NO_ROWS = {"integers", "vector", "summed", "stated_of_weights", "one_row"}
 REFUSED = "adapt_rows|each row"
 TOLERANCE = {"cast": 1e-5}
-# With its former emitters, see `xla_flags`, XLA cannot compile the gradients of these.
-ONLY_VALUES = {"positions", "tied_head"}
 
 
 def row_axes(fn, params, args, axis, n_rows):
@@ -82,6 +80,12 @@ def of_own_rows(fn, model, slots, axes):
     return run
 
 
+def step(loss, wrt, *args):
+    """The value and gradients; XLA's former emitters cannot compile some of these."""
+    function = jax.jit(jax.value_and_grad(loss, wrt, has_aux=True))
+    return function.lower(*args).compile(WITH_NEW_EMITTERS)(*args)
+
+
 def with_slots(rows, slots, params, stack, *args):
     return rows(params, stack, slots, *args)
 
@@ -133,15 +137,9 @@ def test_each_row_has_its_own_adapter(name, method):
                 loss_of(functools.partial(f, params))
                 for f in (functools.partial(with_slots, rows, slots), wanted)
             )
-            if name in ONLY_VALUES:
-                assert_same(jax.jit(got)(stack, *args), jax.jit(want)(tenants, *args))
-                continue
             wrt = (0, 1) if jnp.issubdtype(args[0].dtype, jnp.inexact) else (0,)
-            got, want = (
-                jax.jit(jax.value_and_grad(loss, wrt, has_aux=True)) for loss in (got, want)
-            )
-            got, (of_stack, *got_x) = got(stack, *args)
-            want, (of_tenants, *want_x) = want(tenants, *args)
+            got, (of_stack, *got_x) = step(got, wrt, stack, *args)
+            want, (of_tenants, *want_x) = step(want, wrt, tenants, *args)
             of_slots = jax.tree.map(lambda *x: jnp.stack(x), *of_tenants)
             pairs = (got, of_stack.adapters, got_x), (want, of_slots, want_x)
             assert_same(*pairs, tolerance=TOLERANCE.get(name, 1e-10))

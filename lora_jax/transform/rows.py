@@ -209,6 +209,11 @@ def _check_slots(slots: Any) -> jax.Array:
     if isinstance(slots, np.ndarray):
         clip = np.clip
     slots = jnp.asarray(clip(slots, max(limits.min, -2), min(limits.max, 2**31 - 1)))
+    if slots.ndim == 1 and not isinstance(slots.shape[0], int):
+        raise ValueError(
+            f"slots has the symbolic shape {slots.shape}: the number of rows must be known "
+            "when the function is traced."
+        )
     if slots.ndim != 1 or not len(slots):
         raise ValueError(
             f"slots must be (rows,), one slot for each row of the batch, got the shape "
@@ -243,7 +248,8 @@ def _places(
 def _place(name: str, shape: tuple[int, ...], axis: Any, n_rows: int) -> Rows | None:
     if axis is None or not shape:
         return None
-    if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+    is_number = isinstance(axis, int) and not isinstance(axis, bool)
+    if not is_number or not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"in_axes has {axis!r} for {name}, whose shape is {shape}: expected the number "
             "of the axis that has the rows, or None."

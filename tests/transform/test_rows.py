@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 import lora_jax
 from lora_jax.transform import _following, _tracing
@@ -385,6 +385,13 @@ ERRORS = {
         ValueError,
         r"slots must be \(rows,\), .* got the shape \(\)",
     ),
+    "a symbolic number of rows": (
+        lambda f, p, s, x: export.export(jax.jit(f))(
+            p, s, jax.ShapeDtypeStruct(export.symbolic_shape("rows"), "int32"), x
+        ),
+        ValueError,
+        r"slots has the symbolic shape \(rows,\): the number of rows must be known",
+    ),
     "no slots": (lambda f, p, s, x: f(p, s, None, x), TypeError, "got NoneType"),
     "adapters instead of a stack": (
         lambda f, p, s, x: f(p, s.adapters, jnp.zeros(4, int), x),
@@ -434,6 +441,7 @@ def test_uses_without_rows_are_errors(fn, text):
     [
         ((0,), "in_axes has 1 entries, and there are 2 arguments"),
         ((0, 1.5), r"in_axes has 1.5 for args\[1\]"),
+        ((0, True), r"in_axes has True for args\[1\]"),
         ((0, 2), r"in_axes has 2 for args\[1\]"),
         (({"a": 0}, 0), "in_axes is not a prefix"),
     ],

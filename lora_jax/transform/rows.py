@@ -201,9 +201,15 @@ def _check_norms(norms: Any, plan: AdapterPlan, n_slots: int) -> dict[str, jax.A
 
 def _check_slots(slots: Any) -> jax.Array:
     if not isinstance(slots, jax.Array | np.ndarray):
-        raise TypeError(f"slots must be an array (rows,), got {type(slots).__name__}.")
+        raise TypeError(
+            "slots must be an integer array (rows,), the slot of each row, got "
+            f"{type(slots).__name__}: write jnp.array([0, 2, -1])."
+        )
     if not jnp.issubdtype(slots.dtype, jnp.integer):
-        raise TypeError(f"slots must be integers, got {slots.dtype}.")
+        raise TypeError(
+            f"slots must be integers, got {slots.dtype}: give the number of the slot of "
+            "each row, jnp.array([0, 2, -1])."
+        )
     # So that none of more than 32 bits, or without a sign, becomes another slot.
     limits, clip = jnp.iinfo(slots.dtype), jnp.clip
     if isinstance(slots, np.ndarray):

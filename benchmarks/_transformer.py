@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import _timing
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,18 @@ def check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     """Ends the program if they do not fit each other."""
     if options.width % options.heads:
         parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+
+
+def result_of(
+    options: argparse.Namespace, tables: list[Any], *names: str
+) -> dict[str, Any]:
+    """The environment, the sizes, the rounds and the options `names`, and the tables."""
+    given = (*SIZES, "rounds", *names)
+    return {
+        **_timing.environment(),
+        **{name: getattr(options, name) for name in given},
+        "tables": tables,
+    }
 
 
 def describe_sizes(result: Mapping[str, Any]) -> str:

@@ -188,12 +188,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for method in options.method
         for name in options.format
     ]
-    names = (*_transformer.SIZES, "rounds")
-    return {
-        **_timing.environment(),
-        **{name: getattr(options, name) for name in names},
-        "tables": tables,
-    }
+    return _transformer.result_of(options, tables)
 
 
 def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:

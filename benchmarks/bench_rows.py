@@ -281,12 +281,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tables = [measure_phase(options, phase) for phase in options.phase]
     if options.peft:
         tables += [measure_peft(options, phase) for phase in options.phase]
-    names = (*_transformer.SIZES, "rounds")
-    return {
-        **_timing.environment(),
-        **{name: getattr(options, name) for name in names},
-        "tables": tables,
-    }
+    return _transformer.result_of(options, tables)
 
 
 def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:

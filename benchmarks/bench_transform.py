@@ -218,12 +218,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for of, run in (("step", measure_steps), ("tracing", measure_tracing)):
                 baseline, rows = run(options, method, layout)
                 tables.append({**case, "of": of, "baseline": baseline, "rows": rows})
-    names = (*_transformer.SIZES, "rounds", "traces")
-    return {
-        **_timing.environment(),
-        **{name: getattr(options, name) for name in names},
-        "tables": tables,
-    }
+    return _transformer.result_of(options, tables, "traces")
 
 
 def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:

@@ -124,7 +124,7 @@ __all__ = [
     "unmerge_lora_weight",
 ]
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,11 @@ import pytest
 import lora_jax
 
 ROOT = pathlib.Path(lora_jax.__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / ".github").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 MODULES = [info.name for info in pkgutil.walk_packages(lora_jax.__path__, "lora_jax.")]
 
 

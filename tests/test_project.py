@@ -1,0 +1,57 @@
+"""What the project's own files say twice is the same in both, and what they name exists."""
+
+import pathlib
+import re
+import tomllib
+
+import lora_jax
+
+ROOT = pathlib.Path(lora_jax.__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+REPOSITORY = PROJECT["project"]["urls"]["Repository"]
+
+
+def read(name):
+    return (ROOT / name).read_text()
+
+
+def test_workflows_run_stages_of_ci():
+    stages = re.search(r"^stages=\((.*)\)$", read(".ci/run"), re.M)[1].split()
+    assert re.findall(r"^#   (\w+) ", read(".ci/run"), re.M) == stages
+    matrix = re.search(r"stage: \[(.*)\]", read(".github/workflows/tests.yml"))[1]
+    assert matrix.split(", ") == stages
+    for name in ("release",):
+        workflow = read(f".github/workflows/{name}.yml")
+        assert set(re.findall(r"\.ci/run (\w+)", workflow)) <= {*stages}
+
+
+def test_commits_are_formatted_by_the_ruff_of_ci():
+    (pinned,) = re.findall(r'"(ruff==[\d.]+)"', read("pyproject.toml"))
+    assert set(re.findall(r'"(ruff==[^"]*)"', read(".pre-commit-config.yaml"))) == {pinned}
+
+
+def test_the_readme_has_links_that_work_on_a_package_index():
+    """The hook in pyproject.toml makes links to files absolute."""
+    hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    (rule,) = hook["substitutions"]
+    assert rule["replacement"] == f"]({REPOSITORY}/blob/main/"
+    text = re.sub(rule["pattern"], rule["replacement"], read("README.md"))
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) > 10
+    assert all(link.startswith(("https://", "#")) for link in links)
+
+
+def test_one_address():
+    urls = PROJECT["project"]["urls"].values()
+    owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
+    known = (REPOSITORY, f"https://{owner}.github.io/{name}/")
+    assert all(url.startswith(known) for url in urls)
+
+
+def test_the_changelog_begins_with_this_version():
+    heading = re.search(r"^## (\S+)", read("docs/changelog.md"), re.M)[1]
+    if lora_jax.__version__.endswith(".dev0"):
+        assert heading == "Unreleased"
+    else:
+        assert heading == lora_jax.__version__
+        assert f"version = {{{lora_jax.__version__}}}" in read("README.md")

@@ -1,6 +1,9 @@
 """Low-rank adapters for any JAX model, as pure functions over parameter pytrees."""
 
+from typing import TYPE_CHECKING
+
 from lora_jax import optim, peft, quant
+from lora_jax._core.unknown_names import explain_attributes
 from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
 from lora_jax.layers import initializers
 from lora_jax.layers.biases import lora_bias_delta, merge_lora_layer, unmerge_lora_layer
@@ -129,3 +132,7 @@ __version__ = "0.1.0"
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:  # type checkers know the names that are not here
+    __getattr__ = explain_attributes(__name__)

@@ -1,5 +1,8 @@
 """Adapters of Hugging Face PEFT, read and written without torch."""
 
+from typing import TYPE_CHECKING
+
+from lora_jax._core.unknown_names import explain_attributes
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.load import Loaded, NameTable, load, match_names, replace_leaves
 from lora_jax.peft.rules import ModuleMatch, match_modules, to_lora_config
@@ -23,3 +26,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:  # type checkers know the names that are not here
+    __getattr__ = explain_attributes(__name__)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 from jax.typing import DTypeLike
 
-from lora_jax._core import checks, tree_paths
+from lora_jax._core import checks, tree_paths, unknown_names
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.layers.initializers import Init, check_init
 from lora_jax.plan import parts
@@ -22,6 +22,7 @@ ALL_LINEAR = "all-linear"
 
 
 @jax.tree_util.register_static
+@unknown_names.explain_fields
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Selects the weights to adapt and sets the options of their adapters.
@@ -85,7 +86,7 @@ class LoraConfig:
     products in the body of the function. The body of a kernel is not checked.
 
     Raises:
-        TypeError: if a field has the wrong type.
+        TypeError: if a field has the wrong type, or there is no such field.
         ValueError: if a number is out of its range, a name is unknown, there are no
             targets, or a pattern, the letters of axes or an equation is not valid.
 

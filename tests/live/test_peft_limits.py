@@ -1,11 +1,15 @@
 """Where PEFT and this library part, and what each of them refuses."""
 
+import dataclasses
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax.peft
 from lora_jax import CheckpointError
+from lora_jax._core import equivalents
 from tests.support import assert_close
 
 torch = pytest.importorskip("torch")
@@ -220,3 +224,12 @@ def test_a_module_that_peft_saves_whole_needs_its_bias(tmp_path):
 
 def _empty(target):
     return {name: jnp.zeros(shape) for name, shape in target.adapter_shapes.items()}
+
+
+def test_each_name_of_peft_is_an_error_that_says_what_to_write():
+    ours = {*lora_jax.__all__, *lora_jax.peft.__all__}
+    other = re.compile(r"[A-Z_]+|.*(Error|Warning)|find_kappa.*|shift_tok.*|bloom_.*")
+    names = [n for n in peft.__all__ if n not in ours and not other.fullmatch(n)]
+    fields = [field.name for field in dataclasses.fields(peft.LoraConfig)]
+    assert not [n for n in names if not equivalents.describe(equivalents.NAMES, n)]
+    assert not [n for n in fields if not equivalents.describe(equivalents.FIELDS, n)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ def normal(*shape, seed=0, size=1.0, dtype="float64"):
     """Normal values that depend on the shape and the seed, as a NumPy array."""
     values = np.random.default_rng([seed, *shape]).normal(size=shape)
     return np.asarray(size * values).astype(jnp.dtype(dtype))
+
+
+def html_cells(value):
+    """The texts of the cells of the table that a notebook shows, by rows."""
+    root = ElementTree.fromstring(f"<div>{value._repr_html_()}</div>")
+    return [[cell.text or "" for cell in row] for row in root.iter("tr")]
 
 
 def draw(*shape, dtype="float32", **options):

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from lora_jax._core import checks
+from lora_jax._core.tables import format_html
+
 _SHOWN = ("entry_shape", "weight_dtype")  # in every repr as shape and dtype
 
 
@@ -157,6 +160,15 @@ class QuantizedTensor(abc.ABC):
         settings = {k: v for k, v in self.settings().items() if k not in _SHOWN}
         rest = "".join(f", {name}={value!r}" for name, value in settings.items())
         return f"{type(self).__name__}(shape={shape}, dtype={self.dtype}{rest})"
+
+    def _repr_html_(self) -> str:
+        rows = [("array", "shape", "dtype", "bytes")]
+        for field in _fields(self, False):
+            array = getattr(self, field.name)
+            if checks.is_array(array):
+                size = math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+                rows.append((field.name, str(array.shape), str(array.dtype), f"{size:,}"))
+        return format_html(rows, (3,), [repr(self)])
 
 
 def _fields(owner: Any, static: bool) -> list[dataclasses.Field[Any]]:

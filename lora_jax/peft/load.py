@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._core import checks, placement, tree_paths
 from lora_jax._core.immutable import FrozenDict
-from lora_jax._core.tables import format_table
+from lora_jax._core.tables import format_html, format_table
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
@@ -88,6 +88,9 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
 
     def __str__(self) -> str:
         return "\n".join(format_table(_cells(self.rows)))
+
+    def _repr_html_(self) -> str:
+        return format_html(_cells(self.rows))
 
 
 def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:

@@ -230,6 +230,9 @@ class AdapterPlan:
         """
         return plan_text.table(self)
 
+    def _repr_html_(self) -> str:
+        return plan_text.html(self)
+
     def explain(self, path: str) -> str:
         """Explains why a leaf has an adapter or is trained, or why not.
 

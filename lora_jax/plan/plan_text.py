@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lora_jax._core import tree_paths
-from lora_jax._core.tables import format_table
+from lora_jax._core.tables import format_html, format_table
 from lora_jax.plan import mesh_layout, parts
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
 from lora_jax.plan.target import Target, TrainedLeaf, Use
@@ -46,6 +46,16 @@ class _Plan(Protocol):
 
 def table(plan: _Plan) -> str:
     """The table of `AdapterPlan.__str__`."""
+    return "\n".join([*format_table(_rows(plan), _NUMBERS), *_notes(plan)])
+
+
+def html(plan: _Plan) -> str:
+    """The table of a plan for a notebook."""
+    return format_html(_rows(plan), _NUMBERS, [*_notes(plan)], foot=1)
+
+
+def _rows(plan: _Plan) -> list[tuple[str, ...]]:
+    """The header of the table, a row for each entry, and a row for their sum."""
     total = plan.total and plan.total + plan.parameters
     layout = plan.layout
     rows: list[tuple[str, ...]] = [_HEADER]
@@ -62,21 +72,21 @@ def table(plan: _Plan) -> str:
         own = map(layout.cells, plan.entries)
         more = (mesh_layout.HEADER, *own, layout.total(plan.entries))
         rows = [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
-    merged = [
-        f"to be merged: {path!r}, {use}"
-        for path in plan.by_leaf()
-        for use in plan.uses.get(path, ())
-        if use.merged
-    ]
-    stopped = [
-        f"gradient stopped: {path!r}, {use}"
-        for path in plan.by_leaf()
-        for use in plan.uses.get(path, ())
-        if "stopped" in use.roles
-    ]
-    lines = format_table(rows, _NUMBERS)
-    placed = [] if layout is None else [str(layout)]
-    return "\n".join([*lines, *placed, *merged, *stopped, *_left_out(plan)])
+    return rows
+
+
+def _notes(plan: _Plan) -> Iterable[str]:
+    """The lines below the table."""
+    if plan.layout is not None:
+        yield str(plan.layout)
+    uses = [(path, use) for path in plan.by_leaf() for use in plan.uses.get(path, ())]
+    for path, use in uses:
+        if use.merged:
+            yield f"to be merged: {path!r}, {use}"
+    for path, use in uses:
+        if "stopped" in use.roles:
+            yield f"gradient stopped: {path!r}, {use}"
+    yield from _left_out(plan)
 
 
 def explain(plan: _Plan, path: str) -> str:

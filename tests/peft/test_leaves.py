@@ -10,6 +10,7 @@ from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.known import agrees, find_known
 from tests.peft.support import draw, linear, merged, update_of, write
+from tests.support import html_cells
 
 LAYERS = HEADS = 3
 SIZE, WIDTH = 2, 6
@@ -48,6 +49,8 @@ def test_layers_that_are_as_many_as_heads(axis, axes, use_dora, tmp_path):
     with pytest.raises(CheckpointError, match=r"axes 'biio' and 'ibio': shapes do not say"):
         peft.load(tmp_path, params, names=names)
     table = peft.match_names(tmp_path, params, apply, x, names=names)
+    lines = [line.split() for line in str(table).splitlines()]
+    assert [" ".join(row).split() for row in html_cells(table)] == lines
     letters = {"model.layers.{layer}.o_proj": (OUT, axes.replace("b", "{layer}"))}
     for loaded in (
         peft.load(tmp_path, params, apply, x, names=names),

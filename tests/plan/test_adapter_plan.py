@@ -12,6 +12,7 @@ import lora_jax
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target, TrainedLeaf, Use
+from tests.support import html_cells
 
 TARGET = Target((5, 4, 2, 3), "dora", 2, 1.5, 0.1, (1,), (2, 3), (0,))
 PRODUCT = Use("dot_general", ("contracted", "kept"), "model.py:7 (call)", linear=True)
@@ -128,6 +129,29 @@ def test_long_tables_keep_all_rows():
     assert len(lines) == 302
     assert len({len(line) for line in lines}) == 1
     assert lines[-1].split()[:4] == ["total", "of", "300", "39,000"]
+
+
+def test_a_notebook_shows_the_same_table():
+    plan = make_plan()
+    shown = html_cells(plan)
+    assert [" ".join(row).split() for row in shown] == [
+        line.split() for line in str(plan).splitlines()[: len(shown)]
+    ]
+    assert "<pre>to be merged: &#x27;a/q&#x27;, sort at" in plan._repr_html_()
+
+
+def test_a_notebook_shows_the_first_rows_of_a_long_table():
+    names = [f"<b>layer_{i}</b>/w" for i in range(300)]
+    plan = make_plan(targets=dict.fromkeys(names, TARGET), trained={})
+    shown = [row[0] for row in html_cells(plan)]
+    assert shown[1:61] == names[:60]
+    assert shown[61:] == ["... and 240 more rows", "total of 300"]
+    skipped = {name: f"a reason of {name}" for name in names}
+    plan = make_plan(skipped=skipped, uses=dict.fromkeys(names, ()))
+    assert plan._repr_html_().count("<pre>left out: &#x27;&lt;b&gt;layer_") == 60
+    assert plan._repr_html_().endswith("<pre>... and 240 more lines</pre>")
+    assert len(plan._repr_html_()) < 20_000
+    assert "<b>" not in plan._repr_html_()
 
 
 def test_shares_are_of_all_parameters_as_count_parameters_has_them():

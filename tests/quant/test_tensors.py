@@ -1,6 +1,7 @@
 """What holds for every format: stacks, transformations, abstract values, the registry."""
 
 import dataclasses
+import html
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,15 @@ from lora_jax import quant
 from lora_jax._core import compat
 from tests.quant import support
 from tests.quant.support import ALL, SHAPE, SignTensor
-from tests.support import assert_close, assert_same_bits, count_traces, draw, set_mesh, x64
+from tests.support import (
+    assert_close,
+    assert_same_bits,
+    count_traces,
+    draw,
+    html_cells,
+    set_mesh,
+    x64,
+)
 
 each = pytest.mark.parametrize("name", ALL)
 # One of each kind, where every format takes programs of its own.
@@ -114,6 +123,17 @@ def test_repr_is_one_short_line_whatever_the_leaves_are(name):
         assert "\n" not in text
         assert "Array" not in text
     assert "shape=?" in shown[-1]
+
+
+@each
+def test_a_notebook_shows_the_arrays(name):
+    q = ALL[name](draw(*SHAPE))
+    rows = html_cells(q)
+    assert rows[0] == ["array", "shape", "dtype", "bytes"]
+    assert sum(int(row[3].replace(",", "")) for row in rows[1:]) == q.nbytes
+    assert html.escape(repr(q)) in q._repr_html_()
+    assert html_cells(jax.eval_shape(lambda: q)) == rows
+    assert len(html_cells(jax.tree.map(lambda _: None, q))) == 1
 
 
 @pytest.mark.parametrize("name", ["torchao", "int8_blocks"])

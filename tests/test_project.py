@@ -55,3 +55,15 @@ def test_the_changelog_begins_with_this_version():
     else:
         assert heading == lora_jax.__version__
         assert f"version = {{{lora_jax.__version__}}}" in read("README.md")
+
+
+def test_the_readme_lists_the_extras_of_users():
+    extras = PROJECT["project"]["optional-dependencies"]
+    for_developers = {"tests", "frameworks", "lint", "docs"}
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", read("README.md"), re.M))
+    assert rows.keys() == extras.keys() - for_developers
+    for extra, shown in rows.items():
+        named = [re.sub(r"lora_jax\[(.*)\]", r"\1", each) for each in extras[extra]]
+        want = [re.split("[>=]", name)[0] for name in ",".join(named).split(",")]
+        assert shown.replace("`", "").split(", ") == want
+    assert f"git+{REPOSITORY}" in read("README.md")

@@ -43,12 +43,19 @@ from lora_jax.model.adapters import (
     plan_adapters,
     unmerge_adapters,
 )
+from lora_jax.model.arithmetic import (
+    DerivedAdapters,
+    combine_adapters,
+    resize_adapters,
+    scale_adapters,
+)
 from lora_jax.model.decompose import (
     Decomposed,
     PlainAdapters,
     decompose_params,
     to_plain_adapters,
 )
+from lora_jax.model.extraction import ExtractedAdapters, extract_adapters
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (
@@ -71,6 +78,8 @@ __all__ = [
     "CheckpointError",
     "Decomposed",
     "DecomposedWeight",
+    "DerivedAdapters",
+    "ExtractedAdapters",
     "LoraConfig",
     "Merge",
     "MergeLoss",
@@ -85,10 +94,12 @@ __all__ = [
     "adapt_rows",
     "adapted_column_norms",
     "adapter_shardings",
+    "combine_adapters",
     "count_parameters",
     "decompose_params",
     "dora_column_norm",
     "dora_linear",
+    "extract_adapters",
     "init_adapters",
     "init_dora_adapter",
     "init_dora_magnitude",
@@ -114,7 +125,9 @@ __all__ = [
     "put_adapters",
     "quant",
     "quantize_params",
+    "resize_adapters",
     "save_adapters",
+    "scale_adapters",
     "stack_adapters",
     "stacked_column_norms",
     "take_adapters",

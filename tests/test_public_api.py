@@ -95,6 +95,11 @@ adapted_column_norms(params, adapters, plan)
 merge_losses(params, adapters, plan, *, requantize=False)
 decompose_params(params, plan, method, *, key=None, iterations=None, quantize=None)
 to_plain_adapters(adapters, initial, plan)
+combine_adapters(adapters, plans, weights=None, method='exact', *, params=None, rank=None,
+    energy=None, density=None, majority_sign='total', key=None)
+resize_adapters(adapters, plan, *, rank=None, energy=None, params=None)
+scale_adapters(adapters, plan, factor)
+extract_adapters(base, tuned, plan, *, rank=None, energy=None)
 count_parameters(params, plan)
 adapt_rows(fn, plan, in_axes=0, *, on_unused='error', on_stop_gradient='error',
     dropout_key=None, column_norms=None)

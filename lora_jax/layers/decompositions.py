@@ -1,7 +1,8 @@
 """Low-rank factors of a matrix: truncated SVDs, exact and randomized, and a QR.
 
 Everywhere `matrix` is `(*batch, in, out)` in at least float32, `rank` is at most
-`min(in, out)`, and products run at the highest precision.
+`min(in, out)`, and products run at the highest precision. The SVD of a product of factors
+never forms the product.
 """
 
 import functools
@@ -65,6 +66,26 @@ def randomized(key: jax.Array, matrix: jax.Array, rank: int, iterations: int) ->
     q = lax.fori_loop(0, iterations, step, _orthonormal(_product(matrix, probes)))
     small = exact(_product(jnp.swapaxes(q, -1, -2), matrix), rank)
     return small._replace(u=_product(q, small.u))
+
+
+def of_product(a: jax.Array, b: jax.Array) -> Svd:
+    """The full SVD of `A @ B`, from QR decompositions of the two factors.
+
+    With `A = Q_a R_a` and `B^T = Q_b R_b`, it is the SVD of the small `R_a R_b^T`, between
+    `Q_a` and `Q_b^T`. It has `min(in, rank, out)` terms, some of which may be zero.
+    """
+    q_a, r_a = jnp.linalg.qr(a)
+    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    small = exact(_product(r_a, jnp.swapaxes(r_b, -1, -2)), a.shape[-1])
+    vh = _product(small.vh, jnp.swapaxes(q_b, -1, -2))
+    return Svd(_product(q_a, small.u), small.s, vh)
+
+
+def polar(matrix: jax.Array) -> jax.Array:
+    """The nearest matrix with orthonormal columns; there are at most as many as rows."""
+    q, r = jnp.linalg.qr(matrix)
+    u, _, vh = jnp.linalg.svd(r, full_matrices=False)
+    return _product(q, _product(u, vh))
 
 
 def factors(svd: Svd, scale: float | jax.Array) -> tuple[jax.Array, jax.Array]:

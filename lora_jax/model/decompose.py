@@ -4,9 +4,7 @@ This applies `layers.decompose` to a whole model. The adapters belong to the bas
 returned with them. Save both, or convert the adapters with `to_plain_adapters`.
 """
 
-import dataclasses
 import functools
-import glob
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -34,9 +32,8 @@ from lora_jax.layers.decompose import (
 )
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model import merging, sharding
-from lora_jax.plan import layout, parts, plan_checks, trained_leaves
+from lora_jax.plan import derived_plans, layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
-from lora_jax.plan.config import LoraConfig
 
 __all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters"]
 
@@ -65,8 +62,6 @@ _METHODS = {
     "orthogonal": _Method(_orthogonal, needs=("key",)),
     "loftq": _Method(init_loftq_adapter, needs=("quantize",), takes=("iterations",)),
 }
-# Scales with a smaller relative difference are equal up to rounding.
-_SAME = 1e-12
 
 
 class Decomposed(NamedTuple, Generic[Tree]):
@@ -213,7 +208,11 @@ def to_plain_adapters(
         with checks.at_path(path):
             plain[path] = to_plain_adapter(adapters[path], initial[path])
     plain |= {path: dict(adapters[path]) for path in plan.trained}
-    return PlainAdapters(plain, _doubled_plan(plan))
+    doubled = {
+        path: derived_plans.Size(2 * target.rank, target.scale)
+        for path, target in plan.targets.items()
+    }
+    return PlainAdapters(plain, derived_plans.with_sizes(plan, doubled))
 
 
 def _check_can_decompose(target: Target, method: str, quantize: Quantize | None) -> None:
@@ -327,49 +326,3 @@ def _split(
         return parts.put(weight, target.part, base), adapter
 
     return placement.keep_sharding(split, weight)
-
-
-def _doubled_plan(plan: AdapterPlan) -> AdapterPlan:
-    """The plan whose adapters have twice the rank, with a config that agrees with it."""
-    config = _doubled_config(plan)
-    targets = {
-        path: dataclasses.replace(target, rank=2 * target.rank, scale=config.scale_of(path))
-        for path, target in plan.targets.items()
-    }
-    return dataclasses.replace(plan, config=config, targets=targets)
-
-
-def _doubled_config(plan: AdapterPlan) -> LoraConfig:
-    """The config with doubled ranks, and the alphas that keep the scales.
-
-    Targets whose rank or scale is not that of the config get their own patterns.
-    """
-    config = plan.config
-    growth = math.sqrt(2.0) if config.rank_stabilized else 2.0
-    ranks, alphas = {}, {}
-    for path, target in plan.targets.items():
-        rank = 2 * target.rank
-        if target.rank != config.rank_of(path) or not math.isclose(
-            target.scale, config.scale_of(path), rel_tol=_SAME
-        ):
-            divisor = math.sqrt(rank) if config.rank_stabilized else rank
-            ranks[_exactly(path)] = rank
-            alphas[_exactly(path)] = target.scale * divisor
-    # The first matching pattern wins, and these paths come first in the dicts.
-    for pattern, rank in config.rank_pattern.items():
-        ranks.setdefault(pattern, 2 * rank)
-    for pattern, alpha in config.alpha_pattern.items():
-        alphas.setdefault(pattern, growth * alpha)
-    return dataclasses.replace(
-        config,
-        rank=2 * config.rank,
-        alpha=growth * config.alpha,
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-    )
-
-
-def _exactly(path: str) -> str:
-    """A pattern that matches exactly one path; special characters are escaped."""
-    pattern = glob.escape(path)
-    return f"[r]{pattern[1:]}" if pattern.startswith("re:") else pattern

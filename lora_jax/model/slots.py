@@ -88,7 +88,15 @@ def stack_adapters(
         >>> stack.scales["query"].tolist(), plan.scales
         ([4.0, 2.0, 0.0], {'query': 1.0})
     """
-    plans = _checked_plans(adapters, plans)
+    if isinstance(adapters, list | tuple) and not adapters:
+        raise ValueError(
+            "adapters is empty, and a stack takes its dtypes and shardings from adapters: "
+            "give those of one tenant at least, such as init_adapters(key, params, plan)."
+        )
+    plans = plan_checks.checked_plans(adapters, plans, "tenant")
+    for i, plan in enumerate(plans):
+        with checks.at_path(f"adapters[{i}]"):
+            adapter_stack.check_trains_nothing(plan)
     count = len(adapters)
     slots = count if slots is None else checks.as_index("slots", slots)
     if not count <= slots < 2**31:
@@ -337,43 +345,6 @@ def _place(slot: Any, slots: int) -> _Place:
             f"{index}.{hint}"
         )
     return _Place(jnp.asarray(index, jnp.int32), None)
-
-
-def _checked_plans(adapters: Any, plans: Any) -> list[AdapterPlan]:
-    """Checks adapters and their plans, and returns a plan for each of them."""
-    if not isinstance(adapters, list | tuple):
-        raise TypeError(
-            "adapters must be a list or tuple with the adapters of each tenant, got "
-            f"{type(adapters).__name__}: for one tenant write [adapters]."
-        )
-    if not adapters:
-        raise ValueError(
-            "adapters is empty, and a stack takes its dtypes and shardings from adapters: "
-            "give those of one tenant at least, such as init_adapters(key, params, plan)."
-        )
-    one_for_all = isinstance(plans, AdapterPlan)
-    if not one_for_all and not isinstance(plans, list | tuple):
-        raise TypeError(
-            "plans must be an AdapterPlan, or a list or tuple of them, got "
-            f"{type(plans).__name__}."
-        )
-    plans = [plans] * len(adapters) if one_for_all else list(plans)
-    if len(plans) != len(adapters):
-        raise ValueError(
-            f"there must be one plan for each of the {len(adapters)} adapters, or one for "
-            f"all, got {len(plans)} plans."
-        )
-    for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
-        if hasattr(own, "adapters"):
-            raise TypeError(
-                f"adapters[{i}] must be a dict from paths to adapters, got "
-                f"{type(own).__name__}: pass its .adapters. If they have a base of their "
-                "own, as after decompose_params, convert them with to_plain_adapters."
-            )
-        with checks.at_path(f"adapters[{i}]"):
-            plan_checks.check_adapters(own, plan)
-            adapter_stack.check_trains_nothing(plan)
-    return plans
 
 
 def _check_complete(

@@ -89,6 +89,43 @@ def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
             _check_trained(adapters[path], leaf)
 
 
+def checked_plans(adapters: Any, plans: Any, whose: str) -> list[AdapterPlan]:
+    """Checks several adapters and their plans, and returns a plan for each of them.
+
+    Args:
+        adapters: what should be a list of adapters.
+        plans: what should be a plan, or a list of plans.
+        whose: what the adapters belong to, one of each, for messages.
+    """
+    if not isinstance(adapters, list | tuple):
+        raise TypeError(
+            f"adapters must be a list or tuple with the adapters of each {whose}, got "
+            f"{type(adapters).__name__}: for one {whose} write [adapters]."
+        )
+    one_for_all = isinstance(plans, AdapterPlan)
+    if not one_for_all and not isinstance(plans, list | tuple):
+        raise TypeError(
+            "plans must be an AdapterPlan, or a list or tuple of them, got "
+            f"{type(plans).__name__}."
+        )
+    plans = [plans] * len(adapters) if one_for_all else list(plans)
+    if len(plans) != len(adapters):
+        raise ValueError(
+            f"there must be one plan for each of the {len(adapters)} adapters, or one for "
+            f"all, got {len(plans)} plans."
+        )
+    for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
+        if hasattr(own, "adapters"):
+            raise TypeError(
+                f"adapters[{i}] must be a dict from paths to adapters, got "
+                f"{type(own).__name__}: pass its .adapters. If they have a base of their "
+                "own, as after decompose_params, convert them with to_plain_adapters."
+            )
+        with checks.at_path(f"adapters[{i}]"):
+            check_adapters(own, plan)
+    return plans
+
+
 def check_paths(name: str, given: Any, paths: list[str]) -> None:
     """Raises unless `given` is a dict with exactly these paths of a plan."""
     if not isinstance(given, Mapping):

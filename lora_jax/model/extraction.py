@@ -1,0 +1,147 @@
+"""Adapters from the difference between two sets of params."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._core import checks, numerics, placement, quantized, tree_paths
+from lora_jax.layers.combinations import Cut
+from lora_jax.layers.lora import Adapter
+from lora_jax.model import merging, sharding
+from lora_jax.model.weight_updates import check_finite, checked_cut, extract_weight
+from lora_jax.plan import derived_plans, parts, plan_checks, trained_leaves
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.derived_plans import Size
+
+__all__ = ["ExtractedAdapters", "extract_adapters"]
+
+
+class ExtractedAdapters(NamedTuple):
+    """Adapters that were computed from params, with their plan."""
+
+    adapters: dict[str, Adapter]
+    """`{path: adapter}`."""
+    plan: AdapterPlan
+    """The plan of these adapters."""
+    energy: dict[str, float]
+    """The share of the squared Frobenius norm of each change that was kept."""
+    changed: dict[str, Any]
+    """The tuned leaves outside of the plan that differ from those of the base, by path."""
+
+
+def extract_adapters(
+    base: tree_paths.PyTree,
+    tuned: tree_paths.PyTree,
+    plan: AdapterPlan,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> ExtractedAdapters:
+    """Approximates the difference between two sets of params by adapters.
+
+    Each difference has an exact SVD, which takes a few dense arrays of one matrix. The
+    params may be dense or quantized.
+
+    Args:
+        base: the params of the plan.
+        tuned: params with the same paths and shapes, for example after full fine-tuning.
+        plan: of the weights that get an adapter, with LoRA. Its trained leaves are taken
+            from `tuned`.
+        rank: the largest rank; by default the ranks of the plan, or no limit if `energy` is
+            given. A rank above `min(in, out)` becomes `min(in, out)`.
+        energy: in (0, 1]: take the smallest rank that keeps this share of the squared
+            Frobenius norm of the difference.
+
+    Returns:
+        The adapters, in the dtypes that `init_adapters` gives them; their plan, with the
+        scales of the given one; the energies; and `changed`, the leaves of `tuned` outside
+        of the plan that differ from those of `base`. `lora_jax.peft.replace_leaves(base,
+        changed)` puts these into params.
+
+    Raises:
+        FloatingPointError: if a difference has an infinity or a NaN.
+        KeyError: if the paths of the two trees or of the plan differ.
+        TypeError: if an argument has the wrong type.
+        ValueError: if a number is out of its range, shapes differ, a target has DoRA or the
+            scale 0 or is for one kind of use of a weight that has others, or a weight has
+            changed outside of the parts that the plan adapts.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, lora_jax
+        >>> base = {"query": jnp.zeros((64, 32)), "bias": jnp.zeros(32)}
+        >>> tuned = {"query": jnp.ones((64, 32)), "bias": jnp.ones(32)}
+        >>> plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=4), base)
+        >>> made = lora_jax.extract_adapters(base, tuned, plan, energy=0.99)
+        >>> made.plan.targets["query"].rank, round(made.energy["query"], 4)
+        (1, 1.0)
+        >>> list(made.changed)
+        ['bias']
+    """
+    cut = checked_cut(rank, energy)
+    old, new = map(tree_paths.leaf_paths, (base, tuned))
+    for name, leaves in (("base", old), ("tuned", new)):
+        with checks.at_path(name):
+            plan_checks.check_params(leaves, plan, values=True)
+    plan_checks.check_paths("tuned", new, list(old))
+    merging.check_all_uses(plan)
+    made, sizes, energies = {}, {}, {}
+    for path, target in plan.targets.items():
+        leaf = plan.leaf(path)
+        with checks.at_path(path):
+            dtype = plan.config.dtype or numerics.accumulation_dtype(old[leaf].dtype)
+            own = Cut(target.rank) if cut == Cut() else cut
+            update = extract_weight(old[leaf], new[leaf], target, own, dtype)
+        made[path] = {"A": update.a, "B": update.b}
+        sizes[path] = Size(update.a.shape[-1], target.scale)
+        energies[path] = update.energy
+    check_finite(made)
+    changed = _changed_leaves(old, new, plan)
+    made |= trained_leaves.init_all(new, plan)
+    places = sharding.init_shardings(old, plan)
+    if places is not None:
+        made = jax.tree.map(placement.put, made, places)
+    plan = derived_plans.with_sizes(plan, sizes)
+    return ExtractedAdapters(made, plan, energies, changed)
+
+
+def _changed_leaves(
+    old: Mapping[str, Any], new: Mapping[str, Any], plan: AdapterPlan
+) -> dict[str, Any]:
+    """The new leaves outside of a plan that differ from the old ones."""
+    adapted, changed = plan.by_leaf(), {}
+    for path, leaf in new.items():
+        if path in plan.trained or leaf is old[path]:
+            continue
+        own = [plan.targets[key].part for key in adapted.get(path, ())]
+        if not own and not _is_equal(old[path], leaf):
+            changed[path] = leaf
+        if (
+            own
+            and "" not in own
+            and not _is_equal(*(_without(x, own) for x in (old[path], leaf)))
+        ):
+            raise ValueError(
+                f"at {path!r}: the weight has changed outside of the parts that the plan "
+                f"adapts, {', '.join(own)}: adapt the whole weight."
+            )
+    return changed
+
+
+def _without(weight: Any, own: Sequence[str]) -> jax.Array:
+    """The weight with zeros in some parts."""
+    dense = jnp.asarray(quantized.as_dense(weight))
+    for part in own:
+        dense = parts.put(dense, part, jnp.zeros_like(parts.take(dense, part)))
+    return dense
+
+
+def _is_equal(first: Any, second: Any) -> bool:
+    """Whether two leaves have the same values, in any dtypes."""
+    if not (checks.is_array(first) and checks.is_array(second)):
+        return first is second or bool(first == second)
+    pair = [np.asarray(quantized.as_dense(x)) for x in (first, second)]
+    wide = [x.astype(np.float64) if checks.is_floating(x.dtype) else x for x in pair]
+    return np.array_equal(*wide, equal_nan=checks.is_floating(wide[0].dtype))

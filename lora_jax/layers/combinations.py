@@ -9,7 +9,7 @@ other function has an array of the size `in * out`.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,16 @@ from lora_jax._core import numerics
 from lora_jax.layers import decompositions
 from lora_jax.layers.decompositions import Svd
 
-DARE = ("dare_linear", "dare_ties")
-PRUNED = ("magnitude", *DARE, "ties")
-ON_FACTORS = ("linear", *PRUNED)
-ON_UPDATES = tuple(f"{name}_svd" for name in PRUNED)
-METHODS = ("exact", "svd", *ON_FACTORS, *ON_UPDATES, "knots", "tsv")
-TRUNCATE = ("svd", *ON_UPDATES, "knots", "tsv")
-NEED_DENSITY = (*PRUNED, *ON_UPDATES, "knots")
-ELECT = ("ties", "dare_ties", "ties_svd", "dare_ties_svd", "knots")
-NEED_KEY = tuple(name for name in METHODS if name.startswith("dare"))
+_OnFactors = Literal["linear", "magnitude", "dare_linear", "dare_ties", "ties"]
+_OnUpdates = Literal["magnitude_svd", "dare_linear_svd", "dare_ties_svd", "ties_svd"]
+_OnSvds = Literal["svd", "knots", "tsv"]
+MethodName: TypeAlias = Literal["exact"] | _OnFactors | _OnUpdates | _OnSvds
+
+TRUNCATE: tuple[str, ...] = (*get_args(_OnSvds), *get_args(_OnUpdates))
+METHODS = ("exact", *get_args(_OnFactors), *TRUNCATE)
+ELECT = (*(name for name in METHODS if "ties" in name), "knots")
+NEED_KEY = tuple(name for name in METHODS if "dare" in name)
+NEED_DENSITY = (*NEED_KEY, *ELECT, "magnitude", "magnitude_svd")
 MAJORITIES = ("total", "frequency")
 
 
@@ -361,7 +362,7 @@ def _check_same_rank(terms: Sequence[Term], name: str) -> None:
         raise ValueError(
             f"method={name!r} adds factors, which needs one rank, and the ranks are "
             f"{', '.join(map(str, ranks))}: use resize_adapters first, or method='svd'"
-            + (f" or '{name}_svd'." if name in PRUNED else ".")
+            + (f" or '{name}_svd'." if name in NEED_DENSITY else ".")
         )
 
 

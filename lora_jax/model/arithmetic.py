@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_jax._core import checks, numerics, tree_paths
 from lora_jax.layers import combinations
-from lora_jax.layers.combinations import Cut, Method
+from lora_jax.layers.combinations import Cut, Method, MethodName
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model.weight_updates import (
     Weighted,
@@ -26,7 +26,6 @@ from lora_jax.model.weight_updates import (
     checked_share,
     combine_weight,
     laid_like,
-    norms_of,
     resize_weight,
     static_number,
 )
@@ -61,21 +60,7 @@ def combine_adapters(
     adapters: Sequence[Adapters],
     plans: AdapterPlan | Sequence[AdapterPlan],
     weights: Sequence[float] | None = None,
-    method: Literal[
-        "exact",
-        "svd",
-        "linear",
-        "magnitude",
-        "dare_linear",
-        "dare_ties",
-        "ties",
-        "magnitude_svd",
-        "dare_linear_svd",
-        "dare_ties_svd",
-        "ties_svd",
-        "knots",
-        "tsv",
-    ] = "exact",
+    method: MethodName = "exact",
     *,
     params: tree_paths.PyTree | None = None,
     rank: int | None = None,
@@ -180,14 +165,14 @@ def combine_adapters(
     made, sizes, energies = {}, {}, {}
     for path, target in union.targets.items():
         given = [
-            Weighted(own[path], plan.targets[path].scale, weight)
+            Weighted(dict(own[path]), plan.targets[path].scale, weight)
             for own, plan, weight in zip(adapters, plans, numbers, strict=True)
             if path in plan.targets
         ]
-        norms = norms_of(leaves[union.leaf(path)], target) if is_dora else None
+        dora = (target, leaves[union.leaf(path)]) if is_dora else ()
         own_key = None if key is None else tree_paths.fold_in(key, path)
         with checks.at_path(path):
-            adapter, update = combine_weight(given, how, cut, own_key, norms)
+            adapter, update = combine_weight(given, how, cut, own_key, *dora)
             made[path] = laid_like(adapter, given[0].adapter)
         sizes[path] = Size(adapter["A"].shape[-1], update.scale)
         energies[path] = update.energy
@@ -249,9 +234,9 @@ def resize_adapters(
     is_dora = _checked_dora(plan, "svd", leaves)
     made, sizes, energies = {}, {}, {}
     for path, target in plan.targets.items():
-        norms = norms_of(leaves[plan.leaf(path)], target) if is_dora else None
+        dora = (target, leaves[plan.leaf(path)]) if is_dora else ()
         with checks.at_path(path):
-            adapter, update = resize_weight(adapters[path], target.scale, cut, norms)
+            adapter, update = resize_weight(adapters[path], target.scale, cut, *dora)
             made[path] = laid_like(adapter, adapters[path])
         sizes[path] = Size(adapter["A"].shape[-1], target.scale)
         energies[path] = update.energy

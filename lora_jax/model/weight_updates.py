@@ -9,14 +9,14 @@ of DoRA: with `c = 1 + sum w_i (k_i - 1)`, the merged weight is
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from lora_jax._core import checks, numerics, placement, quantized
+from lora_jax._core import checks, compat, numerics, placement, quantized
 from lora_jax.layers import combinations
 from lora_jax.layers.combinations import Cut, Method, Term, Update
 from lora_jax.layers.lora import Adapter, Adapters
@@ -24,6 +24,8 @@ from lora_jax.lowrank import weight_norms
 from lora_jax.model import merging
 from lora_jax.plan import layout, parts
 from lora_jax.plan.target import Target
+
+T = TypeVar("T")
 
 Norms = Callable[[Adapter, float], jax.Array]
 """From `A`, `B` and a scale to the column norms of `W + scale * A @ B`, `(*batch, out)`."""
@@ -37,13 +39,8 @@ class Weighted(NamedTuple):
     weight: float
 
 
-def norms_of(weight: Any, target: Target) -> Norms:
-    """The column norms of a weight with any adapter, for `combine_weight`.
-
-    Args:
-        weight: in its own layout, dense or quantized.
-        target: of the weight, or of a part of it.
-    """
+def _norms_of(weight: Any, target: Target) -> Norms:
+    """The column norms of a weight with any adapter."""
 
     def norms(factors: Adapter, scale: float) -> jax.Array:
         rank = factors["A"].shape[-1]
@@ -58,7 +55,8 @@ def combine_weight(
     method: Method,
     cut: Cut,
     key: jax.Array | None = None,
-    norms: Norms | None = None,
+    target: Target | None = None,
+    weight: Any = None,
 ) -> tuple[Adapter, Update]:
     """Combines the adapters of one weight.
 
@@ -67,15 +65,92 @@ def combine_weight(
         method: how to combine them.
         cut: the rank, as in `combinations.combine`.
         key: a `jax.random` key, for the methods that need one.
-        norms: `norms_of` the weight, if the result is to have DoRA; None for LoRA.
+        target: of the weight, or of a part of it, if the result is to have DoRA; None for
+            LoRA.
+        weight: for DoRA, the weight in its own layout, dense or quantized.
 
     Returns:
         The adapter, and its scale and energy.
     """
-    if norms is None:
+
+    def combined(given: Sequence[Weighted], weight: Any) -> tuple[Adapter, Update]:
+        if target is not None:
+            return _combine_dora(given, method, cut, key, _norms_of(weight, target))
         terms = [Term(g.adapter["A"], g.adapter["B"], g.scale, g.weight) for g in given]
         update = combinations.combine(terms, method, cut, key)
         return {"A": update.a, "B": update.b}, update
+
+    return automatically(combined, given, weight)
+
+
+def resize_weight(
+    adapter: Mapping[str, jax.Array],
+    scale: float,
+    cut: Cut,
+    target: Target | None = None,
+    weight: Any = None,
+) -> tuple[Adapter, Update]:
+    """Reduces the rank of the adapter of one weight.
+
+    Args:
+        adapter: `A` and `B`, and `m` for DoRA.
+        scale: multiplies `A @ B`.
+        cut: the rank of the result.
+        target: for DoRA, as in `combine_weight`.
+        weight: for DoRA, as in `combine_weight`.
+
+    Returns:
+        The adapter, with the same scale, and its energy.
+    """
+
+    def resized(adapter: Adapter, weight: Any) -> tuple[Adapter, Update]:
+        a, b, factor, norms = adapter["A"], adapter["B"], None, None
+        if target is not None:
+            norms = _norms_of(weight, target)
+            factor = _column_factor(adapter, scale, norms)
+            b = _times_columns(b, factor)
+        update = combinations.resize(a, b, scale, cut)
+        if update.a is a:
+            return dict(adapter), update
+        if norms is None:
+            return {"A": update.a, "B": update.b}, update
+        dtype = numerics.promote(a.dtype, adapter["B"].dtype)
+        return _with_magnitude(update, factor, norms, dtype), update
+
+    return automatically(resized, dict(adapter), weight)
+
+
+def extract_weight(base: Any, tuned: Any, target: Target, cut: Cut, dtype: Any) -> Update:
+    """Approximates the difference of two weights by an update of low rank.
+
+    Args:
+        base: in its own layout, dense or quantized.
+        tuned: of the same shape.
+        target: of the weight, or of a part of it. The update has its scale.
+        cut: the rank of the update.
+        dtype: of the factors.
+    """
+    if target.method == "dora":
+        raise ValueError(
+            "a difference does not show magnitudes: make the plan with use_dora=False."
+        )
+    if not target.scale:
+        raise ValueError("the scale is 0, so no adapter has an effect: change the plan.")
+
+    def extracted(*weights: Any) -> Update:
+        old, new = (
+            layout.to_matrix(parts.take(dense, target.part), target.alone)
+            for dense in map(quantized.as_dense, weights)
+        )
+        return combinations.extract(old, new, target.scale, cut, dtype)
+
+    return automatically(extracted, *placement.on_device((base, tuned)))
+
+
+def _combine_dora(
+    given: Sequence[Weighted], method: Method, cut: Cut, key: Any, norms: Norms
+) -> tuple[Adapter, Update]:
+    """The DoRA adapter of a sum of adapters, some of which have DoRA."""
     active = [own for own in given if own.weight]
     if method.name == "exact" and len(active) == 1:
         (own,) = active
@@ -95,56 +170,6 @@ def combine_weight(
     dtype = numerics.promote(*(g.adapter[name].dtype for g in given for name in "AB"))
     columns = None if columns is None else 1.0 + columns
     return _with_magnitude(update, columns, norms, dtype), update
-
-
-def resize_weight(
-    adapter: Mapping[str, jax.Array], scale: float, cut: Cut, norms: Norms | None = None
-) -> tuple[Adapter, Update]:
-    """Reduces the rank of the adapter of one weight.
-
-    Args:
-        adapter: `A` and `B`, and `m` for DoRA.
-        scale: multiplies `A @ B`.
-        cut: the rank of the result.
-        norms: `norms_of` the weight; needed for DoRA.
-
-    Returns:
-        The adapter, with the same scale, and its energy.
-    """
-    a, b = adapter["A"], adapter["B"]
-    if "m" not in adapter:
-        update = combinations.resize(a, b, scale, cut)
-        return {"A": update.a, "B": update.b}, update
-    assert norms is not None
-    factor = _column_factor(adapter, scale, norms)
-    update = combinations.resize(a, _times_columns(b, factor), scale, cut)
-    if update.a is a:
-        return dict(adapter), update
-    dtype = numerics.promote(a.dtype, b.dtype)
-    return _with_magnitude(update, factor, norms, dtype), update
-
-
-def extract_weight(base: Any, tuned: Any, target: Target, cut: Cut, dtype: Any) -> Update:
-    """Approximates the difference of two weights by an update of low rank.
-
-    Args:
-        base: in its own layout, dense or quantized.
-        tuned: of the same shape.
-        target: of the weight, or of a part of it. The update has its scale.
-        cut: the rank of the update.
-        dtype: of the factors.
-    """
-    if target.method == "dora":
-        raise ValueError(
-            "a difference does not show magnitudes: make the plan with use_dora=False."
-        )
-    if not target.scale:
-        raise ValueError("the scale is 0, so no adapter has an effect: change the plan.")
-    old, new = (
-        layout.to_matrix(parts.take(dense, target.part), target.alone)
-        for dense in map(quantized.as_dense, placement.on_device((base, tuned)))
-    )
-    return combinations.extract(old, new, target.scale, cut, dtype)
 
 
 def _column_factor(
@@ -212,6 +237,17 @@ def check_finite(adapters: Adapters) -> None:
                 raise FloatingPointError(
                     f"at {path!r}: {name} has an infinity or a NaN: {cause}."
                 )
+
+
+def automatically(function: Callable[..., T], *values: Any) -> T:
+    """Calls `function(*values)` with the explicit mesh axes of arrays made automatic.
+
+    Decompositions and folds would need shardings of their intermediate values.
+    """
+    kinds = [jax.typeof(x) for x in jax.tree.leaves(values) if isinstance(x, jax.Array)]
+    meshes = filter(compat.has_explicit_axes, map(compat.mesh_of, kinds))
+    mesh = next(meshes, jax.sharding.AbstractMesh((), ()))
+    return compat.automatically(function, mesh, *values)
 
 
 def laid_like(adapter: Mapping[str, jax.Array], like: Mapping[str, jax.Array]) -> Adapter:

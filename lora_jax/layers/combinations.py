@@ -166,6 +166,11 @@ def _cut(svd: Svd, rest: Any, cut: Cut, scale: float, dtype: Any) -> Update:
         dtype: of the factors.
     """
     xp: Any = jnp if isinstance(svd.s, Tracer) else np
+    if cut.energy is not None and xp is jnp:
+        raise TypeError(
+            "with energy the rank would depend on values in a trace: give a rank alone, or "
+            "call the function outside of jax.jit."
+        )
     wide = svd.s.dtype if xp is jnp else np.float64
     squares = xp.square(xp.asarray(svd.s, wide)).reshape(-1, svd.s.shape[-1]).sum(0)
     lost = 0.0 if rest is None else xp.asarray(rest, wide).sum()
@@ -177,7 +182,7 @@ def _cut(svd: Svd, rest: Any, cut: Cut, scale: float, dtype: Any) -> Update:
         # Terms that are rounding errors of zero do not count.
         unit = (8 * float(jnp.finfo(svd.s.dtype).eps)) ** 2 * len(squares)
         small = lost <= (1.0 - cut.energy + unit) * lost[0]
-        rank = min(most, max(1, int(xp.argmax(small)) if small.any() else most))
+        rank = min(most, max(1, int(small.argmax()) if small.any() else most))
     energy = 1.0 - lost[rank] / xp.where(lost[0] == 0, 1.0, lost[0])
     u, s, vh = svd
     svd = Svd(u[..., :rank], s[..., :rank], vh[..., :rank, :])
@@ -250,10 +255,8 @@ def _svd_of_each(
     """
 
     def one(given: Any) -> tuple[Svd, jax.Array]:
-        svd = decompositions.exact(
-            function(*given), min(jax.tree.leaves(given[1])[0].shape)
-        )
-        u, s, vh = svd
+        matrix = function(*given)
+        u, s, vh = decompositions.exact(matrix, min(matrix.shape))
         return Svd(u[:, :most], s[:most], vh[:most]), jnp.sum(jnp.square(s[most:]))
 
     batch = jax.tree.leaves(stacks)[0].shape[:-2]

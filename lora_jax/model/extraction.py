@@ -85,7 +85,11 @@ def extract_adapters(
     for name, leaves in (("base", old), ("tuned", new)):
         with checks.at_path(name):
             plan_checks.check_params(leaves, plan, values=True)
-    plan_checks.check_paths("tuned", new, list(old))
+    if old.keys() != new.keys():
+        raise KeyError(
+            "base and tuned must have the same leaves, and only one of them has "
+            f"{tree_paths.listed(sorted(old.keys() ^ new.keys()))}."
+        )
     merging.check_all_uses(plan)
     made, sizes, energies = {}, {}, {}
     for path, target in plan.targets.items():

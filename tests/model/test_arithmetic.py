@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoraConfig
@@ -273,3 +275,180 @@ def test_parts_and_layouts():
         ValueError, match="at 'w': the weight has changed outside of the parts"
     ):
         lora_jax.extract_adapters(PARAMS, tuned, other)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_meshes(kind):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(kind,) * 2)
+    params = {"w": support.draw(16, 8)}
+    placed = jax.device_put(params, NamedSharding(mesh, P("fsdp", "tp")))
+    config = LoraConfig(2, use_dora=True)
+    plan = lora_jax.plan_adapters(config, placed)
+    places = lora_jax.adapter_shardings(placed, plan)
+    host = [fill(plan, seed) for seed in (1, 2)]
+    on_mesh = [jax.tree.map(jax.device_put, own, places) for own in host]
+    want = lora_jax.combine_adapters(host, plan, method="svd", params=params)
+    made = lora_jax.combine_adapters(on_mesh, plan, method="svd", params=placed)
+    assert jax.tree.map(lambda x: x.sharding, made.adapters) == places
+    assert_changes(made, change(want.adapters, want.plan, params), 256, params)
+    lora = lora_jax.plan_adapters(LoraConfig(8), placed)
+    tuned = lora_jax.merge_adapters(placed, on_mesh[0], plan)
+    made = lora_jax.extract_adapters(placed, tuned, lora)
+    assert_changes(made, change(host[0], plan, params), 256, params)
+    assert made.adapters["w"]["B"].sharding == places["w"]["B"]
+
+
+def test_under_jit():
+    adapters, plans = zip(*((FILLED[n], PLANS[n]) for n in ("plain", "dora")), strict=True)
+
+    @jax.jit
+    def run(adapters, params):
+        made = lora_jax.combine_adapters(
+            adapters, plans, [0.5, 2.0], "svd", rank=5, params=params
+        )
+        small = lora_jax.resize_adapters(made.adapters, made.plan, rank=2, params=params)
+        return made._replace(plan=None), small._replace(plan=None)
+
+    outside = lora_jax.combine_adapters(
+        adapters, plans, [0.5, 2.0], "svd", rank=5, params=PARAMS
+    )
+    made, _ = run(adapters, PARAMS)
+    assert_changes(made._replace(plan=outside.plan), change(outside.adapters, outside.plan))
+    assert made.energy["w"] == pytest.approx(outside.energy["w"], rel=1e-5)
+    with pytest.raises(TypeError, match="the rank would depend on values"):
+        jax.jit(lambda x: lora_jax.resize_adapters(x, plans[0], energy=0.5).adapters)(
+            adapters[0]
+        )
+
+
+PLAIN, LORA = (FILLED["plain"], PLANS["plain"]), PLANS["plain"]
+OTHER = make_plan(2, 1.0, ("stack[1:]",))
+TURNED = lora_jax.plan_adapters(LoraConfig(4, 3.0, "w", axes={"w": "oi"}), PARAMS)
+REFUSED = {
+    "no list": (PLAIN[0], LORA, {}, TypeError, "list or tuple with the adapters of each"),
+    "none": ([], LORA, {}, ValueError, "adapters is empty"),
+    "a base of its own": (
+        [lora_jax.Decomposed(PARAMS, PLAIN[0])],
+        LORA,
+        {},
+        TypeError,
+        "convert them with to_plain_adapters",
+    ),
+    "weights": ([PLAIN[0]], LORA, {"weights": [1, 2]}, ValueError, "one weight for each"),
+    "a weight": ([PLAIN[0]], LORA, {"weights": ["1"]}, TypeError, r"weights\[0\] must be"),
+    "one number": ([PLAIN[0]], LORA, {"weights": 0.5}, TypeError, "must be a list of num"),
+    "infinite": ([PLAIN[0]], LORA, {"weights": [np.inf]}, ValueError, "must be finite"),
+    "method": ([PLAIN[0]], LORA, {"method": "tie"}, ValueError, "Did you mean 'ties'"),
+    "rank": ([PLAIN[0]], LORA, {"rank": 2}, ValueError, "'exact' does not use rank"),
+    "energy": (
+        [PLAIN[0]],
+        LORA,
+        {"method": "svd", "energy": 90},
+        ValueError,
+        "energy must be above 0 and at most 1, got 90",
+    ),
+    "no density": ([PLAIN[0]], LORA, {"method": "ties"}, ValueError, "needs density"),
+    "density": ([PLAIN[0]], LORA, {"density": 0.5}, ValueError, "does not use density"),
+    "no key": (
+        [PLAIN[0]],
+        LORA,
+        {"method": "dare_ties", "density": 0.5},
+        ValueError,
+        "needs key",
+    ),
+    "majority": (
+        [PLAIN[0]],
+        LORA,
+        {"majority_sign": "frequency"},
+        ValueError,
+        "does not use majority_sign",
+    ),
+    "DoRA": (
+        [FILLED["dora"]],
+        PLANS["dora"],
+        {"method": "linear"},
+        ValueError,
+        "'linear' is for LoRA, and 'stack', 'w' have DoRA",
+    ),
+    "DoRA without params": (
+        [FILLED["dora"]],
+        PLANS["dora"],
+        {"weights": [0.5]},
+        ValueError,
+        "have DoRA, whose column norms need the weights",
+    ),
+    "trained leaf": (
+        [FILLED["trains"]],
+        PLANS["trains"],
+        {"weights": [0.5]},
+        ValueError,
+        "at 'bias': the weights of a trained leaf add up to 0.5",
+    ),
+    "ranks": (
+        [PLAIN[0], FILLED["stabilized"]],
+        [LORA, PLANS["stabilized"]],
+        {"method": "linear"},
+        ValueError,
+        "'linear' adds factors, which needs one rank, and the ranks are 4, 2",
+    ),
+    "overlap": ([PLAIN[0], fill(OTHER, 1)], [LORA, OTHER], {}, ValueError, "overlap"),
+    "axes": (
+        [PLAIN[0], fill(TURNED, 1)],
+        [LORA, TURNED],
+        {},
+        ValueError,
+        r"at 'w': the in_axes in plans\[1\] is \(1,\), and in another plan \(0,\)",
+    ),
+    "bias": (
+        [{**PLAIN[0], "w": {**PLAIN[0]["w"], "B_bias": jnp.ones(9)}}],
+        LORA,
+        {},
+        ValueError,
+        "fold this one into the layer's own bias",
+    ),
+    "NaN": (
+        [{**PLAIN[0], "w": {**PLAIN[0]["w"], "A": jnp.full((12, 4), jnp.nan)}}],
+        LORA,
+        {"method": "svd"},
+        FloatingPointError,
+        "at 'w': A has an infinity or a NaN: an argument had one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_combined_is_an_error(case):
+    adapters, plans, options, kind, message = case
+    with pytest.raises(kind, match=message):
+        lora_jax.combine_adapters(adapters, plans, **options)
+
+
+def test_columns_that_cancel_are_an_error():
+    own = FILLED["dora"] | {}
+    own["w"] = own["w"] | {"m": own["w"]["m"].at[2].set(0.0)}
+    adapters, plans = [own, FILLED["plain"]], [PLANS["dora"], LORA]
+    with pytest.raises(
+        FloatingPointError, match=r"at 'w': .* columns of the frozen weight"
+    ):
+        lora_jax.combine_adapters(adapters, plans, params=PARAMS)
+    alone = lora_jax.resize_adapters(own, PLANS["dora"], rank=1, params=PARAMS)
+    assert_same_bits(alone.adapters["w"]["m"][2], np.float32(0.0))
+
+
+def test_other_bad_arguments():
+    dora, plan = FILLED["dora"], PLANS["dora"]
+    zero = LORA.replace(scale=0.0)
+    cases = {
+        "give rank or energy": lambda: lora_jax.resize_adapters(*PLAIN),
+        "whose column norms need": lambda: lora_jax.resize_adapters(dora, plan, rank=1),
+        "not multiples of A @ B": lambda: lora_jax.scale_adapters(dora, plan, 0.5),
+        "has DoRA|does not show": lambda: lora_jax.extract_adapters(PARAMS, PARAMS, plan),
+        "the scale is 0": lambda: lora_jax.extract_adapters(PARAMS, PARAMS, zero),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    rest = {path: leaf for path, leaf in PARAMS.items() if path != "bias"}
+    with pytest.raises(KeyError, match="same leaves, and only one of them has 'bias'"):
+        lora_jax.extract_adapters(PARAMS, rest, LORA)
+    assert lora_jax.scale_adapters(dora, plan, 1).plan == plan

@@ -9,7 +9,7 @@ other function has an array of the size `in * out`.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,9 @@ from jax import lax
 from jax.core import Tracer
 
 from lora_jax._core import numerics
-from lora_jax.layers import decompositions
+from lora_jax.layers import decompositions, pruning
 from lora_jax.layers.decompositions import Svd
-
-_OnFactors = Literal["linear", "magnitude", "dare_linear", "dare_ties", "ties"]
-_OnUpdates = Literal["magnitude_svd", "dare_linear_svd", "dare_ties_svd", "ties_svd"]
-_OnSvds = Literal["svd", "knots", "tsv"]
-MethodName: TypeAlias = Literal["exact"] | _OnFactors | _OnUpdates | _OnSvds
-
-TRUNCATE: tuple[str, ...] = (*get_args(_OnSvds), *get_args(_OnUpdates))
-METHODS = ("exact", *get_args(_OnFactors), *TRUNCATE)
-ELECT = (*(name for name in METHODS if "ties" in name), "knots")
-NEED_KEY = tuple(name for name in METHODS if "dare" in name)
-NEED_DENSITY = (*NEED_KEY, *ELECT, "magnitude", "magnitude_svd")
-MAJORITIES = ("total", "frequency")
+from lora_jax.layers.pruning import TRUNCATE, Method
 
 
 class Term(NamedTuple):
@@ -41,17 +30,6 @@ class Term(NamedTuple):
     b: jax.Array
     scale: float
     weight: float
-
-
-class Method(NamedTuple):
-    """How updates are combined."""
-
-    name: str
-    """One of `METHODS`."""
-    density: float = 1.0
-    """The share of the entries that are kept."""
-    majority: str = "total"
-    """How a sign is elected: by the sum of the entries, or by their signs."""
 
 
 class Cut(NamedTuple):
@@ -83,7 +61,7 @@ def combine(
         method: how to combine them.
         cut: the rank, for the methods of `TRUNCATE`. Without a rank and an energy, the rank
             is the largest one of the terms, or for `"tsv"` the number of components.
-        key: a `jax.random` key, for the methods of `NEED_KEY`.
+        key: a `jax.random` key, for the methods of `pruning.NEED_KEY`.
 
     Returns:
         An update with the widest dtype of the terms. It has the scale of the terms if they
@@ -99,15 +77,15 @@ def combine(
     terms = [term for term in terms if term.weight and term.scale] or [terms[0]]
     dtype = numerics.promote(*(x.dtype for term in terms for x in (term.a, term.b)))
     wide = numerics.accumulation_dtype(dtype)
-    factors = [(term.a.astype(wide), term.b.astype(wide)) for term in terms]
-    ratios = jnp.asarray([term.scale / scale for term in terms], wide)
-    weights = jnp.asarray([term.weight for term in terms], wide)
+    factors = [(term.a, term.b) for term in terms]
+    ratios = np.asarray([term.scale / scale for term in terms], wide)
+    weights = np.asarray([term.weight for term in terms], wide)
     given = factors, ratios, weights, key
     if method.name not in TRUNCATE:
         if method.name != "exact":
             _check_same_rank(terms, method.name)
-        a, b = _combined_factors(method, *given)
-        return Update(a.astype(dtype), b.astype(dtype), scale, 1.0)
+        a, b = _combined_factors(method, dtype, *given)
+        return Update(a, b, scale, 1.0)
     if method.name == "tsv":
         _check_room(terms)
     elif cut == Cut():
@@ -127,7 +105,7 @@ def resize(a: jax.Array, b: jax.Array, scale: float, cut: Cut) -> Update:
         return Update(a, b, scale, 1.0)
     dtype = numerics.promote(a.dtype, b.dtype)
     wide = numerics.accumulation_dtype(dtype)
-    made = _cut(_of_product(a.astype(wide), b.astype(wide)), None, cut, 1.0, dtype)
+    made = _cut(_of_product(a, b, wide), None, cut, 1.0, dtype)
     if made.a.shape[-1] >= a.shape[-1]:
         return Update(a, b, scale, 1.0)
     return made._replace(scale=scale)
@@ -184,16 +162,25 @@ def _cut(svd: Svd, rest: Any, cut: Cut, scale: float, dtype: Any) -> Update:
         small = lost <= (1.0 - cut.energy + unit) * lost[0]
         rank = min(most, max(1, int(small.argmax()) if small.any() else most))
     energy = 1.0 - lost[rank] / xp.where(lost[0] == 0, 1.0, lost[0])
+    kept = energy if xp is jnp else float(energy)
+    a, b = _first_factors(svd, rank, scale, dtype)
+    return Update(a, b, scale, kept)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _first_factors(
+    svd: Svd, rank: int, scale: float, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Factors of the first terms of an SVD."""
     u, s, vh = svd
     svd = Svd(u[..., :rank], s[..., :rank], vh[..., :rank, :])
     a, b = decompositions.factors(svd, scale)
-    kept = energy if xp is jnp else float(energy)
-    return Update(a.astype(dtype), b.astype(dtype), scale, kept)
+    return a.astype(dtype), b.astype(dtype)
 
 
-@functools.partial(jax.jit, inline=True)
-def _of_product(a: jax.Array, b: jax.Array) -> Svd:
-    return decompositions.of_product(a, b)
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _of_product(a: jax.Array, b: jax.Array, wide: Any) -> Svd:
+    return decompositions.of_product(*_wide([(a, b)], wide)[0])
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
@@ -206,18 +193,26 @@ def _difference_svd(
     return _svd_of_each(difference, None, (base, tuned), most)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _combined_factors(
-    method: Method, factors: Any, ratios: jax.Array, weights: jax.Array, key: Any
+    method: Method,
+    dtype: Any,
+    factors: Any,
+    ratios: jax.Array,
+    weights: jax.Array,
+    key: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    if method.name == "exact":
-        return _concatenated(factors, ratios * weights)
+    wide = _wide(factors, ratios.dtype)
     gains = ratios * weights
-    roots = jnp.sqrt(jnp.abs(gains))
-    keys = (None, None) if key is None else tuple(jax.random.split(key))
-    # The signs are in A, as in peft: its cross terms depend on that.
-    a = _merged(method, [a for a, _ in factors], jnp.sign(gains) * roots, keys[0])
-    return a, _merged(method, [b for _, b in factors], roots, keys[1])
+    if method.name == "exact":
+        a, b = _concatenated(wide, gains)
+    else:
+        roots = jnp.sqrt(jnp.abs(gains))
+        keys = (None, None) if key is None else tuple(jax.random.split(key))
+        # The signs are in A, as in peft: its cross terms depend on that.
+        a = pruning.merged(method, [a for a, _ in wide], jnp.sign(gains) * roots, keys[0])
+        b = pruning.merged(method, [b for _, b in wide], roots, keys[1])
+    return a.astype(dtype), b.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -225,6 +220,7 @@ def _combined_svd(
     method: Method, most: int, factors: Any, ratios: jax.Array, weights: jax.Array, key: Any
 ) -> tuple[Svd, Any]:
     """The SVD of the combination, and the squared norm of what it lacks, or None."""
+    factors = _wide(factors, ratios.dtype)
     if method.name == "svd":
         return decompositions.of_product(*_concatenated(factors, ratios * weights)), None
     if method.name == "knots":
@@ -234,7 +230,7 @@ def _combined_svd(
 
     def combined(key: Any, factors: Any) -> jax.Array:
         updates = [r * _product(a, b) for r, (a, b) in zip(ratios, factors, strict=True)]
-        return _merged(method, updates, weights, key)
+        return pruning.merged(method, updates, weights, key)
 
     return _svd_of_each(combined, key, factors, most)
 
@@ -279,39 +275,6 @@ def _concatenated(factors: Any, gains: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
 
 
-def _merged(
-    method: Method, arrays: Sequence[jax.Array], weights: jax.Array, key: Any
-) -> jax.Array:
-    """The weighted sum of arrays after pruning, with an election of signs for ties."""
-    stack = jnp.stack(arrays)
-    if method.name in NEED_KEY:
-        keep = _drawn(key, method.density, stack.shape)
-        stack = jnp.where(keep, stack / method.density, 0)
-    elif method.density < 1:
-        stack = jnp.where(_largest(stack, method.density), stack, 0)
-    weighted = stack * weights.reshape(-1, *[1] * (stack.ndim - 1))
-    if method.name not in ELECT:
-        return jnp.sum(weighted, 0)
-    signs = jnp.sign(stack)
-    votes = jnp.sum(stack if method.majority == "total" else signs, 0)
-    agree = signs == jnp.where(votes >= 0, 1, -1)[None]
-    kept = jnp.sum(jnp.where(agree, weighted, 0), 0)
-    return kept / jnp.maximum(jnp.sum(agree, 0, dtype=stack.dtype), 1)
-
-
-def _drawn(key: jax.Array, density: float, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.bernoulli(key, density, shape)
-
-
-def _largest(stack: jax.Array, density: float) -> jax.Array:
-    """A mask of the entries of each matrix with the largest absolute values."""
-    flat = jnp.abs(stack).reshape(*stack.shape[:-2], -1)
-    _, index = lax.top_k(flat, max(1, int(density * flat.shape[-1])))
-    mask = jnp.zeros(flat.shape, bool)
-    mask = jnp.put_along_axis(mask, index, True, axis=-1, inplace=False)
-    return mask.reshape(stack.shape)
-
-
 def _knots(method: Method, factors: Any, ratios: jax.Array, weights: jax.Array) -> Svd:
     """TIES in the space that the SVD of all updates, one below the other, gives them.
 
@@ -327,7 +290,9 @@ def _knots(method: Method, factors: Any, ratios: jax.Array, weights: jax.Array) 
     ]
     _, r = jnp.linalg.qr(jnp.concatenate(blocks, axis=-2))
     turn = _transposed(decompositions.exact(r, r.shape[-1]).vh)
-    merged = _merged(method, [_product(block, turn) for block in blocks], weights, None)
+    merged = pruning.merged(
+        method, [_product(block, turn) for block in blocks], weights, None
+    )
     return decompositions.of_product(merged, _transposed(_product(q, turn)))
 
 
@@ -351,6 +316,10 @@ def _tsv(factors: Any, ratios: jax.Array, weights: jax.Array) -> tuple[Svd, Any]
     return Svd(u, jnp.abs(s), vh), sum(rest)
 
 
+def _wide(factors: Any, dtype: Any) -> list[tuple[jax.Array, jax.Array]]:
+    return [(jnp.asarray(a, dtype), jnp.asarray(b, dtype)) for a, b in factors]
+
+
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
@@ -365,7 +334,7 @@ def _check_same_rank(terms: Sequence[Term], name: str) -> None:
         raise ValueError(
             f"method={name!r} adds factors, which needs one rank, and the ranks are "
             f"{', '.join(map(str, ranks))}: use resize_adapters first, or method='svd'"
-            + (f" or '{name}_svd'." if name in NEED_DENSITY else ".")
+            + (f" or '{name}_svd'." if name in pruning.NEED_DENSITY else ".")
         )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_jax.layers import combinations
-from lora_jax.layers.combinations import Cut, Method, Term
+from lora_jax.layers import combinations, pruning
+from lora_jax.layers.combinations import Cut, Term
+from lora_jax.layers.pruning import Method
 from tests import reference, support
 from tests.support import GOLDEN, assert_close, assert_same_bits, best, draw
 
@@ -59,7 +60,7 @@ def test_peft_combines_alike(case, monkeypatch):
             if "bernoulli/0" in tensors
         ]
     )
-    monkeypatch.setattr(combinations, "_drawn", lambda *_: next(drawn) != 0)
+    monkeypatch.setattr(pruning, "_drawn", lambda *_: next(drawn) != 0)
     method = Method(NAMES.get(kind, kind), options.get("density", 1.0))
     with jax.disable_jit(method.name.startswith("dare")):
         made = combinations.combine(terms, method, Cut(options.get("svd_rank")), KEY)
@@ -140,7 +141,7 @@ def reference_of(name, terms, density, majority):
 )
 def test_dense_arithmetic_gives_the_same(name, majority):
     terms = make_terms()
-    density = 0.6 if name in combinations.NEED_DENSITY else 1.0
+    density = 0.6 if name in pruning.NEED_DENSITY else 1.0
     want = reference_of(name, terms, density, majority)
     made = combinations.combine(terms, Method(name, density, majority), Cut(9))
     assert_close(update(made), want, 512, "float32")
@@ -161,7 +162,7 @@ def test_dense_arithmetic_gives_the_same(name, majority):
 def test_each_matrix_of_a_stack_is_combined_alone():
     stacks = make_terms(batch=(2,))
     for name in ("svd", "ties", "magnitude_svd", "knots", "tsv"):
-        method = Method(name, 0.5 if name in combinations.NEED_DENSITY else 1.0)
+        method = Method(name, 0.5 if name in pruning.NEED_DENSITY else 1.0)
         made = update(combinations.combine(stacks, method, Cut()))
         for i in range(2):
             terms = [Term(t.a[i], t.b[i], t.scale, t.weight) for t in stacks]
@@ -178,10 +179,10 @@ def test_dare_keeps_the_mean():
         )
         assert_close(update(full), update(plain), 256, "float32")
     stack = jnp.ones((1, 200, 100))
-    keep = combinations._merged(Method("dare_linear", 0.25), [stack[0]], jnp.ones(1), KEY)
+    keep = pruning.merged(Method("dare_linear", 0.25), [stack[0]], jnp.ones(1), KEY)
     assert {*np.unique(keep)} == {0.0, 4.0}
     assert np.mean(keep) == pytest.approx(1.0, abs=0.05)
-    other = combinations._merged(
+    other = pruning.merged(
         Method("dare_linear", 0.25), [stack[0]] * 2, jnp.asarray([1.0, -1.0]), KEY
     )
     assert np.any(other)  # the masks of two adapters differ

@@ -12,6 +12,7 @@ from lora_jax._core import tree_paths
 from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal, _ties
+from lora_jax.layers.lora import Adapters
 from lora_jax.peft.save import save
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE, TrainedLeaf
@@ -46,6 +47,19 @@ def _to_own(
         )
     base = _base.open_base(pathlib.Path(options.base))
     contents = _adapters.read_contents(source, options.allow_field)
+    adapters, plan, omissions = put_on(base, contents, options)
+    with _output.new_directory(out) as new:
+        save_adapters(new, adapters, plan, dtype=options.dtype or _dtype(contents))
+    return plan, omissions
+
+
+def put_on(
+    base: _base.Base, contents: _adapters.Contents, options: argparse.Namespace
+) -> tuple[Adapters, AdapterPlan, list[str]]:
+    """Adapters of PEFT on the arrays of a model, their plan, and lines for the report.
+
+    Their full arrays become trained leaves.
+    """
     base = _ties.untie(base, contents)
     matching = _loading.read_matching(options)
     loaded = _loading.load_for(contents, base, matching)
@@ -54,8 +68,8 @@ def _to_own(
     others = [path for path in loaded.replaced if path not in trained]
     if others and (options.strict or not (plan.targets or trained)):
         raise tensor_files.CheckpointError(
-            f"{source} has another base for adapted weights, or an array for one end of a "
-            "tied embedding, and the format lora_jax has no place for it: "
+            f"{contents.directory} has another base for adapted weights, or an array for "
+            "one end of a tied embedding, and the format lora_jax has no place for it: "
             f"{tree_paths.listed(others)}. Merge it, or load it in a program with "
             "lora_jax.peft.load, or leave them out with --no-strict."
         )
@@ -63,9 +77,7 @@ def _to_own(
     adapters |= {path: {VALUE: array} for path, array in trained.items()}
     more = [f"the format lora_jax has no place for {name!r}." for name in others]
     loaded = loaded._replace(left_out=[*loaded.left_out, *more])
-    with _output.new_directory(out) as new:
-        save_adapters(new, adapters, plan, dtype=options.dtype or _dtype(contents))
-    return plan, _loading.report_omissions(contents, loaded)
+    return adapters, plan, _loading.report_omissions(contents, loaded)
 
 
 def _with_trained(plan: AdapterPlan, trained: Mapping[str, jax.Array]) -> AdapterPlan:

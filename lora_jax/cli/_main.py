@@ -15,6 +15,7 @@ import jax
 from lora_jax.cli import (
     _adapters,
     _convert,
+    _derive,
     _diff,
     _inspect,
     _merge,
@@ -22,6 +23,7 @@ from lora_jax.cli import (
     _output,
     _terminal,
 )
+from lora_jax.layers import pruning
 
 _NAME = "lora-jax"
 _SHOWN = 3  # of the problems of an input
@@ -73,7 +75,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--overwrite": _FLAG | {"help": "replace the model in OUT"},
     "--quiet": _FLAG | {"help": "print only the report"},
     "--to": {"choices": _adapters.FORMATS, "required": True, "help": "the new format"},
-    "--base": {"help": "model of the adapters, for --to lora_jax, which needs its shapes"},
+    "--base": {
+        "help": "model of the adapters: its shapes for --to lora_jax, and its values for "
+        "adapters with DoRA and for full arrays"
+    },
     "--uniform": _FLAG
     | {
         "help": "write one rank and one scale, for --to peft: for programs that read "
@@ -86,7 +91,59 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "Frobenius norm. By default 0, and 1e-6 for updates",
     },
 }
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "--weights": {
+        "type": _derive.read_weights,
+        "metavar": "W,W,...",
+        "help": "what each update is multiplied by; 1 by default. If the first is "
+        "negative, write --weights=-1,1",
+    },
+    "--method": {
+        "choices": pruning.METHODS,
+        "default": "exact",
+        "help": "how to combine: exact (the default) is the sum, with the sum of the ranks",
+    },
+    "--rank": {"type": int, "metavar": "N", "help": "largest rank of the result"},
+    "--energy": {
+        "type": float,
+        "metavar": "X",
+        "help": "take the smallest rank that keeps this share of the squared norm of an "
+        "update",
+    },
+    "--density": {
+        "type": float,
+        "metavar": "X",
+        "help": "share of the entries that are kept, for methods that prune",
+    },
+    "--majority-sign": {
+        "choices": pruning.MAJORITIES,
+        "default": "total",
+        "help": "the sign that ties keeps: of the sum (the default), or of most entries",
+    },
+    "--seed": {"type": int, "metavar": "N", "help": "for methods that drop at random"},
+    "--targets": {
+        "metavar": "PATTERN",
+        "action": "append",
+        "default": [],
+        "help": "tensors that get an adapter, such as '*q_proj.weight'; may be repeated. "
+        "By default all changed matrices and convolutions but embeddings and heads",
+    },
+}
+_OPTIONS |= _NUMBERS
 _EXAMPLES = {
+    "combine": """examples:
+  lora-jax combine math/ code/ both/
+  lora-jax combine math/ code/ both/ --weights 0.7,0.3 --method svd --rank 16
+  lora-jax combine math/ code/ both/ --method ties --density 0.2
+""",
+    "resize": """examples:
+  lora-jax resize adapter/ small/ --rank 8
+  lora-jax resize adapter/ small/ --energy 0.95
+""",
+    "extract": """examples:
+  lora-jax extract Llama-3-8B/ tuned/ adapter/ --rank 32
+  lora-jax extract Llama-3-8B/ tuned/ adapter/ --energy 0.9 --targets '*_proj.weight'
+""",
     "inspect": """examples:
   lora-jax inspect adapter/
   lora-jax inspect adapter/ --json | jq .warnings
@@ -226,6 +283,33 @@ def make_parser() -> argparse.ArgumentParser:
         ("B", "the same kind as A"),
         options=("--tolerance", "--names", "--allow-field"),
     )  # fmt: skip
+    of_adapters = (
+        "--rank", "--energy", "--base", "--dtype", "--names", "--layout", "--prefix",
+        "--strict", "--allow-field", "--quiet",
+    )  # fmt: skip
+    _add(
+        commands, _derive.combine, "combine several adapters into one",
+        ("ADAPTER...", "directories with the adapters, in one format"),
+        ("OUT", "new directory"),
+        options=(
+            "--weights", "--method", "--density", "--majority-sign", "--seed", *of_adapters,
+        ),
+    )  # fmt: skip
+    _add(
+        commands, _derive.resize, "approximate adapters by adapters of lower ranks",
+        ("ADAPTER", "directory with the adapters"),
+        ("OUT", "new directory"),
+        options=of_adapters,
+    )  # fmt: skip
+    _add(
+        commands, _derive.extract, "approximate the difference of two models by adapters",
+        ("BASE", "model: a directory with safetensors files, or one file"),
+        ("TUNED", "model with the same tensors"),
+        ("OUT", "new directory for the adapters, in PEFT's format"),
+        options=(
+            "--rank", "--energy", "--targets", "--dtype", "--names", "--layout", "--quiet",
+        ),
+    )  # fmt: skip
     return parser
 
 
@@ -254,6 +338,8 @@ def _add(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="print tracebacks"
     )
     for place, about in places:
-        parser.add_argument(place.lower(), metavar=place, help=about)
+        one = place.removesuffix("...")
+        count: Any = {} if one == place else {"nargs": "+"}
+        parser.add_argument(one.lower(), metavar=one, help=about, **count)
     for option in options:
         parser.add_argument(option, **_OPTIONS[option])

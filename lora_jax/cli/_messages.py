@@ -36,6 +36,15 @@ _ARGUMENTS = (
     (r"allow_fields=\('?([^',]*)'?,\)", r"--allow-field \1"),
     (r"allow_fields has", "--allow-field has"),
     (r"dtype=", "--dtype "),
+    (r"params=\.\.\.", "--base"),
+    (r"method='(\w+)'", r"--method \1"),
+    (r"give rank or energy", "give --rank or --energy"),
+    (r"needs (density|key), which is None", r"needs --\1"),
+    (r"(needs --|does not use )key\b", r"\1seed"),
+    (r"does not use seed", "does not use --seed"),
+    (r"\bresize_adapters\b", "lora-jax resize"),
+    (r"use combine_adapters\(.*\)", "use lora-jax combine"),
+    (r"extract_adapters on merged params", "lora-jax extract on merged models"),
     (r"plan_adapters\(config, params, fn, \*args\)", "plan_adapters"),
 )
 # Patterns and replacements outside of quotes.

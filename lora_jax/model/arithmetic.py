@@ -7,6 +7,7 @@ convert them first, with `to_plain_adapters`.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 _DORA_METHODS = ("exact", "svd")
+
+_LOG = logging.getLogger("lora_jax")
 
 
 class DerivedAdapters(NamedTuple):
@@ -177,6 +180,7 @@ def combine_adapters(
             made[path] = laid_like(adapter, given[0].adapter)
         sizes[path] = Size(adapter["A"].shape[-1], update.scale)
         energies[path] = update.energy
+        _LOG.info("%s: combined with the rank %d", path, sizes[path].rank)
     check_finite(made)
     made |= _combined_leaves(adapters, plans, numbers, leaves, union)
     plan = derived_plans.with_sizes(union, sizes, by_path=by_path)
@@ -241,6 +245,7 @@ def resize_adapters(
             made[path] = laid_like(adapter, adapters[path])
         sizes[path] = Size(adapter["A"].shape[-1], target.scale)
         energies[path] = update.energy
+        _LOG.info("%s: resized with the rank %d", path, sizes[path].rank)
     check_finite(made)
     made |= {path: dict(adapters[path]) for path in plan.trained}
     return DerivedAdapters(made, derived_plans.with_sizes(plan, sizes), energies)

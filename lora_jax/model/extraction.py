@@ -1,5 +1,6 @@
 """Adapters from the difference between two sets of params."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.derived_plans import Size
 
 __all__ = ["ExtractedAdapters", "extract_adapters"]
+
+_LOG = logging.getLogger("lora_jax")
 
 
 class ExtractedAdapters(NamedTuple):
@@ -101,6 +104,7 @@ def extract_adapters(
         made[path] = {"A": update.a, "B": update.b}
         sizes[path] = Size(update.a.shape[-1], target.scale)
         energies[path] = update.energy
+        _LOG.info("%s: extracted with the rank %d", path, sizes[path].rank)
     check_finite(made)
     changed = _changed_leaves(old, new, plan)
     made |= trained_leaves.init_all(new, plan)

@@ -56,6 +56,12 @@ from lora_jax.model.decompose import (
     to_plain_adapters,
 )
 from lora_jax.model.extraction import ExtractedAdapters, extract_adapters
+from lora_jax.model.imported import (
+    FoundAdapter,
+    FoundWeight,
+    ImportedAdapters,
+    import_adapters,
+)
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (
@@ -80,6 +86,9 @@ __all__ = [
     "DecomposedWeight",
     "DerivedAdapters",
     "ExtractedAdapters",
+    "FoundAdapter",
+    "FoundWeight",
+    "ImportedAdapters",
     "LoraConfig",
     "Merge",
     "MergeLoss",
@@ -100,6 +109,7 @@ __all__ = [
     "dora_column_norm",
     "dora_linear",
     "extract_adapters",
+    "import_adapters",
     "init_adapters",
     "init_dora_adapter",
     "init_dora_magnitude",

@@ -71,6 +71,7 @@ LoraConfig(rank=8, alpha=16.0, targets='all-linear', exclude=(), *, train=(),
     use_dora=False, dropout=0.0, init='kaiming_uniform', dtype=None)
 plan_adapters(config, params, fn=None, /, *args, **kwargs)
 init_adapters(key, params, plan, shardings=None)
+import_adapters(params, layout, fn=None, *args, scale=None, axes=None)
 adapter_shardings(params, plan, *, data_axes=None)
 optimizer_shardings(optimizer, adapters, shardings, split_over=())
 adapt(fn, plan, *, on_merge='error', on_unused='error', on_stop_gradient='error',

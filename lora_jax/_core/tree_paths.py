@@ -11,12 +11,14 @@ ending. If the pattern has the ending itself, after a letter and not after a wil
 pattern without the ending may match as well.
 """
 
+import copy
 import difflib
 import fnmatch
+import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -38,6 +40,7 @@ _REGEX = "re:"
 _BOXES = ("/value", "/raw_value")
 # Not `*/value`: attention layers have a weight with this name.
 _NAME_IN_BOX = re.compile(r"\w/(raw_)?value$")
+_GONE = object()
 _FLAGS = {re.A: "a", re.I: "i", re.M: "m", re.S: "s", re.X: "x"}
 
 
@@ -68,6 +71,43 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, in the order of `jax.tree.leaves`."""
     return flatten(tree)[0]
+
+
+def without_leaves(tree: Tree, paths: Collection[str]) -> Tree:
+    """A tree without the leaves at some paths.
+
+    Mappings lose the keys whose leaves are all removed, and keep their type. In place of a
+    child of another node, such as a list, is None.
+    """
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=quantized.is_quantized
+    )
+    as_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return _pruned(tree, {key for key, _ in with_paths if as_path(key) in paths})
+
+
+def _pruned(node: Any, taken: set[tuple[Any, ...]]) -> Any:
+    if not taken:
+        return node
+    children, treedef = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda value: value is not node
+    )
+    kept: dict[Any, Any] = {}
+    for key, child in children:
+        inside = {path[len(key) :] for path in taken if path[: len(key)] == key}
+        count = len(jax.tree.leaves(child, is_leaf=quantized.is_quantized))
+        kept[key] = _GONE if inside and len(inside) == count else _pruned(child, inside)
+    if not isinstance(node, Mapping):
+        return treedef.unflatten(None if own is _GONE else own for own in kept.values())
+    by_name = {key[0].key: own for key, own in kept.items()}
+    new = {name: by_name[name] for name in node if by_name[name] is not _GONE}
+    if not isinstance(node, dict):
+        make: Any = type(node)
+        return make(new)
+    same = copy.copy(node)  # a defaultdict keeps its default
+    same.clear()
+    same.update(new)
+    return same
 
 
 def count_entries(leaves: Mapping[str, Any]) -> int:
@@ -175,9 +215,9 @@ def check_matched(
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern, as text, matches a path."""
-    plain = _without_box(path)
+    plain = without_box(path)
     return any(_matches(pattern, name) for name in dict.fromkeys((path, plain))) or (
-        _NAME_IN_BOX.search(pattern) is not None and _matches(_without_box(pattern), plain)
+        _NAME_IN_BOX.search(pattern) is not None and _matches(without_box(pattern), plain)
     )
 
 
@@ -188,7 +228,7 @@ def _matches(pattern: str, path: str) -> bool:
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
-def _without_box(path: str) -> str:
+def without_box(path: str) -> str:
     """A path, or a pattern, without the ending that an `nnx.State` gives it."""
     return next((path.removesuffix(box) for box in _BOXES if path.endswith(box)), path)
 
@@ -198,7 +238,7 @@ def find(path: str, paths: Iterable[str]) -> str:
     paths = list(paths)
     if path in paths:
         return path
-    same = [other for other in paths if _without_box(other) == _without_box(path)]
+    same = [other for other in paths if without_box(other) == without_box(path)]
     return same[0] if len(same) == 1 else path
 
 

@@ -12,6 +12,7 @@ PACKAGES = {
     "gguf": "gguf",
     "haiku": "haiku",
     "huggingface": "transformers",
+    "imported": "qwix",
     "keras": "keras",
     "linen": "flax",
     "meshes": "orbax.checkpoint",
@@ -25,9 +26,16 @@ PACKAGES = {
 }
 
 
+# qwix calls what flax has deprecated.
+IGNORED = {"imported": "ignore::DeprecationWarning"}
+
+
 def marked(name):
     own = "huggingface" if name == "huggingface" else "frameworks"
-    return pytest.param(name, marks=getattr(pytest.mark, own))
+    marks = [getattr(pytest.mark, own)]
+    if name in IGNORED:
+        marks.append(pytest.mark.filterwarnings(IGNORED[name]))
+    return pytest.param(name, marks=marks)
 
 
 @pytest.fixture(scope="module", autouse=True)

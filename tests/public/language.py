@@ -56,7 +56,8 @@ TUNIX = {
 }
 
 
-def of_tunix(name, fields, left_out):
+def module_of_tunix(name, fields):
+    """What makes a model of Tunix, and what calls it."""
     module = importlib.import_module(f"tunix.models.{name.lower()}.model")
     if name == "Gemma4":
         types = module.AttentionType
@@ -72,6 +73,11 @@ def of_tunix(name, fields, left_out):
         mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (*ids.shape, length))
         return model(ids, positions, None, mask)[0]
 
+    return make, call
+
+
+def of_tunix(name, fields, left_out):
+    make, call = module_of_tunix(name, fields)
     return of_nnx(make, tokens(2, 5), call=call, left_out=left_out, **IN_FLOAT32)
 
 
@@ -92,14 +98,18 @@ GEMMA = {
 }
 
 
-def of_gemma(**fields):
+def module_of_gemma(**fields):
     from gemma import gm
 
     types = gm.nn.AttentionType
     kinds = (types.LOCAL_SLIDING, types.GLOBAL)
     sizes = {k: v for k, v in OF_GEMMA.items() if k != "num_layers"}
     config = gm.nn.config.TransformerConfig(attention_types=kinds, **sizes, **fields)
-    model = gm.nn.Transformer(config=config, dtype=jnp.float32, tokens="tokens")
+    return gm.nn.Transformer(config=config, dtype=jnp.float32, tokens="tokens")
+
+
+def of_gemma(**fields):
+    model = module_of_gemma(**fields)
     return of_linen(model, tokens(2, 5), output=lambda out: out.logits, **IN_FLOAT32)
 
 

@@ -62,6 +62,7 @@ from lora_jax.model.imported import (
     ImportedAdapters,
     import_adapters,
 )
+from lora_jax.model.from_gradients import init_adapters_from_gradients
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (
@@ -111,6 +112,7 @@ __all__ = [
     "extract_adapters",
     "import_adapters",
     "init_adapters",
+    "init_adapters_from_gradients",
     "init_dora_adapter",
     "init_dora_magnitude",
     "init_loftq_adapter",

@@ -36,7 +36,7 @@ QUICK = (
     *("tests.layers.test_initializers", "tests.layers.test_linear"),
     "tests.lowrank.test_weight_norms",
     *("tests.model.test_adapters", "tests.model.test_adapter_shardings"),
-    "tests.model.test_arithmetic",
+    *("tests.model.test_arithmetic", "tests.model.test_from_gradients"),
     *("tests.model.test_decompose", "tests.model.test_meshes"),
     *("tests.model.test_quantize", "tests.model.test_slots", "tests.quant.test_files"),
     *("tests.quant.test_nf4", "tests.quant.test_tensors", "tests.transform.test_calls"),

@@ -65,7 +65,7 @@ _METHODS = {
 
 
 class Decomposed(NamedTuple, Generic[Tree]):
-    """The result of `decompose_params`."""
+    """The result of `decompose_params` and `init_adapters_from_gradients`."""
 
     params: Tree
     """The base: a tree like the params."""

@@ -56,13 +56,14 @@ from lora_jax.model.decompose import (
     to_plain_adapters,
 )
 from lora_jax.model.extraction import ExtractedAdapters, extract_adapters
+from lora_jax.model.from_gradients import init_adapters_from_gradients
+from lora_jax.model.from_inputs import ExplainedAdapters, init_adapters_from_inputs
 from lora_jax.model.imported import (
     FoundAdapter,
     FoundWeight,
     ImportedAdapters,
     import_adapters,
 )
-from lora_jax.model.from_gradients import init_adapters_from_gradients
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (
@@ -86,6 +87,7 @@ __all__ = [
     "Decomposed",
     "DecomposedWeight",
     "DerivedAdapters",
+    "ExplainedAdapters",
     "ExtractedAdapters",
     "FoundAdapter",
     "FoundWeight",
@@ -113,6 +115,7 @@ __all__ = [
     "import_adapters",
     "init_adapters",
     "init_adapters_from_gradients",
+    "init_adapters_from_inputs",
     "init_dora_adapter",
     "init_dora_magnitude",
     "init_loftq_adapter",

@@ -97,6 +97,8 @@ merge_losses(params, adapters, plan, *, requantize=False)
 decompose_params(params, plan, method, *, key=None, iterations=None, quantize=None)
 init_adapters_from_gradients(key, params, plan, loss, batches, *, method='lora_one',
     gamma=None, iterations=2, on_merge='error', on_stop_gradient='error')
+init_adapters_from_inputs(key, params, plan, fn, batches, *, rho=2.0, iterations=1,
+    on_merge='error', on_stop_gradient='error')
 to_plain_adapters(adapters, initial, plan)
 combine_adapters(adapters, plans, weights=None, method='exact', *, params=None, rank=None,
     energy=None, density=None, majority_sign='total', key=None)

@@ -213,26 +213,38 @@ def _svds(
         for path, own in plan.targets.items()
     }
     wide = gradient_sums.widened(plan, ranks)
-    passes = 2 + 2 * iterations
-    given = adapter(wide), params, leaves, wide, batches, passes
-    gradients = gradient_sums.GradientSums(*given)
+    gradients = gradient_sums.GradientSums(
+        adapter(wide), params, batches, passes=2 + 2 * iterations
+    )
+
+    def products(name: str, factors: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The gradients of the other factor."""
+        adapters = gradient_sums.with_one_factor(name, factors, leaves, wide)
+        other = {"A": "B", "B": "A"}[name]
+        found = {path: own[other] for path, own in gradients(adapters).items()}
+        for path, own in found.items():
+            gradient_sums.check_finite(path, own, "the gradient of the weight")
+        return found
+
     rows = {  # (*batch, width, out)
         path: jax.random.normal(
-            tree_paths.fold_in(key, path), own.adapter_shapes["B"], gradients.dtype(path)
+            tree_paths.fold_in(key, path),
+            own.adapter_shapes["B"],
+            gradient_sums.factor_dtype(leaves, plan, path),
         )
         for path, own in wide.targets.items()
     }
-    products, columns = rows, rows
-    for _ in range(1 + iterations):
-        products = gradients.sums("B", rows)  # G @ rows.T, (*batch, in, width)
-        columns = {path: _orthonormal(path, own) for path, own in products.items()}
-        products = gradients.sums("A", columns)  # columns.T @ G, (*batch, width, out)
-        rows = {path: _transposed(path, own) for path, own in products.items()}
+    columns = {}
+    for step in range(1 + iterations):
+        if step:
+            rows = {p: gradient_sums.orthonormal(own, True) for p, own in rows.items()}
+        columns = products("B", rows)  # G @ rows.T, (*batch, in, width)
+        columns = {p: gradient_sums.orthonormal(own) for p, own in columns.items()}
+        rows = products("A", columns)  # columns.T @ G, (*batch, width, out)
     found = {}
     for path, target in plan.targets.items():
         rank = vectors * target.rank
-        gradient_sums.check_finite(path, products[path], "the gradient of the weight")
-        u, s, vh = gradient_sums.on_automatic_axes(_svd, products[path], columns[path])
+        u, s, vh = gradient_sums.on_automatic_axes(_svd, rows[path], columns[path])
         _check_nonzero(path, s[..., 0])
         found[path] = decompositions.Svd(u[..., :rank], s[..., :rank], vh[..., :rank, :])
     return found
@@ -242,19 +254,6 @@ def _svd(product: jax.Array, columns: jax.Array) -> decompositions.Svd:
     """The SVD of `columns @ product`."""
     svd = decompositions.exact(product, product.shape[-2])
     return svd._replace(u=jnp.matmul(columns, svd.u, precision="highest"))
-
-
-def _orthonormal(path: str, matrix: jax.Array) -> jax.Array:
-    gradient_sums.check_finite(path, matrix, "the gradient of the weight")
-    return gradient_sums.on_automatic_axes(_qr, matrix)
-
-
-def _qr(matrix: jax.Array) -> jax.Array:
-    return jnp.linalg.qr(matrix)[0]
-
-
-def _transposed(path: str, matrix: jax.Array) -> jax.Array:
-    return _orthonormal(path, matrix.mT).mT
 
 
 def _check_nonzero(path: str, largest: jax.Array) -> None:

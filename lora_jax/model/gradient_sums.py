@@ -34,32 +34,53 @@ def widened(plan: AdapterPlan, ranks: Mapping[str, int]) -> AdapterPlan:
     return dataclasses.replace(plan, targets=targets, trained={})
 
 
+def factor_dtype(leaves: Mapping[str, Any], plan: AdapterPlan, path: str) -> Any:
+    """The dtype of new factors at a path, at least float32."""
+    return numerics.accumulation_dtype(leaves[plan.leaf(path)].dtype)
+
+
+def with_one_factor(
+    name: str,
+    factors: Mapping[str, jax.Array],
+    leaves: Mapping[str, Any],
+    plan: AdapterPlan,
+) -> Adapters:
+    """Adapters with the factor `name` and zeros for the other one, on the mesh."""
+    places = sharding.init_shardings(leaves, plan)
+    adapters: Adapters = {}
+    for path, target in plan.targets.items():
+        dtype = factor_dtype(leaves, plan, path)
+        shapes = target.adapter_shapes
+        adapter = {own: jnp.zeros(shapes[own], dtype) for own in "AB"}
+        adapter[name] = factors[path].astype(dtype)
+        if places is not None:
+            adapter = initialization.put(adapter, places[path])
+        adapters[path] = adapter
+    return adapters
+
+
 class GradientSums:
-    """Computes the gradients of adapters on the same batches, once for each `sums`.
+    """Sums gradients over the same batches in each call.
 
     Attributes:
-        plan: of the adapters.
-        batches: the number of batches in a pass.
+        add: adds the gradient of one batch to a sum; compiled.
     """
 
     def __init__(
         self,
-        adapted: Callable[..., jax.Array],
+        loss: Callable[..., jax.Array],
         params: Any,
-        leaves: Mapping[str, Any],
-        plan: AdapterPlan,
         batches: Iterable[tuple[Any, ...]],
         passes: int,
     ):
         """Checks the batches.
 
         Args:
-            adapted: a scalar function of params, adapters and a batch.
-            params: of the plan.
-            leaves: the leaves of params by path.
-            plan: of the adapters.
+            loss: a scalar function of params, the variables and a batch. What it closes
+                over becomes a constant.
+            params: may have leaves that are not arrays.
             batches: tuples of arguments.
-            passes: how often `sums` will be called.
+            passes: the number of calls.
         """
         if not isinstance(batches, Iterable):
             raise TypeError(
@@ -71,63 +92,39 @@ class GradientSums:
                 f"batches are read {passes} times, and a {type(batches).__name__} can be "
                 "read only once: pass a list, or an object whose __iter__ starts anew."
             )
-        self.plan, self.batches = plan, 0
-        self._leaves, self._given = leaves, batches
-        self._places = sharding.init_shardings(leaves, plan)
+        self._batches, self._count = batches, 0
         values, treedef = jax.tree.flatten(params)
-        is_array = [_is_traced(value) for value in values]
-        self._arrays = [x for x, own in zip(values, is_array, strict=True) if own]
+        is_traced = list(map(_is_traced, values))
+        self._arrays = [x for x, own in zip(values, is_traced, strict=True) if own]
 
-        def add(total: Adapters, arrays: Any, adapters: Adapters, batch: Any) -> Adapters:
+        def add(total: Any, arrays: Any, variables: Any, batch: Any) -> Any:
             left = iter(arrays)
-            pairs = zip(values, is_array, strict=True)
+            pairs = zip(values, is_traced, strict=True)
             params = treedef.unflatten([next(left) if own else x for x, own in pairs])
-            grads = jax.grad(lambda own: adapted(params, own, *batch))(adapters)
+            grads = jax.grad(lambda own: loss(params, own, *batch))(variables)
             return jax.tree.map(jnp.add, total, grads)
 
         self.add = jax.jit(add)
 
-    def sums(self, name: str, factors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The sum over the batches of the gradients of the other factor.
-
-        Args:
-            name: of the given factors, `"A"` or `"B"`. The other factors are zero.
-            factors: by path.
-
-        Returns:
-            The gradient of the other factor by path, at least float32.
-        """
-        adapters: Adapters = {}
-        for path, target in self.plan.targets.items():
-            dtype = self.dtype(path)
-            shapes = target.adapter_shapes
-            adapter = {own: jnp.zeros(shapes[own], dtype) for own in "AB"}
-            adapter[name] = factors[path].astype(dtype)
-            if self._places is not None:
-                adapter = initialization.put(adapter, self._places[path])
-            adapters[path] = adapter
-        total, count = jax.tree.map(jnp.zeros_like, adapters), 0
-        for batch in self._given:
+    def __call__(self, variables: Any) -> Any:
+        """The sum over the batches of the gradients for `variables`, a tree of arrays."""
+        total, count = jax.tree.map(jnp.zeros_like, variables), 0
+        for batch in self._batches:
             if not isinstance(batch, tuple):
                 raise TypeError(
                     "each batch must be a tuple of the arguments after params, got "
                     f"{type(batch).__name__}: write (batch,) if there is one argument."
                 )
-            total, count = self.add(total, self._arrays, adapters, batch), count + 1
+            total, count = self.add(total, self._arrays, variables, batch), count + 1
         if not count:
             raise ValueError("batches are empty: at least one batch is needed.")
-        if self.batches not in (0, count):
+        if self._count not in (0, count):
             raise ValueError(
-                f"each pass must read the same batches, and after {self.batches} in the "
-                f"first pass a later one had {count}."
+                f"each pass must read the same batches: the first one had {self._count}, "
+                f"and a later one had {count}."
             )
-        self.batches = count
-        other = {"A": "B", "B": "A"}[name]
-        return {path: own[other] for path, own in total.items()}
-
-    def dtype(self, path: str) -> Any:
-        """The dtype of the factors at a path."""
-        return numerics.accumulation_dtype(self._leaves[self.plan.leaf(path)].dtype)
+        self._count = count
+        return total
 
 
 def _is_traced(value: Any) -> bool:
@@ -140,6 +137,17 @@ def _is_traced(value: Any) -> bool:
 def on_automatic_axes(function: Callable[..., Any], *values: jax.Array) -> Any:
     """Calls a function of arrays as one program, with all mesh axes automatic."""
     return compat.automatically(function, compat.mesh_of(jax.typeof(values[0])), *values)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def orthonormal(matrix: jax.Array, transposed: bool = False) -> jax.Array:
+    """Orthonormal columns, or rows, with the span of those of `(*batch, ...)`."""
+
+    def of(matrix: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(matrix)[0]
+
+    columns = on_automatic_axes(of, matrix.mT if transposed else matrix)
+    return columns.mT if transposed else columns
 
 
 def check_finite(path: str, values: jax.Array, what: str) -> None:

@@ -16,6 +16,7 @@ from lora_jax.plan.adapter_plan import Target
 from lora_jax.plan.axis_roles import Side
 from lora_jax.plan.parts import LOOKUP
 from lora_jax.transform._factored import Factored, Label, Term, merge
+from lora_jax.transform._statistics import Statistic
 
 Rule = Callable[..., Any]
 
@@ -137,6 +138,7 @@ class Context:
             constants. They do if the function has arguments besides the params.
         slots: in `adapt_rows`, the slot of each row, `(rows,)`; see `_slots`.
         n_slots: the number of slots.
+        statistic: what the gradients of first factors are; see `_statistics`.
         taken: the slots of values whose rows are in an order that only the data know.
     """
 
@@ -152,6 +154,7 @@ class Context:
     closed_over_is_constant: bool = False
     slots: Any = None
     n_slots: int = 0
+    statistic: Statistic = ""
     taken: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     _constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     _parts: dict[int, tuple[Factored, Parts]] = dataclasses.field(default_factory=dict)

@@ -20,6 +20,7 @@ from lora_jax.lowrank.contraction import RANK, SLOT, Name, Named, Names, named
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term, owned, place
 from lora_jax.transform._slots import RowAxes, collect, masked
+from lora_jax.transform._statistics import Statistic, observed
 
 # The assumed size of a symbolic axis when the order of the products is chosen.
 _SYMBOLIC_SIZE = 1024
@@ -38,6 +39,7 @@ class Product(NamedTuple):
         out_shape: the same of the result.
         row_names: the names of the axes whose indices have factors of their own.
         dense: whether the factors of all slots are multiplied; see `_slots`.
+        statistic: what the gradient of the first factor is; see `_statistics`.
     """
 
     x_names: Names
@@ -49,6 +51,7 @@ class Product(NamedTuple):
     out_shape: tuple[int, ...]
     row_names: Names = ()
     dense: bool = False
+    statistic: Statistic = ""
 
 
 def add_terms(
@@ -126,11 +129,13 @@ def project(
     factor: jax.Array,
     dtype: Any,
     multiply: Callable[[jax.Array, jax.Array], jax.Array],
+    rank_axis: int,
 ) -> jax.Array:
     """The first of the two products of a term, if it is not a `lax.dot_general`.
 
     Returns:
-        `scale * multiply(x, factor)` in `factor_dtype(dtype)`, with dropout on `x`.
+        `scale * multiply(x, factor)` in `factor_dtype(dtype)`, with dropout on `x`. Its
+        axis `rank_axis` has the rank.
     """
     rate, key = context.dropout(term.label, x)
     dtype = numerics.factor_dtype(dtype)
@@ -139,6 +144,9 @@ def project(
     def product(x, factor):
         return multiply(x.astype(dtype), factor.astype(dtype))
 
+    if context.statistic:
+        by = functools.partial(product, factor=factor)
+        return observed(by, x.astype(dtype), context.statistic, rank_axis)
     out = contraction.dropped(product, x, factor, rate, key)
     scale = term.label.scale / (1.0 - rate)
     return numerics.multiply(out, scale).astype(dtype)
@@ -181,7 +189,7 @@ def _update(
 
     `slots` and `scales` are those of the rows. In the dense form `scales` has a slot axis.
     """
-    dtype = numerics.factor_dtype(numerics.promote(x.array.dtype, f.dtype))
+    dtype = dtype_of_factors(x.array, f, product.statistic)
     precision = precision_for(product.precision, x.array, dtype)
     a, b = (owned(f, p, product.weight_names) for p in (term.a, term.b))
     own: Names = product.row_names
@@ -195,14 +203,45 @@ def _update(
     rate = 0.0 if key is None else term.label.dropout
     order = (*product.row_names, RANK) if slots is not None else (RANK,)
     order += tuple(name for name in first.names if name not in order)
-    down = contraction.contract(
-        x, first, keep, dtype, precision, order=order, rate=rate, key=key, slots=slots
-    )
+    if product.statistic:
+        down = _observed(x, first, keep, dtype, order, product.statistic)
+    else:
+        down = contraction.contract(
+            x, first, keep, dtype, precision, order=order, rate=rate, key=key, slots=slots
+        )
     scale = term.label.scale / (1.0 - rate)
     if scales is not None:
         by = place(scales, own, down.names)
         down = down._replace(array=masked(down.array, by))
     return contraction.up(down, second, product.out_names, scale, dtype, precision, slots)
+
+
+def _observed(
+    x: Named,
+    factor: Named,
+    keep: set[Name],
+    dtype: Any,
+    order: Names,
+    statistic: Statistic,
+) -> Named:
+    """The product with the first factor, with a statistic of `x` as its gradient."""
+    x = x._replace(array=x.array.astype(dtype))
+
+    def contract(array: jax.Array) -> Named:
+        of = x._replace(array=array)
+        return contraction.contract(of, factor, keep, dtype, "highest", order=order)
+
+    out = contract(x.array)  # only its names are used
+    array = observed(
+        lambda array: contract(array).array, x.array, statistic, out.names.index(RANK)
+    )
+    return out._replace(array=array)
+
+
+def dtype_of_factors(x: jax.Array, f: Factored, statistic: Statistic) -> Any:
+    """The dtype of the products with the factors; at least float32 for a statistic."""
+    dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
+    return numerics.accumulation_dtype(dtype) if statistic else dtype
 
 
 def _of_rows(factor: Named, names: Names, sizes: tuple[int, ...]) -> Named:

@@ -14,7 +14,7 @@ from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import Factored, Term, merge, place
 from lora_jax.transform._parameters import NotFactorableError, parameter
-from lora_jax.transform._products import project
+from lora_jax.transform._products import dtype_of_factors, project
 from lora_jax.transform._slots import Own, masked, of_all, own_along, widened
 
 
@@ -78,14 +78,14 @@ def _update(
     term, mask = (term, None) if own is None else widened(term, own)
     kernel, mix = _sides(f, term, out_axis)
     rank = kernel.shape[0]
-    dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
+    dtype = dtype_of_factors(x, f, context.statistic)
     # (rank, *axes with 1 for the features) -> (*axes with rank for the features)
     kernel = jnp.moveaxis(lax.squeeze(kernel, [1 + out_axis]), 0, out_axis)
     # Each group has its own features of x, and all groups share one kernel.
     kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
     mix = mix.reshape(rank, groups, -1)  # (rank, groups, features of a group)
     convolve = functools.partial(_convolve, equation)
-    down = project(context, term, x, kernel, dtype, convolve)
+    down = project(context, term, x, kernel, dtype, convolve, feature_axis)
     rows = jnp.moveaxis(down, feature_axis, -1)  # (..., groups * rank)
     rows = rows.reshape(*rows.shape[:-1], groups, rank)
     if mask is not None:  # (examples, rank)

@@ -20,7 +20,7 @@ from lora_jax.transform._factored import (
     times,
 )
 from lora_jax.transform._parameters import NotFactorableError, parameter
-from lora_jax.transform._products import Product, add_terms, project
+from lora_jax.transform._products import Product, add_terms, dtype_of_factors, project
 from lora_jax.transform._slots import Own, masked, of_all, own_along, row_axes, widened
 
 
@@ -116,6 +116,7 @@ def multiply(
         out_shape,
         () if rows is None else rows.names,
         rows is not None and rows.dense,
+        context.statistic,
     )
     columns = [column.array for column in after]
     return add_terms(context, f, product, x, base, columns, rows)
@@ -285,7 +286,7 @@ def _ragged_update(
     first, second = (term.a, term.b) if 2 in f.owned(term.b) else (term.b, term.a)
     if 2 in f.owned(first) or 1 in f.owned(second):
         raise NotFactorableError("its factors mix inputs with outputs")
-    dtype = numerics.factor_dtype(numerics.promote(x.dtype, f.dtype))
+    dtype = dtype_of_factors(x, f, context.statistic)
     down = jnp.moveaxis(lax.squeeze(first.leading(), [3]), 0, -1)  # (groups or 1, in, rank)
     up = jnp.moveaxis(lax.squeeze(second.leading(), [2]), 0, 1)  # (groups or 1, rank, out)
     options = {
@@ -304,7 +305,7 @@ def _ragged_update(
         rows = jnp.arange(v.shape[0])[:, None] < jnp.sum(sizes)
         return jnp.matmul(jnp.where(rows, v, jnp.zeros_like(v)), weight[0], **options)
 
-    projected = masked(project(context, term, x, down, dtype, multiply), mask)
+    projected = masked(project(context, term, x, down, dtype, multiply, -1), mask)
     return multiply(projected, up.astype(dtype))
 
 

@@ -18,6 +18,7 @@ from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._adapted_weights import Update, factored, parts_of, unadapted
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
 from lora_jax.transform._rules import RULES, rules_for
+from lora_jax.transform._statistics import Statistic
 
 __all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
 
@@ -141,6 +142,31 @@ def adapt(
         >>> bool((y == model(params, x)).all())
         True
     """
+    return bound(
+        fn,
+        plan,
+        on_merge=on_merge,
+        on_unused=on_unused,
+        on_stop_gradient=on_stop_gradient,
+        dropout_key=dropout_key,
+        column_norms=column_norms,
+        scales=scales,
+    )
+
+
+def bound(
+    fn: Callable[Concatenate[Tree, P], R],
+    plan: AdapterPlan,
+    *,
+    on_merge: OnMerge,
+    on_stop_gradient: OnStopGradient,
+    on_unused: Literal["error", "allow"] = "error",
+    dropout_key: jax.Array | None = None,
+    column_norms: Mapping[str, jax.Array] | None = None,
+    scales: ArrayLike | Mapping[str, ArrayLike] | None = None,
+    statistic: Statistic = "",
+) -> Callable[Concatenate[Tree, Adapters, P], R]:
+    """The function that `adapt` returns, or one that `observe` differentiates."""
     if not callable(fn):
         raise TypeError(
             f"fn must be a function fn(params, *args), got {type(fn).__name__}: the order "
@@ -174,6 +200,7 @@ def adapt(
             key=dropout_key if has_dropout(plan) else None,
             targets=compared,
             closed_over_is_constant=None in traced.paths,
+            statistic=statistic,
         )
 
         def update(path: str) -> Update:

@@ -161,10 +161,9 @@ def test_no_gradient_of_a_weight_is_computed():
     }
     config = lora_jax.LoraConfig(1, targets=("*/up[1:]", "*/down"))
     plan = lora_jax.plan_adapters(config, params, loss, *BATCHES[0])
-    leaves = {f"layers/{name}": leaf for name, leaf in params["layers"].items()}
     wide = gradient_sums.widened(plan, dict.fromkeys(plan.targets, 11))
     adapted = lora_jax.adapt(loss, wide)
-    sums = gradient_sums.GradientSums(adapted, params, leaves, wide, BATCHES, 2)
+    sums = gradient_sums.GradientSums(adapted, params, BATCHES, 2)
     adapters = lora_jax.init_adapters(KEY, params, wide)
     arrays = jax.tree.leaves(params)
     made, frozen, dense = (

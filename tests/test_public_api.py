@@ -89,6 +89,9 @@ accept_quantized(fn)
 quantize_params(params, patterns, format='nf4', *, batch_axes={}, plan=None, donate=False,
       **settings)
 optim.adapter_labels(tree, patterns={}, *, other='other')
+optim.lora_rite(learning_rate, b1=0.9, b2=0.999, eps=1e-08, *, weight_decay=0.0,
+    mask=None)
+optim.scale_by_lora_rite(b1=0.9, b2=0.999, eps=1e-08)
 optim.per_slot(optimizer)
 optim.trainable_and_frozen(params, trainable, optimizer)
 unmerge_adapters(params, adapters, plan, *, column_norms=None, originals=None)

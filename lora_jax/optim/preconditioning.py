@@ -75,8 +75,8 @@ def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
         leaf: _leaves.Leaf, a: jax.Array, b: jax.Array, _: Scales
     ) -> jax.Array:
         if leaf.entry == "A":
-            return _transpose(solve_gram(b, _transpose(leaf.value), damping))
-        return solve_gram(_transpose(a), leaf.value, damping)
+            return transpose(solve_gram(b, transpose(leaf.value), damping))
+        return solve_gram(transpose(a), leaf.value, damping)
 
     return on_factors("scale_by_riemannian", precondition, ("A", "B"))
 
@@ -119,13 +119,13 @@ def on_factors(
             )
         leaves, structure = _leaves.flatten(updates)
         _leaves.check_holds_adapters(name, leaves)
-        adapters = _by_adapter(_leaves.flatten(params)[0])
+        adapters = by_adapter(_leaves.flatten(params)[0])
 
         def changed(leaf: _leaves.Leaf) -> Any:
             if leaf.entry not in entries or _leaves.is_gap(leaf.value):
                 return leaf.value
             with checks.at_path(str(leaf.adapter)):
-                a, b = _factors(name, leaf, adapters.get(str(leaf.adapter), {}))
+                a, b = factors_of(name, leaf, adapters.get(str(leaf.adapter), {}))
             return precondition(leaf, a, b, slot_scales).astype(leaf.value.dtype)
 
         return structure.unflatten(map(changed, leaves)), state
@@ -133,7 +133,7 @@ def on_factors(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _by_adapter(leaves: list[_leaves.Leaf]) -> dict[str, dict[str, Any]]:
+def by_adapter(leaves: list[_leaves.Leaf]) -> dict[str, dict[str, Any]]:
     """The entries of each adapter, by its path in the tree."""
     adapters: dict[str, dict[str, Any]] = {}
     for leaf in leaves:
@@ -142,7 +142,7 @@ def _by_adapter(leaves: list[_leaves.Leaf]) -> dict[str, dict[str, Any]]:
     return adapters
 
 
-def _factors(
+def factors_of(
     name: str, gradient: _leaves.Leaf, adapter: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """Checks and returns `A` and `B` of the adapter that a gradient belongs to."""
@@ -164,7 +164,7 @@ def _factors(
     return factors["A"], factors["B"]
 
 
-def _transpose(x: jax.Array) -> jax.Array:
+def transpose(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
 
 
@@ -190,7 +190,7 @@ def solve_gram(factor: jax.Array, gradient: jax.Array, damping: Number) -> jax.A
 def _solve_gram(factor: jax.Array, gradient: jax.Array, damping: jax.Array) -> jax.Array:
     dtype = numerics.accumulation_dtype(factor.dtype, gradient.dtype)
     f = factor.astype(dtype)
-    gram = jnp.matmul(f, _transpose(f), precision=lax.Precision.HIGHEST)
+    gram = jnp.matmul(f, transpose(f), precision=lax.Precision.HIGHEST)
     used = jnp.any(f != 0, axis=-1) | jnp.any(gradient != 0, axis=-1)  # (*batch, rank)
     units = jnp.sum(used, axis=-1, dtype=dtype) * float(jnp.finfo(dtype).eps)
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)  # (*batch, rank)

@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "lora_plus": optim.lora_plus(1e-2),
     "every other step": optax.MultiSteps(optax.adam(1e-2), 2),
     "riemannian": optax.chain(optim.scale_by_riemannian(), optax.adam(1e-2)),
+    "lora_rite": optim.lora_rite(1e-2),
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=2),
 }
 
@@ -70,10 +71,12 @@ def test_a_step_keeps_the_shardings_and_the_values(name):
     here = jax.device_get(adapters)
     want, state = step(here, optimizer.init(here))
     got, own = on(adapters, jax.jit(optimizer.init, out_shardings=places)(adapters))
+    # These gradients of B have rank one: the other directions have the root of a rounding.
+    rtol = 1e-3 if name == "lora_rite" else 1e-5
     for x, y in zip(
         jax.tree.leaves((got, own)), jax.tree.leaves((want, state)), strict=True
     ):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
     for x, place in zip(jax.tree.leaves(own), jax.tree.leaves(places), strict=True):
         assert x.sharding.is_equivalent_to(place, x.ndim)
 

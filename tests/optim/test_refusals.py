@@ -96,6 +96,24 @@ PRECONDITIONING = [
     (lambda: precondition(W, {"v": ADAPTER}), ValueError, "A and B is missing or masked"),
 ]  # fmt: skip
 
+RITE = optim.scale_by_lora_rite()
+HIDDEN = optax.partition({"A": SGD, "B": RITE}, optim.adapter_labels)
+LORA_RITE = [
+    (lambda: optim.lora_rite("1e-3"), TypeError, "learning_rate must be a n.* got '1e-3'"),
+    (lambda: optim.lora_rite(0.1, weight_decay=None), TypeError, "weight_decay must be a"),
+    (lambda: optim.lora_rite(0.1, b1=1.0), ValueError, "b1 must be .* below 1, got 1.0"),
+    (lambda: optim.scale_by_lora_rite(b2=-0.1), ValueError, "b2 must be at least 0 and"),
+    (lambda: optim.scale_by_lora_rite(eps=-1e-8), ValueError, "eps must be at least 0"),
+    (lambda: RITE.init(HEAD), ValueError, "scale_by_lora_rite got a tree without"),
+    (lambda: update(RITE, W), ValueError, "scale_by_lora_rite needs the params, since"),
+    (lambda: update(HIDDEN, W, W), ValueError, "at 'w': .* A is missing or masked: put it"),
+    (lambda: update(RITE, W, {"w": ADAPTER | {"A": None}}), ValueError, "A is missing or"),
+    (lambda: RITE.update({"w": ADAPTER | {"A": None}}, RITE.init(W), W), ValueError,
+     "at 'w': .* needs the gradients of A and B, and that of A is missing"),
+    (lambda: RITE.update({"w": ADAPTER | {"A": jnp.ones((2, 2))}}, RITE.init(W), W),
+     ValueError, r"at 'w': the gradient of A .* \(12, 4\), got \(2, 2\)"),
+]  # fmt: skip
+
 STACK = lora_jax.AdapterStack({"q": support.adapter(3)}, {"q": jnp.ones(3)}, {})
 SLOTS = optim.per_slot(ADAM)
 
@@ -123,7 +141,7 @@ PER_SLOT = [
     (lambda: step_slots(jnp.array(True)), ValueError, r"the shape \(3,\), .* got \(\)"),
 ]  # fmt: skip
 
-CALLS = [*LABELS, *LORA_PLUS, *LORA_FA, *PRECONDITIONING, *PER_SLOT]
+CALLS = [*LABELS, *LORA_PLUS, *LORA_FA, *PRECONDITIONING, *LORA_RITE, *PER_SLOT]
 CALLS += [
     (lambda t=t: optim.trainable_and_frozen(TREE, t, ADAM), *want) for t, *want in FREEZING
 ]

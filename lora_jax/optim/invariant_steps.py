@@ -76,9 +76,11 @@ def lora_rite(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains adapters with steps that do not depend on how `A @ B` is factored (LoRA-RITE).
 
-    It takes the place of `optax.adamw`: `A R` and `R^-1 B` have the products of `A` and `B`
-    after each step, for any invertible `R`. Magnitudes, biases and leaves outside of
-    adapters are trained with Adam. See `scale_by_lora_rite` for the method.
+    It takes the place of `optax.adamw`. Training from `A R` and `R^-1 B`, for any invertible
+    `R`, has the same products after each step as from `A` and `B`. This holds up to
+    rounding, for factors of full rank, for a `B` of zeros, and without `A_bias`.
+    Magnitudes, biases and leaves outside of adapters are trained with Adam. See
+    `scale_by_lora_rite` for the method.
 
     A step of length `learning_rate` changes `A @ B` by as much as one of Adam changes it
     if the singular values of both factors are 1. New adapters have smaller factors, so the
@@ -155,6 +157,7 @@ def scale_by_lora_rite(
     largest one count as zero.
 
     The state has four arrays for each factor. Two have the shape of the factor, as in Adam.
+    A step decomposes each factor, and symmetric matrices `(rank, rank)`.
 
     Args:
         b1: decay of the first moment, in [0, 1).

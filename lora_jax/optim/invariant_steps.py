@@ -76,9 +76,9 @@ def lora_rite(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains adapters with steps that do not depend on how `A @ B` is factored (LoRA-RITE).
 
-    It takes the place of `optax.adamw`. Training from `A R` and `R^-1 B`, for any invertible
-    `R`, has the same products after each step as from `A` and `B`. This holds up to
-    rounding, for factors of full rank, for a `B` of zeros, and without `A_bias`.
+    It takes the place of `optax.adamw`. Training from `A R` and `R^-1 B`, for any
+    invertible `R`, has the same products after each step as from `A` and `B`. This holds
+    up to rounding, for factors of full rank, for a `B` of zeros, and without `A_bias`.
     Magnitudes, biases and leaves outside of adapters are trained with Adam. See
     `scale_by_lora_rite` for the method.
 

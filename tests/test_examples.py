@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import lora_jax
-from tests.support import assert_close
+from tests.support import assert_close, optimizations
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -31,6 +31,7 @@ reviews = importlib.import_module("reviews")
 classifier = importlib.import_module("classifier")
 report = importlib.import_module("report")
 sentiment = importlib.import_module("sentiment")
+minimal = importlib.import_module("minimal")
 quantized_accuracy = importlib.import_module("quantized_accuracy")
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 24, 36, 17, 2
@@ -396,6 +397,28 @@ def test_save(tmp_path):
     assert config["base"]["format"] == "nf4"
 
 
+# --- the template ------------------------------------------------------------------------
+
+
+def test_the_template_trains_saves_and_merges(monkeypatch, tmp_path, capsys):
+    sentences = [reviews.Sentence(f"{i}", 2.0 - i % 5, "text " * i) for i in range(40)]
+    monkeypatch.setattr(reviews, "load", lambda cache: sentences)
+    monkeypatch.setattr(minilm, "load", lambda cache: (tiny_params(), Words()))
+    with jax.numpy_dtype_promotion("standard"), optimizations(False):  # optax promotes
+        minimal.main(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["path", "shape", "axes"]
+    assert float(lines[-1].split()[-1]) < 1e-5
+    adapters, plan = lora_jax.load_adapters(tmp_path / "minimal")
+    assert list(plan.trained) == ["head/bias", "head/kernel"]
+    assert len(plan.targets) == 2 * LAYERS
+    assert all(jnp.abs(adapters[path]["B"]).max() > 0 for path in plan.targets)
+
+
+def test_the_template_has_at_most_80_lines():
+    assert (EXAMPLES / "minimal.py").read_text().count("\n") <= 80
+
+
 # --- a quantized base ------------------------------------------------------------------
 
 
@@ -658,6 +681,14 @@ def test_encoder_agrees_with_transformers(golden, pretrained):
     assert difference.max() <= 1e-5
     pooled = minilm.mean_pool(hidden, mask)
     assert np.abs(np.asarray(pooled) - arrays["pooled"]).max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_template(pretrained, monkeypatch, tmp_path):
+    monkeypatch.setattr(minilm, "load", lambda cache: pretrained)
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes
+        before, after = minimal.main(minilm.default_cache())
+    assert before < 0.7 < 0.84 < after
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ from lora_jax.model.imported import (
     ImportedAdapters,
     import_adapters,
 )
+from lora_jax.model.plots import plot_plan, plot_spectra
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (
@@ -137,6 +138,8 @@ __all__ = [
     "optimizer_shardings",
     "peft",
     "plan_adapters",
+    "plot_plan",
+    "plot_spectra",
     "put_adapters",
     "quant",
     "quantize_params",

@@ -24,6 +24,7 @@ ORDER = (
 EXTRAS = {
     "_io/tensor_files.py": {"safetensors"},
     "cli/_terminal.py": {"tqdm"},
+    "model/plots.py": {"matplotlib"},
     "quant/gguf.py": {"gguf"},
 }
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}

@@ -109,6 +109,8 @@ resize_adapters(adapters, plan, *, rank=None, energy=None, params=None)
 scale_adapters(adapters, plan, factor)
 extract_adapters(base, tuned, plan, *, rank=None, energy=None)
 count_parameters(params, plan)
+plot_plan(plan, adapters=None)
+plot_spectra(adapters, plan)
 adapt_rows(fn, plan, in_axes=0, *, on_unused='error', on_stop_gradient='error',
     dropout_key=None, column_norms=None)
 stacked_column_norms(params, stack, plan)

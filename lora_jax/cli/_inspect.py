@@ -13,11 +13,13 @@ from lora_jax._core import checks
 from lora_jax.cli import _adapters, _terminal
 from lora_jax.cli._adapters import Adapter, Contents
 from lora_jax.cli._effects import update_norm
+from lora_jax.model import plots
 
 # Common scales are 0.25 to 32. A scale above this one is most often a mistake.
 _HUGE_SCALE = 100.0
 # Smaller arrays, in bytes, do not change the size of the file much.
 _LARGE = 2**20
+_PICTURES = (".png", ".pdf", ".svg")
 _NUMBERS = ("rank", "scale", "update", "bytes")
 _SHOWN = (
     ("base model", "base_model_name_or_path"),
@@ -50,6 +52,8 @@ def inspect(options: argparse.Namespace) -> int:
     contents = _adapters.read_contents(directory, options.allow_field)
     findings = {name: examine(each) for name, each in contents.adapters.items()}
     warnings = list(find_warnings(contents, findings))
+    if options.plot:
+        draw(contents).savefig(options.plot)
     if options.json:
         record = as_record(contents, findings, warnings)
         text = json.dumps(_terminal.as_json(record), indent=2, allow_nan=False)
@@ -57,6 +61,27 @@ def inspect(options: argparse.Namespace) -> int:
     else:
         _terminal.say(*as_text(contents, findings, warnings))
     return 0
+
+
+def draw(contents: Contents) -> Any:
+    """A heat map of the norms of the updates by layer and module."""
+    targets = contents.plan.targets if contents.plan else {}
+    series = {}
+    for name, adapter in contents.adapters.items():
+        values = adapter.read()
+        spectrum = plots.singular_values(values["A"], values["B"], adapter.scale)
+        series[name] = plots.Series(spectrum, targets.get(name))
+    return plots.heat_map(series, plots.NORM)
+
+
+def picture(text: str) -> pathlib.Path:
+    """The argparse type of `--plot`: the name of a file for a picture."""
+    path = pathlib.Path(text)
+    if path.suffix not in _PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"expected the name of a {', '.join(_PICTURES)} file, got {text!r}"
+        )
+    return path
 
 
 def examine(adapter: Adapter) -> Finding:

@@ -40,6 +40,11 @@ An error is one line; --debug also prints a traceback.
 _FLAG = {"action": "store_true"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": _FLAG | {"help": "print JSON"},
+    "--plot": {
+        "metavar": "FILE.png",
+        "type": _inspect.picture,
+        "help": "draw the norms of the updates, by layer and module; needs matplotlib",
+    },
     "--dtype": {
         "choices": ("bfloat16", "float16", "float32"),
         "help": "dtype of the written floating-point arrays of at least 16 bits; by "
@@ -147,6 +152,7 @@ _EXAMPLES = {
     "inspect": """examples:
   lora-jax inspect adapter/
   lora-jax inspect adapter/ --json | jq .warnings
+  lora-jax inspect adapter/ --plot norms.png
 """,
     "merge": """examples:
   lora-jax merge Llama-3-8B/ adapter/ merged/
@@ -256,7 +262,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add(
         commands, _inspect.inspect, "print the adapters in a directory",
         ("DIR", "directory with the adapters, in either format"),
-        options=("--json", "--allow-field"),
+        options=("--json", "--plot", "--allow-field"),
     )  # fmt: skip
     _add(
         commands, _merge.merge, "merge adapters into the files of a model",

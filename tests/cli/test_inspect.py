@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax
 from lora_jax import checkpoint
-from lora_jax.cli import _inspect, main
+from lora_jax.cli import _adapters, _inspect, main
 from tests.cli import models
 
 
@@ -181,3 +181,29 @@ def test_what_is_no_adapter(tmp_path, capsys):
     assert "has adapter_config.json and adapters.json" in error(tmp_path / "inner")
     (tmp_path / "inner" / "adapter_config.json").unlink()
     assert "adapters.json was not written by save_adapters" in error(tmp_path / "inner")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_picture(own, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "adapter"
+    if own:
+        params = {"a": np.zeros((6, 5), "float32"), "b": np.zeros((4, 6, 5), "float32")}
+        models.write_own(folder, params, rank=2, axes={"b": "bio"}, targets=("a", "b[2:]"))
+    else:
+        models.write_adapter(folder, models.make_factors())
+    file = tmp_path / "norms.png"
+    assert main(["inspect", str(folder), "--json", "--plot", str(file)]) == 0
+    norms = json.loads(capsys.readouterr().out)["adapters"].values()
+    assert file.read_bytes().startswith(b"\x89PNG")
+    contents = _adapters.read_contents(folder, ())
+    drawn = _inspect.draw(contents).axes[0].images[0].get_array()
+    whole = np.linalg.norm([each["update_norm"] for each in norms])
+    assert np.linalg.norm(drawn.compressed()) == pytest.approx(whole)
+    assert drawn.count() == (3 if own else len(norms))
+
+
+def test_a_picture_needs_the_name_of_a_picture(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path), "--plot", "a.txt"]) == 2
+    error = capsys.readouterr().err
+    assert "expected the name of a .png, .pdf, .svg file, got 'a.txt'" in error

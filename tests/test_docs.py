@@ -49,11 +49,14 @@ RUNNABLE = [page for page in PAGES if page.parent.name != "guides"]
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_python_blocks(page, tmp_path, monkeypatch):
+def test_python_blocks(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__docs__"}
-    for i, block in enumerate(python_blocks(page)):
+    namespace, blocks = {"__name__": "__docs__"}, python_blocks(page)
+    for i, block in enumerate(blocks):
         exec(compile(block, f"{page.name}, block {i}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for shown in re.findall(r"^```text\n(.*?)^```", page.read_text(), re.M | re.S):
+        assert not blocks or shown in printed
 
 
 def test_the_readme_has_blocks():

@@ -20,7 +20,7 @@ def test_workflows_run_stages_of_ci():
     assert re.findall(r"^#   (\w+) ", read(".ci/run"), re.M) == stages
     matrix = re.search(r"stage: \[(.*)\]", read(".github/workflows/tests.yml"))[1]
     assert matrix.split(", ") == stages
-    for name in ("release",):
+    for name in ("docs", "release"):
         workflow = read(f".github/workflows/{name}.yml")
         assert set(re.findall(r"\.ci/run (\w+)", workflow)) <= {*stages}
 
@@ -45,7 +45,8 @@ def test_one_address():
     urls = PROJECT["project"]["urls"].values()
     owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
     known = (REPOSITORY, f"https://{owner}.github.io/{name}/")
-    assert all(url.startswith(known) for url in urls)
+    site = re.search("^site_url: (.*)$", read("mkdocs.yml"), re.M)[1]
+    assert all(url.startswith(known) for url in (*urls, site))
 
 
 def test_the_changelog_begins_with_this_version():

@@ -324,8 +324,8 @@ def match_names(
         several numbers of a name are indexes, the axes name them: `{experts}{layers}io`.
 
     Raises:
-        CheckpointError, FileNotFoundError, KeyError, ModuleNotFoundError, TypeError,
-            ValueError: as `load`.
+        CheckpointError, FileNotFoundError, KeyError, ModuleNotFoundError: as `load`.
+        TypeError, ValueError: as `load`.
     """
     checkpoint = open_checkpoint(directory, allow_fields)
     places = make_places(params, fn, args, plan, names, layout)

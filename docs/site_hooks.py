@@ -1,0 +1,63 @@
+"""What the site adds to the pages: signatures, and the sources of the examples.
+
+MkDocs calls the functions, and Griffe, which reads the docstrings, the class. mkdocs.yml
+names this file for both. The pages stay plain Markdown.
+"""
+
+import re
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+SECTION = re.compile(r"^## (.+)\n((?:(?!^## ).*\n?)*)", re.M)
+ROW = re.compile(r"^\| `(lora_jax\.[\w.]+)` \|", re.M)
+
+
+class ExampleSections(griffe.Extension):
+    """Makes `Example:` a section of code, as `Examples:` is in Google's style."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Changes the heading in the docstring of a module, class or function."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(
+                r"^Example:$", "Examples:", obj.docstring.value, flags=re.M
+            )
+
+
+def reference_pages(overview: str) -> dict[str, str]:
+    """Returns the pages of signatures, one for each table of the API's overview.
+
+    Args:
+        overview: the text of `api.md`.
+
+    Returns:
+        `{path: text}` of the pages.
+    """
+    pages = {}
+    for title, body in SECTION.findall(overview):
+        if names := ROW.findall(body):
+            path = "reference/" + re.sub(r"\W+", "_", title.lower()) + ".md"
+            pages[path] = f"# {title}\n\n" + "\n".join(f"::: {name}\n" for name in names)
+    return pages
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages of signatures, and their place in the navigation."""
+    (overview,) = (file for file in files if file.src_uri == "api.md")
+    pages = reference_pages(overview.content_string)
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    for entry in config.nav or []:
+        if "API" in entry:
+            entry["API"] = ["api.md", *pages]
+    return files
+
+
+def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links the names in the API's overview to their signatures."""
+    if page.file.src_uri == "api.md":
+        return ROW.sub(r"| [`\1`][\1] |", text)
+    return text

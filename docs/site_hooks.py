@@ -59,5 +59,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links the names in the API's overview to their signatures."""
     if page.file.src_uri == "api.md":
-        return ROW.sub(r"| [`\1`][\1] |", text)
+        return ROW.sub(_link, text)
     return text
+
+
+def _link(row: re.Match[str]) -> str:
+    """A link to a signature, whose text may be cut at dots and underscores."""
+    text = re.sub(r"([._])", r"\1<wbr>", row[1])
+    return f'| <autoref identifier="{row[1]}"><code>{text}</code></autoref> |'

@@ -30,9 +30,9 @@ hypothesis.settings.load_profile("suite")
 QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
     *("tests.processes", "tests.public", "tests.qlora", "tests.training"),
-    *("tests.test_checkpoint", "tests.test_properties", "tests.test_studies"),
-    *("tests.layers.test_combinations", "tests.layers.test_decompose"),
-    *("tests.layers.test_dora", "tests.layers.test_lora"),
+    *("tests.test_checkpoint", "tests.test_docs", "tests.test_properties"),
+    *("tests.test_studies", "tests.layers.test_combinations"),
+    *("tests.layers.test_decompose", "tests.layers.test_dora", "tests.layers.test_lora"),
     *("tests.layers.test_initializers", "tests.layers.test_linear"),
     "tests.lowrank.test_weight_norms",
     *("tests.model.test_adapters", "tests.model.test_adapter_shardings"),

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import lora_jax
+from lora_jax._core import equivalents
 
 ROOT = pathlib.Path(lora_jax.__file__).parent.parent
 PAGES = [
@@ -84,3 +85,38 @@ def test_the_readme_shows_what_its_code_prints(capsys):
     )
     exec(code, {})
     assert capsys.readouterr().out == shown
+
+
+FROM_PEFT = ROOT / "docs" / "from_peft.md"
+
+
+def with_tables(page):
+    """A page with the tables that errors about names of other packages are made from."""
+    for kind, tables in (("fields", equivalents.FIELDS), ("names", equivalents.NAMES)):
+        for package, rows in tables.items():
+            mark = (
+                f"<!-- {kind} of {package}: python -m tests.test_docs writes the table -->"
+            )
+            table = [f"| {package} | here |", "| --- | --- |", *map(row_of, rows)]
+            start, end = page.split(f"{mark}\n")
+            rest = re.sub(r"\A\n(\|.*\n)*\n*", "", end)
+            page = "\n".join([start + mark, "", *table, "", rest])
+    return page
+
+
+def row_of(equivalent):
+    """A row of a table; a `|` in code would end its cell."""
+    names = ", ".join(f"`{name}`" for name in equivalent.names.split())
+    here = f"`{equivalent.here}`" if equivalent.here else "none"
+    row = f"{here}: {equivalent.note}" if equivalent.note else here
+    row = re.sub(r"`([^`]*)\|([^`]*)`", r"<code>\1&#124;\2</code>", row)
+    return f"| {names} | {row} |"
+
+
+def test_the_page_for_users_of_peft_says_what_errors_say():
+    page = FROM_PEFT.read_text()
+    assert with_tables(page) == page, "write it anew: python -m tests.test_docs"
+
+
+if __name__ == "__main__":
+    FROM_PEFT.write_text(with_tables(FROM_PEFT.read_text()))

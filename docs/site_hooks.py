@@ -4,7 +4,9 @@ MkDocs calls the functions, and Griffe, which reads the docstrings, the class. m
 names this file for both. The pages stay plain Markdown.
 """
 
+import pathlib
 import re
+import textwrap
 from typing import Any
 
 import griffe
@@ -13,14 +15,22 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 SECTION = re.compile(r"^## (.+)\n((?:(?!^## ).*\n?)*)", re.M)
+PROGRAMS = re.compile(r"^Programs?: (?:.*\n)+", re.M)
+LINK = re.compile(r"\]\((\w+\.py)\)")
 ROW = re.compile(r"^\| `(lora_jax\.[\w.]+)` \|", re.M)
 
 
-class ExampleSections(griffe.Extension):
-    """Makes `Example:` a section of code, as `Examples:` is in Google's style."""
+class Docstrings(griffe.Extension):
+    """Reads docstrings and dataclasses as this library writes them."""
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Leaves private fields out of the signature of a dataclass."""
+        for name in [name for name in cls.members if re.match("_[^_]", name)]:
+            if cls.members[name].is_attribute:
+                cls.del_member(name)
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Changes the heading in the docstring of a module, class or function."""
+        """Makes `Example:` a section of code, as `Examples:` is in Google's style."""
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.M
@@ -57,10 +67,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links the names in the API's overview to their signatures."""
+    """Links the API's overview to signatures, and shows programs below links to them."""
     if page.file.src_uri == "api.md":
         return ROW.sub(_link, text)
-    return text
+    folder = pathlib.PurePosixPath(page.file.src_uri).parent
+
+    def program(line: re.Match[str]) -> str:
+        sources = (
+            files.get_file_from_path(str(folder / name)) for name in LINK.findall(line[0])
+        )
+        return line[0] + "".join(map(_folded, filter(None, sources)))
+
+    return PROGRAMS.sub(program, text)
+
+
+def _folded(source: File) -> str:
+    """A block with the text of a program, closed until the reader opens it."""
+    text = textwrap.indent(f"```python\n{source.content_string}```", "    ")
+    return f'\n??? example "{source.name}.py"\n\n{text}\n'
 
 
 def _link(row: re.Match[str]) -> str:

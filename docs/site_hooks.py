@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 SECTION = re.compile(r"^## (.+)\n((?:(?!^## ).*\n?)*)", re.M)
-PROGRAMS = re.compile(r"^Programs?: (?:.*\n)+", re.M)
+PROGRAMS = re.compile(r"^.*Programs?: (?:.+\n)+", re.M)
 LINK = re.compile(r"\]\((\w+\.py)\)")
 ROW = re.compile(r"^\| `(lora_jax\.[\w.]+)` \|", re.M)
 

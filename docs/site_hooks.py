@@ -4,6 +4,7 @@ MkDocs calls the functions, and Griffe, which reads the docstrings, the class. m
 names this file for both. The pages stay plain Markdown.
 """
 
+import json
 import pathlib
 import re
 import textwrap
@@ -54,15 +55,43 @@ def reference_pages(overview: str) -> dict[str, str]:
     return pages
 
 
+def notebook_page(notebook: str) -> str:
+    """Returns the Markdown of a notebook, with its outputs."""
+    parts = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{source}\n```" if code else source)
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            kind = next(k for k in ("image/png", "text/html", "text/plain") if k in data)
+            text = "".join(data[kind]).strip()
+            parts.append(
+                {
+                    "image/png": f"![Output](data:image/png;base64,{text})",
+                    "text/html": text,
+                    "text/plain": f"```text\n{text}\n```",
+                }[kind]
+            )
+    return "\n\n".join(parts) + "\n"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of signatures, and their place in the navigation."""
-    (overview,) = (file for file in files if file.src_uri == "api.md")
-    pages = reference_pages(overview.content_string)
-    for path, text in pages.items():
+    """Adds the pages of signatures and of notebooks, and their place in the navigation."""
+    sources = {file.src_uri: file for file in files}
+    pages = reference_pages(sources["api.md"].content_string)
+    notebooks = {
+        path.replace(".ipynb", ".md"): notebook_page(file.content_string)
+        for path, file in sources.items()
+        if path.endswith(".ipynb")
+    }
+    for path, text in (pages | notebooks).items():
         files.append(File.generated(config, path, content=text))
     for entry in config.nav or []:
         if "API" in entry:
             entry["API"] = ["api.md", *pages]
+        if "Examples" in entry:
+            entry["Examples"] += notebooks
     return files
 
 

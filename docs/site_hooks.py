@@ -1,6 +1,6 @@
 """What the site adds to the pages: signatures, and the sources of the examples.
 
-MkDocs calls the functions, and Griffe, which reads the docstrings, the class. mkdocs.yml
+MkDocs calls the functions, and Griffe, which reads the docstrings, the class. .mkdocs.yml
 names this file for both. The pages stay plain Markdown.
 """
 

@@ -79,10 +79,10 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_site_has_a_place_for_each_page():
-    placed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    placed = re.findall(r": ([\w/]+\.md)$", (ROOT / ".mkdocs.yml").read_text(), re.M)
     docs = ROOT / "docs"
     pages = [str(page.relative_to(docs)) for page in docs.rglob("*.md")]
-    assert sorted(placed) == sorted(pages), "give it one in the part `nav` of mkdocs.yml"
+    assert sorted(placed) == sorted(pages), "give it one in the part `nav` of .mkdocs.yml"
 
 
 def test_the_readme_shows_what_its_code_prints(capsys):

@@ -45,7 +45,7 @@ def test_one_address():
     urls = PROJECT["project"]["urls"].values()
     owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
     known = (REPOSITORY, f"https://{owner}.github.io/{name}/")
-    site = re.search("^site_url: (.*)$", read("mkdocs.yml"), re.M)[1]
+    site = re.search("^site_url: (.*)$", read(".mkdocs.yml"), re.M)[1]
     assert all(url.startswith(known) for url in (*urls, site))
 
 

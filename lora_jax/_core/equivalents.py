@@ -74,10 +74,13 @@ FIELDS: Table = {
         ),
         Equivalent("ensure_weight_tying", "", "a tied weight is one leaf with one adapter"),
         Equivalent("loftq_config", _DECOMPOSE.format('"loftq"')),
+        Equivalent("eva_config", "init_adapters_from_inputs(...)"),
+        Equivalent("lora_ga_config", "init_adapters_from_gradients(...)"),
         Equivalent(
-            "corda_config eva_config lora_ga_config kasa_config",
+            "corda_config kasa_config",
             "",
-            "the initializers that read the weights are those of `decompose_params`",
+            "the initializers that read the weights are those of `decompose_params`, and "
+            "`init_adapters_from_inputs` and `init_adapters_from_gradients` read data",
         ),
         Equivalent(
             "task_type base_model_name_or_path",
@@ -202,9 +205,8 @@ NAMES: Table = {
         ),
         Equivalent(
             "add_weighted_adapter",
-            "first_plan | second_plan",
-            "it joins adapters of different weights, and their adapters are "
-            "`{**first, **second}`",
+            "lora_jax.combine_adapters(adapters, plans, weights, method)",
+            "it has the same methods, and more",
         ),
         Equivalent(
             "rescale_adapter_scale set_scale", "lora_jax.adapt(fn, plan, scales=...)"
@@ -231,8 +233,16 @@ NAMES: Table = {
             'lora_jax.decompose_params(params, plan, "loftq", quantize=...)',
         ),
         Equivalent(
-            "EvaConfig initialize_lora_eva_weights get_eva_state_dict LoraGAConfig "
-            "preprocess_loraga CordaConfig preprocess_corda KasaConfig",
+            "EvaConfig initialize_lora_eva_weights get_eva_state_dict",
+            "lora_jax.init_adapters_from_inputs(key, params, plan, fn, batches)",
+        ),
+        Equivalent(
+            "LoraGAConfig preprocess_loraga",
+            "lora_jax.init_adapters_from_gradients(...)",
+            "its method is `lora_ga`",
+        ),
+        Equivalent(
+            "CordaConfig preprocess_corda KasaConfig",
             "",
             "the initializers that read the weights are those of "
             "`lora_jax.decompose_params`",
@@ -274,9 +284,15 @@ NAMES: Table = {
             "prompts are inputs of your function; differentiate with respect to them",
         ),
         Equivalent(
-            f"{_OTHER_METHODS} convert_to_lora save_as_lora",
+            "convert_to_lora save_as_lora",
+            "lora_jax.extract_adapters(base, tuned, plan, rank=...)",
+            "with the merged params as `tuned`",
+        ),
+        Equivalent(
+            _OTHER_METHODS,
             "",
-            "adapters are LoRA or DoRA; merge others into their model with PEFT",
+            "adapters are LoRA or DoRA; merge others into their model with PEFT, and "
+            "approximate the result with `lora_jax.extract_adapters`",
         ),
     ),
     "torchtune": (

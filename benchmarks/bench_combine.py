@@ -47,7 +47,7 @@ def dense_svd(factors: Any, weights: jax.Array, rank: int) -> tuple[jax.Array, j
     total = sum(w * (a @ b) for w, (a, b) in zip(weights, factors, strict=True))
     u, s, vh = jnp.linalg.svd(total, full_matrices=False)
     root = jnp.sqrt(s[:rank])
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    return u[:, :rank] * root[None], root[:, None] * vh[:rank]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

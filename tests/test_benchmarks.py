@@ -714,3 +714,20 @@ def test_bench_rows_shows_times_of_peft(bench_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_rows.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit, match="no torch"):
         bench_rows.measure_peft(options, "decoding")
+
+
+combine = script_fixture("bench_combine")
+
+
+def test_bench_combine_prints_every_contestant(bench_combine, tmp_path):
+    sizes = ["--width=40", "--rank=3", "--adapters=2", "--rounds=2"]
+    run = run_script(bench_combine, sizes, tmp_path)
+    rows = run.result["rows"]
+    assert list(rows) == [bench_combine.BASELINE, *bench_combine.CONTESTANTS]
+    assert all(f"\n{name} " in run.text for name in rows)
+    assert all(min(row[c] for c in ("wall", "cpu", "ms")) > 0 for row in rows.values())
+    assert rows[bench_combine.BASELINE]["wall"] == 1
+    # Whoever computes the sum, computes it to rounding.
+    assert {name for name, row in rows.items() if row["error"] < 100} == {
+        *(bench_combine.BASELINE, "svd", "exact")
+    }

@@ -8,6 +8,7 @@ from tests.test_docs import ROOT, python_blocks
 GUIDES = ROOT / "docs" / "guides"
 PACKAGES = {
     "checkpoints": "orbax.checkpoint",
+    "combine": "jax",
     "data_initializers": "jax",
     "equinox": "equinox",
     "gguf": "gguf",

@@ -38,7 +38,7 @@ QUICK = (
     *("tests.model.test_adapters", "tests.model.test_adapter_shardings"),
     *("tests.model.test_arithmetic", "tests.model.test_from_gradients"),
     *("tests.model.test_decompose", "tests.model.test_from_inputs"),
-    "tests.model.test_meshes",
+    *("tests.model.test_meshes", "tests.transform.test_inputs"),
     *("tests.model.test_quantize", "tests.model.test_slots", "tests.quant.test_files"),
     *("tests.quant.test_nf4", "tests.quant.test_tensors", "tests.transform.test_calls"),
     *("tests.transform.test_fuzz", "tests.transform.test_meshes"),

@@ -104,7 +104,7 @@ class GradientSums:
             grads = jax.grad(lambda own: loss(params, own, *batch))(variables)
             return jax.tree.map(jnp.add, total, grads)
 
-        self.add = jax.jit(add)
+        self.add = jax.jit(add, donate_argnums=0)
 
     def __call__(self, variables: Any) -> Any:
         """The sum over the batches of the gradients for `variables`, a tree of arrays."""

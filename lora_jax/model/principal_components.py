@@ -143,7 +143,7 @@ def _nystrom(product: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Arr
     """The eigenvectors and eigenvalues of `C`, given `C Q`: `C Q (Q^T C Q)^-1 Q^T C`.
 
     Tropp et al., 2017, https://arxiv.org/abs/1706.05736. Directions of `Q` in which `C` is
-    zero, up to rounding, are left out.
+    zero, up to rounding, are left out. The largest entry of each eigenvector is positive.
     """
     small = jnp.matmul(columns.mT, product, precision="highest")
     values, vectors = jnp.linalg.eigh((small + small.mT) / 2)
@@ -152,7 +152,9 @@ def _nystrom(product: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Arr
     root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
     factor = jnp.matmul(product, vectors * root[..., None, :], precision="highest")
     left, singular, _ = jnp.linalg.svd(factor, full_matrices=False)
-    return left, singular * singular
+    places = jnp.argmax(jnp.abs(left), axis=-2, keepdims=True)
+    signs = jnp.where(jnp.take_along_axis(left, places, axis=-2) < 0, -1, 1)
+    return left * signs.astype(left.dtype), singular * singular
 
 
 def _check_varies(path: str, total: jax.Array, count: jax.Array) -> None:

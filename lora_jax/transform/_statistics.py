@@ -38,7 +38,15 @@ def observed(
         x: the activation, which gets no gradient.
         statistic: the sum over the activations, not empty.
         rank_axis: of the product.
+
+    Raises:
+        TypeError: if the activation is complex.
     """
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            "the inputs of an adapted weight are complex, and only real ones have the "
+            "principal components that EVA takes: leave the weight out of the plan."
+        )
     x = lax.stop_gradient(x)
     if statistic == "gram":
         return _echoed(multiply(x))

@@ -1,5 +1,6 @@
 """EVA, against NumPy's principal components of the inputs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from lora_jax.model import from_inputs
+from lora_jax.plan import parts
 from tests import reference
 from tests.support import draw
 
@@ -168,6 +171,25 @@ def test_a_weight_without_a_rank_has_no_adapter():
     assert found.adapters.keys() == ranks.keys()
     assert "EVA gave it the rank 0" in found.plan.explain("flat")
     close(found.explained["flat"], [1 / 12, 1 / 12])
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [("", (3, 2, 5, 4)), ("[1:,:,:,[0,1,3]]", (3, 2, 5, 4)), ("[2]", (3, 4, 5, 4))],
+)
+def test_each_matrix_of_a_stack_is_in_one_piece(part, shape):
+    target = lora_jax.Target(shape, "lora", 1, 1.0, 0.0, (2,), (3,), (0, 1), part)
+    *batch, _, _ = target.matrix_shape
+    ranks = np.random.default_rng(0).integers(0, 3, batch)
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    seen = np.zeros(shape, int)
+    for rank, text, index in from_inputs._pieces(target, ranks):
+        own = dataclasses.replace(target, part=text)
+        assert set(np.ravel(ranks[index])) == {rank}
+        assert own.matrix_shape[:-2] == ranks[index].shape
+        seen[np.isin(numbers, np.asarray(parts.take(jnp.asarray(numbers), text)))] += 1
+    inside = np.isin(numbers, np.asarray(parts.take(jnp.asarray(numbers), part)))
+    np.testing.assert_array_equal(seen, inside)
 
 
 def test_quantized_and_16_bit_weights():

@@ -85,6 +85,17 @@ def test_moments(name):
     np.testing.assert_allclose(got, np.reshape(wanted, got.shape), rtol=1e-4, atol=1e-4)
 
 
+def test_complex_inputs_are_an_error():
+    def fn(params, x):
+        return jnp.abs(lax.complex(x, x) @ params["w"].astype("complex64"))
+
+    params, x = {"w": draw(6, 5)}, draw(7, 6)
+    plan = lora_jax.plan_adapters(lora_jax.LoraConfig(2), params, fn, x)
+    with pytest.raises(TypeError, match="the inputs of an adapted weight are complex"):
+        lora_jax.init_adapters_from_inputs(jax.random.key(0), params, plan, fn, [(x,)])
+
+
+@pytest.mark.usefixtures("optimized")
 def test_no_covariance_is_computed_and_no_backward_pass_is_run():
     def fn(params, x):
         def block(x, w):

@@ -42,10 +42,12 @@ def _run_cell(source: str, count: int, namespace: dict[str, Any]) -> list[dict[s
     """Runs a cell and returns its outputs."""
     tree, shown, printed = ast.parse(source), None, io.StringIO()
     name = f"cell {count}"
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, name, "exec"), namespace)
-        if last is not None:
+        if isinstance(last, ast.Expr):
             shown = eval(compile(ast.Expression(last.value), name, "eval"), namespace)
     outputs: list[dict[str, Any]] = []
     if text := printed.getvalue():

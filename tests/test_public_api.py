@@ -122,7 +122,7 @@ load_adapters(directory, *, strict=True, dtype=None, shardings=None)
 peft.load(directory, params, fn=None, *args, plan=None, names=None, layout=None,
     on_tied='error', strict=True, dtype=None, allow_fields=())
 peft.save(directory, adapters, plan, *, names=None, layout='jax', replaced=None,
-    base_model=None, task_type=None, dtype=None, uniform=False)
+    base_model=None, task_type=None, dtype=None, uniform=False, dialect='peft')
 """
 
 

@@ -1,4 +1,4 @@
-"""The adapters in a directory, in either format."""
+"""The adapters in a directory or a file, in any format."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,18 +14,20 @@ from lora_jax._io import tensor_files, tensor_streams
 from lora_jax._io.tensor_streams import Span
 from lora_jax.checkpoint import FILE, OLD_RECORD, load_adapters
 from lora_jax.layers.lora import Adapters
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype, is_checkpoint, open_checkpoint
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype
 from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.dialects import DIALECTS, find_dialect
 from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import same_bits
 from lora_jax.peft.missing import may_be_tied
+from lora_jax.peft.trainers import open_adapter
 from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word
 from lora_jax.plan import parts, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig
 
-Format = Literal["peft", "lora_jax"]
-FORMATS = ("peft", "lora_jax")
+OWN = "lora_jax"
+FORMATS = (DIALECTS[0], OWN, *DIALECTS[1:])
 
 _PEFT_RECORD = "adapter_config.json"
 _GLOB = frozenset("*?[")
@@ -84,12 +86,12 @@ class Contents:
             modules, trained leaves.
         rows: the names in `wholes` that are only rows of an embedding.
         changes_base: the initializer, if it changed the base weights.
-        checkpoint: the open files of PEFT; None for this library's format.
-        own: the adapters and the plan in this library's format; None for PEFT's format.
+        checkpoint: the open files of another format than this library's; else None.
+        own: the adapters and the plan in this library's format; else None.
     """
 
     directory: pathlib.Path
-    format: Format
+    format: str
     settings: dict[str, Any]
     shared: dict[str, Any]
     adapters: dict[str, Adapter]
@@ -101,13 +103,13 @@ class Contents:
 
     @property
     def plan(self) -> AdapterPlan | None:
-        """The plan in this library's format; None for PEFT's format."""
+        """The plan in this library's format; None for other formats."""
         return self.own and self.own[1]
 
     @property
     def embeddings(self) -> list[str]:
-        """The names of the adapters of token embeddings."""
-        modules = self.checkpoint.entries.modules if self.checkpoint else {}
+        """The names of the adapters of token embeddings, and not of heads tied to them."""
+        modules = {} if self.checkpoint is None else self.checkpoint.entries.modules
         return [n for n, module in modules.items() if may_be_tied(n, module.kind)]
 
     @property
@@ -133,20 +135,19 @@ class Contents:
         return [*(self.plan.by_leaf() if self.plan else self.adapters), *wholes]
 
 
-def find_format(directory: pathlib.Path) -> Format:
-    """Finds the format of the adapters in a directory."""
-    if not directory.is_dir():
+def find_format(directory: pathlib.Path) -> str:
+    """Finds the format of the adapters in a directory or in a file."""
+    if not directory.exists():
         raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
-    is_peft = is_checkpoint(directory)
+    found = find_dialect(directory)
     own = next((n for n in (FILE, OLD_RECORD) if (directory / n).is_file()), None)
-    if is_peft and own:
+    if found and own:
+        record = _PEFT_RECORD if found == FORMATS[0] else f"adapters of {found}"
         raise tensor_files.CheckpointError(
-            f"{directory} has {_PEFT_RECORD} and {own}: keep one adapter in a directory."
+            f"{directory} has {record} and {own}: keep one adapter in a directory."
         )
-    if is_peft:
-        return "peft"
-    if own:
-        return "lora_jax"
+    if found or own:
+        return found or OWN
     inner = sorted(str(file.parent) for file in directory.glob(f"*/{_PEFT_RECORD}"))
     hint = f"; there are adapters in {', '.join(inner)}" if inner else ""
     raise tensor_files.CheckpointError(
@@ -163,25 +164,25 @@ def read_contents(
     """Reads the content of a directory of adapters. Each file is opened once.
 
     Args:
-        directory: in either format.
+        directory: in any format; or a file.
         allow_fields: fields of PEFT's config to ignore, as in `lora_jax.peft.load`.
         dtype: of the arrays of this library's format, as in `lora_jax.load_adapters`.
 
     """
-    if find_format(directory) == "peft":
-        return _from_peft(directory, open_checkpoint(directory, allow_fields))
+    if find_format(directory) != OWN:
+        return _from_peft(directory, open_adapter(directory, allow_fields))
     return _from_own(directory, *load_adapters(directory, dtype=dtype))
 
 
 def _from_peft(directory: pathlib.Path, checkpoint: Checkpoint) -> Contents:
     config, entries, file = checkpoint.config, checkpoint.entries, checkpoint.arrays
-    assert isinstance(file, tensor_files.TensorFile)
     rows = {f"{name}.weight": key for name, key in entries.tokens.items()}
-    spans = tensor_streams.find_spans(file)
+    is_file = isinstance(file, tensor_files.TensorFile)
+    spans = tensor_streams.find_spans(file) if is_file else {}  # no dialect has wholes
     return Contents(
         directory=directory,
-        format="peft",
-        settings=json.loads(config.to_json()),
+        format=checkpoint.dialect,
+        settings={**checkpoint.settings} or json.loads(config.to_json()),
         shared={
             "rank": config.r,
             "alpha": float(config.lora_alpha),
@@ -257,7 +258,7 @@ def _from_own(directory: pathlib.Path, adapters: Adapters, plan: AdapterPlan) ->
         )
     return Contents(
         directory=directory,
-        format="lora_jax",
+        format=OWN,
         settings=json.loads(plan.config.to_json()),
         shared={name: getattr(plan.config, name) for name in names},
         adapters=read,

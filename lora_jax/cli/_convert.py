@@ -1,9 +1,10 @@
-"""`lora-jax convert`: converts adapters from one format to the other."""
+"""`lora-jax convert`: converts adapters from one format to another."""
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -13,7 +14,10 @@ from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal, _ties
 from lora_jax.layers.lora import Adapters
+from lora_jax.peft.checkpoint import InMemory
+from lora_jax.peft.dialects import FILES
 from lora_jax.peft.save import save
+from lora_jax.peft.trainers import write_adapter
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE, TrainedLeaf
 
@@ -27,10 +31,14 @@ def convert(options: argparse.Namespace) -> int:
     base = {"BASE": pathlib.Path(options.base)} if options.base else {}
     inputs = {"SRC": source, **base}
     _output.check_place(out, inputs, overwrite=False, own=lambda path: set())
-    run = _to_own if options.to == "lora_jax" else _to_peft
-    plan, omissions = run(source, out, options)
-    trained = f" and {len(plan.trained)} full arrays" if plan.trained else ""
-    what = f"{len(plan.targets)} adapters{trained}"
+    if _adapters.OWN in (found, options.to):
+        run = _to_own if options.to == _adapters.OWN else _from_own
+        plan, omissions = run(source, out, options)
+        counts = len(plan.targets), len(plan.trained)
+    else:
+        counts, omissions = _between(source, out, options)
+    trained = f" and {counts[1]} full arrays" if counts[1] else ""
+    what = f"{counts[0]} adapters{trained}"
     _terminal.say(f"{out}: {what} in the format {options.to}.", *omissions)
     return 0
 
@@ -42,8 +50,8 @@ def _to_own(
         raise ValueError("--uniform is for --to peft: a plan has all ranks and scales.")
     if options.base is None:
         raise ValueError(
-            "adapters of PEFT do not say the shapes of the weights: give the model they "
-            "are for, with --base."
+            f"adapters of {source} do not say the shapes of the weights: give the model "
+            "they are for, with --base."
         )
     base = _base.open_base(pathlib.Path(options.base))
     contents = _adapters.read_contents(source, options.allow_field)
@@ -95,7 +103,7 @@ def _dtype(contents: _adapters.Contents) -> np.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def _to_peft(
+def _from_own(
     source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace
 ) -> tuple[AdapterPlan, list[str]]:
     if options.base is not None:
@@ -105,9 +113,48 @@ def _to_peft(
             raise ValueError(f"{name} is for --to lora_jax: it is about the model.")
     names = _loading.read_names(options.names)
     adapters, plan = load_adapters(source, dtype="file")
-    with _output.new_directory(out) as new:
+    with _new_place(out, options.to) as new:
         save(
             new, adapters, plan, names=names, layout=options.layout or "jax",
-            dtype=options.dtype, uniform=options.uniform,
+            dtype=options.dtype, uniform=options.uniform, dialect=options.to,
         )  # fmt: skip
     return plan, []
+
+
+@contextlib.contextmanager
+def _new_place(out: pathlib.Path, dialect: str) -> Iterator[pathlib.Path]:
+    """The path to write at: a new directory, or a file, which is written in one step."""
+    if dialect in FILES:
+        yield out
+        return
+    with _output.new_directory(out) as new:
+        yield new
+
+
+def _between(
+    source: pathlib.Path, out: pathlib.Path, options: argparse.Namespace
+) -> tuple[tuple[int, int], list[str]]:
+    """Converts between two formats of other programs, module by module."""
+    for name in ("base", "names", "layout", "prefix", "uniform"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name} is for adapters on a model: convert to lora_jax, with --base, "
+                f"--base, and from there to {options.to}."
+            )
+    contents = _adapters.read_contents(source, options.allow_field)
+    opened = contents.checkpoint
+    assert opened is not None
+    if "mlx" in (opened.dialect, options.to) and contents.embeddings:
+        raise ValueError(
+            f"{contents.embeddings[0]!r} is an embedding. If a head is tied to it, "
+            "adapters of mlx-lm act on both, and others do not: convert to lora_jax, with "
+            f"--base, and from there to {options.to}."
+        )
+    arrays = InMemory()
+    for name in opened.entries.names():
+        array = opened.arrays.read(name)
+        arrays[name] = tensor_files.cast(repr(name), array, options.dtype)
+    with _new_place(out, options.to) as new:
+        write_adapter(new, options.to, opened._replace(arrays=arrays))
+    counts = len(contents.adapters), len(contents.wholes)
+    return counts, contents.ignored

@@ -1,6 +1,7 @@
 """`lora-jax diff`: compares two directories of adapters, or two models."""
 
 import argparse
+import contextlib
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,9 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from lora_jax._io import tensor_files
 from lora_jax._io.tensor_streams import Span
 from lora_jax.cli import _adapters, _base, _effects, _loading, _messages, _terminal
 from lora_jax.cli._adapters import Contents
+from lora_jax.peft.dialects import find_dialect
 
 # The number of entries of an array that are compared at once.
 _PIECE = 2**20
@@ -161,6 +164,9 @@ def _read_both(
 
 
 def _is_model(path: pathlib.Path) -> bool:
+    if path.is_file():
+        with contextlib.suppress(tensor_files.CheckpointError):
+            return find_dialect(path) is None
     files = path, path / _base.WHOLE, path / _base.INDEX
     return any(file.is_file() for file in files)
 

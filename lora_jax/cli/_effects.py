@@ -78,7 +78,7 @@ def compare(a: Contents, b: Contents, names: Any) -> list[Apart]:
 def are_alike(a: Contents, b: Contents) -> bool:
     """Whether both have the same names of adapters."""
     if a.plan is None or b.plan is None:
-        return a.format == b.format
+        return a.plan is b.plan
     return a.adapters.keys() == b.adapters.keys()
 
 

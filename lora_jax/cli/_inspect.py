@@ -1,4 +1,4 @@
-"""`lora-jax inspect`: prints the adapters in a directory, with warnings."""
+"""`lora-jax inspect`: prints the adapters in a directory or a file, with warnings."""
 
 import argparse
 import json
@@ -23,6 +23,8 @@ _PICTURES = (".png", ".pdf", ".svg")
 _NUMBERS = ("rank", "scale", "update", "bytes")
 _SHOWN = (
     ("base model", "base_model_name_or_path"),
+    ("base model", "model"),
+    ("base model", "ss_sd_model_name"),
     ("init", "init_lora_weights"),
     ("init", "init"),
     ("target modules", "target_modules"),

@@ -18,7 +18,7 @@ from lora_jax._io.tensor_streams import Span
 from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype, new_checkpoint
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype, InMemory, new_checkpoint
 from lora_jax.peft.keys import without_wrapper
 from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import Places
@@ -51,12 +51,6 @@ class Matching(NamedTuple):
     layout: Layout
     strict: bool
     prefix: str
-
-
-class InMemory(dict[str, np.ndarray]):
-    """Arrays in memory, with the interface of an open file."""
-
-    read = dict.__getitem__
 
 
 def read_names(path: str | None) -> Names:

@@ -58,7 +58,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--layout": {
         "choices": ("torch", "jax"),
         "help": "layout of the weights: torch, (out, in), the default for the files of a "
-        "model; or jax, (in, out), the default for --to peft",
+        "model; or jax, (in, out), the default of convert without --base",
     },
     "--prefix": {
         "metavar": "TEXT",
@@ -86,7 +86,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--uniform": _FLAG
     | {
-        "help": "write one rank and one scale, for --to peft: for programs that read "
+        "help": "write one rank and one scale: for mlx-lm, and for programs that read "
         "neither rank_pattern nor alpha_pattern, such as vLLM"
     },
     "--tolerance": {
@@ -162,6 +162,7 @@ _EXAMPLES = {
     "convert": """examples:
   lora-jax convert adapter/ converted/ --to lora_jax --base Llama-3-8B/
   lora-jax convert adapters/ exported/ --to peft --names names.json
+  lora-jax convert adapter/ for_mlx/ --to mlx
 """,
     "diff": """examples:
   lora-jax diff adapter/ converted/
@@ -261,13 +262,13 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add(
         commands, _inspect.inspect, "print the adapters in a directory",
-        ("DIR", "directory with the adapters, in either format"),
+        ("DIR", "directory or file with the adapters, in any format"),
         options=("--json", "--plot", "--allow-field"),
     )  # fmt: skip
     _add(
         commands, _merge.merge, "merge adapters into the files of a model",
         ("BASE", "model: a directory with safetensors files, or one file"),
-        ("ADAPTER", "directory with the adapters"),
+        ("ADAPTER", "directory or file with the adapters"),
         ("OUT", "new model, with the same files as BASE"),
         options=(
             "--dtype", "--names", "--layout", "--prefix", "--strict", "--allow-field",
@@ -275,9 +276,9 @@ def make_parser() -> argparse.ArgumentParser:
         ),
     )  # fmt: skip
     _add(
-        commands, _convert.convert, "convert adapters to the other format",
-        ("SRC", "directory with the adapters"),
-        ("DST", "new directory"),
+        commands, _convert.convert, "convert adapters to another format",
+        ("SRC", "directory or file with the adapters"),
+        ("DST", "new directory; for kohya and diffusers a new file"),
         options=(
             "--to", "--base", "--dtype", "--uniform", "--names", "--layout", "--prefix",
             "--strict", "--allow-field",

@@ -30,6 +30,8 @@ _ARGUMENTS = (
         r"\g<0> For an adapter of a part of the model there is --prefix.",
     ),
     (r"strict=False", "--no-strict"),
+    (r"uniform=True", "--uniform"),
+    (r"save with dialect='peft'", "write it with --to peft"),
     # The temporary names of files that are not complete yet.
     (r"(^|/)\.([^/\n]+)\.\w{8}\.tmp/new\b", r"\1\2"),
     (r"(^|/)\.([^/\n]+)\.[0-9a-f]{16}\.tmp\b", r"\1\2"),

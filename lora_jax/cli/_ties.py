@@ -42,13 +42,15 @@ def untie(base: Base, contents: Contents) -> Base:
     """A model in which an embedding and a head with different adapters are two arrays.
 
     It has a copy of the embedding as its head. Adapters of PEFT's format are of the
-    embedding or of the head. Those of this library's format are of both, unless they are of
-    one use.
+    embedding or of the head. Those of mlx-lm are of both, and so are those of this
+    library's format, unless they are of one use.
 
     Raises:
         CheckpointError: if the model's files do not say whether both are one array, or if
             they are and the name of the head is not known.
     """
+    if contents.checkpoint and contents.checkpoint.on_both:
+        return base
     if contents.plan is None:
         touched = _touched(contents.changed, contents.embeddings)
     else:

@@ -301,15 +301,21 @@ def make_plan(
     places: Places,
     placed: Mapping[str, Placed],
     trained: Iterable[str] = (),
+    *,
+    on_both: bool = False,
 ) -> AdapterPlan:
-    """The plan of the adapters of a checkpoint, and of its leaves that are trained."""
+    """The plan of the adapters of a checkpoint, and of its leaves that are trained.
+
+    If `on_both` is true, adapters act on all uses of a leaf that the function shows.
+    """
     values = {path: TrainedLeaf(places.shape(path)) for path in trained}
     targets = {path: own.target for path, own in placed.items()}
     of_leaf = {path: path.removesuffix(own.suffix) for path, own in targets.items()}
     chosen = {*of_leaf.values(), *values}
     uses = {**places.known.uses}
     for path, own in placed.items():  # of a part, the uses are those of the function
-        if not own.target.suffix or of_leaf[path] not in places.known.uses:
+        whole = not own.target.suffix and not on_both
+        if whole or of_leaf[path] not in places.known.uses:
             uses[of_leaf[path]] = (own.use,)
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     # The config gives the same plan, but for a leaf with two readings of its axes.

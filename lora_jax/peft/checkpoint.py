@@ -38,6 +38,7 @@ _NOT_DIGESTED = (
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
+    "model",  # of mlx-lm
     "peft_version",
     "revision",
     "task_type",
@@ -77,6 +78,21 @@ class Checkpoint(NamedTuple):
     entries: Entries
     ignored: Mapping[str, Any] = {}
     """The fields of the config that are in use and that the caller allowed to ignore."""
+    dialect: str = "peft"
+    """The format of the files; as `dialect` in `lora_jax.peft.save`."""
+    settings: Mapping[str, Any] = {}
+    """What a file of another dialect says about itself."""
+
+    @property
+    def on_both(self) -> bool:
+        """Whether the adapter of a tied embedding acts on the output head too."""
+        return self.dialect == "mlx"
+
+
+class InMemory(dict[str, np.ndarray]):
+    """Arrays in memory, with the interface of an open file."""
+
+    read = dict.__getitem__
 
 
 class Widened:
@@ -120,12 +136,20 @@ def open_checkpoint(
     config = tensor_files.checked(
         where, lambda: PeftConfig.from_dict(fields, "the config", allowed)
     )
+    ignored = log_ignored(where, fields, allowed)
+    check_dtypes(str(file.path), file)
+    return new_checkpoint(str(file.path), config, file, file)._replace(ignored=ignored)
+
+
+def log_ignored(
+    where: str | pathlib.Path, fields: Mapping[str, Any], allowed: Collection[str]
+) -> dict[str, Any]:
+    """The fields that are in use and that the caller allows to ignore; logs them."""
     ignored = {n: v for n, v in fields.items() if n in allowed and not is_off(n, v)}
     if ignored:
         shown = ", ".join(f"{name}={shorten(v)}" for name, v in ignored.items())
         _LOG.info("%s: ignored, as the caller allows: %s", where, shown)
-    check_dtypes(str(file.path), file)
-    return new_checkpoint(str(file.path), config, file, file)._replace(ignored=ignored)
+    return ignored
 
 
 def new_checkpoint(
@@ -154,7 +178,7 @@ def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], Ten
             time.sleep(_PAUSE)
             continue
         for where, fields in configs.items():
-            if _belong_together(where, fields, file):
+            if belong_together(where, fields, file):
                 return where, fields, file
         # Both are read again if another process saved between the two. If the file of
         # arrays did not change, a config with its own name is the config of these arrays.
@@ -163,8 +187,13 @@ def _open_files(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], Ten
         if folder / CONFIG not in configs:
             time.sleep(_PAUSE)
         old = file
-    raise CheckpointError(
-        f"{folder / TENSORS} has the digest of another config than {folder / CONFIG}: is "
+    raise of_another_config(folder / TENSORS)
+
+
+def of_another_config(file: pathlib.Path) -> CheckpointError:
+    """The error for arrays that do not belong to the config beside them."""
+    return CheckpointError(
+        f"{file} has the digest of another config than {file.with_name(CONFIG)}: is "
         "one of them from another adapter, or was the config edited? Copy both files "
         "again. If the config is right, write the arrays without the digest: "
         "safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)."
@@ -210,9 +239,10 @@ def _is_being_saved(folder: pathlib.Path) -> bool:
     return folder.is_dir() and bool(replacement.temporary_paths(folder, _TEMPORARY))
 
 
-def _belong_together(
+def belong_together(
     where: pathlib.Path, fields: Mapping[str, Any], file: TensorFile
 ) -> bool:
+    """Whether a config at a path is that of a file of arrays."""
     digest = file.metadata.get(_DIGEST)
     if digest is None:  # another program wrote the arrays, beside the renamed config
         return where.name == CONFIG or where.name.startswith(f".{_ASIDE}")
@@ -226,36 +256,37 @@ def _digest(fields: Mapping[str, Any]) -> str:
 
 
 def write_checkpoint(
-    folder: pathlib.Path, config: PeftConfig, tensors: Mapping[str, np.ndarray]
+    folder: pathlib.Path, text: str, tensors: Mapping[str, np.ndarray], name: str = TENSORS
 ) -> None:
-    """Writes the two files of an adapter. They replace old files when they are complete."""
-    text = config.to_json()
+    """Writes the two files of an adapter. They replace old files when they are complete.
+
+    `text` is the config, and `name` is of the file of arrays.
+    """
     metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
-    new = {name: replacement.temporary_path(folder / name) for name in (CONFIG, TENSORS)}
+    new = {each: replacement.temporary_path(folder / each) for each in (CONFIG, name)}
     try:
         new[CONFIG].write_text(text, encoding="utf-8")
-        tensor_streams.write_arrays(new[TENSORS], tensors, metadata)
+        tensor_streams.write_arrays(new[name], tensors, metadata)
         for path in new.values():
             replacement.synchronize(path)
     except BaseException:
         for path in new.values():
             path.unlink(missing_ok=True)
         raise
-    _put_in_place(folder, new[CONFIG], new[TENSORS])
-    for path in replacement.temporary_paths(folder, _TEMPORARY):
+    _put_in_place(folder / name, new[CONFIG], new[name])
+    for path in replacement.temporary_paths(folder, f"{_TEMPORARY}|{re.escape(name)}"):
         path.unlink(missing_ok=True)
     replacement.synchronize_directory(folder)
 
 
-def _put_in_place(
-    folder: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path
-) -> None:
-    """Gives both files their names, or leaves the old files."""
-    place, aside = folder / CONFIG, replacement.temporary_path(folder / _ASIDE)
+def _put_in_place(file: pathlib.Path, config: pathlib.Path, tensors: pathlib.Path) -> None:
+    """Gives both files their names, or leaves the old files. `file` is of the arrays."""
+    place = file.with_name(CONFIG)
+    aside = replacement.temporary_path(file.with_name(_ASIDE))
     try:
         if place.exists() and place.read_bytes() != config.read_bytes():
             os.replace(place, aside)
-        os.replace(tensors, folder / TENSORS)
+        os.replace(tensors, file)
         os.replace(config, place)
     except BaseException:
         # A config that cannot be renamed stays: it is complete, and its digest finds it.

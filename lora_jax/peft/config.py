@@ -4,6 +4,7 @@ Files are not trusted. Whatever a file contains, reading it returns a `PeftConfi
 raises a `ValueError` or `TypeError` that names the field.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -204,6 +205,27 @@ class PeftConfig:
         off = {name: default for name, (default, _) in UNSUPPORTED.items()}
         fields = off | IGNORED | own
         return json.dumps(dict(sorted(fields.items())), indent=2, default=dict)
+
+
+def most_common(values: Mapping[str, Any], default: Any) -> Any:
+    """The most common value, or the default if there is none."""
+    counted = collections.Counter(values.values()).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def pattern_of(values: Mapping[str, Any], default: Any) -> FrozenDict[str, Any]:
+    """A regular expression for each module whose value is not the default.
+
+    PEFT matches the end of a name. `^` excludes longer names with the same end.
+    """
+    ends = collections.Counter(end for name in values for end in name_ends(name))
+    return FrozenDict(
+        {
+            ("^" if ends[name] > 1 else "") + re.escape(name): value
+            for name, value in values.items()
+            if value != default
+        }
+    )
 
 
 def _check_together(config: PeftConfig) -> None:

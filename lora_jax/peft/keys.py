@@ -83,6 +83,11 @@ class Entries(NamedTuple):
     wholes: dict[str, str]
     """Full arrays of the model: from the parameter to the name of the entry."""
 
+    def names(self) -> list[str]:
+        """The names of all entries."""
+        own = [key for module in self.modules.values() for key in module.keys.values()]
+        return [*own, *self.tokens.values(), *self.wholes.values()]
+
 
 def sort_entries(where: str, shapes: Mapping[str, tuple[int, ...]]) -> Entries:
     """Sorts the entries of a checkpoint by module, from the shapes by name.

@@ -24,6 +24,7 @@ from lora_jax.peft.words import (
     WEIGHT,
     Found,
     Numbers,
+    PathIndex,
     index_paths,
     lacking_fields,
     leaf_word,
@@ -163,9 +164,18 @@ class Places:
         self._hints += 1
         return tree_paths.nearest_hint(path, self.leaves) if self._hints <= _SHOWN else ""
 
-    def search(self, words: tuple[str, ...], leaves: tuple[str, ...]) -> list[Found]:
-        """The leaves whose paths have the longest common end with a name."""
-        return search_paths(words, leaves, self._index)
+    @functools.cached_property
+    def _flat_index(self) -> PathIndex:
+        return index_paths(self.leaves, flat=True)
+
+    def search(
+        self, words: tuple[str, ...], leaves: tuple[str, ...], *, flat: bool = False
+    ) -> list[Found]:
+        """The leaves whose paths have the longest common end with a name.
+
+        `flat` is whether the words of the name were joined by underscores.
+        """
+        return search_paths(words, leaves, self._flat_index if flat else self._index)
 
     def shape(self, path: str, part: str = "") -> tuple[int, ...]:
         """The shape of a leaf, or of a part of it; `()` if it is not an array."""

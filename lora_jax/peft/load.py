@@ -20,7 +20,6 @@ from lora_jax.peft.checkpoint import (
     FileDtype,
     Widened,
     check_dtype,
-    open_checkpoint,
 )
 from lora_jax.peft.full import Replaced, put_full
 from lora_jax.peft.layout import Layout, Site
@@ -35,6 +34,7 @@ from lora_jax.peft.missing import (
 )
 from lora_jax.peft.names import NamesArgument
 from lora_jax.peft.rules import Rules
+from lora_jax.peft.trainers import open_adapter
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
@@ -44,7 +44,7 @@ _LOG = logging.getLogger("lora_jax.peft")
 
 
 class Loaded(NamedTuple):
-    """The content of a PEFT checkpoint, for some params."""
+    """The content of a file of adapters, for some params."""
 
     adapters: dict[str, Adapter]
     """Like the adapters of `init_adapters`."""
@@ -186,7 +186,7 @@ def assemble(
     }
     trained = places.known.trained - {site.path for site in sites.values()}
     values = {path: {VALUE: whole.pop(path)} for path in [*whole] if path in trained}
-    plan = make_plan(config, places, placed, values)
+    plan = make_plan(config, places, placed, values, on_both=checkpoint.on_both)
     return Loaded(adapters | values, plan, whole)
 
 
@@ -212,7 +212,7 @@ def load(
     dtype: FileDtype = None,
     allow_fields: Collection[str] = (),
 ) -> Loaded:
-    """Loads an adapter that PEFT saved, for some params.
+    """Loads an adapter that PEFT, mlx-lm, kohya's trainers or diffusers saved, for params.
 
     PEFT has names of modules, such as `model.layers.0.self_attn.q_proj`, and a tree has
     paths. The weight of a module is the leaf whose path has the longest common end with the
@@ -227,7 +227,11 @@ def load(
     error, which prints both.
 
     Args:
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: with `adapter_config.json` and `adapter_model.safetensors` of PEFT, or
+            `adapters.safetensors` of mlx-lm; or one safetensors file of kohya's trainers or
+            of diffusers. The names of the entries show which one it is. Names of kohya are
+            `lora_unet_mid_block_attentions_0_proj_in`: paths are then split at underscores
+            too.
         params: a pytree of arrays; `jax.ShapeDtypeStruct`s where no values are needed.
         fn: traced as `fn(params, *args)`; nothing is computed. Give keyword arguments of
             the function with `functools.partial`.
@@ -254,7 +258,8 @@ def load(
             the function looks rows of the leaf up and multiplies by it, an adapter becomes
             a target of one of both, `"table@lookup"` or `"table@product"`, and so it does
             if `names` has such a path. All else is an error. `"allow"`: adapters and arrays
-            act on both.
+            act on both. So do adapters of mlx-lm, where the embedding of a tied model is
+            the head too.
         strict: whether entries without a leaf, and target weights without entries, raise an
             error. Otherwise they are left out, with a warning.
         dtype: of the adapters, including magnitudes. None for float32, or float64 where the
@@ -273,8 +278,8 @@ def load(
         part (rows, a base, the bias of `lora_bias`) keep the dtype of the params.
 
     Raises:
-        CheckpointError: if a file is incomplete or not a PEFT adapter; if the adapter needs
-            what is not supported; if an entry matches no leaf or several, or two entries
+        CheckpointError: if a file is incomplete or not of LoRA; if the adapter needs what
+            is not supported; if an entry matches no leaf or several, or two entries
             that differ match one; if shapes do not show the axes of a weight; if the config
             targets a weight that the file lacks; if values are needed and there are only
             shapes; if a value is out of the range of `dtype`; if the two files are from two
@@ -285,11 +290,15 @@ def load(
         TypeError, ValueError: if an argument is not valid.
 
     References:
-        The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+        The formats: https://huggingface.co/docs/peft/developer_guides/checkpoint,
+        `networks/lora.py` in https://github.com/kohya-ss/sd-scripts, `mlx_lm/tuner` in
+        https://github.com/ml-explore/mlx-lm, and `load_lora_adapter` of diffusers.
     """
     checks.check_flags(strict=strict)
+    checks.check_choice("on_tied", on_tied, ON_TIED)
     places = make_places(params, fn, args, plan, names, layout)
-    checkpoint = open_checkpoint(directory, allow_fields)
+    checkpoint = open_adapter(directory, allow_fields)
+    on_tied = "allow" if checkpoint.on_both else on_tied
     placement = find_places(checkpoint, places, on_tied=on_tied)
     return assemble(placement, strict, dtype=dtype, on_tied=on_tied)
 
@@ -327,8 +336,9 @@ def match_names(
         CheckpointError, FileNotFoundError, KeyError, ModuleNotFoundError: as `load`.
         TypeError, ValueError: as `load`.
     """
-    checkpoint = open_checkpoint(directory, allow_fields)
+    checkpoint = open_adapter(directory, allow_fields)
     places = make_places(params, fn, args, plan, names, layout)
+    on_tied = "allow" if checkpoint.on_both else on_tied
     placement = find_places(checkpoint, places, on_tied=on_tied)
     for name in (*checkpoint.entries.wholes, *checkpoint.entries.tokens):
         for key in (name, name.rpartition(".")[0]):

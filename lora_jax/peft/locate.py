@@ -36,6 +36,7 @@ from lora_jax.peft.words import (
     WEIGHT,
     Found,
     Numbers,
+    is_flat,
     last_word,
     split_name,
     split_path,
@@ -209,7 +210,7 @@ def _find_module(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
     if given is not None:
         return _find_given(places, module, given, name, fan_in_fan_out)
     words = split_name(name)
-    near = places.search(words, _WEIGHTS)
+    near = places.search(words, _WEIGHTS, flat=is_flat(name))
     read = _reader(places, module, name, fan_in_fan_out)
     claims = fitting(near, read)
     claims = claims or fitting(places.search((*words, _FUSED), ("",)), read)

@@ -42,13 +42,22 @@ def saved_modules(
     plan: AdapterPlan,
     names: Names,
     layout: Layout,
+    as_mlx: bool = False,
 ) -> tuple[list[SavedModule], list[str]]:
     """Converts the adapter of a target of a plan to the modules of PEFT.
+
+    If `as_mlx` is true, they are for mlx-lm: a tied embedding is one module, and each stack
+    of experts is the parameter `weight` of a module.
 
     Returns:
         The modules; and the names of modules of the weight that are outside of the target.
     """
     leaf, target = plan.leaf(path), plan.targets[path]
+    if as_mlx and target.use:
+        raise ValueError(
+            f"the target is the {target.use} of the weight, and an adapter of mlx-lm acts "
+            "on all uses of it: save with dialect='peft', or merge the adapters."
+        )
     arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
     target, arrays = _as_used(target, arrays, plan.uses.get(leaf, ()))
     _check_named(leaf, target, names)
@@ -63,7 +72,10 @@ def saved_modules(
             continue
         entries = cut_adapter(site.name, region, target, arrays)
         left -= math.prod(map(parts.count, parts.entries(region, shape)))
-        kind, axes = _kind(site, target, plan, layout), site.own_axes
+        kind, axes = _kind(site, target, plan, layout, as_mlx), site.own_axes
+        if as_mlx and kind == "experts":
+            name = site.name.removesuffix(f".{WEIGHT}")
+            site = site._replace(name=f"{name}.{WEIGHT}")
         modules.append(
             SavedModule(
                 site=site,
@@ -122,7 +134,9 @@ def _check_named(path: str, target: Target, names: Names) -> None:
         )
 
 
-def _kind(site: Site, target: Target, plan: AdapterPlan, layout: Layout) -> Kind:
+def _kind(
+    site: Site, target: Target, plan: AdapterPlan, layout: Layout, may_be_tied: bool
+) -> Kind:
     """The kind of a module, by the uses in the plan, or by its axes and its name."""
     axes, dora = site.own_axes, target.method == "dora"
     if "b" in axes:
@@ -143,7 +157,7 @@ def _kind(site: Site, target: Target, plan: AdapterPlan, layout: Layout) -> Kind
     }
     if target.use == LOOKUP:
         return "embedding"
-    if "gather" in primitives and len(primitives) > 1:
+    if "gather" in primitives and len(primitives) > 1 and not may_be_tied:
         raise ValueError(
             "the weight is an embedding and a matrix of a product, such as a tied output "
             "head, and a LoRA module of PEFT is one of both: adapt one of both "

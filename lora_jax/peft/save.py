@@ -1,6 +1,5 @@
 """Saves adapters in the format of Hugging Face PEFT."""
 
-import collections
 import dataclasses
 import logging
 import math
@@ -18,14 +17,16 @@ from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.peft.checkpoint import write_checkpoint
-from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.checkpoint import InMemory, new_checkpoint, write_checkpoint
+from lora_jax.peft.config import PeftConfig, most_common, pattern_of
+from lora_jax.peft.dialects import DIALECTS, DIFFUSERS, MLX, PEFT
 from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
 from lora_jax.peft.names import Names, SaveNames
 from lora_jax.peft.rules import Rules
+from lora_jax.peft.trainers import write_adapter
 from lora_jax.peft.words import name_ends, split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -50,8 +51,9 @@ def save(
     task_type: str | None = None,
     dtype: DTypeLike | None = None,
     uniform: bool = False,
+    dialect: str = "peft",
 ) -> None:
-    """Saves adapters so that PEFT loads them, with the same outputs.
+    """Saves adapters so that PEFT or another program loads them, with the same outputs.
 
     PEFT needs the names of its modules. Without `names` they are the words of the paths:
     `model/layers_0/q_proj/kernel` is `model.layers.0.q_proj`. Ranks and alphas that differ
@@ -66,8 +68,9 @@ def save(
     of several processes, all of them must call this, as `save_adapters`.
 
     Args:
-        directory: to write `adapter_config.json` and `adapter_model.safetensors` in. It is
-            made if it does not exist.
+        directory: to write `adapter_config.json` and `adapter_model.safetensors` in, or
+            `adapters.safetensors` for mlx-lm. It is made if it does not exist. For kohya
+            and diffusers, the path of one file that ends in `.safetensors`.
         adapters: the adapters of the plan.
         plan: the plan that `plan_adapters` or `load` returned.
         names: a dict from the names of modules to paths, as `load` takes it and
@@ -88,14 +91,20 @@ def save(
             alike. Smaller ranks are padded with zeros, and other scales are multiplied
             into `B`. So each update stays the same, up to rounding. `use_rslora` is then
             false in the file. If this is false and scales differ, a warning goes to the
-            logger `lora_jax.peft`.
+            logger `lora_jax.peft`. For diffusers the scale is 1, which old versions read
+            without the metadata of the file.
+        dialect: `"peft"`; `"mlx"` for mlx-lm, which has one rank and one scale; `"kohya"`,
+            whose names `lora_unet_...` and `lora_te_...` come from names that start with
+            the model of a pipeline, `"text_encoder.layers.{}.fc1"`; or `"diffusers"`, for a
+            pipeline if names start so, or for one model. Only `"peft"` holds full leaves.
+            Files of kohya hold no dropout rate.
 
     Raises:
         KeyError: if the adapters' paths or entries are not the plan's.
         ModuleNotFoundError: if the package safetensors is not installed.
         OSError: if the directory cannot be written to.
         TypeError: if an array has no values, or an argument has the wrong type.
-        ValueError: if a shape is not the plan's; if PEFT cannot represent an adapter; if a
+        ValueError: if a shape is not the plan's; if the dialect has no such adapter; if a
             name is missing, two leaves have the same name, or a name has no leaf; if a
             value is out of the range of the dtype.
 
@@ -103,6 +112,7 @@ def save(
         The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     checks.check_choice("layout", layout, LAYOUTS)
+    checks.check_choice("dialect", dialect, DIALECTS)
     checks.check_flags(uniform=uniform)
     dtype = None if dtype is None else checks.check_factor_dtype(dtype)
     plan_checks.check_adapters(adapters, plan)
@@ -117,14 +127,19 @@ def save(
         arrays: Mapping[str, Mapping[str, Any]]
         arrays, own, wholes = trained_leaves.split(held[0], plan)
         if uniform:
-            arrays, own = _uniform(arrays, own, dtype)
+            arrays, own = _uniform(arrays, own, dtype, dialect)
+        full = {**wholes, **held[1]}
         config, tensors = make_files(
-            arrays, own, names, layout, {**wholes, **held[1]}, base_model, task_type, dtype
+            arrays, own, names, layout, full, base_model, task_type, dtype, dialect
         )
+        place = pathlib.Path(directory)
+        if dialect != PEFT:
+            entries = new_checkpoint(str(place), config, InMemory(tensors), tensors)
+            write_adapter(place, dialect, entries)
+            return
         _warn_of_patterns(config)
-        folder = pathlib.Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(folder, config, tensors)
+        place.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(place, config.to_json(), tensors)
 
     processes.write_once("peft.save", (adapters, replaced or {}), write)
 
@@ -138,6 +153,7 @@ def make_files(
     base_model: str | None = None,
     task_type: str | None = None,
     dtype: Any = None,
+    dialect: str = PEFT,
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
     """The config and the arrays that `save` writes. It takes the arguments of `save`."""
     naming = Names(names)
@@ -150,7 +166,7 @@ def make_files(
                 name: tensor_files.cast(name, tensor_files.to_numpy(name, value), dtype)
                 for name, value in adapters[path].items()
             }
-            own, rest = saved_modules(path, adapter, plan, naming, layout)
+            own, rest = saved_modules(path, adapter, plan, naming, layout, dialect == MLX)
             modules += own
             others.update(rest)
     _check_distinct(modules)
@@ -167,18 +183,22 @@ def make_files(
 
 
 def _uniform(
-    adapters: Mapping[str, Adapter], plan: AdapterPlan, dtype: Any
+    adapters: Mapping[str, Adapter], plan: AdapterPlan, dtype: Any, dialect: str
 ) -> tuple[Mapping[str, Mapping[str, Any]], AdapterPlan]:
     """Converts adapters to one rank and one scale, with the same updates.
 
     The scale is the most common one if it makes alpha an integer, which some programs need.
-    Otherwise it is 1.
+    Otherwise, and for diffusers, it is 1.
     """
     targets = plan.targets
     rank = max((target.rank for target in targets.values()), default=plan.config.rank)
-    common = _most_common({path: target.scale for path, target in targets.items()}, 1.0)
+    common = most_common({path: target.scale for path, target in targets.items()}, 1.0)
     alpha = round(common * rank)
-    if not alpha or not math.isclose(common * rank, alpha, rel_tol=1e-12):
+    if (
+        not alpha
+        or dialect == DIFFUSERS
+        or not math.isclose(common * rank, alpha, rel_tol=1e-12)
+    ):
         alpha = rank
     scale = alpha / rank
     filled, alike = {}, {}
@@ -290,7 +310,7 @@ def _config(
     stabilized = plan.config.rank_stabilized
     ranks = {module.name: module.target.rank for module in modules}
     alphas = {module.name: _alpha(module.target, stabilized) for module in modules}
-    rank, alpha = _most_common(ranks, plan.config.rank), _most_common(alphas, 1)
+    rank, alpha = most_common(ranks, plan.config.rank), most_common(alphas, 1)
     experts = tuple(module.name for module in modules if module.kind == "experts")
     inner = _inner(modules)
     named = tuple(m.name for m in modules if m.kind != "experts" and m.name not in inner)
@@ -304,8 +324,8 @@ def _config(
         target_modules=target_modules,
         layers_to_transform=layers or None,
         target_parameters=experts or None,
-        rank_pattern=_pattern(ranks, rank),
-        alpha_pattern=_pattern(alphas, alpha),
+        rank_pattern=pattern_of(ranks, rank),
+        alpha_pattern=pattern_of(alphas, alpha),
         lora_dropout=plan.config.dropout,
         use_rslora=stabilized,
         use_dora="dora" in methods,
@@ -354,23 +374,3 @@ def _alpha(target: Target, stabilized: bool) -> float:
     alpha = target.scale * (math.sqrt(target.rank) if stabilized else target.rank)
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
-
-
-def _most_common(values: Mapping[str, Any], default: Any) -> Any:
-    counted = collections.Counter(values.values()).most_common(1)
-    return counted[0][0] if counted else default
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> FrozenDict[str, Any]:
-    """A regular expression for each module whose value is not the default.
-
-    PEFT matches the end of a name. `^` excludes longer names with the same end.
-    """
-    ends = collections.Counter(end for name in values for end in name_ends(name))
-    return FrozenDict(
-        {
-            ("^" if ends[name] > 1 else "") + re.escape(name): value
-            for name, value in values.items()
-            if value != default
-        }
-    )

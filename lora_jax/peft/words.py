@@ -3,6 +3,8 @@
 The words of a name and of a path are compared from the last one:
 `model.layers.0.self_attn.q_proj` with `decoder/layers_0/self_attn/q_proj/kernel`. Both must
 contain the same numbers. Only the number of a module in a stacked array is not in the path.
+Some trainers join the words of a name by underscores, `lora_unet_mid_block_conv_in`. Such a
+flat name is compared with paths that are split at underscores too.
 """
 
 import difflib
@@ -36,6 +38,14 @@ _LEAVES = {
 _BOXES = ("value", "raw_value")
 _COLLECTION = "params"
 _NUMBERED = re.compile(r"(.*[^_\d])_?(\d+)")
+# Flat names: lora_te_text_model_encoder_layers_0_mlp_fc1.
+_FLAT = re.compile(r"lora_([a-z]+\d?)_(\w+)|lycoris_(\w+)")
+# The models of a pipeline. These words have no index at their end.
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_MODELS = ("unet", "transformer", *_ENCODERS)
+# From the beginnings of flat names to the models of a pipeline.
+_SHORT = ("unet", "transformer", "te1", "te2", "te3", "te")
+MODELS: dict[str, str] = dict(zip(_SHORT, (*_MODELS, _ENCODERS[0]), strict=True))
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)?\}")
 _MASKED = re.compile(r"\d+|\{(?:[A-Za-z_]\w*)?\}")
 # Words that tell towers and blocks apart, and parts of words. The first part that is found
@@ -44,16 +54,19 @@ _SIDES = (
     {"encoder": ("encoder",), "decoder": ("decoder",)},
     {
         "vision": ("vision_model", "vision_tower", "visual", "vision", "image_encoder"),
-        "text": ("text_model", "language_model", "text", "text_encoder"),
+        "text": ("text_model", "language_model", "text", *_ENCODERS),
     },
+    {model: (model,) for model in ("unet", *_ENCODERS)},
 )
 _PARTS = {
     "cross": ("cross", "encoder_attn", "encdec", "attn2"),
     "mlp": ("mlp", "ffn", "feed_forward", "feedforward", "densereludense"),
     "self": ("attn", "attention"),
 }
-PathIndex: TypeAlias = dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]]
-"""Paths by the word of the leaf, the numbers in them, and each end of their words."""
+PathIndex: TypeAlias = dict[
+    tuple[str, tuple[str, ...], tuple[str, ...]], list[tuple[str, tuple[str, ...]]]
+]
+"""Paths and their words, by the word of the leaf, the numbers, and each end of words."""
 Numbers: TypeAlias = tuple[tuple[str, int], ...]
 """Numbers of a module's name, each with its field."""
 
@@ -98,10 +111,10 @@ class Found(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2**17)
-def split_path(path: str, *, numbers_apart: bool = True) -> Words:
+def split_path(path: str, *, numbers_apart: bool = True, flat: bool = False) -> Words:
     """Splits the path of a leaf into words, without the word of the leaf.
 
-    `layers_0` is two words if `numbers_apart` is true.
+    `layers_0` is two words if `numbers_apart` is true, and so is `to_q` if `flat` is true.
     """
     words = path.replace(".", "/").split("/")
     while len(words) > 1 and words[-1] in _BOXES:
@@ -111,6 +124,9 @@ def split_path(path: str, *, numbers_apart: bool = True) -> Words:
     leaf = ""
     if len(words) > 1 and words[-1] in _LEAVES:
         words, leaf = words[:-1], _LEAVES[words[-1]]
+    if flat:
+        pieces = ([word] if word in _MODELS else word.split("_") for word in words)
+        words = [piece for own in pieces for piece in own if piece]
     return Words(tuple(_numbers_apart(words) if numbers_apart else words), leaf)
 
 
@@ -142,23 +158,36 @@ def nearest_names(targets: str | tuple[str, ...], names: Iterable[str]) -> str:
 @functools.lru_cache(maxsize=2**17)
 def split_name(name: str) -> tuple[str, ...]:
     """Splits the name of a module into words."""
+    match = _FLAT.fullmatch(name)
+    if match:
+        model, rest, own = match.groups("")
+        words = (rest or own).split("_")
+        return (*filter(None, (MODELS.get(model, model), *words)),)
     return tuple(_numbers_apart(name.split(".")))
+
+
+def is_flat(name: str) -> bool:
+    """Whether the words of a module's name are joined by underscores."""
+    return _FLAT.fullmatch(name) is not None
 
 
 def _numbers_apart(words: Iterable[str]) -> Iterator[str]:
     for word in words:
-        match = _NUMBERED.fullmatch(word)
+        match = None if word in _MODELS else _NUMBERED.fullmatch(word)
         yield from (match.groups() if match and "_" in word else (word,))
 
 
-def index_paths(paths: Iterable[str]) -> PathIndex:
-    """Indexes paths of leaves by the ends of their words, for `search_paths`."""
+def index_paths(paths: Iterable[str], *, flat: bool = False) -> PathIndex:
+    """Indexes paths of leaves by the ends of their words, for `search_paths`.
+
+    `flat` is for flat names.
+    """
     index: PathIndex = {}
     for path in paths:
-        own, leaf = split_path(path)
+        own, leaf = split_path(path, flat=flat)
         numbers = tuple(_numbers(own))
         for start in range(len(own)):
-            index.setdefault((leaf, numbers, own[start:]), []).append(path)
+            index.setdefault((leaf, numbers, own[start:]), []).append((path, own))
     return index
 
 
@@ -187,8 +216,7 @@ def _longest(
     for start in range(len(words)):
         found = {}
         for leaf in leaves:
-            for path in index.get((leaf, numbers, words[start:]), ()):
-                own = split_path(path).words
+            for path, own in index.get((leaf, numbers, words[start:]), ()):
                 same = _common(words, own)
                 if not _opposite(words[:-same], own[:-same]):
                     found[path] = same, same == len(own)
@@ -245,7 +273,7 @@ def lacking_fields(name: str, path: str) -> Numbers:
     words = split_name(name)
     values = [int(word) for word in words if word.isdecimal()]
     left = [*zip(name_fields(name), values, strict=True)]
-    for number in map(int, _numbers(split_path(path).words)):
+    for number in map(int, _numbers(split_path(path, flat=is_flat(name)).words)):
         first = next((each for each in left if each[1] == number), None)
         if first is not None:
             left.remove(first)

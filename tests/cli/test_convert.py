@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax import checkpoint
 from lora_jax.cli import main
@@ -159,3 +160,77 @@ def test_a_base_is_for_one_direction(tmp_path, base, capsys):
     own = to_own(adapter, base, tmp_path / "own")
     line = error(capsys, own, tmp_path / "out", "--to=peft", f"--base={base}")
     assert "--base is for --to lora_jax" in line
+
+
+def inspected(place, capsys):
+    """The record of `inspect`, and the sorted norms of its updates."""
+    capsys.readouterr()
+    assert main(["inspect", str(place), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    return record, sorted(own["update_norm"] for own in record["adapters"].values())
+
+
+@pytest.mark.parametrize("dialect", ["mlx", "kohya", "diffusers"])
+def test_formats_of_other_trainers(dialect, tmp_path, base, capsys):
+    adapter = models.write_adapter(tmp_path / "adapter", models.make_factors())
+    end = "" if dialect == "mlx" else ".safetensors"
+    first, second = tmp_path / f"first{end}", tmp_path / f"second{end}"
+    to = f"--to={dialect}"
+    assert convert(adapter, first, to) == 0
+    assert f"3 adapters in the format {dialect}" in capsys.readouterr().out
+    record, norms = inspected(first, capsys)
+    assert record["format"] == dialect
+    assert (record["rank"], record["alpha"]) == (3, 6)
+    assert norms == inspected(adapter, capsys)[1]
+    own = to_own(first, base, tmp_path / "own")
+    assert main(["diff", str(own), str(adapter)]) == 0
+    assert main(["diff", str(first), str(own)]) == 0
+    assert convert(own, second, to, "--layout=torch") == 0
+    files = (
+        load_file(p / "adapters.safetensors" if not end else p) for p in (first, second)
+    )
+    assert_equal(*files)
+    for source, out in ((adapter, "a"), (first, "b")):
+        assert main(["merge", str(base), str(source), str(tmp_path / out)]) == 0
+    assert_equal(*(models.read_model(tmp_path / out) for out in "ab"))
+    assert f"in the format {dialect} already" in error(capsys, first, second, to)
+    back = tmp_path / "back"
+    if dialect == "kohya":
+        assert "has lost its dots, and peft" in error(capsys, first, back, "--to=peft")
+    else:
+        assert convert(first, back, "--to=peft", "--dtype=float32") == 0
+        assert_equal(models.read_model(back), models.read_model(adapter))
+        assert main(["diff", str(first), str(back)]) == 0
+
+
+def test_what_other_trainers_do_not_have(tmp_path, base, capsys):
+    factors = models.make_factors()
+    name, *_ = factors
+    adapter = models.write_adapter(tmp_path / "a", factors, alpha_pattern={name: 2})
+    out = tmp_path / "out"
+    line = error(capsys, adapter, out, "--to=mlx")
+    assert "one scale for all modules" in line
+    assert "--uniform" in line
+    own = to_own(adapter, base, tmp_path / "own")
+    assert convert(own, out, "--to=mlx", "--layout=torch", "--uniform") == 0
+    assert main(["diff", str(out), str(adapter)]) == 0
+    line = error(capsys, adapter, tmp_path / "b", "--to=mlx", "--uniform")
+    assert "--uniform is for adapters on a model: convert to lora_jax" in line
+    line = error(capsys, adapter, tmp_path / "b", "--to=kohya")
+    assert "a path that ends in .safetensors" in line
+    head = {"lm_head.weight": models.draw((models.ENTRIES, models.WIDTH), 0)}
+    saved = models.write_adapter(tmp_path / "c", factors, head, modules_to_save=["lm_head"])
+    line = error(capsys, saved, tmp_path / "b.safetensors", "--to=kohya")
+    assert "'lm_head.weight' was trained: write it with --to peft" in line
+    entries = {"model.embed_tokens.lora_a": models.draw((models.ENTRIES, 2), 0)}
+    entries["model.embed_tokens.lora_b"] = models.draw((2, models.WIDTH), 1)
+    tied = tmp_path / "tied"
+    tied.mkdir()
+    save_file(entries, tied / "adapters.safetensors")
+    parameters = {"lora_parameters": {"rank": 2, "scale": 1.0}}
+    (tied / "adapter_config.json").write_text(json.dumps(parameters))
+    line = error(capsys, tied, tmp_path / "b", "--to=peft")
+    assert "'model.embed_tokens' is an embedding. If a head is tied" in line
+    weights = tmp_path / "base" / "model-00001-of-00002.safetensors"
+    assert main(["inspect", str(weights)]) == 1
+    assert "looks like the weights of a model" in capsys.readouterr().err

@@ -7,12 +7,14 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import fields
+from tests.peft import test_dialects
 from tests.peft.support import CONFIG, GOLDEN, LLAMA, TENSORS, draw, linear, write
 
 BASE = {
@@ -20,6 +22,7 @@ BASE = {
     for name, value in load_file(LLAMA / "base" / "model.safetensors").items()
 }
 TRIES = 250
+FLAT = "kohya.safetensors"
 
 
 def damaged(data, rng, end):
@@ -46,12 +49,14 @@ def damaged(data, rng, end):
 
 def check(folder, params, file, rng, tries, **options):
     data = (folder / file).read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little") if file == TENSORS else len(data)
+    header = 8 + int.from_bytes(data[:8], "little")
+    end = header if file.endswith(".safetensors") else len(data)
+    place = folder / file if file == FLAT else folder
     outcomes = {"read": 0, "refused": 0}
     for _ in range(tries):
         (folder / file).write_bytes(damaged(data, rng, end))
         try:
-            loaded = peft.load(folder, params, **options)
+            loaded = peft.load(place, params, **options)
         except CheckpointError as error:
             outcomes["refused"] += str(folder) in str(error)
             continue
@@ -59,6 +64,7 @@ def check(folder, params, file, rng, tries, **options):
         for path, target in loaded.plan.targets.items():
             shapes = {n: x.shape for n, x in loaded.adapters[path].items()}
             assert shapes == target.adapter_shapes
+            assert np.isfinite(target.scale)
         for path, array in loaded.replaced.items():
             assert array.shape == params[path].shape
     assert sum(outcomes.values()) == tries  # each error names the file
@@ -110,6 +116,24 @@ def test_a_damaged_checkpoint_of_many_kinds(file, tmp_path):
     assert len(peft.load(folder, params).adapters) == 5
     outcomes = check(folder, params, file, random.Random(1), TRIES)
     assert outcomes["refused"] > TRIES / 3
+    assert outcomes["read"] > 0
+
+
+@pytest.mark.parametrize(
+    "file", [FLAT, "pytorch_lora_weights.safetensors", "adapters.safetensors", CONFIG]
+)
+def test_damaged_files_of_other_trainers(file, tmp_path):
+    params = test_dialects.params()
+    if file == FLAT:
+        test_dialects.write_kohya(tmp_path / file, dora=True)
+    elif file.startswith("pytorch"):
+        own, ends = test_dialects.metadata(), test_dialects.DIFFUSERS
+        test_dialects.write(tmp_path / file, ends, metadata=own, alphas=False)
+    else:
+        test_dialects.write_mlx(tmp_path)
+        params = test_dialects.mlx_params()
+    outcomes = check(tmp_path, params, file, random.Random(3), 200)
+    assert outcomes["refused"] > 200 / 4
     assert outcomes["read"] > 0
 
 

@@ -7,6 +7,7 @@ from lora_jax.peft.words import (
     Found,
     fill_numbers,
     index_paths,
+    is_flat,
     lacking_fields,
     numbers_in,
     search_paths,
@@ -22,7 +23,8 @@ def names_of(path, names, sizes):
 
 
 def find(name, *paths, leaf=WEIGHT):
-    return search_paths(split_name(name), (leaf, ""), index_paths(paths))
+    index = index_paths(paths, flat=is_flat(name))
+    return search_paths(split_name(name), (leaf, ""), index)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,30 @@ def test_words_of_a_path(path, words, leaf):
 )
 def test_one_path(name, path):
     assert find(name, path, "other/leaf/kernel", "x/q_norm/scale") == [Found(path, ())]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "indices"),
+    [
+        ("lora_unet_mid_block_attn1_to_q", "mid_block/attn1/to_q/kernel", ()),
+        ("lora_unet_mid_block_attn1_to_q", "unet/mid_block/attn1/to_q/kernel", ()),
+        ("lora_unet_down_0_1_to_out_0", "down_0/1/to_out_0/kernel", ()),
+        ("lora_unet_down_blocks_0_q", "params/down_blocks/q/kernel", (0,)),
+        ("lora_te2_layers_3_fc1", "text_encoder_2/layers/3/fc1/kernel", ()),
+        ("lora_te2_layers_3_fc1", "text_encoder_2/layers/fc1/kernel", (3,)),
+        ("lora_te2_layers_3_fc1", "layers/fc1/kernel", (3,)),
+        ("lora_te2_layers_3_fc1", "text_encoder/layers/fc1/kernel", None),
+        ("lora_te_layers_3_fc1", "unet/layers/3/fc1/kernel", None),
+        ("lora_unet_fc1", "text_encoder/fc1/kernel", None),
+        ("lycoris_layers_0_fc1", "layers_0/fc1/kernel", ()),
+        ("lora_unet_layers_0_fc1", "layers_1/fc1/kernel", None),
+    ],
+)
+def test_flat_names(name, path, indices):
+    """Their words are joined by underscores, and begin with a model of a pipeline."""
+    assert find(name, path) == ([] if indices is None else [Found(path, indices)])
+    if indices:
+        assert [number for _, number in lacking_fields(name, path)] == [*indices]
 
 
 def test_the_longest_common_end_wins():

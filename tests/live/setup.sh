@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes an environment with torch, PEFT and transformers, and runs the tests here in it:
+# Makes an environment with torch, PEFT, transformers, diffusers and mlx-lm, and runs the tests
+# here in it:
 #   tests/live/setup.sh ENVIRONMENT [PYTEST-ARGUMENT...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,5 +13,5 @@ fi
 "$environment/bin/python" -m pip install --quiet \
   -r tests/live/requirements.txt -e ".[tests]"
 # Without one of these the tests would be skipped.
-"$environment/bin/python" -c "import torch, peft, transformers, tests.live.support"
+"$environment/bin/python" -c "import torch, peft, transformers, diffusers, mlx_lm, tests.live.support"
 "$environment/bin/python" -m pytest -q -n 2 -p no:cacheprovider -m live tests/live "$@"

@@ -6,7 +6,7 @@ They reorder values and scale them; they compute nothing else.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +19,15 @@ from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig, as_lora_config
 from lora_jax.peft.full import Replaced, add_bias, check_whole
 from lora_jax.peft.keys import Kind
-from lora_jax.peft.layout import Index, Site, boxes, common_dtype, from_matrix, to_matrix
+from lora_jax.peft.layout import (
+    SWAPPED,
+    Index,
+    Site,
+    boxes,
+    common_dtype,
+    from_matrix,
+    to_matrix,
+)
 from lora_jax.peft.leaves import Places
 from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import (
@@ -301,12 +309,11 @@ def make_plan(
     places: Places,
     placed: Mapping[str, Placed],
     trained: Iterable[str] = (),
-    *,
-    on_both: bool = False,
+    tied: Collection[str] = (),
 ) -> AdapterPlan:
     """The plan of the adapters of a checkpoint, and of its leaves that are trained.
 
-    If `on_both` is true, adapters act on all uses of a leaf that the function shows.
+    Adapters of the leaves `tied` act on a look-up and on a product.
     """
     values = {path: TrainedLeaf(places.shape(path)) for path in trained}
     targets = {path: own.target for path, own in placed.items()}
@@ -314,9 +321,10 @@ def make_plan(
     chosen = {*of_leaf.values(), *values}
     uses = {**places.known.uses}
     for path, own in placed.items():  # of a part, the uses are those of the function
-        whole = not own.target.suffix and not on_both
-        if whole or of_leaf[path] not in places.known.uses:
-            uses[of_leaf[path]] = (own.use,)
+        leaf = of_leaf[path]
+        if leaf not in places.known.uses or not (own.target.suffix or leaf in tied):
+            turned = _use_of("linear", own.target.axes.translate(SWAPPED), False)
+            uses[leaf] = (own.use, turned) if leaf in tied else (own.use,)
     leaves = {path: leaf for path, leaf in places.leaves.items() if checks.is_array(leaf)}
     # The config gives the same plan, but for a leaf with two readings of its axes.
     root = math.sqrt if config.use_rslora else int

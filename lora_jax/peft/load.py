@@ -109,6 +109,8 @@ class Placement(NamedTuple):
     sites: Mapping[str, Site]
     """By the names of the modules in the checkpoint."""
     problems: Problems
+    tied: frozenset[str] = frozenset()
+    """The leaves that are or may be an embedding and a head, if adapters act on both."""
 
     def table(self) -> NameTable:
         """The modules of the checkpoint and their weights."""
@@ -136,10 +138,14 @@ def find_places(
             check_module(module, rules)
             modules[name] = module
     sites = find_sites(places, modules, config, problems, splits_ties=separate)
-    if separate:
+    wrong, tied = {}, frozenset[str]()
+    if separate or checkpoint.on_both:
         wrong = tied_adapters(places, sites, modules, config)
-        problems.lines += wrong.values()
-        sites = {name: site for name, site in sites.items() if name not in wrong}
+    if not separate:
+        tied = frozenset(sites[name].path for name in wrong)
+        return Placement(checkpoint, places, sites, problems, tied)
+    problems.lines += wrong.values()
+    sites = {name: site for name, site in sites.items() if name not in wrong}
     return Placement(checkpoint, places, sites, problems)
 
 
@@ -157,7 +163,7 @@ def assemble(
     Raises:
         CheckpointError: as `lora_jax.peft.load`.
     """
-    checkpoint, places, sites, problems = placement
+    checkpoint, places, sites, problems, tied = placement
     where, config = checkpoint.where, checkpoint.config
     dtype = check_dtype(dtype)
     if dtype != "file":
@@ -186,7 +192,7 @@ def assemble(
     }
     trained = places.known.trained - {site.path for site in sites.values()}
     values = {path: {VALUE: whole.pop(path)} for path in [*whole] if path in trained}
-    plan = make_plan(config, places, placed, values, on_both=checkpoint.on_both)
+    plan = make_plan(config, places, placed, values, tied)
     return Loaded(adapters | values, plan, whole)
 
 

@@ -84,7 +84,8 @@ def save(
             biases, embeddings. They become `modules_to_save`, or entries of the adapted
             layers. The trained leaves of the plan are among them.
         base_model: the name or directory of the base model, for the config.
-        task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
+        task_type: PEFT's name of the task, such as `"CAUSAL_LM"`. Only PEFT's files have
+            it.
         dtype: of all arrays in the file; None for the dtypes that they have.
         uniform: whether to write one rank and one scale for all modules. Programs such as
             vLLM read neither `rank_pattern` nor `alpha_pattern` and scale every module

@@ -192,9 +192,7 @@ def _alpha(config: PeftConfig, name: str, rank: int) -> float:
     return config.alpha_of(name) * (math.sqrt(rank) if config.use_rslora else 1)
 
 
-def write_adapter(
-    place: pathlib.Path, dialect: str, checkpoint: Checkpoint, base_model: str | None = None
-) -> None:
+def write_adapter(place: pathlib.Path, dialect: str, checkpoint: Checkpoint) -> None:
     """Writes an adapter in a dialect. An old one stays until the new one is complete.
 
     Raises:
@@ -216,7 +214,7 @@ def write_adapter(
     _check_fits(dialect, checkpoint)
     if dialect == MLX:
         place.mkdir(parents=True, exist_ok=True)
-        text, tensors = _to_mlx(checkpoint, base_model)
+        text, tensors = _to_mlx(checkpoint)
         peft_files.write_checkpoint(place, text, tensors, MLX_TENSORS)
         return
     if place.suffix != ".safetensors":
@@ -260,9 +258,7 @@ def _factors(checkpoint: Checkpoint, module: Module) -> dict[str, np.ndarray]:
     return {entry: checkpoint.arrays.read(key) for entry, key in module.keys.items()}
 
 
-def _to_mlx(
-    checkpoint: Checkpoint, base_model: str | None
-) -> tuple[str, dict[str, np.ndarray]]:
+def _to_mlx(checkpoint: Checkpoint) -> tuple[str, dict[str, np.ndarray]]:
     """The text of mlx-lm's config, and the arrays."""
     config, tensors, keys = checkpoint.config, {}, dict[str, None]()
     scales: dict[str, tuple[int, float]] = {}
@@ -308,7 +304,7 @@ def _to_mlx(
             "rank": rank,
             "scale": scale,
         },
-        "model": base_model or config.base_model_name_or_path,
+        "model": config.base_model_name_or_path,
         "num_layers": -1,  # all: layers without entries get adapters that are zero
     }
     return json.dumps(fields, indent=4), tensors
@@ -328,10 +324,12 @@ def _to_kohya(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, np.ndar
         narrow = alpha.astype(np.float32)
         arrays["alpha"] = narrow if narrow == alpha else alpha
         tensors |= BY_NAME[KOHYA].named(name, arrays)
+    model = config.base_model_name_or_path
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(config.lora_alpha),
+        **({} if model is None else {"ss_sd_model_name": model}),
     }, tensors
 
 
@@ -386,6 +384,7 @@ def _to_diffusers(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, np.
         rank, alpha = most_common(ranks, 1), most_common(alphas, 1)
         settings = {
             "alpha_pattern": dict(pattern_of(alphas, alpha)),
+            "base_model_name_or_path": config.base_model_name_or_path,
             "lora_alpha": alpha,
             "lora_bias": config.lora_bias,
             "lora_dropout": config.lora_dropout,

@@ -144,7 +144,14 @@ def test_kohya(dora, tmp_path):
     )
     for names in (table, STACKS):
         out = tmp_path / "out.safetensors"
-        peft.save(out, loaded.adapters, loaded.plan, names=names, dialect="kohya")
+        peft.save(
+            out, loaded.adapters, loaded.plan, names=names, dialect="kohya", base_model="b"
+        )
+        with safe_open(out, "numpy") as file:
+            assert file.metadata() == {
+                "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": "2",
+                "ss_network_alpha": "7", "ss_sd_model_name": "b",
+            }  # fmt: skip
         old, new = load_file(path), load_file(out)
         assert old.keys() == new.keys()
         for name, value in old.items():
@@ -334,7 +341,11 @@ def test_mlx(dora, traced, tmp_path):
         "model": "m",
         "num_layers": -1,
     }  # fmt: skip
-    if traced and not dora:  # an adapter of PEFT would act on the look-up alone
+    config["lora_parameters"]["scale"] = 3.0
+    (out / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="or was the config edited"):
+        peft.load(out, tree)
+    if not dora:  # an adapter of PEFT would act on the look-up alone
         with pytest.raises(ValueError, match="is an embedding and a matrix of a product"):
             peft.save(tmp_path / "peft", loaded.adapters, loaded.plan, names=own)
 

@@ -193,6 +193,63 @@ def test_any_value_of_any_field(field, tmp_path):
         assert shapes in ([(2, 5, 2)], [(1, 5, 2)] * 2)
 
 
+MLX_FIELDS = ["fine_tune_type", "lora_parameters", "model", "num_layers", "unknown", ""]
+MLX_PARAMETERS = ["rank", "scale", "dropout", "keys", "alpha", "unknown", ""]
+DIFFUSERS_FIELDS = [
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("lora_dropout", "target_modules", "modules_to_save", "velora_config", "unknown"),
+    *("", "q.r", "q.", ".r"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        *((CONFIG, field) for field in MLX_FIELDS),
+        *(("lora_parameters", field) for field in MLX_PARAMETERS),
+        *(("metadata", field) for field in DIFFUSERS_FIELDS),
+    ],
+)
+def test_any_value_of_a_setting_of_other_trainers(file, field, tmp_path):
+    """`file` is where the setting is: mlx-lm's config or a part of it, or diffusers'."""
+    ends = (
+        ("lora_A.weight", "lora_B.weight") if file == "metadata" else ("lora_a", "lora_b")
+    )
+    shapes = ((2, 5), (7, 2)) if file == "metadata" else ((5, 2), (2, 7))
+    entries = {f"q.{end}": draw(*own) for end, own in zip(ends, shapes, strict=True)}
+    parameters = {"rank": 2, "scale": 3.0, "dropout": 0.5, "keys": ["q"]}
+    fields = {"fine_tune_type": "lora", "lora_parameters": parameters}
+    path, params = tmp_path / "adapters.safetensors", {"q/kernel": jnp.ones((5, 7))}
+    save_file(entries, path)
+    read = 0
+    for value in VALUES:
+        own = {"lora_parameters": parameters, "metadata": {"r": 2}}.get(file, fields)
+        own = {name: each for name, each in own.items() if name != field}
+        text = f"{{{json.dumps(field)}: {value}"
+        text += "".join(f", {json.dumps(n)}: {json.dumps(v)}" for n, v in own.items()) + "}"
+        if file == "metadata":
+            save_file(entries, path, {"lora_adapter_metadata": text})
+        else:
+            text = f'{{"lora_parameters": {text}}}' if file != CONFIG else text
+            (tmp_path / CONFIG).write_text(text)
+        place = path if file == "metadata" else tmp_path
+        try:
+            loaded = peft.load(place, params)
+        except CheckpointError as error:
+            assert str(tmp_path) in str(error)  # noqa: PT017
+            continue
+        read += 1
+        assert np.isfinite(loaded.plan.targets["q/kernel"].scale)
+    assert read < len(VALUES) or field in (
+        "",
+        "model",
+        "num_layers",
+        "unknown",
+        "keys",
+        "alpha",
+    )
+
+
 def test_what_is_no_file(tmp_path):
     """Directories, links without an end, and names that no system has."""
     params = {"q": jnp.ones((5, 7))}

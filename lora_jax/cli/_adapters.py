@@ -138,7 +138,9 @@ class Contents:
 def find_format(directory: pathlib.Path) -> str:
     """Finds the format of the adapters in a directory or in a file."""
     if not directory.exists():
-        raise FileNotFoundError(f"there is no directory {directory} with adapters in it.")
+        raise FileNotFoundError(
+            f"there is no directory or file {directory} with adapters in it."
+        )
     found = find_dialect(directory)
     own = next((n for n in (FILE, OLD_RECORD) if (directory / n).is_file()), None)
     if found and own:

@@ -134,7 +134,8 @@ class _Renamed(Mapping[str, jax.ShapeDtypeStruct]):
 
 def find_file(place: pathlib.Path) -> pathlib.Path | None:
     """The file of arrays at a path, if it is of another dialect than PEFT; else None."""
-    if place.is_file() and place.suffix != ".json":
+    named = place.suffix == ".safetensors" and not place.is_dir()
+    if named or (place.is_file() and place.suffix != ".json"):
         return place
     for name in (MLX_TENSORS, _DIFFUSERS_TENSORS):
         if (place / name).is_file() and not (place / TENSORS).is_file():
@@ -191,6 +192,7 @@ def open_foreign(path: pathlib.Path) -> ForeignFile:
 
 def _open(path: pathlib.Path) -> TensorFile:
     """Opens a file; raises for other files that people take for adapters."""
+    tensor_files.check_is_file(path)
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":

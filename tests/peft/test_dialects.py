@@ -439,6 +439,8 @@ def test_files_that_are_no_adapters(entries, message, tmp_path):
     ],
 )
 def test_other_kinds_of_files(name, content, message, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no "):
+        peft.load(tmp_path / name, TREE)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         peft.load(tmp_path / name, TREE)

@@ -1,4 +1,4 @@
-"""Adapters of Hugging Face PEFT, read and written without torch."""
+"""Adapters of Hugging Face PEFT and of other trainers, read and written without torch."""
 
 from typing import TYPE_CHECKING
 

@@ -214,6 +214,39 @@ def test_uniform_files_of_diffusers_need_no_metadata(tmp_path):
     assert {(t.rank, t.scale) for t in again.plan.targets.values()} == {(3, 1.0)}
 
 
+@pytest.mark.parametrize("dialect", ["mlx", "kohya", "diffusers"])
+def test_rank_stabilized_parts_of_a_fused_weight(dialect, tmp_path):
+    tree = {"unet/qkv": jnp.zeros((3, 5, 7)), "unet/proj": jnp.zeros((7, 5))}
+    config = lora_jax.LoraConfig(
+        rank=2, alpha=3.0, rank_stabilized=True, rank_pattern={"unet/proj": 3},
+        targets=("unet/qkv[0]", "unet/qkv[2]", "unet/proj"), axes={"unet/qkv": "bio"},
+    )  # fmt: skip
+    plan = lora_jax.plan_adapters(config, tree)
+    adapters = {
+        path: {
+            "A": jnp.asarray(draw(target.alone.shape[-2], target.rank, seed=i)),
+            "B": jnp.asarray(draw(target.rank, target.alone.shape[-1], seed=i + 5)),
+        }
+        for i, (path, target) in enumerate(plan.targets.items())
+    }
+    names = {f"unet.to_{x}": f"unet/qkv[{i}]" for i, x in enumerate("qkv")}
+    names["unet.proj"] = "unet/proj"
+    place, options = tmp_path / "out", {"names": names, "dialect": dialect}
+    if dialect == "mlx":
+        with pytest.raises(
+            ValueError, match=r"rank 2 with scale 2\.12.* give uniform=True"
+        ):
+            peft.save(place, adapters, plan, **options)
+        options["uniform"] = True
+    else:
+        place = place.with_suffix(".safetensors")
+    peft.save(place, adapters, plan, **options)
+    if dialect == "kohya":
+        names = {f"lora_{name.replace('.', '_')}": path for name, path in names.items()}
+    loaded = peft.load(place, tree, names=names)
+    support.same_updates(plan, loaded.plan, adapters, loaded.adapters)
+
+
 def test_one_model_of_a_pipeline(tmp_path):
     """Params of one model take its modules, with or without the model's name."""
     path = write_kohya(tmp_path / "a.safetensors")

@@ -207,6 +207,15 @@ def pads_sharded_axes() -> bool:
     return jax.__version_info__ >= (0, 9, 0)  # JAX 0.7.0 does not
 
 
+def in_64_bits(enabled: bool) -> Any:
+    """A context of this thread, in which JAX has 64-bit types or not."""
+    if jax.__version_info__ < (0, 8, 0):
+        from jax.experimental import enable_x64  # type: ignore[attr-defined]
+
+        return enable_x64(enabled)
+    return jax.enable_x64(enabled)
+
+
 def varying_axes(x: jax.Array) -> tuple[str, ...]:
     """The mesh axes over which `x` may vary inside `jax.shard_map`."""
     aval: Any = jax.typeof(x)

@@ -80,6 +80,8 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
             name: 8 + length + header[name]["data_offsets"][0] for name in self._entries
         }
         """The offset of each array's values, in bytes from the beginning of the file."""
+        self.size = os.fstat(self._file.fileno()).st_size
+        """The size of the file in bytes."""
 
     def __getitem__(self, name: str) -> jax.ShapeDtypeStruct:
         return self._entries[name]
@@ -108,27 +110,23 @@ class TensorFile(Mapping[str, jax.ShapeDtypeStruct]):
         """
         array = np.empty(stop - start, self._entries[name].dtype)
         place = self.starts[name] + start * array.itemsize
-        if self._read_into(array.view(np.uint8).data, place) != array.nbytes:
+        self.read_into(array.view(np.uint8).data, place)
+        return array
+
+    def read_into(self, buffer: memoryview, place: int) -> None:
+        """Fills a buffer with the bytes of the file from a place on.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        with self._lock:
+            self._file.seek(place)
+            while buffer and (count := self._file.readinto(buffer)):
+                buffer = buffer[count:]
+        if buffer:
             raise CheckpointError(
                 f"{self.path} ends too early: did another program change it meanwhile?"
             )
-        return array
-
-    def read_pieces(self, size: int) -> Iterator[memoryview]:
-        """Reads the bytes of the whole file, at most `size` at a time."""
-        buffer, start = memoryview(bytearray(size)), 0
-        while count := self._read_into(buffer, start):
-            yield buffer[:count]
-            start += count
-
-    def _read_into(self, buffer: memoryview, place: int) -> int:
-        """Fills a buffer from a place in the file on, and returns how much there was."""
-        done = 0
-        with self._lock:
-            self._file.seek(place)
-            while count := self._file.readinto(buffer[done:]):
-                done += count
-        return done
 
     def is_same(self, other: "TensorFile") -> bool:
         """Whether another `TensorFile` has opened the same file."""

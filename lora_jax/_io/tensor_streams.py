@@ -1,17 +1,20 @@
-"""Reads and writes safetensors files in pieces, so that memory holds only one piece.
+"""Reads and writes safetensors files in pieces, so that memory holds only some pieces.
 
-A reader returns some rows of an array. A writer takes one array after the other, each in
-any number of pieces. The header is at the beginning of a file and has the offsets of all
+A reader returns some rows of an array. A writer takes pieces of arrays in any order, and
+from several threads. The header is at the beginning of a file and has the offsets of all
 arrays, so a writer needs all shapes and dtypes before the first value.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax
@@ -22,6 +25,10 @@ from lora_jax._io import replacement, tensor_files
 
 _METADATA = "__metadata__"
 _ALIGNMENT = 8  # bytes: the header is padded with spaces to a multiple of it
+# The number of bytes that are copied at once. They stay in the cache of a processor core.
+_CHUNK = 256 * 2**10
+# After this many bytes the system is told to write them to the disk.
+_UNWRITTEN = 32 * 2**20
 _CODES = {jnp.dtype(name): code for code, name in tensor_files.DTYPES.items()}
 
 
@@ -82,12 +89,50 @@ def find_spans(file: tensor_files.TensorFile) -> dict[str, Span]:
     }
 
 
-class TensorWriter:
-    """Writes the values of a file's arrays in order. `open_writer` creates a writer.
+class FileWriter:
+    """Writes pieces of a file to their places, in any order and from any thread.
+
+    The disk works from the beginning on: the final `fsync` then has little left to do.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._lock = threading.Lock()  # of the position in the file
+        self._place = self._started = 0
+
+    def write_at(self, place: int, data: bytes | memoryview) -> None:
+        """Writes bytes from a place in the file on."""
+        with self._lock:
+            if place != self._place:
+                self._file.seek(place)
+            self._file.write(data)
+            self._place = place + len(data)
+            if self._place - self._started >= _UNWRITTEN:
+                self._start_writing()
+
+    def _start_writing(self) -> None:
+        """Lets the system write what is complete to the disk, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):  # not on Windows and macOS
+            size = self._place - self._started
+            handle, advice = self._file.fileno(), os.POSIX_FADV_DONTNEED
+            os.posix_fadvise(handle, self._started, size, advice)
+        self._started = self._place
+
+    def copy(self, file: tensor_files.TensorFile, start: int, stop: int, to: int) -> None:
+        """Writes the bytes of another file from `start` to `stop` to the place `to`."""
+        buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
+        for place in range(start, stop, _CHUNK):
+            piece = buffer[: stop - place]
+            file.read_into(piece, place)
+            self.write_at(to + place - start, piece)
+
+
+class TensorWriter(FileWriter):
+    """Writes the values of a file's arrays. `open_writer` creates a writer.
 
     Args:
         file: to write to.
-        entries: a dict from names to shapes and dtypes, in the order of the values.
+        entries: a dict from names to shapes and dtypes, in the order of the file.
         metadata: texts by name, for the header.
     """
 
@@ -97,41 +142,50 @@ class TensorWriter:
         entries: Mapping[str, jax.ShapeDtypeStruct],
         metadata: Mapping[str, str],
     ) -> None:
-        self._file = file
-        self._left = [(name, count_bytes(entry)) for name, entry in entries.items()]
-        self._left.reverse()
-        file.write(make_header(entries, metadata))
+        super().__init__(file)
+        header = make_header(entries, metadata)
+        self.write_at(0, header)
+        sizes = map(count_bytes, entries.values())
+        ends = itertools.accumulate(sizes, initial=len(header))
+        self._spans = dict(zip(entries, itertools.pairwise(ends), strict=True))
+        self._written = dict.fromkeys(entries, 0)
 
-    def write(self, name: str, values: np.ndarray) -> None:
-        """Appends values to an array. All values of the array before must be written.
+    def write(self, name: str, values: np.ndarray, start: int | None = None) -> None:
+        """Writes values of an array.
 
         Args:
             name: of the array.
             values: contiguous, of the dtype of the array.
+            start: the entry of the array that the first value is for. None appends the
+                values to those that were written.
 
         Raises:
-            ValueError: if it is not the turn of this array, or it gets too many values.
+            ValueError: if the array gets too many values.
         """
-        self._skip_complete(name)
-        if not self._left or self._left[-1][0] != name:
-            turn = repr(self._left[-1][0]) if self._left else "no other array"
-            raise ValueError(f"values of {name!r} came where {turn} was expected.")
-        missing = self._left[-1][1] - values.nbytes
-        if missing < 0:
-            raise ValueError(f"{name!r} got {-missing} bytes too many.")
-        self._file.write(values.reshape(-1).view(np.uint8).data)
-        self._left[-1] = name, missing
+        offset = self._written[name] if start is None else start * values.itemsize
+        place = self._claim(name, offset, values.nbytes)
+        self.write_at(place, values.reshape(-1).view(np.uint8).data)
+
+    def copy_from(self, name: str, span: Span, start: int, stop: int) -> None:
+        """Copies bytes of an array: those of a span from `start` to `stop`."""
+        place = self._claim(name, start, stop - start)
+        self.copy(span.file, span.start + start, span.start + stop, place)
 
     def finish(self) -> None:
         """Raises ValueError unless all values were written."""
-        self._skip_complete(None)
-        if self._left:
-            name, missing = self._left[-1]
-            raise ValueError(f"{name!r} lacks {missing} bytes.")
+        for name, (start, end) in self._spans.items():
+            if missing := end - start - self._written[name]:
+                raise ValueError(f"{name!r} lacks {missing} bytes.")
 
-    def _skip_complete(self, name: str | None) -> None:
-        while self._left and self._left[-1][1] == 0 and self._left[-1][0] != name:
-            self._left.pop()
+    def _claim(self, name: str, offset: int, size: int) -> int:
+        """Counts bytes that an array gets, and returns their place in the file."""
+        start, end = self._spans[name]
+        with self._lock:
+            self._written[name] += size
+            excess = max(self._written[name], offset + size) - (end - start)
+        if excess > 0:
+            raise ValueError(f"{name!r} got {excess} bytes too many.")
+        return start + offset
 
 
 @contextlib.contextmanager
@@ -144,7 +198,7 @@ def open_writer(
 
     Args:
         path: of the file.
-        entries: a dict from names to shapes and dtypes, in the order of the values.
+        entries: a dict from names to shapes and dtypes, in the order of the file.
         metadata: texts by name, for the header.
 
     Yields:
@@ -153,10 +207,23 @@ def open_writer(
     Raises:
         ValueError: if an array did not get all of its values.
     """
-    with replacement.replacing(path) as temporary, temporary.open("wb") as file:
+    with _open_new(path) as file:
         writer = TensorWriter(file, entries, metadata)
         yield writer
         writer.finish()
+
+
+@contextlib.contextmanager
+def open_copy(path: pathlib.Path) -> Iterator[FileWriter]:
+    """Opens a file to write a copy to. The file gets its name at the end of the block."""
+    with _open_new(path) as file:
+        yield FileWriter(file)
+
+
+@contextlib.contextmanager
+def _open_new(path: pathlib.Path) -> Iterator[BinaryIO]:
+    with replacement.replacing(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def write_tensors(
@@ -222,35 +289,7 @@ def count_bytes(entry: jax.ShapeDtypeStruct) -> int:
     return math.prod(entry.shape) * jnp.dtype(entry.dtype).itemsize
 
 
-def copy_file(source: pathlib.Path, path: pathlib.Path, piece: int) -> Iterator[int]:
-    """Copies a file. The copy gets its name when it is complete.
-
-    Args:
-        source: the file.
-        path: of the copy.
-        piece: how many bytes are read at once.
-
-    Yields:
-        The size of each piece, after it is written.
-    """
-    buffer = memoryview(bytearray(piece))
-    with source.open("rb", buffering=0) as old:
-        pieces = iter(lambda: buffer[: old.readinto(buffer)], b"")
-        yield from write_pieces(path, pieces)
-
-
-def write_pieces(path: pathlib.Path, pieces: Iterable[memoryview]) -> Iterator[int]:
-    """Writes a file from pieces. The file gets its name when it is complete.
-
-    Yields:
-        The size of each piece, after it is written.
-    """
-    with replacement.replacing(path) as temporary, temporary.open("wb", 0) as new:
-        for piece in pieces:
-            _write_all(new.fileno(), piece)
-            yield len(piece)
-
-
-def _write_all(handle: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
+def copy_file(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Copies a file. The copy gets its name when it is complete."""
+    with source.open("rb") as old, _open_new(path) as new:
+        shutil.copyfileobj(old, new, _CHUNK)

@@ -7,11 +7,13 @@ alone. If it is an input axis, only LoRA can: DoRA's norms are sums over all inp
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import Target
@@ -23,7 +25,7 @@ class Update(NamedTuple):
     path: str
     """Its path in the plan, for error messages."""
     target: Target
-    adapter: Mapping[str, jax.Array]
+    adapter: Mapping[str, jax.Array | np.ndarray]
 
 
 class Block(NamedTuple):
@@ -66,13 +68,29 @@ def _can_be_cut(target: Target) -> bool:
 
 def _cut_update(update: Update, start: int, stop: int) -> Update | None:
     """The update of some rows; None if it changes none of them."""
-    target, adapter = update.target, dict(update.adapter)
-    if (start, stop) == (0, target.shape[0]):
+    if (start, stop) == (0, update.target.shape[0]):
         return update
+    target, cuts = _cut_target(update.target, start, stop)
+    if target is None:
+        return None
+    adapter = dict(update.adapter)
+    for name, (axis, first, last) in cuts.items():
+        if name in adapter:
+            adapter[name] = _cut(np.asarray(adapter[name]), axis, first, last)
+    return Update(update.path, target, adapter)
+
+
+# The layers of a model have the same targets.
+@functools.lru_cache(maxsize=4096)
+def _cut_target(
+    target: Target, start: int, stop: int
+) -> tuple[Target | None, dict[str, tuple[int, int, int]]]:
+    """The target of some rows or None, and for each cut factor its axis and ends."""
     first, *others = parts.entries(target.part, target.shape)
     low, high = (bisect.bisect_left(parts.indices_of(first), i) for i in (start, stop))
     if low == high:
-        return None
+        return None, {}
+    cuts = {}
     if isinstance(first, int):
         entry: parts.Entry = first - start
     else:
@@ -82,11 +100,10 @@ def _cut_update(update: Update, start: int, stop: int) -> Update | None:
         else:
             entry = tuple(index - start for index in own)
         for name, (axis, width) in (_cut_axes(target.alone) or {}).items():
-            if name in adapter:
-                adapter[name] = _cut(adapter[name], axis, low * width, high * width)
+            cuts[name] = axis, low * width, high * width
     shape = (stop - start, *target.shape[1:])
     part = parts.as_text((entry, *others), shape)
-    return Update(update.path, dataclasses.replace(target, shape=shape, part=part), adapter)
+    return dataclasses.replace(target, shape=shape, part=part), cuts
 
 
 def _cut_axes(target: Target) -> dict[str, tuple[int, int]] | None:
@@ -103,7 +120,7 @@ def _cut_axes(target: Target) -> dict[str, tuple[int, int]] | None:
     return None
 
 
-def _cut(factor: jax.Array, axis: int, start: int, stop: int) -> jax.Array:
+def _cut(factor: np.ndarray, axis: int, start: int, stop: int) -> np.ndarray:
     index: list[Any] = [slice(None)] * factor.ndim
     index[axis] = slice(start, stop)
     return factor[tuple(index)]

@@ -1,15 +1,13 @@
 """Merges one weight into the dtype of the result, and counts what the rounding loses."""
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.cli import _blocks
 from lora_jax.cli._blocks import Update
 from lora_jax.model import losses
 from lora_jax.model.adapters import merge_adapters
@@ -19,7 +17,7 @@ from lora_jax.plan.config import LoraConfig
 
 # The number of entries that are merged at once. A merge holds a few float32 arrays of this
 # size, most of which fit into the cache of a processor.
-BLOCK = 2**20
+BLOCK = 2**19
 
 
 class Loss(NamedTuple):
@@ -42,44 +40,34 @@ class Loss(NamedTuple):
         return self.vanished / max(1, self.entries)
 
 
-def fold_weight(
-    name: str,
-    read_rows: Callable[[int, int], np.ndarray],
-    updates: Sequence[Update],
-    dtype: np.dtype,
-) -> Iterator[tuple[np.ndarray, Loss]]:
-    """Merges a weight, one block of rows after the other.
+def fold_rows(
+    name: str, rows: np.ndarray, updates: Sequence[Update], dtype: np.dtype
+) -> tuple[np.ndarray, Loss]:
+    """Merges some rows of a weight.
 
     The sum is computed in at least float32 and rounded once. Entries without an update are
     only rounded.
 
     Args:
         name: of the weight, for error messages.
-        read_rows: returns the rows of the weight from one index to another.
-        updates: the adapter of the weight, or those of parts of it.
+        rows: of the weight.
+        updates: the adapter of these rows, or those of parts of them.
         dtype: of the result.
 
-    Yields:
-        Some rows of the result, and what their rounding lost.
+    Returns:
+        The rows of the result, and what their rounding lost.
 
     Raises:
         FloatingPointError: if an entry is infinite, NaN, or beyond the range of the dtype.
     """
-    for block in _blocks.cut_rows(updates, BLOCK):
-        rows = read_rows(block.start, block.stop)
-        yield _fold(name, rows, block.updates, dtype)
-
-
-def _fold(
-    name: str, rows: np.ndarray, updates: Sequence[Update], dtype: np.dtype
-) -> tuple[np.ndarray, Loss]:
     values, targets = jnp.asarray(rows), tuple(own.target for own in updates)
     adapters = tuple(dict(own.adapter) for own in updates)
-    merged, vanished, largest, finite = _merge_rows(values, adapters, targets, dtype)
-    if not bool(finite):
+    merged, vanished, largest, good = _merge_rows(values, adapters, targets, dtype)
+    if not all(np.all(mask) for mask in good):
         raise _explain(name, values, updates, dtype)
-    entries = sum(math.prod(target.alone.shape) for target in targets)
-    return np.asarray(merged), Loss(int(vanished), entries, float(largest))
+    lost = sum(map(np.count_nonzero, vanished))
+    entries = sum(mask.size for mask in vanished)
+    return np.asarray(merged), Loss(lost, entries, float(largest))
 
 
 def _explain(
@@ -106,23 +94,25 @@ def _merge_rows(
     targets: tuple[Target, ...],
     dtype: np.dtype,
 ) -> tuple[Any, ...]:
-    """Merges rows and counts the loss in one pass. Compiled once for a kind of targets.
+    """Merges rows and finds what is lost. Compiled once for a kind of targets.
 
-    The last result is whether the merged entries are finite and no other became infinite.
+    Returns the merged rows; for each target, which entries vanished; the largest loss; and
+    masks that are true unless a merged entry is not finite or another became infinite. XLA
+    for the CPU writes masks faster than it counts their entries.
     """
-    result, vanished, largest, finite = rows.astype(dtype), 0, 0.0, True
+    result, vanished, largest, good = rows.astype(dtype), [], 0.0, []
     for adapter, target in zip(adapters, targets, strict=True):
         part, own = parts.take(rows, target.part), target.alone
         value = layout.low_rank(part.astype(_wide(rows.dtype)), adapter, own)
         merged = value.merge().astype(dtype)
         lost = losses.rounding_loss(value.change(), value.weight, merged)
-        vanished += jnp.sum(lost.vanished)
+        vanished.append(lost.vanished)
         largest = jnp.maximum(largest, lost.largest)
-        finite &= jnp.all(jnp.isfinite(merged))
+        good.append(jnp.isfinite(merged))
         result = parts.put(result, target.part, merged)
     if all(target.part for target in targets):
-        finite &= jnp.all(jnp.isfinite(result) == jnp.isfinite(rows))
-    return result, vanished, largest, finite
+        good.append(jnp.isfinite(result) == jnp.isfinite(rows))
+    return result, vanished, largest, good
 
 
 def _wide(dtype: np.dtype) -> np.dtype:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,13 +16,24 @@ import numpy as np
 from lora_jax._core import checks
 from lora_jax._io import replacement, tensor_files, tensor_streams
 from lora_jax.checkpoint import OLD_RECORD
-from lora_jax.cli import _adapters, _base, _fold, _loading, _output, _terminal, _ties
+from lora_jax.cli import (
+    _adapters,
+    _base,
+    _blocks,
+    _fold,
+    _loading,
+    _output,
+    _tasks,
+    _terminal,
+    _ties,
+)
 from lora_jax.cli._base import Base
 from lora_jax.cli._blocks import Update
 from lora_jax.cli._fold import Loss
 from lora_jax.cli._loading import Loaded
+from lora_jax.cli._tasks import Task
 
-# The number of bytes that are copied at once.
+# The number of bytes that one step copies.
 _PIECE = 8 * 2**20
 # Files with these endings have weights too, which would not be merged: not copied.
 _WEIGHTS = (
@@ -169,43 +181,71 @@ def _write_shard(
 ) -> dict[str, Loss]:
     spans = {name: span for name, span in job.base.spans.items() if span.file is file}
     if not any(map(job.changes, spans)) and spans.keys() == set(file):
-        for count in tensor_streams.write_pieces(path, file.read_pieces(_PIECE)):
-            progress(count)
+        with tensor_streams.open_copy(path) as new:
+            copies = (
+                Task("", b - a, functools.partial(new.copy, file, a, b, a))
+                for a, b in _pieces(file.size, _PIECE)
+            )
+            _tasks.run_tasks(copies, lambda task, _: progress(task.size))
         return {}
     # Wider dtypes first, as in safetensors, so that all arrays are aligned.
     order = sorted(spans, key=lambda name: -jnp.dtype(job.entries[name].dtype).itemsize)
     entries = {name: job.entries[name] for name in order}
     losses: dict[str, Loss] = {}
+
+    def done(task: Task, loss: Loss | None) -> None:
+        if loss is not None:
+            losses[task.name] = losses.get(task.name, Loss()) + loss
+        progress(task.size)
+
     with tensor_streams.open_writer(path, entries, file.metadata) as writer:
-        for name in order:
-            for values, loss in _pieces(job, name, spans[name]):
-                if loss is not None:
-                    losses[name] = losses.get(name, Loss()) + loss
-                writer.write(name, values)
-                progress(values.size * spans[name].dtype.itemsize)
+        tasks = (task for name in order for task in _cut(job, name, spans[name], writer))
+        _tasks.run_tasks(tasks, done)
     return losses
 
 
-def _pieces(
-    job: Job, name: str, span: tensor_streams.Span
-) -> Iterator[tuple[np.ndarray, Loss | None]]:
-    """The new values of an array, piece by piece, with the loss of a merge."""
+def _cut(
+    job: Job, name: str, span: tensor_streams.Span, writer: tensor_streams.TensorWriter
+) -> Iterator[Task]:
+    """The tasks that write the new values of an array. A merge returns its loss."""
     dtype = np.dtype(job.entries[name].dtype)
     old = job.loaded.replaced.get(name)
     whole = None if old is None else np.asarray(old)
+    width, row = span.dtype.itemsize, math.prod(span.shape[1:])
+
+    def fold(block: _blocks.Block) -> Loss:
+        start, stop = block.start, block.stop
+        rows = span.read_rows(start, stop) if whole is None else whole[start:stop]
+        values, loss = _fold.fold_rows(name, rows, block.updates, dtype)
+        writer.write(name, values, start * row)
+        return loss
+
+    def replace(values: np.ndarray) -> None:
+        _fold.check_finite(name, values)
+        writer.write(name, _fold.round_to(name, values, dtype))
+
+    def cast(start: int, stop: int) -> None:
+        values = span.read_flat(start, stop)
+        writer.write(name, _fold.round_to(name, values, dtype), start)
+
     if name in job.updates:
-        read_rows = span.read_rows if whole is None else lambda a, b: whole[a:b]
-        yield from _fold.fold_weight(name, read_rows, job.updates[name], dtype)
+        for block in _blocks.cut_rows(job.updates[name], _fold.BLOCK):
+            size = row * (block.stop - block.start)
+            run = functools.partial(fold, block)
+            yield Task(name, size * width, run, alone=size > _fold.BLOCK)
     elif whole is not None:
-        _fold.check_finite(name, whole)
-        yield _fold.round_to(name, whole, dtype), None
+        yield Task(name, span.nbytes, functools.partial(replace, whole), alone=True)
+    elif dtype != span.dtype:
+        for a, b in _pieces(span.size, _fold.BLOCK):
+            yield Task(name, (b - a) * width, functools.partial(cast, a, b))
     else:
-        step = _PIECE // span.dtype.itemsize
-        for start in range(0, span.size, step):
-            values = span.read_flat(start, min(start + step, span.size))
-            if dtype != span.dtype:
-                values = _fold.round_to(name, values, dtype)
-            yield values, None
+        for a, b in _pieces(span.nbytes, _PIECE):
+            yield Task(name, b - a, functools.partial(writer.copy_from, name, span, a, b))
+
+
+def _pieces(size: int, most: int) -> Iterator[tuple[int, int]]:
+    """Where the pieces of something start and stop, which have a size at most."""
+    return ((start, min(start + most, size)) for start in range(0, size, most))
 
 
 def _find_others(base: Base, directory: pathlib.Path) -> Others:
@@ -242,8 +282,7 @@ def _copy_other(job: Job, name: pathlib.Path, path: pathlib.Path) -> None:
     elif own and job.base.config is not None:
         replacement.write_bytes(path, job.base.config)
     else:
-        for _ in tensor_streams.copy_file(source, path, _PIECE):
-            pass
+        tensor_streams.copy_file(source, path)
 
 
 def _bytes(entries: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """Arrays written one after the other are those that safetensors reads, and the reverse."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -114,24 +115,52 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_values_out_of_turn_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "start", "excess"), [((4,), None, 8), ((1, 2), None, 4), ((2,), 1, 4)]
+)
+def test_too_many_values_are_refused(tmp_path, sizes, start, excess):
     entries = {name: tensor_files.abstract((2,), "float32") for name in "ab"}
-    values = np.zeros(2, "float32")
+    *first, last = (np.zeros(size, "float32") for size in sizes)
+    with (tmp_path / "x").open("wb") as file:
+        writer = tensor_streams.TensorWriter(file, entries, {})
+        for values in first:
+            writer.write("a", values)
+        with pytest.raises(ValueError, match=f"'a' got {excess} bytes too many"):
+            writer.write("a", last, start)
+
+
+def test_pieces_come_in_any_order_from_any_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_streams, "_UNWRITTEN", 100)
+    monkeypatch.setattr(tensor_streams, "_CHUNK", 48)
+    tensors, old = make(shapes=((50, 6), (7, 3), ())), tmp_path / "old.safetensors"
+    save_file(tensors, old)
+    file = tensor_files.TensorFile(old)
+    spans = tensor_streams.find_spans(file)
+    data = old.read_bytes()
+    old.unlink()  # the values are those of the open file
+
+    def write(piece):
+        name, start = piece
+        stop = min(start + 11, spans[name].size)
+        if spans[name].dtype == "int64":  # those are copied
+            writer.copy_from(name, spans[name], 8 * start, 8 * stop)
+        else:
+            writer.write(name, spans[name].read_flat(start, stop), start)
+
+    new = tmp_path / "new.safetensors"
+    pieces = [(name, i) for name in spans for i in range(0, spans[name].size, 11)]
     with (
-        pytest.raises(ValueError, match="'b' came where 'a' was expected"),
-        tensor_streams.open_writer(tmp_path / "x", entries, {}) as writer,
+        tensor_streams.open_writer(new, abstract(tensors), {}) as writer,
+        ThreadPoolExecutor(3) as pool,
     ):
-        writer.write("b", values)
-    with (
-        pytest.raises(ValueError, match="'a' got 8 bytes too many"),
-        tensor_streams.open_writer(tmp_path / "x", entries, {}) as writer,
-    ):
-        writer.write("a", np.zeros(4, "float32"))
-    with (
-        pytest.raises(ValueError, match="'b' came where no other array was expected"),
-        tensor_streams.open_writer(tmp_path / "x", {}, {}) as writer,
-    ):
-        writer.write("b", values)
+        list(pool.map(write, reversed(pieces)))
+    read = load_file(new)
+    for name, tensor in tensors.items():
+        assert_same(read[name], tensor)
+    with tensor_streams.open_copy(tmp_path / "copy") as writer:
+        for start in range(0, file.size, 1000):
+            writer.copy(file, start, min(start + 1000, file.size), start)
+    assert (tmp_path / "copy").read_bytes() == data
 
 
 def test_a_dtype_that_safetensors_lacks_is_refused():
@@ -149,21 +178,17 @@ def test_a_file_that_got_shorter_is_an_error(tmp_path):
         span.read()
 
 
-def test_copies_are_the_same_bytes(tmp_path):
+def test_copies_are_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_streams, "_CHUNK", 300)
     data = np.random.default_rng(0).bytes(1000)
     (tmp_path / "old").write_bytes(data)
-    counts = list(tensor_streams.copy_file(tmp_path / "old", tmp_path / "new", 300))
-    assert counts == [300, 300, 300, 100]
+    tensor_streams.copy_file(tmp_path / "old", tmp_path / "new")
     assert (tmp_path / "new").read_bytes() == data
 
 
-def test_pieces_of_an_open_file_are_its_bytes(tmp_path):
+def test_a_span_is_an_array_to_numpy(tmp_path):
     path, tensors = tmp_path / "a.safetensors", make()
     save_file(tensors, path)
-    data, file = path.read_bytes(), tensor_files.TensorFile(path)
-    path.unlink()  # the values are those of the open file
-    list(tensor_streams.write_pieces(tmp_path / "new", file.read_pieces(100)))
-    assert (tmp_path / "new").read_bytes() == data
-    for name, span in tensor_streams.find_spans(file).items():
-        assert_same(np.asarray(span), tensors[name])
-        assert_same(span.read_flat(0, span.size), tensors[name].ravel())
+    spans = tensor_streams.find_spans(tensor_files.TensorFile(path))
+    for name, tensor in tensors.items():
+        assert_same(np.asarray(spans[name]), tensor)

@@ -113,7 +113,7 @@ def _from_own(
             raise ValueError(f"{name} is for --to lora_jax: it is about the model.")
     names = _loading.read_names(options.names)
     adapters, plan = load_adapters(source, dtype="file")
-    with _new_place(out, options.to) as new:
+    with new_place(out, options.to) as new:
         save(
             new, adapters, plan, names=names, layout=options.layout or "jax",
             dtype=options.dtype, uniform=options.uniform, dialect=options.to,
@@ -122,7 +122,7 @@ def _from_own(
 
 
 @contextlib.contextmanager
-def _new_place(out: pathlib.Path, dialect: str) -> Iterator[pathlib.Path]:
+def new_place(out: pathlib.Path, dialect: str) -> Iterator[pathlib.Path]:
     """The path to write at: a new directory, or a file, which is written in one step."""
     if dialect in FILES:
         yield out
@@ -154,7 +154,7 @@ def _between(
     for name in opened.entries.names():
         array = opened.arrays.read(name)
         arrays[name] = tensor_files.cast(repr(name), array, options.dtype)
-    with _new_place(out, options.to) as new:
+    with new_place(out, options.to) as new:
         write_adapter(new, options.to, opened._replace(arrays=arrays))
     counts = len(contents.adapters), len(contents.wholes)
     return counts, contents.ignored

@@ -150,6 +150,8 @@ def _source(
     contents: _adapters.Contents, base: _base.Base, options: argparse.Namespace
 ) -> _Source:
     if contents.own is not None:
+        if options.uniform:
+            raise ValueError("--uniform is for other formats: a plan has all scales.")
         return _Source(*contents.own, contents.format, {})
     adapters, plan, notes = _convert.put_on(base, contents, options)
     assert contents.checkpoint is not None
@@ -294,14 +296,14 @@ def _plan_of(
 def _write(
     out: pathlib.Path, made: DerivedAdapters, like: _Source, options: argparse.Namespace
 ) -> None:
-    names = None if options.names is None else _loading.read_names(options.names)
-    with _output.new_directory(out) as new:
-        if like.format == "lora_jax":
+    names = _loading.read_names(options.names)
+    with _convert.new_place(out, like.format) as new:
+        if like.format == _adapters.OWN:
             save_adapters(new, made.adapters, made.plan, dtype=options.dtype)
             return
         save(
-            new, made.adapters, made.plan, layout=options.layout or "torch",
-            names=names, dtype=options.dtype, **like.about,
+            new, made.adapters, made.plan, layout=options.layout or "torch", names=names,
+            dtype=options.dtype, uniform=options.uniform, dialect=like.format, **like.about,
         )  # fmt: skip
 
 

@@ -291,21 +291,21 @@ def make_parser() -> argparse.ArgumentParser:
         options=("--tolerance", "--names", "--allow-field"),
     )  # fmt: skip
     of_adapters = (
-        "--rank", "--energy", "--base", "--dtype", "--names", "--layout", "--prefix",
-        "--strict", "--allow-field", "--quiet",
+        "--rank", "--energy", "--base", "--dtype", "--uniform", "--names", "--layout",
+        "--prefix", "--strict", "--allow-field", "--quiet",
     )  # fmt: skip
     _add(
         commands, _derive.combine, "combine several adapters into one",
-        ("ADAPTER...", "directories with the adapters, in one format"),
-        ("OUT", "new directory"),
+        ("ADAPTER...", "directories or files with the adapters, in one format"),
+        ("OUT", "new directory or file"),
         options=(
             "--weights", "--method", "--density", "--majority-sign", "--seed", *of_adapters,
         ),
     )  # fmt: skip
     _add(
         commands, _derive.resize, "approximate adapters by adapters of lower ranks",
-        ("ADAPTER", "directory with the adapters"),
-        ("OUT", "new directory"),
+        ("ADAPTER", "directory or file with the adapters"),
+        ("OUT", "new directory or file"),
         options=of_adapters,
     )  # fmt: skip
     _add(
@@ -314,7 +314,8 @@ def make_parser() -> argparse.ArgumentParser:
         ("TUNED", "model with the same tensors"),
         ("OUT", "new directory for the adapters, in PEFT's format"),
         options=(
-            "--rank", "--energy", "--targets", "--dtype", "--names", "--layout", "--quiet",
+            "--rank", "--energy", "--targets", "--dtype", "--uniform", "--names",
+            "--layout", "--quiet",
         ),
     )  # fmt: skip
     return parser

@@ -87,6 +87,22 @@ def test_combine_in_our_own_format_is_that_of_peft(tmp_path, base):
     run("diff", tmp_path / "own", tmp_path / "peft")
 
 
+@pytest.mark.parametrize("dialect", ["mlx", "kohya", "diffusers"])
+def test_the_result_has_the_format_of_the_adapters(tmp_path, base, dialect):
+    end = "" if dialect == "mlx" else ".safetensors"
+    places = []
+    for i, name in enumerate("ab"):
+        peft = models.write_adapter(tmp_path / name, factors(i, 2))
+        places.append(tmp_path / f"{name}_{dialect}{end}")
+        run("convert", peft, places[-1], "--to", dialect)
+    out = tmp_path / f"out{end}"
+    run("combine", *places, out, "--quiet")
+    found = changes(base, out, tmp_path / "merged")
+    for name in NAMES:
+        want = sum(update(factors(i, 2), name) for i in range(2))
+        close(found[f"{name}.weight"], want)
+
+
 def test_a_seed_gives_the_same_again(tmp_path):
     places = [models.write_adapter(tmp_path / n, factors(i, 2)) for i, n in enumerate("ab")]
     for out, seed in (("first", 1), ("again", 1), ("other", 2)):

@@ -18,24 +18,20 @@ from lora_jax.model.tree_layouts import (
     OF_FUNCTION,
     Group,
     Layout,
-    Reading,
     as_adapter,
-    expected,
     find_groups,
-    fitting,
     is_weight,
     looks_like_factor,
     rank_of,
+    read_groups,
 )
 from lora_jax.plan import axis_roles, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target
+from lora_jax.transform.discovery import grouped_kernels
 
 __all__ = ["FoundAdapter", "FoundWeight", "ImportedAdapters", "import_adapters"]
-
-Read = dict[str, tuple[Group, Reading]]
-"""The adapter of each weight, and how its axes are read."""
 
 
 class FoundWeight(NamedTuple):
@@ -166,7 +162,8 @@ def import_adapters(
         config = LoraConfig(rank=1, targets=weights, axes=letters)
         plan = plan_adapters(config, base, fn, *args)
         letters = {path: target.axes for path, target in plan.targets.items()}
-    read = _read(rules, groups, letters, leaves)
+        _check_convolutions(rules, plan, lambda: grouped_kernels(fn, base, args))
+    read = read_groups(rules, groups, letters, leaves)
     scales = _scales(scale, rules, {path: group for path, (group, _) in read.items()})
     targets, adapters = {}, {}
     for path in filter(read.__contains__, leaves):
@@ -196,6 +193,24 @@ def _check_function(fn: Any, args: tuple[Any, ...]) -> None:
         raise TypeError(f"there are arguments and no function: {order}.")
     if fn is not None and not callable(fn):
         raise TypeError(f"fn must be a function, got {type(fn).__name__}: {order}.")
+
+
+def _check_convolutions(
+    rules: Layout, plan: AdapterPlan, find_grouped: Callable[[], set[tuple[int, ...]]]
+) -> None:
+    """Raises for a convolution with groups: A has these too, so A @ B is not the update."""
+    kernels = {
+        path: target.shape
+        for path, target in plan.targets.items()
+        if any(use.primitive == "conv_general_dilated" for use in plan.uses.get(path, ()))
+    }
+    grouped = find_grouped() if kernels and rules is not OF_FUNCTION else set()
+    for path, shape in kernels.items():
+        if shape in grouped:
+            raise ValueError(
+                f"{path!r} is the kernel of a convolution with feature groups: the library "
+                "convolves with A in groups as well, which is no update of the kernel."
+            )
 
 
 def _check_letters(path: str, letters: str, weight: Any) -> None:
@@ -305,59 +320,6 @@ def _check_groups(groups: list[Group], rules: Layout, leaves: Mapping[str, Any])
         f"params have no adapters in this layout, which has {rules.names}; the first paths "
         f"are {tree_paths.listed([*leaves]) or 'none'}.{hint}"
     )
-
-
-def _read(
-    rules: Layout,
-    groups: list[Group],
-    letters: Mapping[str, str],
-    leaves: Mapping[str, Any],
-) -> Read:
-    """Finds the weight of each adapter, and the one reading that fits the shapes.
-
-    Raises:
-        ValueError: if no reading fits, or several; or if two adapters have one weight.
-    """
-    read: Read = {}
-    wrong, unclear = [], []
-    for group in groups:
-        shapes = {path: tuple(leaves[path].shape) for path in group.weights}
-        found = [
-            (path, reading)
-            for path, shape in shapes.items()
-            for reading in fitting(rules, group, shape, letters.get(path))
-        ]
-        factors = " and ".join(f"{k} {tuple(group.arrays[k].shape)}" for k in "AB")
-        if len(found) == 1:
-            path, reading = found[0]
-            if path in read:
-                both = tree_paths.listed([*read[path][0].leaves, *group.leaves])
-                raise ValueError(f"{path!r} has two adapters: {both}.")
-            read[path] = group, reading
-        for path, shape in shapes.items() if len(found) != 1 else ():
-            line = f"  {path!r} {shape}, {factors}"
-            fits = [reading.letters for own, reading in found if own == path]
-            if fits:
-                ways = " or ".join(map(repr, dict.fromkeys(fits)))
-                several = ", in several ways" * (len(set(fits)) < len(fits))
-                unclear.append(f"{line}: {ways}{several}")
-            elif not found and path in letters:
-                want = expected(rules, group, shape, letters[path])
-                wrong.append(f"{line}: axes {letters[path]!r} need {want}")
-            elif not found:
-                wrong.append(f"{line}: no axes fit")
-    if wrong:
-        text = "\n".join(["factors do not fit their weights:", *wrong])
-        raise ValueError(f"{text}\nCheck the layout and the axes.")
-    if unclear:
-        text = "\n".join(["shapes do not show the axes of weights:", *unclear])
-        raise ValueError(
-            f"{text}\nGive the model without adapters and its arguments, as in "
-            "import_adapters(params, layout, fn, *args), or axes={path: letters}, with one "
-            "letter for each axis: i (input), o (output) or b (batch). If the letters are "
-            "known, write the layout as a function that returns the factors."
-        )
-    return read
 
 
 def _scales(scale: Any, rules: Layout, groups: Mapping[str, Group]) -> dict[str, float]:

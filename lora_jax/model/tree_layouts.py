@@ -109,7 +109,60 @@ def find_groups(layout: Layout, leaves: Mapping[str, Any]) -> list[Group]:
     return [*groups.values()]
 
 
-def fitting(
+def read_groups(
+    rules: Layout,
+    groups: list[Group],
+    letters: Mapping[str, str],
+    leaves: Mapping[str, Any],
+) -> dict[str, tuple[Group, Reading]]:
+    """Finds the weight of each adapter, and the one reading that fits the shapes.
+
+    Raises:
+        ValueError: if no reading fits, or several; or if two adapters have one weight.
+    """
+    read: dict[str, tuple[Group, Reading]] = {}
+    wrong, unclear = [], []
+    for group in groups:
+        shapes = {path: tuple(leaves[path].shape) for path in group.weights}
+        found = [
+            (path, reading)
+            for path, shape in shapes.items()
+            for reading in _fitting(rules, group, shape, letters.get(path))
+        ]
+        factors = " and ".join(f"{k} {tuple(group.arrays[k].shape)}" for k in "AB")
+        if len(found) == 1:
+            path, reading = found[0]
+            if path in read:
+                both = tree_paths.listed([*read[path][0].leaves, *group.leaves])
+                raise ValueError(f"{path!r} has two adapters: {both}.")
+            read[path] = group, reading
+        for path, shape in shapes.items() if len(found) != 1 else ():
+            line = f"  {path!r} {shape}, {factors}"
+            fits = [reading.letters for own, reading in found if own == path]
+            if fits:
+                ways = " or ".join(map(repr, dict.fromkeys(fits)))
+                several = ", in several ways" * (len(set(fits)) < len(fits))
+                unclear.append(f"{line}: {ways}{several}")
+            elif not found and path in letters:
+                want = _expected(rules, group, shape, letters[path])
+                wrong.append(f"{line}: axes {letters[path]!r} need {want}")
+            elif not found:
+                wrong.append(f"{line}: no axes fit")
+    if wrong:
+        text = "\n".join(["factors do not fit their weights:", *wrong])
+        raise ValueError(f"{text}\nCheck the layout and the axes.")
+    if unclear:
+        text = "\n".join(["shapes do not show the axes of weights:", *unclear])
+        raise ValueError(
+            f"{text}\nGive the model without adapters and its arguments, as in "
+            "import_adapters(params, layout, fn, *args), or axes={path: letters}, with one "
+            "letter for each axis: i (input), o (output) or b (batch). If the letters are "
+            "known, write the layout as a function that returns the factors."
+        )
+    return read
+
+
+def _fitting(
     layout: Layout, group: Group, shape: tuple[int, ...], letters: str | None
 ) -> list[Reading]:
     """The readings that fit the shapes of an adapter and of its weight.
@@ -134,7 +187,7 @@ def fitting(
     return [*found]
 
 
-def expected(layout: Layout, group: Group, shape: tuple[int, ...], letters: str) -> str:
+def _expected(layout: Layout, group: Group, shape: tuple[int, ...], letters: str) -> str:
     """The shapes of factors that fit a weight with known axes."""
     texts = []
     for reading in layout.readings(letters, group.has_scale):

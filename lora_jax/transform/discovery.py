@@ -8,6 +8,7 @@ matter.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax._core import compat, tree_paths
@@ -70,6 +71,23 @@ def find_uses(
     for found in finder.uses.found:
         uses[found.weight].append(found.use(ndims[found.weight]))
     return {path: tuple(dict.fromkeys(found)) for path, found in uses.items()}
+
+
+def grouped_kernels(
+    function: _tracing.Function, params: Any, args: tuple[Any, ...]
+) -> set[tuple[int, ...]]:
+    """The shapes of the kernels of convolutions with feature groups in a function."""
+    shapes: set[tuple[int, ...]] = set()
+    jaxprs = [_tracing.trace(function, params, args, {}).jaxpr]
+    while jaxprs:
+        for equation in compat.open_jaxpr(jaxprs.pop())[0].eqns:
+            if equation.params.get("feature_group_count", 1) > 1:
+                shapes.add(tuple(equation.invars[1].aval.shape))
+            inner = jax.tree.leaves([*equation.params.values()])
+            jaxprs += [
+                own for own in inner if hasattr(own, "eqns") or hasattr(own, "jaxpr")
+            ]
+    return shapes
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -167,3 +167,16 @@ def test_qwix_of_quantized_weights():
     params = tuned.init(jax.random.key(0), jnp.ones((2, 4)))["params"]
     with pytest.raises(ValueError, match="'kernel' is quantized: dequantize it first"):
         lora_jax.import_adapters(params, "qwix", scale=SCALE)
+
+
+def test_qwix_of_feature_groups():
+    model = nn.Conv(8, (3,), feature_group_count=2)
+    provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=3.0)
+    tuned, x = qwix.apply_lora_to_model(model, provider), jnp.ones((2, 5, 4), "float32")
+    params = jax.eval_shape(tuned.init, jax.random.key(0), x)["params"]
+
+    def fn(params, x):
+        return jax.jit(model.apply)({"params": params}, x)
+
+    with pytest.raises(ValueError, match=r"'kernel' is .* convolution with feature groups"):
+        lora_jax.import_adapters(filled(params), "qwix", fn, x, scale=SCALE)

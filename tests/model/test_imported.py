@@ -5,6 +5,7 @@ import functools
 import re
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -288,6 +289,32 @@ def test_axes_say_what_shapes_do_not():
         update = read.adapters["m/kernel"]["A"] @ read.adapters["m/kernel"]["B"]
         delta = lora_jax.merge_adapters(*read)["m"]["kernel"] - tree["m"]["kernel"]
         assert_close(delta, 3 * np.asarray(update if axes == "io" else update.T), ULPS)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_has_no_groups(groups):
+    tree = {"kernel": draw(3, 4 // groups, 6), "kernel_lora_b": draw(2, 6)}
+    tree["kernel_lora_a"] = draw(3, 4 // groups, 2)
+    x = draw(2, 5, 4)
+
+    def convolve(kernel):
+        numbers = {"dimension_numbers": ("NHC", "HIO", "NHC")}
+        options = {"feature_group_count": groups, **numbers}
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", **options)
+
+    def fn(params):
+        return jax.jit(convolve)(params["kernel"])
+
+    if groups == 2:
+        with pytest.raises(
+            ValueError, match=r"'kernel' is the kernel of .* feature groups"
+        ):
+            import_adapters(tree, "qwix", fn, scale=SCALE)
+    else:
+        read = import_adapters(tree, "qwix", fn, scale=SCALE)
+        added = convolve(tree["kernel_lora_a"]) @ tree["kernel_lora_b"]
+        want = np.asarray(fn(read.params)) + SCALE * np.asarray(added)
+        assert_close(fn(lora_jax.merge_adapters(*read)), want, ULPS)
 
 
 def test_scales_go_by_patterns():

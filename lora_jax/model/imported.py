@@ -34,6 +34,9 @@ from lora_jax.transform.discovery import grouped_kernels
 __all__ = ["FoundAdapter", "FoundWeight", "ImportedAdapters", "import_adapters"]
 
 
+_WITHOUT = "the tree has no adapter for it"
+
+
 class FoundWeight(NamedTuple):
     """A weight that a tree may have an adapter for, as a layout of your own gets it."""
 
@@ -160,7 +163,14 @@ def import_adapters(
     plan = None
     if fn is not None:
         config = LoraConfig(rank=1, targets=weights, axes=letters)
-        plan = plan_adapters(config, base, fn, *args)
+        try:
+            plan = plan_adapters(config, base, fn, *args)
+        except ValueError as error:
+            error.add_note(
+                "import_adapters adapts each weight that has an adapter in the tree. If fn "
+                "cannot show the axes of one, leave fn out and give axes={path: letters}."
+            )
+            raise
         letters = {path: target.axes for path, target in plan.targets.items()}
         _check_convolutions(rules, plan, lambda: grouped_kernels(fn, base, args))
     read = read_groups(rules, groups, letters, leaves)
@@ -180,10 +190,11 @@ def import_adapters(
             adapters[path] = as_adapter(reading, targets[path], group.arrays)
     config = _config_of(targets)
     plan = plan or plan_adapters(config, base)
-    plan = AdapterPlan(config, targets, plan.skipped, plan.uses, plan.total)
+    others = dict.fromkeys((p for p in weights if p not in targets), _WITHOUT)
+    skipped = {**plan.skipped, **others}
+    plan = AdapterPlan(config, targets, skipped, plan.uses, plan.total)
     plan_checks.check_adapters(adapters, plan)
-    layout_of_mesh = sharding.layout_of(leaves, plan)
-    plan = dataclasses.replace(plan, layout=layout_of_mesh)
+    plan = dataclasses.replace(plan, layout=sharding.layout_of(leaves, plan))
     return ImportedAdapters(base, adapters, plan)
 
 

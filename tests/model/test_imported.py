@@ -463,6 +463,12 @@ ERRORS = {
         {"axes": {"*": "ibo"}},
         "'ibo', in several ways.*write the layout as a function",
     ),
+    "two adapters": (
+        {**GEMMA, "_LoRAEinsum_0": {"lora": GEMMA["lora"]}},
+        "gemma",
+        {},
+        "'m/kernel' has two adapters: 'm/_LoRAEinsum_0/lora/a',",
+    ),
     "another size": (dense(6, 7, a=(5, 2)), "qwix", {}, "B \\(2, 7\\): no axes fit"),
     "other axes": (
         dense(6, 7, a=(5, 2)),
@@ -500,6 +506,23 @@ def test_what_cannot_be_read_is_an_error(name):
     default = {} if name.startswith("no scale") else {"scale": 1.0}
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         import_adapters({"m": tree}, layout, **{**default, **options})
+
+
+def test_an_adapter_finds_its_weight_among_others():
+    tree = {**GEMMA, "other": ones(5, 7)}
+    for fn in (
+        None,
+        lambda params: (ones(3, 6) @ params["kernel"], params["other"] @ ones(7)),
+    ):
+        plan = import_adapters(tree, "gemma", fn).plan
+        assert [*plan.targets] == ["kernel"]
+        assert "no adapter" in plan.explain("other")
+
+
+def test_a_weight_that_the_function_does_not_use_is_an_error():
+    with pytest.raises(ValueError, match="the function never uses it") as error:
+        import_adapters({"m": GEMMA}, "gemma", lambda params: params["m"]["kernel"].shape)
+    assert "leave fn out and give axes" in error.value.__notes__[0]
 
 
 def test_a_function_comes_behind_the_layout():

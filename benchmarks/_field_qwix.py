@@ -16,7 +16,7 @@ def make(name: str, case: Case) -> Contestant:
     """Makes the contestant: `qwix.apply_lora_to_model` on the model of `_field_linen`."""
     module, params = _field_linen.make_model(case)
     provider = qwix.LoraProvider(module_path=".*", rank=case.rank, alpha=float(case.rank))
-    model = qwix.apply_lora_to_model(module, provider)
+    model: Any = qwix.apply_lora_to_model(module, provider)
     factors = make_factors(model, case)
 
     def adapted(factors, params, x):

@@ -80,7 +80,8 @@ def init_adapters_from_gradients(
         method: `"lora_one"` or `"lora_ga"`.
         gamma: a positive number; larger values make smaller factors. None means 128 for
             LoRA-One and 16 for LoRA-GA, the values of their authors.
-        iterations: the number of power iterations of the SVD.
+        iterations: the number of power iterations of the SVD. Singular values that decrease
+            slowly need more of them.
         on_merge: as in `adapt`. A merge computes the whole gradient of its weight.
         on_stop_gradient: as in `adapt`.
 

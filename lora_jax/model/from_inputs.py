@@ -206,6 +206,7 @@ def _redistributed(
     patterns = {path: _exactly(path, own) for path, own in targets.items()}
     root = math.sqrt if config.rank_stabilized else float
     alphas = {path: own.scale * root(own.rank) for path, own in targets.items()}
+    odd = any(own.rank % 2 for own in targets.values())
     config = dataclasses.replace(
         config,
         targets=tuple(patterns.values()),
@@ -213,7 +214,7 @@ def _redistributed(
         rank_pattern={patterns[path]: own.rank for path, own in targets.items()},
         alpha_pattern={patterns[path]: alpha for path, alpha in alphas.items() if alpha},
         # This initializer is for even ranks only.
-        init="kaiming_uniform" if config.init == "orthogonal" else config.init,
+        init="kaiming_uniform" if odd and config.init == "orthogonal" else config.init,
     )
     for path, alpha in alphas.items():
         scale = resolved_scale(config, targets[path].rank, alpha)

@@ -30,6 +30,7 @@ from lora_jax.peft.keys import Entries, as_experts, sort_entries
 _LOG = logging.getLogger("lora_jax.peft")
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+MLX_TENSORS = "adapters.safetensors"
 _PICKLE = "adapter_model.bin"
 _OWN = ("lora_jax_adapters.safetensors", "adapters.json")  # of lora_jax.checkpoint
 _DIGEST = "adapter_config_sha256"
@@ -261,7 +262,16 @@ def write_checkpoint(
     """Writes the two files of an adapter. They replace old files when they are complete.
 
     `text` is the config, and `name` is of the file of arrays.
+
+    Raises:
+        FileExistsError: if the config of an adapter in the other format would be lost.
     """
+    other = MLX_TENSORS if name == TENSORS else TENSORS
+    if (folder / other).exists() and (folder / CONFIG).exists():
+        raise FileExistsError(
+            f"{folder} has an adapter in another format, {other}, whose {CONFIG} would be "
+            "replaced: give another directory."
+        )
     metadata = {"format": "pt", _DIGEST: _digest(json.loads(text))}
     new = {each: replacement.temporary_path(folder / each) for each in (CONFIG, name)}
     try:

@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -15,15 +15,15 @@ import numpy as np
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
 from lora_jax.peft import checkpoint as peft_files
-from lora_jax.peft.checkpoint import CONFIG, TENSORS
+from lora_jax.peft.checkpoint import CONFIG, MLX_TENSORS, TENSORS
 from lora_jax.peft.fields import shorten
 from lora_jax.peft.keys import PREFIX, SUFFIXES, Kind
 from lora_jax.peft.words import is_embedding
 
 PEFT, MLX, KOHYA, DIFFUSERS = DIALECTS = ("peft", "mlx", "kohya", "diffusers")
+DialectName = Literal["peft", "mlx", "kohya", "diffusers"]
 FILES = (KOHYA, DIFFUSERS)
 """The dialects of one file, not of a directory."""
-MLX_TENSORS = "adapters.safetensors"
 _DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 
 

@@ -19,7 +19,7 @@ from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.checkpoint import InMemory, new_checkpoint, write_checkpoint
 from lora_jax.peft.config import PeftConfig, most_common, pattern_of
-from lora_jax.peft.dialects import DIALECTS, DIFFUSERS, MLX, PEFT
+from lora_jax.peft.dialects import DIALECTS, DIFFUSERS, MLX, PEFT, DialectName
 from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
@@ -51,7 +51,7 @@ def save(
     task_type: str | None = None,
     dtype: DTypeLike | None = None,
     uniform: bool = False,
-    dialect: str = "peft",
+    dialect: DialectName = "peft",
 ) -> None:
     """Saves adapters so that PEFT or another program loads them, with the same outputs.
 
@@ -103,7 +103,7 @@ def save(
     Raises:
         KeyError: if the adapters' paths or entries are not the plan's.
         ModuleNotFoundError: if the package safetensors is not installed.
-        OSError: if the directory cannot be written to.
+        OSError: if the directory cannot be written to, or has an adapter in another format.
         TypeError: if an array has no values, or an argument has the wrong type.
         ValueError: if a shape is not the plan's; if the dialect has no such adapter; if a
             name is missing, two leaves have the same name, or a name has no leaf; if a

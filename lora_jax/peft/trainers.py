@@ -18,14 +18,13 @@ import numpy as np
 from lora_jax._io import replacement, tensor_files, tensor_streams
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft import checkpoint as peft_files
-from lora_jax.peft.checkpoint import CONFIG, Checkpoint
+from lora_jax.peft.checkpoint import CONFIG, MLX_TENSORS, Checkpoint
 from lora_jax.peft.config import PeftConfig, most_common, pattern_of
 from lora_jax.peft.dialects import (
     BY_NAME,
     DIFFUSERS,
     KOHYA,
     MLX,
-    MLX_TENSORS,
     PEFT,
     ForeignFile,
     find_file,

@@ -399,6 +399,22 @@ def test_mlx_has_one_rank_and_one_scale(tmp_path):
         np.testing.assert_allclose(merged[path][index], want, rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize(("one", "other"), [("mlx", "peft"), ("peft", "mlx")])
+def test_a_directory_has_one_format(one, other, tmp_path):
+    folder, tree = write_mlx(tmp_path / "in", [*MLX][:2]), mlx_params()
+    adapters, plan, _ = peft.load(folder, tree)
+    names = {name: path for name, path in MLX_NAMES.items() if "q_proj" in name}
+    for _ in range(2):
+        peft.save(tmp_path / "out", adapters, plan, names=names, dialect=one)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(
+        FileExistsError, match=r"in another format, adapter.*another direct"
+    ):
+        peft.save(tmp_path / "out", adapters, plan, names=names, dialect=other)
+    after = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert before == after
+
+
 def test_older_stacks_of_experts(tmp_path):
     name = "model.layers.1.mlp.switch_mlp.up_proj"
     folder, tree = write_mlx(tmp_path, [name]), mlx_params()

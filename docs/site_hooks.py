@@ -96,7 +96,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links the API's overview to signatures, and shows programs below links to them."""
+    """Links names to signatures, and notebooks to pages; shows programs below links."""
     if page.file.src_uri == "api.md":
         return ROW.sub(_link, text)
     folder = pathlib.PurePosixPath(page.file.src_uri).parent
@@ -107,7 +107,7 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
         )
         return line[0] + "".join(map(_folded, filter(None, sources)))
 
-    return PROGRAMS.sub(program, text)
+    return PROGRAMS.sub(program, text.replace(".ipynb)", ".md)"))
 
 
 def _folded(source: File) -> str:

@@ -1,7 +1,6 @@
 """Initializes adapters from the inputs of their weights: EVA."""
 
 import dataclasses
-import glob
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,9 +15,9 @@ from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.lora import Adapter
 from lora_jax.model import initialization, merging, principal_components, sharding
 from lora_jax.model.principal_components import Components
-from lora_jax.plan import parts, plan_checks, trained_leaves
+from lora_jax.plan import derived_plans, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
-from lora_jax.plan.config import resolved_scale
+from lora_jax.plan.derived_plans import Size
 from lora_jax.transform.adapt import OnMerge
 
 __all__ = ["ExplainedAdapters", "init_adapters_from_inputs"]
@@ -202,27 +201,11 @@ def _redistributed(
                 pieces[leaf + own.suffix] = path, index
     if targets == dict(plan.targets):
         return plan, pieces
-    config = plan.config
-    patterns = {path: _exactly(path, own) for path, own in targets.items()}
-    root = math.sqrt if config.rank_stabilized else float
-    alphas = {path: own.scale * root(own.rank) for path, own in targets.items()}
-    odd = any(own.rank % 2 for own in targets.values())
-    config = dataclasses.replace(
-        config,
-        targets=tuple(patterns.values()),
-        exclude=(),
-        rank_pattern={patterns[path]: own.rank for path, own in targets.items()},
-        alpha_pattern={patterns[path]: alpha for path, alpha in alphas.items() if alpha},
-        # This initializer is for even ranks only.
-        init="kaiming_uniform" if odd and config.init == "orthogonal" else config.init,
-    )
-    for path, alpha in alphas.items():
-        scale = resolved_scale(config, targets[path].rank, alpha)
-        targets[path] = dataclasses.replace(targets[path], scale=scale)
     kept = {path.removesuffix(own.suffix) for path, own in targets.items()}
     skipped |= {leaf: _NO_RANK for leaf in plan.by_leaf() if leaf not in kept}
-    new = dataclasses.replace(plan, config=config, targets=targets, skipped=skipped)
-    return new, pieces
+    new = dataclasses.replace(plan, targets=targets, skipped=skipped)
+    sizes = {path: Size(own.rank, own.scale) for path, own in targets.items()}
+    return derived_plans.with_sizes(new, sizes, by_path=True), pieces
 
 
 def _pieces(target: Target, ranks: np.ndarray) -> Iterator[tuple[int, str, Any]]:
@@ -247,10 +230,3 @@ def _pieces(target: Target, ranks: np.ndarray) -> Iterator[tuple[int, str, Any]]
                     entries[axis] = parts.grouped([indices[i] for i in chosen])
                 index = (*(slice(i, i + 1) for i in lead), np.array(among))
                 yield rank, parts.as_text(entries, target.shape), index
-
-
-def _exactly(path: str, target: Target) -> str:
-    """A pattern that matches one target; special characters of the path are escaped."""
-    pattern = glob.escape(path.removesuffix(target.suffix))
-    pattern = f"[r]{pattern[1:]}" if pattern.startswith("re:") else pattern
-    return pattern + target.suffix

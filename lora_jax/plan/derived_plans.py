@@ -69,7 +69,8 @@ def with_sizes(
         own = config.alpha if pattern is None else config.alpha_pattern[pattern]
         scale = resolved_scale(config, size.rank, own) if size.scale else 0.0
         changed[path] = dataclasses.replace(target, rank=size.rank, scale=scale)
-    return dataclasses.replace(plan, config=config, targets=changed, layout=None)
+    fields = plan.skipped, plan.uses, plan.total, plan.trained
+    return AdapterPlan(config, changed, *fields)
 
 
 def union_of(plans: Sequence[AdapterPlan]) -> tuple[AdapterPlan, bool]:

@@ -40,7 +40,8 @@ class _Source(NamedTuple):
 
     adapters: Adapters
     plan: AdapterPlan
-    format: str
+    format: Any
+    """One of `_adapters.FORMATS`."""
     about: Mapping[str, Any]
     """Fields of PEFT's config that name the model and the task."""
     notes: Sequence[str] = ()

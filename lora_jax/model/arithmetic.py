@@ -21,6 +21,7 @@ from lora_jax.layers import pruning
 from lora_jax.layers.combinations import Cut
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.layers.pruning import Method, MethodName
+from lora_jax.model.overlaps import unify
 from lora_jax.model.weight_updates import (
     Weighted,
     check_finite,
@@ -36,12 +37,7 @@ from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.derived_plans import Size
 from lora_jax.plan.target import VALUE
 
-__all__ = [
-    "DerivedAdapters",
-    "combine_adapters",
-    "resize_adapters",
-    "scale_adapters",
-]
+__all__ = ["DerivedAdapters", "combine_adapters", "resize_adapters", "scale_adapters"]
 
 _DORA_METHODS = ("exact", "svd")
 
@@ -119,11 +115,12 @@ def combine_adapters(
         key: a `jax.random` key, for `"dare_..."`.
 
     Returns:
-        The adapters, their plan and the energies. The targets are those of all plans. The
-        scale of a target is that of its adapters, if they have the same one, and otherwise
-        1; so one adapter with the weight 1 is returned unchanged by `"exact"`. An array has
-        the widest dtype of its adapters, and the sharding of the first of them. Dropout
-        rates are those of the plans, if all are equal, and otherwise 0.
+        The adapters, their plan and the energies. The targets are those of all plans; parts
+        of a weight that overlap become one target of the weight. The scale of a target is
+        that of its adapters, if they have the same one, and otherwise 1; so one adapter
+        with the weight 1 is returned unchanged by `"exact"`. An array has the widest dtype
+        of its adapters, and the sharding of the first of them. Dropout rates are those of
+        the plans, if all are equal, and otherwise 0.
 
         If one plan has DoRA, all targets of the result have it; `"exact"` is exact. With
         `"svd"` the column factors are exact, and `energy` is the share of the low-rank part
@@ -137,9 +134,9 @@ def combine_adapters(
             params lack a weight.
         TypeError: if an argument has the wrong type.
         ValueError: if a number is out of its range; an argument is missing that the method
-            needs, or is given and not used; two plans do not agree about a weight, or have
-            parts that overlap; an adapter has biases; the method adds factors, and ranks
-            differ, or an adapter has DoRA.
+            needs, or is given and not used; two plans do not agree about a weight; an
+            adapter has biases; or the method adds factors, and the ranks differ, or does
+            not take DoRA.
 
     References:
         `linear` to `ties`: peft, `add_weighted_adapter`, which is wrong for rank-stabilized
@@ -164,6 +161,7 @@ def combine_adapters(
     cut = checked_cut(rank, energy)
     how = _checked_method(method, density, majority_sign, key, cut)
     leaves = _checked_params(params, plans)
+    adapters, plans, changed = unify(adapters, plans)
     union, by_path = derived_plans.union_of(plans)
     is_dora = _checked_dora(union, method, leaves)
     made, sizes, energies = {}, {}, {}
@@ -183,7 +181,7 @@ def combine_adapters(
         _LOG.info("%s: combined with the rank %d", path, sizes[path].rank)
     check_finite(made)
     made |= _combined_leaves(adapters, plans, numbers, leaves, union)
-    plan = derived_plans.with_sizes(union, sizes, by_path=by_path)
+    plan = derived_plans.with_sizes(union, sizes, by_path=by_path or changed)
     return DerivedAdapters(made, plan, energies)
 
 

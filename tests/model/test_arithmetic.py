@@ -277,6 +277,23 @@ def test_parts_and_layouts():
         lora_jax.extract_adapters(PARAMS, tuned, other)
 
 
+def test_parts_that_overlap_become_the_weight():
+    cut = LoraConfig(2, 3.0, "stack", rank_pattern={"stack[0]": 1}, axes=AXES)
+    plans = [lora_jax.plan_adapters(cut, PARAMS), LORA, OTHER]
+    adapters = [fill(plan, seed) for seed, plan in enumerate(plans)]
+    made = lora_jax.combine_adapters(adapters, plans, [1.0, -0.5, 2.0])
+    assert_agrees(made.plan)
+    assert {path: own.rank for path, own in made.plan.targets.items()} == {
+        "stack": 9,
+        "w": 4,
+    }
+    changes = [change(*pair) for pair in zip(adapters, plans, strict=True)]
+    want = {path: -0.5 * value for path, value in changes[1].items()}
+    want["stack"][:1] += changes[0]["stack[:1]"]
+    want["stack"][1:] += changes[0]["stack[1:]"] + 2.0 * changes[2]["stack[1:]"]
+    assert_changes(made, want)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_meshes(kind):
     mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(kind,) * 2)
@@ -391,7 +408,13 @@ REFUSED = {
         ValueError,
         "'linear' adds factors, which needs one rank, and the ranks are 4, 2",
     ),
-    "overlap": ([PLAIN[0], fill(OTHER, 1)], [LORA, OTHER], {}, ValueError, "overlap"),
+    "overlap": (
+        [FILLED["dora"], fill(OTHER, 1)],
+        [PLANS["dora"], OTHER],
+        {"params": PARAMS},
+        ValueError,
+        "'stack' and 'stack\\[1:\\]' overlap",
+    ),
     "axes": (
         [PLAIN[0], fill(TURNED, 1)],
         [LORA, TURNED],

@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.layers import combinations, pruning
-from lora_jax.layers.combinations import Cut, Term, Update
-from lora_jax.layers.pruning import Method
+from lora_jax.layers import combinations
+from lora_jax.layers.combinations import Cut, Method, Term, Update
 
 BASELINE = "dense SVD"
 COLUMNS = ("wall", "cpu", "ms", "error")
@@ -67,7 +66,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
 
     def combine(method: Method) -> Update:
-        cut = Cut(rank) if method.name in pruning.TRUNCATE else Cut()
+        cut = Cut(rank) if method.name in combinations.TRUNCATE else Cut()
         return combinations.combine(terms, method, cut)
 
     calls: dict[str, Callable[[], Any]] = {

@@ -9,7 +9,7 @@ other function has an array of the size `in * out`.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,18 @@ from jax.core import Tracer
 from lora_jax._core import numerics
 from lora_jax.layers import decompositions, pruning
 from lora_jax.layers.decompositions import Svd
-from lora_jax.layers.pruning import TRUNCATE, Method
+
+_OnFactors = Literal["linear", "magnitude", "dare_linear", "dare_ties", "ties"]
+_OnUpdates = Literal["magnitude_svd", "dare_linear_svd", "dare_ties_svd", "ties_svd"]
+_OnSvds = Literal["svd", "knots", "tsv"]
+MethodName: TypeAlias = Literal["exact"] | _OnFactors | _OnUpdates | _OnSvds
+
+TRUNCATE: tuple[str, ...] = (*get_args(_OnSvds), *get_args(_OnUpdates))
+METHODS = ("exact", *get_args(_OnFactors), *TRUNCATE)
+ELECT = (*(name for name in METHODS if "ties" in name), "knots")
+NEED_KEY = tuple(name for name in METHODS if "dare" in name)
+NEED_DENSITY = (*NEED_KEY, *ELECT, "magnitude", "magnitude_svd")
+MAJORITIES = ("total", "frequency")
 
 
 class Term(NamedTuple):
@@ -30,6 +41,17 @@ class Term(NamedTuple):
     b: jax.Array
     scale: float
     weight: float
+
+
+class Method(NamedTuple):
+    """How updates are combined."""
+
+    name: str
+    """One of `METHODS`."""
+    density: float = 1.0
+    """The share of the entries that are kept."""
+    majority: str = "total"
+    """How a sign is elected: by the sum of the entries, or by their signs."""
 
 
 class Cut(NamedTuple):
@@ -61,7 +83,7 @@ def combine(
         method: how to combine them.
         cut: the rank, for the methods of `TRUNCATE`. Without a rank and an energy, the rank
             is the largest one of the terms, or for `"tsv"` the number of components.
-        key: a `jax.random` key, for the methods of `pruning.NEED_KEY`.
+        key: a `jax.random` key, for the methods of `NEED_KEY`.
 
     Returns:
         An update with the widest dtype of the terms. It has the scale of the terms if they
@@ -80,7 +102,7 @@ def combine(
     factors = [(term.a, term.b) for term in terms]
     ratios = np.asarray([term.scale / scale for term in terms], wide)
     weights = np.asarray([term.weight for term in terms], wide)
-    given = factors, ratios, weights, key
+    given = factors, ratios, weights, key if method.name in NEED_KEY else None
     if method.name not in TRUNCATE:
         if method.name != "exact":
             _check_same_rank(terms, method.name)
@@ -210,8 +232,8 @@ def _combined_factors(
         roots = jnp.sqrt(jnp.abs(gains))
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         # The signs are in A, as in peft: its cross terms depend on that.
-        a = pruning.merged(method, [a for a, _ in wide], jnp.sign(gains) * roots, keys[0])
-        b = pruning.merged(method, [b for _, b in wide], roots, keys[1])
+        a = _merged(method, [a for a, _ in wide], jnp.sign(gains) * roots, keys[0])
+        b = _merged(method, [b for _, b in wide], roots, keys[1])
     return a.astype(dtype), b.astype(dtype)
 
 
@@ -230,7 +252,7 @@ def _combined_svd(
 
     def combined(key: Any, factors: Any) -> jax.Array:
         updates = [r * _product(a, b) for r, (a, b) in zip(ratios, factors, strict=True)]
-        return pruning.merged(method, updates, weights, key)
+        return _merged(method, updates, weights, key)
 
     return _svd_of_each(combined, key, factors, most)
 
@@ -275,6 +297,13 @@ def _concatenated(factors: Any, gains: jax.Array) -> tuple[jax.Array, jax.Array]
     return jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=-2)
 
 
+def _merged(
+    method: Method, arrays: Sequence[jax.Array], weights: jax.Array, key: Any
+) -> jax.Array:
+    majority = method.majority if method.name in ELECT else None
+    return pruning.merged(arrays, weights, method.density, majority, key)
+
+
 def _knots(method: Method, factors: Any, ratios: jax.Array, weights: jax.Array) -> Svd:
     """TIES in the space that the SVD of all updates, one below the other, gives them.
 
@@ -290,9 +319,7 @@ def _knots(method: Method, factors: Any, ratios: jax.Array, weights: jax.Array) 
     ]
     _, r = jnp.linalg.qr(jnp.concatenate(blocks, axis=-2))
     turn = _transposed(decompositions.exact(r, r.shape[-1]).vh)
-    merged = pruning.merged(
-        method, [_product(block, turn) for block in blocks], weights, None
-    )
+    merged = _merged(method, [_product(block, turn) for block in blocks], weights, None)
     return decompositions.of_product(merged, _transposed(_product(q, turn)))
 
 
@@ -334,7 +361,7 @@ def _check_same_rank(terms: Sequence[Term], name: str) -> None:
         raise ValueError(
             f"method={name!r} adds factors, which needs one rank, and the ranks are "
             f"{', '.join(map(str, ranks))}: use resize_adapters first, or method='svd'"
-            + (f" or '{name}_svd'." if name in pruning.NEED_DENSITY else ".")
+            + (f" or '{name}_svd'." if name in NEED_DENSITY else ".")
         )
 
 

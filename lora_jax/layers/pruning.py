@@ -1,54 +1,44 @@
-"""Weighted sums of pruned arrays, and the names of the methods that combine updates.
+"""Weighted sums of pruned arrays.
 
 An array is a factor or a dense update. Each matrix of a stack is pruned alone.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_OnFactors = Literal["linear", "magnitude", "dare_linear", "dare_ties", "ties"]
-_OnUpdates = Literal["magnitude_svd", "dare_linear_svd", "dare_ties_svd", "ties_svd"]
-_OnSvds = Literal["svd", "knots", "tsv"]
-MethodName: TypeAlias = Literal["exact"] | _OnFactors | _OnUpdates | _OnSvds
-
-TRUNCATE: tuple[str, ...] = (*get_args(_OnSvds), *get_args(_OnUpdates))
-METHODS = ("exact", *get_args(_OnFactors), *TRUNCATE)
-ELECT = (*(name for name in METHODS if "ties" in name), "knots")
-NEED_KEY = tuple(name for name in METHODS if "dare" in name)
-NEED_DENSITY = (*NEED_KEY, *ELECT, "magnitude", "magnitude_svd")
-MAJORITIES = ("total", "frequency")
-
-
-class Method(NamedTuple):
-    """How updates are combined."""
-
-    name: str
-    """One of `METHODS`."""
-    density: float = 1.0
-    """The share of the entries that are kept."""
-    majority: str = "total"
-    """How a sign is elected: by the sum of the entries, or by their signs."""
-
 
 def merged(
-    method: Method, arrays: Sequence[jax.Array], weights: jax.Array, key: Any
+    arrays: Sequence[jax.Array],
+    weights: jax.Array,
+    density: float,
+    majority: str | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """The weighted sum of arrays after pruning, with an election of signs for ties."""
+    """The weighted sum of arrays after pruning, or a mean after an election of signs.
+
+    Args:
+        arrays: of one shape.
+        weights: a number for each.
+        density: the share of the entries that are kept, the largest ones or, with a key,
+            random ones, which are divided by it.
+        majority: None for the sum. Otherwise the mean of the entries that have the sign of
+            the majority: of the sum of the entries, `"total"`, or of their signs,
+            `"frequency"`.
+        key: for a random choice.
+    """
     stack = jnp.stack(arrays)
-    if method.name in NEED_KEY:
-        keep = _drawn(key, method.density, stack.shape)
-        stack = jnp.where(keep, stack / method.density, 0)
-    elif method.density < 1:
-        stack = jnp.where(_largest(stack, method.density), stack, 0)
+    if key is not None:
+        stack = jnp.where(_drawn(key, density, stack.shape), stack / density, 0)
+    elif density < 1:
+        stack = jnp.where(_largest(stack, density), stack, 0)
     weighted = stack * weights.reshape(-1, *[1] * (stack.ndim - 1))
-    if method.name not in ELECT:
+    if majority is None:
         return jnp.sum(weighted, 0)
     signs = jnp.sign(stack)
-    votes = jnp.sum(stack if method.majority == "total" else signs, 0)
+    votes = jnp.sum(stack if majority == "total" else signs, 0)
     agree = signs == jnp.where(votes >= 0, 1, -1)[None]
     kept = jnp.sum(jnp.where(agree, weighted, 0), 0)
     return kept / jnp.maximum(jnp.sum(agree, 0, dtype=stack.dtype), 1)

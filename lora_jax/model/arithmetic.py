@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks, numerics, tree_paths
-from lora_jax.layers import pruning
-from lora_jax.layers.combinations import Cut
+from lora_jax.layers import combinations
+from lora_jax.layers.combinations import Cut, Method, MethodName
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.layers.pruning import Method, MethodName
 from lora_jax.model.overlaps import unify
 from lora_jax.model.weight_updates import (
     Weighted,
@@ -349,20 +348,20 @@ def _checked_weights(weights: Any, count: int) -> list[float]:
 
 
 def _checked_method(name: str, density: Any, majority: str, key: Any, cut: Cut) -> Method:
-    checks.check_choice("method", name, pruning.METHODS)
-    checks.check_choice("majority_sign", majority, pruning.MAJORITIES)
+    checks.check_choice("method", name, combinations.METHODS)
+    checks.check_choice("majority_sign", majority, combinations.MAJORITIES)
     uses = {
-        "density": (density is not None, name in pruning.NEED_DENSITY),
-        "key": (key is not None, name in pruning.NEED_KEY),
+        "density": (density is not None, name in combinations.NEED_DENSITY),
+        "key": (key is not None, name in combinations.NEED_KEY),
     }
     for argument, (is_given, is_needed) in uses.items():
         if is_needed and not is_given:
             raise ValueError(f"method={name!r} needs {argument}, which is None.")
         if is_given and not is_needed:
             raise ValueError(f"method={name!r} does not use {argument}: leave it out.")
-    if majority != "total" and name not in pruning.ELECT:
+    if majority != "total" and name not in combinations.ELECT:
         raise ValueError(f"method={name!r} does not use majority_sign: leave it out.")
-    if cut != Cut() and name not in pruning.TRUNCATE:
+    if cut != Cut() and name not in combinations.TRUNCATE:
         raise ValueError(
             f"method={name!r} does not use rank and energy: leave them out, use "
             "method='svd', or call resize_adapters on the result."

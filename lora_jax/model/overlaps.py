@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lora_jax.layers import combinations
-from lora_jax.layers.combinations import Cut, Term
+from lora_jax.layers.combinations import Cut, Method, Term
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.layers.pruning import Method
 from lora_jax.plan import layout, parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 

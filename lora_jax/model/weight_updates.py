@@ -18,9 +18,8 @@ from jax.sharding import NamedSharding
 
 from lora_jax._core import checks, compat, numerics, placement, quantized
 from lora_jax.layers import combinations
-from lora_jax.layers.combinations import Cut, Term, Update
+from lora_jax.layers.combinations import Cut, Method, Term, Update
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.layers.pruning import Method
 from lora_jax.lowrank import weight_norms
 from lora_jax.model import merging
 from lora_jax.plan import layout, parts

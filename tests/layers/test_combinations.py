@@ -11,8 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax.layers import combinations, pruning
-from lora_jax.layers.combinations import Cut, Term
-from lora_jax.layers.pruning import Method
+from lora_jax.layers.combinations import Cut, Method, Term
 from tests import reference, support
 from tests.support import GOLDEN, assert_close, assert_same_bits, best, draw
 
@@ -141,7 +140,7 @@ def reference_of(name, terms, density, majority):
 )
 def test_dense_arithmetic_gives_the_same(name, majority):
     terms = make_terms()
-    density = 0.6 if name in pruning.NEED_DENSITY else 1.0
+    density = 0.6 if name in combinations.NEED_DENSITY else 1.0
     want = reference_of(name, terms, density, majority)
     made = combinations.combine(terms, Method(name, density, majority), Cut(9))
     assert_close(update(made), want, 512, "float32")
@@ -162,7 +161,7 @@ def test_dense_arithmetic_gives_the_same(name, majority):
 def test_each_matrix_of_a_stack_is_combined_alone():
     stacks = make_terms(batch=(2,))
     for name in ("svd", "ties", "magnitude_svd", "knots", "tsv"):
-        method = Method(name, 0.5 if name in pruning.NEED_DENSITY else 1.0)
+        method = Method(name, 0.5 if name in combinations.NEED_DENSITY else 1.0)
         made = update(combinations.combine(stacks, method, Cut()))
         for i in range(2):
             terms = [Term(t.a[i], t.b[i], t.scale, t.weight) for t in stacks]
@@ -179,12 +178,11 @@ def test_dare_keeps_the_mean():
         )
         assert_close(update(full), update(plain), 256, "float32")
     stack = jnp.ones((1, 200, 100))
-    keep = pruning.merged(Method("dare_linear", 0.25), [stack[0]], jnp.ones(1), KEY)
+    keep = pruning.merged([stack[0]], jnp.ones(1), 0.25, key=KEY)
     assert {*np.unique(keep)} == {0.0, 4.0}
     assert np.mean(keep) == pytest.approx(1.0, abs=0.05)
-    other = pruning.merged(
-        Method("dare_linear", 0.25), [stack[0]] * 2, jnp.asarray([1.0, -1.0]), KEY
-    )
+    signs = jnp.asarray([1.0, -1.0])
+    other = pruning.merged([stack[0]] * 2, signs, 0.25, key=KEY)
     assert np.any(other)  # the masks of two adapters differ
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import LoraConfig
-from lora_jax.layers import pruning
+from lora_jax.layers import combinations
 from tests import reference, support
 from tests.model.support import make_params
 from tests.support import assert_close, assert_same_bits, best, straight
@@ -134,15 +134,15 @@ def test_the_rank_is_the_sum_of_those_that_take_part():
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "stabilized", "dora", "trains"])
+@pytest.mark.parametrize("name", ["plain", "stabilized", "negative", "dora", "trains"])
 def test_one_adapter_with_the_weight_1_is_itself(name):
     made = combine({name: 1.0}, params=PARAMS if name == "dora" else None)
     assert made.plan == PLANS[name]
     jax.tree.map(assert_same_bits, made.adapters, FILLED[name])
-    for method in {*pruning.METHODS} - {"exact"}:
-        if name == "plain":
-            options = {"density": 1.0} if method in pruning.NEED_DENSITY else {}
-            options |= {"key": KEY} if method in pruning.NEED_KEY else {}
+    for method in {*combinations.METHODS} - {"exact"}:
+        if name == "negative":
+            options = {"density": 1.0} if method in combinations.NEED_DENSITY else {}
+            options |= {"key": KEY} if method in combinations.NEED_KEY else {}
             own = combine({name: 1.0}, method, **options)
             assert_changes(own, change(FILLED[name], PLANS[name]))
             assert min(own.energy.values()) > 1 - 1e-6

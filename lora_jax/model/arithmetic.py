@@ -87,7 +87,8 @@ def combine_adapters(
     - `"knots"`: the SVD of all updates together, `"ties"` on the part of each adapter in
       it, and a truncated SVD.
     - `"tsv"`: of each of `n` updates the first `1 / n` of the singular vectors, those of
-      all updates together made orthogonal, with the weighted singular values.
+      all updates together made orthogonal, with the weighted singular values. `energy`
+      counts the vectors that are left out.
 
     Methods on factors depend on how the factors of an update are chosen, and need equal
     ranks. The others depend on the updates only. The order of the adapters does not matter,

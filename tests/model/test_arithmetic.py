@@ -267,6 +267,8 @@ def test_parts_and_layouts():
     assert ranks == {"stack[0]": 2, "stack[1:2]": 2, "stack[2:]": 4, "w[:,:4]": 6}
     small = lora_jax.resize_adapters(made.adapters, made.plan, rank=2)
     assert_agrees(small.plan)
+    _, doubled = lora_jax.to_plain_adapters(made.adapters, made.adapters, made.plan)
+    assert_agrees(doubled)
     tuned = lora_jax.merge_adapters(PARAMS, fill(other, 2), other)
     made = lora_jax.extract_adapters(PARAMS, tuned, other)
     assert_changes(made, change(fill(other, 2), other), 256)
@@ -275,6 +277,41 @@ def test_parts_and_layouts():
         ValueError, match="at 'w': the weight has changed outside of the parts"
     ):
         lora_jax.extract_adapters(PARAMS, tuned, other)
+
+
+def test_uses_of_a_tied_table():
+    params, ids = {"table": support.draw(20, 6)}, jnp.asarray([3, 1])
+
+    def apply(params, ids):
+        return params["table"][ids] @ params["table"].T
+
+    plans = [
+        lora_jax.plan_adapters(LoraConfig(rank, 3.0, targets), params, apply, ids)
+        for rank, targets in ((2, "table@lookup"), (4, ("table@lookup", "table@product")))
+    ]
+    adapters = [fill(plan, seed) for seed, plan in enumerate(plans)]
+    made = lora_jax.combine_adapters(adapters, plans)
+    again = lora_jax.plan_adapters(made.plan.config, params, apply, ids)
+    assert again == made.plan
+    want, more = (change(*pair, params) for pair in zip(adapters, plans, strict=True))
+    want = more | {path: value + more[path] for path, value in want.items()}
+    assert_changes(made, want, params=params)
+    with pytest.raises(ValueError, match="'table@lookup' adapts one use of 'table' alone"):
+        lora_jax.extract_adapters(params, params, plans[0])
+
+
+def test_quantized_weights():
+    params = {"w": lora_jax.quant.quantize_int8(PARAMS["w"])}
+    dense = {"w": lora_jax.quant.dequantize(params["w"])}
+    plan = lora_jax.plan_adapters(LoraConfig(2, use_dora=True), params)
+    adapters = [fill(plan, seed) for seed in (1, 2)]
+    made = lora_jax.combine_adapters(adapters, plan, [0.5, -0.5], params=params)
+    first, second = (change(own, plan, dense)["w"] for own in adapters)
+    assert_changes(made, {"w": 0.5 * (first - second)}, params=dense)
+    lora = lora_jax.plan_adapters(LoraConfig(9), params)
+    lost = lora_jax.extract_adapters(params, {"w": PARAMS["w"]}, lora)
+    want = reference.f64(PARAMS["w"]) - reference.f64(dense["w"])
+    assert_changes(lost, {"w": want}, params=dense)
 
 
 def test_parts_that_overlap_become_the_weight():

@@ -25,6 +25,8 @@ reviews = importlib.import_module("reviews")
 arms = importlib.import_module("dora_norm_axis_arms")
 report = importlib.import_module("dora_norm_axis_report")
 study = importlib.import_module("dora_norm_axis")
+initializers = importlib.import_module("initializers")
+initializers_report = importlib.import_module("initializers_report")
 
 pytestmark = pytest.mark.slow
 
@@ -254,6 +256,75 @@ def test_incomplete_rates_are_left_out():
         report.complete_rates(record | {"runs": runs[:10]})
 
 
+# --- initializers -------------------------------------------------------------------
+
+
+def test_initializers(command, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, params = tmp_path / "other.json", test_examples.tiny_params()
+    params["encoder"] = {"layer_0": params["encoder"]["layer_0"]}
+    monkeypatch.setattr(minilm, "load", lambda cache: (params, Words()))
+    monkeypatch.setattr(initializers, "RATES", (0.1, 0.01))
+    sizes = {"seeds": 2, "train": 3, "validation": 1, "test": 1, "json": path}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    initializers.main(arguments)
+    record = json.loads(path.read_text())
+    settings = initializers.Settings(seeds=2, train=48, validation=16, test=16)
+    wanted = list(initializers.jobs(settings))
+    done = [{name: run[name] for name in initializers_report.JOB} for run in record["runs"]]
+    assert done == wanted
+    assert initializers_report.complete_arms(record) == list(initializers_report.LABELS)
+    assert initializers_report.tables(record) in capsys.readouterr().out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    losses = {(run["arm"], run["rate"]): run["train_loss"] for run in record["runs"]}
+    assert len(set(losses.values())) == len(losses)
+
+    # a run that was killed goes on, to the same numbers
+    first, second, *rest = record["runs"]
+    study.save_record(path, record | {"runs": [first, *rest]})
+    initializers.main(arguments)
+    again = json.loads(path.read_text())["runs"]
+    assert again[:-1] == [first, *rest]
+    assert again[-1] | {"seconds": 0} == second | {"seconds": 0}
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        initializers.main([*arguments, "--epochs=2"])
+    more = ["--train=100", f"--json={tmp_path / 'new.json'}"]
+    with pytest.raises(SystemExit, match=r"expected at least .* sentences to train and"):
+        initializers.main(more)
+
+
+def test_arms_of_the_initializers_start_from_the_probe(tiny):
+    params, batch, _ = tiny
+    batch = jax.tree.map(lambda x: x[:16], batch)
+    head = {"kernel": jnp.linspace(-1, 1, test_examples.WIDTH), "bias": jnp.zeros(())}
+    drawn = initializers.Drawn(jax.random.key(0), *[[batch]] * 4, head)
+    expected = np.asarray(classifier.encode(params, batch))
+    for name, arm in initializers.ARMS.items():
+        base, adapters, plan = initializers.start(params, drawn, arm)
+        features = classifier.encode_adapted(base, adapters, plan, batch)
+        is_same = np.abs(np.asarray(features) - expected).max() < 1e-4
+        assert is_same == (name != "lora_one")  # which starts with a step
+    arms = initializers.ARMS.values()
+    assert len({initializers.make_plan(params, batch, arm) for arm in arms}) == 2
+
+
+def test_rates_are_chosen_on_validation_sentences():
+    names = ("validation_loss", "test_loss", "test_accuracy", "train_loss")
+    runs = [
+        {"seed": seed, "rate": rate, "arm": "default"}
+        | dict(zip(names, (loss, 1 - loss + seed, 0.5, 0.25), strict=True))
+        for seed in (0, 1)
+        for rate, loss in ((1e-3, 0.5), (3e-3, 0.25))
+    ]
+    probe = [run | {"arm": "probe", "rate": None} for run in runs[1::2]]
+    record = {"settings": {"seeds": 2, "rates": [1e-3, 3e-3]}, "runs": runs + probe}
+    assert initializers_report.best_rate(record, "default") == 3e-3
+    row = "| LoRA with AdamW | 0.003 | 50.0 (0.0) | 1.250 (0.500) | 0.250 (0.000) |  |  |"
+    assert row in initializers_report.tables(record)
+    with pytest.raises(ValueError, match="expected two seeds or more, and 4 runs"):
+        initializers_report.tables(record | {"runs": runs[1:]})
+
+
 # --- what is committed --------------------------------------------------------------
 
 
@@ -270,9 +341,25 @@ def test_committed_page_shows_the_committed_record():
     assert RECORD.with_suffix(".png").stat().st_size < 100_000
 
 
+def test_committed_page_of_the_initializers_shows_their_record():
+    path = initializers.RECORD
+    record, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    for table in initializers_report.tables(record).split("\n\n"):
+        assert table in page
+    assert f"{record['sentences']:,}" in page
+    assert f"JAX {record['environment']['jax']}" in page
+    assert re.search(r"!\[.*\]\(initializers\.png\)", page, re.S)
+    assert path.with_suffix(".png").stat().st_size < 100_000
+    settings = initializers.all_settings(initializers.Settings())
+    assert study.open_record(path, settings) == record
+    done = [{name: run[name] for name in initializers_report.JOB} for run in record["runs"]]
+    wanted = list(initializers.jobs(initializers.Settings()))
+    assert sorted(done, key=str) == sorted(wanted, key=str)
+
+
 def test_committed_record_is_of_this_study():
     record = json.loads(RECORD.read_text())
-    assert study.open_record(RECORD, study.Settings()) == record
+    assert study.open_record(RECORD, study.all_settings(study.Settings())) == record
     done = [{name: run[name] for name in report.JOB} for run in record["runs"]]
     assert done == list(study.jobs(study.Settings()))[: len(done)]
     assert study.RATES[0] in report.complete_rates(record)

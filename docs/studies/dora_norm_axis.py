@@ -183,13 +183,17 @@ def run(
     }
 
 
-def open_record(path: pathlib.Path, settings: Settings) -> dict[str, Any]:
-    """Returns the record of the runs so far, or a new one.
+def all_settings(settings: Settings) -> dict[str, Any]:
+    """Returns the settings with the constants, as the record has them."""
+    return dataclasses.asdict(settings) | {"rates": list(RATES), "longest": LONGEST}
+
+
+def open_record(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of the runs so far with the wanted settings, or a new one.
 
     Raises:
         ValueError: if it was made with other settings.
     """
-    wanted = dataclasses.asdict(settings) | {"rates": list(RATES), "longest": LONGEST}
     if not path.exists():
         date, device = datetime.date.today().isoformat(), jax.devices()[0].device_kind
         environment = {"date": date, "jax": jax.__version__, "device": device}
@@ -215,7 +219,7 @@ def save_record(path: pathlib.Path, record: dict[str, Any]) -> None:
 
 def run_all(path: pathlib.Path, cache: pathlib.Path, settings: Settings) -> None:
     """Checks the arms, does the runs that the record lacks, and adds each to it."""
-    record = open_record(path, settings)
+    record = open_record(path, all_settings(settings))
     params, tokenizer = minilm.load(cache)
     pools = {name: short_opinions(tokenizer, load_sentences(cache, name)) for name in FILES}
     batch, *_ = reviews.make_batches(reviews.tokenize(tokenizer, pools["products"][:32]))

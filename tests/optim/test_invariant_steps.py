@@ -158,16 +158,35 @@ def test_of_numbers_it_is_adam_without_momentum():
     np.testing.assert_array_equal(got["w"]["B"], params["w"]["B"])
 
 
+@jax.jit
+def first_step(params, grads):
+    transform = optim.scale_by_lora_rite()
+    return transform.update(grads, transform.init(params), params)[0]
+
+
 def test_first_step_of_orthogonal_gradients():
     # Adam's would be the sign of each entry. Here, each direction has its root mean square.
     size = 3 * jnp.arange(1.0, RANK + 1)
     q, _ = jnp.linalg.qr(support.draw(N_IN, RANK))
     params = {"w": {"A": q, "B": jnp.eye(RANK, N_OUT)}}
     grads = {"w": {"A": q * size[None], "B": 2 * jnp.eye(RANK, N_OUT)}}
-    transform = optim.scale_by_lora_rite()
-    got, _ = jax.jit(transform.update)(grads, transform.init(params), params)
+    got = first_step(params, grads)
     tolerances.assert_close(got["w"]["A"], q * np.sqrt(N_IN), 64)
     tolerances.assert_close(got["w"]["B"], np.eye(RANK, N_OUT) * np.sqrt(N_OUT), 64)
+
+
+def test_rounding_is_not_amplified():
+    # Gradients of rank one: all other directions have only rounding.
+    q, _ = jnp.linalg.qr(support.draw(N_IN, RANK))
+    params = {"w": {"A": q, "B": jnp.eye(RANK, N_OUT)}}
+    grads = {
+        name: 1e3 * support.draw(n, 1) * support.draw(1, k)
+        for name, (n, k) in {"A": (N_IN, RANK), "B": (RANK, N_OUT)}.items()
+    }
+    got = first_step(params, {"w": grads})
+    for name, n in {"A": N_IN, "B": N_OUT}.items():
+        want = f64(grads[name]) / np.linalg.norm(f64(grads[name])) * np.sqrt(n)
+        np.testing.assert_allclose(got["w"][name], want, rtol=0, atol=1e-3)
 
 
 # --- arrays and trees ---------------------------------------------------------------------

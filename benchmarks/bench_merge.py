@@ -1,19 +1,24 @@
 """Memory and time of `lora-jax merge` on a sharded model; a copy is the baseline.
 
-The model is made up in a temporary directory: layers of seven matrices, all of them
-adapted, and an embedding, in bfloat16. Each merge is a process of its own, as a user
-starts it; a copy is `shutil.copyfile` of each file with an fsync, which merging does too.
+The model is made up in a temporary directory: layers of seven matrices, and an embedding,
+in bfloat16. An adapter touches all matrices of the layers, or about a tenth of the model's
+bytes: one matrix in every other layer, so that each shard has some. Each merge is a process
+of its own, as a user starts it; a copy is `shutil.copyfile` of each file with an fsync,
+which merging does too.
 
     python benchmarks/bench_merge.py --mib 2048 --shard-mib 256
 
 Columns: median over rounds of the ratio of elapsed time to that of the copy in the same
-round; the same without what merging a model of no size takes (starting Python and JAX, and
-compiling); MiB of the model per second; the peak of resident memory in MiB; and that minus
-the peak for the model of no size, which the size of shards and tensors must not move:
-`LIMIT_MIB` is the most it may be.
+round (*wall*); the same without the start of the process (*net*); that of the shortest
+times of all rounds, which other work on the machine disturbs least (*best net*); and that
+of the shortest processor times (*best cpu*). The start is the time to import JAX and to
+merge a model of no size. Then MiB of the model per second; the peak of resident memory in
+MiB; and that minus the peak of the start, which the size of shards and tensors must not
+move: `LIMIT_MIB` is the most it may be.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -23,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,24 +41,42 @@ from lora_jax._io import tensor_streams
 
 MIB = 2**20
 LIMIT_MIB = 256
-COPY, MERGE, CAST, TINY = CONTESTANTS = ("copy", "merge", "merge, float32", "merge, tiny")
-COLUMNS = ("wall", "net", "MiB/s", "peak MiB", "over tiny")
+COPY = "copy"
+# The adapter of each merge, and its options.
+MERGES = {
+    "LoRA, a tenth": ("lora-tenth",),
+    "DoRA, a tenth": ("dora-tenth",),
+    "LoRA, all": ("lora-all",),
+    "DoRA, all": ("dora-all",),
+    "LoRA, all, float32": ("lora-all", "--dtype=float32"),
+}
+CONTESTANTS = (COPY, *MERGES)
+MODELS = ("tiny", "model")
+COLUMNS = ("wall", "net", "best net", "best cpu", "MiB/s", "peak MiB", "over start")
 _VOCABULARY = 32000
 _TINY_WIDTH = 64
 
 # The peak is read in the process itself: to the usage of a child that its parent is told
 # of, Linux adds what the parent had when it started the child.
 _PROGRAM = """
-import pathlib, re, resource, sys
+import json, pathlib, re, resource, sys, time
 from lora_jax.cli import main
-code = main(sys.argv[2:])
-status = pathlib.Path("/proc/self/status")
-if status.exists():
-    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
-else:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-pathlib.Path(sys.argv[1]).write_text(str(peak))
-sys.exit(code)
+
+def state():
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"wall": time.perf_counter(), "cpu": time.process_time(), "peak": peak}
+
+report, *merges = sys.argv[1:]
+states = []
+for merge in merges:
+    if main(json.loads(merge)):
+        sys.exit(1)
+    states.append(state())
+pathlib.Path(report).write_text(json.dumps(states))
 """
 
 
@@ -105,28 +129,42 @@ def write_model(
     index.write_text(json.dumps({"weight_map": weight_map}))
 
 
-def write_adapter(
+def write_adapters(
     folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], rank: int
+) -> dict[str, float]:
+    """Writes the PEFT adapters of `MERGES`. Returns their shares of the model's bytes."""
+    matrices = [name for name in shapes if "layers" in name]
+    few = [n for n in matrices if "down_proj" in n and int(n.split(".")[2]) % 2 == 0]
+    total, shares = sum(map(math.prod, shapes.values())), {}
+    for which, names in (("all", matrices), ("tenth", few)):
+        own = {name: shapes[name] for name in names}
+        shares[which] = sum(map(math.prod, own.values())) / total
+        for method in ("lora", "dora"):
+            _write_adapter(folder / f"{method}-{which}", own, rank, method == "dora")
+    return shares
+
+
+def _write_adapter(
+    folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], rank: int, dora: bool
 ) -> None:
-    """Writes a PEFT adapter for all matrices but the embedding."""
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    tensors, targets = {}, set()
+    folder.mkdir(parents=True)
+    rng, tensors = np.random.default_rng(1), {}
     for name, (n_out, n_in) in shapes.items():
-        if "layers" not in name:
-            continue
-        module = name.removesuffix(".weight")
-        targets.add(module.rpartition(".")[2])
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
         for factor, shape in (("A", (rank, n_in)), ("B", (n_out, rank))):
             values = rng.normal(0, 0.02, shape).astype("float32")
-            tensors[f"base_model.model.{module}.lora_{factor}.weight"] = values
-    config = {"peft_type": "LORA", "r": rank, "target_modules": sorted(targets)}
+            tensors[f"{prefix}.lora_{factor}.weight"] = values
+        if dora:  # near the norms of the rows
+            values = 0.02 * math.sqrt(n_in) * rng.normal(1, 0.01, n_out)
+            tensors[f"{prefix}.lora_magnitude_vector"] = values.astype("float32")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "use_dora": dora,
+        "target_modules": [name.removesuffix(".weight") for name in shapes],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    entries = {n: jax.ShapeDtypeStruct(t.shape, t.dtype) for n, t in tensors.items()}
-    path = folder / "adapter_model.safetensors"
-    with tensor_streams.open_writer(path, entries, {}) as writer:
-        for name, values in tensors.items():
-            writer.write(name, values)
+    tensor_streams.write_tensors(folder / "adapter_model.safetensors", tensors, {})
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -139,29 +177,50 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 class Merges:
-    """Runs merges, and keeps their peaks of memory in MiB by contestant."""
+    """Runs merges.
+
+    Attributes:
+        walls: elapsed times of the whole processes in seconds, by contestant.
+        starts: elapsed times of their starts.
+        peaks: memory in MiB, of the merge and of the start.
+    """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
-        self.peaks: dict[str, list[float]] = {}
+        self.walls: dict[str, list[float]] = {name: [] for name in MERGES}
+        self.starts: dict[str, list[float]] = {name: [] for name in MERGES}
+        self.peaks: dict[str, list[tuple[float, float]]] = {name: [] for name in MERGES}
 
-    def run(self, name: str, source: str, *options: str) -> None:
-        """Merges `<source>` and `<source>-adapter` of the folder into a new directory."""
-        out, report = self._folder / "out", self._folder / "peak"
-        paths = (self._folder / source, self._folder / f"{source}-adapter", out)
-        arguments = [str(report), "merge", *map(str, paths), "--quiet", *options]
-        command = [sys.executable, "-c", _PROGRAM, *arguments]
+    def run(self, name: str) -> dict[str, float]:
+        """Starts a process and merges. Returns the times without the start, in seconds."""
+        (adapter, *options), report = MERGES[name], self._folder / "report"
+        outs = [self._folder / f"out-{model}" for model in MODELS]
+        merges = []
+        for model, out in zip(MODELS, outs, strict=True):
+            paths = (self._folder / model / each for each in ("base", adapter))
+            merges.append(["merge", *map(str, paths), str(out), "--quiet", *options])
+        command = [sys.executable, "-c", _PROGRAM, str(report), *map(json.dumps, merges)]
         root = str(pathlib.Path(__file__).parent.parent)
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+        begin = time.perf_counter()
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        self.peaks.setdefault(name, []).append(int(report.read_text()) / 1024)
-        shutil.rmtree(out)
+        self.walls[name].append(time.perf_counter() - begin)
+        start, end = json.loads(report.read_text())
+        spent = {each: end[each] - start[each] for each in ("wall", "cpu")}
+        self.starts[name].append(self.walls[name][-1] - spent["wall"])
+        self.peaks[name].append((end["peak"] / 1024, start["peak"] / 1024))
+        for out in outs:
+            shutil.rmtree(out)
+        return spent
 
-    def copy(self) -> None:
-        """Copies the model, and removes the copy."""
-        copy(self._folder / "base", self._folder / "out")
+    def copy(self) -> dict[str, float]:
+        """Copies the model, and removes the copy. Returns the times in seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        copy(self._folder / "model" / "base", self._folder / "out")
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         shutil.rmtree(self._folder / "out")
+        return {"wall": wall, "cpu": cpu}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -175,17 +234,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: 2 * math.prod(shape) / MIB for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = pathlib.Path(temporary)
-        for name, own in (("base", shapes), ("tiny", tiny)):
-            write_model(folder / name, own, options.shard_mib * MIB)
-            write_adapter(folder / f"{name}-adapter", own, options.rank)
+        shares = write_adapters(folder / "model", shapes, options.rank)
+        write_adapters(folder / "tiny", tiny, options.rank)
+        for name, own in (("model", shapes), ("tiny", tiny)):
+            write_model(folder / name / "base", own, options.shard_mib * MIB)
         merges = Merges(folder)
-        calls = {
-            COPY: merges.copy,
-            MERGE: lambda: merges.run(MERGE, "base"),
-            CAST: lambda: merges.run(CAST, "base", "--dtype=float32"),
-            TINY: lambda: merges.run(TINY, "tiny"),
-        }
-        times = _timing.interleave(calls, options.rounds, warmup=options.warmup)
+        calls = {name: functools.partial(merges.run, name) for name in MERGES}
+        calls |= {COPY: merges.copy}
+        times = _timing.take_turns(calls, options.rounds, warmup=options.warmup)
     total = sum(sizes.values())
     return {
         **_timing.environment(),
@@ -197,37 +253,38 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "width": options.width,
         "rank": options.rank,
         "rounds": options.rounds,
-        "copy_s": statistics.median(times[COPY].wall),
+        "shares": shares,
+        "copy_s": min(times[COPY].wall),
+        "start_s": min(map(min, merges.starts.values())),
         "limit_mib": LIMIT_MIB,
-        "rows": make_rows(times, merges.peaks, total),
+        "rows": make_rows(times, merges, total),
     }
 
 
 def make_rows(
-    times: Mapping[str, _timing.Times], peaks: Mapping[str, list[float]], total: float
+    times: Mapping[str, _timing.Times], merges: Merges, total: float
 ) -> dict[str, dict[str, float]]:
-    """The columns of each contestant. A copy has no peak; a tiny model no speed.
+    """The columns of each contestant. A copy has no start and no peak.
 
     Args:
-        times: of the contestants.
-        peaks: of those that merge.
+        times: of the contestants, without the start.
+        merges: what is known of those that merge.
         total: the size of the model in MiB.
     """
-    ratios = _timing.ratios(times, COPY)
-    rows = {}
-    for name, own in times.items():
-        started = [0.0] * len(own.wall) if name == COPY else times[TINY].wall
-        net = [
-            (wall - start) / base
-            for wall, start, base in zip(own.wall, started, times[COPY].wall, strict=True)
-        ]
-        peak = max(peaks.get(name, [math.nan]))
+    ratios, base, rows = _timing.ratios(times, COPY), times[COPY], {}
+    for name in CONTESTANTS:
+        own = times[name]
+        walls = merges.walls.get(name, own.wall)[-len(own.wall) :]
+        peak, start = map(max, zip(*merges.peaks.get(name, [(math.nan,) * 2]), strict=True))
+        pairs = zip(walls, base.wall, strict=True)
         rows[name] = {
-            "wall": ratios[name].wall,
-            "net": statistics.median(net),
-            "MiB/s": math.nan if name == TINY else total / statistics.median(own.wall),
+            "wall": statistics.median(wall / copied for wall, copied in pairs),
+            "net": ratios[name].wall,
+            "best net": ratios[name].best,
+            "best cpu": min(own.cpu) / min(base.cpu),
+            "MiB/s": total / statistics.median(own.wall),
             "peak MiB": peak,
-            "over tiny": peak - max(peaks[TINY]),
+            "over start": peak - start,
         }
     return rows
 
@@ -239,8 +296,10 @@ def format_result(result: Mapping[str, Any], *, markdown: bool = False) -> str:
         f"{r['mib']:.0f} MiB in {r['shards']} shards, the largest {r['largest_shard']:.0f} "
         f"MiB, the largest tensor {r['largest_tensor']:.0f} MiB, {r['layers']} layers of "
         f"width {r['width']}, rank {r['rank']}, bfloat16; {r['device']} ({r['platform']}), "
-        f"{r['threads']} threads, jax {r['jax']}; {r['rounds']} rounds; {COPY}: "
-        f"{r['copy_s']:.2f} s. Over tiny may be {r['limit_mib']} MiB.\n"
+        f"{r['threads']} threads, jax {r['jax']}; {r['rounds']} rounds. The shortest "
+        f"{COPY} took {r['copy_s']:.2f} s, the shortest start {r['start_s']:.2f} s. "
+        f"Adapters touch {r['shares']['tenth']:.1%} or {r['shares']['all']:.1%} of the "
+        f"bytes. Over start may be {r['limit_mib']} MiB.\n"
     )
     table = _timing.format_table("ratio to " + COPY, COLUMNS, r["rows"], markdown=markdown)
     return f"{head}\n{table.replace(' nan', '    ')}"

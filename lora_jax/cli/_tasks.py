@@ -10,9 +10,9 @@ import jax
 
 from lora_jax._core import compat
 
-# One more thread than cores computes while another one waits for the disk. More than a few
-# threads would not be faster than the disk, and each has its own block in memory.
-_THREADS = min(4, 1 + (os.cpu_count() or 1))
+# Even on one core, one thread computes while another one waits for the disk. More than a
+# few would not be faster than the disk, and each has its own block in memory.
+_THREADS = min(4, max(2, os.cpu_count() or 1))
 
 
 class Task(NamedTuple):

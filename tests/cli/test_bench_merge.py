@@ -32,10 +32,10 @@ def test_it_prints_every_contestant(bench_merge, tmp_path, capsys):
         assert set(row) == set(bench_merge.COLUMNS)
         assert row["wall"] > 0
         assert math.isnan(row["peak MiB"]) == (name == bench_merge.COPY)
-    assert rows["copy"]["wall"] == rows["copy"]["net"] == 1
-    assert rows["merge, tiny"]["over tiny"] == rows["merge, tiny"]["net"] == 0
+    assert {rows["copy"][name] for name in bench_merge.COLUMNS[:4]} == {1}
+    assert result["shares"]["tenth"] < result["shares"]["all"] < 1
     # What does not depend on speed: memory does not grow with the model.
-    assert rows["merge"]["over tiny"] < bench_merge.LIMIT_MIB
+    assert rows["LoRA, all"]["over start"] < bench_merge.LIMIT_MIB
     assert list(tmp_path.iterdir()) == [file]
     markdown = bench_merge.format_result(result, markdown=True)
     assert markdown.count("\n|") == len(rows) + 2

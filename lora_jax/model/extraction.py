@@ -46,7 +46,7 @@ def extract_adapters(
     """Approximates the difference between two sets of params by adapters.
 
     Each difference has an exact SVD, which takes a few dense arrays of one matrix. The
-    params may be dense or quantized.
+    params may be dense or quantized. Not inside `jax.jit`, because values are compared.
 
     Args:
         base: the params of the plan.
@@ -124,17 +124,17 @@ def _changed_leaves(
         if path in plan.trained or leaf is old[path]:
             continue
         own = [plan.targets[key].part for key in adapted.get(path, ())]
-        if not own and not _is_equal(old[path], leaf):
+        if "" in own:
+            continue
+        if own:
+            old_rest, new_rest = (_without(x, own) for x in (old[path], leaf))
+            if not _is_equal(path, old_rest, new_rest):
+                raise ValueError(
+                    f"at {path!r}: the weight has changed outside of the parts that the "
+                    f"plan adapts, {', '.join(own)}: adapt the whole weight."
+                )
+        elif not _is_equal(path, old[path], leaf):
             changed[path] = leaf
-        if (
-            own
-            and "" not in own
-            and not _is_equal(*(_without(x, own) for x in (old[path], leaf)))
-        ):
-            raise ValueError(
-                f"at {path!r}: the weight has changed outside of the parts that the plan "
-                f"adapts, {', '.join(own)}: adapt the whole weight."
-            )
     return changed
 
 
@@ -146,10 +146,19 @@ def _without(weight: Any, own: Sequence[str]) -> jax.Array:
     return dense
 
 
-def _is_equal(first: Any, second: Any) -> bool:
+def _is_equal(path: str, first: Any, second: Any) -> bool:
     """Whether two leaves have the same values, in any dtypes."""
     if not (checks.is_array(first) and checks.is_array(second)):
         return first is second or bool(first == second)
-    pair = [np.asarray(quantized.as_dense(x)) for x in (first, second)]
-    wide = [x.astype(np.float64) if checks.is_floating(x.dtype) else x for x in pair]
-    return np.array_equal(*wide, equal_nan=checks.is_floating(wide[0].dtype))
+    with checks.at_path(path):
+        pair = list(map(_values, (first, second)))
+    return np.array_equal(*pair, equal_nan=all(x.dtype.kind == "f" for x in pair))
+
+
+def _values(leaf: Any) -> np.ndarray:
+    """The values of a leaf; floating-point ones in float64."""
+    checks.check_has_values("the leaf", leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    values = np.asarray(quantized.as_dense(leaf))
+    return values.astype(np.float64) if checks.is_floating(values.dtype) else values

@@ -221,7 +221,9 @@ def test_scale(factor):
 def test_extract_of_a_merge_gives_the_update_back():
     tuned = lora_jax.merge_adapters(PARAMS, FILLED["trains"], PLANS["trains"])
     tuned["norm"] = tuned["norm"].at[2].set(7.0)
-    made = lora_jax.extract_adapters(PARAMS, tuned, PLANS["trains"])
+    rest = {"key": KEY, "step": 3, "scale": jnp.asarray([np.nan, 2.0], "bfloat16")}
+    again = rest | {"key": jax.random.key(0), "scale": rest["scale"].astype("float32")}
+    made = lora_jax.extract_adapters(PARAMS | rest, tuned | again, PLANS["trains"])
     assert made.plan == PLANS["trains"]
     assert_changes(made, change(FILLED["trains"], PLANS["trains"]), 256)
     assert list(made.changed) == ["norm"]
@@ -511,4 +513,7 @@ def test_other_bad_arguments():
     rest = {path: leaf for path, leaf in PARAMS.items() if path != "bias"}
     with pytest.raises(KeyError, match="same leaves, and only one of them has 'bias'"):
         lora_jax.extract_adapters(PARAMS, rest, LORA)
+    abstract = PARAMS | {"norm": jax.ShapeDtypeStruct((9,), "float32")}
+    with pytest.raises(TypeError, match="at 'norm': the leaf is a jax"):
+        lora_jax.extract_adapters(PARAMS, abstract, LORA)
     assert lora_jax.scale_adapters(dora, plan, 1).plan == plan

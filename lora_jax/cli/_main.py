@@ -23,7 +23,7 @@ from lora_jax.cli import (
     _output,
     _terminal,
 )
-from lora_jax.layers import pruning
+from lora_jax.layers import combinations
 
 _NAME = "lora-jax"
 _SHOWN = 3  # of the problems of an input
@@ -104,7 +104,7 @@ _NUMBERS: dict[str, dict[str, Any]] = {
         "negative, write --weights=-1,1",
     },
     "--method": {
-        "choices": pruning.METHODS,
+        "choices": combinations.METHODS,
         "default": "exact",
         "help": "how to combine: exact (the default) is the sum, with the sum of the ranks",
     },
@@ -121,7 +121,7 @@ _NUMBERS: dict[str, dict[str, Any]] = {
         "help": "share of the entries that are kept, for methods that prune",
     },
     "--majority-sign": {
-        "choices": pruning.MAJORITIES,
+        "choices": combinations.MAJORITIES,
         "default": "total",
         "help": "the sign that ties keeps: of the sum (the default), or of most entries",
     },

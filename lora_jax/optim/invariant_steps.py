@@ -84,7 +84,7 @@ def lora_rite(
 
     A step of length `learning_rate` changes `A @ B` by as much as one of Adam changes it
     if the singular values of both factors are 1. New adapters have smaller factors, so the
-    best learning rate is often lower than that of Adam. A norm of all gradients, as in
+    best learning rate may be lower than that of Adam. A norm of all gradients, as in
     `optax.clip_by_global_norm`, depends on how `A @ B` is factored.
 
     Args:

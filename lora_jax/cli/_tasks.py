@@ -7,12 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax._core import compat
 
 # Even on one core, one thread computes while another one waits for the disk. More than a
 # few would not be faster than the disk, and each has its own block in memory.
 _THREADS = min(4, max(2, os.cpu_count() or 1))
+
+# The C library of Linux returns freed memory to the system, unless a larger block was freed
+# before, of up to 32 MiB. Memory that was returned is cleared when it is used again.
+_KEPT = 32 * 2**20 - 8192
 
 
 class Task(NamedTuple):
@@ -38,6 +43,7 @@ def run_tasks(tasks: Iterable[Task], done: Callable[[Task, Any], None]) -> None:
     more. The first error, in this order, is raised: tasks that have begun are completed
     before that, and no others are.
     """
+    np.empty(_KEPT, np.uint8)  # is freed at once, and never used
     waiting = collections.deque[tuple[Task, Future[Any]]]()
     wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ from lora_jax._core import compat
 _THREADS = min(4, max(2, os.cpu_count() or 1))
 
 # The C library of Linux returns freed memory to the system, unless a larger block was freed
-# before, of up to 32 MiB. Memory that was returned is cleared when it is used again.
+# before, of up to 32 MiB. The system has to clear returned memory before its next use.
 _KEPT = 32 * 2**20 - 8192
 
 

@@ -1,6 +1,5 @@
 """Takes adapters out of the trees of other JAX libraries."""
 
-import collections
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, Literal, NamedTuple
@@ -25,9 +24,10 @@ from lora_jax.model.tree_layouts import (
     rank_of,
     read_groups,
 )
-from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan import axis_roles, derived_plans, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.derived_plans import Size
 from lora_jax.plan.target import Target
 from lora_jax.transform.discovery import grouped_kernels
 
@@ -360,17 +360,9 @@ def _scales(scale: Any, rules: Layout, groups: Mapping[str, Group]) -> dict[str,
 
 
 def _config_of(targets: Mapping[str, Target]) -> LoraConfig:
-    """A config that gives these targets; the commonest rank and alpha are its own."""
-    ranks = {path: target.rank for path, target in targets.items()}
-    alphas = {path: target.alpha for path, target in targets.items()}
-    [(rank, _)] = collections.Counter(ranks.values()).most_common(1)
-    [(alpha, _)] = collections.Counter(alphas.values()).most_common(1)
-    return LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        targets=tuple(targets),
-        rank_pattern={path: own for path, own in ranks.items() if own != rank},
-        alpha_pattern={path: own for path, own in alphas.items() if own != alpha},
-        axes={path: target.axes for path, target in targets.items()},
-        use_dora=all(target.method == "dora" for target in targets.values()),
-    )
+    """A config that gives these targets, and no other."""
+    axes = {derived_plans.exact_pattern(p, own): own.axes for p, own in targets.items()}
+    use_dora = all(target.method == "dora" for target in targets.values())
+    plan = AdapterPlan(LoraConfig(axes=axes, use_dora=use_dora), targets)
+    sizes = {path: Size(own.rank, own.scale) for path, own in targets.items()}
+    return derived_plans.with_sizes(plan, sizes, by_path=True).config

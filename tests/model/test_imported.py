@@ -535,3 +535,11 @@ def test_a_function_comes_behind_the_layout():
         import_adapters(
             tree, "qwix", lambda p, x: x @ p["m"]["kernel"].T, ones(3, 7), scale=1.0
         )
+
+
+def test_a_name_with_a_wildcard_is_no_pattern():
+    """The config of the plan selects this weight, and not another that would match."""
+    tree = {"w?": normal(4, 5), "wx": normal(4, 5, seed=1)}
+    tree |= {"w?_lora_a": normal(4, 2, seed=2), "w?_lora_b": normal(2, 5, seed=3)}
+    made = lora_jax.import_adapters(tree, "qwix", scale=2.0, axes={"*": "io"})
+    assert lora_jax.plan_adapters(made.plan.config, made.params) == made.plan

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import glob
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -91,7 +92,7 @@ def put_on(
 def _with_trained(plan: AdapterPlan, trained: Mapping[str, jax.Array]) -> AdapterPlan:
     """The plan with leaves that are trained without an adapter."""
     leaves = {path: TrainedLeaf(array.shape) for path, array in trained.items()}
-    config = dataclasses.replace(plan.config, train=tuple(trained))
+    config = dataclasses.replace(plan.config, train=tuple(map(glob.escape, trained)))
     skipped = {path: why for path, why in plan.skipped.items() if path not in trained}
     return AdapterPlan(config, plan.targets, skipped, plan.uses, plan.total, leaves)
 

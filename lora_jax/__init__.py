@@ -4,7 +4,22 @@ from typing import TYPE_CHECKING
 
 from lora_jax import optim, peft, quant
 from lora_jax._core.unknown_names import explain_attributes
+from lora_jax.arithmetic.combining import (
+    DerivedAdapters,
+    combine_adapters,
+    resize_adapters,
+    scale_adapters,
+)
+from lora_jax.arithmetic.extraction import ExtractedAdapters, extract_adapters
 from lora_jax.checkpoint import CheckpointError, load_adapters, save_adapters
+from lora_jax.foreign_trees.imported import (
+    FoundAdapter,
+    FoundWeight,
+    ImportedAdapters,
+    import_adapters,
+)
+from lora_jax.from_data.gradients import init_adapters_from_gradients
+from lora_jax.from_data.inputs import ExplainedAdapters, init_adapters_from_inputs
 from lora_jax.layers import initializers
 from lora_jax.layers.biases import lora_bias_delta, merge_lora_layer, unmerge_lora_layer
 from lora_jax.layers.decompose import (
@@ -43,28 +58,12 @@ from lora_jax.model.adapters import (
     plan_adapters,
     unmerge_adapters,
 )
-from lora_jax.model.arithmetic import (
-    DerivedAdapters,
-    combine_adapters,
-    resize_adapters,
-    scale_adapters,
-)
 from lora_jax.model.decompose import (
     Decomposed,
     PlainAdapters,
     decompose_params,
     to_plain_adapters,
 )
-from lora_jax.model.extraction import ExtractedAdapters, extract_adapters
-from lora_jax.model.from_gradients import init_adapters_from_gradients
-from lora_jax.model.from_inputs import ExplainedAdapters, init_adapters_from_inputs
-from lora_jax.model.imported import (
-    FoundAdapter,
-    FoundWeight,
-    ImportedAdapters,
-    import_adapters,
-)
-from lora_jax.model.plots import plot_plan, plot_spectra
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (
@@ -77,6 +76,7 @@ from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target, TrainedLeaf, Use
+from lora_jax.plots import plot_plan, plot_spectra
 from lora_jax.transform.adapt import Merge, OnMerge, accept_quantized, adapt
 from lora_jax.transform.rows import adapt_rows
 

@@ -16,7 +16,8 @@ ORDER = (
     {"plan"},
     {"transform"},
     {"model"},
-    {"checkpoint", "optim", "peft"},
+    {"arithmetic", "from_data", "foreign_trees"},
+    {"checkpoint", "optim", "peft", "plots"},
     {"cli"},
     {"__init__", "__main__"},
 )
@@ -24,7 +25,7 @@ ORDER = (
 EXTRAS = {
     "_io/tensor_files.py": {"safetensors"},
     "cli/_terminal.py": {"tqdm"},
-    "model/plots.py": {"matplotlib"},
+    "plots.py": {"matplotlib"},
     "quant/gguf.py": {"gguf"},
 }
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}

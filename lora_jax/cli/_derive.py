@@ -14,12 +14,12 @@ import numpy as np
 
 from lora_jax._core import tree_paths
 from lora_jax._io.tensor_streams import Span
+from lora_jax.arithmetic.combining import DerivedAdapters, combine_adapters, resize_adapters
+from lora_jax.arithmetic.extraction import extract_adapters
 from lora_jax.checkpoint import save_adapters
 from lora_jax.cli import _adapters, _base, _convert, _loading, _output, _terminal
 from lora_jax.layers.lora import Adapters
 from lora_jax.model.adapters import plan_adapters
-from lora_jax.model.arithmetic import DerivedAdapters, combine_adapters, resize_adapters
-from lora_jax.model.extraction import extract_adapters
 from lora_jax.peft.save import save
 from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word
 from lora_jax.plan.adapter_plan import AdapterPlan

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax import plots
 from lora_jax._core import checks
 from lora_jax.cli import _adapters, _terminal
 from lora_jax.cli._adapters import Adapter, Contents
 from lora_jax.cli._effects import update_norm
-from lora_jax.model import plots
 
 # Common scales are 0.25 to 32. A scale above this one is most often a mistake.
 _HUGE_SCALE = 100.0

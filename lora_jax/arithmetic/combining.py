@@ -17,11 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks, numerics, tree_paths
-from lora_jax.layers import combinations
-from lora_jax.layers.combinations import Cut, Method, MethodName
-from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.model.overlaps import unify
-from lora_jax.model.weight_updates import (
+from lora_jax.arithmetic.overlaps import unify
+from lora_jax.arithmetic.weight_updates import (
     Weighted,
     check_finite,
     checked_cut,
@@ -31,6 +28,9 @@ from lora_jax.model.weight_updates import (
     resize_weight,
     static_number,
 )
+from lora_jax.layers import combinations
+from lora_jax.layers.combinations import Cut, Method, MethodName
+from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.plan import derived_plans, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.derived_plans import Size

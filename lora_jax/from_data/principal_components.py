@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import tree_paths
-from lora_jax.model import gradient_sums
+from lora_jax.from_data import gradient_sums
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.transform.inputs import MOMENTS, Statistic, observe
 

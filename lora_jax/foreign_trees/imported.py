@@ -8,11 +8,7 @@ import jax
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.tree_paths import Tree
-from lora_jax.layers import adapter_checks
-from lora_jax.layers.lora import Adapter
-from lora_jax.model import sharding
-from lora_jax.model.adapters import plan_adapters
-from lora_jax.model.tree_layouts import (
+from lora_jax.foreign_trees.layouts import (
     LAYOUTS,
     OF_FUNCTION,
     Group,
@@ -24,6 +20,10 @@ from lora_jax.model.tree_layouts import (
     rank_of,
     read_groups,
 )
+from lora_jax.layers import adapter_checks
+from lora_jax.layers.lora import Adapter
+from lora_jax.model import sharding
+from lora_jax.model.adapters import plan_adapters
 from lora_jax.plan import axis_roles, derived_plans, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax.model import from_inputs
+from lora_jax.from_data import inputs
 from lora_jax.plan import parts
 from tests import reference
 from tests.support import draw
@@ -183,7 +183,7 @@ def test_each_matrix_of_a_stack_is_in_one_piece(part, shape):
     ranks = np.random.default_rng(0).integers(0, 3, batch)
     numbers = np.arange(np.prod(shape)).reshape(shape)
     seen = np.zeros(shape, int)
-    for rank, text, index in from_inputs._pieces(target, ranks):
+    for rank, text, index in inputs._pieces(target, ranks):
         own = dataclasses.replace(target, part=text)
         assert set(np.ravel(ranks[index])) == {rank}
         assert own.matrix_shape[:-2] == ranks[index].shape

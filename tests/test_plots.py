@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.model import plots
+from lora_jax import plots
 from tests.support import draw
 
 pytest.importorskip("matplotlib")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks, numerics, placement, quantized, tree_paths
+from lora_jax.arithmetic.weight_updates import check_finite, checked_cut, extract_weight
 from lora_jax.layers.combinations import Cut
 from lora_jax.layers.lora import Adapter
 from lora_jax.model import merging, sharding
-from lora_jax.model.weight_updates import check_finite, checked_cut, extract_weight
 from lora_jax.plan import derived_plans, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.derived_plans import Size

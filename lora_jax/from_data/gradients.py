@@ -12,9 +12,10 @@ import numpy as np
 
 from lora_jax._core import checks, quantized, tree_paths
 from lora_jax._core.tree_paths import Tree
+from lora_jax.from_data import gradient_sums
 from lora_jax.layers import decompositions
 from lora_jax.layers.lora import Adapter
-from lora_jax.model import gradient_sums, initialization, merging, sharding
+from lora_jax.model import initialization, merging, sharding
 from lora_jax.model.decompose import Decomposed
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target

@@ -12,9 +12,10 @@ import numpy as np
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.tree_paths import Tree
+from lora_jax.from_data import principal_components
+from lora_jax.from_data.principal_components import Components
 from lora_jax.layers.lora import Adapter
-from lora_jax.model import initialization, merging, principal_components, sharding
-from lora_jax.model.principal_components import Components
+from lora_jax.model import initialization, merging, sharding
 from lora_jax.plan import derived_plans, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.derived_plans import Size

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax.model import gradient_sums
+from lora_jax.from_data import gradient_sums
 from lora_jax.plan import layout, parts
 from tests import programs, reference
 from tests.support import best, draw

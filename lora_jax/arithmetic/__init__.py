@@ -1,0 +1,1 @@
+"""Arithmetic of adapters: combine, resize, scale, extract."""

@@ -1,0 +1,1 @@
+"""Adapters that lie in the params of other libraries."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax
 import numpy as np
 
+from lora_jax import plots
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading, _ties
 from lora_jax.cli._adapters import Contents
@@ -85,17 +86,15 @@ def are_alike(a: Contents, b: Contents) -> bool:
 def update_norm(a: np.ndarray, b: np.ndarray, scale: float) -> float:
     """The Frobenius norm of `scale * A @ B`, without forming the product.
 
-    With `A = Q R` and `B^T = P S`, it is the norm of `R S^T`, `(rank, rank)`. This keeps
-    all digits; `trace((A^T A)(B B^T))` would lose half of them by squaring.
+    The singular values of the update keep all digits; `trace((A^T A)(B B^T))` would lose
+    half of them by squaring.
 
     Args:
         a: `(*batch, in, rank)`, float64.
         b: `(*batch, rank, out)`, float64.
         scale: what multiplies the product.
     """
-    r: Any = np.linalg.qr(a, mode="r")
-    s: Any = np.linalg.qr(b.swapaxes(-1, -2), mode="r")
-    return abs(scale) * float(np.linalg.norm(np.ravel(r @ s.swapaxes(-1, -2))))
+    return float(np.linalg.norm(plots.singular_values(a, b, scale)))
 
 
 def _sides(a: Contents, b: Contents, names: Any) -> tuple[_Side, _Side]:

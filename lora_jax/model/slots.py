@@ -4,28 +4,36 @@ A stack multiplies `A @ B` by its own `scales`, which differ between slots. So e
 of the plan of a stack is 1.
 """
 
-import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, compat, numerics, placement
+from lora_jax._core import checks, numerics
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model.adapters import adapted_column_norms
+from lora_jax.model.slot_arrays import (
+    RANK_AXIS,
+    cut_rank,
+    filled_slot,
+    find_slot,
+    or_nan,
+    read_slot,
+    sharding_on_mesh,
+    stack_arrays,
+    vector_of_slots,
+    write_slot,
+)
 from lora_jax.plan import adapter_stack, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack
 
 __all__ = ["put_adapters", "stack_adapters", "stacked_column_norms", "take_adapters"]
-
-_RANK_AXIS = {"A": -1, "B": -2}
 
 
 def stack_adapters(
@@ -106,19 +114,19 @@ def stack_adapters(
         )
     plan = adapter_stack.plan_of_all(plans, rank)
     stacked, scales, magnitudes = {}, {}, {}
-    on_mesh = filter(None, map(_sharding, jax.tree.leaves(list(adapters))))
+    on_mesh = filter(None, map(sharding_on_mesh, jax.tree.leaves(list(adapters))))
     mesh = next((NamedSharding(own.mesh, PartitionSpec()) for own in on_mesh), None)
     for path, target in plan.targets.items():
         own = [given.get(path, {}) for given in adapters]
         with checks.at_path(path):
             stacked[path] = {
-                name: _stacked([a.get(name) for a in own], name, shape, slots, mesh)
+                name: stack_arrays([a.get(name) for a in own], name, shape, slots, mesh)
                 for name, shape in target.adapter_shapes.items()
             }
         like = stacked[path]["A"]
-        scales[path] = _vector([_scale(own, path) for own in plans], like)
+        scales[path] = vector_of_slots([_scale(own, path) for own in plans], like)
         if target.method == "dora":
-            magnitudes[path] = _vector(["m" in adapter for adapter in own], like)
+            magnitudes[path] = vector_of_slots(["m" in adapter for adapter in own], like)
     return AdapterStack(stacked, scales, magnitudes), plan
 
 
@@ -164,7 +172,7 @@ def put_adapters(
         >>> put(stack, 2, adapters, plan).scales["query"].tolist()
         [8.0, 0.0, 8.0]
     """
-    place = _place(slot, adapter_stack.slots_of(stack))
+    place = find_slot(slot, adapter_stack.slots_of(stack))
     plan_checks.check_adapters(adapters, plan)
     adapter_stack.check_fits(stack, plan)
     stacked = {}
@@ -172,15 +180,17 @@ def put_adapters(
         own = adapters.get(path, {})
         with checks.at_path(path):
             stacked[path] = {
-                name: _written(x, _filled(own.get(name), name, x.shape[1:], x.dtype), place)
+                name: write_slot(
+                    x, filled_slot(own.get(name), name, x.shape[1:], x.dtype), place
+                )
                 for name, x in arrays.items()
             }
     scales = {
-        path: _or_nan(_written(x, jnp.asarray(_scale(plan, path), x.dtype), place), place)
+        path: or_nan(write_slot(x, jnp.asarray(_scale(plan, path), x.dtype), place), place)
         for path, x in stack.scales.items()
     }
     magnitudes = {
-        path: _written(x, jnp.asarray("m" in adapters.get(path, {}), x.dtype), place)
+        path: write_slot(x, jnp.asarray("m" in adapters.get(path, {}), x.dtype), place)
         for path, x in stack.magnitudes.items()
     }
     return AdapterStack(stacked, scales, magnitudes)
@@ -231,7 +241,7 @@ def take_adapters(
         >>> jax.tree.map(jnp.array_equal, taken, adapters)
         {'query': {'A': Array(True, dtype=bool), 'B': Array(True, dtype=bool)}}
     """
-    place = _place(slot, adapter_stack.slots_of(stack))
+    place = find_slot(slot, adapter_stack.slots_of(stack))
     names = {path: (*arrays,) for path, arrays in stack.adapters.items()}
     ranks = {path: arrays["A"].shape[-1] for path, arrays in stack.adapters.items()}
     if plan is not None:
@@ -252,13 +262,15 @@ def take_adapters(
                 )
         ranks = dict.fromkeys(ranks, rank)
     own = {
-        path: {name: _read(x, place) for name, x in arrays.items()}
+        path: {name: read_slot(x, place) for name, x in arrays.items()}
         for path, arrays in stack.adapters.items()
     }
     if not any(isinstance(x, Tracer) for x in (slot, *jax.tree.leaves(stack))):
         _check_complete(stack, operator.index(slot), own, names, ranks, plan)
     return {
-        path: {name: _cut(own[path][name], name, 0, ranks[path]) for name in names[path]}
+        path: {
+            name: cut_rank(own[path][name], name, 0, ranks[path]) for name in names[path]
+        }
         for path in names
     }
 
@@ -314,39 +326,6 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(numerics.accumulation_dtype(x.dtype))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A slot of a stack, and whether there is such a slot; None if that is known."""
-
-    index: Any
-    inside: jax.Array | None
-
-
-def _place(slot: Any, slots: int) -> _Place:
-    """Checks a slot, which may be traced."""
-    if isinstance(slot, Tracer):
-        if not jnp.issubdtype(slot.dtype, jnp.integer):
-            raise TypeError(f"slot must be an integer, got an array of {slot.dtype}.")
-        if slot.shape:
-            raise ValueError(
-                f"slot must be one integer, got an array of shape {slot.shape}: for "
-                "several slots use jax.vmap or jax.lax.scan."
-            )
-        # Of 32 bits or more, since `slots` may be too large for fewer.
-        index = slot.astype(jnp.int64 if slot.dtype.itemsize == 8 else jnp.int32)
-        return _Place(jnp.clip(index, 0, slots - 1), (index >= 0) & (index < slots))
-    index = checks.as_index("slot", slot)
-    if not 0 <= index < slots:
-        hint = (
-            " -1 stands for the base alone, which has no adapters." if index == -1 else ""
-        )
-        raise IndexError(
-            f"slot must be from 0 to {slots - 1}, since the stack has {slots} slots, got "
-            f"{index}.{hint}"
-        )
-    return _Place(jnp.asarray(index, jnp.int32), None)
-
-
 def _check_complete(
     stack: AdapterStack,
     slot: int,
@@ -358,8 +337,8 @@ def _check_complete(
     """Raises unless the result has everything of a slot, and the plan its scales."""
     rest = {
         path: [
-            jnp.any(_cut(adapter[name], name, ranks.get(path, 0), None) != 0)
-            for name in _RANK_AXIS
+            jnp.any(cut_rank(adapter[name], name, ranks.get(path, 0), None) != 0)
+            for name in RANK_AXIS
             if ranks.get(path, 0) < adapter["A"].shape[-1]
         ]
         for path, adapter in own.items()
@@ -395,106 +374,3 @@ def _check_complete(
 def _scale(plan: AdapterPlan, path: str) -> float:
     """The scale of a target; 0 if the plan lacks it."""
     return plan.scales.get(path, 0.0)
-
-
-def _stacked(
-    arrays: Sequence[Any], name: str, shape: tuple[int, ...], slots: int, mesh: Any
-) -> jax.Array:
-    """The arrays of the first slots in one; None is an empty slot, and so are the rest.
-
-    If none of them lies on a mesh, the result is replicated over the given one.
-    """
-    arrays = placement.on_device(list(arrays))
-    given = [x for x in arrays if x is not None]
-    dtype = numerics.promote(*(x.dtype for x in given))
-    place = next(filter(None, map(_sharding, given)), mesh)
-    stacked = jnp.stack([_laid(_filled(x, name, shape, dtype), place) for x in arrays])
-    empty = slots - len(arrays)
-    if empty:
-        sizes = [(0, empty, 0), *[(0, 0, 0)] * len(shape)]
-        stacked = lax.pad(stacked, jnp.asarray(_fill(name), dtype), sizes)
-    if place is None:
-        return stacked
-    return _laid(stacked, place.update(spec=PartitionSpec(None, *place.spec)))
-
-
-def _filled(array: Any, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """An array padded to the shape of a slot; without an array, that of an empty slot."""
-    if array is None:
-        return jnp.full(shape, _fill(name), dtype)
-    if numerics.promote(array.dtype, dtype) != dtype:
-        raise TypeError(
-            f"{name} has the dtype {array.dtype}, and the stack, of {dtype}, would round "
-            f"it: cast the adapters to {dtype}, or make the stack with wider adapters."
-        )
-    array = jnp.asarray(placement.on_device(array)).astype(dtype)
-    sizes = [(0, n - own, 0) for n, own in zip(shape, array.shape, strict=True)]
-    return lax.pad(array, jnp.zeros((), dtype), sizes) if array.shape != shape else array
-
-
-def _fill(name: str) -> float:
-    """What arrays of empty slots have: a magnitude of 1 has a finite quotient."""
-    return float(name == "m")
-
-
-def _vector(values: Sequence[float], like: jax.Array) -> jax.Array:
-    """A number for each slot of a stack, replicated over its mesh. Empty slots have 0."""
-    vector = np.zeros(len(like), numerics.accumulation_dtype(like.dtype))
-    vector[: len(values)] = values
-    place = _sharding(like)
-    return _laid(jnp.asarray(vector), place and place.update(spec=PartitionSpec(None)))
-
-
-def _written(stacked: jax.Array, value: jax.Array, place: _Place) -> jax.Array:
-    """A stack with a value in one slot, unchanged if there is no such slot."""
-    here = placement.on_device(stacked)
-    own = _sharding(here)
-    if own is not None:
-        value = _laid(value, own.update(spec=PartitionSpec(*own.spec[1:])))
-    elif not isinstance(here, Tracer) and _sharding(value) is not None:
-        value = placement.put(value, here.sharding)
-    if place.inside is not None:
-        old = lax.dynamic_index_in_dim(here, place.index, 0, keepdims=False)
-        value = jnp.where(place.inside, value, old)
-    new = _laid(lax.dynamic_update_index_in_dim(here, value, place.index, 0), own)
-    return new if here is stacked else jax.device_put(new, stacked.sharding)
-
-
-def _read(stacked: jax.Array, place: _Place) -> jax.Array:
-    stacked = placement.on_device(stacked)
-    value = lax.dynamic_index_in_dim(stacked, place.index, 0, keepdims=False)
-    return _or_nan(value, place)
-
-
-def _or_nan(value: jax.Array, place: _Place) -> jax.Array:
-    """A value, or NaN if there is no such slot."""
-    if place.inside is None:
-        return value
-    return jnp.where(place.inside, value, jnp.full_like(value, jnp.nan))
-
-
-def _cut(array: jax.Array, name: str, start: int, stop: int | None) -> jax.Array:
-    """Some entries of the rank axis of an array of one slot; `m` has none."""
-    if name not in _RANK_AXIS:
-        return array
-    axis = array.ndim + _RANK_AXIS[name]
-    stop = array.shape[axis] if stop is None else stop
-    return lax.slice_in_dim(array, start, stop, axis=axis)
-
-
-def _sharding(x: Any) -> NamedSharding | None:
-    """The sharding of an array on a mesh; in a trace, that of explicit axes."""
-    own: Any = jax.typeof(x).sharding if isinstance(x, Tracer) else None
-    if own is not None:
-        return own if compat.has_explicit_axes(own.mesh) else None
-    own = getattr(x, "sharding", None)
-    return own if isinstance(own, NamedSharding) else None
-
-
-def _laid(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """An array with a sharding that `_sharding` returned."""
-    if sharding is None:
-        return x
-    if isinstance(sharding.mesh, AbstractMesh):
-        return compat.retyped(x, sharding)
-    return placement.put(x, sharding)

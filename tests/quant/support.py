@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax import quant
 from lora_jax.quant import _ggml
-from tests.support import GOLDEN
+from tests.support import GOLDEN, draw
 
 SHAPE = (16, 24)
 
@@ -90,6 +90,7 @@ def quantize_sign(weight, batch_axes=0):
 
 quant.register_format(SignTensor, "toy_sign")
 ALL = FORMATS | {"sign": quantize_sign}
+STORED = ("Q4_1", "Q6_K")  # types of GGUF, which are read and not written
 
 GGUF_BLOCKS = dict(np.load(GOLDEN / "gguf" / "blocks.npz"))
 
@@ -107,6 +108,14 @@ def gguf_blocks(name, *shape, seed=0):
 
 def gguf_tensor(name, *shape, seed=0, dtype="float32"):
     return quant.GGUFTensor(jnp.asarray(gguf_blocks(name, *shape, seed=seed)), name, dtype)
+
+
+def make(name, *batch, seed=0, dtype="float32"):
+    """A stack of quantized weights in any format."""
+    if name in _ggml.TYPES:
+        return gguf_tensor(name, *batch, SHAPE[0], 256, seed=seed, dtype=dtype)
+    stack = draw(*batch, *SHAPE, seed=seed, dtype=dtype)
+    return ALL[name](stack, batch_axes=len(batch))
 
 
 def write_gguf(path, arrays, metadata=(), architecture="llama"):

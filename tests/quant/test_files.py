@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax
 from lora_jax import quant
 from lora_jax.quant import tensors
-from tests.quant.support import ALL, SHAPE
+from tests.quant.support import ALL, SHAPE, STORED, make
 from tests.support import assert_same_bits, draw, file_digest
 
 
@@ -23,8 +23,8 @@ def path(tmp_path):
 
 
 def example():
-    tree = {name: quantize(draw(*SHAPE)) for name, quantize in ALL.items()}
-    stack = {"layers/q": ALL["torchao"](draw(*SHAPE, dtype="float16"))}
+    tree = {name: make(name) for name in (*ALL, *STORED)}
+    stack = {"layers/q": make("torchao", 2, dtype="float16")}
     return (
         tree | stack | {"norm/scale": draw(7, dtype="bfloat16"), "empty": jnp.ones((0, 2))}
     )

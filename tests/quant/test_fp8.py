@@ -5,7 +5,6 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
 from tests.support import bits, draw
@@ -33,9 +32,3 @@ def test_codes_are_rounded_once():
     assert q.codes.dtype == jnp.uint8
     np.testing.assert_array_equal(bits(q.codes), bits(want))
     assert q.nbytes == 64 * 96 + 4 * 96
-
-
-def test_scales_are_sharded_along_the_stack_and_the_outputs():
-    q = quant.quantize_fp8(draw(2, 4, 6), batch_axes=1)
-    specs = q.array_specs(("s", "d", "m"), {"s": 2, "d": 2, "m": 3})
-    assert (specs.codes, specs.scales) == (P("s", "d", "m"), P("s", "m"))

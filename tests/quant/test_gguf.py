@@ -1,22 +1,20 @@
 """GGUF: blocks dequantize to the bits of the package `gguf`, and files load as stored."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import quant
-from lora_jax._core import placement
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import _ggml
 from tests.quant.support import GGUF_BLOCKS, gguf_blocks, gguf_tensor, write_gguf
-from tests.support import assert_close, assert_same_bits, normal, set_mesh, x64
+from tests.support import assert_close, assert_same_bits, normal
 
 each = pytest.mark.parametrize("name", _ggml.TYPES)
 
@@ -57,82 +55,6 @@ def test_any_bytes_have_the_values_of_the_package(name):
             want = gguf.dequantize(some, ggml_type)
         got = quant.dequantize(quant.GGUFTensor(jnp.asarray(some), name, "float32"))
         assert_bits_but_nan(np.asarray(got), want)
-
-
-def test_dtypes():
-    wide = quant.dequantize(gguf_tensor("Q5_K", 3, 256))
-    for dtype in ("bfloat16", "float16"):
-        q = gguf_tensor("Q5_K", 3, 256, dtype=dtype)
-        assert quant.dequantize(q).dtype == q.dtype == jnp.dtype(dtype)
-        assert_same_bits(quant.dequantize(q), wide.astype(dtype))
-        assert_same_bits(quant.dequantize(q, "float32"), wide)
-    with x64():
-        assert quant.dequantize(gguf_tensor("Q5_K", 3, 256), "float64").dtype == jnp.float64
-
-
-# -------------------------------------------------------------------------------- a format
-
-
-@pytest.mark.parametrize(("name", "n_in"), [("Q4_1", 96), ("Q6_K", 256)])
-def test_a_stack_is_its_entries(name, n_in):
-    q = gguf_tensor(name, 2, 3, 8, n_in)
-    dense = np.asarray(quant.dequantize(q))
-    assert (q.shape, q.ndim, q.batch_ndim) == ((2, 3, 8, n_in), 4, 2)
-    assert q.nbytes == q.size // _ggml.TYPES[name].entries * _ggml.TYPES[name].n_bytes
-    one = jax.tree.map(lambda x: x[1, 2], q)
-    assert_same_bits(np.asarray(quant.dequantize(one)), dense[1, 2])
-    _, scanned = jax.lax.scan(lambda c, w: (c, quant.dequantize(w)), 0, q)
-    assert_same_bits(np.asarray(scanned), dense)
-    assert_same_bits(np.asarray(jax.vmap(quant.dequantize)(q)), dense)
-    assert jax.eval_shape(quant.dequantize, q).shape == dense.shape
-    assert gguf_tensor(name, n_in).batch_ndim == 0
-
-
-def test_repr_is_one_short_line():
-    q = gguf_tensor("Q4_K", 3, 256, dtype="bfloat16")
-    assert repr(q) == "GGUFTensor(shape=(3, 256), dtype=bfloat16, ggml_type='Q4_K')"
-    assert "shape=?" in repr(jax.tree.map(lambda _: None, q))
-
-
-def test_no_gradient_goes_through():
-    q, x = gguf_tensor("Q4_K", 3, 256), jnp.asarray(normal(5, 256), jnp.float32)
-    loss = lambda x, q: jnp.sum(x @ quant.dequantize(q).T)  # noqa: E731
-    grad, of_q = jax.grad(loss, (0, 1), allow_int=True)(x, q)
-    assert_close(grad[0], np.asarray(quant.dequantize(q), np.float64).sum(0), 16)
-    assert of_q.blocks.dtype == jax.dtypes.float0
-
-
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize(
-    ("axes", "stored"),
-    [
-        (("x", None, None), P("x")),
-        ((None, "x", None), P(None, "x")),
-        ((None, None, "x"), P(None, None, "x")),
-        ((None, None, ("x", "y")), P()),  # 4 blocks do not split into 8 parts
-    ],
-)
-def test_it_is_sharded_as_the_weight_is(axes, stored, explicit):
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
-    q = gguf_tensor("Q4_1", 4, 8, 128)
-    places = placement.shardings(q, NamedSharding(mesh, P(*axes)))
-    assert jax.tree.leaves(places)[0].spec == stored
-    placed = jax.device_put(q, places)
-    with set_mesh(mesh):
-        if explicit:
-            spec = placement.as_abstract(placed).sharding.spec
-            assert tuple(spec) == (*stored, *[None] * (3 - len(stored)))
-        dense = jax.jit(quant.dequantize)(placed)
-    sharding = NamedSharding(mesh, stored)
-    assert dense.sharding.is_equivalent_to(sharding, 3)
-    assert_same_bits(np.asarray(dense), np.asarray(quant.dequantize(q)))
-
-
-def test_files(tmp_path):
-    tree = {"up": gguf_tensor("Q3_K", 2, 3, 256), "norm": jnp.ones(3)}
-    quant.save_quantized(tmp_path / "base.safetensors", tree)
-    assert_same_bits(quant.load_quantized(tmp_path / "base.safetensors"), tree)
 
 
 @pytest.mark.parametrize(
@@ -497,12 +419,3 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lora_jax\[gguf\]"'):
         quant.load_gguf(tmp_path / "a.gguf")
-
-
-def test_settings_are_those_of_one_entry():
-    q = gguf_tensor("Q4_K", 2, 8, 256)
-    assert dataclasses.asdict(dataclasses.replace(q, blocks=0)) == {
-        "blocks": 0,
-        "ggml_type": "Q4_K",
-        "weight_dtype": "float32",
-    }

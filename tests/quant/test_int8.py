@@ -62,7 +62,6 @@ def test_blocks_of_inputs_have_scales_of_their_own():
 @pytest.mark.parametrize(
     ("weight", "options", "error", "match"),
     [
-        (np.ones(4, np.float32), {}, ValueError, "int8 has a scale for each output"),
         (np.ones((4, 4), np.float32), {"batch_axes": 1}, ValueError, "with 1 batch axes"),
         (
             np.ones((4, 4), np.float32),
@@ -95,12 +94,3 @@ def test_a_block_that_needs_padding_of_a_sharded_axis(monkeypatch):
         assert quantize(None, *spec).scales.shape == (2, 6)
     for spec in (("d",), (None, None, None, "d")):
         assert quantize(5, *spec).scales.shape == (2, 4, 6)
-
-
-@pytest.mark.parametrize(("block", "inputs"), [(4, ("d",)), (8, (None,)), (None, ())])
-def test_scales_are_sharded_where_each_part_is_whole_blocks(block, inputs):
-    # 8 inputs in two axes, the first of which is in two parts.
-    q = quant.quantize_int8(draw(2, 4, 2, 6), block_size=block, batch_axes=1)
-    specs = q.array_specs((None, "d", None, "m"), {"d": 2, "m": 3})
-    assert specs.codes == P(None, "d", None, "m")
-    assert specs.scales == P(None, *inputs, "m")

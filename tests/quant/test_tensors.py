@@ -11,9 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
-from lora_jax._core import compat
+from lora_jax._core import compat, placement
 from tests.quant import support
-from tests.quant.support import ALL, SHAPE, SignTensor
+from tests.quant.support import ALL, SHAPE, STORED, SignTensor, gguf_tensor, make
 from tests.support import (
     assert_close,
     assert_same_bits,
@@ -25,28 +25,36 @@ from tests.support import (
 )
 
 each = pytest.mark.parametrize("name", ALL)
+every = pytest.mark.parametrize("name", [*ALL, *STORED])
 # One of each kind, where every format takes programs of its own.
 NESTED = ("torchao", "bitsandbytes")
-some = pytest.mark.parametrize("name", [*NESTED, "int8_blocks", "fp8", "sign"])
+SOME = (*NESTED, "int8_blocks", "fp8", "sign")
+some = pytest.mark.parametrize("name", SOME)
 
 
 def take(tree, *index):
     return jax.tree.map(lambda x: np.asarray(x)[index], tree)
 
 
-@each
+@every
 def test_a_stack_is_its_entries(name):
+    q = make(name, 2, 3)
+    dense = np.asarray(quant.dequantize(q))
+    assert (q.shape, q.dtype) == (dense.shape, jnp.float32)
+    assert (q.ndim, q.batch_ndim, q.size) == (4, 2, dense.size)
+    entry = take(q, 1, 2)
+    assert (entry.shape, entry.batch_ndim) == (dense.shape[2:], 0)
+    assert_same_bits(np.asarray(quant.dequantize(entry)), dense[1, 2])
+
+
+@each
+def test_each_entry_of_a_stack_is_quantized_alone(name):
     stack = draw(2, 3, *SHAPE, seed=1)
-    q = ALL[name](stack, batch_axes=2)
-    assert (q.shape, q.dtype) == (stack.shape, jnp.float32)
-    assert (q.ndim, q.size) == (4, stack.size)
-    one = ALL[name](np.asarray(stack)[1, 2])
-    assert one.shape == take(q, 1, 2).shape == SHAPE
+    entry, one = take(ALL[name](stack, batch_axes=2), 1, 2), ALL[name](stack[1, 2])
     if name == "sign":  # a mean as anyone would write it
-        assert_close(q.scale[1, 2], one.scale, 4)
-        return
-    assert_same_bits(take(q, 1, 2), one)
-    assert_same_bits(take(quant.dequantize(q), 1, 2), np.asarray(quant.dequantize(one)))
+        assert_close(entry.scale, one.scale, 4)
+    else:
+        assert_same_bits(entry, one)
 
 
 @pytest.mark.parametrize("name", ["torchao", "int8_blocks", "fp8"])
@@ -56,21 +64,20 @@ def test_quantizing_under_vmap(name):
     assert_same_bits(mapped, q)
 
 
-@some
+@pytest.mark.parametrize("name", [*SOME, *STORED])
 def test_scan_and_vmap_over_a_stack(name):
-    stack, x = draw(3, *SHAPE), draw(5, SHAPE[0])
-    q = ALL[name](stack, batch_axes=1)
+    q, x = make(name, 3), draw(5, SHAPE[0])
     weights = np.asarray(quant.dequantize(q), np.float64)
     want = np.stack([np.asarray(x, np.float64) @ w for w in weights])
 
     def layer(carry, one):
-        assert one.shape == SHAPE
+        assert one.shape == weights.shape[1:]
         return carry, x @ quant.dequantize(one)
 
     _, scanned = jax.jit(lambda q: jax.lax.scan(layer, 0, q))(q)
     assert_close(scanned, want, 64)
     mapped = jax.vmap(quant.dequantize)(q)
-    assert_close(mapped, weights, 4)
+    assert_close(mapped, weights, 0 if name in STORED else 4)
 
 
 @some
@@ -88,33 +95,39 @@ def test_jit_has_it_as_argument_result_and_constant(name):
     assert_close(jax.jit(lambda: quant.dequantize(q))(), want, 4)
 
 
-@pytest.mark.parametrize("name", ["torchao", "int8", "fp8", "sign"])
+@pytest.mark.parametrize("name", ["torchao", "int8", "fp8", "sign", "Q4_1"])
 def test_dtypes(name):
     for dtype in ("bfloat16", "float16"):
-        q = ALL[name](draw(*SHAPE, dtype=dtype))
+        q = make(name, dtype=dtype)
         assert quant.dequantize(q).dtype == q.dtype == jnp.dtype(dtype)
         wide = np.asarray(quant.dequantize(q, jnp.float32))
         rounded = wide.astype(jnp.dtype(dtype))
         np.testing.assert_array_equal(quant.dequantize(q), rounded)
+        assert np.any(rounded != wide)
     with x64():
         assert quant.dequantize(q, jnp.float64).dtype == jnp.float64
 
 
 @each
-def test_abstract_weights_give_abstract_results(name):
-    weight = draw(*SHAPE)
-    concrete, struct = ALL[name](weight), jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-    q = jax.eval_shape(ALL[name], struct)
+def test_abstract_weights_are_quantized_to_abstract_ones(name):
+    struct = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    q, concrete = jax.eval_shape(ALL[name], struct), make(name)
     assert jax.tree.structure(q) == jax.tree.structure(concrete)
     assert (q.shape, q.nbytes) == (SHAPE, concrete.nbytes)
-    assert concrete.nbytes == sum(x.nbytes for x in jax.tree.leaves(concrete))
-    assert jax.eval_shape(quant.dequantize, q).shape == SHAPE
 
 
-@each
+@every
+def test_abstract_weights_have_sizes_and_abstract_results(name):
+    concrete = make(name)
+    q = jax.eval_shape(lambda: concrete)
+    assert q.nbytes == concrete.nbytes == sum(x.nbytes for x in jax.tree.leaves(concrete))
+    assert jax.eval_shape(quant.dequantize, q).shape == q.shape == concrete.shape
+
+
+@every
 def test_repr_is_one_short_line_whatever_the_leaves_are(name):
-    q = ALL[name](draw(*SHAPE))
-    assert repr(q).startswith(f"{type(q).__name__}(shape=(16, 24), dtype=float32")
+    q = make(name)
+    assert repr(q).startswith(f"{type(q).__name__}(shape={q.shape}, dtype=float32")
     shown = []
     jax.jit(lambda q: shown.append(repr(q)))(q)
     shown += [repr(jax.tree.map(to, q)) for to in (jax.typeof, lambda _: None, id)]
@@ -125,9 +138,9 @@ def test_repr_is_one_short_line_whatever_the_leaves_are(name):
     assert "shape=?" in shown[-1]
 
 
-@each
+@every
 def test_a_notebook_shows_the_arrays(name):
-    q = ALL[name](draw(*SHAPE))
+    q = make(name)
     rows = html_cells(q)
     assert rows[0] == ["array", "shape", "dtype", "bytes"]
     assert sum(int(row[3].replace(",", "")) for row in rows[1:]) == q.nbytes
@@ -137,39 +150,63 @@ def test_a_notebook_shows_the_arrays(name):
 
 
 @pytest.mark.parametrize("name", ["torchao", "int8_blocks"])
-def test_stacks_are_sharded_along_their_axis(name):
+def test_a_sharded_stack_is_quantized_where_it_is(name):
     mesh = Mesh(np.array(jax.devices()[:4]), ("layers",))
     sharding = NamedSharding(mesh, P("layers"))
-    stack = draw(4, *SHAPE)
-    q = ALL[name](stack, batch_axes=1)
-    placed = jax.device_put(q, sharding)
-    assert_same_bits(placed, q)
-    got = quant.dequantize(placed)
-    assert got.sharding.is_equivalent_to(sharding, got.ndim)
-    assert_close(got, quant.dequantize(q), 4)
-    # A sharded weight is quantized where it is.
     quantize = jax.jit(lambda w: ALL[name](w, batch_axes=1))
-    own = quantize(jax.device_put(stack, sharding))
-    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(own))
-    assert_same_bits(own, q)
+    q = quantize(jax.device_put(draw(4, *SHAPE), sharding))
+    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(q))
+    assert_same_bits(q, make(name, 4))
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes", "int8", "sign"])
+def blocks_of_gguf():
+    return gguf_tensor("Q4_1", 4, 8, 128)
+
+
+def int8_in_blocks(size):  # of 8 inputs, which are two axes
+    return quant.quantize_int8(draw(2, 4, 2, 8), block_size=size, batch_axes=1)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize(
+    ("quantized", "axes", "stored"),
+    [
+        (blocks_of_gguf, ("x", None, None), [P("x")]),
+        (blocks_of_gguf, (None, "x", None), [P(None, "x")]),
+        (blocks_of_gguf, (None, None, "x"), [P(None, None, "x")]),
+        (blocks_of_gguf, (None, None, ("x", "y")), [P()]),  # 4 blocks in 8 parts
+        (lambda: int8_in_blocks(4), (None, "y", None, "x"), [..., P(None, "y", "x")]),
+        (lambda: int8_in_blocks(8), (None, "y", None, "x"), [..., P(None, None, "x")]),
+        (lambda: int8_in_blocks(None), (None, "y", None, "x"), [..., P(None, "x")]),
+        (lambda: make("fp8", 2), ("y", None, "x"), [..., P("y", "x")]),
+        (lambda: make("sign", 4), ("x", "y"), [..., P("x")]),
+    ],
+)
+def test_arrays_are_sharded_as_the_weight_is(quantized, axes, stored, explicit):
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh, q = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind)), quantized()
+    places = placement.shardings(q, NamedSharding(mesh, P(*axes)))
+    specs = [place.spec for place in jax.tree.leaves(places)]
+    assert specs == [P(*axes) if spec is ... else spec for spec in stored]
+    placed = jax.device_put(q, places)
+    with set_mesh(mesh):
+        if explicit:
+            spec = placement.as_abstract(placed).sharding.spec
+            assert tuple(spec) == (*specs[0], *[None] * (q.ndim - len(specs[0])))
+        dense = jax.jit(quant.dequantize)(placed)
+    assert dense.sharding.is_equivalent_to(NamedSharding(mesh, specs[0]), q.ndim)
+    assert_same_bits(np.asarray(dense), np.asarray(quant.dequantize(q)))
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "int8", "sign", "Q4_1"])
 def test_no_gradient_goes_through(name):
-    q, x = ALL[name](draw(*SHAPE)), draw(5, SHAPE[0])
-
-    def loss(x, floats):
-        leaves = [floats.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(q))]
-        return jnp.sum(
-            x @ quant.dequantize(jax.tree.unflatten(jax.tree.structure(q), leaves))
-        )
-
-    wide = enumerate(jax.tree.leaves(q))
-    floats = {i: leaf for i, leaf in wide if leaf.dtype == jnp.float32}
-    grad_x, grads = jax.jit(jax.grad(loss, (0, 1)))(x, floats)
-    want = np.asarray(quant.dequantize(q), np.float64).sum(1)
-    assert_close(grad_x[0], want, 64, scale=10.0)
-    assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
+    q, x = make(name), draw(5, SHAPE[0])
+    loss = jax.jit(lambda x, q: jnp.sum(x @ quant.dequantize(q)))
+    grad_x, grads = jax.grad(loss, (0, 1), allow_int=True)(x, q)
+    dense = np.asarray(quant.dequantize(q), np.float64)
+    assert_close(grad_x[0], dense.sum(1), 16, scale=np.abs(dense).sum(1).max())
+    for grad in jax.tree.leaves(grads):
+        assert grad.dtype == jax.dtypes.float0 or not np.any(grad)
 
 
 # ---------------------------------------------------------------------------- registry
@@ -226,9 +263,9 @@ def test_names_of_formats_are_kept():
         quant.register_format(SignTensor, 3)  # pyright: ignore[reportArgumentType]
 
 
-@each
+@every
 def test_arrays_and_settings_make_the_tensor_again(name):
-    q = ALL[name](draw(*SHAPE))
+    q = make(name)
     assert_same_bits(type(q).from_arrays(q.to_arrays(), q.settings()), q)
     arrays = q.to_arrays()
     with pytest.raises(ValueError, match=r"expected (an array|arrays of|arrays)|missing"):

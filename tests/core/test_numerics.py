@@ -5,6 +5,7 @@ import pytest
 
 from lora_jax._core import numerics
 from tests import support
+from tests.support import assert_same_bits, draw, normal
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,37 @@ def test_an_array_alpha_does_not_narrow_a_wider_layer():
             scale = numerics.adapter_scale(alpha, 3, False, "float64")
             assert scale.dtype == jnp.float64
             assert float(scale) == 16 / 3
+
+
+def test_products_with_factors_of_float16_are_float32():
+    for dtype in ("float32", "bfloat16"):
+        assert numerics.factor_dtype(dtype) == dtype
+    assert numerics.factor_dtype("float16") == "float32"
+
+
+# On both sides of where the unit is doubled; to a product of 2**15 it is 1.
+@pytest.mark.parametrize("largest", [1e-3, 2.0**15, 49e3, 49.3e3, 98e3, 99e3, 4e9])
+def test_a_product_over_its_unit_is_in_range(largest):
+    x, column = jnp.float32([largest / -3, 1.0]), jnp.float16([0.1, 3.0])
+    unit, grad = jax.value_and_grad(lambda x: numerics.range_unit("float16", x, column))(x)
+    assert np.frexp(unit)[0] == 0.5
+    assert unit == 1 if largest <= 2.0**15 else 12288 <= largest / unit <= 24576
+    assert not np.any(grad)
+    assert numerics.range_unit("bfloat16", x, column) is None
+
+
+def test_a_sum_is_rounded_once():
+    base, small = draw(3, 40, dtype="bfloat16"), [draw(3, 40, size=2**-8)] * 3
+    column = draw(40, seed=1)
+    wide = np.float64(base) + sum(map(np.float64, small))
+    assert_same_bits(numerics.sum_and_round(base, small), jnp.asarray(wide, base.dtype))
+    got = numerics.sum_and_round(base, iter(small), [column[None]])
+    assert_same_bits(got, jnp.asarray(wide * np.float64(column), base.dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 7, 5), (2, 3, 7, 11, 5)])
+def test_a_row_has_one_entry_along_the_axes_that_it_lacks(shape):
+    vector = normal(2, 3, 5)
+    row = numerics.as_row(vector, jnp.ones(shape, "bfloat16"))
+    want = vector.reshape(2, 3, *[1] * (len(shape) - 3), 5)
+    assert_same_bits(row, jnp.asarray(want, jnp.bfloat16))

@@ -124,6 +124,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "line.reshape(-1)[list(indices_of(own[axis]))] = True",
         "line.reshape(-2)[list(indices_of(own[axis]))] = True",
     ): "NumPy takes any negative size as the one that is not given",
+    (
+        "lora_jax/_core/numerics.py",
+        "unit = lax.reduce_precision(2 * over, exponent_bits=8, mantissa_bits=0)",
+        "unit = lax.reduce_precision(2 * over, exponent_bits=9, mantissa_bits=0)",
+    ): "a float32 has no more than 8 bits of exponent",
 }
 
 OPERATORS = {

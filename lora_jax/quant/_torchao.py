@@ -26,7 +26,7 @@ _VALUES = (
 @functools.cache
 def table(dtype: DTypeLike) -> np.ndarray:
     """The values of the 16 codes in a weight of some dtype, as float32."""
-    return np.array(_VALUES, np.float64).astype(jnp.dtype(dtype)).astype(np.float32)
+    return np.array(_VALUES).astype(jnp.dtype(dtype)).astype(np.float32)
 
 
 def group_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -71,7 +71,7 @@ def _check_finite(weight: Any) -> None:
 
 @jax.jit
 def _count_not_finite(array: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(array), dtype=jnp.int32)
+    return jnp.sum(~jnp.isfinite(array))
 
 
 def check_count(name: str, value: Any) -> int:

@@ -54,6 +54,13 @@ def test_an_array_alpha_does_not_narrow_a_wider_layer():
             scale = numerics.adapter_scale(alpha, 3, False, "float64")
             assert scale.dtype == jnp.float64
             assert float(scale) == 16 / 3
+        assert numerics.adapter_scale(alpha, 3, False, "float32").dtype == jnp.float64
+
+
+def test_a_product_with_a_scalar_has_the_dtype_of_the_array():
+    x = draw(5, dtype="bfloat16")
+    for scale in (0.5, jnp.float32(0.5)):
+        assert_same_bits(numerics.multiply(x, scale), x / 2)
 
 
 def test_products_with_factors_of_float16_are_float32():
@@ -63,13 +70,14 @@ def test_products_with_factors_of_float16_are_float32():
 
 
 # On both sides of where the unit is doubled; to a product of 2**15 it is 1.
-@pytest.mark.parametrize("largest", [1e-3, 2.0**15, 49e3, 49.3e3, 98e3, 99e3, 4e9])
+@pytest.mark.parametrize("largest", [100.0, 2.0**15, 49e3, 49.3e3, 98e3, 99e3, 4e9])
 def test_a_product_over_its_unit_is_in_range(largest):
-    x, column = jnp.float32([largest / -3, 1.0]), jnp.float16([0.1, 3.0])
+    x, column = jnp.float32([-1024 * largest, 1.0]), jnp.float16([0.0, 2.0**-10])
     unit, grad = jax.value_and_grad(lambda x: numerics.range_unit("float16", x, column))(x)
     assert np.frexp(unit)[0] == 0.5
     assert unit == 1 if largest <= 2.0**15 else 12288 <= largest / unit <= 24576
     assert not np.any(grad)
+    assert numerics.range_unit("float16", x[:0], column) == 1
     assert numerics.range_unit("bfloat16", x, column) is None
 
 

@@ -56,3 +56,5 @@ def test_the_maps_of_bitsandbytes():
     tensors = load(case)
     np.testing.assert_array_equal(_bitsandbytes.dynamic_map(), tensors["state2_code"])
     np.testing.assert_array_equal(_bitsandbytes.table("float32"), tensors["code"])
+    edges = _bitsandbytes._edges(1)  # as linspace, with both ends exact
+    np.testing.assert_array_equal(edges, np.float32([0.1, 1.0]))

@@ -371,9 +371,9 @@ def test_a_sharded_weight_is_never_whole_on_a_device():
     ("shape", "spec", "message"),
     [
         (
-            (8, 96),
+            (8, 288),  # runs of 72 too, but that is more than four times the size
             (None, "y"),
-            r"along axis 1: its 4 shards have runs of 24 .*block_size=24",
+            r"along axis 1: its 4 shards have runs of 72 .*block_size=36",
         ),
         ((8, 20), (None, "y"), "runs of 5 entries.* No even block size divides it"),
         ((2, 24), ("x", None), r"along axis 0: its 2 shards .* of 24 .*block_size=24"),
@@ -404,7 +404,7 @@ BROKEN = {
     "number": (lambda q: {"entry_shape": 7}, "not iterable"),
     "dtype": (lambda q: {"weight_dtype": "float64"}, "weight_dtype must be one of"),
     "codec": (lambda q: {"codec": []}, "codec must be one of"),
-    "block": (lambda q: {"block_size": 10**30}, "too large for a weight of 384 entries"),
+    "block": (lambda q: {"block_size": 2**16 + 2}, "too large for a weight of 384 entries"),
     "nested": (lambda q: {"scaler_block_size": 10**30}, "are too large for a weight"),
     "plain": (lambda q: {"scaler_block_size": None}, "scales should be float32"),
     "float": (lambda q: {"block_size": 1.5}, "block_size must be an integer"),
@@ -426,3 +426,8 @@ def test_plain_scales_have_nothing_of_nested_ones(name):
     plain.check()
     with pytest.raises(ValueError, match="group_scales and mean belong to nested scales"):
         dataclasses.replace(plain, **{name: getattr(nested, name)}).check()
+
+
+def test_a_small_weight_may_have_a_block_of_64_ki():
+    q = quant.quantize_nf4(draw(16, 24), 16, None)
+    dataclasses.replace(q, block_size=2**16, scales=q.scales[:1]).check()

@@ -126,32 +126,25 @@ def _changed_leaves(
         own = [plan.targets[key].part for key in adapted.get(path, ())]
         if "" in own:
             continue
+        if _is_equal(path, old[path], leaf, own):
+            continue
         if own:
-            old_rest, new_rest = (_without(x, own) for x in (old[path], leaf))
-            if not _is_equal(path, old_rest, new_rest):
-                raise ValueError(
-                    f"at {path!r}: the weight has changed outside of the parts that the "
-                    f"plan adapts, {', '.join(own)}: adapt the whole weight."
-                )
-        elif not _is_equal(path, old[path], leaf):
-            changed[path] = leaf
+            raise ValueError(
+                f"at {path!r}: the weight has changed outside of the parts that the "
+                f"plan adapts, {', '.join(own)}: adapt the whole weight."
+            )
+        changed[path] = leaf
     return changed
 
 
-def _without(weight: Any, own: Sequence[str]) -> jax.Array:
-    """The weight with zeros in some parts."""
-    dense = jnp.asarray(quantized.as_dense(weight))
-    for part in own:
-        dense = parts.put(dense, part, jnp.zeros_like(parts.take(dense, part)))
-    return dense
-
-
-def _is_equal(path: str, first: Any, second: Any) -> bool:
-    """Whether two leaves have the same values, in any dtypes."""
+def _is_equal(path: str, first: Any, second: Any, outside: Sequence[str]) -> bool:
+    """Whether two leaves have the same values outside of some parts, in any dtypes."""
     if not (checks.is_array(first) and checks.is_array(second)):
         return first is second or bool(first == second)
     with checks.at_path(path):
         pair = list(map(_values, (first, second)))
+    for part in outside:
+        pair = [np.where(parts.mask(part, x.shape), 0, x) for x in pair]
     return np.array_equal(*pair, equal_nan=all(x.dtype.kind == "f" for x in pair))
 
 

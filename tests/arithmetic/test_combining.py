@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import LoraConfig
 from lora_jax.layers import combinations
+from lora_jax.plan import parts
 from tests import reference, support
 from tests.model.support import make_params
 from tests.support import assert_close, assert_same_bits, best, straight
@@ -52,7 +53,8 @@ def change(adapters, plan, params=PARAMS):
     for path, target in plan.targets.items():
         own = reference.f64(adapters[path])
         if target.method == "dora":
-            weight = straight(params[path], target)
+            weight = parts.take(params[plan.leaf(path)], target.part)
+            weight = straight(weight, target.alone)
             changes[path] = reference.dora_weight(weight, own, target.scale) - weight
         else:
             changes[path] = target.scale * own["A"] @ own["B"]
@@ -90,6 +92,7 @@ MIXTURES = {
     "all alike": {"plain": 0.5, "stabilized": -1.5},
     "targets differ": {"plain": 0.5, "negative": 2.0, "trains": -0.3, "stabilized": 0.0},
     "dora": {"dora": 1.5, "plain": -0.5, "trains": 0.4},
+    "one of weight 0": {"dora": 0.5, "plain": 0.0},
 }
 
 
@@ -336,9 +339,10 @@ def test_parts_that_overlap_become_the_weight():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_meshes(kind):
     mesh = jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(kind,) * 2)
-    params = {"w": support.draw(16, 8)}
-    placed = jax.device_put(params, NamedSharding(mesh, P("fsdp", "tp")))
-    config = LoraConfig(2, use_dora=True)
+    params = {"w": support.draw(3, 16, 8)}
+    placed = jax.device_put(params, NamedSharding(mesh, P(None, "fsdp", "tp")))
+    which = {"targets": "w[:,:,:4]", "axes": {"w": "bio"}}  # a part that is split
+    config = LoraConfig(2, use_dora=True, **which)
     plan = lora_jax.plan_adapters(config, placed)
     places = lora_jax.adapter_shardings(placed, plan)
     host = [fill(plan, seed) for seed in (1, 2)]
@@ -347,11 +351,12 @@ def test_meshes(kind):
     made = lora_jax.combine_adapters(on_mesh, plan, method="svd", params=placed)
     assert jax.tree.map(lambda x: x.sharding, made.adapters) == places
     assert_changes(made, change(want.adapters, want.plan, params), 256, params)
-    lora = lora_jax.plan_adapters(LoraConfig(8), placed)
+    lora = lora_jax.plan_adapters(LoraConfig(8, **which), placed)
     tuned = lora_jax.merge_adapters(placed, on_mesh[0], plan)
     made = lora_jax.extract_adapters(placed, tuned, lora)
     assert_changes(made, change(host[0], plan, params), 256, params)
-    assert made.adapters["w"]["B"].sharding == places["w"]["B"]
+    (path,) = plan.targets
+    assert made.adapters[path]["B"].sharding == places[path]["B"]
 
 
 def test_under_jit():
@@ -399,9 +404,16 @@ REFUSED = {
     "energy": (
         [PLAIN[0]],
         LORA,
-        {"method": "svd", "energy": 90},
+        {"method": "svd", "energy": 1.5},
         ValueError,
-        "energy must be above 0 and at most 1, got 90",
+        "energy must be above 0 and at most 1, got 1.5",
+    ),
+    "share of 0": (
+        [PLAIN[0]],
+        LORA,
+        {"method": "ties", "density": 0.0},
+        ValueError,
+        "density must be above 0 and at most 1, got 0",
     ),
     "no density": ([PLAIN[0]], LORA, {"method": "ties"}, ValueError, "needs density"),
     "density": ([PLAIN[0]], LORA, {"density": 0.5}, ValueError, "does not use density"),

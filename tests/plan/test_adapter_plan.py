@@ -11,6 +11,7 @@ import pytest
 import lora_jax
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
+from lora_jax.plan.mesh_layout import MeshLayout
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 from tests.support import html_cells
 
@@ -418,6 +419,12 @@ def test_subsets_and_unions():
     assert str(both) == str(plan)
     assert both.explain("a/q") == plan.explain("a/q")
     assert both | plan == plan
+    here, there = (MeshLayout({"x": size}, 8, {}) for size in (2, 4))
+    placed = dataclasses.replace(plan, layout=here)
+    assert (placed | placed).layout == here
+    for layout in (None, there):
+        other = dataclasses.replace(plan, layout=layout)
+        assert (placed | other).layout is (other | placed).layout is None
     with pytest.raises(ValueError, match=r"of the subset matches no target.*nearest.*'a/q"):
         plan.subset("b/q")
     with pytest.raises(ValueError, match=r"a subset has at least one target"):

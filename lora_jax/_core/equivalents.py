@@ -89,9 +89,7 @@ FIELDS: Table = {
             "and `base_model` for PEFT's file",
         ),
         Equivalent(
-            "peft_type",
-            "",
-            "every config is of LoRA or, with `use_dora=True`, of DoRA",
+            "peft_type", "", "every config is of LoRA or, with `use_dora=True`, of DoRA"
         ),
         Equivalent(
             "auto_mapping revision peft_version",

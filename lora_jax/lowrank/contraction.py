@@ -200,11 +200,7 @@ def _frozen_product(x: jax.Array, weight: Any, dtype: DTypeLike) -> jax.Array:
 
 
 def project_down(
-    x: jax.Array,
-    a: jax.Array,
-    dtype: DTypeLike,
-    rate: float = 0.0,
-    key: Any = None,
+    x: jax.Array, a: jax.Array, dtype: DTypeLike, rate: float = 0.0, key: Any = None
 ) -> jax.Array:
     """`drop(x) @ A`, the first product of an adapter.
 

@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    base_of,
-)
+from lora_jax.transform._factored import Factored, Term, base_of
 from lora_jax.transform._parameters import NotFactorableError
 
 

@@ -309,10 +309,7 @@ MOVES: dict[str, Row] = {
         _dynamic_slice, otherwise="the weight is its index", keeps_vectors=True
     ),
     "gather": Row(
-        _gather,
-        otherwise="the weight is its index",
-        is_deferred=False,
-        keeps_vectors=True,
+        _gather, otherwise="the weight is its index", is_deferred=False, keeps_vectors=True
     ),
     "rev": Row(_rev),
     "split": Row(_split),

@@ -21,11 +21,7 @@ from lora_jax.plan import layout, stacks
 from lora_jax.plan.adapter_plan import Target
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    is_factored,
-)
+from lora_jax.transform._factored import Factored, Term, is_factored
 from lora_jax.transform._parameters import NotFactorableError
 
 

@@ -217,12 +217,7 @@ def _update(
 
 
 def _observed(
-    x: Named,
-    factor: Named,
-    keep: set[Name],
-    dtype: Any,
-    order: Names,
-    statistic: Statistic,
+    x: Named, factor: Named, keep: set[Name], dtype: Any, order: Names, statistic: Statistic
 ) -> Named:
     """The product with the first factor, with a statistic of `x` as its gradient."""
     x = x._replace(array=x.array.astype(dtype))

@@ -298,11 +298,7 @@ def _shard(followed: Any, place: Place, spec: _Spec, split: tuple[str, ...]) -> 
 
 
 def _unshard(
-    shape: Sequence[int],
-    place: Place,
-    spec: _Spec,
-    split: tuple[str, ...],
-    n_rows: int,
+    shape: Sequence[int], place: Place, spec: _Spec, split: tuple[str, ...], n_rows: int
 ) -> Place:
     """The place of a result, given that of its shards, each of `n_rows` rows."""
     if isinstance(place, Taken) and spec.names(place.axis):

@@ -11,13 +11,7 @@ from lora_jax.plan.products import suggest
 from lora_jax.transform import _norms
 from lora_jax.transform._context import Context, Sighting
 from lora_jax.transform._deferred import Deferred
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    base_of,
-    is_factored,
-    with_base,
-)
+from lora_jax.transform._factored import Factored, Term, base_of, is_factored, with_base
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import NotFactorableError, parameter, refuse
 

@@ -11,14 +11,7 @@ from lora_jax._core import compat
 from lora_jax.transform._choosing import Form, common_form, in_form
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
-from lora_jax.transform._factored import (
-    RANK,
-    Factor,
-    Factored,
-    base_of,
-    place,
-    with_base,
-)
+from lora_jax.transform._factored import RANK, Factor, Factored, base_of, place, with_base
 from lora_jax.transform._interpreter import evaluate, evaluate_closed
 from lora_jax.transform._parameters import NotFactorableError, parameter
 

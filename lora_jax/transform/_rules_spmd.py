@@ -9,13 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lora_jax._core import compat
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
-from lora_jax.transform._factored import (
-    Factored,
-    base_of,
-    retyped,
-    specs,
-    with_base,
-)
+from lora_jax.transform._factored import Factored, base_of, retyped, specs, with_base
 from lora_jax.transform._interpreter import evaluate_closed
 from lora_jax.transform._parameters import NotFactorableError, parameter
 

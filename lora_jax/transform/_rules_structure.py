@@ -15,19 +15,10 @@ from jax import lax
 
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    base_of,
-    full,
-)
+from lora_jax.transform._factored import Factored, Term, base_of, full
 from lora_jax.transform._joining import joined_in_batch
 from lora_jax.transform._moves import MOVES, Move
-from lora_jax.transform._parameters import (
-    NotFactorableError,
-    check_weight_is,
-    parameter,
-)
+from lora_jax.transform._parameters import NotFactorableError, check_weight_is, parameter
 
 
 def move(context: Context, equation: Any, *values: Any) -> Any:

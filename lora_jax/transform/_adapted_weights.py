@@ -21,10 +21,10 @@ from lora_jax.lowrank import weight_norms
 from lora_jax.plan import parts, stacks
 from lora_jax.plan.target import Target
 from lora_jax.transform import _norms, _slots
-from lora_jax.transform._context import Parts
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import RANK, Factor, Factored, Label, Term, place, retyped
 from lora_jax.transform._joining import sum_of_parts
+from lora_jax.transform._masks import Masks
 
 
 class Update(NamedTuple):
@@ -83,7 +83,7 @@ def factored(kind: Any, weight: Any, updates: Sequence[Update]) -> Factored:
     return retyped(value.replace(base=_base(weight)), kind, names)
 
 
-def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
+def masks_of(value: Factored, updates: Sequence[Update]) -> Masks:
     """Where the terms and columns of `value` act, given the updates it was made from."""
     masks = {own.path: parts.mask(own.target.part, own.target.shape) for own in updates}
     alone = len(value.terms) == len(updates)
@@ -91,7 +91,7 @@ def parts_of(value: Factored, updates: Sequence[Update]) -> Parts:
     columns = [masks[own.path] for own in updates if own.target.method == "dora"]
     if len(columns) != len(value.columns):
         columns = [functools.reduce(np.logical_or, columns)]
-    return Parts(tuple(terms), tuple(columns))
+    return Masks(tuple(terms), tuple(columns))
 
 
 def _with_term(weight: Any, update: Update) -> Factored:

@@ -2,20 +2,20 @@
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import jax
-import numpy as np
-from jax.core import Tracer
 
 from lora_jax._core import compat
+from lora_jax._core.source_lines import called_at, use_at
 from lora_jax.plan import axis_roles
 from lora_jax.plan.adapter_plan import Target
 from lora_jax.plan.axis_roles import Side
 from lora_jax.plan.parts import LOOKUP
-from lora_jax.transform._factored import Factored, Label, Term, merge
+from lora_jax.transform._dense import merge
+from lora_jax.transform._factored import Factored, Label, Term
+from lora_jax.transform._masks import KnownMasks
 from lora_jax.transform._statistics import Statistic
 
 Rule = Callable[..., Any]
@@ -86,17 +86,6 @@ def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> 
     ]
 
 
-class Parts(NamedTuple):
-    """Masks of the entries that the terms and the columns of a value change.
-
-    The masks are `(*axes)`, with size 1 for axes along which they do not vary. A term has
-    one for each of its weights.
-    """
-
-    terms: tuple[dict[Any, np.ndarray], ...]
-    columns: tuple[np.ndarray, ...]
-
-
 @dataclasses.dataclass
 class Frame:
     """A jaxpr under evaluation.
@@ -136,10 +125,12 @@ class Context:
         targets: of the plan, by path; only those whose axes are compared with the uses.
         closed_over_is_constant: whether arrays that the function closes over count as
             constants. They do if the function has arguments besides the params.
+        products: the equations of stated functions; see `LoraConfig`.
         slots: in `adapt_rows`, the slot of each row, `(rows,)`; see `_slots`.
         n_slots: the number of slots.
         statistic: what the gradients of first factors are; see `_statistics`.
         taken: the slots of values whose rows are in an order that only the data know.
+        masks: where the terms of adapted parts act.
     """
 
     rules: Mapping[str, Rule]
@@ -152,12 +143,13 @@ class Context:
     calls: dict[Any, Any] = dataclasses.field(default_factory=dict)
     targets: Mapping[str, Target] = dataclasses.field(default_factory=dict)
     closed_over_is_constant: bool = False
+    products: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slots: Any = None
     n_slots: int = 0
     statistic: Statistic = ""
     taken: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+    masks: KnownMasks = dataclasses.field(default_factory=KnownMasks)
     _constants: dict[int, Any] = dataclasses.field(default_factory=dict)
-    _parts: dict[int, tuple[Factored, Parts]] = dataclasses.field(default_factory=dict)
     _names: tuple[Mapping[Any, str | int], ...] = ()
     _keys_made: int = 0
 
@@ -174,27 +166,15 @@ class Context:
         primitive, where = "output", "the end of the function"
         if equation is not None:
             primitive = equation.primitive.name
-            where = compat.called_at(equation, self.callers) if merged else ""
+            where = called_at(equation, self.callers) if merged else ""
         as_used = self._axes_as_used(value, roles) if roles and self.targets else {}
         for weight in value.names:
             shape, letters = tuple(value.shape), as_used.get(weight, "")
             if letters and letters != self.targets[self._path(weight)].axes:
                 # The part may have been taken along any axis.
                 letters = "" if moved and "indexed" in roles else letters
-                where = where or compat.called_at(equation, self.callers)
+                where = where or called_at(equation, self.callers)
             self.record(Sighting(weight, shape, primitive, where, merged, letters, moved))
-
-    def see_indexed(
-        self,
-        value: Factored,
-        equation: Any,
-        indexed: Sequence[bool],
-        *,
-        moved: bool = False,
-    ) -> None:
-        """Records a use that takes some entries of the `indexed` axes."""
-        roles = ["indexed" if is_indexed else "" for is_indexed in indexed]
-        self.see(value, equation, roles, moved=moved)
 
     def _axes_as_used(self, value: Factored, roles: Sequence[str]) -> dict[Any, str]:
         """The letters of each weight's axes, given the roles of the value's axes."""
@@ -273,57 +253,9 @@ class Context:
         self.check_no_dropout(value)
         return merge(value)
 
-    def keep_parts(self, value: Factored, known: Parts | Factored) -> None:
-        """Records where the terms of a value act: given, or copied from another value."""
-        if isinstance(known, Factored):
-            if id(known) not in self._parts:
-                return
-            known = self._parts[id(known)][1]
-        self._parts[id(value)] = (value, known)
-
-    def without_others(
-        self, before: Factored, after: Factored, move: Callable[[Any], Any]
-    ) -> Factored:
-        """A part of a value, without the terms and columns that act only elsewhere.
-
-        Args:
-            before: the whole value.
-            after: the result of the move for `before`.
-            move: the move, as a function of an array with the axes of `before`.
-        """
-        if id(before) not in self._parts:
-            return after
-        with jax.ensure_compile_time_eval():
-            known = jax.tree.map(move, self._parts[id(before)][1])
-        if any(isinstance(own, Tracer) for own in jax.tree.leaves(known)):
-            return after  # the index is traced, so the part is not known
-        known = jax.tree.map(np.asarray, known)
-        masks = [
-            {name: mask for name, mask in own.items() if mask.any()} for own in known.terms
-        ]
-        terms = tuple(
-            term if len(own) == len(term.label.names) else term.named(tuple(own))
-            for term, own in zip(after.terms, masks, strict=True)
-        )
-        in_columns = [own.any() for own in known.columns]
-        uses = after.column_uses and tuple(
-            itertools.compress(after.column_uses, in_columns)
-        )
-        left = after.replace(
-            terms=tuple(itertools.compress(terms, masks)),
-            columns=tuple(itertools.compress(after.columns, in_columns)),
-            column_uses=uses,
-        )
-        columns = tuple(itertools.compress(known.columns, in_columns))
-        self.keep_parts(left, Parts(tuple(filter(None, masks)), columns))
-        return left
-
     def refuse_use(self, value: Factored, equation: Any) -> NoReturn:
         """Raises if an adapter is for one kind of use and this use is of neither kind."""
-        name, where = "output", "the end of the function"
-        if equation is not None:
-            name = equation.primitive.name
-            where = compat.called_at(equation, self.callers)
+        name, where = use_at(equation, self.callers)
         raise ValueError(
             f"the adapter {self._path(value.names[0])!r} is for one kind of use of its "
             f"weight, and `{name}` at {where} is neither a look-up of rows nor a product. "
@@ -335,7 +267,7 @@ class Context:
         if self.on_stop_gradient != "error":
             return
         names = ", ".join(repr(self._path(name)) for name in value.names)
-        where = compat.called_at(equation, self.callers)
+        where = called_at(equation, self.callers)
         raise ValueError(
             f"the function stops the gradient of the adapted weight {names} (here of shape "
             f"{tuple(value.shape)}) with `stop_gradient`, at {where}: the "

@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from lora_jax._core import compat, numerics
 from lora_jax.lowrank import contraction
 from lora_jax.lowrank.contraction import Named, Names
-from lora_jax.transform._deferred import Deferred, form
+from lora_jax.transform._deferred import Deferred
 
 Map = Callable[[jax.Array], jax.Array]
 
@@ -329,43 +329,6 @@ def retyped(value: Any, kind: Any, names: frozenset[str]) -> Any:
         (places.terms, places.columns),
     )
     return value.replace(base=base, terms=factors[0], columns=factors[1])
-
-
-def merge(value: Factored) -> jax.Array:
-    """The dense weight, computed in at least float32 and rounded once."""
-    base = form(value.base)
-    if not value.terms and not value.columns:
-        return base
-    if value.by_slot:
-        raise ValueError(
-            "this use of an adapted weight needs the merged weight, and with `adapt_rows` "
-            f"each row would have its own ({value.names[0]!r} here has the shape "
-            f"{value.shape})."
-        )
-    kind = jax.typeof(base)
-    mesh = compat.mesh_of(kind)
-    out = compat.automatically(_merge, mesh, value.replace(base=base))
-    return out if compat.is_automatic() else compat.retyped(out, kind.sharding)
-
-
-def _merge(value: Factored) -> jax.Array:
-    dtype = numerics.accumulation_dtype(
-        value.dtype, *(p.array.dtype for term in value.terms for p in (term.a, term.b))
-    )
-    updates = (
-        numerics.multiply(product(value, term, dtype), term.label.scale)
-        for term in value.terms
-    )
-    out = numerics.sum_and_round(jnp.asarray(value.base), updates, value.columns)
-    return jnp.broadcast_to(out, value.shape)
-
-
-def product(value: Factored, term: Term, dtype: jnp.dtype) -> jax.Array:
-    """`sum_r a[r] * b[r]` without the scale; axes that neither factor owns have size 1."""
-    names = tuple((axis,) for axis in range(value.ndim))
-    a, b = (owned(value, factor, names) for factor in (term.a, term.b))
-    out = contraction.contract(a, b, names, dtype, lax.Precision.HIGHEST)
-    return place(out.array, out.names, names)
 
 
 def owned(value: Factored, factor: Factor, names: Names) -> Named:

@@ -35,10 +35,20 @@ class Finder:
             its tracked results.
         uses: the uses found so far.
         frame: the jaxpr that is being read.
+        products: the equations of stated functions; see `LoraConfig`.
+        called: the names of the functions that weights reach.
     """
 
-    def __init__(self, steps: Mapping[str, Step], *, closed_over_is_constant: bool):
+    def __init__(
+        self,
+        steps: Mapping[str, Step],
+        products: Mapping[str, str],
+        *,
+        closed_over_is_constant: bool,
+    ):
         self.steps = steps
+        self.products = products
+        self.called: list[str] = []
         self.uses = Uses()
         self.frame = Frame()
         self._constants = Dense(closed_over_is_constant)
@@ -81,6 +91,8 @@ class Finder:
         if not any(map(is_tracked, values)):
             return dense(equation)
         step, reason = self.steps.get(name), no_rule(equation)
+        if name in compat.NAMED_CALLS:
+            self.called.append(compat.function_name(equation))
         if step is not None:
             self.uses.callers.append(equation)
             try:

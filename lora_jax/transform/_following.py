@@ -14,6 +14,7 @@ import numpy as np
 from jax import core
 
 from lora_jax._core import compat
+from lora_jax._core.source_lines import called_at
 from lora_jax.transform import _row_axes, _row_bodies
 from lora_jax.transform._moves import MOVES
 from lora_jax.transform._parameters import NotFactorableError, parameter
@@ -139,7 +140,7 @@ class Followed:
         """The place of a result whose rows are not followed."""
         name = equation.primitive.name
         callers = self._analysis.callers
-        return Lost(f"`{name}` {reason}", compat.called_at(equation, callers))
+        return Lost(f"`{name}` {reason}", called_at(equation, callers))
 
     def _apply(self, equation: Any, places: list[Place]) -> Sequence[Place]:
         name, results = equation.primitive.name, equation.outvars
@@ -162,7 +163,7 @@ class Followed:
         name = equation.primitive.name
         if name not in _row_axes.RULES:
             reason = f"there is no rule that follows rows through `{name}`"
-            where = compat.called_at(equation, self._analysis.callers)
+            where = called_at(equation, self._analysis.callers)
             return [Lost(reason, where)] * len(equation.outvars)
         out = list(self._rows(equation, places))
         for other in (self._taken, self._lost):

@@ -8,7 +8,8 @@ from lora_jax.plan.parts import LOOKUP, PRODUCT
 from lora_jax.transform import _deferred, _slots
 from lora_jax.transform._context import Context, Frame
 from lora_jax.transform._deferred import Deferred
-from lora_jax.transform._factored import Factored, is_factored, merge
+from lora_jax.transform._dense import merge
+from lora_jax.transform._factored import Factored, is_factored
 from lora_jax.transform._moves import named
 from lora_jax.transform._parameters import NotFactorableError, no_rule, parameter
 from lora_jax.transform._row_places import Taken

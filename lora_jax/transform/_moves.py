@@ -35,6 +35,11 @@ class Move(NamedTuple):
     of: Callable[..., jax.Array] = _not_of_factors
     indexed: tuple[bool, ...] = ()
 
+    @property
+    def roles(self) -> list[str]:
+        """The role `"indexed"` for each axis of the operand that is indexed."""
+        return ["indexed" if is_indexed else "" for is_indexed in self.indexed]
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:

@@ -19,9 +19,11 @@ from lora_jax.transform import (
     _rules_products,
     _rules_spmd,
 )
+from lora_jax.transform._broadcasts import broadcasts_before
 from lora_jax.transform._finder import Finder, Step, dense
 from lora_jax.transform._moves import MOVES, Move
 from lora_jax.transform._parameters import check_weight_is, parameter
+from lora_jax.transform._stated import step, unless_stated
 from lora_jax.transform._tracked import Dense, Tracked, WeightAxis, is_tracked
 
 
@@ -55,7 +57,7 @@ def _move(finder: Finder, equation: Any, *values: Any) -> list[Any]:
 def _looked_up(finder: Finder, equation: Any, value: Tracked, move: Move) -> Tracked:
     if not any(move.indexed):
         return value
-    return finder.uses.look_up(value, equation, move.indexed)
+    return finder.uses.look_up(value, equation, move)
 
 
 def _gather(finder: Finder, equation: Any, *values: Any) -> list[Any]:
@@ -68,7 +70,7 @@ def _gather(finder: Finder, equation: Any, *values: Any) -> list[Any]:
     kind = ""
     if any(part.along & taken for part in value.axes):
         kind = _rules_gather.kind_of_rows(taken, is_constant=indices.is_constant)
-    value = finder.uses.look_up(value, equation, own.indexed)
+    value = finder.uses.look_up(value, equation, own)
     out = value.moved(own.axes, equation.outvars[0].aval.shape)
     return [out.replace(gathered=value.gathered or kind)]
 
@@ -127,7 +129,7 @@ def _div(finder: Finder, equation: Any, x: Any, y: Any) -> list[Any]:
 
 def _scaled(finder: Finder, equation: Any, value: Tracked, by: int) -> list[Any]:
     """Multiplies or divides a weight by the operand at position `by`."""
-    _rules_arithmetic.broadcasts_before(finder.frame, equation, by)
+    broadcasts_before(finder.frame, equation, by)
     _rules_arithmetic.check_is_whole(equation, value)
     return [value.replace()]
 
@@ -341,3 +343,4 @@ STEPS: dict[str, Step] = {
     "stop_gradient": _stop_gradient,
     "while": _while,
 }
+STEPS |= {name: unless_stated(STEPS[name], step) for name in compat.NAMED_CALLS}

@@ -5,7 +5,6 @@ until it has a rule, but results stay correct.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,12 +72,5 @@ _OTHERS = {
 # Rules of calls are not wrapped: the equations in their bodies have their own meshes.
 RULES: dict[str, Rule] = {name: _on_any_mesh(rule) for name, rule in _OTHERS.items()}
 RULES |= _CALLS
-
-
-def rules_for(products: Mapping[str, str]) -> Mapping[str, Rule]:
-    """The rules, given the functions that `LoraConfig(products=...)` states."""
-    if not products:
-        return RULES
-    return _stated.with_products(
-        RULES, products, lambda name, text: _on_any_mesh(_stated.rule(name, text))
-    )
+_STATED = _on_any_mesh(_stated.rule)
+RULES |= {name: _stated.unless_stated(RULES[name], _STATED) for name in compat.NAMED_CALLS}

@@ -1,7 +1,6 @@
 """Rules for elementwise arithmetic, casts, choices, sums and solves of weights."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,22 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat, numerics
-from lora_jax.lowrank import contraction
-from lora_jax.lowrank.contraction import Named
-from lora_jax.plan.parts import LOOKUP
 from lora_jax.transform import _deferred
+from lora_jax.transform._broadcasts import before_broadcast, broadcasts_before
 from lora_jax.transform._choosing import common_form, in_form
-from lora_jax.transform._context import Context, Frame
+from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred
+from lora_jax.transform._dense import sums_of_terms
 from lora_jax.transform._factored import (
     Factor,
     Factored,
     Term,
     base_of,
     full,
-    merge,
-    owned,
-    place,
     times,
     with_base,
 )
@@ -44,7 +39,7 @@ def on_base(context: Context, equation: Any, f: Factored) -> Factored:
     The factors are cast when they are multiplied.
     """
     out = f.replace(base=_deferred.bind(equation, [f.base]))
-    context.keep_parts(out, f)
+    context.masks.copy(f, out)
     return out
 
 
@@ -183,7 +178,7 @@ def select_n(context: Context, equation: Any, which: Any, *cases: Any) -> Factor
     check_choice(context, equation, which)
     base = _deferred.bind(equation, [which, *map(base_of, cases)])
     try:
-        return _chosen(_before_broadcast(context, equation, 0, which), cases, base)
+        return _chosen(before_broadcast(context, equation, 0, which), cases, base)
     except NotFactorableError as error:
         raise _entry_by_entry(error) from None
 
@@ -252,7 +247,7 @@ def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Multiplies by a scalar, or by an array along axes of one factor only."""
     x, y = factors_of_product(context, equation, x, y)
     f, other, position = (x, y, 1) if isinstance(x, Factored) else (y, x, 0)
-    compact = _before_broadcast(context, equation, position, other)
+    compact = before_broadcast(context, equation, position, other)
     base = _deferred.bind(equation, [base_of(x), base_of(y)])
     return _scaled(equation, f, base, compact)
 
@@ -260,7 +255,7 @@ def mul(context: Context, equation: Any, x: Any, y: Any) -> Factored:
 def div(context: Context, equation: Any, x: Any, y: Any) -> Factored:
     """Divides by a scalar, or by an array along axes of one factor only."""
     y = merge_divisor(context, equation, x, y)
-    compact = _before_broadcast(context, equation, 1, y)
+    compact = before_broadcast(context, equation, 1, y)
     wide = compact.astype(numerics.accumulation_dtype(compact.dtype))
     return _scaled(equation, x, _deferred.bind(equation, [x.base, y]), 1 / wide)
 
@@ -292,45 +287,6 @@ def factors_of_product(context: Any, equation: Any, x: Any, y: Any) -> tuple[Any
     if broadcast == [False, True]:
         return x, context.merge(y, equation, reason)
     raise NotFactorableError("it is a product of adapted weights, entry by entry")
-
-
-def _before_broadcast(
-    context: Context, equation: Any, position: int, value: Any
-) -> jax.Array:
-    """An operand with size 1 along the axes that it was broadcast to."""
-    steps = broadcasts_before(context.frame, equation, position)
-    if not steps:
-        return jnp.asarray(value)
-    source = context.frame.read(steps[-1].invars[0])
-    is_vector = isinstance(source, Factored)
-    value = merge(source.for_use(LOOKUP)) if is_vector else jnp.asarray(source)
-    value = compat.as_current(value)
-    for step in reversed(steps):
-        shape = [1] * len(step.params["shape"])
-        positions = step.params["broadcast_dimensions"]
-        for size, axis in zip(value.shape, positions, strict=True):
-            shape[axis] = size
-        value = lax.broadcast_in_dim(value, shape, positions)
-    return value
-
-
-def broadcasts_before(frame: Frame, equation: Any, position: int) -> list[Any]:
-    """The equations that broadcast an operand to its shape, the last one first.
-
-    Empty if the operand is a scalar or has an axis of size 1.
-
-    Raises:
-        NotFactorableError: if no equation broadcast it: it varies along all its axes.
-    """
-    atom, steps = equation.invars[position], []
-    if not atom.aval.shape or 1 in atom.aval.shape:
-        return []
-    while not isinstance(atom, compat.Literal) and atom in frame.broadcasts:
-        steps.append(frame.broadcasts[atom])
-        atom = steps[-1].invars[0]
-    if not steps:
-        raise NotFactorableError("the other operand varies along all axes of the weight")
-    return steps
 
 
 def check_is_whole(equation: Any, value: Any) -> None:
@@ -381,31 +337,7 @@ def reduce_sum(context: Context, equation: Any, f: Factored) -> jax.Array:
     context.see(f, equation)
     base = _deferred.bind(equation, [f.base])
     dtype = numerics.accumulation_dtype(base.dtype)
-    updates = (
-        numerics.multiply(_summed(f, term, axes, dtype), term.label.scale)
-        for term in f.terms
-    )
-    return numerics.sum_and_round(base, updates)
-
-
-def _summed(f: Factored, term: Term, axes: Any, dtype: Any) -> jax.Array:
-    """`sum_r a[r] * b[r]`, summed over `axes`, with size 1 for axes that neither owns."""
-    kept = [(axis,) for axis in range(f.ndim) if axis not in axes]
-    names = tuple((axis,) for axis in range(f.ndim))
-    a, b = (owned(f, factor, names) for factor in (term.a, term.b))
-
-    def alone(p: Named, other: Named) -> Named:  # sums over the axes that only `p` has
-        shared = {contraction.RANK, *kept, *other.names}
-        gone = [i for i, name in enumerate(p.names) if name not in shared]
-        left = tuple(name for name in p.names if name in shared)
-        array = p.array.reshape(p.shape).astype(dtype)
-        return contraction.named(jnp.sum(array, axis=gone), left)
-
-    highest = lax.Precision.HIGHEST
-    out = contraction.contract(alone(a, b), alone(b, a), kept, dtype, highest)
-    unowned = {(axis,) for axis in axes} - {*a.names, *b.names}
-    times = math.prod(f.shape[axis] for (axis,) in unowned)
-    return place(out.array, out.names, kept) * times
+    return numerics.sum_and_round(base, sums_of_terms(f, axes, dtype))
 
 
 REFUSED = {

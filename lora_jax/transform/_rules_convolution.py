@@ -12,7 +12,8 @@ from lora_jax._core import numerics
 from lora_jax.lowrank import contraction
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, Term, merge, place
+from lora_jax.transform._dense import merge
+from lora_jax.transform._factored import Factored, Term, place
 from lora_jax.transform._parameters import NotFactorableError, parameter
 from lora_jax.transform._products import dtype_of_factors, project
 from lora_jax.transform._slots import Own, masked, of_all, own_along, widened

@@ -28,7 +28,7 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
     check_weight_is(row.operand, (f, indices), Factored, row.otherwise)
     (own,) = row.moves(equation)
     # If the adapter is for one kind of use, the next use of the rows decides the kind.
-    context.see_indexed(f, equation, own.indexed, moved=f.has_uses)
+    context.see(f, equation, own.roles, moved=f.has_uses)
     base = _deferred.bind(equation, [f.base, indices])
     taken = frozenset(axis for axis, is_taken in enumerate(own.indexed) if is_taken)
     fills = parameter(equation, "mode") == lax.GatherScatterMode.FILL_OR_DROP

@@ -12,7 +12,8 @@ from lora_jax._core import compat, numerics
 from lora_jax.lowrank.contraction import Name, Named, Names
 from lora_jax.transform import _deferred
 from lora_jax.transform._context import Context
-from lora_jax.transform._factored import Factored, Term, merge, place, times
+from lora_jax.transform._dense import merge
+from lora_jax.transform._factored import Factored, Term, place, times
 from lora_jax.transform._parameters import NotFactorableError, parameter
 from lora_jax.transform._products import Product, add_terms, dtype_of_factors, project
 from lora_jax.transform._slots import Own, masked, of_all, own_along, row_axes, widened

@@ -34,10 +34,10 @@ def move(context: Context, equation: Any, *values: Any) -> Any:
     for own, base in zip(moves, bases if several else [bases], strict=True):
         # All entries of an axis are one use; each piece of a split is a use.
         if any(own.indexed) and (name == "split" or not out):
-            context.see_indexed(f, equation, own.indexed, moved=True)
+            context.see(f, equation, own.roles, moved=True)
         _check_joins(f, own, base.shape)
         moved = functools.partial(_moved, own, others)
-        out.append(context.without_others(f, f.map(base, moved), moved))
+        out.append(context.masks.without_others(f, f.map(base, moved), moved))
     return out if several else out[0]
 
 

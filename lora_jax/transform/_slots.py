@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._core import compat, numerics
+from lora_jax._core.source_lines import called_at
 from lora_jax.lowrank import contraction
 from lora_jax.lowrank.contraction import Name, Named, Names, take
 from lora_jax.transform._context import Context
@@ -314,7 +315,7 @@ def place_of(context: Context, equation: Any, position: int) -> Any:
 
 def refuse(context: Context, equation: Any, reason: str) -> NoReturn:
     """Raises an error: an adapted weight is used without rows."""
-    where = compat.called_at(equation, context.callers)
+    where = called_at(equation, context.callers)
     raise ValueError(
         f"`{equation.primitive.name}` at {where} uses an adapted weight, and {reason}. "
         "`adapt_rows` must know which row each entry belongs to. State in in_axes which "

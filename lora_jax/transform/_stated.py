@@ -17,8 +17,9 @@ from lora_jax.plan.products import Names, StatementError, fit
 from lora_jax.transform import _deferred, _rules_products
 from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import form
-from lora_jax.transform._factored import base_of, is_factored, merge
-from lora_jax.transform._finder import Finder, Step, dense
+from lora_jax.transform._dense import merge
+from lora_jax.transform._factored import base_of, is_factored
+from lora_jax.transform._finder import Finder, dense
 from lora_jax.transform._parameters import NotFactorableError
 from lora_jax.transform._tracked import Tracked
 
@@ -35,9 +36,10 @@ class Call:
         fitted: the stated product, fitted to the shapes of this call.
     """
 
-    def __init__(self, name: str, text: str, equation: Any):
-        self.name, self.equation = name, equation
-        self.stated, self.fitted = fit(text, name, *compat.call_shapes(equation))
+    def __init__(self, products: Mapping[str, str], equation: Any):
+        self.name, self.equation = compat.function_name(equation), equation
+        text = tree_paths.look_up(products, self.name, None)
+        self.stated, self.fitted = fit(text, self.name, *compat.call_shapes(equation))
 
     def check_weight(self, weight: int) -> None:
         """Checks that the operand at a position may be the weight.
@@ -72,59 +74,34 @@ def _is_small(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 2
 
 
-Run = Callable[[str, str], Callable[..., Any]]
+def unless_stated(rule: Callable[..., Any], stated: Callable[..., Any]) -> Any:
+    """A rule or step for calls: `stated` for functions that are stated to be products."""
+
+    def choose(state: Any, equation: Any, *values: Any) -> Any:
+        name = compat.function_name(equation)
+        is_stated = tree_paths.first_match(state.products, name) is not None
+        return (stated if is_stated else rule)(state, equation, *values)
+
+    return choose
 
 
-def with_products(
-    rules: Mapping[str, Callable[..., Any]],
-    products: Mapping[str, str],
-    run: Run,
-    met: list[str] | None = None,
-) -> dict[str, Callable[..., Any]]:
-    """The rules, with rules for the calls of functions that are stated to be products.
+def rule(context: Context, equation: Any, *values: Any) -> list[Any]:
+    """Calls a stated function, and adds the low-rank update to its result."""
+    call = Call(context.products, equation)
+    operands, i = _with_one_weight(context, call, values)
+    if i is None:
+        return _deferred.use(equation, list(map(base_of, operands)))
+    call.check_weight(i)
+    k = call.fitted.position
+    results: list[Any] = []
 
-    Args:
-        rules: by primitive.
-        products: the stated equation of each function, by patterns of names.
-        run: makes the rule of a function from its name and its stated equation.
-        met: a list to which the names of all called functions are appended.
-    """
+    def frozen(operands: Sequence[Any]) -> jax.Array:
+        out = _deferred.bind(equation, [base_of(value) for value in operands])
+        results.extend(out if isinstance(out, list | tuple) else [out])
+        return results[k]
 
-    def choose(primitive: str) -> Callable[..., Any]:
-        def rule(state: Any, equation: Any, *values: Any) -> Any:
-            name = compat.function_name(equation)
-            if met is not None:
-                met.append(name)
-            text = tree_paths.look_up(products, name, None)
-            own = rules[primitive] if text is None else run(name, text)
-            return own(state, equation, *values)
-
-        return rule
-
-    return {**rules, **{name: choose(name) for name in compat.NAMED_CALLS}}
-
-
-def rule(name: str, text: str) -> Callable[..., Any]:
-    """A rule that calls a stated function and adds the low-rank update to its result."""
-
-    def apply(context: Context, equation: Any, *values: Any) -> list[Any]:
-        call = Call(name, text, equation)
-        operands, i = _with_one_weight(context, call, values)
-        if i is None:
-            return _deferred.use(equation, list(map(base_of, operands)))
-        call.check_weight(i)
-        k = call.fitted.position
-        results: list[Any] = []
-
-        def frozen(operands: Sequence[Any]) -> jax.Array:
-            out = _deferred.bind(equation, [base_of(value) for value in operands])
-            results.extend(out if isinstance(out, list | tuple) else [out])
-            return results[k]
-
-        product = _apply(context, equation, call, i, operands, frozen)
-        return [*results[:k], product, *results[k + 1 :]]
-
-    return apply
+    product = _apply(context, equation, call, i, operands, frozen)
+    return [*results[:k], product, *results[k + 1 :]]
 
 
 def _with_one_weight(
@@ -210,32 +187,28 @@ def _as_dot_general(x: Names, weight: Names, out: Names) -> Names:
     return (*batch, *rest)
 
 
-def step(name: str, text: str) -> Step:
-    """A step that records the stated roles of a weight's axes."""
-
-    def apply(finder: Finder, equation: Any, *values: Any) -> list[Any]:
-        call = Call(name, text, equation)
-        out, k = dense(equation), call.fitted.position
-        for i, value in enumerate(values):
-            if not isinstance(value, Tracked):
-                continue
-            if value.gathered:
-                finder.uses.use_rows(value)
-                continue
-            if call.fitted.operands[i] is None:
-                finder.merge(value, equation, _NO_PART)
-                continue
-            call.check_weight(i)
-            if call.stated.is_rounding:
-                order, shape = call.order, equation.outvars[k].aval.shape
-                out[k] = value.moved([(order.index(n),) for n in range(value.ndim)], shape)
-                continue
-            roles = call.stated.roles(call.fitted, i)
-            _check_body(finder, equation, call, list(values), value, roles)
-            finder.uses.see_product(value, equation, roles, values[call.others(i)[0]])
-        return out
-
-    return apply
+def step(finder: Finder, equation: Any, *values: Any) -> list[Any]:
+    """Records the stated roles of the axes of weights."""
+    call = Call(finder.products, equation)
+    out, k = dense(equation), call.fitted.position
+    for i, value in enumerate(values):
+        if not isinstance(value, Tracked):
+            continue
+        if value.gathered:
+            finder.uses.use_rows(value)
+            continue
+        if call.fitted.operands[i] is None:
+            finder.merge(value, equation, _NO_PART)
+            continue
+        call.check_weight(i)
+        if call.stated.is_rounding:
+            order, shape = call.order, equation.outvars[k].aval.shape
+            out[k] = value.moved([(order.index(n),) for n in range(value.ndim)], shape)
+            continue
+        roles = call.stated.roles(call.fitted, i)
+        _check_body(finder, equation, call, list(values), value, roles)
+        finder.uses.see_product(value, equation, roles, values[call.others(i)[0]])
+    return out
 
 
 def _check_body(

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax._core import compat
+from lora_jax._core.source_lines import use_at
 from lora_jax.plan.adapter_plan import Use
+from lora_jax.transform._moves import Move
 
 _PRODUCTS = ("dot_general", "ragged_dot_general")
 
@@ -260,17 +262,14 @@ class Uses:
     def _add(
         self, equation: Any, merged: str, uses: Iterable[tuple[str, dict[int, str]]]
     ) -> list[Found]:
-        primitive, where = "output", "the end of the function"
-        if equation is not None:
-            primitive = equation.primitive.name
-            where = compat.called_at(equation, self.callers)
-        new = [Found(name, primitive, where, merged, {**own}) for name, own in uses]
+        at = use_at(equation, self.callers)
+        new = [Found(name, *at, merged, {**own}) for name, own in uses]
         self.found += new
         return new
 
-    def look_up(self, value: Tracked, equation: Any, indexed: Sequence[bool]) -> Tracked:
-        """Records a look-up of the `indexed` axes; returns the value with the look-up."""
-        found = self.see(value, equation, ["indexed" if i else "" for i in indexed])
+    def look_up(self, value: Tracked, equation: Any, move: Move) -> Tracked:
+        """Records a look-up of indexed axes; returns the value with the look-up."""
+        found, indexed = self.see(value, equation, move.roles), move.indexed
         _see_entries(value, found)
         rows = not any(i > j for i, j in zip(indexed[1:], indexed[:-1], strict=True))
         new = LookUp(len(self.look_ups), found, rows)

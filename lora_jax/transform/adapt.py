@@ -15,9 +15,9 @@ from lora_jax.plan import axis_roles, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
 from lora_jax.plan.target import Target, Use
 from lora_jax.transform import _interpreter, _tracing
-from lora_jax.transform._adapted_weights import Update, factored, parts_of, unadapted
+from lora_jax.transform._adapted_weights import Update, factored, masks_of, unadapted
 from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
-from lora_jax.transform._rules import RULES, rules_for
+from lora_jax.transform._rules import RULES
 from lora_jax.transform._statistics import Statistic
 
 __all__ = ["Merge", "OnMerge", "accept_quantized", "adapt"]
@@ -183,7 +183,6 @@ def bound(
     norms = column_norms or {}
     traced_scales = plan_checks.check_scales(scales, plan, norms)
     compared = to_be_compared(plan)
-    rules = rules_for(plan.config.products)
 
     def adapted(
         params: Tree, adapters: Adapters, /, *args: P.args, **kwargs: P.kwargs
@@ -194,12 +193,13 @@ def bound(
         traced = _tracing.trace(fn, own, args, kwargs)
         traced.check_values()
         context = Context(
-            rules,
+            RULES,
             report,
             on_stop_gradient=on_stop_gradient,
             key=dropout_key if has_dropout(plan) else None,
             targets=compared,
             closed_over_is_constant=None in traced.paths,
+            products=plan.config.products,
             statistic=statistic,
         )
 
@@ -282,7 +282,7 @@ def run(
         updates = list(map(update, by_leaf[path]))
         values.append(factored(kind, value, updates))
         if any(own.target.part for own in updates):
-            context.keep_parts(values[-1], parts_of(values[-1], updates))
+            context.masks.keep(values[-1], masks_of(values[-1], updates))
     if any(target.use for target in plan.targets.values()):
         # To recognize products of weights alone.
         own = zip(traced.paths, values, strict=True)

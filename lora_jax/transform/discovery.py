@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lora_jax._core import compat, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan.adapter_plan import Use
-from lora_jax.transform import _stated, _tracing
+from lora_jax.transform import _tracing
 from lora_jax.transform._finder import Finder
 from lora_jax.transform._roles import STEPS
 from lora_jax.transform._tracked import Dense, weight_of
@@ -55,11 +55,10 @@ def find_uses(
             values.append(weight_of(path, kind.aval.shape))
         else:
             values.append(Dense(is_constant=path is not None))
-    called: list[str] = []
-    steps = _stated.with_products(STEPS, products, _stated.step, called)
-    finder = Finder(steps, closed_over_is_constant=None in traced.paths)
+    finder = Finder(STEPS, products, closed_over_is_constant=None in traced.paths)
     finder.merge_all(finder.follow(jaxpr, values), None, "the function returns it")
     finder.uses.settle()
+    called = finder.called
     for pattern in tree_paths.unmatched(products, called):
         near = tree_paths.nearest(pattern, called) or list(dict.fromkeys(called))
         raise ValueError(

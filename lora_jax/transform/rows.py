@@ -18,7 +18,7 @@ from lora_jax.transform import _following, _tracing
 from lora_jax.transform._adapted_weights import Update
 from lora_jax.transform._context import Context, Merge, OnStopGradient
 from lora_jax.transform._row_places import Atom, Rows, whole
-from lora_jax.transform._rules import rules_for
+from lora_jax.transform._rules import RULES
 from lora_jax.transform.adapt import has_dropout, run, to_be_compared
 
 __all__ = ["adapt_rows"]
@@ -117,7 +117,6 @@ def adapt_rows(
     if dropout_key is not None:
         checks.check_key("dropout_key", dropout_key)
     check_trains_nothing(plan)
-    rules = rules_for(plan.config.products)
     compared = to_be_compared(plan)
 
     def adapted(
@@ -141,12 +140,13 @@ def adapt_rows(
         def one_slot(adapters, scales, magnitudes, norms):
             plan_checks.check_adapters(adapters, plan)
             context = Context(
-                rules,
+                RULES,
                 _refuse_merge,
                 on_stop_gradient=on_stop_gradient,
                 key=dropout_key if has_dropout(plan) else None,
                 targets=compared,
                 closed_over_is_constant=None in traced.paths,
+                products=plan.config.products,
                 slots=slots,
                 n_slots=n_slots,
             )

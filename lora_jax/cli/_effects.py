@@ -235,7 +235,7 @@ def _put(
             f"and {left[0]!r}: give --names."
         )
     with _loading.leaving_out():
-        loaded = assemble(placement, False, dtype="file", on_tied="allow")
+        loaded = assemble(placement, False, dtype="file")
     adapters, joined = _ties.rejoin(heads, leaves, loaded.adapters, loaded.plan)
     return loaded._replace(adapters=adapters, plan=joined), left, full
 

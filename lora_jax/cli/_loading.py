@@ -120,7 +120,7 @@ def load_for(
     _check_any(placement, contents.directory, base, matching)
     sites = placement.sites.values()
     with leaving_out():
-        loaded = assemble(placement, matching.strict, dtype=dtype, on_tied="allow")
+        loaded = assemble(placement, matching.strict, dtype=dtype)
     modules = {site.name: site.target for site in sites}
     axes = {site.target: site.letters for site in sites}
     return Loaded(*loaded, modules, axes, placement.problems.lines)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from lora_jax._core.unknown_names import explain_attributes
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.load import Loaded, NameTable, load, match_names, replace_leaves
+from lora_jax.peft.load import Loaded, NameTable, load, match_names
+from lora_jax.peft.replaced import replace_leaves
 from lora_jax.peft.rules import ModuleMatch, match_modules, to_lora_config
 from lora_jax.peft.save import save
 from lora_jax.peft.torchtune import load_torchtune

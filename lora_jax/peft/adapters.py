@@ -9,15 +9,14 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._core import checks, tree_paths
+from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
-from lora_jax.peft.checkpoint import Checkpoint
+from lora_jax.layers.lora import Adapter
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype
 from lora_jax.peft.config import PeftConfig, as_lora_config
-from lora_jax.peft.full import Replaced, add_bias, check_whole
 from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import (
     SWAPPED,
@@ -25,8 +24,6 @@ from lora_jax.peft.layout import (
     Site,
     boxes,
     common_dtype,
-    from_matrix,
-    to_matrix,
 )
 from lora_jax.peft.leaves import Places
 from lora_jax.plan import parts
@@ -43,8 +40,6 @@ Arrays = Mapping[str, np.ndarray]
 _GIVEN = "the PEFT checkpoint, with the axes that names gives"
 _PRIMITIVES = {"embedding": "gather", "convolution": "conv_general_dilated"}
 _NOT_ADAPTED = "the PEFT checkpoint has no adapter for it"
-# Singular vectors are not unique where two singular values differ by less than this.
-_SMALLEST_GAP = 1e-4
 
 
 class Placed(NamedTuple):
@@ -56,30 +51,26 @@ class Placed(NamedTuple):
 
 
 def make_adapters(
-    checkpoint: Checkpoint, sites: Mapping[str, Site], replaced: Replaced
+    checkpoint: Checkpoint, places: Places, sites: Iterable[Site]
 ) -> dict[str, Placed]:
     """The adapters by path, in the order of the leaves."""
     by_path: dict[str, list[Site]] = {}
-    for site in sites.values():
+    for site in sites:
         by_path.setdefault(site.path, []).append(site)
     placed = {}
-    for path in filter(by_path.__contains__, replaced.places.leaves):
+    for path in filter(by_path.__contains__, places.leaves):
         groups: dict[tuple[str, int, float], dict[Index, _Module]] = {}
         for site in by_path[path]:
-            own = _read_module(checkpoint, site, replaced)
+            own = _read_module(checkpoint, site)
             alike = groups.setdefault((site.target, own.rank, own.scale), {})
             alike[site.indices] = own
-        if checkpoint.config.changes_base:
-            for alike in groups.values():
-                for own in alike.values():
-                    _change_base(checkpoint.config, own, replaced)
         pieces = (
             (target, [parts.indices_of(entry)[0] for entry in box], box, alike)
             for (target, *_), alike in groups.items()
             for box in boxes(alike)
         )
         for *_, box, alike in sorted(pieces, key=lambda piece: piece[:2]):
-            own = _adapter(checkpoint.config, replaced.places, box, alike)
+            own = _adapter(checkpoint.config, places, box, alike)
             placed[path + own.target.suffix] = own
     return placed
 
@@ -97,16 +88,12 @@ class _Module(NamedTuple):
         return self.arrays["A"].shape[-1]
 
 
-def _read_module(checkpoint: Checkpoint, site: Site, replaced: Replaced) -> _Module:
-    """Reads the adapter of a module, and adds its bias to the bias of the layer."""
+def _read_module(checkpoint: Checkpoint, site: Site) -> _Module:
+    """Reads the adapter of a module, without the bias of its B."""
     module, read = checkpoint.entries.modules[site.module], checkpoint.arrays.read
-    scale = checkpoint.config.scale_of(site.name)
-    arrays = {name: read(key) for name, key in module.keys.items()}
-    bias = arrays.pop("B_bias", None)
-    if bias is not None:
-        add_bias(replaced, site, bias, scale)
+    arrays = {name: read(key) for name, key in module.keys.items() if name != "B_bias"}
     own = from_peft(module.kind, site.own_axes, module.experts, arrays)
-    return _Module(site, module.kind, own, scale)
+    return _Module(site, module.kind, own, checkpoint.config.scale_of(site.name))
 
 
 def _adapter(
@@ -145,44 +132,6 @@ def _adapter(
         use=site.use,
     )
     return Placed(arrays, target, _use_of(kind, axes, site.given))
-
-
-def _change_base(config: PeftConfig, module: _Module, replaced: Replaced) -> None:
-    """Puts the base weight that PiSSA or OLoRA left, which PEFT does not save.
-
-    Raises if the initialization cannot be repeated exactly.
-    """
-    site, name = module.site, module.site.name
-    olora = str(config.init_lora_weights).lower() == "olora"
-    check_whole(site, "the initialization changed its base")
-    if config.init_lora_weights != "pissa" and not olora:
-        raise _not_repeatable(config, name, "its result is not unique")
-    if module.kind != "linear":
-        raise _not_repeatable(config, name, f"it is not a matrix, {site.axes!r}")
-    why = f"init_lora_weights={config.init_lora_weights!r} changed the base of {name!r}"
-    weight = replaced.current(site, why)
-    matrix = to_matrix(weight, site.own_axes)
-    rank, alpha = config.rank_of(name), config.alpha_of(name)
-    if not olora:
-        wide = matrix.astype(np.promote_types(matrix.dtype, np.float32))
-        values = np.linalg.svd(wide, compute_uv=False)
-        if rank < len(values) and values[rank - 1] - values[rank] < (
-            _SMALLEST_GAP * values[rank - 1]
-        ):
-            raise _not_repeatable(config, name, "two singular values are nearly equal")
-    init = init_olora_adapter if olora else init_pissa_adapter
-    base, _ = init(jnp.asarray(matrix), rank, alpha, rank_stabilized=config.use_rslora)
-    own = from_matrix(np.asarray(base), weight.shape, site.own_axes)
-    replaced.set(site, own.astype(weight.dtype))
-
-
-def _not_repeatable(config: PeftConfig, name: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"init_lora_weights={config.init_lora_weights!r} changed the base weight of "
-        f"{name!r} before training, and cannot be repeated here: {why}. Save the adapter "
-        "for the original base with PEFT's save_pretrained(..., "
-        "path_initial_model_for_weight_conversion=<the adapter as it was initialized>)."
-    )
 
 
 def from_peft(kind: Kind, axes: str, experts: int, arrays: Arrays) -> dict[str, np.ndarray]:
@@ -292,6 +241,23 @@ def cut_adapter(
         ends = {"A": (-1, len(rank)), "B": (len(rank), -1), "m": (-1,)}[entry]
         cut[entry] = wide.reshape(*stack, *ends)
     return cut
+
+
+def to_jax(
+    where: str, placed: Mapping[str, Placed], dtype: FileDtype
+) -> dict[str, Adapter]:
+    """The adapters as JAX arrays of a dtype. `where` is the file, for messages."""
+    adapters: dict[str, Adapter] = {}
+    for path, own in placed.items():
+        adapters[path] = {}
+        for name, array in own.arrays.items():
+            if dtype not in (None, "file"):
+                try:
+                    array = tensor_files.cast(repr(f"{path}:{name}"), array, dtype)
+                except ValueError as error:
+                    raise CheckpointError(f"{where}: {error}") from None
+            adapters[path][name] = tensor_files.to_jax(where, f"{path}:{name}", array)
+    return adapters
 
 
 def _use_of(kind: str, axes: str, given: bool) -> Use:

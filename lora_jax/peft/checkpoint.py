@@ -96,27 +96,6 @@ class InMemory(dict[str, np.ndarray]):
     read = dict.__getitem__
 
 
-class Widened:
-    """Reads arrays in at least float32, so that nothing is computed or trained in less.
-
-    Full arrays have `dtype`, if that is at least float32.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
-        self._arrays, self._where = checkpoint.arrays, checkpoint.where
-        self._wholes = frozenset(checkpoint.entries.wholes.values())
-        self._dtype = dtype if dtype is not None and dtype.itemsize >= 4 else None
-
-    def read(self, name: str, /) -> np.ndarray:
-        """The array of a name."""
-        array = tensor_files.widen(self._arrays.read(name))
-        try:
-            dtype = self._dtype if name in self._wholes else None
-            return tensor_files.cast(repr(name), array, dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{self._where}: {error}") from None
-
-
 def is_checkpoint(folder: pathlib.Path) -> bool:
     """Whether a directory has the config of a PEFT adapter."""
     return bool(_configs(folder))

@@ -1,33 +1,20 @@
-"""Full (not low-rank) arrays of a checkpoint: their sites, and the leaves they replace.
+"""Finds the leaf of each full (not low-rank) array of a checkpoint.
 
-These are saved modules, biases and rows of embeddings. The bias of an adapter, and a base
-that an initialization changed, replace leaves too.
+These are saved modules, biases and rows of embeddings.
 """
 
 import functools
 import math
 from collections.abc import Mapping
 
-import jax
-import numpy as np
-from jax.core import Tracer
-
-from lora_jax._io import processes, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,
     Reading,
     Site,
-    common_dtype,
-    first_axes,
-    from_torch,
     has_room,
-    same_bits,
     stacked_readings,
-    to_matrix,
     torch_forms,
 )
 from lora_jax.peft.leaves import (
@@ -39,13 +26,6 @@ from lora_jax.peft.leaves import (
     only,
     open_site,
     shared_readings,
-)
-from lora_jax.peft.missing import (
-    OnTied,
-    shared_leaves,
-    tied_arrays,
-    without_frozen,
-    without_twins,
 )
 from lora_jax.peft.words import (
     BIAS,
@@ -204,153 +184,8 @@ def _sibling_bias(places: Places, name: str, path: str) -> str:
     return bias
 
 
-class Replaced:
-    """Collects the leaves that a checkpoint replaces, whole or index by index."""
-
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        self._arrays: dict[str, np.ndarray] = {}
-        # The axes of the stack, and the indexes that are set.
-        self._open: dict[str, tuple[Index, set[Index]]] = {}
-        self._owners: dict[tuple[str, Index], str] = {}
-
-    def put(self, site: Site, array: np.ndarray) -> None:
-        """Puts an array of a checkpoint, in PyTorch's layout, at its site.
-
-        Raises if another array of the checkpoint is there and differs.
-        """
-        shape = site.own_shape(self.places.shape(site.path))
-        own = from_torch(array, shape, site.own_axes)
-        other = self._owners.setdefault((site.path, site.indices), site.name)
-        if other == site.name:
-            self.set(site, own)
-            return
-        values = site.view(self._arrays[site.path])
-        if not same_bits(own.astype(values.dtype), values):
-            raise CheckpointError(
-                f"{other!r} and {site.name!r} differ, and both are {site.path!r}: the leaf "
-                "has room for one. If the embedding and the output head were one array "
-                "before the training, they are two now: give params with a leaf for each, "
-                "and a function that uses both."
-            )
-
-    def set(self, site: Site, array: np.ndarray) -> None:
-        """Puts an array that has the layout of the leaf."""
-        path = site.path
-        if not site.indices:
-            self._arrays[path] = array
-            return
-        if path not in self._arrays:
-            self._arrays[path] = np.zeros(self.places.shape(path), array.dtype)
-            self._open[path] = site.stack, set()
-        wide = common_dtype(self._arrays[path].dtype, array.dtype)
-        self._arrays[path] = self._arrays[path].astype(wide, copy=False)
-        first_axes(self._arrays[path], site.stack)[site.indices] = array
-        if path in self._open:
-            self._open[path][1].add(site.indices)
-
-    def current(self, site: Site, why: str) -> np.ndarray:
-        """The values that `set` would replace: values set before, or values of the params.
-
-        If the params have no values, the error says why they are needed.
-        """
-        path = site.path
-        complete = path not in self._open or site.indices in self._open[path][1]
-        if path in self._arrays and complete:
-            return site.view(self._arrays[path])
-        return site.view(self._values(path, why))
-
-    def _values(self, path: str, why: str) -> np.ndarray:
-        """The values of a leaf that the checkpoint changes in part."""
-        leaf = self.places.leaves[path]
-        if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-            raise CheckpointError(
-                f"{why}, so the values of {path!r} are needed, got a "
-                f"{type(leaf).__name__}: give params with arrays."
-            )
-        return processes.to_host(leaf)
-
-    def finish(self, where: str) -> dict[str, jax.Array]:
-        """All leaves. Indexes that are not set have the values of the params."""
-        for path, (stack, indexes) in self._open.items():
-            shape = self.places.shape(path)
-            absent = set(np.ndindex(*(shape[axis] for axis in stack))) - indexes
-            if absent:
-                own = self._values(path, "some layers lack it")
-                for index in absent:
-                    values = first_axes(own, stack)[index]
-                    first_axes(self._arrays[path], stack)[index] = values
-        return {
-            path: tensor_files.to_jax(where, path, array)
-            for path, array in self._arrays.items()
-        }
-
-
-def add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> None:
-    """Adds the bias of an adapter's B to the bias of its layer: `lora_bias`."""
-    check_whole(site, "its adapter has a bias of its own")
-    places, module = replaced.places, site.module
-    path = _sibling_bias(places, module, site.path)
-    numbers = tuple(zip(site.fields, site.indices, strict=True))
-    claim = _read(places, f"{module}.bias", bias.shape, path, numbers)
-    if not claim.readings:
-        raise CheckpointError(
-            f"{module!r} has a bias of {bias.size} entries, and {path!r} has the shape "
-            f"{places.shape(path)}: it is not the bias of that layer."
-        )
-    own = claim.settle(_one_reading(places, [claim]))
-    why = f"{module!r} has a bias of its own, which shifts the bias of the layer"
-    old = replaced.current(own, why)
-    wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
-    update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
-    replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
-
-
-def put_full(
-    replaced: Replaced,
-    checkpoint: Checkpoint,
-    sites: Mapping[str, Site],
-    problems: Problems,
-    on_tied: OnTied,
-) -> set[str]:
-    """Puts the full arrays of a checkpoint, and then the rows of embeddings.
-
-    `sites` are of its adapters.
-
-    Returns:
-        The modules whose adapters are left out, because another array has their leaf.
-    """
-    places = replaced.places
-    config, read = checkpoint.config, checkpoint.arrays.read
-    arrays = {name: read(key) for name, key in checkpoint.entries.wholes.items()}
-    arrays = without_twins(places, without_frozen(places, sites, arrays))
-    full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
-    if on_tied == "error":
-        twins = checkpoint.entries.wholes.keys() - arrays.keys()
-        wrong = tied_arrays(places, full, twins, config)
-        problems.lines += wrong.values()
-        full = {name: site for name, site in full.items() if name not in wrong}
-    for name, site in full.items():
-        with problems.collecting():
-            replaced.put(site, arrays[name])
-    rows: dict[str, str] = {}
-    for name, key in checkpoint.entries.tokens.items():
-        with problems.collecting():
-            rows[name] = _put_rows(replaced, name, read(key), config)
-    twice = shared_leaves(sites.values(), full.values(), rows)
-    problems.lines += twice.values()
-    return {*twice}
-
-
-def _put_rows(replaced: Replaced, module: str, rows: np.ndarray, config: PeftConfig) -> str:
-    """Puts rows of an embedding, or of a head, and returns the path of the leaf."""
-    indexes = _token_indexes(config, module)
-    places = replaced.places
-    if rows.ndim != 2:
-        raise CheckpointError(
-            f"{module!r} must have rows of an embedding, (n, width), got {rows.shape}."
-        )
-    width = rows.shape[1]
+def find_rows(places: Places, module: str, width: int) -> tuple[Site, int]:
+    """Finds the embedding, or the head, that has rows of a width, and their number."""
     given = places.given(module)
     found = places.search(split_name(module), (WEIGHT,))
     paths = [given.path] if given else [each.path for each in found]
@@ -362,29 +197,18 @@ def _put_rows(replaced: Replaced, module: str, rows: np.ndarray, config: PeftCon
             f"shape {places.shape(given.path)}: it has no such rows."
         )
     claim = _find_claim(places, f"{module}.weight", shape)
-    site = claim.settle(_one_reading(places, [claim]))
-    old = replaced.current(site, f"only rows of {module!r} are replaced")
-    if len(rows) != len(indexes) or max(indexes, default=0) >= shape[0]:
+    return claim.settle(_one_reading(places, [claim])), shape[0]
+
+
+def find_bias(places: Places, site: Site, size: int) -> Site:
+    """Finds the bias of an adapted layer, for the bias of its adapter: `lora_bias`."""
+    check_whole(site, "its adapter has a bias of its own")
+    path = _sibling_bias(places, site.module, site.path)
+    numbers = tuple(zip(site.fields, site.indices, strict=True))
+    claim = _read(places, f"{site.module}.bias", (size,), path, numbers)
+    if not claim.readings:
         raise CheckpointError(
-            f"{module!r} has {len(rows)} rows, the config has the indices "
-            f"{list(indexes)[:8]}, and {site.path!r} has {shape[0]} rows."
+            f"{site.module!r} has a bias of {size} entries, and {path!r} has the shape "
+            f"{places.shape(path)}: it is not the bias of that layer."
         )
-    axes = site.own_axes
-    matrix = np.array(to_matrix(old, axes).T if axes else old).reshape(shape)
-    matrix[list(indexes)] = rows.astype(old.dtype)
-    replaced.set(site, np.ascontiguousarray(from_torch(matrix, old.shape, axes)))
-    return site.path
-
-
-def _token_indexes(config: PeftConfig, module: str) -> tuple[int, ...]:
-    """The indexes of the rows of an embedding that the checkpoint has."""
-    given = config.trainable_token_indices
-    if isinstance(given, tuple):
-        return given
-    for name, indexes in (given or {}).items():
-        if module == name or module.endswith(f".{name}"):
-            return indexes
-    raise CheckpointError(
-        f"{module!r} has rows of trained tokens, and the config's trainable_token_indices "
-        f"does not list its rows: {given!r}"
-    )
+    return claim.settle(_one_reading(places, [claim]))

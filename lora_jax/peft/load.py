@@ -8,20 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lora_jax._core import checks, placement, tree_paths
+from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.tables import format_html, format_table
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft.adapters import make_adapters, make_plan
+from lora_jax.peft.adapters import make_adapters, make_plan, to_jax
 from lora_jax.peft.checkpoint import (
     Checkpoint,
     FileDtype,
-    Widened,
     check_dtype,
 )
-from lora_jax.peft.full import Replaced, put_full
 from lora_jax.peft.layout import Layout, Site
 from lora_jax.peft.leaves import Places, Problems, make_places
 from lora_jax.peft.locate import find_sites
@@ -33,12 +31,13 @@ from lora_jax.peft.missing import (
     tied_adapters,
 )
 from lora_jax.peft.names import NamesArgument
+from lora_jax.peft.replaced import Replaced, put_changes, put_full
 from lora_jax.peft.rules import Rules
 from lora_jax.peft.trainers import open_adapter
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
-__all__ = ["Loaded", "NameTable", "load", "match_names", "replace_leaves"]
+__all__ = ["Loaded", "NameTable", "load", "match_names"]
 
 _LOG = logging.getLogger("lora_jax.peft")
 
@@ -109,6 +108,7 @@ class Placement(NamedTuple):
     sites: Mapping[str, Site]
     """By the names of the modules in the checkpoint."""
     problems: Problems
+    on_tied: OnTied = "error"
     tied: frozenset[str] = frozenset()
     """The leaves that are or may be an embedding and a head, if adapters act on both."""
 
@@ -131,6 +131,7 @@ def find_places(
         ValueError: if `on_tied` is not one of its values.
     """
     checks.check_choice("on_tied", on_tied, ON_TIED)
+    on_tied = "allow" if checkpoint.on_both else on_tied
     problems, config, modules = Problems(), checkpoint.config, {}
     rules, separate = Rules(config), on_tied == "error"
     for name, module in checkpoint.entries.modules.items():
@@ -143,19 +144,34 @@ def find_places(
         wrong = tied_adapters(places, sites, modules, config)
     if not separate:
         tied = frozenset(sites[name].path for name in wrong)
-        return Placement(checkpoint, places, sites, problems, tied)
+        return Placement(checkpoint, places, sites, problems, on_tied, tied)
     problems.lines += wrong.values()
     sites = {name: site for name, site in sites.items() if name not in wrong}
     return Placement(checkpoint, places, sites, problems)
 
 
-def assemble(
-    placement: Placement,
-    strict: bool,
-    *,
-    dtype: FileDtype = None,
-    on_tied: OnTied = "error",
-) -> Loaded:
+class Widened:
+    """Reads arrays in at least float32, so that nothing is computed or trained in less.
+
+    Full arrays have `dtype`, if that is at least float32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: Any) -> None:
+        self._arrays, self._where = checkpoint.arrays, checkpoint.where
+        self._wholes = frozenset(checkpoint.entries.wholes.values())
+        self._dtype = dtype if dtype is not None and dtype.itemsize >= 4 else None
+
+    def read(self, name: str, /) -> np.ndarray:
+        """The array of a name."""
+        array = tensor_files.widen(self._arrays.read(name))
+        try:
+            dtype = self._dtype if name in self._wholes else None
+            return tensor_files.cast(repr(name), array, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{self._where}: {error}") from None
+
+
+def assemble(placement: Placement, strict: bool, *, dtype: FileDtype = None) -> Loaded:
     """Makes adapters, a plan and replaced leaves from a checkpoint.
 
     If `strict` is true, what does not fit is an error.
@@ -163,46 +179,30 @@ def assemble(
     Raises:
         CheckpointError: as `lora_jax.peft.load`.
     """
-    checkpoint, places, sites, problems, tied = placement
+    checkpoint, places, sites, problems, on_tied, tied = placement
     where, config = checkpoint.where, checkpoint.config
-    dtype = check_dtype(dtype)
     if dtype != "file":
         checkpoint = checkpoint._replace(arrays=Widened(checkpoint, dtype))
     _LOG.info("%s\n%s", where, placement.table())
     replaced = Replaced(places)
     twice = put_full(replaced, checkpoint, sites, problems, on_tied)
-    sites = {name: site for name, site in sites.items() if name not in twice}
+    sites = [site for name, site in sites.items() if name not in twice]
     problems.lines[:0] = places.unused_names()
-    problems.lines += find_missing(checkpoint, places, sites.values())
+    problems.lines += find_missing(checkpoint, places, sites)
     problems.settle(where, strict)
     try:
-        placed = make_adapters(checkpoint, sites, replaced)
+        put_changes(replaced, checkpoint, sites)
+        placed = make_adapters(checkpoint, places, sites)
         whole = replaced.finish(where)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
     if not placed and not whole:
         why = problems.lines[0] if problems.lines else "it contains nothing for them."
         raise CheckpointError(f"{where}: nothing of it fits the params: {why}")
-    adapters = {
-        path: {
-            name: _to_jax(where, f"{path}:{name}", array, dtype)
-            for name, array in own.arrays.items()
-        }
-        for path, own in placed.items()
-    }
-    trained = places.known.trained - {site.path for site in sites.values()}
+    trained = places.known.trained - {site.path for site in sites}
     values = {path: {VALUE: whole.pop(path)} for path in [*whole] if path in trained}
     plan = make_plan(config, places, placed, values, tied)
-    return Loaded(adapters | values, plan, whole)
-
-
-def _to_jax(where: str, name: str, array: np.ndarray, dtype: FileDtype) -> jax.Array:
-    if dtype not in (None, "file"):
-        try:
-            array = tensor_files.cast(repr(name), array, dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{where}: {error}") from None
-    return tensor_files.to_jax(where, name, array)
+    return Loaded(to_jax(where, placed, dtype) | values, plan, whole)
 
 
 def load(
@@ -301,12 +301,11 @@ def load(
         https://github.com/ml-explore/mlx-lm, and `load_lora_adapter` of diffusers.
     """
     checks.check_flags(strict=strict)
-    checks.check_choice("on_tied", on_tied, ON_TIED)
+    dtype = check_dtype(dtype)
     places = make_places(params, fn, args, plan, names, layout)
     checkpoint = open_adapter(directory, allow_fields)
-    on_tied = "allow" if checkpoint.on_both else on_tied
     placement = find_places(checkpoint, places, on_tied=on_tied)
-    return assemble(placement, strict, dtype=dtype, on_tied=on_tied)
+    return assemble(placement, strict, dtype=dtype)
 
 
 def match_names(
@@ -344,7 +343,6 @@ def match_names(
     """
     checkpoint = open_adapter(directory, allow_fields)
     places = make_places(params, fn, args, plan, names, layout)
-    on_tied = "allow" if checkpoint.on_both else on_tied
     placement = find_places(checkpoint, places, on_tied=on_tied)
     for name in (*checkpoint.entries.wholes, *checkpoint.entries.tokens):
         for key in (name, name.rpartition(".")[0]):
@@ -352,38 +350,3 @@ def match_names(
     placement.problems.lines += places.unused_names()
     placement.problems.settle(checkpoint.where, True)
     return placement.table()
-
-
-def replace_leaves(
-    params: tree_paths.Tree, replaced: Mapping[str, jax.Array]
-) -> tree_paths.Tree:
-    """Replaces leaves of params by the full leaves of a checkpoint.
-
-    Args:
-        params: a pytree.
-        replaced: path to array, as `load` returns it.
-
-    Returns:
-        A tree like `params`. New leaves have the dtypes and shardings of the old leaves.
-
-    Raises:
-        KeyError: if params have no leaf at a path.
-        ValueError: if a shape differs.
-    """
-    leaves, treedef = tree_paths.flatten(params)
-    for path, array in replaced.items():
-        if path not in leaves:
-            hint = tree_paths.nearest_hint(path, leaves)
-            raise KeyError(f"params have no leaf at {path!r}{hint}.")
-        with checks.at_path(path):
-            leaves[path] = _like(leaves[path], array)
-    return treedef.unflatten(leaves.values())
-
-
-def _like(leaf: Any, array: jax.Array) -> jax.Array:
-    if not checks.is_array(leaf) or tuple(leaf.shape) != array.shape:
-        raise ValueError(
-            f"the leaf must be an array of the shape {array.shape}, got "
-            f"{getattr(leaf, 'shape', type(leaf).__name__)}."
-        )
-    return placement.like(leaf, array)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtypes
+from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtype, check_dtypes
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.keys import PREFIX, Module, sort_entries
 from lora_jax.peft.layout import Layout
@@ -95,6 +95,7 @@ def load_torchtune(
         https://github.com/pytorch/torchtune, which leaves the magnitudes as they are.
     """
     checks.check_flags(strict=strict)
+    dtype = check_dtype(dtype)
     checks.check_choice("model", model, MODELS)
     checks.check_number("alpha", alpha)
     heads = {"q": num_heads, "k": num_heads if num_kv_heads is None else num_kv_heads}
@@ -124,7 +125,7 @@ def load_torchtune(
     placement = find_places(checkpoint, places, on_tied=on_tied)
     if config.use_dora:
         placement.problems.lines += _scaled_biases(placement)
-    return assemble(placement, strict, dtype=dtype, on_tied=on_tied)
+    return assemble(placement, strict, dtype=dtype)
 
 
 def _scaled_biases(placement: Placement) -> Iterator[str]:

@@ -56,9 +56,14 @@ def open_adapter(
     `place` is a directory of PEFT or mlx-lm, or a safetensors file of kohya or diffusers.
     """
     path = find_file(pathlib.Path(place))
-    if path is None:
-        return peft_files.open_checkpoint(place, allow_fields)
-    allowed, own = check_allowed(allow_fields), open_foreign(path)
+    if path is not None:
+        return _open_foreign(path, check_allowed(allow_fields))
+    return peft_files.open_checkpoint(place, allow_fields)
+
+
+def _open_foreign(path: pathlib.Path, allowed: tuple[str, ...]) -> Checkpoint:
+    """Opens a file of another dialect than PEFT, whose settings become a config."""
+    own = open_foreign(path)
     read = _read_mlx if own.dialect == MLX else _read_metadata
     config, settings, alphas = read(path, own, allowed)
     if own.alphas and alphas:

@@ -203,7 +203,7 @@ def multiply_row(kind: BlockType, blocks: jax.Array, x: jax.Array) -> jax.Array:
         x: float32.
     """
     n_out, n, _ = blocks.shape
-    size = max(size for size in range(1, _MOST + 1) if n % size == 0)
+    size = next(size for size in range(_MOST, 0, -1) if n % size == 0)
     parts = blocks.reshape(n_out, -1, size, kind.n_bytes).swapaxes(0, 1)
 
     def add(lanes: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:

@@ -400,9 +400,9 @@ def _place(weight: Any, sharding: Sharding | None) -> Any:
     """A weight of NumPy arrays as one of JAX arrays with a sharding."""
     if sharding is None:
         return jax.tree.map(jnp.asarray, weight)
-    places = placement.shardings(weight, sharding)
-    if places is None or not isinstance(sharding, NamedSharding):
+    if not isinstance(sharding, NamedSharding):
         return jax.device_put(weight, sharding)
+    places = placement.shardings(weight, sharding)
     last = len(weight.shape) - 1
     if any(sharding.spec[last:]) and not any(jax.tree.leaves(places)[0].spec[last:]):
         raise ValueError(

@@ -295,7 +295,7 @@ def _check_rows(row_axes: Any, entry: tuple[int, ...], block: int) -> None:
     if checks.as_index("row_axes", row_axes) < 0:
         raise ValueError(f"row_axes must be at least 0, got {row_axes}.")
     rest = math.prod(entry[row_axes:])
-    if row_axes and (row_axes >= len(entry) or rest % block):
+    if row_axes and rest % block:
         raise ValueError(
             f"row_axes must be 0, or leave rows of whole blocks of {block}: with "
             f"{row_axes} a weight of shape {entry} has rows of {rest} entries."
@@ -376,10 +376,11 @@ def _quantize(
 
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def _dequantize(quantized: NF4Tensor, dtype: str) -> jax.Array:
-    q, methods = quantized, _CODECS[quantized.codec]
+    q: Any = quantized
+    methods = _CODECS[q.codec]
     scales = q.scales  # (*batch, *rows, n_blocks)
-    if q.group_scales is not None and q.mean is not None:
-        group = q.scaler_block_size or 1
+    if q.mean is not None:
+        group = q.scaler_block_size
         group_scales = _arithmetic.spread(q.group_scales, group, scales.shape)
         mean = q.mean.reshape(*q.mean.shape, *[1] * (scales.ndim - q.mean.ndim))
         scales = methods.unnest(scales, group_scales, mean, q.dtype)

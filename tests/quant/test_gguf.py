@@ -140,10 +140,14 @@ rows = {  # products of a weight (out, in) with x (1, 1, in)
 }
 
 
-@pytest.mark.parametrize("name", [n for n, kind in _ggml.TYPES.items() if kind.n_scales])
 @pytest.mark.parametrize(
-    ("row", "n_blocks"), [*((row, 3) for row in rows), ("x @ w.T", 130)]
-)  # 130 blocks take several loops
+    ("name", "row", "n_blocks"),
+    [
+        *((name, "x @ w.T", 3) for name, kind in _ggml.TYPES.items() if kind.n_scales),
+        *(("Q4_1", row, 3) for row in rows if row != "x @ w.T"),
+        *(("Q5_0", "x @ w.T", n) for n in (67, 130)),  # several loops, of one and of more
+    ],
+)
 @pytest.mark.usefixtures("optimized")
 def test_one_row_is_multiplied_without_a_dense_weight(name, row, n_blocks):
     n_in, n_out, product = 32 * n_blocks, 7, rows[row]
@@ -237,7 +241,8 @@ def test_load_gguf_stacks_layers(tmp_path):
 
 @pytest.mark.parametrize("stack", [False, True])
 def test_rope_rows_get_their_order_back_exactly(stack, tmp_path):
-    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
+    experts = {"attn_q.experts": np.float32(normal(3, 8, 4))}
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers(**experts))
     plain, got = (
         quant.load_gguf(path, stack=stack, rope_heads=heads)
         for heads in (None, {"*attn_q.*": 2})
@@ -282,7 +287,7 @@ def test_load_gguf_places_weights_on_a_mesh(tmp_path):
         jax.device_get(got),
         jax.device_get(quant.load_gguf(path, stack=True, dense="token*")),
     )
-    split = {"*attn_q.weight": NamedSharding(mesh, P(None, None, "x"))}
+    split = {"*attn_q.weight": NamedSharding(mesh, P(None, "y", "x"))}
     with pytest.raises(ValueError, match=r"attn_q.weight.*whole blocks of 256 entries"):
         quant.load_gguf(path, stack=True, shardings=split)
 

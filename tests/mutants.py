@@ -129,6 +129,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "unit = lax.reduce_precision(2 * over, exponent_bits=8, mantissa_bits=0)",
         "unit = lax.reduce_precision(2 * over, exponent_bits=9, mantissa_bits=0)",
     ): "a float32 has no more than 8 bits of exponent",
+    (
+        "lora_jax/quant/_ggml.py",
+        "_MOST = 64  # blocks in one loop",
+        "_MOST = 65  # blocks in one loop",
+    ): "however many blocks a loop takes, the sums have one order",
+    (
+        "lora_jax/quant/_ggml.py",
+        "return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 0]",
+        "return (lanes @ jnp.ones((_RUN, 3), jnp.float32))[:, 0]",
+    ): "all columns are the same",
+    (
+        "lora_jax/quant/_ggml.py",
+        "return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 0]",
+        "return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 1]",
+    ): "all columns are the same",
 }
 
 OPERATORS = {

@@ -102,6 +102,10 @@ def settings(**changes):
     return lambda record, arrays, metadata: record["a"]["settings"].update(changes)
 
 
+def more(n):
+    return lambda r, a, m: a.update({f"b{i}": np.ones(2) for i in range(n)})
+
+
 EDITS = {
     "nothing": (lambda r, a, m: None, None),
     "version": (lambda r, a, m: m.update(version="2"), "has version 2 of the format"),
@@ -112,7 +116,9 @@ EDITS = {
     "other": (lambda r, a, m: r["a"].update(format="int8"), "at 'a': expected arrays of"),
     "arrays": (lambda r, a, m: r["a"].update(arrays=["codes"]), "unexpected 'a:group_sc"),
     "missing": (lambda r, a, m: a.pop("a:codes") is None, "missing are 'a:codes'"),
-    "extra": (lambda r, a, m: a.update(b=np.ones(2)), "unexpected 'b'"),
+    "extra": (more(1), r"unexpected 'b0'\."),
+    "5 more": (more(5), r"unexpected 'b0', 'b1', 'b2', 'b3', 'b4'\.$"),
+    "6 more": (more(6), r"unexpected 'b0', 'b1', 'b2', 'b3', 'b4', \.\.\."),
     "dropped": (
         lambda r, a, m: (a.pop("a:mean"), r["a"]["arrays"].remove("mean")),
         "at 'a': the array mean is missing",

@@ -224,7 +224,7 @@ def test_is_quantized():
     ("value", "dtype", "match"),
     [
         (np.ones(3), None, "expected a quantized tensor, got ndarray"),
-        (support.quantize_sign(jnp.ones((2, 3))), "int8", "of at least 16 bits, got int8"),
+        (support.quantize_sign(jnp.ones((2, 3))), "int32", "at least 16 bits, got int32"),
         (support.quantize_sign(jnp.ones((2, 3))), "float8_e4m3fn", "at least 16 bits"),
     ],
 )

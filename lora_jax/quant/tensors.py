@@ -119,9 +119,9 @@ def name_of(cls: type) -> str | None:
     return next((name for name, known in _FORMATS.items() if known is cls), None)
 
 
-def format_of(name: Any) -> type[QuantizedTensor] | None:
+def format_of(name: str) -> type[QuantizedTensor] | None:
     """The format with a name, or None."""
-    return _FORMATS.get(name) if isinstance(name, str) else None
+    return _FORMATS.get(name)
 
 
 def format_names() -> tuple[str, ...]:

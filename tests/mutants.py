@@ -156,7 +156,7 @@ OPERATORS = {
 WORDS = {"float32": "bfloat16", "float64": "float32", "in": "out", "out": "in"}
 SYMMETRIC = {
     *("swapaxes", "maximum", "minimum", "max", "min", "promote", "zip"),
-    *("clip", "accumulation_dtype"),
+    *("clip", "accumulation_dtype", "overlap"),
 }
 DTYPE_ARGUMENTS = {"dtype", "preferred_element_type", "precision"}
 

@@ -41,12 +41,9 @@ def unify(adapters: Sequence[Adapters], plans: Sequence[AdapterPlan]) -> Unified
 def _is_mixed(targets: Sequence[Target]) -> bool:
     """Whether targets of one weight overlap, and can be targets of the whole weight."""
     pairs = itertools.combinations(targets, 2)
-    return (
-        {(own.method, own.use, own.shape) for own in targets}
-        == {("lora", targets[0].use, targets[0].shape)}
-        and len({own.part for own in targets}) > 1
-        and any(parts.overlap(a.part, b.part, a.shape) for a, b in pairs)
-    )
+    return {(own.method, own.use, own.shape) for own in targets} == {
+        ("lora", targets[0].use, targets[0].shape)
+    } and any(parts.overlap(a.part, b.part, a.shape) for a, b in pairs)
 
 
 def _widened(

@@ -301,6 +301,12 @@ def test_uses_of_a_tied_table():
     want, more = (change(*pair, params) for pair in zip(adapters, plans, strict=True))
     want = more | {path: value + more[path] for path, value in want.items()}
     assert_changes(made, want, params=params)
+    cut = lora_jax.plan_adapters(LoraConfig(2, 3.0, "table[:9]@lookup"), params, apply, ids)
+    first, other = adapters[0], fill(cut, 2)  # parts of one use that overlap
+    made = lora_jax.combine_adapters([first, other], [plans[0], cut])
+    want = change(first, plans[0], params)
+    want["table@lookup"][:9] += change(other, cut, params)["table[:9]@lookup"]
+    assert_changes(made, want, params=params)
     with pytest.raises(ValueError, match="'table@lookup' adapts one use of 'table' alone"):
         lora_jax.extract_adapters(params, params, plans[0])
 

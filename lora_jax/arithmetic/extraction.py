@@ -140,7 +140,7 @@ def _changed_leaves(
 def _is_equal(path: str, first: Any, second: Any, outside: Sequence[str]) -> bool:
     """Whether two leaves have the same values outside of some parts, in any dtypes."""
     if not (checks.is_array(first) and checks.is_array(second)):
-        return first is second or bool(first == second)
+        return bool(first == second)
     with checks.at_path(path):
         pair = list(map(_values, (first, second)))
     for part in outside:

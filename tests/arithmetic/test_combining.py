@@ -225,22 +225,37 @@ def test_extract_of_a_merge_gives_the_update_back():
     tuned = lora_jax.merge_adapters(PARAMS, FILLED["trains"], PLANS["trains"])
     tuned["norm"] = tuned["norm"].at[2].set(7.0)
     rest = {"key": KEY, "step": 3, "scale": jnp.asarray([np.nan, 2.0], "bfloat16")}
+    rest |= {"rate": float("0.5"), "count": np.asarray([2**60])}
     again = rest | {"key": jax.random.key(0), "scale": rest["scale"].astype("float32")}
+    again |= {"rate": float("0.5"), "count": rest["count"] + 1}
     made = lora_jax.extract_adapters(PARAMS | rest, tuned | again, PLANS["trains"])
     assert made.plan == PLANS["trains"]
     assert_changes(made, change(FILLED["trains"], PLANS["trains"]), 256)
-    assert list(made.changed) == ["norm"]
+    assert made.changed.keys() == {"norm", "count"}
     assert made.changed["norm"] is tuned["norm"]
     assert made.energy["stack"] == pytest.approx(1.0, abs=1e-9)
     full = lora_jax.extract_adapters(PARAMS, tuned, PLANS["plain"], energy=0.9999999)
     assert [full.plan.targets[path].rank for path in ("stack", "w")] == [2, 1]
     assert_agrees(full.plan)
     assert {*full.changed} == {"norm", "bias"}
-    one = lora_jax.extract_adapters(PARAMS, tuned, PLANS["plain"], rank=1)
+    half = make_plan(4, 3.0, dtype="bfloat16")
+    one = lora_jax.extract_adapters(PARAMS, tuned, half, rank=1)
+    assert {x.dtype for x in jax.tree.leaves(one.adapters)} == {jnp.dtype("bfloat16")}
     difference = reference.f64(tuned["stack"]) - reference.f64(PARAMS["stack"])
     s = singular_values(difference)
     share = (s[..., 0] ** 2).sum() / (s**2).sum()
     assert one.energy["stack"] == pytest.approx(share, rel=1e-5)
+
+
+def test_ranks_are_logged(caplog):
+    plan, adapters = make_plan(4, 3.0, "w"), {"w": FILLED["plain"]["w"]}
+    with caplog.at_level("INFO", "lora_jax"):
+        lora_jax.combine_adapters([adapters], plan)
+        lora_jax.resize_adapters(adapters, plan, rank=4)
+        lora_jax.extract_adapters(PARAMS, PARAMS, plan)
+    assert caplog.messages == [
+        f"w: {what} with the rank 4" for what in ("combined", "resized", "extracted")
+    ]
 
 
 def test_parts_and_layouts():

@@ -219,6 +219,7 @@ def test_on_a_mesh(kind):
         (ValueError, "at 'head'.* most 4, got 5", {"method": "lora_ga", "rank": 5}),
         (ValueError, "at 'table@lookup': LoRA-GA changes .*lookup", {"method": "lora_ga"}),
         (ValueError, r"at 'layers/down': the gradient of the matrix \(1,\)", {"cut": True}),
+        (ValueError, "at 'head': the gradient is zero in all batches", {"factor": 0.0}),
     ],
 )
 def test_errors(error, message, options):
@@ -230,7 +231,8 @@ def test_errors(error, message, options):
         up = params["layers"]["up"].at[1].set(0.0)
         return loss({**params, "layers": {**params["layers"], "up": up}}, *batch)
 
-    own = without_layer if options.pop("cut", False) else loss
+    factor = options.pop("factor", 1.0)
+    own = without_layer if options.pop("cut", False) else lambda *of: factor * loss(*of)
     with pytest.raises(error, match=message):
         start(plan, loss=own, **options)
 

@@ -1,9 +1,10 @@
-"""Finds the input, output and batch axes of a weight from its uses."""
+"""The input, output and batch axes of weights: found from uses, and compared with them."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
 from lora_jax.plan.target import Target, Use
 
 Axes = frozenset[int]
@@ -45,6 +46,31 @@ class Side(NamedTuple):
     role: str
     """What the use does with the axis; see `lora_jax.Use`."""
     size: int
+
+
+class Sighting(NamedTuple):
+    """A use of an adapted weight.
+
+    Attributes:
+        name: of the weight.
+        shape: of the value.
+        primitive: the name of the primitive.
+        where: the line of the user's code; recorded for merges and for uses that disagree
+            with the plan.
+        merged: why the weight was merged there; empty if it was not.
+        axes: the letters of the weight's axes in this use; empty if the use does not show
+            them.
+        moved: whether the value is only moved: a part of it is taken, or a loop runs over
+            it.
+    """
+
+    name: str | int
+    shape: tuple[int, ...]
+    primitive: str
+    where: str
+    merged: str = ""
+    axes: str = ""
+    moved: bool = False
 
 
 class _Split(NamedTuple):
@@ -253,3 +279,74 @@ def contradicts(target: Target, use: Use) -> bool:
         letter != "b" and size > 1 and _READS.get(role, letter) != letter
         for letter, role, size in pairs
     )
+
+
+def check_axes(sightings: Sequence[Sighting], plan: AdapterPlan) -> None:
+    """Raises if no use of a weight agrees with its axes in the plan.
+
+    Not checked are axes that the user gave, and weights of which the plan records uses with
+    exchanged inputs and outputs.
+    """
+    wrong: dict[str, Sighting] = {}
+    agreed: set[str] = set()
+    for sighting in sightings:
+        path, letters = str(sighting.name), sighting.axes
+        if letters and letters == plan.targets[path].axes:
+            agreed.add(path)
+        elif letters and not (
+            _is_of_module(plan, path, letters) or _is_reordered(plan, path, sighting)
+        ):
+            wrong.setdefault(path, sighting)
+    # After a part was taken, later uses agree only about the rest of the weight.
+    wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
+    if wrong:
+        lines = ["the axes of weights in the plan are not those of the function:"]
+        lines += [
+            f"  {path!r}: the plan has the axes {plan.targets[path].axes!r} of "
+            f"{plan.targets[path].shape}, the function has {use.axes!r} in "
+            f"`{use.primitive}`" + (f" at {use.where}" if use.where else "")
+            for path, use in wrong.items()
+        ]
+        lines.append(
+            "Make the plan with this function, plan_adapters(config, params, fn, *args). "
+            "If the plan is right, give its axes in LoraConfig(axes={path: letters}) (for "
+            "a PEFT checkpoint in names={module: (path, letters)})."
+        )
+        raise ValueError("\n".join(lines))
+
+
+def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
+    """Whether the plan records a product that shows the role of a looked-up axis.
+
+    If that product is merged here, its use does not show the axes.
+    """
+    return sighting.primitive == "gather" and any(
+        "moved" in use.roles for use in _uses(plan, path)
+    )
+
+
+def to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
+    """The targets whose axes are checked against their uses; see `check_axes`."""
+    return {
+        path: target
+        for path, target in plan.targets.items()
+        if _is_of_checkpoint(plan, path)
+        or not (
+            plan.config.axes_of(plan.leaf(path))
+            or any(contradicts(target, use) for use in _uses(plan, path))
+        )
+    }
+
+
+def _uses(plan: AdapterPlan, path: str) -> tuple[Use, ...]:
+    """The uses that the plan records of a target's weight."""
+    return plan.uses.get(plan.leaf(path), ())
+
+
+def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
+    return any(use.where == FROM_CHECKPOINT for use in _uses(plan, path))
+
+
+def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
+    """Whether a use splits a PEFT module's matrix in another way, such as into heads."""
+    return _is_of_checkpoint(plan, path) and letters != turned(plan.targets[path].axes)

@@ -11,7 +11,7 @@ from lora_jax._core import compat
 from lora_jax._core.source_lines import called_at, use_at
 from lora_jax.plan import axis_roles
 from lora_jax.plan.adapter_plan import Target
-from lora_jax.plan.axis_roles import Side
+from lora_jax.plan.axis_roles import Side, Sighting
 from lora_jax.plan.parts import LOOKUP
 from lora_jax.transform._dense import merge
 from lora_jax.transform._factored import Factored, Label, Term
@@ -49,29 +49,22 @@ class Merge(NamedTuple):
         )
 
 
-class Sighting(NamedTuple):
-    """A use of an adapted weight.
-
-    Attributes:
-        name: of the weight.
-        shape: of the value.
-        primitive: the name of the primitive.
-        where: the line of the user's code; recorded for merges and for uses that disagree
-            with the plan.
-        merged: why the weight was merged there; empty if it was not.
-        axes: the letters of the weight's axes in this use; empty if the use does not show
-            them.
-        moved: whether the value is only moved: a part of it is taken, or a loop runs over
-            it.
-    """
-
-    name: str | int
-    shape: tuple[int, ...]
-    primitive: str
-    where: str
-    merged: str = ""
-    axes: str = ""
-    moved: bool = False
+def _axes_as_used(
+    value: Factored, roles: Sequence[str], targets: Mapping[Any, Target]
+) -> dict[Any, str]:
+    """The letters of each weight's axes, given the roles of the value's axes."""
+    if "indexed" in roles and "contracted" not in roles:
+        roles = [role or "kept" for role in roles]
+    ndim = sum(size != 1 for size in value.shape)
+    found = {}
+    for term in value.terms:
+        swapped = term.label.swapped or (False,) * len(term.label.names)
+        for name, own in zip(term.label.names, swapped, strict=True):
+            if name in targets:
+                sides = _sides(value, term, roles, own)
+                letters = axis_roles.as_used(targets[name], sides, ndim)
+                found |= {} if letters is None else {name: letters}
+    return found
 
 
 def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> list[Side]:
@@ -167,32 +160,16 @@ class Context:
         if equation is not None:
             primitive = equation.primitive.name
             where = called_at(equation, self.callers) if merged else ""
-        as_used = self._axes_as_used(value, roles) if roles and self.targets else {}
+        found = ((name, self.targets.get(self._path(name))) for name in value.names)
+        targets = {name: target for name, target in found if target is not None}
+        as_used = _axes_as_used(value, roles, targets) if roles and targets else {}
         for weight in value.names:
             shape, letters = tuple(value.shape), as_used.get(weight, "")
-            if letters and letters != self.targets[self._path(weight)].axes:
+            if letters and letters != targets[weight].axes:
                 # The part may have been taken along any axis.
                 letters = "" if moved and "indexed" in roles else letters
                 where = where or called_at(equation, self.callers)
             self.record(Sighting(weight, shape, primitive, where, merged, letters, moved))
-
-    def _axes_as_used(self, value: Factored, roles: Sequence[str]) -> dict[Any, str]:
-        """The letters of each weight's axes, given the roles of the value's axes."""
-        if "indexed" in roles and "contracted" not in roles:
-            roles = [role or "kept" for role in roles]
-        ndim = sum(size != 1 for size in value.shape)
-        found = {}
-        for term in value.terms:
-            swapped = term.label.swapped or (False,) * len(term.label.names)
-            for name, own in zip(term.label.names, swapped, strict=True):
-                target = self.targets.get(self._path(name))
-                if target is None:
-                    continue
-                sides = _sides(value, term, roles, own)
-                letters = axis_roles.as_used(target, sides, ndim)
-                if letters is not None:
-                    found[name] = letters
-        return found
 
     @property
     def n_rows(self) -> int:

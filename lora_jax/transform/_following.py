@@ -18,7 +18,6 @@ from lora_jax._core.source_lines import called_at
 from lora_jax.transform import _row_axes, _row_bodies
 from lora_jax.transform._moves import MOVES
 from lora_jax.transform._parameters import NotFactorableError, parameter
-from lora_jax.transform._row_axes import Step
 from lora_jax.transform._row_bodies import Cut
 from lora_jax.transform._row_places import (
     Atom,
@@ -26,7 +25,9 @@ from lora_jax.transform._row_places import (
     NotFollowedError,
     Place,
     Rows,
+    Step,
     Taken,
+    Takes,
     held,
     placed,
     whole,
@@ -210,7 +211,7 @@ class Followed:
             return [None] * len(results)
         step = Step(equation, self._counts.components(equation))
         found = _row_axes.RULES[equation.primitive.name](step, *operands)
-        if isinstance(found, _row_axes.Takes):
+        if isinstance(found, Takes):
             return [Taken(self.new_number(), found.axis)] * len(results)
         found = found if isinstance(found, list) else [found] * len(results)
         placed_axes = (

@@ -4,8 +4,8 @@ Atoms say which entries along an axis belong to which row.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Atom(NamedTuple):
@@ -71,6 +71,35 @@ Place = Rows | Taken | Lost | None
 
 class NotFollowedError(Exception):
     """Raised by a rule if rows cannot be followed; the text is what the primitive does."""
+
+
+class Takes(NamedTuple):
+    """Says that a gather takes rows, in an order that the data determine."""
+
+    axis: int
+
+
+class Step(NamedTuple):
+    """An equation, and what is known about it.
+
+    Attributes:
+        equation: the equation.
+        counts: for its indices (a gather's or scatter's second operand), which components
+            equal the index along an axis: `{component: axis}`.
+    """
+
+    equation: Any
+    counts: Mapping[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first operand."""
+        return self.equation.invars[0].aval.shape
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """The shape of the first result."""
+        return self.equation.outvars[0].aval.shape
 
 
 def merged(atoms: Iterable[tuple[int, int | None]]) -> tuple[Atom, ...]:

@@ -7,9 +7,10 @@ import jax
 from jax import lax
 
 from lora_jax._core import compat
+from lora_jax.plan.axis_roles import Sighting
 from lora_jax.plan.products import suggest
 from lora_jax.transform import _norms
-from lora_jax.transform._context import Context, Sighting
+from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import Factored, Term, base_of, is_factored, with_base
 from lora_jax.transform._interpreter import evaluate, evaluate_closed

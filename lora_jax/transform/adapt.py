@@ -2,8 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 import jax
 from jax.typing import ArrayLike
@@ -12,11 +12,11 @@ from lora_jax._core import checks, tree_paths
 from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.lora import Adapters
 from lora_jax.plan import axis_roles, plan_checks, trained_leaves
-from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
-from lora_jax.plan.target import Target, Use
+from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan.axis_roles import Sighting
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._adapted_weights import Update, factored, masks_of, unadapted
-from lora_jax.transform._context import Context, Merge, OnStopGradient, Sighting
+from lora_jax.transform._context import Context, Merge, OnStopGradient
 from lora_jax.transform._rules import RULES
 from lora_jax.transform._statistics import Statistic
 
@@ -167,22 +167,12 @@ def bound(
     statistic: Statistic = "",
 ) -> Callable[Concatenate[Tree, Adapters, P], R]:
     """The function that `adapt` returns, or one that `observe` differentiates."""
-    if not callable(fn):
-        raise TypeError(
-            f"fn must be a function fn(params, *args), got {type(fn).__name__}: the order "
-            "is adapt(fn, plan)."
-        )
-    plan_checks.check_plan(plan)
+    check_options("adapt", fn, plan, on_unused, on_stop_gradient, dropout_key)
     report = _reporter(on_merge)
-    checks.check_choice("on_unused", on_unused, ("error", "allow"))
-    checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
-    if dropout_key is not None:
-        checks.check_key("dropout_key", dropout_key)
     if column_norms is not None:
         plan_checks.check_column_norms(column_norms, plan)
     norms = column_norms or {}
     traced_scales = plan_checks.check_scales(scales, plan, norms)
-    compared = to_be_compared(plan)
 
     def adapted(
         params: Tree, adapters: Adapters, /, *args: P.args, **kwargs: P.kwargs
@@ -197,7 +187,7 @@ def bound(
             report,
             on_stop_gradient=on_stop_gradient,
             key=dropout_key if has_dropout(plan) else None,
-            targets=compared,
+            targets=axis_roles.to_be_compared(plan),
             closed_over_is_constant=None in traced.paths,
             products=plan.config.products,
             statistic=statistic,
@@ -254,6 +244,27 @@ def accept_quantized(fn: Callable[P, R]) -> Callable[P, R]:
     return dense
 
 
+def check_options(
+    name: str,
+    fn: Any,
+    plan: Any,
+    on_unused: Any,
+    on_stop_gradient: Any,
+    dropout_key: Any,
+) -> None:
+    """Raises unless the arguments that `adapt` and `adapt_rows` share are valid."""
+    if not callable(fn):
+        raise TypeError(
+            f"fn must be a function fn(params, *args), got {type(fn).__name__}: the order "
+            f"is {name}(fn, plan)."
+        )
+    plan_checks.check_plan(plan)
+    checks.check_choice("on_unused", on_unused, ("error", "allow"))
+    checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
+    if dropout_key is not None:
+        checks.check_key("dropout_key", dropout_key)
+
+
 def run(
     context: Context,
     traced: _tracing.Traced,
@@ -290,8 +301,8 @@ def run(
     out = _interpreter.evaluate_closed(context, traced.jaxpr, values)
     out = context.merge_all(out, None, "the function returns it")
     if on_unused == "error":
-        _check_used(context, plan, traced.unused)
-    _check_axes(context, plan)
+        _check_used(context.sightings, plan, traced.unused)
+    axis_roles.check_axes(context.sightings, plan)
     return out
 
 
@@ -318,8 +329,11 @@ def _log(merge: Merge) -> None:
     _LOG.info("merged for one use: %s", merge)
 
 
-def _check_used(context: Context, plan: AdapterPlan, unused_leaves: set[str]) -> None:
-    used = {sighting.name for sighting in context.sightings if not sighting.moved}
+def _check_used(
+    sightings: Sequence[Sighting], plan: AdapterPlan, unused_leaves: set[str]
+) -> None:
+    """Raises if the function never uses a weight, or neither uses nor returns a leaf."""
+    used = {sighting.name for sighting in sightings if not sighting.moved}
     unused = [path for path in plan.targets if path not in used]
     trained = [path for path in plan.trained if path in unused_leaves]
     if unused or trained:
@@ -330,75 +344,3 @@ def _check_used(context: Context, plan: AdapterPlan, unused_leaves: set[str]) ->
             "effect and no gradient. Take the weight from params, and not from a closure, "
             "or allow it with on_unused='allow'."
         )
-
-
-def _check_axes(context: Context, plan: AdapterPlan) -> None:
-    """Raises if no use of a weight agrees with its axes in the plan.
-
-    Not checked are axes that the user gave, and weights of which the plan records uses with
-    exchanged inputs and outputs.
-    """
-    wrong: dict[str, Sighting] = {}
-    agreed: set[str] = set()
-    for sighting in context.sightings:
-        path, letters = str(sighting.name), sighting.axes
-        if letters and letters == plan.targets[path].axes:
-            agreed.add(path)
-        elif letters and not (
-            _is_of_module(plan, path, letters) or _is_reordered(plan, path, sighting)
-        ):
-            wrong.setdefault(path, sighting)
-    # After a part was taken, later uses agree only about the rest of the weight.
-    wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
-    if wrong:
-        lines = ["the axes of weights in the plan are not those of the function:"]
-        lines += [
-            f"  {path!r}: the plan has the axes {plan.targets[path].axes!r} of "
-            f"{plan.targets[path].shape}, the function has {use.axes!r} in "
-            f"`{use.primitive}`" + (f" at {use.where}" if use.where else "")
-            for path, use in wrong.items()
-        ]
-        lines.append(
-            "Make the plan with this function, plan_adapters(config, params, fn, *args). "
-            "If the plan is right, give its axes in LoraConfig(axes={path: letters}) (for "
-            "a PEFT checkpoint in names={module: (path, letters)})."
-        )
-        raise ValueError("\n".join(lines))
-
-
-def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
-    """Whether the plan records a product that shows the role of a looked-up axis.
-
-    If that product is merged here, its use does not show the axes.
-    """
-    return sighting.primitive == "gather" and any(
-        "moved" in use.roles for use in _uses(plan, path)
-    )
-
-
-def to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
-    """The targets whose axes are checked against their uses; see `_check_axes`."""
-    return {
-        path: target
-        for path, target in plan.targets.items()
-        if _is_of_checkpoint(plan, path)
-        or not (
-            plan.config.axes_of(plan.leaf(path))
-            or any(axis_roles.contradicts(target, use) for use in _uses(plan, path))
-        )
-    }
-
-
-def _uses(plan: AdapterPlan, path: str) -> tuple[Use, ...]:
-    """The uses that the plan records of a target's weight."""
-    return plan.uses.get(plan.leaf(path), ())
-
-
-def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
-    return any(use.where == FROM_CHECKPOINT for use in _uses(plan, path))
-
-
-def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
-    """Whether a use splits a PEFT module's matrix in another way, such as into heads."""
-    turned = axis_roles.turned(plan.targets[path].axes)
-    return _is_of_checkpoint(plan, path) and letters != turned

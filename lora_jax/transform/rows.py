@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, compat, quantized, tree_paths
 from lora_jax._core.tree_paths import Tree
-from lora_jax.plan import plan_checks
+from lora_jax.plan import axis_roles, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack, check_trains_nothing, slots_of
 from lora_jax.transform import _following, _tracing
@@ -19,7 +19,7 @@ from lora_jax.transform._adapted_weights import Update
 from lora_jax.transform._context import Context, Merge, OnStopGradient
 from lora_jax.transform._row_places import Atom, Rows, whole
 from lora_jax.transform._rules import RULES
-from lora_jax.transform.adapt import has_dropout, run, to_be_compared
+from lora_jax.transform.adapt import check_options, has_dropout, run
 
 __all__ = ["adapt_rows"]
 
@@ -106,18 +106,8 @@ def adapt_rows(
         >>> lora_jax.adapt_rows(model, plan)(params, stack, slots, x).shape
         (4, 8)
     """
-    if not callable(fn):
-        raise TypeError(
-            f"fn must be a function fn(params, *args), got {type(fn).__name__}: the order "
-            "is adapt_rows(fn, plan)."
-        )
-    plan_checks.check_plan(plan)
-    checks.check_choice("on_unused", on_unused, ("error", "allow"))
-    checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
-    if dropout_key is not None:
-        checks.check_key("dropout_key", dropout_key)
+    check_options("adapt_rows", fn, plan, on_unused, on_stop_gradient, dropout_key)
     check_trains_nothing(plan)
-    compared = to_be_compared(plan)
 
     def adapted(
         params: Tree,
@@ -144,7 +134,7 @@ def adapt_rows(
                 _refuse_merge,
                 on_stop_gradient=on_stop_gradient,
                 key=dropout_key if has_dropout(plan) else None,
-                targets=compared,
+                targets=axis_roles.to_be_compared(plan),
                 closed_over_is_constant=None in traced.paths,
                 products=plan.config.products,
                 slots=slots,

@@ -220,13 +220,15 @@ def _other_calls(node):
 
 
 def arithmetic(node):
-    """All expressions below a node but those of checks, annotations and texts."""
+    """All expressions below a node but those of checks, types and texts."""
     if isinstance(node, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr):
         return
     if isinstance(node, ast.keyword) and node.arg == "strict":  # of a zip
         return
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return  # a docstring
+    if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias":
+        return
     if isinstance(node, ast.expr):
         yield node
     skipped = {"annotation", "returns", "decorator_list"}

@@ -88,25 +88,19 @@ def freezing(
     """Trains the leaves with the label `TRAINED`; the others are `FROZEN`."""
     optimizers: dict[Hashable, optax.GradientTransformation] = {
         TRAINED: optimizer,
-        FROZEN: optax.chain(optax.set_to_zero(), _with_integers()),
+        FROZEN: _set_to_zero(),
     }
     return optax.partition(optimizers, labels)
 
 
-def _with_integers() -> optax.GradientTransformation:
-    """Replaces the float0 gradients of integers by zeros of the params' dtypes."""
+def _set_to_zero() -> optax.GradientTransformation:
+    """As `optax.set_to_zero`, but updates of integers can be added: they are no float0."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        if params is None:
-            return updates, state
-
-        def zeros(update: Any, param: Any) -> Any:
-            is_float0 = getattr(update, "dtype", None) == jax.dtypes.float0
-            return jnp.zeros_like(param) if is_float0 else update
-
-        return jax.tree.map(zeros, updates, params), state
+        like = updates if params is None else params
+        return jax.tree.map(jnp.zeros_like, like), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

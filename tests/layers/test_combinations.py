@@ -73,9 +73,8 @@ def test_peft_combines_alike(case, monkeypatch):
 
 def pruned(values, density):
     """The largest entries of a matrix, those that come first among equal ones."""
-    kept = np.argsort(-np.abs(values), axis=None, kind="stable")[
-        : int(density * values.size)
-    ]
+    count = max(1, int(density * values.size))
+    kept = np.argsort(-np.abs(values), axis=None, kind="stable")[:count]
     out = np.zeros_like(values)
     out.flat[kept] = values.flat[kept]
     return out
@@ -169,6 +168,25 @@ def test_each_matrix_of_a_stack_is_combined_alone():
             assert_close(made[i], update(alone), 256, "float32")
 
 
+def test_scale_of_a_combination():
+    for scales, scale in (((2.0,) * 3, 2.0), ((0.5, -1.25, 2.0), 1.0), ((0.0,) * 3, 1.0)):
+        terms = make_terms(scales=scales)
+        want = sum(term.weight * dense(term) for term in terms)
+        for name in ("exact", "svd"):
+            made = combinations.combine(terms, Method(name), Cut(9))
+            assert made.scale == scale
+            assert_close(update(made), want, 256, "float32", scale=10.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_equal_entries_the_first_ones_are_kept(dtype):
+    values = np.random.default_rng(0).integers(-3, 4, (3, 6, 7))
+    for density in (0.01, 0.35, 0.8):
+        got = pruning.merged([jnp.asarray(values, dtype)], jnp.ones(1, dtype), density)
+        want = np.stack([pruned(matrix, density) for matrix in values])
+        np.testing.assert_array_equal(got, want)
+
+
 def test_dare_keeps_the_mean():
     terms = make_terms()
     for name in ("dare_linear", "dare_linear_svd"):
@@ -216,6 +234,15 @@ def test_energies_of_a_rank():
     both = combinations.resize(a, b, 1.0, Cut(2, 1.0))
     assert both.a.shape[-1] == 2
     assert both.energy == pytest.approx(20 / 21)
+    for kept, cut in ((4, Cut(4)), (3, Cut(None, 1.0))):  # nothing to cut
+        same = combinations.resize(a[:, :kept], b[:kept], -2.0, cut)
+        assert_same_bits(same, combinations.Update(a[:, :kept], b[:kept], -2.0, 1.0))
+    # Singular values of a few rounding units are taken for zeros.
+    for units, rank in ((8, 2), (32, 3)):
+        last = units * float(jnp.finfo("float32").eps)
+        small = jnp.diag(jnp.array([1.0, 0.5, last, 0.0]))
+        made = combinations.resize(jnp.eye(4), small, 1.0, Cut(None, 1.0))
+        assert made.a.shape[-1] == rank
     nothing = combinations.resize(a, 0 * b, 1.0, Cut(2))
     assert nothing.energy == 1.0
     assert not np.any(nothing.b)
@@ -241,6 +268,15 @@ def test_no_array_is_as_large_as_the_weight(name):
     assert (n_in, 4) in shapes
     largest = max(map(math.prod, shapes))
     assert largest < n_in * n_out / 4
+
+
+def test_of_each_matrix_of_a_stack_only_the_terms_of_the_rank_stay():
+    def extract(base, tuned):
+        return combinations.extract(base, tuned, 1.0, Cut(2), jnp.float32)
+
+    program = str(jax.make_jaxpr(extract)(draw(3, 12, 9), draw(3, 12, 9, seed=1)))
+    assert "f32[3,2,9]" in program
+    assert "f32[3,9,9]" not in program
 
 
 def test_ranks_that_do_not_fit_are_errors():

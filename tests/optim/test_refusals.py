@@ -45,11 +45,12 @@ LABELS = [
 
 FREEZING = [
     (("head/*", "heads/*"), ValueError, r"of trainable matches no leaf: 'heads/\*'"),
-    (lambda path: False, ValueError, "chooses none of the 9 leaves; .* 'adapters/embed"),
+    (lambda path: False, ValueError,
+     "none of the 9 leaves; .* are 'adapters/embed.*/A', '.*/B', '.*/q/kernel/A'.$"),
     ((), ValueError, "chooses none of the 9 leaves"),
     (lambda path: None, TypeError, "must return True or False, got None for 'adapters"),
     (3, TypeError, "trainable must be a pattern or a tuple"),
-]
+]  # fmt: skip
 
 LORA_PLUS = [
     (lambda: optim.lora_plus("1e-3"), TypeError, "learning_rate must be a n.* got '1e-3'"),
@@ -104,7 +105,8 @@ LORA_RITE = [
     (lambda: optim.lora_rite(0.1, b1=1.0), ValueError, "b1 must be .* below 1, got 1.0"),
     (lambda: optim.scale_by_lora_rite(b2=-0.1), ValueError, "b2 must be at least 0 and"),
     (lambda: optim.scale_by_lora_rite(eps=-1e-8), ValueError, "eps must be at least 0"),
-    (lambda: RITE.init(HEAD), ValueError, "scale_by_lora_rite got a tree without"),
+    (lambda: RITE.init(dict.fromkeys("abcd", 0.0)), ValueError,
+     "rite got a tree without .* are 'a', 'b', 'c'. Make"),
     (lambda: update(RITE, W), ValueError, "scale_by_lora_rite needs the params, since"),
     (lambda: update(HIDDEN, W, W), ValueError, "at 'w': .* A is missing or masked: put it"),
     (lambda: update(RITE, W, {"w": ADAPTER | {"A": None}}), ValueError, "A is missing or"),

@@ -254,7 +254,7 @@ def _svds(
 
 def _svd(product: jax.Array, columns: jax.Array) -> decompositions.Svd:
     """The SVD of `columns @ product`."""
-    svd = decompositions.exact(product, product.shape[-2])
+    svd = decompositions.exact(product)
     return svd._replace(u=jnp.matmul(columns, svd.u, precision="highest"))
 
 

@@ -273,8 +273,7 @@ def _svd_of_each(
     """
 
     def one(given: Any) -> tuple[Svd, jax.Array]:
-        matrix = function(*given)
-        u, s, vh = decompositions.exact(matrix, min(matrix.shape))
+        u, s, vh = decompositions.exact(function(*given))
         return Svd(u[:, :most], s[:most], vh[:most]), jnp.sum(jnp.square(s[most:]))
 
     batch = jax.tree.leaves(stacks)[0].shape[:-2]
@@ -318,7 +317,7 @@ def _knots(method: Method, factors: Any, ratios: jax.Array, weights: jax.Array) 
         for ratio, (a, _), c in zip(ratios, factors, coordinates, strict=True)
     ]
     _, r = jnp.linalg.qr(jnp.concatenate(blocks, axis=-2))
-    turn = _transposed(decompositions.exact(r, r.shape[-1]).vh)
+    turn = _transposed(decompositions.exact(r).vh)
     merged = _merged(method, [_product(block, turn) for block in blocks], weights, None)
     return decompositions.of_product(merged, _transposed(_product(q, turn)))
 

@@ -41,8 +41,8 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def exact(matrix: jax.Array, rank: int) -> Svd:
-    """The terms of the full SVD that have the largest singular values."""
+def exact(matrix: jax.Array, rank: int | None = None) -> Svd:
+    """The terms of the SVD that have the largest singular values, by default all."""
     u, s, vh = jnp.linalg.svd(matrix, full_matrices=False)
     return Svd(u[..., :rank], s[..., :rank], vh[..., :rank, :])
 
@@ -76,7 +76,7 @@ def of_product(a: jax.Array, b: jax.Array) -> Svd:
     """
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    small = exact(_product(r_a, jnp.swapaxes(r_b, -1, -2)), a.shape[-1])
+    small = exact(_product(r_a, jnp.swapaxes(r_b, -1, -2)))
     vh = _product(small.vh, jnp.swapaxes(q_b, -1, -2))
     return Svd(_product(q_a, small.u), small.s, vh)
 

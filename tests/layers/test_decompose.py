@@ -126,6 +126,14 @@ def test_pissa_of_full_rank_leaves_nothing():
     support.assert_close(base, np.zeros((12, 9)), 64, scale=1.0)
 
 
+def subspace_iteration(weight, probes, iterations):
+    """The best part, of rank 4, of what a weight is in the subspace that is found."""
+    q, _ = np.linalg.qr(weight @ probes)
+    for _ in range(iterations):
+        q, _ = np.linalg.qr(weight @ np.linalg.qr(weight.T @ q)[0])
+    return best(q @ (q.T @ weight), 4)
+
+
 def test_randomized_pissa_is_nearly_the_best():
     weight = draw(60, 40)  # singular values that fall off slowly: the hard case
     want = np.linalg.norm(reference.f64(weight) - best(reference.f64(weight), 4))
@@ -133,6 +141,9 @@ def test_randomized_pissa_is_nearly_the_best():
     for iterations in (1, 8):
         base, _ = init_pissa_adapter(weight, 4, 8.0, key=KEY, iterations=iterations)
         errors.append(np.linalg.norm(reference.f64(base)) / want)
+        exact, probes = map(reference.f64, (weight, jax.random.normal(KEY, (40, 14))))
+        left = exact - subspace_iteration(exact, probes, iterations)
+        support.assert_close(base, left, 64, scale=np.abs(exact).max())
     assert 1 - 1e-6 < errors[1] < 1.002
     assert errors[1] < errors[0] < 1.05
 

@@ -57,9 +57,9 @@ def lora_jax_row_norms(matrix: Matrix) -> jax.Array:
     return weight_norms.constant_norm(matrix, axis=-1)
 
 
-_CALLS = {-2: lora_jax_column_norms, -1: lora_jax_row_norms}
-# The names of these functions in a jaxpr.
-_AXES = {"lora_jax_column_norms": -2, "lora_jax_row_norms": -1}
+_CALLS: dict[int, Any] = {-2: lora_jax_column_norms, -1: lora_jax_row_norms}
+# By the names of these functions in a jaxpr.
+_AXES = {call.__name__: axis for axis, call in _CALLS.items()}
 
 
 @jax.jit

@@ -262,8 +262,8 @@ def rename_taken(context: Context, equation: Any, body: Any) -> None:
     """Copies the slots of rows that a call has taken to their numbers outside of it."""
     inside = context.frame.followed.inside(equation, body).outputs
     for own, atom in zip(inside, equation.outvars, strict=True):
-        outside = context.frame.place(atom)
-        if isinstance(outside, Taken) and isinstance(own, Taken):
+        if isinstance(own, Taken) and own.number in context.taken:
+            outside = context.frame.place(atom)
             context.taken[outside.number] = context.taken[own.number]
 
 

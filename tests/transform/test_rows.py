@@ -303,7 +303,10 @@ def test_a_slot_that_diverged_reaches_no_other_row(rows):
     x = jnp.asarray(normal(rows, 1, WIDTH, dtype="float32"))
     plan = plan_of(layers, params, x)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
-    bad = jax.tree.map(lambda v: v.at[1].set(jnp.nan), stack.adapters)
+    bad = {  # of one weight A has diverged, and of the other B
+        path: {**own, name: own[name].at[1].set(jnp.nan)}
+        for (path, own), name in zip(sorted(stack.adapters.items()), "AB", strict=True)
+    }
     stack = dataclasses.replace(stack, adapters=bad)
     model = lora_jax.adapt_rows(layers, plan)
     slots = jnp.array([0, 2, -1, 0] * (rows // 4))
@@ -325,6 +328,52 @@ def test_a_slot_that_diverged_reaches_no_other_row(rows):
         assert bool(jnp.isnan(other[3]).all())
         others = [i for i in range(rows) if i != 3]
         assert_same_bits(other[jnp.array(others)], y[jnp.array(others)])
+
+
+@pytest.mark.parametrize(
+    ("slots", "rows", "length", "is_dense"), [(9, 10, 1, True), (5, 6, 2, False)]
+)
+def test_factors_are_copied_for_each_row_unless_there_are_few_tokens(
+    slots, rows, length, is_dense
+):
+    """On both sides of the bound that the docstring of `adapt_rows` states."""
+    params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((rows, length, WIDTH))
+    plan = plan_of(lambda p, x: x @ p["w"], params, x)
+    stack, plan = lora_jax.stack_adapters([trained(params, plan)] * slots, plan)
+    model = lora_jax.adapt_rows(lambda p, x: x @ p["w"], plan)
+    program = str(jax.make_jaxpr(model)(params, stack, jnp.zeros(rows, "int32"), x))
+    assert (f"f32[{rows},{WIDTH},3]" in program) != is_dense
+
+
+def _one_weight_both_ways(p, x):
+    return p["w"][jnp.argmax(x, axis=-1)] + x @ p["w"]
+
+
+@jax.jit
+def _twice_and_taken(x, y, order):
+    return 2 * x, jnp.take(y, order, axis=0)
+
+
+def _returns_two_orders(p, x):
+    """A call with rows in its own order, and with rows in one that no rule follows."""
+    order = jnp.argsort(x[:, 0, 0])
+    taken = jax.checkpoint(lambda x: jnp.take(x, order, axis=0))(x)
+    _, y = _twice_and_taken(taken, x, order)
+    return (y @ p["w"])[jnp.argsort(order)]
+
+
+@pytest.mark.parametrize(
+    ("fn", "rows"), [(_one_weight_both_ways, 1), (_returns_two_orders, 4)]
+)
+def test_functions_equal_each_row_alone(fn, rows):
+    params, x = {"w": jnp.asarray(normal(*SQUARE, dtype="float32"))}, X[:rows]
+    x, slots = jnp.asarray(x, "float32"), jnp.array([1, 0, 1, 0])[:rows]
+    plan = plan_of(fn, params, x)
+    tenants = [trained(params, plan, seed=i) for i in range(2)]
+    stack, of_stack = lora_jax.stack_adapters(tenants, plan)
+    got = lora_jax.adapt_rows(fn, of_stack)(params, stack, slots, x)
+    alone = [lora_jax.adapt(fn, plan)(params, own, x) for own in tenants]
+    assert_same(got, jnp.stack(alone)[slots, jnp.arange(rows)], 1e-5)
 
 
 def test_one_compilation_for_any_traffic():

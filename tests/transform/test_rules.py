@@ -8,6 +8,7 @@ from jax import lax
 
 import lora_jax
 from lora_jax.transform._moves import MOVES, Row
+from tests import programs
 from tests.support import normal, x64
 from tests.transform.support import check, plan_of, trained
 
@@ -397,6 +398,20 @@ def test_depthwise_kernels_of_high_rank_are_merged_for_the_convolution():
         adapters = trained({"w": weight}, plan)
         jaxpr = jax.make_jaxpr(lora_jax.adapt(fn, plan))({"w": weight}, adapters, x)
         assert sum(e.primitive.name == "conv_general_dilated" for e in jaxpr.eqns) == 1
+
+
+@pytest.mark.parametrize("shape", [(20, 4, 2, 3), (2, 3, 20, 4)])
+def test_the_factor_that_costs_less_comes_first(shape):
+    """Each factor has an axis that is summed and one that is kept."""
+    params, x = {"w": jnp.ones(shape)}, jnp.ones((100, shape[0], shape[2]))
+    fn = lambda p, x: jnp.einsum("nio,ijop->njp", x, p["w"])  # noqa: E731
+    plan = plan_of(fn, params, x, axes={"w": "iioo"})
+    adapters = trained(params, plan)
+    compiled = jax.jit(lora_jax.adapt(fn, plan)).lower(params, adapters, x).compile()
+    i, j, o, p = shape
+    a_first, b_first = 3 * (i * j * o + j * o * p), 3 * (i * o * p + i * j * p)
+    least = 200 * (i * j * o * p + min(a_first, b_first))
+    assert programs.product_flops(compiled.as_text()) == least
 
 
 def test_a_column_of_a_weight_keeps_its_dropout():

@@ -16,11 +16,11 @@ from lora_jax.checkpoint import FILE, OLD_RECORD, load_adapters
 from lora_jax.layers.lora import Adapters
 from lora_jax.peft.checkpoint import Checkpoint, FileDtype
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.dialects import DIALECTS, find_dialect
+from lora_jax.peft.dialects import DIALECTS
 from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
 from lora_jax.peft.layout import same_bits
 from lora_jax.peft.missing import may_be_tied
-from lora_jax.peft.trainers import open_adapter
+from lora_jax.peft.opening import find_dialect, open_adapter
 from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word
 from lora_jax.plan import parts, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target

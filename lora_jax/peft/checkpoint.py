@@ -24,7 +24,7 @@ from lora_jax._core import checks
 from lora_jax._io import replacement, tensor_files, tensor_streams
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.fields import check_allowed, is_off, shorten
+from lora_jax.peft.fields import is_off, shorten
 from lora_jax.peft.keys import Entries, as_experts, sort_entries
 
 _LOG = logging.getLogger("lora_jax.peft")
@@ -101,24 +101,21 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
     return bool(_configs(folder))
 
 
-def open_checkpoint(
-    directory: str | os.PathLike[str], allow_fields: Collection[str] = ()
-) -> Checkpoint:
-    """Reads the config, and the names and shapes of the arrays; as `lora_jax.peft.load`."""
+def read_files(
+    directory: str | os.PathLike[str], allowed: Collection[str]
+) -> tuple[str, PeftConfig, dict[str, Any], TensorFile]:
+    """The name of the file of arrays, the config, its fields, and the arrays."""
     folder = pathlib.Path(directory)
     if not is_checkpoint(folder) and any((folder / name).is_file() for name in _OWN):
         raise CheckpointError(
             f"{folder} has adapters that lora_jax.save_adapters wrote: read them with "
             "lora_jax.load_adapters."
         )
-    allowed = check_allowed(allow_fields)
     where, fields, file = _open_files(folder)
     config = tensor_files.checked(
         where, lambda: PeftConfig.from_dict(fields, "the config", allowed)
     )
-    ignored = log_ignored(where, fields, allowed)
-    check_dtypes(str(file.path), file)
-    return new_checkpoint(str(file.path), config, file, file)._replace(ignored=ignored)
+    return str(file.path), config, fields, file
 
 
 def log_ignored(

@@ -213,19 +213,17 @@ def most_common(values: Mapping[str, Any], default: Any) -> Any:
     return counted[0][0] if counted else default
 
 
-def pattern_of(values: Mapping[str, Any], default: Any) -> FrozenDict[str, Any]:
+def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A regular expression for each module whose value is not the default.
 
     PEFT matches the end of a name. `^` excludes longer names with the same end.
     """
     ends = collections.Counter(end for name in values for end in name_ends(name))
-    return FrozenDict(
-        {
-            ("^" if ends[name] > 1 else "") + re.escape(name): value
-            for name, value in values.items()
-            if value != default
-        }
-    )
+    return {
+        ("^" if ends[name] > 1 else "") + re.escape(name): value
+        for name, value in values.items()
+        if value != default
+    }
 
 
 def _check_together(config: PeftConfig) -> None:

@@ -1,30 +1,36 @@
-"""The files of mlx-lm, of kohya's trainers and of diffusers, with PEFT's entries.
+"""The dialects of adapters: the files of mlx-lm, of kohya's trainers and of diffusers.
 
-A `Dialect` has the names that a trainer gives to the entries of its files.
+A `Dialect` has the names that a trainer gives to the entries of its files. A config of PEFT
+becomes the settings of a file.
 """
 
+import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from lora_jax._io import tensor_files
-from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft import checkpoint as peft_files
-from lora_jax.peft.checkpoint import CONFIG, MLX_TENSORS, TENSORS
-from lora_jax.peft.fields import shorten
-from lora_jax.peft.keys import PREFIX, SUFFIXES, Kind
-from lora_jax.peft.words import is_embedding
+from lora_jax._io import replacement, tensor_streams
+from lora_jax._io.tensor_files import CheckpointError
+from lora_jax.peft.checkpoint import (
+    CONFIG,
+    MLX_TENSORS,
+    TENSORS,
+    Checkpoint,
+    write_checkpoint,
+)
+from lora_jax.peft.config import PeftConfig, most_common, pattern_of
+from lora_jax.peft.keys import PREFIX, SUFFIXES, Kind, Module, Parameters, nesting
+from lora_jax.peft.words import MODELS, WEIGHT, is_flat
 
 PEFT, MLX, KOHYA, DIFFUSERS = DIALECTS = ("peft", "mlx", "kohya", "diffusers")
 DialectName = Literal["peft", "mlx", "kohya", "diffusers"]
 FILES = (KOHYA, DIFFUSERS)
 """The dialects of one file, not of a directory."""
-_DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"  # of diffusers
 
 
 class Dialect(NamedTuple):
@@ -77,8 +83,6 @@ BY_NAME = {
         ),
     ),
 }
-_PEFT_ENDS = {entry: end for end, entry in reversed(SUFFIXES.items())}
-_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # What else such files hold: patterns in the names of entries, what the file looks like,
 # and what to do.
 MERGE = "merge it into the weights of the model with the program that trained it"
@@ -99,116 +103,7 @@ _OTHERS = (
 )
 
 
-class _Entry(NamedTuple):
-    """An entry of a file, in PEFT's layout."""
-
-    key: str
-    """The name in the file."""
-    axes: tuple[int, ...]
-    """The order of its axes."""
-    shape: tuple[int, ...]
-    """Its shape in that order."""
-
-
-class _Renamed(Mapping[str, jax.ShapeDtypeStruct]):
-    """The arrays of a file by PEFT's names, in PEFT's layout."""
-
-    def __init__(self, file: TensorFile, entries: Mapping[str, _Entry]) -> None:
-        self._file, self._entries = file, entries
-
-    def __getitem__(self, name: str) -> jax.ShapeDtypeStruct:
-        entry = self._entries[name]
-        return tensor_files.abstract(entry.shape, self._file[entry.key].dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def read(self, name: str, /) -> np.ndarray:
-        """The array of a name."""
-        entry = self._entries[name]
-        return self._file.read(entry.key).transpose(entry.axes).reshape(entry.shape)
-
-
-def find_file(place: pathlib.Path) -> pathlib.Path | None:
-    """The file of arrays at a path, if it is of another dialect than PEFT; else None."""
-    named = place.suffix == ".safetensors" and not place.is_dir()
-    if named or (place.is_file() and place.suffix != ".json"):
-        return place
-    for name in (MLX_TENSORS, _DIFFUSERS_TENSORS):
-        if (place / name).is_file() and not (place / TENSORS).is_file():
-            return place / name
-    return None
-
-
-def find_dialect(place: pathlib.Path) -> str | None:
-    """The dialect of the adapter at a path; None if there is none."""
-    path = find_file(place)
-    if path is None:
-        return PEFT if peft_files.is_checkpoint(place) else None
-    return _recognize(str(path), _open(path))
-
-
-class ForeignFile(NamedTuple):
-    """The entries of a file that is not of PEFT, as PEFT would have them."""
-
-    dialect: str
-    file: TensorFile
-    arrays: "_Renamed"
-    """By PEFT's names."""
-    ranks: dict[str, int]
-    """By module; and so are the others."""
-    alphas: dict[str, float]
-    """In entries of their own."""
-    entries: dict[str, frozenset[str]]
-    """The names of entries here."""
-    stacks: list[str]
-    """The modules that are stacks of experts."""
-
-
-def open_foreign(path: pathlib.Path) -> ForeignFile:
-    """Opens a file of another dialect than PEFT, and translates its entries."""
-    where, file = str(path), _open(path)
-    name = _recognize(where, file)
-    found = _by_module(where, name, file)
-    alphas = {
-        module: _alpha(where, own.pop("alpha"), file)
-        for module, own in found.items()
-        if "alpha" in own
-    }
-    entries, ranks, stacks = dict[str, _Entry](), dict[str, int](), list[str]()
-    for module, own in found.items():
-        layouts, ranks[module], is_stack = _as_peft(where, name, module, own, file)
-        stacks += [module] if is_stack else []
-        for entry, layout in layouts.items():
-            entries[f"{PREFIX}{module}{_PEFT_ENDS[entry]}"] = layout
-    arrays = _Renamed(file, entries)
-    peft_files.check_dtypes(where, arrays)
-    names = {module: frozenset(own) for module, own in found.items()}
-    return ForeignFile(name, file, arrays, ranks, alphas, names, stacks)
-
-
-def _open(path: pathlib.Path) -> TensorFile:
-    """Opens a file; raises for other files that people take for adapters."""
-    tensor_files.check_is_file(path)
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"GGUF":
-        raise CheckpointError(
-            f"{path} is a GGUF file, from which no adapters are read: give the adapter "
-            "that it was made from, as a safetensors file."
-        )
-    if path.suffix in _PICKLES or start == b"PK\3\4":
-        raise CheckpointError(
-            f"{path} looks like a pickle, which runs code when it is read, and is not read "
-            "here: save its tensors with safetensors.torch.save_file."
-        )
-    return TensorFile(path)
-
-
-def _recognize(where: str, file: TensorFile) -> str:
+def recognize(where: str, file: Collection[str]) -> str:
     """The dialect of a file, by the names of its entries."""
     found = {
         name: key
@@ -221,11 +116,11 @@ def _recognize(where: str, file: TensorFile) -> str:
         pair = " and ".join(f"{key!r} of {name}" for name, key in found.items())
         raise CheckpointError(f"{where} has entries of several trainers: {pair}.")
     if not found:
-        raise _unknown(where, next(iter(file), ""), sorted(file))
+        raise unknown_entry(where, next(iter(file), ""), sorted(file))
     return next(iter(found))
 
 
-def _unknown(where: str, key: str, keys: Iterable[str]) -> CheckpointError:
+def unknown_entry(where: str, key: str, keys: Iterable[str]) -> CheckpointError:
     """The error for an entry that no adapter has. It names what `keys` look like."""
     for pattern, what, advice in _OTHERS:
         for each in keys:
@@ -241,83 +136,212 @@ def _unknown(where: str, key: str, keys: Iterable[str]) -> CheckpointError:
     )
 
 
-def _by_module(where: str, name: str, file: TensorFile) -> dict[str, dict[str, str]]:
-    """The keys of a file by module and entry."""
-    found: dict[str, dict[str, str]] = {}
-    for key in file:
-        module, entry = BY_NAME[name].split(key)
-        if not entry or entry == "tokens" or not module:
-            raise _unknown(where, key, [key])
-        other = found.setdefault(module, {}).setdefault(entry, key)
-        if other != key:
-            raise CheckpointError(f"{where}: {other!r} and {key!r} are the same entry.")
-    for module, own in found.items():
-        ends = {entry.removeprefix("embedding_") for entry in own}
-        if not {"A", "B"} <= ends:
-            raise CheckpointError(
-                f"{where}: {module!r} must have both factors of an adapter, got "
-                f"{', '.join(map(repr, own.values()))}: is the file whole?"
-            )
-    return found
+def alpha_of(config: PeftConfig, name: str, rank: int) -> float:
+    """The alpha of a module whose scale is `alpha / rank`."""
+    return config.alpha_of(name) * (math.sqrt(rank) if config.use_rslora else 1)
 
 
-def _alpha(where: str, key: str, file: TensorFile) -> float:
-    """The value of an entry `.alpha`."""
-    value = file.read(key).astype(np.float64).reshape(-1)
-    if value.size != 1 or not np.isfinite(value).all() or not value.any():
-        raise CheckpointError(
-            f"{where}: {key!r} must be one number that is finite and not 0, got "
-            f"{shorten(value[:4].tolist())}. Kohya's trainers read 0 as the rank, and "
-            "other programs as 0: write the alpha that is meant."
+def write_adapter(place: pathlib.Path, dialect: str, checkpoint: Checkpoint) -> None:
+    """Writes an adapter in a dialect. An old one stays until the new one is complete.
+
+    Raises:
+        ValueError: if the dialect cannot represent the adapter.
+    """
+    flat = next(filter(is_flat, checkpoint.entries.modules), None)
+    if flat is not None and dialect != KOHYA:
+        raise ValueError(
+            f"{flat!r} is a name of kohya, which has lost its dots, and {dialect} needs "
+            "them: load the adapter for params, and give names={module: path} to save it."
         )
-    return value[0].item()
+    if dialect == PEFT:
+        tensors = {
+            name: checkpoint.arrays.read(name) for name in checkpoint.entries.names()
+        }
+        place.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(place, checkpoint.config.to_json(), tensors)
+        return
+    _check_fits(dialect, checkpoint)
+    if dialect == MLX:
+        place.mkdir(parents=True, exist_ok=True)
+        text, tensors = _to_mlx(checkpoint)
+        write_checkpoint(place, text, tensors, MLX_TENSORS)
+        return
+    if place.suffix != ".safetensors":
+        raise ValueError(
+            f"an adapter of {dialect} is one file: give a path that ends in .safetensors, "
+            f"got {str(place)!r}."
+        )
+    metadata, tensors = (_to_kohya if dialect == KOHYA else _to_diffusers)(checkpoint)
+    with replacement.replacing(place) as temporary:
+        tensor_streams.write_arrays(temporary, tensors, {"format": "pt", **metadata})
 
 
-def _as_peft(
-    where: str, name: str, module: str, keys: Mapping[str, str], file: TensorFile
-) -> tuple[dict[str, _Entry], int, bool]:
-    """The entries of a module in PEFT's layout, its rank, and whether it is a stack."""
-    shapes = {entry: tuple(file[key].shape) for entry, key in keys.items()}
-    entries = {
-        entry: _Entry(keys[entry], tuple(range(len(shape))), shape)
-        for entry, shape in shapes.items()
+def _check_fits(dialect: str, checkpoint: Checkpoint) -> None:
+    """Raises for what only PEFT's files hold."""
+    config, (modules, tokens, wholes) = checkpoint.config, checkpoint.entries
+    advice = "save with dialect='peft', or merge the adapters into the weights"
+    for name in (*tokens, *wholes):
+        raise ValueError(
+            f"files of {dialect} hold no full arrays, and {name!r} was trained: {advice}."
+        )
+    if config.changes_base:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changed the base weights, and "
+            f"files of {dialect} do not say so: {advice}."
+        )
+    for name, module in modules.items():
+        if module.kind not in BY_NAME[dialect].kinds:
+            raise ValueError(
+                f"files of {dialect} hold adapters of the kinds "
+                f"{', '.join(BY_NAME[dialect].kinds)}, and {name!r} is of the kind "
+                f"{module.kind!r}: {advice}."
+            )
+        if "B_bias" in module.keys and "B_bias" not in BY_NAME[dialect].ends.values():
+            raise ValueError(
+                f"files of {dialect} hold no biases of adapters, and {name!r} has one: "
+                f"{advice}."
+            )
+
+
+def _factors(checkpoint: Checkpoint, module: Module) -> dict[str, np.ndarray]:
+    return {entry: checkpoint.arrays.read(key) for entry, key in module.keys.items()}
+
+
+def _to_mlx(checkpoint: Checkpoint) -> tuple[str, dict[str, np.ndarray]]:
+    """The text of mlx-lm's config, and the arrays."""
+    config, tensors, keys = checkpoint.config, {}, dict[str, None]()
+    scales: dict[str, tuple[int, float]] = {}
+    parameters = Parameters(config.target_parameters or ())
+    for module in checkpoint.entries.modules.values():
+        arrays, name, in_config = _factors(checkpoint, module), module.model_name, ""
+        a, b = arrays["A"].T, arrays["B"].T
+        if module.kind == "experts":
+            name = nesting(module.name)[0]
+            if parameters.of(name) != [f"{name}.{WEIGHT}"]:
+                raise ValueError(
+                    f"mlx-lm has a module for each stack of experts, and {name!r} has the "
+                    f"parameters {', '.join(parameters.of(name))}: give names={{module: "
+                    "path}} with a name for each stack."
+                )
+            in_config, rank = f".{WEIGHT}", module.rank
+            a = arrays["A"].reshape(module.experts, rank, -1)
+            b = arrays["B"].reshape(-1, rank, module.experts).transpose(2, 0, 1)
+        if module.kind == "embedding" and "m" in arrays:
+            raise ValueError(
+                f"mlx-lm has a magnitude for each row of an embedding, and {name!r} has "
+                "one for each output: save with dialect='peft', or merge the adapters."
+            )
+        scales[name] = module.rank, config.scale_of(name + in_config)
+        own = {".lora_a": a, ".lora_b": b}
+        own |= {".m": arrays["m"].reshape(-1)} if "m" in arrays else {}
+        tensors |= {name + end: np.ascontiguousarray(x) for end, x in own.items()}
+        layer = re.fullmatch(r"(?:.*\.)?layers\.\d+\.(.+)", name)
+        keys[layer[1] if layer else name] = None
+    (rank, scale), *more = dict.fromkeys(scales.values())
+    if more:
+        raise ValueError(
+            f"mlx-lm has one rank and one scale for all modules, and these have "
+            f"{len(more) + 1}, for example rank {rank} with scale {scale:g} and rank "
+            f"{more[0][0]} with scale {more[0][1]:g}: give uniform=True, which pads ranks "
+            "with zeros and multiplies scales into B."
+        )
+    fields = {
+        "fine_tune_type": "dora" if config.use_dora else "lora",
+        "lora_parameters": {
+            "dropout": config.lora_dropout,
+            "keys": sorted(keys),
+            "rank": rank,
+            "scale": scale,
+        },
+        "model": config.base_model_name_or_path,
+        "num_layers": -1,  # all: layers without entries get adapters that are zero
     }
-    if name == KOHYA and "m" in shapes:
-        shape = shapes["m"]
-        if shape[:1] != shapes["B"][:1] or math.prod(shape[1:]) != 1:
-            raise CheckpointError(
-                f"{where}: {keys['m']!r} must be ({', '.join(map(str, shapes['B'][:1]))}, "
-                f"1, ...), one magnitude for each output, got {shape}. Magnitudes of "
-                f"inputs are not DoRA as it is here: {MERGE}."
-            )
-        entries["m"] = entries["m"]._replace(shape=shape[:1])
-    if name != MLX:
-        first = shapes.get("A", shapes.get("embedding_A", ()))
-        return entries, (*first, 0)[0], False
-    a, b = shapes["A"], shapes["B"]
-    if len(b) == 3 and "m" not in shapes:  # (experts, out, r)
-        experts, n_out, rank = b
-        if a not in ((experts, rank, *a[-1:]), (experts * rank, *a[-1:])):
-            raise _wrong_shapes(where, module, a, b)
-        entries["A"] = entries["A"]._replace(shape=(experts * rank, a[-1]))
-        entries["B"] = _Entry(keys["B"], (1, 2, 0), (n_out, rank * experts))
-        return entries, rank, True
-    if len(a) != 2 or len(b) != 2:
-        raise _wrong_shapes(where, module, a, b)
-    for entry in "AB":
-        entries[entry] = _Entry(keys[entry], (1, 0), shapes[entry][::-1])
-    if is_embedding(module):
-        if "m" in shapes:
-            raise CheckpointError(
-                f"{where}: {keys['m']!r} has a magnitude for each row of an embedding, and "
-                f"DoRA here has one for each output: {MERGE}."
-            )
-        entries = {f"embedding_{entry}": own for entry, own in entries.items()}
-    return entries, a[1], False
+    return json.dumps(fields, indent=4), tensors
 
 
-def _wrong_shapes(where: str, module: str, a: Any, b: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: the factors of {module!r} do not fit each other: expected (in, r) and "
-        f"(r, out), or (experts, r, in) and (experts, out, r), got {a} and {b}."
-    )
+def _to_kohya(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the arrays of a file of kohya."""
+    config, tensors = checkpoint.config, dict[str, np.ndarray]()
+    modules = checkpoint.entries.modules.values()
+    names = _flat_names([module.model_name for module in modules])
+    for module in modules:
+        arrays, name = _factors(checkpoint, module), names[module.model_name]
+        if "m" in arrays:
+            ones = (1,) * (arrays["A"].ndim - 1)
+            arrays["m"] = arrays["m"].reshape(-1, *ones)
+        alpha = np.asarray(alpha_of(config, module.model_name, module.rank))
+        narrow = alpha.astype(np.float32)
+        arrays["alpha"] = narrow if narrow == alpha else alpha
+        tensors |= BY_NAME[KOHYA].named(name, arrays)
+    model = config.base_model_name_or_path
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(config.lora_alpha),
+        **({} if model is None else {"ss_sd_model_name": model}),
+    }, tensors
+
+
+def _flat_names(names: list[str]) -> dict[str, str]:
+    """The names of kohya for some modules."""
+    starts = {model: short for short, model in MODELS.items()}
+    if any(name.startswith("text_encoder_2.") for name in names):
+        starts["text_encoder"] = "te1"
+    flat, owners = {}, dict[str, str]()
+    for name in names:
+        model, _, rest = name.partition(".")
+        short, rest = (starts[model], rest) if model in starts else ("unet", name)
+        new = name if is_flat(name) else f"lora_{short}_{rest.replace('.', '_')}"
+        other = owners.setdefault(new, name)
+        if other != name:
+            raise ValueError(
+                f"{other!r} and {name!r} would both be {new!r} in a file of kohya, whose "
+                "names have no dots: give names={module: path}."
+            )
+        flat[name] = new
+    return flat
+
+
+def _to_diffusers(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the arrays of a file of diffusers."""
+    config, tensors = checkpoint.config, dict[str, np.ndarray]()
+    by_model: dict[str, list[Module]] = {}
+    for module in checkpoint.entries.modules.values():
+        name = module.model_name
+        model, _, rest = name.partition(".")
+        by_model.setdefault(model if rest and model in MODELS.values() else "", []).append(
+            module
+        )
+        kind = "embedding_" if module.kind == "embedding" else ""
+        arrays = {
+            kind * (entry in "AB") + entry: array
+            for entry, array in _factors(checkpoint, module).items()
+        }
+        tensors |= BY_NAME[DIFFUSERS].named(name, arrays)
+    if len(by_model) > 1 and "" in by_model:
+        raise ValueError(
+            f"{by_model[''][0].model_name!r} is in no model of a pipeline, and others are: "
+            f"names have to start with one of {', '.join(dict.fromkeys(MODELS.values()))}, "
+            "or none of them. Give names={module: path}."
+        )
+    fields: dict[str, Any] = {}
+    for model, modules in by_model.items():
+        start = f"{model}." if model else ""
+        own = {m.model_name.removeprefix(start): m for m in modules}
+        ranks = {name: module.rank for name, module in own.items()}
+        alphas = {name: config.alpha_of(start + name) for name in own}
+        rank, alpha = most_common(ranks, 1), most_common(alphas, 1)
+        settings = {
+            "alpha_pattern": pattern_of(alphas, alpha),
+            "base_model_name_or_path": config.base_model_name_or_path,
+            "lora_alpha": alpha,
+            "lora_bias": config.lora_bias,
+            "lora_dropout": config.lora_dropout,
+            "r": rank,
+            "rank_pattern": pattern_of(ranks, rank),
+            "target_modules": [*own],
+            "use_dora": config.use_dora,
+            "use_rslora": config.use_rslora,
+        }
+        fields |= {start + name: value for name, value in settings.items()}
+    return {METADATA: json.dumps(fields, indent=2, sort_keys=True)}, tensors

@@ -31,9 +31,9 @@ from lora_jax.peft.missing import (
     tied_adapters,
 )
 from lora_jax.peft.names import NamesArgument
+from lora_jax.peft.opening import open_adapter
 from lora_jax.peft.replaced import Replaced, put_changes, put_full
 from lora_jax.peft.rules import Rules
-from lora_jax.peft.trainers import open_adapter
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 

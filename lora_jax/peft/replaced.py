@@ -19,7 +19,7 @@ from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.full import check_whole, find_bias, find_full, find_rows
-from lora_jax.peft.keys import Kind
+from lora_jax.peft.keys import Module
 from lora_jax.peft.layout import (
     Index,
     Site,
@@ -209,13 +209,14 @@ def put_changes(replaced: Replaced, checkpoint: Checkpoint, sites: Iterable[Site
     `sites` are of the adapters. Raises if a change cannot be repeated.
     """
     config, read = checkpoint.config, checkpoint.arrays.read
+    modules, bias = checkpoint.entries.modules, "B_bias"
+    biases = {name: read(m.keys[bias]) for name, m in modules.items() if bias in m.keys}
     for site in sites:
-        module = checkpoint.entries.modules[site.module]
-        if "B_bias" in module.keys:
-            bias = read(module.keys["B_bias"])
-            _add_bias(replaced, site, bias, config.scale_of(site.name))
+        scale = config.scale_of(site.name)
+        if site.module in biases:
+            _add_bias(replaced, site, biases[site.module], scale)
         if config.changes_base:
-            _change_base(replaced, site, module.kind, config)
+            _change_base(replaced, site, modules[site.module], config, scale)
 
 
 def _add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) -> None:
@@ -228,7 +229,9 @@ def _add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) ->
     replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
 
 
-def _change_base(replaced: Replaced, site: Site, kind: Kind, config: PeftConfig) -> None:
+def _change_base(
+    replaced: Replaced, site: Site, module: Module, config: PeftConfig, scale: float
+) -> None:
     """Puts the base weight that PiSSA or OLoRA left, which PEFT does not save.
 
     Raises if the initialization cannot be repeated exactly.
@@ -238,12 +241,12 @@ def _change_base(replaced: Replaced, site: Site, kind: Kind, config: PeftConfig)
     check_whole(site, "the initialization changed its base")
     if config.init_lora_weights != "pissa" and not olora:
         raise _not_repeatable(config, name, "its result is not unique")
-    if kind != "linear":
+    if module.kind != "linear":
         raise _not_repeatable(config, name, f"it is not a matrix, {site.axes!r}")
     why = f"init_lora_weights={config.init_lora_weights!r} changed the base of {name!r}"
     weight = replaced.current(site, why)
     matrix = to_matrix(weight, site.own_axes)
-    rank, alpha = config.rank_of(name), config.alpha_of(name)
+    rank = module.rank
     if not olora:
         wide = matrix.astype(np.promote_types(matrix.dtype, np.float32))
         values = np.linalg.svd(wide, compute_uv=False)
@@ -252,7 +255,7 @@ def _change_base(replaced: Replaced, site: Site, kind: Kind, config: PeftConfig)
         ):
             raise _not_repeatable(config, name, "two singular values are nearly equal")
     init = init_olora_adapter if olora else init_pissa_adapter
-    base, _ = init(jnp.asarray(matrix), rank, alpha, rank_stabilized=config.use_rslora)
+    base, _ = init(jnp.asarray(matrix), rank, scale * rank)
     own = from_matrix(np.asarray(base), weight.shape, site.own_axes)
     replaced.set(site, own.astype(weight.dtype))
 

@@ -19,14 +19,20 @@ from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.peft.checkpoint import InMemory, new_checkpoint, write_checkpoint
 from lora_jax.peft.config import PeftConfig, most_common, pattern_of
-from lora_jax.peft.dialects import DIALECTS, DIFFUSERS, MLX, PEFT, DialectName
+from lora_jax.peft.dialects import (
+    DIALECTS,
+    DIFFUSERS,
+    MLX,
+    PEFT,
+    DialectName,
+    write_adapter,
+)
 from lora_jax.peft.fields import layer_regex
 from lora_jax.peft.keys import PREFIX
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
 from lora_jax.peft.names import Names, SaveNames
 from lora_jax.peft.rules import Rules
-from lora_jax.peft.trainers import write_adapter
 from lora_jax.peft.words import name_ends, split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target

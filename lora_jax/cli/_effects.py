@@ -16,10 +16,9 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading, _ties
 from lora_jax.cli._adapters import Contents
 from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.full import find_full
-from lora_jax.peft.known import Known
-from lora_jax.peft.leaves import Places, Problems
+from lora_jax.peft.leaves import Known, Places, Problems
 from lora_jax.peft.load import Loaded, assemble, find_places
+from lora_jax.peft.locate import find_full
 from lora_jax.peft.words import mask_numbers
 from lora_jax.plan import layout, parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target

@@ -278,6 +278,17 @@ def part_axes(part: str, shape: tuple[int, ...], axes: str) -> str:
     return "".join(letter for letter, entry in pairs if not isinstance(entry, int))
 
 
+def first_part(shape: tuple[int, ...], entries: int) -> str:
+    """The first of the equal parts of a leaf that have a number of entries, as a guess."""
+    count, rest = divmod(math.prod(shape), entries)
+    if rest == 0 and count > 1:
+        fused = sorted(axis for axis, n in enumerate(shape) if n % count == 0)
+        for axis in sorted(fused, key=lambda axis: shape[axis] != count):
+            size = shape[axis] // count
+            return f"[{':,' * axis}{'0' if size == 1 else f':{size}'}]"
+    return "[0]"
+
+
 def boxes(indices: Iterable[Index]) -> list[tuple[Entry, ...]]:
     """Divides indices of a stack into parts, each with some entry of each axis.
 

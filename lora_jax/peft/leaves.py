@@ -1,43 +1,86 @@
-"""The leaves of params, and the ways in which they may hold the array of a module."""
+"""The leaves of params: their paths, shapes, and what a function shows of their axes."""
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.known import Known, find_known
+from lora_jax.peft.keys import Kind
 from lora_jax.peft.layout import (
     LAYOUTS,
     Layout,
-    Reading,
     Site,
-    has_room,
     part_axes,
     part_shape,
 )
-from lora_jax.peft.names import NOT_GIVEN, Given, Names, NamesArgument, PathMasks
+from lora_jax.peft.names import Given, Names, NamesArgument, PathMasks
 from lora_jax.peft.words import (
     BIAS,
     WEIGHT,
     Found,
-    Numbers,
     PathIndex,
     index_paths,
-    lacking_fields,
     leaf_word,
     search_paths,
     split_path,
 )
-from lora_jax.plan import parts
-from lora_jax.plan.adapter_plan import AdapterPlan
+from lora_jax.plan import axis_roles, parts, plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Use
+from lora_jax.transform import discovery
 
 # Further problems are counted and not shown.
 _SHOWN = 10
+_STACKED = ("batch", "stacked")
 # Leaves with these names are (in, out) in every framework that has such names.
 _IN_OUT = ("kernel", "w", "embedding", "embeddings")
+
+
+class Known(NamedTuple):
+    """The known axes and uses of leaves, by path."""
+
+    axes: Mapping[str, str] = {}
+    """A letter for each axis: `i`, `o` or `b` as in `LoraConfig.axes`; `-` if it is `i` or
+    `o`; `?` if it may be any."""
+    uses: Mapping[str, tuple[Use, ...]] = {}
+    source: str = ""
+    """Where this is known from, for messages: the function, or the plan."""
+    trained: frozenset[str] = frozenset()
+    """The leaves that the plan trains."""
+    products: Mapping[str, str] = {}
+    """The functions that the plan states to be products; as in `LoraConfig`."""
+
+    def looked_up(self, path: str) -> bool | None:
+        """Whether rows of a leaf are gathered; None if its uses are not known."""
+        uses, axes = self.uses.get(path), self.axes.get(path, "")
+        if not uses:
+            return None
+        gathers = [use for use in uses if _gathers(use)]
+        return any(axes[axis] == "i" for use in gathers for axis in _sides(use)[0])
+
+    def tie(self, path: str) -> tuple[Use, Use] | None:
+        """Two uses with inputs and outputs swapped, as of a tied head; None if none."""
+        return next(self._ties(path), None)
+
+    def _ties(self, path: str) -> Iterator[tuple[Use, Use]]:
+        sides = [(use, *_sides(use)) for use in self.uses.get(path, ())]
+        for use, inputs, outputs in sides:
+            for other, other_inputs, other_outputs in sides:
+                if inputs & other_outputs and outputs & other_inputs:
+                    yield use, other
+
+    def side(self, path: str, kind: Kind) -> str:
+        """The use of a tied leaf that a module of some kind is: a look-up or a product.
+
+        Empty if the leaf is not tied, or two uses with inputs and outputs swapped are both
+        products.
+        """
+        ties = [*self._ties(path)]
+        if not ties or any(one.kind(()) == other.kind(()) for one, other in ties):
+            return ""
+        return parts.LOOKUP if kind == "embedding" else parts.PRODUCT
 
 
 class Problems:
@@ -248,89 +291,86 @@ def make_places(
     return Places(tree_paths.leaf_paths(params), names, layout, known)
 
 
-class Claim(NamedTuple):
-    """A leaf that may hold the array of a module, and the ways to see the leaf."""
-
-    site: Site
-    """Without the letters of the axes, and without the stack."""
-    readings: tuple[Reading, ...]
-    turned: tuple[Reading, ...] = ()
-    """Further ways, if the leaf is transposed."""
-    by_shape: bool = False
-    """Whether only the shape shows the way."""
-
-    def settle(self, reading: Reading) -> Site:
-        """The site, if a reading of the leaf is right."""
-        return self.site._replace(axes=reading.axes, stack=reading.stack)
-
-
-Reader: TypeAlias = Callable[[str, Numbers], Claim]
-"""From a path, and the numbers of a module's name that are indexes, to a claim."""
-
-
-def open_site(
-    module: str, name: str, path: str, numbers: Numbers, given: Given = NOT_GIVEN
-) -> Site:
-    """The site of a module in a leaf, whose axes are not known yet.
-
-    Its fields are named as in the module's name, so that a `NameTable` can be `names`.
-    """
-    indices, own = tuple(number for _, number in numbers), lacking_fields(name, path)
-    same = indices == tuple(number for _, number in own)
-    return Site(
-        module,
-        name,
-        path,
-        indices=indices,
-        fields=tuple(field for field, _ in (own if same else numbers)),
-        part=given.part,
-        use=given.use,
-        given=given.axes is not None,
-    )
-
-
-def fitting(found: Iterable[Found], read: Reader) -> list[Claim]:
-    """The claims of a module to some leaves, without the leaves that do not fit."""
-    claims = (
-        read(path, tuple((f"index{i}", number) for i, number in enumerate(indices)))
-        for path, indices in found
-    )
-    return [claim for claim in claims if claim.readings]
-
-
-def given_claim(given: Given, name: str, read: Reader, *more: Numbers) -> Claim | None:
-    """The claim to the leaf that the caller gave; None if the leaf does not fit.
-
-    Further numbers of the module's name may be indexes of the leaf, and so may `more`.
-    """
-    numbers = given.numbers, lacking_fields(name, given.path), *more
-    claims = (read(given.path, each) for each in dict.fromkeys(numbers))
-    return next((claim for claim in claims if claim.readings), None)
-
-
-def only(name: str, claims: list[Claim]) -> Claim:
-    """The one leaf that fits; raises if there are several."""
-    if len(claims) > 1:
-        raise CheckpointError(
-            f"{name!r} may be any of "
-            f"{', '.join(repr(claim.site.path) for claim in claims[:8])}: give "
-            f"names={{{name!r}: path}}."
+def find_known(
+    params: tree_paths.PyTree,
+    fn: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    plan: AdapterPlan | None,
+) -> Known:
+    """The axes that the arguments of `load` show."""
+    if fn is None and args:
+        raise TypeError(
+            "got arguments and no function: the order is load(directory, params, fn, "
+            "*args), where fn(params, *args) applies the model."
         )
-    return claims[0]
+    if fn is not None and not callable(fn):
+        raise TypeError(
+            f"fn must be a function, got {type(fn).__name__}: the order is load(directory, "
+            "params, fn, *args), and all other arguments are keywords."
+        )
+    if plan is not None and not isinstance(plan, AdapterPlan):
+        raise TypeError(f"plan must be an AdapterPlan, got {type(plan).__name__}.")
+    if fn is not None and plan is not None:
+        raise TypeError("both fn and plan show the axes: give one of them.")
+    leaves = tree_paths.leaf_paths(params)
+    if plan is not None:
+        plan_checks.check_params(leaves, plan)
+        targets = {plan.leaf(path): own.axes for path, own in plan.targets.items()}
+        letters = _letters(leaves, plan.uses) | targets
+        trained, products = frozenset(plan.trained), plan.config.products
+        return Known(letters, plan.uses, "the plan", trained, products)
+    if fn is None:
+        return Known()
+    uses = discovery.find_uses(fn, params, args, {})
+    return Known(_letters(leaves, uses), uses, "the function")
 
 
-def shared_readings(
-    places: Places, claims: list[Claim]
-) -> tuple[list[Reading], list[Reading]]:
-    """The ways to see a leaf that fit all of its modules, and those if it is transposed."""
-    first, indices = claims[0].site, [claim.site.indices for claim in claims]
-    shape, most = (
-        places.shape(first.path, first.part),
-        [*map(max, zip(*indices, strict=True))],
+def _letters(
+    leaves: Mapping[str, Any], uses: Mapping[str, tuple[Use, ...]]
+) -> dict[str, str]:
+    """The letters of the axes of each leaf that has uses."""
+    return {
+        path: _letters_of(tuple(leaves[path].shape), own)
+        for path, own in uses.items()
+        if own and path in leaves and checks.is_array(leaves[path])
+    }
+
+
+def _letters_of(shape: tuple[int, ...], uses: Sequence[Use]) -> str:
+    roles = [{use.roles[axis] for use in uses} - {""} for axis in range(len(shape))]
+    found = axis_roles.letters_of(shape, [use for use in uses if not use.merged])
+    if found is None:
+        return "".join(map(_letter, roles))
+    each = zip(found, roles, shape, strict=True)
+    return "".join(letter if own or n == 1 else "?" for letter, own, n in each)
+
+
+def _letter(roles: set[str]) -> str:
+    """The letter of an axis of a leaf that is in no matrix product."""
+    if not roles:
+        return "?"
+    if roles <= set(_STACKED):
+        return "b"
+    return "?" if roles & set(_STACKED) else "-"
+
+
+def _gathers(use: Use) -> bool:
+    return "indexed" in use.roles and "contracted" not in use.roles
+
+
+def _sides(use: Use) -> tuple[set[int], set[int]]:
+    """The axes of inputs and of outputs. Gathered rows are inputs."""
+    roles = [*enumerate(use.roles)]
+    if _gathers(use):
+        inputs = {axis for axis, own in roles if own == "indexed"}
+        return inputs, {a for a, own in roles if own not in ("indexed", *_STACKED)}
+    inputs = {axis for axis, own in roles if own == "contracted"}
+    return inputs, {axis for axis, own in roles if own == "kept"}
+
+
+def agrees(axes: str, pattern: str) -> bool:
+    """Whether letters of axes agree with a pattern of known letters."""
+    return len(axes) == len(pattern) and all(
+        known in ("?", own) or (known == "-" and own in "io")
+        for own, known in zip(axes, pattern, strict=True)
     )
-    ways = []
-    for options in ([c.readings for c in claims], [c.turned for c in claims]):
-        fit = (each for each in options[0] if has_room(shape, each.stack, most))
-        distinct = dict.fromkeys(options)
-        ways.append([each for each in fit if all(each in other for other in distinct)])
-    return ways[0], ways[1]

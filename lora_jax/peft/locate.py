@@ -1,52 +1,57 @@
-"""Finds the weight of each module of a checkpoint."""
+"""Finds the weight of each module of a checkpoint, and the leaf of each full array.
+
+Full (not low-rank) arrays are saved modules, biases and rows of embeddings.
+"""
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Module, Parameters, nesting
-from lora_jax.peft.known import agrees
-from lora_jax.peft.layout import (
-    SWAPPED,
-    Index,
-    Reading,
-    Site,
-    has_room,
-    known_readings,
-    readings,
-)
-from lora_jax.peft.leaves import (
+from lora_jax.peft.claims import (
     Claim,
-    Places,
-    Problems,
     Reader,
     fitting,
     given_claim,
     only,
     open_site,
-    shared_readings,
+    settle_adapters,
+    settle_arrays,
 )
+from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.keys import Module, Parameters, nesting
+from lora_jax.peft.layout import (
+    SWAPPED,
+    Index,
+    Reading,
+    Site,
+    first_part,
+    has_room,
+    known_readings,
+    readings,
+    stacked_readings,
+    torch_forms,
+)
+from lora_jax.peft.leaves import Places, Problems, agrees
 from lora_jax.peft.names import NOT_GIVEN, Given
 from lora_jax.peft.words import (
+    BIAS,
     HEADS,
     WEIGHT,
     Found,
     Numbers,
+    is_embedding,
     is_flat,
     last_word,
     split_name,
     split_path,
 )
-from lora_jax.plan import parts
-from lora_jax.plan.parts import LOOKUP, PRODUCT
+from lora_jax.plan.parts import LOOKUP
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention
 _WEIGHTS = (WEIGHT, "")
-_Key: TypeAlias = tuple[str, str, str]  # a path, a part and a use
 
 
 def find_sites(
@@ -63,29 +68,14 @@ def find_sites(
     module has. If `splits_ties` is true, a module is one use of a tied leaf, if that can be
     told.
     """
-    by_leaf: dict[_Key, list[Claim]] = {}
+    claims = []
     for claim in _find_claims(places, modules, config, problems):
         site = claim.site
         if splits_ties and not site.use:
             use = places.known.side(site.path, modules[site.module].kind)
-            site = site._replace(use=use)
-        key = (site.path, site.part, site.use)
-        by_leaf.setdefault(key, []).append(claim._replace(site=site))
-    by_leaf = {leaf: _alike(claims, modules, problems) for leaf, claims in by_leaf.items()}
-    places.claimed |= {path for path, *_ in by_leaf}
-    _check_apart(places, by_leaf, problems)
-    places.shown |= {
-        places.family(path)
-        for (path, *_), claims in by_leaf.items()
-        if modules[claims[0].site.module].kind != "embedding"
-        and all(claim.by_shape and not claim.turned for claim in claims)
-    }
-    sites: dict[str, Site] = {}
-    for claims in by_leaf.values():
-        with problems.collecting():
-            reading = _one_reading(places, claims)
-            sites |= {claim.site.module: claim.settle(reading) for claim in claims}
-    return {name: sites[name] for name in modules if name in sites}
+            claim = claim._replace(site=site._replace(use=use))
+        claims.append(claim)
+    return settle_adapters(places, claims, modules, problems)
 
 
 def _find_claims(
@@ -104,104 +94,6 @@ def _find_claims(
             else:
                 claims = [_find_module(places, own[0], config.fan_in_fan_out)]
         yield from claims
-
-
-def _check_apart(
-    places: Places, by_leaf: dict[_Key, list[Claim]], problems: Problems
-) -> None:
-    """Leaves out modules of parts that have entries in common with parts before."""
-    taken: dict[str, list[_Key]] = {}
-    for key, claims in [*by_leaf.items()]:
-        path, part, use = key
-        for before in taken.setdefault(path, []):
-            both = not (use and before[2]) or use == before[2]
-            if both and parts.overlap(part, before[1], places.shape(path)):
-                one, other = by_leaf[before][0].site.module, claims[0].site.module
-                problems.lines.append(
-                    f"{one!r} and {other!r} both match entries of {path!r}, "
-                    f"{path + before[1]!r} and {path + part!r}: give names={{module: "
-                    "path}, with parts of the path that have nothing in common."
-                )
-                del by_leaf[key]
-                break
-        else:
-            taken[path].append(key)
-
-
-def _alike(
-    claims: list[Claim], modules: Mapping[str, Module], problems: Problems
-) -> list[Claim]:
-    """The claims that see a leaf as the first claim does, one for each index."""
-    first, taken = claims[0], dict[Index, Claim]()
-    for claim in claims:  # one index has one module: not several parts, or several uses
-        with problems.collecting():
-            _check_alike(first, claim, modules)
-            other = taken.setdefault(claim.site.indices, claim)
-            if other is not claim:
-                raise CheckpointError(
-                    f"{other.site.module!r} and {claim.site.module!r} both match "
-                    f"{claim.site.path!r}: give names={{module: path}}."
-                )
-    return [*taken.values()]
-
-
-def _check_alike(one: Claim, other: Claim, modules: Mapping[str, Module]) -> None:
-    """Raises if two modules see one leaf in different ways."""
-    names, path = (one.site.module, other.site.module), one.site.path
-    first, second = (modules[name] for name in names)
-    kinds = first.kind, second.kind
-    turned = first.dims[:2] == second.dims[1::-1]
-    if kinds.count("embedding") == 1 and turned:
-        uses = [LOOKUP if kind == "embedding" else PRODUCT for kind in kinds]
-        sides = [f"{path}@{use}" for use in uses]
-        raise CheckpointError(
-            f"{names[0]!r} and {names[1]!r} have an adapter each, and both are {path!r}, "
-            "which is tied: an adapter of that leaf would act on both. Give the function "
-            "(fn, *args) that looks rows up and multiplies by the leaf, or "
-            f"names={{{one.site.name!r}: {sides[0]!r}, {other.site.name!r}: "
-            f"{sides[1]!r}}}, or params in which the embedding and the output head are two "
-            "leaves."
-        )
-    if kinds[0] != kinds[1] or len(one.site.indices) != len(other.site.indices):
-        raise CheckpointError(
-            f"{names[0]!r} and {names[1]!r} both match {path!r}, the first as "
-            f"{kinds[0]!r} with the axes {one.readings[0].axes!r}, the other as "
-            f"{kinds[1]!r} with {other.readings[0].axes!r}: give names={{module: path}}."
-        )
-
-
-def _one_reading(places: Places, claims: list[Claim]) -> Reading:
-    """The one way to see a leaf that fits all of its modules; else raises."""
-    first = claims[0].site
-    leaf = f"{first.path + first.part!r} {places.shape(first.path, first.part)}"
-    found, turned = shared_readings(places, claims)
-    if not found:
-        last = max((claim.site for claim in claims), key=lambda site: site.indices)
-        raise CheckpointError(
-            f"{first.module!r} and {last.module!r} both match {leaf}, and "
-            "no reading of its axes fits both: give names={module: (path, axes)}."
-        )
-    if len(found) > 1:
-        ways = list(dict.fromkeys(repr(each.fields(first.fields)) for each in found))
-        template = first.name
-        for field, number in zip(first.fields, first.indices, strict=True):
-            template = template.replace(f".{number}.", f".{{{field}}}.", 1)
-        # A function shows the axes, but not which number is the index on which axis.
-        open_ = len({each.axes for each in found}) > 1 and not places.known.source
-        function = "the function (fn, *args) or plan=, or " if open_ else ""
-        raise CheckpointError(
-            f"{leaf} fits {first.name!r} with the axes {' and '.join(ways)}: shapes do not "
-            f"say which. Give {function}names={{{template!r}: "
-            f"({first.path + first.part!r}, {ways[0]})}} with the right axes."
-        )
-    if turned and not places.lies_in_out(first.path):
-        raise CheckpointError(
-            f"{leaf} fits {first.name!r} with the axes {found[0].axes!r} (layout='jax') "
-            f"and {turned[0].axes!r} (layout='torch', as in PyTorch and Equinox): shapes "
-            "do not say which. Give the function (fn, *args) or plan=, or layout='jax' or "
-            f"layout='torch', or names={{{first.name!r}: (path, axes)}}."
-        )
-    return found[0]
 
 
 def _find_module(places: Places, module: Module, fan_in_fan_out: bool) -> Claim:
@@ -349,7 +241,7 @@ def _not_found(
     experts = f" for each of {dims.experts} experts" if dims.experts else ""
     entries = dims.n_in * dims.n_out * math.prod(dims.kernel) * max(dims.experts, 1)
     near = [*near]
-    parts_of = (path + _first_part(places.shape(path), entries) for path, _ in near)
+    parts_of = (path + first_part(places.shape(path), entries) for path, _ in near)
     return places.not_found(
         module.name,
         near,
@@ -359,12 +251,149 @@ def _not_found(
     )
 
 
-def _first_part(shape: tuple[int, ...], entries: int) -> str:
-    """The first of the equal parts of a leaf that have a number of entries, as a guess."""
-    count, rest = divmod(math.prod(shape), entries)
-    if rest == 0 and count > 1:
-        fused = sorted(axis for axis, n in enumerate(shape) if n % count == 0)
-        for axis in sorted(fused, key=lambda axis: shape[axis] != count):
-            size = shape[axis] // count
-            return f"[{':,' * axis}{'0' if size == 1 else f':{size}'}]"
-    return "[0]"
+def find_full(
+    places: Places, shapes: Mapping[str, tuple[int, ...]], problems: Problems
+) -> dict[str, Site]:
+    """Finds the site of each full array, by the names of the parameters: `"score.weight"`.
+
+    `problems` collects the arrays without a site, or with several.
+    """
+    by_path: dict[str, list[Claim]] = {}
+    for name, shape in shapes.items():
+        with problems.collecting():
+            claim = _find_array(places, name, shape)
+            by_path.setdefault(claim.site.path, []).append(claim)
+    found: dict[str, Site] = {}
+    for claims in by_path.values():
+        with problems.collecting():
+            found |= {site.name: site for site in settle_arrays(places, claims)}
+    return {name: found[name] for name in shapes if name in found}
+
+
+def _find_array(places: Places, name: str, shape: tuple[int, ...]) -> Claim:
+    module, _, last = name.rpartition(".")
+    for key in (name, module):
+        given = places.given(key)
+        if given is None:
+            continue
+        if given.part:
+            site = Site(module, name, given.path, "", part=given.part)
+            check_whole(site, f"the file has all of {name!r}")
+        if key == module and last == BIAS:
+            given = given._replace(path=_sibling_bias(places, name, given.path))
+        read = functools.partial(_read_array, places, name, shape, axes=given.axes or "")
+        claim = given_claim(given, module, read, ())
+        if claim is None:
+            raise CheckpointError(
+                f"{name!r} has the shape {shape}, and {given.path!r} has "
+                f"{places.shape(given.path)}{places.axes_of(given.path)}: was the "
+                "model resized (its vocabulary, its classes) before it was trained? "
+                "Give params of that size."
+            )
+        return claim
+    words = split_path(name)
+    near = places.search(words.words, (words.leaf,))
+    claims = fitting(near, functools.partial(_read_array, places, name, shape))
+    if claims:
+        return only(name, claims)
+    error = places.not_found(name, near, f"a leaf of the shape {shape}")
+    if not near and last_word(module) in HEADS:
+        error = CheckpointError(
+            f"{error} If the model has one leaf for its embedding and its output head "
+            "(tied), the head was trained apart from it: give params with a leaf for "
+            "each, and a function that uses both."
+        )
+    raise error
+
+
+def _read_array(
+    places: Places,
+    name: str,
+    shape: tuple[int, ...],
+    path: str,
+    numbers: Numbers,
+    axes: str = "",
+) -> Claim:
+    """Reads a leaf as an array of a checkpoint; without readings if it does not fit.
+
+    `name` and `shape` are of the array. `numbers` of the name are indexes of the leaf.
+    `axes` are its letters, if the caller gave them.
+    """
+    own, known = places.shape(path), axes or places.known.axes.get(path, "")
+    if len(known) != len(own):
+        known = ""
+    stacked = "b" if known.count("b") >= len(numbers) else "b?"
+    indices = [number for _, number in numbers]
+
+    def forms(stack: Index, rest: tuple[int, ...]) -> list[str]:
+        if not has_room(own, stack, indices) or any(
+            known[axis] not in stacked for axis in stack if known
+        ):
+            return []
+        if places.given_layout == "torch" and not known and len(shape) > 1:
+            return [""] if shape == rest else []
+        letters = "".join(x for axis, x in enumerate(known) if axis not in stack)
+        if len(shape) == 2 and set(letters) <= set("io") and places.known.looked_up(path):
+            letters = letters.translate(SWAPPED)  # the rows are the outputs of a head
+        embedding = is_embedding(name.rpartition(".")[0], path)
+        found, settled = torch_forms(rest, shape, letters, embedding=embedding)
+        settled |= places.given_layout is not None or places.lies_in_out(path)
+        return found[:1] if settled else found
+
+    count = len(numbers)
+    found = stacked_readings(own, count, lambda *at: forms(*at)[:1])
+    turned = stacked_readings(own, count, lambda *at: forms(*at)[1:])
+    stacks = {each.stack for each in found}
+    turned = tuple(each for each in turned if each.stack in stacks)
+    site = open_site(name.rpartition(".")[0], name, path, numbers)
+    return Claim(site, found, turned)
+
+
+def check_whole(site: Site, why: str) -> None:
+    """Raises for a module that is a part of a leaf, if values of the leaf would change."""
+    if site.part:
+        raise CheckpointError(
+            f"{site.name!r} is a part of a leaf, {site.path + site.part!r}, and {why}: a "
+            "leaf is replaced as a whole. Give params with a leaf for each module."
+        )
+
+
+def _sibling_bias(places: Places, name: str, path: str) -> str:
+    """The path of the bias beside a weight; raises if there is none."""
+    bias = places.bias_of(path)
+    if bias is None:
+        raise CheckpointError(
+            f"{name!r} has a bias, and there is none beside {path!r} in the params: add a "
+            "bias of zeros to the layer"
+        )
+    return bias
+
+
+def find_rows(places: Places, module: str, width: int) -> tuple[Site, int]:
+    """Finds the embedding, or the head, that has rows of a width, and their number."""
+    given = places.given(module)
+    found = places.search(split_name(module), (WEIGHT,))
+    paths = [given.path] if given else [each.path for each in found]
+    counts = {math.prod(places.shape(path)) // max(width, 1) for path in paths}
+    shape = (counts.pop() if len(counts) == 1 else 0, width)
+    if given and math.prod(places.shape(given.path)) != math.prod(shape):
+        raise CheckpointError(
+            f"{module!r} has rows of {width} entries, and {given.path!r} has the "
+            f"shape {places.shape(given.path)}: it has no such rows."
+        )
+    claim = _find_array(places, f"{module}.weight", shape)
+    return settle_arrays(places, [claim])[0], shape[0]
+
+
+def find_bias(places: Places, site: Site, size: int) -> Site:
+    """Finds the bias of an adapted layer, for the bias of its adapter: `lora_bias`."""
+    check_whole(site, "its adapter has a bias of its own")
+    path = _sibling_bias(places, site.module, site.path)
+    numbers = tuple(zip(site.fields, site.indices, strict=True))
+    claim = _read_array(places, f"{site.module}.bias", (size,), path, numbers)
+    if not claim.readings:
+        raise CheckpointError(
+            f"{site.module!r} has a bias of {size} entries, and {path!r} has the shape "
+            f"{places.shape(path)}: it is not the bias of that layer."
+        )
+    return settle_arrays(places, [claim])[0]

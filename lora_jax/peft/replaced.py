@@ -18,7 +18,6 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.checkpoint import Checkpoint
 from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.full import check_whole, find_bias, find_full, find_rows
 from lora_jax.peft.keys import Module
 from lora_jax.peft.layout import (
     Index,
@@ -31,6 +30,7 @@ from lora_jax.peft.layout import (
     to_matrix,
 )
 from lora_jax.peft.leaves import Places, Problems
+from lora_jax.peft.locate import check_whole, find_bias, find_full, find_rows
 from lora_jax.peft.missing import (
     OnTied,
     shared_leaves,

@@ -8,7 +8,7 @@ import pytest
 import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.known import agrees, find_known
+from lora_jax.peft.leaves import agrees, find_known
 from tests.peft.support import draw, linear, merged, update_of, write
 from tests.support import html_cells
 

@@ -28,8 +28,7 @@ GOLDEN = ROOT / "tests" / "golden" / "minilm" / "expected.safetensors"
 sys.path += [str(EXAMPLES), str(ROOT / "docs" / "studies")]
 minilm = importlib.import_module("minilm")
 reviews = importlib.import_module("reviews")
-classifier = importlib.import_module("classifier")
-report = importlib.import_module("report")
+command_line = importlib.import_module("command_line")
 sentiment = importlib.import_module("sentiment")
 minimal = importlib.import_module("minimal")
 quantized_accuracy = importlib.import_module("quantized_accuracy")
@@ -79,23 +78,32 @@ def tiny_examples(sizes, seed=0):
     return reviews.Examples(tokens, (np.arange(len(sizes)) % 2).astype(np.float32))
 
 
-def tiny_model(method):
-    """Parameters, a batch, and the plan of adapters of rank 3."""
-    params, job = tiny_params(), classifier.Job(method, rank=3)
+def tiny_model(method, base="full"):
+    """Parameters with a head, a batch, and the plan of adapters of rank 3."""
+    params = sentiment.quantize_base(sentiment.new_head(tiny_params()), base)
     (batch,) = reviews.make_batches(tiny_examples([5, 9, 24]))
-    return params, batch, classifier.make_plan(params, batch, job)
+    config = sentiment.make_config(method, rank=3, alpha=16.0)
+    return params, batch, lora_jax.plan_adapters(config, params, sentiment.model, batch)
 
 
 def trained(params, plan):
     """Adapters as after training: no factor is zero."""
-    trainable = classifier.init_trainable(jax.random.key(1), params, plan)
-    leaves, structure = jax.tree.flatten(trainable)
+    adapters = lora_jax.init_adapters(jax.random.key(1), params, plan)
+    leaves, structure = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     moved = [
         leaf + 0.1 * jax.random.normal(key, leaf.shape)
         for leaf, key in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(structure, moved)
+
+
+def by_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params, lora_jax.quant.is_quantized)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
 
 
 # --- packages ---------------------------------------------------------------------
@@ -177,12 +185,6 @@ def test_parse_ratings():
         ("1", 0.5, "it is a player."),
         ("12", 2.25, "great!"),
     ]
-
-
-@pytest.mark.parametrize("line", ["1_2\t0.5", "1_2\tgood\tgreat!", ""])
-def test_parse_ratings_names_the_bad_line(line):
-    with pytest.raises(ValueError, match="line 2: expected an id, a rating and a text"):
-        reviews.parse_ratings(f"1_1\t-0.9\tno picture.\n{line}\n1_3\t1\tgood.\n")
 
 
 def test_load_reads_the_archive_in_the_archive(monkeypatch, tmp_path):
@@ -275,7 +277,7 @@ def test_batches_are_shuffled_by_the_generator():
     assert (first != other).any()
 
 
-# --- encoder and classifier -----------------------------------------------------------
+# --- encoder and model ----------------------------------------------------------------
 
 
 def test_params_from_torch_turns_kernels_round():
@@ -313,34 +315,30 @@ def test_encoder_sees_tokens_and_their_order():
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_are_on_query_and_value(method):
     params, _, plan = tiny_model(method)
-    adapters = classifier.init_trainable(jax.random.key(0), params, plan)["adapters"]
-    assert (
-        set(adapters)
-        == set(plan.targets)
-        == {
-            f"encoder/layer_{layer}/attention/{part}/kernel"
-            for layer in range(LAYERS)
-            for part in ("query", "value")
-        }
-    )
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    assert set(plan.targets) == {
+        f"encoder/layer_{layer}/attention/{part}/kernel"
+        for layer in range(LAYERS)
+        for part in ("query", "value")
+    }
+    assert set(plan.trained) == {"head/kernel", "head/bias"}
     assert {target.method for target in plan.targets.values()} == {method}
-    shapes = {(a["A"].shape, a["B"].shape) for a in adapters.values()}
+    own = [adapters[path] for path in plan.targets]
+    shapes = {(adapter["A"].shape, adapter["B"].shape) for adapter in own}
     assert shapes == {((WIDTH, 3), (3, WIDTH))}
-    assert all(("m" in adapter) == (method == "dora") for adapter in adapters.values())
-    first, *others = (np.asarray(a["A"]) for a in adapters.values())
+    assert all(("m" in adapter) == (method == "dora") for adapter in own)
+    first, *others = (np.asarray(adapter["A"]) for adapter in own)
     assert all((first != other).any() for other in others)
 
 
 def test_filling_rows_do_not_count():
     params, batch, plan = tiny_model("lora")
     labels = np.where(batch.weights > 0, batch.labels, 1 - batch.labels)
-    trainable = trained(params, plan)
-    expected = classifier.loss_and_accuracy(trainable, params, plan, batch)
+    adapters = trained(params, plan)
+    expected = sentiment.loss_and_accuracy(adapters, params, plan, batch)
     other = batch._replace(labels=labels)
-    assert classifier.loss_and_accuracy(trainable, params, plan, other) == expected
-    features = classifier.encode_adapted(params, trainable["adapters"], plan, batch)
-    rows = [features[i] for i in (0, 1, 2)]
-    logits = [float(classifier.apply_head(trainable["head"], row)) for row in rows]
+    assert sentiment.loss_and_accuracy(adapters, params, plan, other) == expected
+    logits = map(float, sentiment.adapted_model(params, adapters, plan, batch)[:3])
     losses = [
         np.log1p(np.exp(-z if y else z)) for z, y in zip(logits, (0, 1, 0), strict=True)
     ]
@@ -351,50 +349,29 @@ def test_filling_rows_do_not_count():
     ("method", "base"), [("lora", "full"), ("dora", "full"), ("lora", "nf4")]
 )
 def test_step_learns_and_donates(method, base, monkeypatch, any_size):
-    traces, loss_and_accuracy = [], classifier.loss_and_accuracy
+    traces, loss_and_accuracy = [], sentiment.loss_and_accuracy
 
     def counted(*arguments):
         traces.append(arguments)
         return loss_and_accuracy(*arguments)
 
-    monkeypatch.setattr(classifier, "loss_and_accuracy", counted)
-    params, _, plan = tiny_model(method)
-    params = classifier.quantize_base(params, base)
+    monkeypatch.setattr(sentiment, "loss_and_accuracy", counted)
+    params, _, plan = tiny_model(method, base)
     (batch,) = reviews.make_batches(tiny_examples([5] * 32))
-    trainable = classifier.init_trainable(jax.random.key(0), params, plan)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         optimizer = optax.adamw(1e-2)
-        step, state = classifier.make_step(optimizer, plan), optimizer.init(trainable)
+        step, state = sentiment.make_step(optimizer, plan), optimizer.init(adapters)
         losses = []
         for _ in range(30):
-            old, old_state = trainable, state
-            trainable, state, loss, _ = step(trainable, state, params, batch)
+            old, old_state = adapters, state
+            adapters, state, loss, _ = step(adapters, state, params, batch)
             losses.append(float(loss))
     assert losses[0] == pytest.approx(np.log(2), abs=1e-6)  # a head of zeros
     assert losses[-1] < 0.5 * losses[0]
     assert len(traces) == 1
     assert all(x.is_deleted() for x in jax.tree.leaves((old, old_state)) if x.ndim)
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
-
-
-def test_save(tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy")
-    params, _, plan = tiny_model("dora")
-    trainable = trained(params, plan)
-    job = classifier.Job("dora", rank=3, alpha=2.0, base="nf4")
-    classifier.save(tmp_path / "new", trainable, plan, job)
-    loaded = numpy.load_file(tmp_path / "new" / "adapter.safetensors")
-    expected = classifier.by_path(trainable)
-    assert set(loaded) == set(expected)
-    assert "adapters/encoder/layer_0/attention/value/kernel/m" in loaded
-    for path, array in loaded.items():
-        np.testing.assert_array_equal(array, expected[path])
-    text = (tmp_path / "new" / "plan.json").read_text()
-    assert lora_jax.AdapterPlan.from_json(text) == plan
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert (config["method"], config["rank"], config["alpha"]) == ("dora", 3, 2.0)
-    assert config["base"]["sha256"] == minilm.MODEL.sha256
-    assert config["base"]["format"] == "nf4"
 
 
 # --- the template ------------------------------------------------------------------------
@@ -435,19 +412,11 @@ def any_size(monkeypatch):
     monkeypatch.setattr(lora_jax, "quantize_params", quantize)
 
 
-def stored_by_path(params):
-    leaves = jax.tree_util.tree_leaves_with_path(params, lora_jax.quant.is_quantized)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-
-
 @pytest.mark.parametrize("base", FORMATS)
 def test_base_has_quantized_kernels(base, any_size):
     params = tiny_params()
-    stored = stored_by_path(classifier.quantize_base(params, base))
-    for path, leaf in classifier.by_path(params).items():
+    stored = by_path(sentiment.quantize_base(params, base))
+    for path, leaf in by_path(params).items():
         if not path.endswith("/kernel"):
             np.testing.assert_array_equal(stored[path], leaf)
             continue
@@ -461,24 +430,24 @@ def test_base_has_quantized_kernels(base, any_size):
 
 def test_full_base_is_the_params():
     params = tiny_params()
-    assert classifier.quantize_base(params, "full") is params
-    leaves = classifier.by_path(params).values()
-    assert classifier.megabytes(params) == sum(x.size for x in leaves) * 4e-6
+    assert sentiment.quantize_base(params, "full") is params
+    leaves = by_path(params).values()
+    assert sentiment.megabytes(params) == sum(x.size for x in leaves) * 4e-6
 
 
 @pytest.mark.parametrize("base", FORMATS)
 def test_stored_encoder_is_the_dense_one(base, any_size):
     params, batch, _ = tiny_model("lora")
-    stored = classifier.quantize_base(params, base)
+    stored = sentiment.quantize_base(params, base)
     dense = jax.tree.map(
         lambda x: lora_jax.quant.dequantize(x) if lora_jax.quant.is_quantized(x) else x,
         stored,
         is_leaf=lora_jax.quant.is_quantized,
     )
-    expected = np.asarray(classifier.encode(dense, batch))
-    assert_close(classifier.encode_stored(stored, batch), expected, ulps=16)
-    assert np.abs(expected - classifier.encode(params, batch)).max() > 1e-3
-    assert classifier.megabytes(stored) < classifier.megabytes(params)
+    expected = np.asarray(sentiment.features(dense, batch))
+    assert_close(sentiment.stored_features(stored, batch), expected, ulps=16)
+    assert np.abs(expected - sentiment.features(params, batch)).max() > 1e-3
+    assert sentiment.megabytes(stored) < sentiment.megabytes(params)
 
 
 @pytest.mark.parametrize(
@@ -486,31 +455,30 @@ def test_stored_encoder_is_the_dense_one(base, any_size):
     [("lora", "full"), ("dora", "full"), ("lora", "int8"), ("dora", "nf4")],
 )
 def test_merged_is_adapted(method, base, any_size):
-    params, batch, plan = tiny_model(method)
-    stored = classifier.quantize_base(params, base)
-    assert classifier.make_plan(stored, batch, classifier.Job(method, rank=3)) == plan
-    adapters = trained(stored, plan)["adapters"]
-    before = classifier.fingerprint(stored)
+    stored, batch, plan = tiny_model(method, base)
+    assert plan == tiny_model(method)[2]
+    adapters = trained(stored, plan)
+    before = sentiment.fingerprint(stored)
     merged = lora_jax.merge_adapters(stored, adapters, plan)
-    assert classifier.fingerprint(stored) == before
-    actual = classifier.encode_stored(merged, batch)
-    expected = classifier.encode_adapted(stored, adapters, plan, batch)
+    assert sentiment.fingerprint(stored) == before
+    actual = sentiment.stored_model(merged, batch)
+    expected = sentiment.adapted_model(stored, adapters, plan, batch)
     assert_close(actual, np.asarray(expected), ulps=64)
-    assert np.abs(expected - classifier.encode_stored(stored, batch)).max() > 1e-2
-    leaves = stored_by_path(stored)
-    for path, leaf in stored_by_path(merged).items():
-        is_kernel = path.endswith("/kernel") and path not in adapters
+    assert np.abs(expected - sentiment.stored_model(stored, batch)).max() > 1e-2
+    leaves = by_path(stored)
+    for path, leaf in by_path(merged).items():
+        is_kernel = path in plan.skipped and path.endswith("/kernel")
         assert lora_jax.quant.is_quantized(leaf) == (is_kernel and base != "full")
         assert (leaf is leaves[path]) == (path not in adapters)
 
 
 def test_fingerprint_sees_one_bit():
     def set_bit(base, leaf, changed):
-        params = classifier.quantize_base(tiny_params(), base)
-        before = classifier.fingerprint(params)
+        params = sentiment.quantize_base(tiny_params(), base)
+        before = sentiment.fingerprint(params)
         query = params["encoder"]["layer_1"]["attention"]["query"]
         query[leaf] = changed(query[leaf])
-        assert classifier.fingerprint(params) != before
+        assert sentiment.fingerprint(params) != before
 
     set_bit("full", "bias", lambda b: b.at[3].set(jnp.nextafter(b[3], jnp.inf)))
     flipped = lambda codes: codes.at[3, 5].set(codes[3, 5] ^ 1)  # noqa: E731
@@ -523,8 +491,8 @@ def test_fingerprint_sees_one_bit():
 def test_random_encoder_is_like_the_pretrained_one():
     sizes = (VOCABULARY, 64, LAYERS, WIDTH, HIDDEN)
     params = quantized_accuracy.random_encoder(jax.random.key(0), *sizes)
-    expected = classifier.by_path(tiny_params())
-    actual = classifier.by_path(params)
+    expected = by_path(tiny_params())
+    actual = by_path(params)
     assert {path: leaf.shape for path, leaf in actual.items()} == {
         path: leaf.shape for path, leaf in expected.items()
     }
@@ -547,13 +515,45 @@ def test_rows_compare_real_tokens_and_sentences():
     assert embeddings.shape == (3, WIDTH)
     assert logits.shape == (5 + 9 + 24, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "BASES", ("full", "int8"))
+        patch.setattr(sentiment, "BASES", ("full", "int8"))
         full, stored = quantized_accuracy.rows("tiny", params, batch)
     assert full[:2] == ["tiny", "full"]
     assert 0 < float(stored[3].rstrip("%")) < float(stored[4].rstrip("%"))
 
 
 # --- the job ------------------------------------------------------------------------
+
+
+def test_the_job_trains_saves_and_reports(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    sentences = [
+        reviews.Sentence(f"{i}", 2.0 - i % 5, "text " * (i % 20)) for i in range(40)
+    ]
+    monkeypatch.setattr(reviews, "load", lambda cache: sentences)
+    monkeypatch.setattr(minilm, "load", lambda cache: (tiny_params(), Words()))
+    options = {
+        "rank": 3,
+        "epochs": 4,
+        "out": tmp_path / "out",
+        "json": tmp_path / "new.json",
+    }
+    with jax.numpy_dtype_promotion("standard"), optimizations(False):  # optax promotes
+        sentiment.main([f"--{name}={value}" for name, value in options.items()])
+    summary, printed = json.loads(options["json"].read_text()), capsys.readouterr().out
+    (split,) = summary["splits"]
+    assert split["frozen_unchanged"]
+    assert split["merge_max_difference"] < 1e-5
+    assert len(split["history"]["test_accuracy"]) == 4
+    assert "lora after each epoch               " in printed
+    folder = options["out"] / "split_0"
+    adapters, plan = lora_jax.load_adapters(folder)
+    assert list(plan.trained) == ["head/bias", "head/kernel"]
+    assert all(jnp.abs(adapters[path]["B"]).max() > 0 for path in plan.targets)
+    assert plan.parameters == summary["trainable_parameters"]
+    assert json.loads((folder / "job.json").read_text()) == {
+        **{"method": "lora", "rank": 3, "alpha": 16.0, "epochs": 4, "seed": 0},
+        **{"base": "full", "model": minilm.MODEL.requirement},
+    }
 
 
 def test_probe_is_at_its_optimum():
@@ -596,12 +596,9 @@ def test_help_shows_examples(capsys):
     assert "python sentiment.py --method dora --rank 4" in capsys.readouterr().out
 
 
-def test_options_are_the_job_and_name_the_folder(tmp_path):
+def test_options_name_the_folder(tmp_path):
     args = sentiment.parse_arguments(["--base", "nf4", "--cache", str(tmp_path)])
     assert args.out == tmp_path / "sentiment-lora-nf4"
-    job = classifier.Job()
-    fields = dataclasses.asdict(job) | {"base": "nf4"}
-    assert {name: getattr(args, name) for name in fields} == fields
 
 
 @pytest.mark.parametrize(
@@ -617,7 +614,8 @@ def test_print_split_says_what_is_dense(base, expected, capsys):
     shares = dict.fromkeys(("probe_accuracy", "merged_accuracy"), 0.8)
     shares |= {"merge_max_difference": 1e-6, "history": {"test_accuracy": [0.8]}}
     split = numbers | shares | {"frozen_unchanged": True}
-    report.print_split(split, "lora", base, pathlib.Path("out"))
+    job = dict.fromkeys(sentiment.JOB, 1) | {"method": "lora", "base": base}
+    command_line.print_split(job, split, pathlib.Path("out"))
     printed = capsys.readouterr().out
     assert expected in printed
     assert "bit-identical to" in printed
@@ -632,8 +630,8 @@ def test_main_reports_a_failed_fetch_without_a_traceback(monkeypatch, tmp_path):
 
 
 def test_spread():
-    assert report.spread([0.5]) == {"mean": 0.5, "deviation": None}
-    spread = report.spread([0.8, 0.9, 0.85])
+    assert command_line.spread([0.5]) == {"mean": 0.5, "deviation": None}
+    spread = command_line.spread([0.8, 0.9, 0.85])
     assert spread == pytest.approx({"mean": 0.85, "deviation": 0.05})
 
 
@@ -643,7 +641,7 @@ def test_plot(tmp_path):
     history = {"loss": values, "accuracy": values, "test_accuracy": [0.8, 0.9]}
     split = {"history": history, "probe_accuracy": 0.75}
     summary = {"method": "lora", "rank": 8, "splits": [split, split]}
-    report.plot(summary, tmp_path / "new" / "curves.png")
+    command_line.plot(summary, tmp_path / "new" / "curves.png")
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,15 +13,16 @@ import numpy as np
 import optax
 import pytest
 
+import lora_jax
 from tests import test_examples
 
 STUDIES = pathlib.Path(__file__).parents[1] / "docs" / "studies"
 RECORD = STUDIES / "dora_norm_axis.json"
 
 sys.path.append(str(STUDIES))
-classifier = importlib.import_module("classifier")
 minilm = importlib.import_module("minilm")
 reviews = importlib.import_module("reviews")
+sentiment = importlib.import_module("sentiment")
 arms = importlib.import_module("dora_norm_axis_arms")
 report = importlib.import_module("dora_norm_axis_report")
 study = importlib.import_module("dora_norm_axis")
@@ -40,7 +41,7 @@ def as_users_have_it():
 @pytest.fixture
 def tiny():
     """Params of one layer, a batch, and the plan of each arm."""
-    params = test_examples.tiny_params()
+    params = sentiment.new_head(test_examples.tiny_params())
     params["encoder"] = {"layer_0": params["encoder"]["layer_0"]}
     (batch,) = reviews.make_batches(test_examples.tiny_examples([5, 9, 24]))
     return params, batch, arms.make_plans(params, batch)
@@ -54,9 +55,9 @@ class Words:
         return [types.SimpleNamespace(ids=[1, *ids, 2]) for ids in words]
 
 
-def made_up_sentences(cache, name):
+def made_up_sentences(cache, name=study.FILES["products"]):
     """Ten for each review; favorable ones have large numbers."""
-    rng = np.random.default_rng(list(study.FILES).index(name))
+    rng = np.random.default_rng(list(study.FILES.values()).index(name))
     sentences = []
     for i in range(400):
         rating = rng.uniform(-4, 4)
@@ -80,7 +81,8 @@ def test_arms_have_as_many_parameters(tiny):
     params, batch, plans = tiny
     expected = 2 * (2 * 8 + 1) * test_examples.WIDTH
     assert arms.count_parameters(params, plans) == expected
-    fewer = plans | {"lora": classifier.make_plan(params, batch, classifier.Job("lora"))}
+    config = sentiment.make_config("lora", rank=8, alpha=16.0)
+    fewer = plans | {"lora": lora_jax.plan_adapters(config, params, sentiment.model, batch)}
     with pytest.raises(RuntimeError, match="expected as many parameters in each arm"):
         arms.count_parameters(params, fewer)
 
@@ -88,19 +90,19 @@ def test_arms_have_as_many_parameters(tiny):
 @pytest.mark.parametrize("arm", arms.ARMS)
 def test_arms_start_as_the_frozen_encoder(tiny, arm):
     params, batch, plans = tiny
-    trainable = arms.init_trainable(jax.random.key(0), params, plans[arm], arm)
-    features = arms.encode(params, trainable["adapters"], batch, arm=arm)
-    expected = np.asarray(classifier.encode(params, batch))
+    adapters = arms.init_adapters(jax.random.key(0), params, plans[arm], arm)
+    features = arms.encode(params, adapters, batch, arm=arm)
+    expected = np.asarray(sentiment.stored_features(params, batch))
     test_examples.assert_close(features, expected, ulps=64)
 
 
 def test_arms_start_with_the_same_factors(tiny):
     params, _, plans = tiny
     per_output, per_input, lora = (
-        arms.init_trainable(jax.random.key(0), params, plans[arm], arm)["adapters"]
-        for arm in arms.ARMS
+        arms.init_adapters(jax.random.key(0), params, plans[arm], arm) for arm in arms.ARMS
     )
-    for path, adapter in per_output.items():
+    for path in plans["lora"].targets:
+        adapter = per_output[path]
         np.testing.assert_array_equal(adapter["A"], per_input[path]["A"])
         if "query" in path:
             np.testing.assert_array_equal(adapter["A"], lora[path]["A"])
@@ -131,9 +133,9 @@ def test_step_is_that_of_adamw(tiny):
     params, batch, plans = tiny
     plan, rate = plans["dora_out"], 3e-3
     optimizer = optax.adamw(rate)
-    step = classifier.make_step(optimizer, plan)
+    step = sentiment.make_step(optimizer, plan)
     own, other = (
-        arms.init_trainable(jax.random.key(0), params, plan, "dora_out") for _ in range(2)
+        arms.init_adapters(jax.random.key(0), params, plan, "dora_out") for _ in range(2)
     )
     states = arms.OPTIMIZER.init(own), optimizer.init(other)
     for _ in range(3):
@@ -154,7 +156,7 @@ def command(monkeypatch, tmp_path):
     """The arguments of a small study of made-up sentences, without downloads."""
     model = test_examples.tiny_params(), Words()
     monkeypatch.setattr(minilm, "load", lambda cache: model)
-    monkeypatch.setattr(study, "load_sentences", made_up_sentences)
+    monkeypatch.setattr(reviews, "load", made_up_sentences)
     monkeypatch.setattr(study, "RATES", (0.1, 0.05))  # in so few steps
     sizes = {"seeds": 2, "epochs": 2, "train": 96, "test": 32, "loss": 48}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
@@ -297,12 +299,12 @@ def test_arms_of_the_initializers_start_from_the_probe(tiny):
     params, batch, _ = tiny
     batch = jax.tree.map(lambda x: x[:16], batch)
     head = {"kernel": jnp.linspace(-1, 1, test_examples.WIDTH), "bias": jnp.zeros(())}
-    drawn = initializers.Drawn(jax.random.key(0), *[[batch]] * 4, head)
-    expected = np.asarray(classifier.encode(params, batch))
+    drawn = initializers.Drawn(jax.random.key(0), *[[batch]] * 4, params | {"head": head})
+    expected = np.asarray(sentiment.stored_model(drawn.params, batch))
     for name, arm in initializers.ARMS.items():
-        base, adapters, plan = initializers.start(params, drawn, arm)
-        features = classifier.encode_adapted(base, adapters, plan, batch)
-        is_same = np.abs(np.asarray(features) - expected).max() < 1e-4
+        base, adapters, plan = initializers.start(drawn, arm)
+        logits = sentiment.adapted_model(base, adapters, plan, batch)
+        is_same = np.abs(np.asarray(logits) - expected).max() < 1e-4
         assert is_same == (name != "lora_one")  # which starts with a step
     arms = initializers.ARMS.values()
     assert len({initializers.make_plan(params, batch, arm) for arm in arms}) == 2

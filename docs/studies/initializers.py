@@ -32,11 +32,12 @@ from lora_jax import optim
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import classifier
+import command_line
 import minilm
 import reviews
 import sentiment
 
+Adapters = dict[str, lora_jax.Adapter]
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of the adapters
 HEAD_RATE = sentiment.LEARNING_RATE  # of the head, in all runs
@@ -93,7 +94,7 @@ class Drawn(NamedTuple):
     train: list[reviews.Batch]
     validation: list[reviews.Batch]
     test: list[reviews.Batch]
-    probe: classifier.Head  # fitted to the frozen features of `train`
+    params: minilm.Params  # with a head fitted to the frozen features of `train`
 
 
 def make_batches(
@@ -151,49 +152,41 @@ def draw(
     own, rest = np.split(np.arange(sizes[0]), [settings.train])
     epochs = [make_batches(train, rng.permutation(own)) for _ in range(settings.epochs)]
     batches = make_batches(train, own)
-    probe = sentiment.fit_probe(*encode_all(params, batches))
+    features = sentiment.apply_all(sentiment.stored_features, batches, params)
     return Drawn(
         jax.random.key(seed),
         list(itertools.chain(*epochs)),
         batches,
         make_batches(train, rest),
         make_batches(test, np.arange(sizes[1])),
-        probe,
+        params | {"head": sentiment.fit_probe(*features)},
     )
-
-
-def encode_all(
-    params: minilm.Params, batches: Sequence[reviews.Batch]
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the frozen encoder's features of all sentences, and the labels."""
-    return sentiment.encode_all(functools.partial(classifier.encode, params), batches)
 
 
 def make_plan(
     params: minilm.Params, batch: reviews.Batch, arm: Arm
 ) -> lora_jax.AdapterPlan:
     """Plans the adapters of the sentiment example, with its rank and alpha."""
-    plan = classifier.make_plan(params, batch, classifier.Job())
-    if not arm.rank_stabilized:
-        return plan
-    config = dataclasses.replace(plan.config, rank_stabilized=True)
-    return lora_jax.plan_adapters(config, params, classifier.encode, batch)
+    config = sentiment.make_config("lora", rank=8, alpha=16.0)
+    config = dataclasses.replace(config, rank_stabilized=arm.rank_stabilized)
+    return lora_jax.plan_adapters(config, params, sentiment.model, batch)
 
 
 class Start(NamedTuple):
     """What an arm of a seed starts from, at each learning rate."""
 
     params: minilm.Params
-    adapters: classifier.Adapters
+    adapters: Adapters
     plan: lora_jax.AdapterPlan
 
 
-def start(params: minilm.Params, drawn: Drawn, arm: Arm) -> Start:
+def start(drawn: Drawn, arm: Arm) -> Start:
     """Makes the adapters of an arm; some methods change the params or the plan."""
-    plan, method, key = make_plan(params, drawn.batches[0], arm), arm.start, drawn.key
+    params, method, key = drawn.params, arm.start, drawn.key
+    plan = make_plan(params, drawn.batches[0], arm)
 
     def loss(params: minilm.Params, batch: reviews.Batch) -> jax.Array:
-        logits = classifier.apply_head(drawn.probe, classifier.encode(params, batch))
+        logits = sentiment.model(params, batch)
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch.labels))
 
     if method == "default":
@@ -214,11 +207,17 @@ def start(params: minilm.Params, drawn: Drawn, arm: Arm) -> Start:
     return Start(cast(Any, made.params), made.adapters, plan)
 
 
+def split(adapters: Adapters, plan: lora_jax.AdapterPlan) -> dict[str, Adapters]:
+    """Returns the adapters, and the trained leaves of the head."""
+    parts = {"adapters": plan.targets, "head": plan.trained}
+    return {part: {path: adapters[path] for path in of} for part, of in parts.items()}
+
+
 @functools.partial(
-    jax.jit, static_argnames=("plan", "optimizer"), donate_argnames=("trainable", "state")
+    jax.jit, static_argnames=("plan", "optimizer"), donate_argnames=("adapters", "state")
 )
 def step(
-    trainable: classifier.Trainable,
+    adapters: Adapters,
     state: dict[str, optax.OptState],
     params: minilm.Params,
     batch: reviews.Batch,
@@ -226,57 +225,56 @@ def step(
     *,
     plan: lora_jax.AdapterPlan,
     optimizer: str,
-) -> tuple[classifier.Trainable, dict[str, optax.OptState]]:
+) -> tuple[Adapters, dict[str, optax.OptState]]:
     """Takes a step with a learning rate for the adapters and one for the head."""
 
-    def loss(trainable: classifier.Trainable) -> jax.Array:
-        return classifier.loss_and_accuracy(trainable, params, plan, batch)[0]
+    def loss(adapters: Adapters) -> jax.Array:
+        return sentiment.loss_and_accuracy(adapters, params, plan, batch)[0]
 
-    grads, trained, states = jax.grad(loss)(trainable), {}, {}
+    grads, before = (split(x, plan) for x in (jax.grad(loss)(adapters), adapters))
+    trained, states = {}, {}
     for part, name in (("adapters", optimizer), ("head", "adamw")):
         updates, states[part] = OPTIMIZERS[name].update(
-            grads[part], state[part], trainable[part]
+            grads[part], state[part], before[part]
         )
         updates = jax.tree.map(functools.partial(jnp.multiply, rates[part]), updates)
-        trained[part] = optax.apply_updates(trainable[part], updates)
+        moved: Any = optax.apply_updates(before[part], updates)
+        trained |= moved
     return trained, states
 
 
-def train(
-    trainable: classifier.Trainable,
-    params: minilm.Params,
-    plan: lora_jax.AdapterPlan,
-    batches: Sequence[reviews.Batch],
-    rate: float,
-    optimizer: str,
-) -> classifier.Trainable:
-    """Trains as `sentiment.train` does: a linear warm-up, then a cosine."""
-    warm_up = math.ceil(sentiment.WARM_UP * len(batches))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, len(batches) + 1)
+def train(begin: Start, drawn: Drawn, rate: float, optimizer: str) -> Adapters:
+    """Trains as the sentiment example does: a linear warm-up, then a cosine."""
+    steps, (params, adapters, plan) = len(drawn.batches), begin
+    adapters = jax.tree.map(jnp.array, adapters)  # copies, since `step` donates them
+    warm_up = math.ceil(sentiment.WARM_UP * steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, steps + 1)
+    parts = split(adapters, plan)
     state = {
-        "adapters": OPTIMIZERS[optimizer].init(trainable["adapters"]),
-        "head": OPTIMIZERS["adamw"].init(trainable["head"]),
+        "adapters": OPTIMIZERS[optimizer].init(parts["adapters"]),
+        "head": OPTIMIZERS["adamw"].init(parts["head"]),
     }
-    for index, batch in enumerate(batches, start=1):  # at 0 and at the end the rate is 0
+    # at 0 and at the end the rate is 0
+    for index, batch in enumerate(drawn.batches, start=1):
         share = schedule(index)
         rates = {"adapters": rate * share, "head": HEAD_RATE * share}
-        trainable, state = step(
-            trainable, state, params, batch, rates, plan=plan, optimizer=optimizer
+        adapters, state = step(
+            adapters, state, params, batch, rates, plan=plan, optimizer=optimizer
         )
-    return trainable
+    return adapters
 
 
-_evaluate = jax.jit(classifier.loss_and_accuracy, static_argnames="plan")
+_evaluate = jax.jit(sentiment.loss_and_accuracy, static_argnames="plan")
 
 
 def measure(
-    trainable: classifier.Trainable,
+    adapters: Adapters,
     params: minilm.Params,
     plan: lora_jax.AdapterPlan,
     batches: Sequence[reviews.Batch],
 ) -> tuple[float, float]:
     """Returns the mean loss of the sentences, and the share that is right."""
-    results = [_evaluate(trainable, params, plan=plan, batch=batch) for batch in batches]
+    results = [_evaluate(adapters, params, plan=plan, batch=batch) for batch in batches]
     loss, accuracy = np.mean(np.array(results, np.float64), axis=0)
     return round(float(loss), 6), round(float(accuracy), 6)
 
@@ -292,15 +290,13 @@ def jobs(settings: Settings) -> Iterator[dict[str, Any]]:
 def run(begin: Start, drawn: Drawn, rate: float | None, optimizer: str) -> dict[str, float]:
     """Trains adapters and head, from the probe, and measures; without a rate, no step."""
     time_before, (params, adapters, plan) = time.process_time(), begin
-    trainable = {"adapters": adapters, "head": drawn.probe}
-    trainable = jax.tree.map(jnp.array, trainable)  # copies, since `step` donates them
     if rate is not None:
-        trainable = train(trainable, params, plan, drawn.batches, rate, optimizer)
+        adapters = train(begin, drawn, rate, optimizer)
     result = {}
     for name in ("train", "validation", "test"):  # as many of `train` as of `validation`
         batches = getattr(drawn, name)
         batches = batches[: len(drawn.validation)] if name == "train" else batches
-        loss, accuracy = measure(trainable, params, plan, batches)
+        loss, accuracy = measure(adapters, params, plan, batches)
         result |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
     return result | {"seconds": round(time.process_time() - time_before, 1)}
 
@@ -315,7 +311,7 @@ def run_all(path: pathlib.Path, cache: pathlib.Path, settings: Settings) -> None
     """Does the runs that the record lacks, and adds each to it."""
     record = norm_axis.open_record(path, all_settings(settings))
     params, tokenizer = minilm.load(cache)
-    pool = short_opinions(tokenizer, norm_axis.load_sentences(cache, "products"))
+    pool = short_opinions(tokenizer, reviews.load(cache))
     record["sentences"] = len(pool)
     done = [{name: entry[name] for name in report.JOB} for entry in record["runs"]]
     missing, drawn = itertools.filterfalse(done.__contains__, jobs(settings)), {}
@@ -325,7 +321,7 @@ def run_all(path: pathlib.Path, cache: pathlib.Path, settings: Settings) -> None
         if seed not in drawn:
             drawn = {seed: draw(seed, params, tokenizer, pool, settings)}
         own, arm = drawn[seed], ARMS.get(name, Arm())
-        begin = start(params, own, arm)
+        begin = start(own, arm)
         for job in group:
             result = run(begin, own, job["rate"], arm.optimizer)
             record["runs"].append(job | result)
@@ -342,15 +338,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add, default = parser.add_argument, "default: %(default)s"
     for name, what in {"seeds": "splits and starts", "epochs": "passes"}.items():
         help_text = f"{what}; {default}"
-        kind = sentiment.number(int, 1, 100)
+        kind = command_line.number(int, 1, 100)
         add(f"--{name}", type=kind, default=getattr(Settings(), name), help=help_text)
     for name, what in {"train": "train", "validation": "choose on", "test": "test"}.items():
         size, help_text = getattr(Settings(), name), f"batches to {what}; {default}"
-        kind = sentiment.number(int, 1, 1000)
+        kind = command_line.number(int, 1, 1000)
         add(f"--{name}", type=kind, default=size // BATCH_SIZE, help=help_text)
     cache_help = "where downloads are; " + default
-    add("--cache", type=sentiment.folder, default=minilm.default_cache(), help=cache_help)
-    add("--json", type=sentiment.file_in(".json"), default=RECORD, help="the record")
+    add(
+        "--cache", type=command_line.folder, default=minilm.default_cache(), help=cache_help
+    )
+    add("--json", type=command_line.file_in(".json"), default=RECORD, help="the record")
     add("--report", action="store_true", help="do not train: only tables and plot")
     return parser.parse_args(argv)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import classifier
+import command_line
 import minilm
 import reviews
 import sentiment
@@ -119,9 +119,9 @@ def deviations(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float, 
 def rows(title: str, params: minilm.Params, batch: reviews.Batch) -> Iterator[list[str]]:
     """Yields the rows of an encoder in the table, one for each base."""
     expected = embeddings_and_logits(params, batch)
-    for base in classifier.BASES:
-        stored = classifier.quantize_base(params, base)
-        row = [title, base, f"{classifier.megabytes(stored['encoder']):.1f}"]
+    for base in sentiment.BASES:
+        stored = sentiment.quantize_base(params, base)
+        row = [title, base, f"{sentiment.megabytes(stored['encoder']):.1f}"]
         if base != "full":
             actual = embeddings_and_logits(stored, batch)
             for rms, largest, cosine in map(deviations, actual, expected):
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line: prints the table as Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cache, default = minilm.default_cache(), "where downloads are; default: %(default)s"
-    parser.add_argument("--cache", type=sentiment.folder, default=cache, help=default)
+    parser.add_argument("--cache", type=command_line.folder, default=cache, help=default)
     args = parser.parse_args(argv)
     try:
         params, tokenizer = minilm.load(args.cache)

@@ -193,9 +193,7 @@ def as_abstract(value: Any) -> Any:
 
 def as_frozen(weight: Any) -> Any:
     """A frozen weight as a JAX array, or as a quantized weight of JAX arrays."""
-    return (
-        jax.tree.map(jnp.asarray, weight) if is_quantized(weight) else jnp.asarray(weight)
-    )
+    return jax.tree.map(jnp.asarray, weight)
 
 
 Weight: TypeAlias = jax.Array | QuantizedTensor

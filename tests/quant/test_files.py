@@ -51,6 +51,8 @@ def test_saving_refuses_what_it_cannot_keep(path):
         quant.save_quantized(path, {"b": {"k": jax.random.key(0)}})
     with pytest.raises(ValueError, match="two arrays would have the name 'a:codes'"):
         quant.save_quantized(path, {"a": q, "a:codes": draw(2)})
+    with pytest.raises(ValueError, match="two arrays would have the name 'a/b'"):
+        quant.save_quantized(path, {"a": {"b": draw(2)}, "a/b": q})
     with pytest.raises(TypeError, match="a:codes has no values to write"):
         quant.save_quantized(path, {"a": jax.eval_shape(lambda: q)})
     with pytest.raises(TypeError, match="file must be a path, got dict"):
@@ -106,17 +108,22 @@ def more(n):
     return lambda r, a, m: a.update({f"b{i}": np.ones(2) for i in range(n)})
 
 
+ENTRY = {"format": "nf4", "settings": {}, "arrays": []}
 EDITS = {
     "nothing": (lambda r, a, m: None, None),
     "version": (lambda r, a, m: m.update(version="2"), "has version 2 of the format"),
     "format": (lambda r, a, m: m.update(format="x"), "was not written by save_quantized"),
     "metadata": (lambda r, a, m: m.update(more="x"), "expected the metadata format"),
-    "entry": (lambda r, a, m: r.update(a=[]), "its record should have a format"),
+    **{
+        f"entry {i}": (lambda r, a, m, c=change: r.update(a=c), "record should have a form")
+        for i, change in enumerate([[*ENTRY], *({**ENTRY, key: 1} for key in ENTRY), {}])
+    },
+    "names": (lambda r, a, m: r["a"].update(arrays=[1]), "its record should have a format"),
     "unknown": (lambda r, a, m: r["a"].update(format="nf3"), "the format 'nf3', and known"),
     "other": (lambda r, a, m: r["a"].update(format="int8"), "at 'a': expected arrays of"),
     "arrays": (lambda r, a, m: r["a"].update(arrays=["codes"]), "unexpected 'a:group_sc"),
     "missing": (lambda r, a, m: a.pop("a:codes") is None, "missing are 'a:codes'"),
-    "extra": (more(1), r"unexpected 'b0'\."),
+    "extra": (more(1), r"missing are none, unexpected 'b0'\."),
     "5 more": (more(5), r"unexpected 'b0', 'b1', 'b2', 'b3', 'b4'\.$"),
     "6 more": (more(6), r"unexpected 'b0', 'b1', 'b2', 'b3', 'b4', \.\.\."),
     "dropped": (

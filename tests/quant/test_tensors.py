@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import re
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,7 @@ def test_a_notebook_shows_the_arrays(name):
     q = make(name)
     rows = html_cells(q)
     assert rows[0] == ["array", "shape", "dtype", "bytes"]
+    assert re.findall("text-align:right.*?>(.*?)<", q._repr_html_()) == [r[3] for r in rows]
     assert sum(int(row[3].replace(",", "")) for row in rows[1:]) == q.nbytes
     assert html.escape(repr(q)) in q._repr_html_()
     assert html_cells(jax.eval_shape(lambda: q)) == rows
@@ -198,6 +200,14 @@ def test_arrays_are_sharded_as_the_weight_is(quantized, axes, stored, explicit):
     assert_same_bits(np.asarray(dense), np.asarray(quant.dequantize(q)))
 
 
+def test_without_an_array_of_its_shape_a_weight_is_split_along_the_stack():
+    q, base = make("torchao", 2), quant.QuantizedTensor  # NF4 has methods of its own
+    array, n = base.array_with_axes(q)
+    assert (array is q.codes, n) == (True, 1)
+    specs = base.array_specs(q, ("x", "y", None), {})
+    assert jax.tree.leaves(specs) == [P("x")] * 4
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes", "int8", "sign", "Q4_1"])
 def test_no_gradient_goes_through(name):
     q, x = make(name), draw(5, SHAPE[0])
@@ -241,13 +251,19 @@ def test_formats_have_to_be_complete():
     class NoTree(SignTensor):
         pass
 
+    methods = dict.fromkeys(quant.QuantizedTensor.__abstractmethods__)
+    NoDataclass = type("NoDataclass", (quant.QuantizedTensor,), methods)  # noqa: N806
+    jax.tree_util.register_pytree_node(NoDataclass, lambda _: ((), None), lambda *_: None)
+
     for cls, match in (
         (dict, "a format is a subclass of QuantizedTensor"),
+        ("sign", "a format is a subclass of QuantizedTensor, got 'sign'"),
         (
             Half,
             "Half has to define batch_ndim, check, dequantize, dtype, quantize_like, shape",
         ),
         (NoTree, "NoTree has to be a dataclass and a pytree"),
+        (NoDataclass, "NoDataclass has to be a dataclass and a pytree"),
     ):
         with pytest.raises(TypeError, match=match):
             quant.register_format(cls, "other")
@@ -255,8 +271,11 @@ def test_formats_have_to_be_complete():
 
 def test_names_of_formats_are_kept():
     quant.register_format(SignTensor, "toy_sign")  # again, as a reloaded module would
-    with pytest.raises(ValueError, match="'nf4' is empty or that of another format"):
-        quant.register_format(SignTensor, "nf4")
+    for name in ("nf4", ""):
+        with pytest.raises(
+            ValueError, match=f"'{name}' is empty or that of another format"
+        ):
+            quant.register_format(SignTensor, name)
     with pytest.raises(ValueError, match="SignTensor has the name 'toy_sign' already"):
         quant.register_format(SignTensor, "other")
     with pytest.raises(TypeError, match="must be a string, got 3"):

@@ -129,6 +129,9 @@ def test_abstract_weights_have_sizes_and_abstract_results(name):
 def test_repr_is_one_short_line_whatever_the_leaves_are(name):
     q = make(name)
     assert repr(q).startswith(f"{type(q).__name__}(shape={q.shape}, dtype=float32")
+    for setting in q.settings():
+        twice = setting in ("entry_shape", "weight_dtype")
+        assert (f", {setting}=" in repr(q)) == (not twice)
     shown = []
     jax.jit(lambda q: shown.append(repr(q)))(q)
     shown += [repr(jax.tree.map(to, q)) for to in (jax.typeof, lambda _: None, id)]

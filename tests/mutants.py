@@ -130,6 +130,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "unit = lax.reduce_precision(2 * over, exponent_bits=9, mantissa_bits=0)",
     ): "a float32 has no more than 8 bits of exponent",
     (
+        "lora_jax/quant/nf4.py",
+        "if max(self.block_size, nested or 0) > max(n, _LARGEST_PADDING):",
+        "if max(self.block_size, nested or 1) > max(n, _LARGEST_PADDING):",
+    ): "a block has two entries or more",
+    (
+        "lora_jax/_core/quantized.py",
+        "Weight: TypeAlias = jax.Array | QuantizedTensor",
+        "Weight: TypeAlias = jax.Array",
+    ): "only type checkers read it",
+    (
+        "lora_jax/_core/quantized.py",
+        "Weight: TypeAlias = jax.Array | QuantizedTensor",
+        "Weight: TypeAlias = QuantizedTensor",
+    ): "only type checkers read it",
+    (
         "lora_jax/quant/_ggml.py",
         "_MOST = 64  # blocks in one loop",
         "_MOST = 65  # blocks in one loop",

@@ -348,15 +348,14 @@ def _check_stacks(
     groups: Mapping[str, Mapping[int | None, str]], stored: Mapping[str, Any]
 ) -> None:
     """Raises unless each stack has one tensor for each layer, all of one kind."""
-    sizes: dict[str, int] = {}
+    layers: dict[str, set[Any]] = {}  # of the stacks with a prefix
     for role, group in groups.items():
-        prefix = role.partition("blk.")[0]
-        layers = [layer for layer in group if layer is not None]
-        sizes[prefix] = max(sizes.get(prefix, 0), *(layer + 1 for layer in layers), 0)
+        layers.setdefault(role.partition("blk.")[0], set()).update(group)
     for role, group in groups.items():
         if None in group:
             continue
-        missing = sorted({*range(sizes[role.partition("blk.")[0]])} - {*group})
+        last = max(layers[role.partition("blk.")[0]])
+        missing = sorted({*range(last + 1)} - {*group})
         kinds: dict[str, list[int | None]] = {}
         for layer, name in group.items():
             shape = tuple(map(int, stored[name].shape[::-1]))

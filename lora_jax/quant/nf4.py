@@ -321,7 +321,7 @@ def rows_for(entry: Sequence[int], block: int, parts: Sequence[int]) -> int:
         size = math.prod(entry[axis:]) // parts[axis]
         if size % block == 0:
             return axis
-        others = [b for b in range(2, 4 * block + 1, 2) if size % b == 0]
+        others = [b for b in range(2, 4 * block, 2) if size % b == 0]
         _LOG.warning(
             "NF4 of a weight of shape %s is not sharded along axis %d: its %d shards have "
             "runs of %d entries, which is no multiple of block_size %d. %s",

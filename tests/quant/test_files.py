@@ -23,7 +23,7 @@ def path(tmp_path):
 
 
 def example():
-    tree = {name: make(name) for name in (*ALL, *STORED)}
+    tree = {name: make(name, 2) for name in (*ALL, *STORED)}
     stack = {"layers/q": make("torchao", 2, dtype="float16")}
     return (
         tree | stack | {"norm/scale": draw(7, dtype="bfloat16"), "empty": jnp.ones((0, 2))}

@@ -228,11 +228,14 @@ def test_load_gguf_has_the_weights_of_the_file(tmp_path):
 
 
 def test_load_gguf_stacks_layers(tmp_path):
-    path = write_gguf(tmp_path / "a.gguf", of_two_layers())
+    other = {"v.blk.0.scale": np.float32(normal(4))}  # another stack, of one layer
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers(**other))
     alone = quant.load_gguf(path)
     got = quant.load_gguf(path, stack=True)
     roles = ["attn_q.weight", "attn_q.bias", "attn_norm.weight"]
-    assert list(got) == ["token_embd.weight", *(f"blk.{role}" for role in roles)]
+    names = ["token_embd.weight", *(f"blk.{role}" for role in roles), "v.blk.scale"]
+    assert list(got) == names
+    assert_same_bits(got["v.blk.scale"], alone["v.blk.0.scale"][None])
     assert_same_bits(got["token_embd.weight"], alone["token_embd.weight"])
     for role in roles:
         layers = [alone[f"blk.{i}.{role}"] for i in range(2)]
@@ -299,6 +302,8 @@ def test_metadata(tmp_path):
     assert {key: got[key] for key in dict(metadata)} == dict(metadata)
     assert got["general.architecture"] == "llama"
     assert not any(key.startswith("GGUF.") for key in got)
+    path = write_gguf(tmp_path / "a.gguf", {}, [("tokens", ["a", "b"])])
+    assert quant.load_gguf_metadata(path)["tokens"] == ["a", "b"]  # at the very end
 
 
 MIXED = {"blk.1.attn_q.weight": ("Q6_K", gguf_blocks("Q6_K", 8, 256))}
@@ -328,6 +333,7 @@ MIXED = {"blk.1.attn_q.weight": ("Q6_K", gguf_blocks("Q6_K", 8, 256))}
             ValueError,
             "at 'bias': .* does not have the rows of 2 heads",
         ),
+        ({}, {"rope_heads": {"*q*": 8}}, ValueError, "rows of 8 heads of an even size"),
         ({}, {"rope_heads": {"*q*": 2.0}}, TypeError, "must be an integer, got 2.0"),
         ({}, {"rope_heads": 2}, TypeError, "rope_heads must be a dict"),
         ({}, {"dtype": "int8"}, ValueError, "weight_dtype must be one of"),
@@ -348,6 +354,12 @@ MIXED = {"blk.1.attn_q.weight": ("Q6_K", gguf_blocks("Q6_K", 8, 256))}
             {},
             CheckpointError,
             r"a.gguf: the tensor 'odd' has the type TQ1_0, and only F32, F16, BF16, Q4_0",
+        ),
+        (
+            {"odd": np.zeros((0, 4), np.float32)},
+            {},
+            CheckpointError,
+            "'odd' has no entries",
         ),
         (
             {"odd": np.zeros((2, 4), np.int32)},

@@ -298,6 +298,7 @@ def test_rows_are_the_same_numbers_in_the_same_order(codec, nested, row_axes):
     assert rows.codes.shape[: 1 + row_axes] == weight.shape[: 1 + row_axes]
     assert (rows.shape, rows.batch_ndim) == (flat.shape, flat.batch_ndim)
     rows.check()
+    assert flat.to_arrays()["codes"] is flat.codes
     for name, array in flat.to_arrays().items():
         np.testing.assert_array_equal(getattr(rows, name).reshape(array.shape), array)
         np.testing.assert_array_equal(rows.to_arrays()[name], array)

@@ -96,6 +96,7 @@ def test_a_has_the_principal_components_of_all_inputs():
         a, b = (reference.f64(found.adapters[path][name]) for name in "AB")
         assert {"A": a.shape, "B": b.shape} == target.adapter_shapes
         assert not b.any()
+        assert (a.max(-2) == np.abs(a).max(-2)).all()  # the largest entry is positive
         old = next(p for p in plan.targets if plan.leaf(p) == found.plan.leaf(path))
         index = np.arange(len(INPUTS[old]))
         if target.part:  # of the stack

@@ -21,7 +21,8 @@ class MergeLoss(NamedTuple):
     vanished: jax.Array
     """The fraction of all entries that have an update and do not change."""
     largest_vanished: jax.Array
-    """The largest `|update| / |weight|` among these entries; 0 if there are none."""
+    """The largest `|update| / |weight|` among these entries; 0 if there are none. A weight
+    of 0, to which an update below the range of its dtype is added, counts as 1."""
     relative_error: jax.Array
     """`|merged - exact| / |update|`, in the Frobenius norm; 0 if the update is zero."""
 
@@ -66,7 +67,7 @@ def _merge_loss(
     return MergeLoss(
         vanished=jnp.sum(lost.vanished.astype(update.dtype)) / entries,
         largest_vanished=lost.largest,
-        relative_error=jnp.where(norm == 0, norm, error / jnp.where(norm == 0, 1, norm)),
+        relative_error=error / jnp.where(norm == 0, jnp.inf, norm),
     )
 
 

@@ -457,12 +457,20 @@ def test_the_rounding_of_a_magnitude_is_no_update(size, ulps, lost):
     assert (loss.vanished > 0) == (loss.largest_vanished > 0) == lost
 
 
-def test_an_entry_of_zero_never_vanishes():
+def test_an_update_of_zeros_vanishes_below_the_range_only():
     params, adapters, plan = make(dtype="bfloat16", names=("w",))
     params["block"]["w"] = jnp.zeros((12, 9), "bfloat16")
     loss = merge_losses(params, adapters, plan)["block/w"]
     assert (loss.vanished, loss.largest_vanished) == (0, 0)
     assert 0 < loss.relative_error < 2**-8
+    params["block"]["w"] = jnp.zeros((12, 9), "float16")
+    adapters = jax.tree.map(lambda x: x * 2.0**-20, adapters)
+    loss = merge_losses(params, adapters, plan)["block/w"]
+    merged = merged_reference(
+        params["block"]["w"], adapters["block/w"], *plan.targets.values()
+    )
+    assert (loss.vanished, loss.relative_error) == (1, 1)
+    np.testing.assert_allclose(loss.largest_vanished, np.abs(merged).max(), rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------- checks

@@ -159,6 +159,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 0]",
         "return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 1]",
     ): "all columns are the same",
+    (
+        "lora_jax/optim/optimizers.py",
+        "return jnp.where(own == 0, 1, own)  # the slot has no such adapter, only zeros",
+        "return jnp.where(own == 0, 2, own)  # the slot has no such adapter, only zeros",
+    ): "zeros are divided by it",
 }
 
 OPERATORS = {

@@ -8,7 +8,7 @@ that are zero in the factor and in the gradient.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ from lora_jax.optim import _leaves
 
 __all__ = ["scale_by_riemannian"]
 
-Number = float | jax.Array
-Scales = Mapping[str, jax.Array] | None  # by path
-Precondition = Callable[[_leaves.Leaf, jax.Array, jax.Array, Scales], jax.Array]
+Number: TypeAlias = float | jax.Array
+Scales: TypeAlias = Mapping[str, jax.Array] | None  # by path
+Precondition: TypeAlias = Callable[[_leaves.Leaf, jax.Array, jax.Array, Scales], jax.Array]
 
 
 def scale_by_riemannian(damping: Number = 1e-2) -> optax.GradientTransformation:
@@ -196,6 +196,6 @@ def _solve_gram(factor: jax.Array, gradient: jax.Array, damping: jax.Array) -> j
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)  # (*batch, rank)
     rounding = units * jnp.max(diagonal, axis=-1)
     added = jnp.maximum(damping.astype(dtype), rounding)[..., None, None]
-    eye = lax.expand_dims(jnp.eye(gram.shape[-1], dtype=dtype), range(gram.ndim - 2))
+    eye = lax.expand_dims(jnp.eye(*gram.shape[-2:], dtype=dtype), range(gram.ndim - 2))
     root = jnp.linalg.cholesky(gram + added * eye)
     return jax.scipy.linalg.cho_solve((root, True), gradient.astype(dtype))

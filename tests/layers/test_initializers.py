@@ -45,6 +45,7 @@ def test_a_name_is_its_function(name):
         np.testing.assert_array_equal(a, b)
     # And the function can be called by itself, as those of jax.nn.initializers.
     assert function(KEY, (3, 12, 4), jnp.bfloat16).dtype == jnp.bfloat16
+    assert function(KEY, (3, 12, 4)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", [*UNIFORM, "xavier_normal"])
@@ -149,6 +150,7 @@ def test_orthogonal_pair_in_half_precision_is_rounded():
     half = initializers.orthogonal_pair(KEY, (8, 4), (4, 6), jnp.bfloat16)
     full = initializers.orthogonal_pair(KEY, (8, 4), (4, 6))
     for a, b in zip(half, full, strict=True):
+        assert b.dtype == jnp.float32
         np.testing.assert_array_equal(a, b.astype("bfloat16"))
 
 
@@ -184,3 +186,7 @@ def test_numbers_are_drawn_for_few_sizes(monkeypatch):
     for width in range(9, 24):
         initializers.kaiming_uniform(KEY, (width, 4))
     assert sizes == {(64,), (128,)}
+    sizes.clear()
+    # JAX does not say that the numbers of other generators depend on their places alone.
+    initializers.kaiming_uniform(jax.random.key(0, impl="rbg"), (9, 4))
+    assert sizes == {(9, 4)}

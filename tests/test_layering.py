@@ -71,6 +71,14 @@ def test_folders_import_from_those_in_front_of_them():
             assert same or LEVEL[words[0]] < LEVEL[own], f"{path} imports {'.'.join(words)}"
 
 
+def test_a_folder_in_a_folder_imports_nothing_of_the_outer_one():
+    for path in MODULES:
+        inner = path.parts[:-1]
+        for words, _ in own_imports(path) if len(inner) > 1 else ():
+            own = words[: len(inner)] == inner
+            assert own or words[0] != inner[0], f"{path} imports {'.'.join(words)}"
+
+
 def test_nothing_private_leaves_its_folder():
     for path in MODULES:
         for words, taken in own_imports(path):

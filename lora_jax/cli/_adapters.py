@@ -14,13 +14,13 @@ from lora_jax._io import tensor_files, tensor_streams
 from lora_jax._io.tensor_streams import Span
 from lora_jax.checkpoint import FILE, OLD_RECORD, load_adapters
 from lora_jax.layers.lora import Adapters
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.dialects import DIALECTS
-from lora_jax.peft.keys import Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.formats.checkpoint import Checkpoint, FileDtype
+from lora_jax.peft.formats.config import PeftConfig
+from lora_jax.peft.formats.dialects import DIALECTS
+from lora_jax.peft.formats.keys import Module, Parameters, nesting, without_wrapper
+from lora_jax.peft.formats.opening import find_dialect, open_adapter
 from lora_jax.peft.layout import same_bits
 from lora_jax.peft.missing import may_be_tied
-from lora_jax.peft.opening import find_dialect, open_adapter
 from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word
 from lora_jax.plan import parts, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target

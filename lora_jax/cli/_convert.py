@@ -15,8 +15,8 @@ from lora_jax._io import tensor_files
 from lora_jax.checkpoint import load_adapters, save_adapters
 from lora_jax.cli import _adapters, _base, _loading, _output, _terminal, _ties
 from lora_jax.layers.lora import Adapters
-from lora_jax.peft.checkpoint import InMemory
-from lora_jax.peft.dialects import FILES, write_adapter
+from lora_jax.peft.formats.checkpoint import InMemory
+from lora_jax.peft.formats.dialects import FILES, write_adapter
 from lora_jax.peft.save import save
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE, TrainedLeaf

@@ -13,7 +13,7 @@ from lora_jax._io import tensor_files
 from lora_jax._io.tensor_streams import Span
 from lora_jax.cli import _adapters, _base, _effects, _loading, _messages, _terminal
 from lora_jax.cli._adapters import Contents
-from lora_jax.peft.opening import find_dialect
+from lora_jax.peft.formats.opening import find_dialect
 
 # The number of entries of an array that are compared at once.
 _PIECE = 2**20

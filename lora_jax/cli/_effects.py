@@ -15,7 +15,7 @@ from lora_jax import plots
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.cli import _adapters, _loading, _ties
 from lora_jax.cli._adapters import Contents
-from lora_jax.peft.checkpoint import Checkpoint
+from lora_jax.peft.formats.checkpoint import Checkpoint
 from lora_jax.peft.leaves import Known, Places, Problems
 from lora_jax.peft.load import Loaded, assemble, find_places
 from lora_jax.peft.locate import find_full

@@ -18,8 +18,8 @@ from lora_jax._io.tensor_streams import Span
 from lora_jax.cli import _base, _messages
 from lora_jax.cli._adapters import Contents
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype, InMemory, new_checkpoint
-from lora_jax.peft.keys import without_wrapper
+from lora_jax.peft.formats.checkpoint import Checkpoint, FileDtype, InMemory, new_checkpoint
+from lora_jax.peft.formats.keys import without_wrapper
 from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.load import Placement, assemble, find_places

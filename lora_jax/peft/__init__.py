@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lora_jax._core.unknown_names import explain_attributes
-from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.formats.config import PeftConfig
 from lora_jax.peft.load import Loaded, NameTable, load, match_names
 from lora_jax.peft.replaced import replace_leaves
 from lora_jax.peft.rules import ModuleMatch, match_modules, to_lora_config

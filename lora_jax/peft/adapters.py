@@ -15,9 +15,9 @@ from lora_jax._core import checks, tree_paths
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype
-from lora_jax.peft.config import PeftConfig, as_lora_config
-from lora_jax.peft.keys import Kind
+from lora_jax.peft.formats.checkpoint import Checkpoint, FileDtype
+from lora_jax.peft.formats.config import PeftConfig, as_lora_config
+from lora_jax.peft.formats.keys import Kind
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,

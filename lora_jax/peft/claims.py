@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.keys import Module
+from lora_jax.peft.formats.keys import Module
 from lora_jax.peft.layout import Index, Reading, Site, has_room
 from lora_jax.peft.leaves import Places, Problems
 from lora_jax.peft.names import NOT_GIVEN, Given

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lora_jax.peft.keys import Dims, Kind
+from lora_jax.peft.formats.keys import Dims, Kind
 from lora_jax.plan import parts
 from lora_jax.plan.parts import Entry
 

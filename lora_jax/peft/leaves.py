@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.keys import Kind
+from lora_jax.peft.formats.keys import BIAS, WEIGHT, Kind
 from lora_jax.peft.layout import (
     LAYOUTS,
     Layout,
@@ -18,8 +18,6 @@ from lora_jax.peft.layout import (
 )
 from lora_jax.peft.names import Given, Names, NamesArgument, PathMasks
 from lora_jax.peft.words import (
-    BIAS,
-    WEIGHT,
     Found,
     PathIndex,
     index_paths,

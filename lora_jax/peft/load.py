@@ -15,11 +15,12 @@ from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.lora import Adapter
 from lora_jax.peft.adapters import make_adapters, make_plan, to_jax
-from lora_jax.peft.checkpoint import (
+from lora_jax.peft.formats.checkpoint import (
     Checkpoint,
     FileDtype,
     check_dtype,
 )
+from lora_jax.peft.formats.opening import open_adapter
 from lora_jax.peft.layout import Layout, Site
 from lora_jax.peft.leaves import Places, Problems, make_places
 from lora_jax.peft.locate import find_sites
@@ -31,7 +32,6 @@ from lora_jax.peft.missing import (
     tied_adapters,
 )
 from lora_jax.peft.names import NamesArgument
-from lora_jax.peft.opening import open_adapter
 from lora_jax.peft.replaced import Replaced, put_changes, put_full
 from lora_jax.peft.rules import Rules
 from lora_jax.plan.adapter_plan import AdapterPlan

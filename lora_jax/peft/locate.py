@@ -20,8 +20,16 @@ from lora_jax.peft.claims import (
     settle_adapters,
     settle_arrays,
 )
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Module, Parameters, nesting
+from lora_jax.peft.formats.config import PeftConfig
+from lora_jax.peft.formats.keys import (
+    BIAS,
+    WEIGHT,
+    Module,
+    Parameters,
+    is_embedding,
+    is_flat,
+    nesting,
+)
 from lora_jax.peft.layout import (
     SWAPPED,
     Index,
@@ -36,18 +44,7 @@ from lora_jax.peft.layout import (
 )
 from lora_jax.peft.leaves import Places, Problems, agrees
 from lora_jax.peft.names import NOT_GIVEN, Given
-from lora_jax.peft.words import (
-    BIAS,
-    HEADS,
-    WEIGHT,
-    Found,
-    Numbers,
-    is_embedding,
-    is_flat,
-    last_word,
-    split_name,
-    split_path,
-)
+from lora_jax.peft.words import HEADS, Found, Numbers, last_word, split_name, split_path
 from lora_jax.plan.parts import LOOKUP
 
 _FUSED = "in_proj_weight"  # of torch.nn.MultiheadAttention

@@ -14,23 +14,13 @@ from jax.core import Tracer
 
 from lora_jax._io import processes
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.config import PeftConfig, saved_in
-from lora_jax.peft.keys import Kind, Module, Parameters
+from lora_jax.peft.formats.checkpoint import Checkpoint
+from lora_jax.peft.formats.config import PeftConfig, saved_in
+from lora_jax.peft.formats.keys import BIAS, WEIGHT, Kind, Module, Parameters, is_embedding
 from lora_jax.peft.layout import SWAPPED, Site, from_torch, same_bits
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.rules import Rules
-from lora_jax.peft.words import (
-    BIAS,
-    EMBEDDINGS,
-    HEADS,
-    WEIGHT,
-    Words,
-    is_embedding,
-    last_word,
-    split_name,
-    split_path,
-)
+from lora_jax.peft.words import EMBEDDINGS, HEADS, Words, last_word, split_name, split_path
 from lora_jax.plan.parts import LOOKUP
 
 OnTied = Literal["error", "allow"]

@@ -9,10 +9,10 @@ import numpy as np
 
 from lora_jax._io import tensor_files
 from lora_jax.peft.adapters import cut_adapter, to_peft
-from lora_jax.peft.keys import Kind
+from lora_jax.peft.formats.keys import BIAS, WEIGHT, Kind, is_convolution, is_embedding
 from lora_jax.peft.layout import Layout, Site, to_matrix
 from lora_jax.peft.names import Names, find_modules
-from lora_jax.peft.words import BIAS, WEIGHT, is_convolution, is_embedding, split_path
+from lora_jax.peft.words import split_path
 from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
 from lora_jax.plan.parts import LOOKUP, PRODUCT

@@ -16,9 +16,9 @@ from lora_jax._core import checks, placement, tree_paths
 from lora_jax._io import processes, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
-from lora_jax.peft.checkpoint import Checkpoint
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import Module
+from lora_jax.peft.formats.checkpoint import Checkpoint
+from lora_jax.peft.formats.config import PeftConfig
+from lora_jax.peft.formats.keys import Module
 from lora_jax.peft.layout import (
     Index,
     Site,

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from lora_jax._core import tree_paths
-from lora_jax.peft.config import (
+from lora_jax.peft.formats.config import (
     Patterns,
     PeftConfig,
     as_lora_config,
     is_saved,
     pattern_key,
 )
-from lora_jax.peft.fields import shorten
+from lora_jax.peft.formats.fields import shorten
+from lora_jax.peft.formats.keys import BIAS, is_embedding, name_ends
 from lora_jax.peft.layout import Index, boxes
-from lora_jax.peft.words import BIAS, is_embedding, name_ends, nearest_names, split_path
+from lora_jax.peft.words import nearest_names, split_path
 from lora_jax.plan import parts
 from lora_jax.plan.config import ALL_LINEAR, LoraConfig
 

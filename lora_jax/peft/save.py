@@ -17,9 +17,9 @@ from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._io import processes, tensor_files
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.peft.checkpoint import InMemory, new_checkpoint, write_checkpoint
-from lora_jax.peft.config import PeftConfig, most_common, pattern_of
-from lora_jax.peft.dialects import (
+from lora_jax.peft.formats.checkpoint import InMemory, new_checkpoint, write_checkpoint
+from lora_jax.peft.formats.config import PeftConfig, most_common, pattern_of
+from lora_jax.peft.formats.dialects import (
     DIALECTS,
     DIFFUSERS,
     MLX,
@@ -27,13 +27,13 @@ from lora_jax.peft.dialects import (
     DialectName,
     write_adapter,
 )
-from lora_jax.peft.fields import layer_regex
-from lora_jax.peft.keys import PREFIX
+from lora_jax.peft.formats.fields import layer_regex
+from lora_jax.peft.formats.keys import PREFIX, name_ends
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
 from lora_jax.peft.names import Names, SaveNames
 from lora_jax.peft.rules import Rules
-from lora_jax.peft.words import name_ends, split_path
+from lora_jax.peft.words import split_path
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 

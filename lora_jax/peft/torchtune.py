@@ -10,9 +10,14 @@ import numpy as np
 
 from lora_jax._core import checks, tree_paths
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft.checkpoint import Checkpoint, FileDtype, check_dtype, check_dtypes
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.keys import PREFIX, Module, sort_entries
+from lora_jax.peft.formats.checkpoint import (
+    Checkpoint,
+    FileDtype,
+    check_dtype,
+    check_dtypes,
+)
+from lora_jax.peft.formats.config import PeftConfig
+from lora_jax.peft.formats.keys import PREFIX, Module, sort_entries
 from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import make_places
 from lora_jax.peft.load import Loaded, Placement, assemble, find_places

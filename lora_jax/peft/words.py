@@ -14,16 +14,21 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
-# Names of modules whose weights are (entries, width) in every framework.
-_EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
-_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
+from lora_jax.peft.formats.keys import (
+    BIAS,
+    ENCODERS,
+    FLAT,
+    MODELS,
+    PIPELINE,
+    WEIGHT,
+    is_flat,
+)
+
 # Names of embeddings of tokens and of output heads.
 EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"}
 )
 HEADS = frozenset({"lm_head", "embed_out"})
-WEIGHT = "weight"
-BIAS = "bias"
 # The names of weights and biases in different frameworks.
 _LEAVES = {
     "weight": WEIGHT,
@@ -38,14 +43,6 @@ _LEAVES = {
 _BOXES = ("value", "raw_value")
 _COLLECTION = "params"
 _NUMBERED = re.compile(r"(.*[^_\d])_?(\d+)")
-# Flat names: lora_te_text_model_encoder_layers_0_mlp_fc1.
-_FLAT = re.compile(r"lora_([a-z]+\d?)_(\w+)|lycoris_(\w+)")
-# The models of a pipeline. These words have no index at their end.
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_MODELS = ("unet", "transformer", *_ENCODERS)
-# From the beginnings of flat names to the models of a pipeline.
-_SHORT = ("unet", "transformer", "te1", "te2", "te3", "te")
-MODELS: dict[str, str] = dict(zip(_SHORT, (*_MODELS, _ENCODERS[0]), strict=True))
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)?\}")
 _MASKED = re.compile(r"\d+|\{(?:[A-Za-z_]\w*)?\}")
 # Words that tell towers and blocks apart, and parts of words. The first part that is found
@@ -54,9 +51,9 @@ _SIDES = (
     {"encoder": ("encoder",), "decoder": ("decoder",)},
     {
         "vision": ("vision_model", "vision_tower", "visual", "vision", "image_encoder"),
-        "text": ("text_model", "language_model", "text", *_ENCODERS),
+        "text": ("text_model", "language_model", "text", *ENCODERS),
     },
-    {model: (model,) for model in ("unet", *_ENCODERS)},
+    {model: (model,) for model in ("unet", *ENCODERS)},
 )
 _PARTS = {
     "cross": ("cross", "encoder_attn", "encdec", "attn2"),
@@ -75,24 +72,6 @@ def last_word(name: str) -> str:
     """The last word of a module's name that is not a number."""
     words = [word for word in split_path(name).words if not word.isdecimal()]
     return words[-1] if words else ""
-
-
-def is_embedding(name: str, path: str = "") -> bool:
-    """Whether a module is an embedding, by its name or the path of its leaf."""
-    words = path.replace(".", "/").split("/")[-2:]
-    if "kernel" in words:  # a matrix, such as an output head called embed_out
-        return False
-    return _ends_with(name, _EMBEDDING) or "embedding" in words
-
-
-def is_convolution(name: str) -> bool:
-    """Whether a module is a convolution, by its name."""
-    return _ends_with(name, _CONVOLUTION)
-
-
-def _ends_with(name: str, pattern: re.Pattern[str]) -> bool:
-    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
-    return any(map(pattern.search, last))
 
 
 class Words(NamedTuple):
@@ -125,7 +104,7 @@ def split_path(path: str, *, numbers_apart: bool = True, flat: bool = False) -> 
     if len(words) > 1 and words[-1] in _LEAVES:
         words, leaf = words[:-1], _LEAVES[words[-1]]
     if flat:
-        pieces = ([word] if word in _MODELS else word.split("_") for word in words)
+        pieces = ([word] if word in PIPELINE else word.split("_") for word in words)
         words = [piece for own in pieces for piece in own if piece]
     return Words(tuple(_numbers_apart(words) if numbers_apart else words), leaf)
 
@@ -134,12 +113,6 @@ def leaf_word(path: str) -> str:
     """The last word of the path of a leaf."""
     words = path.replace(".", "/").split("/")
     return next((word for word in reversed(words) if word not in _BOXES), "")
-
-
-def name_ends(name: str) -> list[str]:
-    """A name, and each end of it after a dot."""
-    words = name.split(".")
-    return [".".join(words[start:]) for start in range(len(words))]
 
 
 def nearest_names(targets: str | tuple[str, ...], names: Iterable[str]) -> str:
@@ -158,7 +131,7 @@ def nearest_names(targets: str | tuple[str, ...], names: Iterable[str]) -> str:
 @functools.lru_cache(maxsize=2**17)
 def split_name(name: str) -> tuple[str, ...]:
     """Splits the name of a module into words."""
-    match = _FLAT.fullmatch(name)
+    match = FLAT.fullmatch(name)
     if match:
         model, rest, own = match.groups("")
         words = (rest or own).split("_")
@@ -166,14 +139,9 @@ def split_name(name: str) -> tuple[str, ...]:
     return tuple(_numbers_apart(name.split(".")))
 
 
-def is_flat(name: str) -> bool:
-    """Whether the words of a module's name are joined by underscores."""
-    return _FLAT.fullmatch(name) is not None
-
-
 def _numbers_apart(words: Iterable[str]) -> Iterator[str]:
     for word in words:
-        match = None if word in _MODELS else _NUMBERED.fullmatch(word)
+        match = None if word in PIPELINE else _NUMBERED.fullmatch(word)
         yield from (match.groups() if match and "_" in word else (word,))
 
 

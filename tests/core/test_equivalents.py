@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax._core import equivalents
-from lora_jax.peft import fields as peft_fields
+from lora_jax.peft.formats import fields as peft_fields
 
 FIELDS = [field.name for field in dataclasses.fields(lora_jax.LoraConfig)]
 ROWS = [
@@ -96,7 +96,7 @@ def test_attributes(package, name, message):
 
 
 def test_packages_and_configs_work_as_before():
-    exec("from lora_jax import adapt, cli, optim; from lora_jax.peft import load, config")
+    exec("from lora_jax import adapt, cli, optim; from lora_jax.peft import load, rules")
     assert pickle.loads(pickle.dumps(lora_jax.adapt)) is lora_jax.adapt
     config = lora_jax.LoraConfig(4, 8.0, "a", use_dora=True)
     assert pickle.loads(pickle.dumps(config)) == config

@@ -1,6 +1,6 @@
 import pytest
 
-from lora_jax.peft.keys import Dims
+from lora_jax.peft.formats.keys import Dims
 from lora_jax.peft.layout import known_readings, readings
 
 LINEAR, SQUARE, TABLE = Dims(6, 12), Dims(5, 5), Dims(19, 10)

@@ -1,13 +1,11 @@
 import pytest
 
+from lora_jax.peft.formats.keys import BIAS, WEIGHT, is_flat
 from lora_jax.peft.names import Names, find_modules
 from lora_jax.peft.words import (
-    BIAS,
-    WEIGHT,
     Found,
     fill_numbers,
     index_paths,
-    is_flat,
     lacking_fields,
     numbers_in,
     search_paths,

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lora_jax import peft, plan_adapters
-from lora_jax.peft.config import PeftConfig, pattern_key
+from lora_jax.peft.formats.config import PeftConfig, pattern_key
 from lora_jax.peft.rules import ModuleMatch, Rules, match_modules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft_json"

@@ -1,13 +1,26 @@
-"""Sorts the entries of a PEFT checkpoint by module, and finds the kind of each module."""
+"""Sorts the entries of a PEFT checkpoint by module, and tells kinds of modules by names."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.words import name_ends
 
 PREFIX = "base_model.model."
+WEIGHT = "weight"
+BIAS = "bias"
+# Names of modules whose weights are (entries, width) in every framework.
+_EMBEDDING = re.compile(r"emb|^(wte|wpe|shared)$", re.IGNORECASE)
+_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
+# Flat names: lora_te_text_model_encoder_layers_0_mlp_fc1.
+FLAT = re.compile(r"lora_([a-z]+\d?)_(\w+)|lycoris_(\w+)")
+# The models of a pipeline. These words have no index at their end.
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PIPELINE = ("unet", "transformer", *ENCODERS)
+# From the beginnings of flat names to the models of a pipeline.
+_SHORT = ("unet", "transformer", "te1", "te2", "te3", "te")
+MODELS: dict[str, str] = dict(zip(_SHORT, (*PIPELINE, ENCODERS[0]), strict=True))
 Kind = Literal["linear", "embedding", "convolution", "experts"]
 # From the end of an entry's name in a checkpoint to its name here. Older versions of PEFT
 # add `.weight` to magnitudes and embeddings.
@@ -192,6 +205,35 @@ def nesting(name: str) -> tuple[str, int]:
     while name.endswith(_WRAPPED):
         name, depth = name.removesuffix(_WRAPPED), depth + 1
     return name, depth
+
+
+def name_ends(name: str) -> list[str]:
+    """A name, and each end of it after a dot."""
+    words = name.split(".")
+    return [".".join(words[start:]) for start in range(len(words))]
+
+
+def is_embedding(name: str, path: str = "") -> bool:
+    """Whether a module is an embedding, by its name or the path of its leaf."""
+    words = path.replace(".", "/").split("/")[-2:]
+    if "kernel" in words:  # a matrix, such as an output head called embed_out
+        return False
+    return _ends_with(name, _EMBEDDING) or "embedding" in words
+
+
+def is_convolution(name: str) -> bool:
+    """Whether a module is a convolution, by its name."""
+    return _ends_with(name, _CONVOLUTION)
+
+
+def _ends_with(name: str, pattern: re.Pattern[str]) -> bool:
+    last = [word for word in name.split(".") if not word.isdecimal()][-1:]
+    return any(map(pattern.search, last))
+
+
+def is_flat(name: str) -> bool:
+    """Whether the words of a module's name are joined by underscores."""
+    return FLAT.fullmatch(name) is not None
 
 
 class Parameters:

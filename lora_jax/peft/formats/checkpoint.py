@@ -23,9 +23,9 @@ from jax.typing import DTypeLike
 from lora_jax._core import checks
 from lora_jax._io import replacement, tensor_files, tensor_streams
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.fields import is_off, shorten
-from lora_jax.peft.keys import Entries, as_experts, sort_entries
+from lora_jax.peft.formats.config import PeftConfig
+from lora_jax.peft.formats.fields import is_off, shorten
+from lora_jax.peft.formats.keys import Entries, as_experts, sort_entries
 
 _LOG = logging.getLogger("lora_jax.peft")
 CONFIG = "adapter_config.json"

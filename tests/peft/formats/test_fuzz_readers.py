@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import fields
-from tests.peft import test_dialects
+from lora_jax.peft.formats import fields
+from tests.peft.formats import test_dialects
 from tests.peft.support import CONFIG, GOLDEN, LLAMA, TENSORS, draw, linear, write
 
 BASE = {

@@ -15,16 +15,25 @@ import numpy as np
 
 from lora_jax._io import replacement, tensor_streams
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.checkpoint import (
+from lora_jax.peft.formats.checkpoint import (
     CONFIG,
     MLX_TENSORS,
     TENSORS,
     Checkpoint,
     write_checkpoint,
 )
-from lora_jax.peft.config import PeftConfig, most_common, pattern_of
-from lora_jax.peft.keys import PREFIX, SUFFIXES, Kind, Module, Parameters, nesting
-from lora_jax.peft.words import MODELS, WEIGHT, is_flat
+from lora_jax.peft.formats.config import PeftConfig, most_common, pattern_of
+from lora_jax.peft.formats.keys import (
+    MODELS,
+    PREFIX,
+    SUFFIXES,
+    WEIGHT,
+    Kind,
+    Module,
+    Parameters,
+    is_flat,
+    nesting,
+)
 
 PEFT, MLX, KOHYA, DIFFUSERS = DIALECTS = ("peft", "mlx", "kohya", "diffusers")
 DialectName = Literal["peft", "mlx", "kohya", "diffusers"]

@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax import cli, peft
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft import checkpoint
+from lora_jax.peft.formats import checkpoint
 from tests.peft.support import CONFIG, TENSORS
 
 PARAMS = {

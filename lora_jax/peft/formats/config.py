@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lora_jax._core import checks
 from lora_jax._core.immutable import FrozenDict
-from lora_jax.peft.fields import (
+from lora_jax.peft.formats.fields import (
     CHECKS,
     IGNORED,
     INITS,
@@ -30,7 +30,7 @@ from lora_jax.peft.fields import (
     shorten,
     wrong_type,
 )
-from lora_jax.peft.words import name_ends
+from lora_jax.peft.formats.keys import name_ends
 from lora_jax.plan.config import LoraConfig
 
 __all__ = ["PeftConfig"]

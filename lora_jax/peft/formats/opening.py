@@ -17,7 +17,7 @@ import numpy as np
 
 from lora_jax._io import tensor_files
 from lora_jax._io.tensor_files import CheckpointError, TensorFile
-from lora_jax.peft.checkpoint import (
+from lora_jax.peft.formats.checkpoint import (
     CONFIG,
     MLX_TENSORS,
     TENSORS,
@@ -30,8 +30,8 @@ from lora_jax.peft.checkpoint import (
     of_another_config,
     read_files,
 )
-from lora_jax.peft.config import PeftConfig, most_common, pattern_of
-from lora_jax.peft.dialects import (
+from lora_jax.peft.formats.config import PeftConfig, most_common, pattern_of
+from lora_jax.peft.formats.dialects import (
     BY_NAME,
     KOHYA,
     MERGE,
@@ -42,9 +42,8 @@ from lora_jax.peft.dialects import (
     recognize,
     unknown_entry,
 )
-from lora_jax.peft.fields import check_allowed, shorten
-from lora_jax.peft.keys import PREFIX, SUFFIXES
-from lora_jax.peft.words import WEIGHT, is_embedding
+from lora_jax.peft.formats.fields import check_allowed, shorten
+from lora_jax.peft.formats.keys import PREFIX, SUFFIXES, WEIGHT, is_embedding
 
 _DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
 _PEFT_ENDS = {entry: end for end, entry in reversed(SUFFIXES.items())}

@@ -1,7 +1,7 @@
 import pytest
 
 from lora_jax._io.tensor_files import CheckpointError
-from lora_jax.peft.keys import (
+from lora_jax.peft.formats.keys import (
     Dims,
     Module,
     as_experts,

@@ -10,10 +10,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.fields import IGNORED, UNSUPPORTED
+from lora_jax.peft.formats.config import PeftConfig
+from lora_jax.peft.formats.fields import IGNORED, UNSUPPORTED
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft_json"
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "peft_json"
 DEFAULT = json.loads((GOLDEN / "adapter_config_default.json").read_text())
 FIELDS = {
     field["name"]: field["default"]

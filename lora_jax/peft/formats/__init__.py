@@ -1,0 +1,1 @@
+"""The files of adapters: what PEFT and other trainers write, without params."""

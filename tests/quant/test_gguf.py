@@ -161,37 +161,36 @@ def test_one_row_is_multiplied_without_a_dense_weight(name, row, n_blocks):
     assert_close(slope[0, 0], dense.sum(0), 64)
 
 
+def test_a_row_times_itself():
+    weight = gguf_tensor("Q4_1", 1, 96)
+    dense = np.float64(quant.dequantize(weight))
+    assert_close(lora_jax.accept_quantized(lambda w: w @ w.T)(weight), dense @ dense.T, 64)
+
+
+ONE = (("Q4_1", 7, 96), (1, 96))
+
+
 @pytest.mark.parametrize(
-    ("product", "shape", "dtype"),
+    ("product", "weight", "x", "dtype"),
     [
-        (lambda w, x: x @ w.T, (2, 96), "float32"),  # two rows
-        (lambda w, x: jnp.einsum("oi,oi->", w, x), (7, 96), "float32"),
-        (lambda w, x: x @ w, (1, 7), "float32"),  # the other axis
-        (lambda w, x: jnp.outer(w[0], x), (7,), "float32"),
-        (lambda w, x: jnp.einsum("oi,oi->o", w, x), (7, 96), "float32"),
-        (lambda w, x: x @ w.T.astype(x.dtype), (1, 96), "bfloat16"),
-        (lambda w, x: x @ (w + 0).T, (1, 96), "float32"),
+        (lambda w, x: x @ w.T, ("Q4_1", 7, 96), (2, 96), "float32"),  # two rows
+        (lambda w, x: x @ w.T, ("Q4_K", 7, 256), (1, 256), "float32"),
+        (lambda w, x: x @ w.T, *ONE, "bfloat16"),
+        (lambda w, x: x @ w.T.astype("float16"), *ONE, "float16"),
+        (lambda w, x: x @ (w + 0).T, *ONE, "float32"),
+        (lambda w, x: x @ w, ("Q4_1", 7, 96), (1, 7), "float32"),  # the other axis
+        (lambda w, x: jnp.outer(w[0], x), ("Q4_1", 7, 96), (7,), "float32"),
+        (lambda w, x: jnp.einsum("oi,oi->", w, x), ("Q4_1", 7, 96), (7, 96), "float32"),
+        (lambda w, x: jnp.einsum("oi,oi->o", w, x), ("Q4_1", 7, 96), (7, 96), "float32"),
+        (lambda w, x: jnp.einsum("loi,i->lo", w, x), ("Q4_1", 2, 7, 96), (96,), "float32"),
+        (lambda w, x: jnp.einsum("loi,o->li", w, x), ("Q4_1", 2, 7, 96), (7,), "float32"),
     ],
 )
-def test_other_products_are_of_the_dense_weight(product, shape, dtype):
-    weight, x = gguf_tensor("Q4_1", 7, 96), jnp.asarray(normal(*shape), dtype)
+def test_other_products_are_of_the_dense_weight(product, weight, x, dtype):
+    x = jnp.asarray(normal(*x), dtype)
+    weight = gguf_tensor(*weight, dtype="float32" if dtype == "float16" else dtype)
     got = lora_jax.accept_quantized(product)(weight, x)
     assert_same_bits(got, product(quant.dequantize(weight), x))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "product"),
-    [
-        ("Q4_1", (1, 96), lambda w: w @ w.T),  # both are the weight
-        ("Q4_K", (7, 256), lambda w: jnp.ones((1, 256)) @ w.T),
-        ("Q4_1", (2, 7, 96), lambda w: jnp.einsum("loi,i->lo", w, jnp.ones(96))),
-        ("Q4_1", (2, 7, 96), lambda w: jnp.einsum("loi,o->li", w, jnp.ones(7))),
-    ],
-)
-def test_other_weights_are_dense_in_products_of_one_row(name, shape, product):
-    weight = gguf_tensor(name, *shape)
-    got = lora_jax.accept_quantized(product)(weight)
-    assert_close(got, product(np.float64(quant.dequantize(weight))), 64)
 
 
 # ----------------------------------------------------------------------------------- files
@@ -303,7 +302,8 @@ def test_metadata(tmp_path):
     assert got["general.architecture"] == "llama"
     assert not any(key.startswith("GGUF.") for key in got)
     path = write_gguf(tmp_path / "a.gguf", {}, [("tokens", ["a", "b"])])
-    assert quant.load_gguf_metadata(path)["tokens"] == ["a", "b"]  # at the very end
+    path.write_bytes(path.read_bytes().rstrip(b"\0"))  # no padding behind the last string
+    assert quant.load_gguf_metadata(path)["tokens"] == ["a", "b"]
 
 
 MIXED = {"blk.1.attn_q.weight": ("Q6_K", gguf_blocks("Q6_K", 8, 256))}

@@ -436,6 +436,12 @@ ERRORS = {
         {},
         "'m/kernel_lora_a', 'm/kernel_lora_b': there is no weight 'm/kernel'",
     ),
+    "a weight of integers": (
+        {**dense(6, 7), "kernel": ones(6, 7, dtype="int32")},
+        "qwix",
+        {},
+        "there is no weight 'm/kernel' of floating-point values",
+    ),
     "quantized": (QUANTIZED, "qwix", {}, "'m/kernel' is quantized: dequantize it first"),
     "a vector": (dense(6, 1), "qwix", {}, r"'m/kernel' is a vector, \(6, 1\)"),
     "a left-over": (
@@ -475,6 +481,12 @@ ERRORS = {
         "qwix",
         {"axes": {"*": "io"}},
         r"axes 'io' need A \(6, r\) and B \(r, 7\)",
+    ),
+    "other axes of a feed-forward module": (
+        {"linear": ones(6, 7), "linear_lora_a": ones(6, 2), "linear_lora_b": ones(2, 7)},
+        "openpi",
+        {"axes": {"*": "oi"}},
+        "axes 'oi' need another layout",
     ),
     "ranks": (dense(6, 7, a=(6, 3)), "qwix", {}, "no axes fit"),
     "axes of nothing": (dense(6, 7), "qwix", {"axes": {"z": "io"}}, "axes matches no weig"),

@@ -337,7 +337,7 @@ def test_unmerge_undoes_merge_within_rounding(method, dtype):
     params, adapters, plan = make(method, dtype, names=("q", "turned"))
     norms = adapted_column_norms(params, adapters, plan)
     merged = merge_adapters(params, adapters, plan)
-    back = unmerge_adapters(merged, adapters, plan, column_norms=norms)
+    back = unmerge_adapters(merged, adapters, plan, column_norms=norms or None)
     for path, weight in weights(back).items():
         target, old = (
             plan.targets[path],

@@ -147,6 +147,17 @@ def test_under_jit():
     )
 
 
+def test_an_exact_svd_of_each_layer_gathers_nothing(caplog):
+    mesh = jax.make_mesh((3,), ("x",), axis_types=(AxisType.Auto,))
+    params, plan = make(("stack",))
+    placed = jax.device_put(params["block"], NamedSharding(mesh, P("x")))
+    with caplog.at_level("INFO", "lora_jax"):
+        base, adapters = decompose_params({"block": placed}, plan, "pissa")
+    assert not caplog.messages
+    merged = lora_jax.merge_adapters(base, adapters, plan)["block"]["stack"]
+    support.assert_close(merged, reference.f64(params["block"]["stack"]), 64)
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

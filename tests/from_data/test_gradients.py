@@ -130,10 +130,12 @@ def test_lora_ga_has_singular_vectors_and_does_not_change_the_model(use_dora):
 
 
 def test_lora_one_descends_whatever_the_sign_of_the_scale():
-    plan = make_plan("head")
+    plan = make_plan("head", dtype="bfloat16")
     for scale in (3.0, -3.0):
         own = plan.replace(scale=scale)
-        assert value(own, *start(own)) < float(loss(PARAMS, *BATCHES[0]))
+        base, adapters = start(own)
+        assert {x.dtype for x in adapters["head"].values()} == {jnp.dtype("bfloat16")}
+        assert value(own, base, adapters) < float(loss(PARAMS, *BATCHES[0]))
 
 
 def test_lora_one_of_a_quantized_base():

@@ -147,9 +147,11 @@ def test_the_model_does_not_change():
 
 
 def test_without_redistribution_the_plan_stays():
-    plan = make_plan(("layers/up", "head"), use_dora=True, train="shared")
+    fields = {"use_dora": True, "train": "shared", "dtype": "bfloat16"}
+    plan = make_plan(("layers/up", "head"), **fields)
     found = start(plan, rho=1.0, iterations=0, batches=iter(BATCHES))
     assert found.plan == plan
+    assert {found.adapters["head"][name].dtype for name in "AB"} == {jnp.dtype("bfloat16")}
     norms = np.linalg.norm(reference.f64(PARAMS["layers"]["up"]), axis=-2)
     close(found.adapters["layers/up"]["m"], norms)
     np.testing.assert_array_equal(found.adapters["shared"]["value"], PARAMS["shared"])

@@ -210,6 +210,14 @@ def test_resize(name):
         assert more.plan.targets[path].rank == 2
 
 
+@pytest.mark.parametrize(("rank", "init"), [(2, "orthogonal"), (3, "kaiming_uniform")])
+def test_the_config_of_an_odd_rank_has_an_initializer_for_it(rank, init):
+    plan = make_plan(4, 3.0, "w", init="orthogonal")
+    made = lora_jax.resize_adapters({"w": FILLED["plain"]["w"]}, plan, rank=rank)
+    assert made.plan.config.init == init
+    assert_agrees(made.plan)
+
+
 @pytest.mark.parametrize("factor", [2.5, -1.0, 0.0])
 def test_scale(factor):
     adapters, plan = FILLED["stabilized"], PLANS["stabilized"]

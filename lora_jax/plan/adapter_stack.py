@@ -11,6 +11,7 @@ from lora_jax._core import checks, tree_paths
 from lora_jax.layers import adapter_checks
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
+from lora_jax.plan.derived_plans import union_with
 
 __all__ = ["AdapterStack"]
 
@@ -81,25 +82,18 @@ def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:
     if rank is not None:
         targets = {p: dataclasses.replace(own, rank=rank) for p, own in targets.items()}
     largest = max((target.rank for target in targets.values()), default=1)
-    made = None
-    for i, plan in enumerate(plans):
-        config = dataclasses.replace(
-            plan.config,
-            rank=largest,
-            alpha=float(largest),
-            rank_pattern={},
-            alpha_pattern={},
-            rank_stabilized=False,
-            use_dora=any(target.method == "dora" for target in targets.values()),
-            init="kaiming_uniform",  # a rank of the stack may be odd
-            dtype=plans[0].config.dtype,
-        )
-        own = {path: targets[path] for path in plan.targets}
-        alike = AdapterPlan(config, own, plan.skipped, plan.uses, plan.total)
-        with checks.at_path(f"plans[{i}]"):
-            made = alike if made is None else made | alike
-    assert made is not None
-    return made
+    return union_with(
+        plans,
+        targets,
+        rank=largest,
+        alpha=float(largest),
+        rank_pattern={},
+        alpha_pattern={},
+        rank_stabilized=False,
+        use_dora=any(target.method == "dora" for target in targets.values()),
+        init="kaiming_uniform",  # a rank of the stack may be odd
+        dtype=plans[0].config.dtype,
+    )
 
 
 def check_trains_nothing(plan: AdapterPlan) -> None:

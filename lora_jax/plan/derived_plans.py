@@ -92,30 +92,40 @@ def union_of(plans: Sequence[AdapterPlan]) -> tuple[AdapterPlan, bool]:
                     )
     every = [target for plan in plans for target in plan.targets.values()]
     rates = {target.dropout for target in every}
-    method = "dora" if any(target.method == "dora" for target in every) else "lora"
     shared: Any = {"dropout": rates.pop() if len(rates) == 1 else 0.0}
-    first, union = plans[0].config, None
+    method = "dora" if any(target.method == "dora" for target in every) else "lora"
+    first = plans[0].config
+    targets = {
+        p: dataclasses.replace(t, method=method, **shared) for p, t in targets.items()
+    }
+    union = union_with(
+        plans,
+        targets,
+        use_dora=method == "dora",
+        init=first.init,
+        dtype=first.dtype,
+        rank=first.rank,
+        rank_pattern=first.rank_pattern,
+        **shared,
+    )
+    chosen = {(own.config.targets, own.config.exclude, *own.targets) for own in plans}
+    return union, len(chosen) > 1
+
+
+def union_with(
+    plans: Sequence[AdapterPlan], targets: Mapping[str, Target], **fields: Any
+) -> AdapterPlan:
+    """The union of plans, with other targets by path, and other fields of their configs."""
+    union = None
     for i, plan in enumerate(plans):
-        own = {
-            path: dataclasses.replace(targets[path], method=method, **shared)
-            for path in plan.targets
-        }
-        config = dataclasses.replace(
-            plan.config,
-            use_dora=method == "dora",
-            init=first.init,
-            dtype=first.dtype,
-            rank=first.rank,
-            rank_pattern=first.rank_pattern,
-            **shared,
-        )
-        fields = plan.skipped, plan.uses, plan.total, plan.trained
-        alike = AdapterPlan(config, own, *fields)
+        own = {path: targets[path] for path in plan.targets}
+        config = dataclasses.replace(plan.config, **fields)
+        rest = plan.skipped, plan.uses, plan.total, plan.trained
+        alike = AdapterPlan(config, own, *rest)
         with checks.at_path(f"plans[{i}]"):
             union = alike if union is None else union | alike
     assert union is not None
-    chosen = {(own.config.targets, own.config.exclude, *own.targets) for own in plans}
-    return union, len(chosen) > 1
+    return union
 
 
 def exact_pattern(path: str, target: Target) -> str:

@@ -50,6 +50,22 @@ def low_rank(
     return LowRank(weight, adapter, target.scale, axes=None if is_matrix else axes)
 
 
+def unfolded(
+    name: str, array: Any, target: Target, fill: float = 0.0
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """An array of an adapter with axes of the whole weight, `fill` outside of the part.
+
+    Returns:
+        The array, and for each of its axes the axis of the weight; -1 for the rank.
+    """
+    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
+    axes = {"A": (*batch, *ins, -1), "B": (*batch, -1, *outs), "m": (*batch, *outs)}[name]
+    entries = parts.entries(target.part, target.shape)
+    sizes = {-1: target.rank, **dict(enumerate(map(parts.count, entries)))}
+    array = jnp.asarray(array).reshape([sizes[axis] for axis in axes])
+    return parts.spread(array, axes, entries, target.shape, fill), axes
+
+
 def of_whole(
     adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 1.0
 ) -> tuple[dict[str, jax.Array], Target]:
@@ -57,20 +73,12 @@ def of_whole(
 
     Factors are padded with zeros, and vectors of the outputs with `magnitude`.
     """
-    entries = parts.entries(target.part, target.shape)
     whole = dataclasses.replace(target, part="", use="", method="dora")
-    batch, ins, outs, rank = target.batch_axes, target.in_axes, target.out_axes, -1
-    sizes = {rank: target.rank, **dict(enumerate(map(parts.count, entries)))}
-    axes = {"A": (*batch, *ins, rank), "B": (*batch, rank, *outs), "m": (*batch, *outs)}
-
-    def padded(name: str, array: jax.Array) -> jax.Array:
-        array = jnp.asarray(array).reshape([sizes[axis] for axis in axes[name]])
-        fill = magnitude if name == "m" else 0.0
-        array = parts.spread(array, axes[name], entries, target.shape, fill)
-        return array.reshape(whole.adapter_shapes[name])
-
-    padded_adapter = {name: padded(name, array) for name, array in adapter.items()}
-    return padded_adapter, dataclasses.replace(whole, method=target.method)
+    padded = {}
+    for name, array in adapter.items():
+        array, _ = unfolded(name, array, target, magnitude if name == "m" else 0.0)
+        padded[name] = array.reshape(whole.adapter_shapes[name])
+    return padded, dataclasses.replace(whole, method=target.method)
 
 
 def _ascends(axes: tuple[int, ...]) -> bool:

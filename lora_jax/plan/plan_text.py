@@ -1,13 +1,13 @@
 """The text about a plan: its table, and why a leaf is adapted or not."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 from lora_jax._core import tree_paths
 from lora_jax._core.tables import format_html, format_table
 from lora_jax.plan import mesh_layout, parts
-from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
-from lora_jax.plan.target import Target, TrainedLeaf, Use
+from lora_jax.plan.config import ALL_LINEAR, kept_patterns
+from lora_jax.plan.target import Target, Use
 
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
 _NUMBERS = (4, 5, 6, 7, 11)  # the columns that are aligned on the right
@@ -19,29 +19,8 @@ NOT_IN_SUBSET = "no pattern of the subset matches it"
 WITHOUT_FUNCTION = "without a function only the axes of a 2-D weight are known"
 
 
-class _Plan(Protocol):
-    """The part of `AdapterPlan` that is printed."""
-
-    @property
-    def config(self) -> LoraConfig: ...
-    @property
-    def targets(self) -> Mapping[str, Target]: ...
-    @property
-    def trained(self) -> Mapping[str, TrainedLeaf]: ...
-    @property
-    def skipped(self) -> Mapping[str, str]: ...
-    @property
-    def uses(self) -> Mapping[str, tuple[Use, ...]]: ...
-    @property
-    def total(self) -> int: ...
-    @property
-    def layout(self) -> mesh_layout.MeshLayout | None: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def entries(self) -> dict[str, Any]: ...
-    def leaf(self, path: str) -> str: ...
-    def by_leaf(self) -> dict[str, list[str]]: ...
+# An `AdapterPlan`, whose module imports this one.
+_Plan: TypeAlias = Any
 
 
 def table(plan: _Plan) -> str:

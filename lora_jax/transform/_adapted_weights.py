@@ -18,7 +18,7 @@ from jax import lax
 
 from lora_jax._core import compat, numerics, quantized
 from lora_jax.lowrank import weight_norms
-from lora_jax.plan import parts, stacks
+from lora_jax.plan import layout, parts, stacks
 from lora_jax.plan.target import Target
 from lora_jax.transform import _norms, _slots
 from lora_jax.transform._deferred import Deferred
@@ -109,34 +109,22 @@ def _with_term(weight: Any, update: Update) -> Factored:
         ones = [1] * (wide.ndim - factor.ndim)
         adapter = {**adapter, "B": wide * factor.reshape(*factor.shape, *ones)}
         target = dataclasses.replace(target, scale=1.0)
-    batch, ins, outs = target.batch_axes, target.in_axes, target.out_axes
-    entries = parts.entries(target.part, target.shape)
-    sizes = {RANK: target.rank, **dict(enumerate(map(parts.count, entries)))}
     ndim = len(target.shape)
-
-    def unfold(array: jax.Array, axes: tuple[int, ...], fill: float) -> jax.Array:
-        array = jnp.asarray(array).reshape([sizes[axis] for axis in axes])
-        return parts.spread(array, axes, entries, target.shape, fill)
-
-    a, b = (*batch, *ins, RANK), (*batch, RANK, *outs)
-    term = Term(
-        Factor(unfold(adapter["A"], a, 0.0), a, ndim),
-        Factor(unfold(stored, b, 0.0), b, ndim, scale)
-        if by_slot
-        else Factor(unfold(adapter["B"], b, 0.0), b, ndim),
-        Label((path,), target.scale, target.dropout, use=target.use, by_slot=by_slot),
-    )
+    a = Factor(*layout.unfolded("A", adapter["A"], target), ndim)
+    b = Factor(*layout.unfolded("B", stored if by_slot else adapter["B"], target), ndim)
+    b = dataclasses.replace(b, scale=scale if by_slot else None)
+    label = Label((path,), target.scale, target.dropout, use=target.use, by_slot=by_slot)
+    term = Term(a, b, label)
     base = _base(weight)
     if target.method == "lora":
         return Factored(base, (term,))
-    axes = (*batch, *outs)
     if norm is None:
         form = functools.partial(_norm, weight, target=target)
         norm = _slots.for_each(form, adapter, slots) if by_slot else form(adapter)
     column = weight_norms.factor(adapter["m"], jax.lax.stop_gradient(norm))
     if magnitude is not None:
         column = jnp.where(magnitude > 0, column, jnp.ones_like(column))
-    column = unfold(column, axes, 1.0)
+    column, axes = layout.unfolded("m", column, target, 1.0)
     return Factored(base, (term,), (place(column, axes, range(ndim)),))
 
 

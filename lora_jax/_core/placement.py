@@ -48,13 +48,9 @@ def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Ar
 def automatic(
     function: Callable[[Any], jax.Array], value: Any, *, like: jax.Array, ndim: int
 ) -> jax.Array:
-    """Applies a function with all mesh axes automatic inside it.
+    """`function(value)`, an array of `ndim` axes, with all mesh axes automatic inside it.
 
-    Args:
-        function: of one argument.
-        value: its argument.
-        like: an array. The leading axes of the result are sharded like its axes.
-        ndim: of the result.
+    The leading axes of the result are sharded like the axes of the array `like`.
     """
     spec = compat.explicit_spec(like)
     if not any(spec):

@@ -83,10 +83,13 @@ class _Norm(NamedTuple):
 
 def _norms(matrix: Matrix, base: jax.Array, axis: Axis) -> _Norm:
     """The norms over `axis`. `base` is `|W|^2` over `axis`, without `columns`."""
-    if _is_one_block(matrix, axis):
+    # For short columns `_direct` takes no more work, and has no branch.
+    if matrix.summed_entries(axis) <= _BLOCK:
         return _direct(matrix, axis)
     matrix = matrix.with_scale_in_right()
-    squares = _factored_squares(matrix, _gained(base, matrix), axis)
+    if matrix.columns is not None:
+        base = base * jnp.square(matrix.columns)
+    squares = _factored_squares(matrix, base, axis)
     return _correction(squares, matrix, axis=axis)
 
 
@@ -156,15 +159,6 @@ def _factored_squares(matrix: Matrix, base: jax.Array, axis: Any) -> _Squares:
     return _Squares(value, _TRUSTED * base + apart + lost)
 
 
-def _gained(base: jax.Array, matrix: Matrix) -> jax.Array:
-    """`|columns * W|^2`, given `|W|^2`."""
-    return base if matrix.columns is None else base * jnp.square(matrix.columns)
-
-
-def _root_of(squares: _Squares) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(squares.value, 0))
-
-
 def _are_right(squares: _Squares) -> jax.Array:
     """Whether all squares are accurate: none cancels or leaves the range of its dtype."""
     most = float(jnp.finfo(squares.value.dtype).max) / 16
@@ -174,21 +168,12 @@ def _are_right(squares: _Squares) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="axis", inline=True)  # one compilation
 def _correction(squares: _Squares, matrix: Matrix, axis: Axis) -> _Norm:
     """The roots of the factored squares; if any square is wrong, the direct norms."""
-    root = _root_of(squares)
+    root = jnp.sqrt(jnp.maximum(squares.value, 0))
     return lax.cond(
         _are_right(squares),
         lambda: _Norm(root, jnp.ones_like(root)),
         lambda: _direct(matrix, axis, root),
     )
-
-
-def _is_one_block(matrix: Matrix, axis: Axis) -> bool:
-    """Whether the columns are so short that `_direct` computes them in one block.
-
-    `_direct` then takes no more work than the factored square, has no branch, and is always
-    accurate.
-    """
-    return matrix.summed_entries(axis) <= _BLOCK
 
 
 def _direct(matrix: Matrix, axis: Any, like: jax.Array | None = None) -> _Norm:

@@ -9,7 +9,7 @@ import jax
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan import mesh_layout, parts, plan_json, plan_text
-from lora_jax.plan.config import ALL_LINEAR, LoraConfig, kept_patterns
+from lora_jax.plan.config import ALL_LINEAR, LoraConfig
 from lora_jax.plan.mesh_layout import MeshLayout
 from lora_jax.plan.target import Target, TrainedLeaf, Use
 
@@ -366,7 +366,7 @@ def _joined(first: AdapterPlan, second: AdapterPlan) -> LoraConfig:
     """The config of the union of two plans."""
     configs = first.config, second.config
     patterns, train = (
-        tuple(dict.fromkeys(p for c in configs for p in kept_patterns(getattr(c, name))))
+        tuple(dict.fromkeys(p for c in configs for p in getattr(c, name)))
         for name in ("targets", "train")
     )
     axes = {

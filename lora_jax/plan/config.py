@@ -229,14 +229,6 @@ def from_fields(given: Any) -> LoraConfig:
     return LoraConfig(**fields)
 
 
-def kept_patterns(patterns: Any) -> tuple[str, ...]:
-    """The patterns of a config, typed as the tuple of text that it stores.
-
-    Not for `"all-linear"`.
-    """
-    return patterns
-
-
 def _rank(rank: Any) -> int:
     checks.check_rank(rank)
     return int(rank)

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from lora_jax._core import tree_paths
 from lora_jax._core.tables import format_html, format_table
 from lora_jax.plan import mesh_layout, parts
-from lora_jax.plan.config import ALL_LINEAR, kept_patterns
+from lora_jax.plan.config import ALL_LINEAR
 from lora_jax.plan.target import Target, Use
 
 _HEADER = ("path", "shape", "axes", "method", "rank", "scale", "parameters", "share")
@@ -78,7 +78,7 @@ def explain(plan: _Plan, path: str) -> str:
     elif path in plan.targets:
         lines, leaf = [*_explained(plan, path, plan.targets[path])], plan.leaf(path)
     elif path in plan.trained:
-        pattern = tree_paths.first_match(kept_patterns(plan.config.train), path)
+        pattern = tree_paths.first_match(plan.config.train, path)
         count, leaf = plan.trained[path].parameters, path
         lines = [f"{path}: trained without an adapter, {count:,} parameters."]
         lines += [f"chosen by train: {pattern!r}"] if pattern else []
@@ -158,8 +158,7 @@ def _choice(plan: _Plan, path: str) -> str:
     targets = plan.config.targets
     if targets != ALL_LINEAR:
         target = plan.targets[path]
-        patterns = kept_patterns(targets)
-        return repr(parts.first_match(patterns, path, target.suffix, target.shape))
+        return repr(parts.first_match(targets, path, target.suffix, target.shape))
     if plan.uses:
         return "'all-linear', since a matrix product uses it"
     return "'all-linear', which without a function means every floating-point matrix"

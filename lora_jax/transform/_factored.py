@@ -332,13 +332,7 @@ def retyped(value: Any, kind: Any, names: frozenset[str]) -> Any:
 
 
 def owned(value: Factored, factor: Factor, names: Names) -> Named:
-    """A factor without the axes that it does not own.
-
-    Args:
-        value: the factored value.
-        factor: a factor of one of its terms.
-        names: the names of the axes of the weight.
-    """
+    """A factor without the axes that it does not own, given the names of all axes."""
     kept = {RANK, SLOT, *value.owned(factor)}
     sizes = zip(factor.axes, factor.stored.shape, strict=True)
     axes = [(axis, size) for axis, size in sizes if axis in kept]

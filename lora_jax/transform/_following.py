@@ -222,16 +222,9 @@ class Followed:
 
 
 def follow(jaxpr: Any, places: Sequence[Place], n_rows: int) -> Followed:
-    """Follows the rows of a batch through a jaxpr.
+    """The places of all values of a jaxpr, open or closed, given those of its inputs.
 
-    Args:
-        jaxpr: open or closed.
-        places: of its inputs.
-        n_rows: the number of rows.
-
-    Returns:
-        The places of all values. Bodies of calls and loops are analyzed once for equal
-        places of their inputs.
+    Bodies of calls and loops are analyzed once for equal places of their inputs.
     """
     return _Analysis().follow(jaxpr, places, n_rows)
 

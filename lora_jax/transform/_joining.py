@@ -43,15 +43,9 @@ class _Piece(NamedTuple):
 
 
 def joined_in_batch(values: Sequence[Any], axis: int, base: jax.Array) -> Factored | None:
-    """The joined value with one term, both factors of which own `axis`.
+    """Weights joined along `axis`, with one term, both factors of which own the axis.
 
-    Args:
-        values: the weights, `(*axes)`. Dense weights get a term of zeros.
-        axis: the axis along which they are joined.
-        base: the frozen weight of the result.
-
-    Returns:
-        The joined value; None if the terms do not fit into one.
+    Dense weights get a term of zeros. None if the terms do not fit into one.
     """
     pieces = [_piece(v, axis) for v in values if isinstance(v, Factored)]
     known = [piece for piece in pieces if piece is not None]

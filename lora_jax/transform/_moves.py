@@ -321,36 +321,20 @@ MOVES: dict[str, Row] = {
     "unstack": Row(_unstack),
     "tile": Row(_tile),
     "pad": Row(_pad, otherwise="the weight is the padding value"),
-    "concatenate": _SAME,
     "stack": Row(_stack),
     "convert_element_type": Row(
         cast, is_entrywise=True, keeps_rows=True, keeps_vectors=True
     ),
     "stop_gradient": Row(same, is_entrywise=True, keeps_rows=True, keeps_vectors=True),
-    "copy": _ENTRYWISE,
-    "name": _ENTRYWISE,
-    "reduce_precision": _ENTRYWISE,
-    "neg": _ENTRYWISE,
-    "conj": _ENTRYWISE,
-    "real": _ENTRYWISE,
-    "imag": _ENTRYWISE,
-    "reshard": _SAME,
-    "mesh_cast": _SAME,
-    "sharding_constraint": _SAME,
-    "layout_constraint": _SAME,
-    "pvary": _LINEAR,
-    "pcast": _LINEAR,
-    "cumsum": _LINEAR,
     "triangular_solve": Row(
         same, operand=1, otherwise="the weight is its matrix", is_deferred=False
     ),
-    "mul": _SAME,
-    "div": _SAME,
-    "add": _SAME,
-    "add_any": _SAME,
-    "sub": _SAME,
-    "complex": _SAME,
-    "select_n": _SAME,
+    **dict.fromkeys(("copy", "name", "reduce_precision", "neg", "conj"), _ENTRYWISE),
+    **dict.fromkeys(("real", "imag"), _ENTRYWISE),
+    **dict.fromkeys(("reshard", "mesh_cast", "sharding_constraint"), _SAME),
+    **dict.fromkeys(("layout_constraint", "concatenate", "complex", "select_n"), _SAME),
+    **dict.fromkeys(("mul", "div", "add", "add_any", "sub"), _SAME),
+    **dict.fromkeys(("pvary", "pcast", "cumsum"), _LINEAR),
 }
 
 

@@ -65,17 +65,8 @@ def add_terms(
 ) -> jax.Array:
     """Adds the products with the terms to `base`, the product with the frozen weight.
 
-    Args:
-        context: of the evaluation.
-        f: the weight.
-        product: the names of the axes.
-        x: the activation.
-        base: the product with the frozen weight.
-        columns: scale the result.
-        rows: if the factors differ between slots, where the rows are.
-
-    Returns:
-        `columns * (base + updates)`, like `base`, rounded once.
+    The result is `columns * (base + updates)`, rounded once to the dtype of `base`. `rows`
+    says where the rows of the batch are, if the factors differ between slots.
     """
     keys = [context.dropout(term.label, x)[1] for term in f.terms]
     # The names of the weights are removed, so that layers share one trace.
@@ -165,8 +156,7 @@ def precision_for(precision: Any, x: jax.Array, dtype: Any) -> Any:
 def _fold(product: Product, x: jax.Array) -> tuple[Named, Names]:
     """Folds adjacent axes that the weight lacks into one; see `contraction.fold`.
 
-    Returns:
-        The folded activation, and the names of the axes of the folded result.
+    Returns the folded activation, and the names of the axes of the folded result.
     """
     unfolded = Named(x, product.x_names, product.x_shape)
     rows = contraction.fold(unfolded, {*product.weight_names, *product.row_names})

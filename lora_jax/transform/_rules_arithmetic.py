@@ -121,30 +121,22 @@ def cumsum(context: Context, equation: Any, f: Factored) -> Factored:
     """Cumulative sums along one axis, of the one factor that owns it."""
     axis = parameter(equation, "axis")
     bind = functools.partial(compat.bind_one, equation)
-    return along_axis(context, equation, f, axis, f.base, bind)
+    return along_axis(equation, f, axis, bind)
 
 
 def along_axis(
-    context: Context,
     equation: Any,
     f: Factored,
     axis: int,
-    operand: Any,
     function: Callable[[jax.Array], jax.Array],
     *others: Any,
 ) -> Factored:
-    """Applies a linear map of one axis to the one factor that owns it.
+    """Applies a linear map of one axis, which keeps its size, to the factor that owns it.
 
-    Args:
-        context: of the evaluation.
-        equation: applies the map to the frozen weight.
-        f: the weight.
-        axis: the mapped axis. Its size does not change.
-        operand: the frozen weight.
-        function: applies the map to a factor with that axis; other axes may have size 1.
-        others: the operands of the equation before the weight.
+    `function` applies the map to a factor, whose other axes may have size 1. `others` are
+    the operands of the equation before the weight.
     """
-    base = _deferred.bind(equation, [*others, operand])
+    base = _deferred.bind(equation, [*others, f.base])
     if any(axis in f.owned(column) for column in f.columns):
         raise NotFactorableError("it mixes entries along an axis that DoRA scales")
 
@@ -170,7 +162,7 @@ def triangular_solve(context: Context, equation: Any, a: Any, f: Any) -> Factore
         p = jnp.broadcast_to(p.astype(wide), (*a.shape[:-2], *p.shape[-2:]))
         return compat.bind(equation, [a.astype(wide), p])
 
-    return along_axis(context, equation, f, axis, f.base, solved, a)
+    return along_axis(equation, f, axis, solved, a)
 
 
 def select_n(context: Context, equation: Any, which: Any, *cases: Any) -> Factored:
@@ -354,13 +346,8 @@ REFUSED = {
 }
 RULES = {
     "convert_element_type": convert,
-    "copy": on_base,
-    "name": on_base,
-    "reduce_precision": on_base,
-    "reshard": on_base,
-    "mesh_cast": on_base,
-    "sharding_constraint": on_base,
-    "layout_constraint": on_base,
+    **dict.fromkeys(("copy", "name", "reduce_precision", "reshard", "mesh_cast"), on_base),
+    **dict.fromkeys(("sharding_constraint", "layout_constraint"), on_base),
     "stop_gradient": stop_gradient,
     "pvary": on_all,
     "pcast": on_all,
@@ -377,8 +364,6 @@ RULES = {
     "neg": neg,
     "mul": mul,
     "div": div,
-    "add": add,
-    "add_any": add,
-    "sub": add,
+    **dict.fromkeys(("add", "add_any", "sub"), add),
     "reduce_sum": reduce_sum,
 }

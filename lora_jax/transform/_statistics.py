@@ -31,13 +31,9 @@ def observed(
     statistic: Statistic,
     rank_axis: int,
 ) -> jax.Array:
-    """The product of an activation with a first factor, with a statistic as its gradient.
+    """`multiply(x)`, the product with a first factor, with a statistic as its gradient.
 
-    Args:
-        multiply: the product with the factor, as a function of the activation.
-        x: the activation, which gets no gradient.
-        statistic: the sum over the activations, not empty.
-        rank_axis: of the product.
+    The activation `x` gets no gradient. `rank_axis` is that of the product.
 
     Raises:
         TypeError: if the activation is complex.

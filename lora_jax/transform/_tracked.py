@@ -206,9 +206,8 @@ def weight_of(path: str, shape: tuple[int, ...]) -> Tracked:
 def _role_of_looked_up(own: set[str], rest: set[str]) -> str:
     """The role of an axis that was indexed before a product.
 
-    Args:
-        own: the roles of the axes that it became; none if one entry was taken.
-        rest: the roles of the other axes of the weight.
+    `own` are the roles of the axes that it became, none if one entry was taken, and `rest`
+    those of the other axes of the weight.
     """
     if {"contracted", "kept"} <= rest:  # the others are a matrix: experts, layers
         order = ("batch", "kept", "contracted")
@@ -248,13 +247,9 @@ class Uses:
         reason: str,
         roles: Mapping[str, Sequence[dict[int, str]]],
     ) -> None:
-        """Records the uses of a value in the body of a call that gets merged weights.
+        """Records the uses of an operand in the body of a call that gets merged weights.
 
-        Args:
-            value: an operand of the call.
-            equation: the call.
-            reason: why the weight is merged.
-            roles: for each weight, the roles of its axes in each use in the body.
+        `roles` has, for each weight, the roles of its axes in each use in the body.
         """
         uses = ((name, own) for name in value.weights for own in roles.get(name, ({},)))
         self._add(equation, reason, uses)

@@ -272,18 +272,7 @@ def run(
     update: Callable[[str], Update],
     on_unused: str,
 ) -> list[jax.Array]:
-    """Runs a traced program with adapters.
-
-    Args:
-        context: of the evaluation.
-        traced: the program, with its arguments.
-        plan: of the adapters.
-        update: from the path of a target, its adapter.
-        on_unused: as in `adapt`.
-
-    Returns:
-        The outputs of the program.
-    """
+    """The outputs of a traced program with the adapters that `update` makes, by path."""
     by_leaf = plan.by_leaf()
     values = []
     for path, kind, value in zip(traced.paths, traced.types, traced.arguments, strict=True):

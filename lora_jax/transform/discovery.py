@@ -29,17 +29,8 @@ def find_uses(
 ) -> dict[str, tuple[Use, ...]]:
     """The uses of each weight in `function(params, *args, **kwargs)`.
 
-    Args:
-        function: the function to trace.
-        params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
-        args: arguments of the function.
-        kwargs: arguments of the function.
-        products: the equations of functions that are stated to be products, by patterns
-            of their names; see `LoraConfig`.
-
-    Returns:
-        The uses, in the order of the program, of each floating-point array of the params
-        with two axes or more; an empty tuple for one that has no use.
+    They are those of each floating-point array of the params with two axes or more, in the
+    order of the program. `products` are as in `LoraConfig`.
 
     Raises:
         ValueError: if no weight reaches a function named in `products`, or a stated

@@ -19,15 +19,9 @@ T = TypeVar("T")
 def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Array) -> Any:
     """Applies a function to a weight and shards the result as the weight is sharded.
 
+    The function returns a pair: the weight in another form (an array of the same shape, or
+    a quantized tensor, whose arrays are sharded by its `array_specs`), and any other value.
     On a mesh with explicit axes, the axes are automatic inside the function.
-
-    Args:
-        function: returns a pair: the weight in another form (an array of the same shape,
-            or a quantized tensor), and any other value.
-        weight: dense, traced or not.
-
-    Returns:
-        The pair. The arrays of a quantized tensor are sharded by its `array_specs`.
     """
     spec = compat.explicit_spec(weight)
     if any(spec):
@@ -305,15 +299,9 @@ def axes_of_fold(
 ) -> Any:
     """The mesh axes of a folded axis, which has one entry for each block of a weight.
 
-    Args:
-        spec: the mesh axes of the weight's axes that are folded.
-        n_entries: the product of the sizes of these axes.
-        block: how many entries form a block.
-        sizes: of the mesh axes.
-
-    Returns:
-        The mesh axes of the first folded axis, if each part of it is a whole number of
-        blocks; else None.
+    They are those of the first folded axis, if each part of it is a whole number of blocks;
+    else None. `spec` has the mesh axes of the folded axes, `n_entries` the product of their
+    sizes.
     """
     first = spec[0] if spec else None
     return first if n_entries % (block * _count(first, sizes)) == 0 else None

@@ -50,11 +50,8 @@ def called_at(equation: Any, callers: Sequence[Any]) -> str:
     """The lines of an equation, and those that called the function it is in.
 
     JAX traces a function of its own once for all its callers, and keeps the line of the
-    first: then only the second of these lines is right.
-
-    Args:
-        equation: of any jaxpr.
-        callers: the equations whose jaxprs that is in, the outermost first.
+    first: then only the second of these lines is right. `callers` are the equations whose
+    jaxprs the equation is in, the outermost first.
     """
     lines = [line for own in (equation, *callers[:1]) for line in source_lines(own)]
     return ", called at ".join(dict.fromkeys(lines))

@@ -33,13 +33,7 @@ def format_html(
     """The HTML of a table, with notes below it. The first row is the header.
 
     All texts are escaped. Of many rows and notes the first are shown, and how many more
-    there are.
-
-    Args:
-        rows: of the table.
-        right: the indices of the columns that are aligned on the right.
-        notes: lines of text.
-        foot: the number of last rows that are always shown.
+    there are. `right` is as in `format_table`; the last `foot` rows are always shown.
     """
     header, *body = rows
     end = len(body) - foot

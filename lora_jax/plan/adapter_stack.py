@@ -54,9 +54,7 @@ class AdapterStack:
 def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:
     """The plan of a stack: the targets of all plans, with the scale 1.
 
-    Args:
-        plans: of the adapters, at least one.
-        rank: of all targets; None for the largest of each target.
+    `rank` is that of all targets; None for the largest of each target.
 
     Raises:
         TypeError, ValueError: if the rank is not valid or too small, or two plans do not

@@ -229,11 +229,8 @@ def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
     not show input and output axes. The batch axes of the plan may be used in any way,
     because an adapter with batch axes has a matrix for each index.
 
-    Args:
-        target: of the plan.
-        sides: the axes of the value in use that are not batch axes. They are axes of the
-            weight, unless it was reshaped.
-        ndim: the number of axes of the value that are longer than 1.
+    `sides` are the axes of the value in use that are not batch axes: axes of the weight,
+    unless it was reshaped. `ndim` counts the axes of the value that are longer than 1.
     """
     if all(_READS.get(side.role) == side.letter for side in sides):
         return target.axes if {side.letter for side in sides} == {"i", "o"} else None

@@ -37,12 +37,9 @@ def from_matrix(matrix: Any, target: Target) -> Any:
 def low_rank(
     weight: jax.Array, adapter: Mapping[str, jax.Array], target: Target
 ) -> LowRank:
-    """The weight and its update, in the weight's own layout.
+    """A dense or quantized weight and its update, in the weight's own layout.
 
-    Args:
-        weight: dense or quantized.
-        adapter: of the weight. It may be empty.
-        target: of the weight.
+    The adapter may be empty.
     """
     axes = Axes(target.batch_axes, target.in_axes, target.out_axes)
     n = len(target.batch_axes)

@@ -92,10 +92,7 @@ def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
 def checked_plans(adapters: Any, plans: Any, whose: str) -> list[AdapterPlan]:
     """Checks several adapters and their plans, and returns a plan for each of them.
 
-    Args:
-        adapters: what should be a list of adapters.
-        plans: what should be a plan, or a list of plans.
-        whose: what the adapters belong to, one of each, for messages.
+    `whose` is what the adapters belong to, one of each, for messages.
     """
     if not isinstance(adapters, list | tuple):
         raise TypeError(
@@ -146,15 +143,17 @@ def check_paths(name: str, given: Any, paths: list[str]) -> None:
         )
 
 
-def check_column_norms(norms: Any, plan: AdapterPlan) -> None:
-    """Raises unless `norms` are the column norms of a plan's DoRA weights."""
-    check_plan(plan)
+def check_column_norms(norms: Any, plan: AdapterPlan, slots: tuple[int, ...] = ()) -> None:
+    """Raises unless `norms` are those of a plan's DoRA weights, with the axes `slots`."""
     targets = {p: t for p, t in plan.targets.items() if t.method == "dora"}
     check_paths("column_norms", norms, list(targets))
+    what = (
+        "(slots, *batch, out), of stacked_column_norms" if slots else "one for each column"
+    )
     for path, target in targets.items():
-        shape = target.adapter_shapes["m"]
+        shape = (*slots, *target.adapter_shapes["m"])
         with checks.at_path(path):
-            checks.check_vector("column_norms", norms[path], shape, "one for each column")
+            checks.check_vector("column_norms", norms[path], shape, what)
 
 
 def check_scales(scales: Any, plan: AdapterPlan, column_norms: Any) -> dict[str, Any]:

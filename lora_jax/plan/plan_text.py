@@ -109,11 +109,9 @@ def _left_out(plan: _Plan) -> Iterable[str]:
 
 
 def _looks_like_matrix(uses: Sequence[Use] | None, reason: str) -> bool:
-    """Whether users may expect an adapter for a weight that has none.
+    """Whether users may expect an adapter for a weight that has none, for a reason.
 
-    Args:
-        uses: of a floating-point weight with two axes or more; None for other leaves.
-        reason: why it has no adapter.
+    `uses` are those of a floating-point weight with two axes or more, else None.
     """
     if uses is None:
         return WITHOUT_FUNCTION in reason

@@ -44,10 +44,7 @@ class Use(NamedTuple):
     def kind(self, batch_axes: Sequence[int]) -> str:
         """The kind of use: `"product"`, `"lookup"` of rows, or empty for any other.
 
-        A use that indexes batch axes takes a layer of a stack.
-
-        Args:
-            batch_axes: of the weight.
+        A use that indexes `batch_axes` of the weight takes a layer of a stack.
         """
         if {"contracted", "kept"} <= {*self.roles}:
             return parts.PRODUCT

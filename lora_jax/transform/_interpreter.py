@@ -42,11 +42,8 @@ _KEEP_VECTOR = named(lambda row: row.keeps_vectors)
 def keeps_rows(name: str, position: int, *, only_rows: bool) -> bool:
     """Whether rows of a table stay factored as an operand of a primitive.
 
-    Args:
-        name: of the primitive.
-        position: of the operand.
-        only_rows: whether the rows may be a reordered weight, and all other weights among
-            the operands are rows as well.
+    `only_rows` says that the rows may be a reordered weight, and that all other weights
+    among the operands are rows as well.
     """
     anywhere = only_rows and name not in _END_GATHERED
     is_input = position == 0 and name in _KERNELS

@@ -30,18 +30,9 @@ def observe(
     """Makes a scalar function whose gradients for `A` are sums over the inputs of weights.
 
     The value has no meaning. `B` must be zero, so that each weight has its usual inputs.
-    See `_statistics` for the sums.
-
-    Args:
-        fn: as in `adapt`. Products whose results reach a floating-point output of `fn` in a
-            differentiable way are counted.
-        plan: as in `adapt`, with LoRA at the scale 1 and without dropout.
-        statistic: which sums; for `"moments"` the rank is 3.
-        on_merge: as in `adapt`.
-        on_stop_gradient: as in `adapt`.
-
-    Returns:
-        The function of params, adapters and the other arguments of `fn`.
+    See `_statistics` for the sums; for `"moments"` the rank is 3. Products whose results
+    reach a floating-point output of `fn` in a differentiable way are counted. The other
+    arguments are those of `adapt`; the plan has LoRA at the scale 1, without dropout.
 
     Raises:
         TypeError: the function: if no output of `fn` is a floating-point array.

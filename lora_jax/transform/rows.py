@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, compat, quantized, tree_paths
+from lora_jax._core import compat, quantized, tree_paths
 from lora_jax._core.tree_paths import Tree
 from lora_jax.plan import axis_roles, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
@@ -148,8 +148,10 @@ def adapt_rows(
 
             return run(context, traced, plan, update, on_unused)
 
-        given = _check_norms(column_norms, plan, n_slots)
-        constants = lax.stop_gradient((stack.scales, stack.magnitudes, given))
+        if column_norms is not None:
+            plan_checks.check_column_norms(column_norms, plan, (n_slots,))
+        given = stack.scales, stack.magnitudes, dict(column_norms or {})
+        constants = lax.stop_gradient(given)
         out = jax.vmap(one_slot, out_axes=None, axis_name=compat.SLOTS)(
             stack.adapters, *constants
         )
@@ -173,20 +175,6 @@ def _refuse_merge(merge: Merge) -> NoReturn:
         f"the adapted weight {merge}. This use needs the merged weight, and each row would "
         "have its own. Leave the weight out with LoraConfig(exclude=...)."
     )
-
-
-def _check_norms(norms: Any, plan: AdapterPlan, n_slots: int) -> dict[str, jax.Array]:
-    if norms is None:
-        return {}
-    shapes = {p: own.adapter_shapes.get("m") for p, own in plan.targets.items()}
-    wanted = {path: shape for path, shape in shapes.items() if shape is not None}
-    plan_checks.check_paths("column_norms", norms, list(wanted))
-    for path, shape in wanted.items():
-        with checks.at_path(path):
-            shape = (n_slots, *shape)
-            what = "(slots, *batch, out), of stacked_column_norms"
-            checks.check_vector("column_norms", norms[path], shape, what)
-    return dict(norms)
 
 
 def _check_slots(slots: Any) -> jax.Array:

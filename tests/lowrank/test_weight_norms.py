@@ -216,6 +216,18 @@ def test_range_of_norms(size):
         support.assert_close(got, want, 4 * k_squared, scale=want)
 
 
+def test_a_factor_whose_squares_underflow():
+    case = support.make_case("rows", shape=(256, 40))
+    sizes = {"A": np.float32(1e-22), "B": np.float32(1e18)}
+    adapter = {name: case.adapter[name] * size for name, size in sizes.items()}
+    weight = case.weight * np.float32(1e-4)
+    got = lora_jax.dora_column_norm(weight, adapter, float(support.RANK))
+    want = reference.lora_weight(reference.f64(weight), reference.f64(adapter), 1.0)
+    want = reference.norms(want, "out")
+    assert np.all(np.abs(want / reference.norms(reference.f64(weight), "out") - 1) > 0.01)
+    support.assert_close(got, want, 32, scale=want)
+
+
 def merged_for_a_use(weight, adapter, fn=jnp.tanh):
     config = lora_jax.LoraConfig(RANK, targets="w", axes={"w": "io"})
     plan = lora_jax.plan_adapters(config, {"w": weight})

@@ -104,10 +104,9 @@ class Factor:
         known = dict(zip(self.axes, self.stored.shape, strict=True))
         return tuple(known.get(axis, 1) for axis in range(self.ndim))
 
-    def leading(self, dtype: jnp.dtype | None = None) -> jax.Array:
-        """The factor as an array `(rank, *axes)`, cast to `dtype` if one is given."""
-        array = place(self.array, self.axes, (RANK, *range(self.ndim)))
-        return array if dtype is None else array.astype(dtype)
+    def leading(self) -> jax.Array:
+        """The factor as an array `(rank, *axes)`."""
+        return place(self.array, self.axes, (RANK, *range(self.ndim)))
 
     def map(self, function: Map) -> "Factor":
         """Applies `function` to `(*axes)` arrays; the rank axis is mapped over."""

@@ -6,6 +6,7 @@ values, by the inference of axes, by deferred quantized weights and by the inter
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -164,12 +165,9 @@ def _products(old, new, group) -> tuple[int, int]:
     return math.prod(old[i] for i in group[0]), math.prod(new[i] for i in group[1])
 
 
-def _indexed(
-    sizes: Sequence[int], whole: Sequence[int], *, dynamic: bool = False
-) -> tuple[bool, ...]:
-    """The axes of which one entry is taken, or with `dynamic` a range."""
-    pairs = zip(sizes, whole, strict=True)
-    return tuple(size != of and (size == 1 or dynamic) for size, of in pairs)
+def _indexed(sizes: Sequence[int], whole: Sequence[int]) -> tuple[bool, ...]:
+    """The axes of which one entry is taken."""
+    return tuple(size == 1 and of != 1 for size, of in zip(sizes, whole, strict=True))
 
 
 def _slice(equation: Any) -> list[Move]:
@@ -207,7 +205,7 @@ def _dynamic_slice(equation: Any) -> list[Move]:
         shape = [size if owned else 1 for size, owned in zip(sizes, own, strict=True)]
         return lax.dynamic_slice(p, at, shape)
 
-    return [Move(_each(len(old)), cut, _indexed(sizes, old, dynamic=True))]
+    return [Move(_each(len(old)), cut, tuple(map(operator.ne, sizes, old)))]
 
 
 def _rev(equation: Any) -> list[Move]:
@@ -295,8 +293,8 @@ def _gather(equation: Any) -> list[Move]:
 def _stack(equation: Any) -> list[Move]:
     """A new axis, along which arrays are joined."""
     new = parameter(equation, "axis")
-    ndim = len(equation.invars[0].aval.shape)
-    return [Move(tuple((axis + (axis >= new),) for axis in range(ndim)))]
+    old, _ = _shapes(equation)
+    return [Move(tuple((axis + (axis >= new),) for axis in range(len(old))))]
 
 
 _ENTRYWISE = Row(same, is_entrywise=True)

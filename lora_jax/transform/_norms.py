@@ -142,10 +142,9 @@ def _term_sides(
     """`(rank, *batch, summed)` and `(rank, *batch, kept)`, the second times the scale."""
     for a, b in ((term.a, term.b), (term.b, term.a)):
         if not f.owned(a) & {*kept} and not f.owned(b) & {*summed}:
-            left, right = a.leading(dtype), b.leading(dtype)
-            return _whole(f, left, kept, summed), _whole(
-                f, right, summed, kept
-            ) * term.label.scale
+            left = _whole(f, a.leading().astype(dtype), kept, summed)
+            right = _whole(f, b.leading().astype(dtype), summed, kept)
+            return left, right * term.label.scale
     raise NotFactorableError("its adapters have different inputs and outputs")
 
 

@@ -94,15 +94,15 @@ def part(context: Context, equation: Any, f: Factored) -> Factored:
     of_real = equation.primitive.name == "real"
     terms = []
     for term in f.terms:
-        for take_a, take_b, sign in (
-            ((jnp.real, jnp.real, 1), (jnp.imag, jnp.imag, -1))
+        for take_a, take_b, is_negative in (
+            ((jnp.real, jnp.real, False), (jnp.imag, jnp.imag, True))
             if of_real
-            else ((jnp.imag, jnp.real, 1), (jnp.real, jnp.imag, 1))
+            else ((jnp.imag, jnp.real, False), (jnp.real, jnp.imag, False))
         ):
             sides = (take_a, term.a), (take_b, term.b)
             if all(take is jnp.real or _is_complex(p) for take, p in sides):
                 taken = Term(term.a.map(take_a), term.b.map(take_b), term.label)
-                terms.append(taken if sign == 1 else _negative(taken))
+                terms.append(_negative(taken) if is_negative else taken)
     if not terms:  # the imaginary part of real factors
         terms = [_times(term, jnp.zeros((), base.dtype)) for term in f.terms]
     return f.replace(base=base, terms=tuple(terms))

@@ -51,8 +51,7 @@ def gather(context: Context, equation: Any, f: Any, indices: Any) -> Factored:
 
     def column(p):  # one in filled slices
         out = part(p, 1.0)
-        owns = stays or taken <= f.owned(p)
-        return out if found is None or owns else jnp.where(found, out, 1)
+        return out if found is None or stays else jnp.where(found, out, 1)
 
     def slices(term):  # one zero factor is enough
         owns = any(taken <= f.owned(p) for p in (term.a, term.b))

@@ -159,6 +159,10 @@ def _complex(x):
     return x.astype("complex128")
 
 
+def _turns(n):
+    return jnp.exp(1j * _complex(jnp.arange(n)))
+
+
 def _turned(x):
     return _complex(x) * (1.0 + 2.0j)
 
@@ -514,12 +518,14 @@ CASES = {
     ),
     "real_part": _w(
         lambda p, x: (
-            x @ jnp.real(_complex(p["w"]) * jnp.exp(1j * _complex(jnp.arange(12)))[:, None])
+            x @ jnp.real(_complex(p["w"]) * _turns(12)[:, None] * _turns(10)[None])
         ),
         "io",
     ),
     "imaginary_part": _ab(
-        lambda p, x: x @ jnp.imag(lax.complex(p["a"], p["b"]) * (2.0 - 1.0j))
+        lambda p, x: (
+            x @ jnp.imag(lax.complex(p["a"], p["b"]) * (2.0 - 1.0j) * _turns(10)[None])
+        )
     ),
     # choices
     "where_scalar": _w(

@@ -492,10 +492,17 @@ class TestDropout:
             slope = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(gradient))
             np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-6)
 
-    def test_a_merged_use_refuses_it(self):
-        def fn(p, x):
-            return x @ jnp.tanh(p["w"])
-
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda p, x: x @ jnp.tanh(p["w"]),
+            lambda p, x: lax.dot(
+                jnp.ones((5, 12), int), p["w"], preferred_element_type="f4"
+            ),
+        ],
+        ids=["tanh", "integers"],
+    )
+    def test_a_merged_use_refuses_it(self, fn):
         adapted = lora_jax.adapt(
             fn, self.plan, on_merge="allow", dropout_key=jax.random.key(0)
         )
@@ -898,13 +905,13 @@ def test_nested_dropout_leaves_the_norms_alone():
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
-@pytest.mark.parametrize("mapped", [None, "left", "right", "columns", "out"])
+@pytest.mark.parametrize("mapped", [None, "weight", "left", "right", "columns", "out"])
 def test_shapes_show_which_norms_are_mapped(mapped, axis):
     kept, left = (10, (3, 12, 4)) if axis == -2 else (12, (3, 4, 10))
     shapes = {"weight": (3, 12, 10), "left": left, "right": (3, 4, kept)}
     shapes |= {"columns": (3, kept), "out": (3, kept)}
     if mapped:
-        shapes[mapped] = (2, *shapes[mapped])
+        shapes[mapped] = (3, *shapes[mapped])
     out = shapes.pop("out")
     arrays = {name: jax.ShapeDtypeStruct(shape, "f4") for name, shape in shapes.items()}
     is_matrix = _norms._is_matrix(Matrix(**arrays), axis, out)

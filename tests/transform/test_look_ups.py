@@ -199,6 +199,14 @@ READINGS = {
         (f32(5, 12), i32(5, 2)),
         {"w": "bio"},
     ),
+    "two matrices, stacked": (
+        lambda p, x: jnp.einsum(
+            "tdk,dkf->tf", x, jnp.stack([p["w"][:, 2], p["w"][:, 0]], 1)
+        ),
+        {"w": (12, 3, 10)},
+        (f32(5, 12, 2),),
+        {"w": "iio"},
+    ),
     "experts of rows": (
         lambda p, i, j: jnp.einsum("td,tdf->tf", p["e"][j], p["w"][i]),
         {"e": TABLE, "w": (4, 12, 10)},
@@ -240,6 +248,15 @@ def test_axes(name):
     params = {path: f32(*shape) for path, shape in shapes.items()}
     plan = plan_of(fn, params, *args, targets=list(axes))
     assert {path: target.axes for path, target in plan.targets.items()} == axes
+
+
+def test_copies_of_a_weight_by_number_are_no_activations():
+    def fn(p, x, i):
+        copies = jnp.broadcast_to(p["w"], (4, *WEIGHT))
+        return x @ p["w"] + jnp.tanh(copies[i]).sum(1)
+
+    plan = plan_of(fn, {"w": f32(*WEIGHT)}, f32(5, 12), i32(5))
+    assert [use.primitive for use in plan.uses["w"] if use.merged] == ["tanh"]
 
 
 def test_a_plan_says_that_a_look_up_only_moved_what_a_product_uses():

@@ -504,6 +504,18 @@ def test_bad_in_axes(in_axes, text):
         model(params, stack, jnp.zeros(4, "int32"), x, x)
 
 
+def test_a_quantized_argument_has_one_entry_in_in_axes():
+    quantized = lora_jax.quant.quantize_int8(jnp.ones(SQUARE))
+    params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((4, WIDTH))
+    args = params, x, quantized, x
+    fn = lambda p, x, q, y: x @ p["w"] @ q + y  # noqa: E731
+    plan = plan_of(fn, *args)
+    stack, of_stack = lora_jax.stack_adapters([trained(params, plan)], plan)
+    model = lora_jax.adapt_rows(fn, of_stack, (0, None, 0))
+    out = jax.eval_shape(model, params, stack, jnp.zeros(4, "int32"), *args[1:])
+    assert out.shape == x.shape
+
+
 def test_bad_functions_and_plans():
     params, x = {"w": jnp.ones(SQUARE)}, jnp.ones((4, WIDTH))
     plan = plan_of(lambda p, x: x @ p["w"], params, x)

@@ -56,6 +56,13 @@ def conv(x, w, **options):
 
 # A function, its weights, its argument, the primitive, and a part of the reason.
 REFUSED = {
+    "integers": (
+        lambda p, x: x @ p["w"].astype("int32").astype(x.dtype),
+        W,
+        X,
+        "convert_element_type",
+        "a cast to int32 has no low-rank form",
+    ),
     "nonlinear": (lambda p, x: x @ jnp.tanh(p["w"]), W, X, "tanh", "no low-rank rule"),
     "mask": (
         lambda p, x: x @ (p["w"] * (MASK * 1.0)),
@@ -208,6 +215,11 @@ def test_merged_for_that_use_if_allowed(name):
     assert any(merge.path == "w" and reason in merge.reason for merge in merges)
 
 
+def _integers_times(weight, dtype):
+    integers, axes = jnp.arange(2 * len(weight)).reshape(2, -1), (((1,), (0,)), ((), ()))
+    return lax.dot_general(integers, weight, axes, preferred_element_type=dtype)
+
+
 DORA_REFUSED = {
     "complex": (
         lambda p, x: jnp.real(x.astype("complex128") @ lax.complex(p["w"], p["w"])),
@@ -237,6 +249,11 @@ DORA_REFUSED = {
         ),
         "dot_general",
         "contracted and kept",
+    ),
+    "integers": (
+        lambda p, x: x @ p["w"] + jnp.sum(_integers_times(p["w"].T, x.dtype)),
+        "dot_general",
+        "the other operand is int64",
     ),
 }
 
@@ -326,7 +343,9 @@ def test_what_is_filled_in_for_a_missing_row_is_not_changed(config, fill):
         rows = params["w"].at[jnp.array([1, 99, 3])].get(mode="fill", fill_value=fill)
         wide = jnp.broadcast_to(params["w"], (4, *W.shape))
         more = wide.at[jnp.array([1, 99])].get(mode="fill", fill_value=fill)
-        return jnp.nan_to_num(rows) + x[:3, :1], jnp.nan_to_num(more)
+        one = params["w"].at[jnp.array([1, 99]), jnp.array([9, 2])]
+        entries = one.get(mode="clip"), one.get(mode="fill", fill_value=fill)
+        return jax.tree.map(jnp.nan_to_num, (rows + x[:3, :1], more, *entries))
 
     with x64():
         plan = plan_of(None, {"w": W}, **config)

@@ -9,15 +9,20 @@ import numpy as np
 
 from lora_jax._io import tensor_files
 from lora_jax.peft.adapters import cut_adapter, to_peft
-from lora_jax.peft.formats.keys import BIAS, WEIGHT, Kind, is_convolution, is_embedding
+from lora_jax.peft.formats.keys import (
+    BIAS,
+    WEIGHT,
+    WRAPPED,
+    Kind,
+    is_convolution,
+    is_embedding,
+)
 from lora_jax.peft.layout import Layout, Site, to_matrix
 from lora_jax.peft.names import Names, find_modules
 from lora_jax.peft.words import split_path
 from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target, Use
 from lora_jax.plan.parts import LOOKUP, PRODUCT
-
-_WRAPPED = ".base_layer"
 
 
 class SavedModule(NamedTuple):
@@ -265,7 +270,7 @@ class SavedFull:
                 own = self._as_torch(path, site, site.view(array))
                 if not adapted:
                     self.modules[name] = None
-            wrapped = _WRAPPED if adapted else ""
+            wrapped = WRAPPED if adapted else ""
             self.tensors[f"{name}{wrapped}.{words.leaf}"] = np.ascontiguousarray(own)
 
     def _sites_of(self, owner: str, array: np.ndarray) -> list[Site]:

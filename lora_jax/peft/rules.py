@@ -16,7 +16,6 @@ from lora_jax.peft.formats.config import (
     PeftConfig,
     as_lora_config,
     is_saved,
-    pattern_key,
 )
 from lora_jax.peft.formats.fields import shorten
 from lora_jax.peft.formats.keys import BIAS, is_embedding, name_ends
@@ -310,7 +309,7 @@ def to_lora_config(
     found = _matched(own, kinds, prefix)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(own, field):
-            if not any(pattern_key({key: None}, name) for name in found):
+            if not any(Patterns([key]).key_of(name) for name in found):
                 raise ValueError(
                     f"{field} has {key!r}, which matches none of the {len(found)} modules: "
                     f"{', '.join(list(found)[:3])}, ..."

@@ -28,7 +28,7 @@ from lora_jax.peft.formats.dialects import (
     write_adapter,
 )
 from lora_jax.peft.formats.fields import layer_regex
-from lora_jax.peft.formats.keys import PREFIX, name_ends
+from lora_jax.peft.formats.keys import ENDS, PREFIX, WRAPPED, entry_of, name_ends
 from lora_jax.peft.layout import LAYOUTS, Layout
 from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
 from lora_jax.peft.names import Names, SaveNames
@@ -40,9 +40,6 @@ from lora_jax.plan.adapter_plan import AdapterPlan, Target
 __all__ = ["save"]
 
 _LOG = logging.getLogger("lora_jax.peft")
-_ENTRIES = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
-_EMBEDDING = _ENTRIES | {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
-_WRAPPED = ".base_layer"
 
 
 def save(
@@ -278,18 +275,17 @@ def _tensors(modules: list[SavedModule], names: Names) -> dict[str, np.ndarray]:
         if module.kind == "experts":
             owners.setdefault(module.name.rpartition(".")[0], []).append(module)
             continue
-        entries = _EMBEDDING if module.kind == "embedding" else _ENTRIES
         name = module.name
         if name in inner:
-            name = f"{_WRAPPED}.".join(name.rsplit(".", 1))
+            name = f"{WRAPPED}.".join(name.rsplit(".", 1))
         for entry, array in module.arrays.items():
-            tensors[name + entries[entry]] = array
+            tensors[name + ENDS[entry_of(module.kind, entry)]] = array
     for owner, own in owners.items():
         own.sort(key=lambda module: names.position(module.name))
         # The parameter that is registered first is innermost.
         for depth, module in enumerate(reversed(own)):
             for entry, array in module.arrays.items():
-                tensors[owner + _WRAPPED * depth + _ENTRIES[entry]] = array
+                tensors[owner + WRAPPED * depth + ENDS[entry]] = array
     return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lora_jax import peft, plan_adapters
-from lora_jax.peft.formats.config import PeftConfig, pattern_key
+from lora_jax.peft.formats.config import Patterns, PeftConfig
 from lora_jax.peft.rules import ModuleMatch, Rules, match_modules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft_json"
@@ -52,7 +52,7 @@ def test_keys_of_the_reference():
     rows = load("rank_alpha_pattern_lookup")
     assert len(rows) == 31
     for keys, name, want in rows:
-        assert pattern_key(keys, name) == want, (keys, name)
+        assert Patterns(keys).key_of(name) == want, (keys, name)
 
 
 @pytest.mark.parametrize("case", WORKING, ids=[str(i) for i in range(len(WORKING))])
@@ -119,9 +119,9 @@ def test_what_is_inside_a_saved_module_is_left_out():
 
 
 def test_a_key_with_signs_names_itself():
-    assert pattern_key(["a+b", "a.*"], "m.a+b") == "a.*"
-    assert pattern_key(["a+b"], "a+b") == "a+b"
-    assert pattern_key(["a+b"], "m.a+b") is None
+    assert Patterns(["a+b", "a.*"]).key_of("m.a+b") == "a.*"
+    assert Patterns(["a+b"]).key_of("a+b") == "a+b"
+    assert Patterns(["a+b"]).key_of("m.a+b") is None
 
 
 def test_only_parameters_are_targeted():

@@ -159,12 +159,12 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of a module's adapter."""
-        key = pattern_key(self.rank_pattern, module, self._ranks)
+        key = self._ranks.key_of(module)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a module's adapter."""
-        key = pattern_key(self.alpha_pattern, module, self._alphas)
+        key = self._alphas.key_of(module)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     @functools.cached_property
@@ -264,6 +264,7 @@ class Patterns:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._patterns = tuple(patterns)
+        self._all = frozenset(self._patterns)
         # By length and by the places of dots that match any character: text to position.
         self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         self._others: list[int] = []
@@ -297,27 +298,19 @@ class Patterns:
                 break
         return self._patterns[first] if first < len(self._patterns) else None
 
+    def key_of(self, module: str) -> str | None:
+        """The first key of `rank_pattern` or `alpha_pattern` that matches a module."""
+        key = self.first(
+            name_ends(module), lambda own: re.match(pattern_regex(own), module) is not None
+        )
+        # A name that contains special characters of regular expressions matches itself too.
+        return module if key is None and module in self._all else key
+
 
 def _masked(text: str, dots: tuple[int, ...]) -> str:
     for place in dots:
         text = f"{text[:place]}\0{text[place + 1 :]}"
     return text
-
-
-def pattern_key(
-    patterns: Iterable[str], module: str, index: Patterns | None = None
-) -> str | None:
-    """The first key of `rank_pattern` or `alpha_pattern` that matches a module.
-
-    `index` is of the keys, for many modules.
-    """
-    index = index or Patterns(patterns)
-    key = index.first(
-        name_ends(module),
-        lambda pattern: re.match(pattern_regex(pattern), module) is not None,
-    )
-    # A name that contains special characters of regular expressions matches itself too.
-    return module if key is None and module in patterns else key
 
 
 def _parts(name: str) -> Iterator[str]:

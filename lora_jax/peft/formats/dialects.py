@@ -31,6 +31,7 @@ from lora_jax.peft.formats.keys import (
     Kind,
     Module,
     Parameters,
+    entry_of,
     is_flat,
     nesting,
 )
@@ -321,9 +322,8 @@ def _to_diffusers(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, np.
         by_model.setdefault(model if rest and model in MODELS.values() else "", []).append(
             module
         )
-        kind = "embedding_" if module.kind == "embedding" else ""
         arrays = {
-            kind * (entry in "AB") + entry: array
+            entry_of(module.kind, entry): array
             for entry, array in _factors(checkpoint, module).items()
         }
         tensors |= BY_NAME[DIFFUSERS].named(name, arrays)

@@ -36,7 +36,9 @@ SUFFIXES: dict[str, str] = {
     ".lora_embedding_B.weight": "embedding_B",
     ".token_adapter.trainable_tokens_delta": "tokens",
 }
-_WRAPPED = ".base_layer"
+ENDS = {entry: end for end, entry in reversed(SUFFIXES.items())}
+"""From the name of an entry here to the end of its name in a file that is written."""
+WRAPPED = ".base_layer"
 
 
 class Dims(NamedTuple):
@@ -194,16 +196,21 @@ def _check_shapes(where: str, module: Module) -> None:
         )
 
 
+def entry_of(kind: Kind, entry: str) -> str:
+    """The name of an entry in `SUFFIXES`: factors of embeddings have names of their own."""
+    return f"embedding_{entry}" if kind == "embedding" and entry in ("A", "B") else entry
+
+
 def without_wrapper(name: str) -> str:
     """Removes the names of the layers that PEFT puts around modules."""
-    return ".".join(word for word in name.split(".") if f".{word}" != _WRAPPED)
+    return ".".join(word for word in name.split(".") if f".{word}" != WRAPPED)
 
 
 def nesting(name: str) -> tuple[str, int]:
     """The module of adapted parameters, and the depth of the adapter in it."""
     depth = 0
-    while name.endswith(_WRAPPED):
-        name, depth = name.removesuffix(_WRAPPED), depth + 1
+    while name.endswith(WRAPPED):
+        name, depth = name.removesuffix(WRAPPED), depth + 1
     return name, depth
 
 

@@ -43,10 +43,9 @@ from lora_jax.peft.formats.dialects import (
     unknown_entry,
 )
 from lora_jax.peft.formats.fields import check_allowed, shorten
-from lora_jax.peft.formats.keys import PREFIX, SUFFIXES, WEIGHT, is_embedding
+from lora_jax.peft.formats.keys import ENDS, PREFIX, WEIGHT, is_embedding
 
 _DIFFUSERS_TENSORS = "pytorch_lora_weights.safetensors"
-_PEFT_ENDS = {entry: end for end, entry in reversed(SUFFIXES.items())}
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 # Fields that each model of a pipeline has for itself, and their defaults.
 _OF_ONE_MODEL = {
@@ -164,7 +163,7 @@ def _read_foreign(
         layouts, ranks[module], is_stack = _as_peft(where, dialect, module, own, file)
         stacks += [module] if is_stack else []
         for entry, layout in layouts.items():
-            entries[f"{PREFIX}{module}{_PEFT_ENDS[entry]}"] = layout
+            entries[f"{PREFIX}{module}{ENDS[entry]}"] = layout
     read = _read_mlx if dialect == MLX else _read_metadata
     config, settings, alphas = read(path, _Opened(file, ranks, found, stacks), allowed)
     if in_entries and alphas:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ from lora_jax.plan.target import VALUE
 __all__ = ["Loaded", "NameTable", "load", "match_names"]
 
 _LOG = logging.getLogger("lora_jax.peft")
+_Row: TypeAlias = tuple[Site, tuple[int, ...]]  # and the shape of its weight
 
 
 class Loaded(NamedTuple):
@@ -53,16 +54,6 @@ class Loaded(NamedTuple):
     """Path to value, for the leaves that the checkpoint replaces."""
 
 
-class Row(NamedTuple):
-    """A module and its weight."""
-
-    site: Site
-    shape: tuple[int, ...]
-    """Of the weight."""
-    given: bool = False
-    """Whether more than the shape showed the axes."""
-
-
 class NameTable(FrozenDict[str, str | tuple[str, str]]):
     """From the names of modules to the paths of their weights. `print` shows a table.
 
@@ -70,16 +61,16 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
     and the letters of the axes, with `{layers}` for the axis of layers.
     """
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[_Row, ...] = ()
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> "NameTable":
-        """Makes a table from rows."""
-        by_name = {row.site.name: row for row in rows}
+    def of(cls, rows: Iterable[_Row]) -> "NameTable":
+        """Makes a table of sites, which have `given` if more than the shape showed axes."""
+        by_name = {site.name: (site, shape) for site, shape in rows}
         table = cls(
             {
-                name: (site.target, site.letters) if given else site.target
-                for name, (site, _, given) in by_name.items()
+                name: (site.target, site.letters) if site.given else site.target
+                for name, (site, _) in by_name.items()
             }
         )
         table.rows = tuple(by_name.values())
@@ -92,9 +83,9 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
         return format_html(_cells(self.rows))
 
 
-def _cells(rows: tuple[Row, ...]) -> Iterator[tuple[str, ...]]:
+def _cells(rows: Iterable[_Row]) -> Iterator[tuple[str, ...]]:
     yield "module", "path", "shape", "axes"
-    for site, shape, _ in rows:
+    for site, shape in rows:
         pairs = sorted(zip(site.stack, site.indices, strict=True))
         index = f"[{', '.join(str(index) for _, index in pairs)}]" if pairs else ""
         yield site.name, site.target + index, str(shape), site.letters
@@ -118,7 +109,8 @@ class Placement(NamedTuple):
         for site in self.sites.values():
             given = site.given or site.path in self.places.known.axes
             given |= site.stack != tuple(sorted(site.stack))
-            rows.append(Row(site, self.places.shape(site.path, site.part), given))
+            shape = self.places.shape(site.path, site.part)
+            rows.append((site._replace(given=given), shape))
         return NameTable.of(rows)
 
 

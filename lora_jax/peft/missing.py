@@ -8,20 +8,16 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
-from lora_jax._io import processes
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.formats.checkpoint import Checkpoint
 from lora_jax.peft.formats.config import PeftConfig, saved_in
 from lora_jax.peft.formats.keys import BIAS, WEIGHT, Kind, Module, Parameters, is_embedding
-from lora_jax.peft.layout import SWAPPED, Site, from_torch, same_bits
+from lora_jax.peft.layout import Site
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.rules import Rules
 from lora_jax.peft.words import EMBEDDINGS, HEADS, Words, last_word, split_name, split_path
-from lora_jax.plan.parts import LOOKUP
 
 OnTied = Literal["error", "allow"]
 ON_TIED = ("error", "allow")
@@ -262,54 +258,6 @@ def tied_arrays(
             wrong = _tied(places, module, path, side, is_embedding(module, path), config)
             lines.update((site.name, line) for line in wrong)
     return lines
-
-
-def without_frozen(
-    places: Places, sites: Mapping[str, Site], arrays: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Leaves out tied weights with adapters of one use, which are saved and not changed.
-
-    PEFT saves embeddings with adapters whole. An array that differs from the leaf is kept,
-    and so are all arrays if the params have no values.
-    """
-    frozen = set()
-    for site in sites.values():
-        name, leaf = f"{site.name}.{WEIGHT}", places.leaves[site.path]
-        has_values = isinstance(leaf, jax.Array | np.ndarray)
-        if not site.use or name not in arrays or not has_values or isinstance(leaf, Tracer):
-            continue
-        values, array = processes.to_host(leaf), arrays[name]
-        if array.ndim == 2 and array.size == values.size:
-            axes = site.own_axes.translate(SWAPPED if site.use == LOOKUP else {})
-            with np.errstate(over="ignore"):
-                array = from_torch(array, values.shape, axes).astype(values.dtype)
-            if same_bits(array, values):
-                frozen.add(name)
-    return {name: array for name, array in arrays.items() if name not in frozen}
-
-
-def without_twins(
-    places: Places, arrays: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Leaves out the head or the embedding of a tied model that was saved with both.
-
-    The two arrays are equal bit for bit, and the params have a leaf for one of them. An
-    array that equals no other is kept.
-    """
-
-    def has_place(name: str) -> bool:
-        words, leaf = split_path(name)
-        keys = name, name.rpartition(".")[0]
-        return any(map(places.given, keys)) or bool(places.search(words, (leaf,)))
-
-    ends = {n: array for n, array in arrays.items() if last_word(n) in EMBEDDINGS | HEADS}
-    placed = {name: array for name, array in ends.items() if has_place(name)}
-    twins = {
-        name
-        for name, array in ends.items()
-        if name not in placed and any(same_bits(array, own) for own in placed.values())
-    }
-    return {name: array for name, array in arrays.items() if name not in twins}
 
 
 def may_be_tied(module: str, kind: Kind) -> bool:

@@ -18,8 +18,9 @@ from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
 from lora_jax.peft.formats.checkpoint import Checkpoint
 from lora_jax.peft.formats.config import PeftConfig
-from lora_jax.peft.formats.keys import Module
+from lora_jax.peft.formats.keys import WEIGHT, Module
 from lora_jax.peft.layout import (
+    SWAPPED,
     Index,
     Site,
     common_dtype,
@@ -31,13 +32,9 @@ from lora_jax.peft.layout import (
 )
 from lora_jax.peft.leaves import Places, Problems
 from lora_jax.peft.locate import check_whole, find_bias, find_full, find_rows
-from lora_jax.peft.missing import (
-    OnTied,
-    shared_leaves,
-    tied_arrays,
-    without_frozen,
-    without_twins,
-)
+from lora_jax.peft.missing import OnTied, shared_leaves, tied_arrays
+from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word, split_path
+from lora_jax.plan.parts import LOOKUP
 
 __all__ = ["replace_leaves"]
 
@@ -149,7 +146,7 @@ def put_full(
     for name in tokens:
         with problems.collecting():
             indexes[name] = _token_indexes(config, name)
-    arrays = without_twins(places, without_frozen(places, sites, arrays))
+    arrays = _without_twins(places, _without_frozen(places, sites, arrays))
     full = find_full(places, {n: array.shape for n, array in arrays.items()}, problems)
     if on_tied == "error":
         twins = checkpoint.entries.wholes.keys() - arrays.keys()
@@ -165,6 +162,54 @@ def put_full(
     twice = shared_leaves(sites.values(), full.values(), rows)
     problems.lines += twice.values()
     return {*twice}
+
+
+def _without_frozen(
+    places: Places, sites: Mapping[str, Site], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Leaves out tied weights with adapters of one use, which are saved and not changed.
+
+    PEFT saves embeddings with adapters whole. An array that differs from the leaf is kept,
+    and so are all arrays if the params have no values.
+    """
+    frozen = set()
+    for site in sites.values():
+        name, leaf = f"{site.name}.{WEIGHT}", places.leaves[site.path]
+        has_values = isinstance(leaf, jax.Array | np.ndarray)
+        if not site.use or name not in arrays or not has_values or isinstance(leaf, Tracer):
+            continue
+        values, array = processes.to_host(leaf), arrays[name]
+        if array.ndim == 2 and array.size == values.size:
+            axes = site.own_axes.translate(SWAPPED if site.use == LOOKUP else {})
+            with np.errstate(over="ignore"):
+                array = from_torch(array, values.shape, axes).astype(values.dtype)
+            if same_bits(array, values):
+                frozen.add(name)
+    return {name: array for name, array in arrays.items() if name not in frozen}
+
+
+def _without_twins(
+    places: Places, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Leaves out the head or the embedding of a tied model that was saved with both.
+
+    The two arrays are equal bit for bit, and the params have a leaf for one of them. An
+    array that equals no other is kept.
+    """
+
+    def has_place(name: str) -> bool:
+        words, leaf = split_path(name)
+        keys = name, name.rpartition(".")[0]
+        return any(map(places.given, keys)) or bool(places.search(words, (leaf,)))
+
+    ends = {n: array for n, array in arrays.items() if last_word(n) in EMBEDDINGS | HEADS}
+    placed = {name: array for name, array in ends.items() if has_place(name)}
+    twins = {
+        name
+        for name, array in ends.items()
+        if name not in placed and any(same_bits(array, own) for own in placed.values())
+    }
+    return {name: array for name, array in arrays.items() if name not in twins}
 
 
 def _put_rows(

@@ -73,7 +73,7 @@ def _edges(n: int) -> np.ndarray:
     first, last = np.float32(0.1), np.float32(1.0)
     step, i = float((last - first) / np.float32(n)), np.arange(n + 1)
     below, above = float(first) + step * i, float(last) - step * (n - i)
-    return np.where(i < (n + 1) // 2, below, above).astype(np.float32)
+    return np.where(i <= n // 2, below, above).astype(np.float32)
 
 
 def nest(

@@ -164,6 +164,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return jnp.where(own == 0, 1, own)  # the slot has no such adapter, only zeros",
         "return jnp.where(own == 0, 2, own)  # the slot has no such adapter, only zeros",
     ): "zeros are divided by it",
+    (
+        "lora_jax/plan/layout.py",
+        "is_matrix = axes == (tuple(range(n)), (n,), (n + 1,))",
+        "is_matrix = axes == (tuple(range(n)), (n,), (1,))",
+    ): "with its axes, a stack of matrices has the same results",
+    (
+        "lora_jax/plan/layout.py",
+        "adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 1.0",
+        "adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 0.0",
+    ): "callers that do not give it mask what is outside of the part",
+    (
+        "lora_jax/plan/layout.py",
+        "adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 1.0",
+        "adapter: Mapping[str, jax.Array], target: Target, magnitude: float = 2.0",
+    ): "callers that do not give it mask what is outside of the part",
+    (
+        "lora_jax/plan/layout.py",
+        'target: Target = dataclasses.field(metadata={"static": True})',
+        'target: Target = dataclasses.field(metadata={"static": False})',
+    ): "a target is a static node, which has no leaves",
 }
 
 OPERATORS = {
@@ -176,7 +196,7 @@ OPERATORS = {
 WORDS = {"float32": "bfloat16", "float64": "float32", "in": "out", "out": "in"}
 SYMMETRIC = {
     *("swapaxes", "maximum", "minimum", "max", "min", "promote", "zip"),
-    *("clip", "accumulation_dtype", "overlap"),
+    *("clip", "accumulation_dtype", "overlap", "_same"),
 }
 DTYPE_ARGUMENTS = {"dtype", "preferred_element_type", "precision"}
 

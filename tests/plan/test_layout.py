@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+import lora_jax
 from lora_jax.lowrank.low_rank import LowRank
 from lora_jax.plan import layout
 from lora_jax.plan.target import Target
@@ -44,6 +45,18 @@ def test_matrix_and_back(name):
     np.testing.assert_array_equal(jax.jit(layout.to_matrix)(weight, target), want)
     np.testing.assert_array_equal(layout.from_matrix(matrix, target), weight)
     np.testing.assert_array_equal(jax.jit(layout.from_matrix)(matrix, target), weight)
+
+
+def test_a_quantized_weight_as_a_matrix():
+    target, weight, _ = make("stacked out in")
+    stored = lora_jax.quant.quantize_int8(weight, batch_axes=1)
+    matrix = layout.to_matrix(stored, target)
+    assert (matrix.shape, matrix.dtype) == (target.matrix_shape, stored.dtype)
+    got = jax.jit(lambda matrix: matrix.dequantize("float32"))(matrix)
+    want = straight(lora_jax.quant.dequantize(stored), target)
+    np.testing.assert_array_equal(got, want)
+    again = layout.from_matrix(matrix.quantize_like(got), target)
+    support.assert_same_bits(again, stored)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

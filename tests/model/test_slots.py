@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
@@ -420,6 +420,18 @@ def test_stacks_lie_on_the_mesh_of_their_adapters(kind, is_current):
                     for path, x in own.items()
                 },
             )
+
+
+def test_a_stack_in_the_memory_of_the_host_stays_there():
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    adapters, plan = one_tenant(targets="up")
+    stack, _ = stack_adapters([adapters], plan, 2)
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    got = put_adapters(jax.device_put(stack, place), 1, adapters, plan)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(got)} == {"pinned_host"}
+    assert_same_bits(got, put_adapters(stack, 1, adapters, plan))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -237,6 +237,10 @@ WRONG = {
     "m...,...n->m...n": "is no part",
     "mk,nk->mn; k,kn->n": "(?s)sizes 12 and 10.*'k' stands for 2 axes",
     "...mk,kn->...m": "the letter 'n' is in one",
+    "...amk,kn->...amn": "'...amk' stands for 2 axes",
+    "mk,kn,n->mn": "with three operands it must be as",
+    "kg,gnk,g->kn": "with three operands it must be as",
+    "mk,gkm,g->mk": "with three operands it must be as",
 }
 
 

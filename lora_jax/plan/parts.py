@@ -109,8 +109,12 @@ def entries(part: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
 
 def _entry(item: str, size: int, part: str) -> Entry:
     if item.startswith("["):
-        given = [int(number) for number in item[1:-1].split(",")]
-        return _run([_index(i, size, part) for i in given], size, part)
+        indices = [_index(int(own), size, part) for own in item[1:-1].split(",")]
+        if indices != sorted(set(indices)):
+            raise ValueError(
+                f"the part {part} must list each index once, in ascending order."
+            )
+        return grouped(indices)
     if ":" not in item:
         return _index(int(item), size, part)
     bounds = [int(text) if text.strip() else None for text in item.split(":")]
@@ -126,13 +130,6 @@ def _index(i: int, size: int, part: str) -> int:
     if not -size <= i < size:
         raise ValueError(f"the part {part} has the index {i} of an axis of size {size}.")
     return i % size
-
-
-def _run(indices: Sequence[int], size: int, part: str) -> Entry:
-    """Indices as a range if the steps are equal, otherwise as a tuple."""
-    if list(indices) != sorted(set(indices)):
-        raise ValueError(f"the part {part} must list each index once, in ascending order.")
-    return grouped(indices)
 
 
 def as_text(own: Sequence[Entry], shape: Sequence[int]) -> str:

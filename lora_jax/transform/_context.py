@@ -79,6 +79,17 @@ def _sides(value: Factored, term: Term, roles: Sequence[str], swapped: bool) -> 
     ]
 
 
+@contextlib.contextmanager
+def changed(state: Any, **fields: Any) -> Iterator[None]:
+    """Changes fields of the state of an evaluation until the block ends."""
+    saved = {name: getattr(state, name) for name in fields}
+    vars(state).update(fields)
+    try:
+        yield
+    finally:
+        vars(state).update(saved)
+
+
 @dataclasses.dataclass
 class Frame:
     """A jaxpr under evaluation.
@@ -206,16 +217,9 @@ class Context:
     def record(self, sighting: Sighting) -> None:
         """Records a sighting, and calls `on_merge` if it is a merge."""
         self.sightings.append(sighting)
-        if sighting.merged:
-            self.on_merge(
-                Merge(
-                    self._path(sighting.name),
-                    sighting.shape,
-                    sighting.primitive,
-                    sighting.merged,
-                    sighting.where,
-                )
-            )
+        name, shape, primitive, where, merged, *_ = sighting
+        if merged:
+            self.on_merge(Merge(self._path(name), shape, primitive, merged, where))
 
     def merge(self, value: Factored, equation: Any, reason: str) -> jax.Array:
         """The dense value. The merge is reported, except for table rows and vectors."""
@@ -310,42 +314,25 @@ class Context:
         rate = label.dropout if self.key is not None else 0.0
         return rate, self.make_key(x) if rate else None
 
-    @contextlib.contextmanager
-    def using_key(self, key: jax.Array | None) -> Iterator[None]:
+    def inside(self, equation: Any) -> contextlib.AbstractContextManager[None]:
+        """While the rule of an equation runs."""
+        return changed(self, callers=[*self.callers, equation])
+
+    def using_key(self, key: jax.Array | None) -> contextlib.AbstractContextManager[None]:
         """Derives dropout keys from `key`, a value of the trace that starts here."""
-        saved = self.key, self._keys_made
-        self.key, self._keys_made = key, 0
-        try:
-            yield
-        finally:
-            self.key, self._keys_made = saved
+        return changed(self, key=key, _keys_made=0)
 
-    @contextlib.contextmanager
-    def using_slots(self, slots: Any) -> Iterator[None]:
+    def using_slots(self, slots: Any) -> contextlib.AbstractContextManager[None]:
         """Uses the slots of the rows that a body has, a value of the current trace."""
-        saved, self.slots = self.slots, slots
-        try:
-            yield
-        finally:
-            self.slots = saved
+        return changed(self, slots=slots)
 
-    @contextlib.contextmanager
-    def quietly(self) -> Iterator[None]:
+    def quietly(self) -> contextlib.AbstractContextManager[None]:
         """Discards the uses and merges of an evaluation that is only done for shapes."""
-        saved = self.sightings, self.on_merge, self._keys_made
-        self.sightings = list(self.sightings)
-        self.on_merge = lambda merge: None
-        try:
-            yield
-        finally:
-            self.sightings, self.on_merge, self._keys_made = saved
+        own = {"sightings": list(self.sightings), "_keys_made": self._keys_made}
+        return changed(self, on_merge=lambda merge: None, **own)
 
     @contextlib.contextmanager
     def renamed(self, names: Mapping[Any, str | int]) -> Iterator[list[Sighting]]:
         """Renames the weights in a call, and collects the uses under the new names."""
-        saved = self.sightings, self._names
-        self.sightings, self._names = [], (*self._names, names)
-        try:
+        with changed(self, sightings=[], _names=(*self._names, names)):
             yield self.sightings
-        finally:
-            self.sightings, self._names = saved

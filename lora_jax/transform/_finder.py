@@ -10,7 +10,7 @@ from typing import Any
 from lora_jax._core import compat
 from lora_jax.plan.products import StatementError
 from lora_jax.plan.target import NOT_FOLLOWED
-from lora_jax.transform._context import Frame
+from lora_jax.transform._context import Frame, changed
 from lora_jax.transform._interpreter import keeps_rows
 from lora_jax.transform._parameters import NotFactorableError, no_rule
 from lora_jax.transform._tracked import Dense, Tracked, Uses, is_tracked
@@ -62,19 +62,16 @@ class Finder:
     def follow(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         """Follows the arguments to the outputs of a jaxpr, any of which may be tracked."""
         jaxpr, _ = compat.open_jaxpr(jaxpr)
-        frame, outer = Frame(), self.frame
+        frame = Frame()
         frame.values.update(dict.fromkeys(jaxpr.constvars, self._constants))
         frame.values.update(zip(jaxpr.invars, arguments, strict=True))
-        self.frame = frame
-        try:
+        with changed(self, frame=frame):
             for equation in jaxpr.eqns:
                 values = self._operands(equation)
                 out = self._apply(equation, values)
                 if all(value.is_constant for value in values):
                     out = [dataclasses.replace(value, is_constant=True) for value in out]
                 frame.values.update(zip(equation.outvars, out, strict=True))
-        finally:
-            self.frame = outer
         return [_read(frame, atom) for atom in jaxpr.outvars]
 
     def _operands(self, equation: Any) -> list[Any]:
@@ -94,17 +91,15 @@ class Finder:
         if name in compat.NAMED_CALLS:
             self.called.append(compat.function_name(equation))
         if step is not None:
-            self.uses.callers.append(equation)
             try:
-                return _with_rows(values, step(self, equation, *values))
+                with changed(self.uses, callers=[*self.uses.callers, equation]):
+                    return _with_rows(values, step(self, equation, *values))
             except NotFactorableError as error:
                 reason = str(error)
             except StatementError:
                 raise
             except Exception as error:
                 return self._not_followed(equation, values, error)
-            finally:
-                self.uses.callers.pop()
         return self._inside(equation, values, reason)
 
     def _merge_rows(self, equation: Any, values: list[Any]) -> list[Any]:
@@ -150,15 +145,11 @@ class Finder:
 
     def read_aside(self, body: Any, values: list[Any], roles: Any) -> list[Any]:
         """The outputs of the body of a call, whose uses are only added to `roles`."""
-        saved = self.uses.found, self._reading
-        self.uses.found, self._reading = [], True
-        try:
+        with changed(self, _reading=True), changed(self.uses, found=[]):
             out = self.follow(body, values)
             for found in self.uses.found:
                 if found.roles:
                     roles.setdefault(found.weight, []).append(found.roles)
-        finally:
-            self.uses.found, self._reading = saved
         return out
 
     def _not_followed(

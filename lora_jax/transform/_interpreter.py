@@ -6,7 +6,7 @@ from typing import Any
 from lora_jax._core import compat
 from lora_jax.plan.parts import LOOKUP, PRODUCT
 from lora_jax.transform import _deferred, _slots
-from lora_jax.transform._context import Context, Frame
+from lora_jax.transform._context import Context, Frame, changed
 from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._dense import merge
 from lora_jax.transform._factored import Factored, is_factored
@@ -54,13 +54,12 @@ def evaluate(
     context: Context, jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]
 ) -> list[Any]:
     """Evaluates a jaxpr; its arguments and outputs may be factored."""
-    frame, outer = Frame(followed=context.followed(jaxpr)), context.frame
+    frame = Frame(followed=context.followed(jaxpr))
     if context.closed_over_is_constant:
         context.add_constants(constants)
     frame.values.update(zip(jaxpr.constvars, constants, strict=True))
     frame.values.update(zip(jaxpr.invars, arguments, strict=True))
-    context.frame = frame
-    try:
+    with changed(context, frame=frame):
         for equation in jaxpr.eqns:
             values = [frame.read(atom) for atom in equation.invars]
             with compat.at_equation(equation):
@@ -70,8 +69,6 @@ def evaluate(
             if all(map(context.is_constant_atom, equation.invars, values)):
                 context.add_constants(outputs)
             frame.values.update(zip(equation.outvars, outputs, strict=True))
-    finally:
-        context.frame = outer
     return [frame.read(atom) for atom in jaxpr.outvars]
 
 
@@ -96,14 +93,12 @@ def _apply(context: Context, equation: Any, values: list[Any]) -> Any:
     rule = context.rules.get(equation.primitive.name)
     reason = no_rule(equation)
     if rule is not None:
-        context.callers.append(equation)
         try:
-            out = _with_rows(values, rule(context, equation, *values))
-            return _settled(context, equation, out)
+            with context.inside(equation):
+                out = _with_rows(values, rule(context, equation, *values))
+                return _settled(context, equation, out)
         except NotFactorableError as error:
             reason = str(error)
-        finally:
-            context.callers.pop()
     dense = [
         value.base if isinstance(value, Factored) and not value.terms else value
         for value in values
@@ -126,11 +121,8 @@ def _without_weights(context: Context, equation: Any, values: list[Any]) -> Any:
         context.taken[new[0]] = _slots.taken(context, equation, values[1])
     elif new and equation.primitive.name == "jit":
         body = parameter(equation, "jaxpr")
-        context.callers.append(equation)
-        try:
+        with context.inside(equation):
             out = evaluate_closed(context, body, values)
-        finally:
-            context.callers.pop()
         _slots.rename_taken(context, equation, body)
         return out
     return compat.bind(equation, values)

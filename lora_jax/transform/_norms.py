@@ -19,7 +19,6 @@ from lora_jax.lowrank import weight_norms
 from lora_jax.lowrank.norm_matrix import Matrix
 from lora_jax.plan import layout, stacks
 from lora_jax.plan.adapter_plan import Target
-from lora_jax.transform._context import Context
 from lora_jax.transform._deferred import Deferred, form
 from lora_jax.transform._factored import Factored, Term, is_factored
 from lora_jax.transform._parameters import NotFactorableError
@@ -73,7 +72,7 @@ def norm_axis(equation: Any) -> int | None:
     return _AXES.get(str(equation.params.get("name")))
 
 
-def adapted(context: Context, equation: Any, axis: int, *values: Any) -> list[jax.Array]:
+def adapted(equation: Any, axis: int, *values: Any) -> list[jax.Array]:
     """The rule for a call in `_CALLS` whose weight is factored."""
     check_can_form(equation, axis, list(map(is_factored, values)))
     matrix = Matrix(*values)

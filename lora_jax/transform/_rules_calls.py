@@ -66,21 +66,19 @@ def jit(context: Context, equation: Any, *values: Any) -> list[Any]:
     the adapted function.
     """
     if (axis := _norms.norm_axis(equation)) is not None:
-        return _norms.adapted(context, equation, axis, *values)
+        return _norms.adapted(equation, axis, *values)
     jaxpr, constants = compat.open_jaxpr(parameter(equation, "jaxpr"))
-    operands = _constrained(context, values, equation.params.get("in_shardings"))
+    operands = _constrained(values, equation.params.get("in_shardings"))
     name = str(equation.params.get("name") or "call")
     if constants or len(jaxpr.eqns) < _SMALL:
         with jax.named_scope(name):
             out = evaluate(context, jaxpr, constants, operands)
     else:
         out = _call_once_traced(context, jaxpr, name, operands)
-    return _constrained(context, out, equation.params.get("out_shardings"))
+    return _constrained(out, equation.params.get("out_shardings"))
 
 
-def _constrained(
-    context: Context, values: Sequence[Any], shardings: Sequence[Any] | None
-) -> list[Any]:
+def _constrained(values: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:
     """The values with the shardings of a `jit`; a factored value's frozen weight alone."""
     if shardings is None:
         return list(values)

@@ -32,7 +32,7 @@ from lora_jax.lowrank.contraction import Name, Named, Names, take
 from lora_jax.transform._context import Context
 from lora_jax.transform._factored import RANK, SLOT, Factor, Term, from_leading, place
 from lora_jax.transform._parameters import parameter
-from lora_jax.transform._row_places import Lost, Rows, Taken
+from lora_jax.transform._row_places import Lost, Rows, Taken, has_rows
 
 
 def of_all(x: jax.Array) -> jax.Array:
@@ -175,13 +175,13 @@ def row_axes(
         return RowAxes((name,), own, True, {})
     parts: dict[Name, tuple[tuple[Name, int], ...]] = {}
     rows: list[tuple[int, Name, int]] = []
-    held = tuple(n for n, own in zip(x_names, place.axes, strict=True) if _has_rows(own))
+    held = tuple(n for n, own in zip(x_names, place.axes, strict=True) if has_rows(own))
     _check_kept(context, equation, held, out_names)
     shape = equation.invars[position].aval.shape
     if {*held} & {*weight_names}:  # the rows are along a batch axis of the weight
         whole = ids_like(context, place, shape)
         whole = whole.reshape(
-            [n for n, own in zip(shape, place.axes, strict=True) if _has_rows(own)]
+            [n for n, own in zip(shape, place.axes, strict=True) if has_rows(own)]
         )
         return RowAxes(tuple(held), Own(whole, count), True, {})
     for name, atoms in zip(x_names, place.axes, strict=True):
@@ -199,10 +199,6 @@ def row_axes(
     )
     dense = is_dense(count, context.n_rows, tokens)
     return RowAxes(tuple(name for _, name, _ in rows), Own(ids, count), dense, parts)
-
-
-def _has_rows(atoms: Sequence[Any]) -> bool:
-    return any(atom.stride is not None for atom in atoms)
 
 
 def is_dense(slots: int, rows: int, tokens: int) -> bool:
@@ -281,16 +277,14 @@ def ids_like(context: Context, place: Any, shape: Sequence[int]) -> jax.Array:
     order = [strided.index(atom) for atom in atoms if atom.stride]
     ids = lax.transpose(ids, order)
     wide = ids.reshape([atom.size if atom.stride else 1 for atom in atoms])
-    has_rows = [any(atom.stride for atom in axis) for axis in place.axes]
+    owning = [any(atom.stride for atom in axis) for axis in place.axes]
     full = [
         atom.size if owns else 1
-        for axis, owns in zip(place.axes, has_rows, strict=True)
+        for axis, owns in zip(place.axes, owning, strict=True)
         for atom in axis
     ]
     whole = jnp.broadcast_to(wide, full)
-    return whole.reshape(
-        [n if owns else 1 for n, owns in zip(shape, has_rows, strict=True)]
-    )
+    return whole.reshape([n if owns else 1 for n, owns in zip(shape, owning, strict=True)])
 
 
 def place_of(context: Context, equation: Any, position: int) -> Any:

@@ -239,4 +239,4 @@ _SIDES = ("contracted", "kept")
 
 def _contradicts(stated: Mapping[int, str], used: Mapping[int, str]) -> bool:
     pairs = ((role, used.get(axis)) for axis, role in stated.items())
-    return any(a != b and {a, b} == {*_SIDES} for a, b in pairs)
+    return any({*pair} == {*_SIDES} for pair in pairs)

@@ -296,20 +296,22 @@ def test_models_equal_each_row_alone(name, method):
             assert_same(jax.jit(model)(params, stack, slots, x), got)
 
 
-@pytest.mark.parametrize("rows", [4, 64])  # gathered, dense
-def test_a_slot_that_diverged_reaches_no_other_row(rows):
+@pytest.mark.parametrize(  # gathered, dense
+    ("length", "factor"), [(5, "A"), (1, "A"), (1, "B")]
+)
+def test_a_slot_that_diverged_reaches_no_other_row(length, factor):
     """Nor does a slot out of range; -1 is the base, bit for bit."""
     params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
-    x = jnp.asarray(normal(rows, 1, WIDTH, dtype="float32"))
+    x = jnp.asarray(normal(4, length, WIDTH, dtype="float32"))
     plan = plan_of(layers, params, x)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
-    bad = {  # of one weight A has diverged, and of the other B
-        path: {**own, name: own[name].at[1].set(jnp.nan)}
-        for (path, own), name in zip(sorted(stack.adapters.items()), "AB", strict=True)
+    bad = {
+        path: {**own, factor: own[factor].at[1].set(jnp.nan)}
+        for path, own in stack.adapters.items()
     }
     stack = dataclasses.replace(stack, adapters=bad)
     model = lora_jax.adapt_rows(layers, plan)
-    slots = jnp.array([0, 2, -1, 0] * (rows // 4))
+    slots = jnp.array([0, 2, -1, 0])
 
     def loss(stack, x, slots):
         y = model(params, stack, slots, x)
@@ -321,13 +323,12 @@ def test_a_slot_that_diverged_reaches_no_other_row(rows):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
     assert_same_bits(model(params, stack, slots, x)[2], layers(params, x)[2])
     for many in (np.int64(2**32), np.uint32(2**32 - 1), np.uint8(255)):
-        own = np.full(rows, many)
+        own = np.full(4, many)
         assert bool(jnp.isnan(model(params, stack, own, x)).all())
     for wrong in (1, 3, 2**20, -2):
         (_, other), _ = step(stack, x, slots.at[3].set(wrong))
         assert bool(jnp.isnan(other[3]).all())
-        others = [i for i in range(rows) if i != 3]
-        assert_same_bits(other[jnp.array(others)], y[jnp.array(others)])
+        assert_same_bits(other[:3], y[:3])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ QUICK = (
     *("tests.cli", "tests.frameworks", "tests.live", "tests.optim", "tests.peft"),
     *("tests.processes", "tests.public", "tests.qlora", "tests.training"),
     *("tests.test_checkpoint", "tests.test_docs", "tests.test_properties"),
+    *("tests.test_smollm", "tests.test_tenants"),
     *("tests.test_studies", "tests.layers.test_combinations"),
     *("tests.layers.test_decompose", "tests.layers.test_dora", "tests.layers.test_lora"),
     *("tests.layers.test_initializers", "tests.layers.test_linear"),
@@ -40,14 +41,25 @@ QUICK = (
     *("tests.model.test_meshes", "tests.transform.test_inputs"),
     *("tests.model.test_quantize", "tests.model.test_slots", "tests.quant.test_files"),
     *("tests.quant.test_nf4", "tests.quant.test_tensors", "tests.transform.test_calls"),
-    *("tests.transform.test_fuzz", "tests.transform.test_meshes"),
+    *("tests.transform.test_cases", "tests.transform.test_fuzz"),
+    *("tests.transform.test_meshes", "tests.transform.test_parts"),
     *("tests.transform.test_quantized", "tests.transform.test_rows"),
-    "tests.transform.test_rules",
-    "tests.transform.test_surroundings",
+    *("tests.transform.test_rules", "tests.transform.test_surroundings"),
 )
 MISSING = [name for name in QUICK if importlib.util.find_spec(name) is None]
 if MISSING:
     raise RuntimeError(f"QUICK has modules that do not exist: {MISSING}")
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector look at new objects alone, and less often.
+
+    JAX and the tests stay until the end, and to go through all of their objects again and
+    again takes a tenth of the time of small tests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 # Linux allows a process 65,530 mappings of memory, and XLA takes some for each program.
@@ -81,3 +93,9 @@ def optimized():
     """For tests, in modules of `QUICK`, of what the compiler makes of a program."""
     with support.optimizations(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def fresh_operations():
+    """For tests of bits: every operation is compiled anew, all with the same settings."""
+    jax.clear_caches()

@@ -50,8 +50,11 @@ linear, transform, quant, gpu_fixture, scaling = map(
 )
 
 
-def run_script(script, arguments, folder):
-    """One run of a script: what it printed and wrote, and what the contestants gave."""
+def run_script(script, arguments, folder, *, optimized=False):
+    """One run of a script: what it printed and wrote, and what the contestants gave.
+
+    Its programs need the optimizations of the compiler where a test reads them.
+    """
     printed, outputs = io.StringIO(), []
     interleave = script._timing.interleave
 
@@ -61,14 +64,17 @@ def run_script(script, arguments, folder):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(script._timing, "interleave", recorded)
-        script.main([*arguments, f"--json={folder / 'result.json'}"])
+        with support.optimizations(optimized):
+            script.main([*arguments, f"--json={folder / 'result.json'}"])
     result = json.loads((folder / "result.json").read_text())
     return types.SimpleNamespace(text=printed.getvalue(), result=result, outputs=outputs)
 
 
 @pytest.fixture(scope="module")
 def run(bench_linear, tmp_path_factory):
-    run = run_script(bench_linear, SIZES, tmp_path_factory.mktemp("bench_linear"))
+    run = run_script(
+        *(bench_linear, SIZES, tmp_path_factory.mktemp("bench_linear")), optimized=True
+    )
     (run.outputs,) = run.outputs
     return run
 
@@ -123,7 +129,7 @@ def test_bench_linear_forward_of_quantized_weights(bench_linear, tmp_path):
     programs = tmp_path / "hlo.txt"
     only = ["frozen", "lora_linear", "frozen, int8", "adapt LoRA, int8", "adapt DoRA, int8"]
     arguments = [*SIZES, "--forward", "--format=int8", f"--hlo={programs}", "--only", *only]
-    run = run_script(bench_linear, arguments, tmp_path)
+    run = run_script(bench_linear, arguments, tmp_path, optimized=True)
     (outputs,), text = run.outputs, programs.read_text()
     assert list(outputs) == list(run.result["sums"]) == list(run.result["rows"]) == only
     assert all(f"// {name}\n" in text and f"- {name}: " in run.text for name in only)
@@ -579,7 +585,7 @@ bench_sharding = script_fixture("bench_sharding")
 
 def test_bench_sharding_counts_what_devices_exchange(bench_sharding, tmp_path):
     sizes = ["--layers=1", "--batch=4", "--length=4", "--width=32", "--heads=2", "--rank=4"]
-    run = run_script(bench_sharding, sizes, tmp_path)
+    run = run_script(bench_sharding, sizes, tmp_path, optimized=True)
     names = [bench_sharding.FROZEN, *bench_sharding.CONTESTANTS]
     for table in run.result["tables"].values():
         assert list(table) == names
@@ -605,7 +611,7 @@ def test_bench_language_model_trains_and_decodes(bench_language_model, tmp_path)
     script, printed, result = bench_language_model, io.StringIO(), tmp_path / "result.json"
     arguments = [f"--gguf={test_smollm.model_file(tmp_path / 'a.gguf')}", "--quick"]
     arguments += ["--batch=3", "--length=5", "--rank=2", "--tokens=8", f"--json={result}"]
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), support.optimizations(False):
         script.main(arguments)
     result, text = json.loads(result.read_text()), printed.getvalue()
     kinds = {n: k for n, k in script.CONTESTANTS.items() if k.framework == "jax"}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from lora_jax._core import tree_paths
 from tests import programs
 from tests.support import optimizations
 
@@ -19,12 +20,25 @@ def plan_of(fn, params, *args, **config):
 
 
 def trained(params, plan, seed=0):
-    """Adapters in which nothing is zero."""
-    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    """Adapters in which nothing is zero.
+
+    NumPy draws them, in the dtypes of `init_adapters`: no program is compiled for it.
+    """
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda v: v + jnp.asarray(rng.normal(size=v.shape), v.dtype), adapters
-    )
+    leaves = tree_paths.leaf_paths(params)  # with quantized weights whole
+
+    def draw(path, name, shape):
+        leaf = leaves[plan.leaf(path)]
+        least = "float64" if leaf.dtype == "float64" else "float32"
+        dtype = plan.config.dtype or least
+        # Magnitudes have a sign, and a trained leaf is near what it was.
+        start = {"m": 3.0, "value": leaf}.get(name, 0.0)
+        return jnp.asarray(np.asarray(start, float) + rng.normal(size=shape), dtype)
+
+    return {
+        path: {name: draw(path, name, shape) for name, shape in own.adapter_shapes.items()}
+        for path, own in plan.entries.items()
+    }
 
 
 def as_index(part):
@@ -100,23 +114,33 @@ def both(fn, params, plan, adapters, *args, dense=None, **options):
     def reference(adapters, *args):
         return (dense or fn)(merged(params, adapters, plan), *args)
 
-    def run(f):
-        return jax.jit(jax.value_and_grad(loss_of(f), wrt, has_aux=True))(adapters, *args)
+    def run(*given):
+        functions = (
+            jax.value_and_grad(loss_of(f), wrt, has_aux=True) for f in (adapted, reference)
+        )
+        return tuple(f(*given) for f in functions)
 
     with optimizations(False):  # what counts here are values
-        return run(adapted), run(reference)
+        return jax.jit(run)(adapters, *args)
 
 
 def compiled_steps(fn, params, plan, *args, **options):
-    """Training steps of the adapted, the frozen and the merged function."""
+    """Functions that compile training steps: of the adapted, the frozen and the merged one.
+
+    With all optimizations: they are for tests of what the compiler makes of a program.
+    """
     adapters = trained(params, plan)
     model = lora_jax.adapt(fn, plan, **options)
     floating = (i for i, x in enumerate(args, 2) if jnp.issubdtype(x.dtype, jnp.floating))
     wrt = (0, *floating)
 
     def step(fn):
-        function = jax.jit(jax.value_and_grad(loss_of(fn), wrt, has_aux=True))
-        return function.lower(adapters, params, *args).compile()
+        def compiled():
+            function = jax.jit(jax.value_and_grad(loss_of(fn), wrt, has_aux=True))
+            with optimizations(True):
+                return function.lower(adapters, params, *args).compile()
+
+        return compiled
 
     adapted = step(lambda adapters, params, *args: model(params, adapters, *args))
     frozen = step(lambda adapters, params, *args: fn(params, *args))
@@ -124,10 +148,22 @@ def compiled_steps(fn, params, plan, *args, **options):
     return adapted, frozen, dense
 
 
-def weights_formed(fn, params, plan, *args, **options):
-    """How many arrays of the shape of a weight, or of its part, each of these makes."""
-    texts = [c.as_text() for c in compiled_steps(fn, params, plan, *args, **options)]
-    return [len(programs.are_weights(programs.made_shapes(text), plan)) for text in texts]
+def check_forms_no_weight(fn, params, plan, *args, telling, **options):
+    """Asserts that `adapt` makes no arrays of the shape of a weight, or of its part.
+
+    That is: no more than the frozen function. If `telling`, the merged one makes more of
+    them, so that the test can tell.
+    """
+
+    def formed(compiled):
+        shapes = programs.made_shapes(compiled().as_text())
+        return len(programs.are_weights(shapes, plan))
+
+    adapted, frozen, dense = compiled_steps(fn, params, plan, *args, **options)
+    if (found := formed(adapted)) or telling:
+        allowed = formed(frozen)
+        assert found <= allowed
+        assert not telling or formed(dense) > allowed
 
 
 def assert_same(got, want, tolerance=1e-10):
@@ -135,8 +171,12 @@ def assert_same(got, want, tolerance=1e-10):
 
     An array of zeros may come out as roundings of sums that cancel.
     """
+    others = dict(jax.tree_util.tree_leaves_with_path(got))
     for path, value in jax.tree_util.tree_leaves_with_path(want):
-        other = dict(jax.tree_util.tree_leaves_with_path(got))[path]
+        other = others[path]
+        if isinstance(other, jax.Array) and isinstance(value, jax.Array):
+            assert (other.shape, other.dtype) == (value.shape, value.dtype), path
+        other, value = np.asarray(other), np.asarray(value)  # then nothing is compiled
         error = np.max(np.abs(other - value), initial=0)
         scale = np.max(np.abs(value), initial=0)
         assert error <= tolerance * max(scale, 1e-3), (
@@ -160,7 +200,11 @@ def check_values(fn, params, *args, config, tolerance, **options):
     adapters = trained(params, plan)
     with optimizations(False):  # what counts here are values
         model = lora_jax.adapt(fn, plan, **options)
-        got = jax.jit(model)(params, adapters, *args)
-        want = jax.jit(lambda *args: fn(merged(params, adapters, plan), *args))(*args)
+
+        def run(*args):
+            want = fn(merged(params, adapters, plan), *args)
+            return model(params, adapters, *args), want
+
+        got, want = jax.jit(run)(*args)
     assert_same(got, want, tolerance)
     return plan

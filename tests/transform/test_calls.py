@@ -52,6 +52,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*includes a pmap:UserWarning")
 
 EVERY = pytest.mark.parametrize("name", CALLS)
 PLACES = pytest.mark.parametrize("place", [beside, reached], ids=["beside", "reached"])
+# A call that no weight reaches is bound unchanged, whatever is around it. The first test
+# shows it, so other tests of such calls are slow.
+MOST_PLACES = pytest.mark.parametrize(
+    "place",
+    [pytest.param(beside, marks=pytest.mark.slow), reached],
+    ids=["beside", "reached"],
+)
 
 
 def prepared(fn, call, place):
@@ -104,7 +111,7 @@ def test_a_weight_that_cannot_stay_low_rank_is_an_error_with_its_line(name):
             lora_jax.adapt(fn, plan)(params, adapters, X)
 
 
-@PLACES
+@MOST_PLACES
 @EVERY
 def test_mapped_from_outside(name, place):
     call = call_of(name)
@@ -117,12 +124,13 @@ def test_mapped_from_outside(name, place):
         adapted = lora_jax.adapt(fn, plan, on_merge="allow")
         over_rows = functools.partial(jax.vmap, in_axes=(None, 0))
         xs = jnp.stack([X, X[::-1]])
+        # Two programs: in one, a callback may run in a thread that knows no float64.
         got = jitted(over_rows(lambda p, x: adapted(p, adapters, x)))(params, xs)
         want = jitted(over_rows(fn))(merged(params, adapters, plan), xs)
         assert_same(got, want)
 
 
-@PLACES
+@MOST_PLACES
 @EVERY
 def test_quantized_weights(name, place):
     call = call_of(name)
@@ -133,8 +141,9 @@ def test_quantized_weights(name, place):
         for path, weight in PARAMS.items()
     }
     dense = {path: lora_jax.quant.dequantize(weight) for path, weight in stored.items()}
-    got = jitted(lora_jax.accept_quantized(fn))(stored, x)
-    assert_same(got, jitted(fn)(dense, x), 1e-4)
+    accepting = lora_jax.accept_quantized(fn)
+    both = jitted(lambda stored, dense: (accepting(stored, x), fn(dense, x)))
+    assert_same(*both(stored, dense), 1e-4)
 
     check_compiles(call, place)
     plan = plan_of(None, dense, axes={"w": "io", "v": "io"})
@@ -146,8 +155,8 @@ def test_quantized_weights(name, place):
 
     if call.gradient:
         run = jax.value_and_grad(run, has_aux=True)
-    got, want = (jitted(run)(adapters, params) for params in (stored, dense))
-    assert_same(got, want, 1e-4)
+    both = jitted(lambda *given: [run(adapters, params) for params in given])
+    assert_same(*both(stored, dense), 1e-4)
 
 
 @PLACES

@@ -206,8 +206,9 @@ def check_on_mesh(
         with set_mesh(mesh) if context else contextlib.nullcontext():
             on = placed(name, mesh)
             plan = plan_of(on.fn, on.params, on.x, **config)
-            adapters = trained(on.params, plan)
-            values = jax.device_get(adapters)
+            values = trained(on.params, plan)
+            laid = lora_jax.adapter_shardings(on.params, plan)
+            adapters = jax.device_put(values, laid)
             adapters = jax.tree.map(lambda v: shard(mesh, v), adapters)
             adapted = lora_jax.adapt(on.fn, plan)
             got = value_and_gradients(adapted, adapters, on.params, on.x, jit=jit)
@@ -288,10 +289,17 @@ def over_data(mesh, array):
 @pytest.mark.parametrize(
     ("name", "kind", "form"),
     [
-        *((name, "explicit", "dense") for name in CASES),
+        # The rules for rows are those of `test_rows.py`, and every case is on explicit axes
+        # without rows: of the product of both the default tests have the first cases.
+        *((name, "explicit", "dense") for name in (*SOME, *SHARDS, "embedding")),
+        *(
+            pytest.param(name, "explicit", "dense", marks=pytest.mark.slow)
+            for name in CASES
+            if name not in (*SOME, *SHARDS, "embedding")
+        ),
         *(("column_parallel", "mixed", form) for form in ("dense", "gathered")),
         *((name, "mixed", "dense") for name in ("fused", "mapped", "shards")),
-        *((name, "automatic", "dense") for name in (*SOME, *SHARDS)),
+        *((name, "automatic", "dense") for name in ("tied_head", "experts", *SHARDS)),
         *((name, "automatic", "gathered") for name in ("row_parallel", "shards")),
         *((name, "explicit", "gathered") for name in (*SOME, "shards", "embedding")),
         *(("shards", kind, "split") for kind in KINDS),

@@ -55,7 +55,8 @@ def is_by_row(fn, params, args, axis, axes):
     other = np.moveaxis(np.array(x), axis, 0)
     other[[0, *range(2, len(other))]] += 1
     other = jnp.asarray(np.moveaxis(other, 0, axis))
-    outs = [jax.tree.leaves(fn(params, given, *rest)) for given in (x, other)]
+    run = jax.jit(fn)
+    outs = [jax.tree.leaves(run(params, given, *rest)) for given in (x, other)]
     outs = [list(map(np.asarray, out)) for out in outs]
     return all(
         at is not None and np.allclose(a.take(1, at), b.take(1, at), 1e-12)
@@ -80,24 +81,37 @@ def of_own_rows(fn, model, slots, axes):
     return run
 
 
-def step(loss, wrt, *args):
-    """The value and gradients; XLA's former emitters cannot compile some of these."""
-    function = jax.jit(jax.value_and_grad(loss, wrt, has_aux=True))
-    return function.lower(*args).compile(WITH_NEW_EMITTERS)(*args)
+def steps_of(rows, alone, wrt):
+    """Compiled functions of values and gradients, of `rows` and of `alone`."""
+
+    def loss(f, own, params, *args):
+        return loss_of(functools.partial(f, params))(own, *args)
+
+    def of_rows(params, stack, slots, *args):
+        f = lambda p, s, *x: rows(p, s, slots, *x)  # noqa: E731
+        step = jax.value_and_grad(functools.partial(loss, f), (0, *wrt), has_aux=True)
+        value, (gradient, *others) = step(stack, params, *args)
+        return value, gradient.adapters, others
+
+    def of_tenants(params, tenants, *args):
+        step = jax.value_and_grad(functools.partial(loss, alone), (0, *wrt), has_aux=True)
+        value, (gradients, *others) = step(tenants, params, *args)
+        return value, jax.tree.map(lambda *own: jnp.stack(own), *gradients), others
+
+    # XLA's former emitters cannot compile some of these.
+    return jax.jit(of_rows, compiler_options=WITH_NEW_EMITTERS), jax.jit(of_tenants)
 
 
-def with_slots(rows, slots, params, stack, *args):
-    return rows(params, stack, slots, *args)
-
-
-# The columns of the other cases go the same ways.
+# One of each kind of product with DoRA, whose columns go the same ways in the others.
+COLUMNS = {
+    *("matmul", "heads", "experts", "ragged_dot", "scan", "tied_head", "conv", "attention"),
+    *("stated_groups", "stated_rounding"),
+}
 PAIRS = [
-    *((name, method) for name in sorted(DORA_GRADIENTS) for method in ("lora", "dora")),
-    *(
-        pytest.param(name, "lora", marks=SLOW)
-        for name in CASES
-        if name not in DORA_GRADIENTS
-    ),
+    *((name, "lora") for name in sorted(DORA_GRADIENTS)),
+    *((name, "dora") for name in sorted(COLUMNS)),
+    *(pytest.param(n, "dora", marks=SLOW) for n in sorted(DORA_GRADIENTS - COLUMNS)),
+    *(pytest.param(n, "lora", marks=SLOW) for n in CASES if n not in DORA_GRADIENTS),
 ]
 
 
@@ -116,33 +130,27 @@ def test_each_row_has_its_own_adapter(name, method):
             in_axes = (axis, *[None] * (len(args) - 1))
             rows = lora_jax.adapt_rows(case.fn, own_plan, in_axes, **case.options)
             slots = jnp.arange(n_rows) % (SLOTS + 1) - 1
-            equal = jnp.full(n_rows, 1)
             if n_rows == 1:
                 continue
             by_row = None not in axes and is_by_row(case.fn, params, args, axis, axes)
+            model = lora_jax.adapt(case.fn, plan, **case.options)
+            if by_row:
+                wrt = (2,) if jnp.issubdtype(args[0].dtype, jnp.inexact) else ()
+                alone = of_own_rows(case.fn, model, slots, axes)
+                run, want = steps_of(rows, alone, wrt)
+                own = tenants
+            else:  # then all rows have one adapter
+                run, want = jax.jit(rows), jax.jit(model)
+                slots, own = jnp.full(n_rows, 1), tenants[1]
             try:
-                same = jax.jit(rows)(params, stack, equal, *args)
+                got = run(params, stack, slots, *args)
             except ValueError as error:
                 if (by_row and name not in NO_ROWS) or not re.search(REFUSED, str(error)):
                     raise
                 continue
             ran += 1
-            model = lora_jax.adapt(case.fn, plan, **case.options)
-            one = jax.jit(model)(params, tenants[1], *args)
-            assert_same(same, one, TOLERANCE.get(name, 1e-10))
-            if not by_row:
-                continue
-            wanted = of_own_rows(case.fn, model, slots, axes)
-            got, want = (
-                loss_of(functools.partial(f, params))
-                for f in (functools.partial(with_slots, rows, slots), wanted)
-            )
-            wrt = (0, 1) if jnp.issubdtype(args[0].dtype, jnp.inexact) else (0,)
-            got, (of_stack, *got_x) = step(got, wrt, stack, *args)
-            want, (of_tenants, *want_x) = step(want, wrt, tenants, *args)
-            of_slots = jax.tree.map(lambda *x: jnp.stack(x), *of_tenants)
-            pairs = (got, of_stack.adapters, got_x), (want, of_slots, want_x)
-            assert_same(*pairs, tolerance=TOLERANCE.get(name, 1e-10))
+            want = want(params, own, *args)
+            assert_same(got, want, tolerance=TOLERANCE.get(name, 1e-10))
         assert ran or name in NO_ROWS
 
 
@@ -280,11 +288,12 @@ def test_models_equal_each_row_alone(name, method):
         slots = jnp.array([1, 0, -1, 2, 4, 1])  # 4 is empty
         got = jax.jit(lora_jax.adapt_rows(fn, plan))(params, stack, slots, x)
         frozen = jax.jit(lora_jax.accept_quantized(fn))
+        models = [jax.jit(lora_jax.adapt(fn, plan)) for plan in plans]
         for row, slot in enumerate(slots.tolist()):
             # Six times the row, for a model that scans over groups of rows.
             alone = jnp.broadcast_to(x[row], x.shape)
             want = (
-                jax.jit(lora_jax.adapt(fn, plans[slot]))(params, tenants[slot], alone)
+                models[slot](params, tenants[slot], alone)
                 if slot in (0, 1, 2)
                 else frozen(params, alone)
             )

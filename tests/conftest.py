@@ -37,14 +37,17 @@ QUICK = (
     *("tests.layers.test_initializers", "tests.layers.test_linear"),
     "tests.lowrank.test_weight_norms",
     *("tests.model.test_adapters", "tests.model.test_adapter_shardings"),
-    *("tests.arithmetic", "tests.from_data", "tests.model.test_decompose"),
-    *("tests.model.test_meshes", "tests.transform.test_inputs"),
+    *("tests.arithmetic", "tests.foreign_trees", "tests.from_data"),
+    *("tests.model.test_decompose", "tests.model.test_meshes"),
+    *("tests.model.test_sharding", "tests.transform.test_inputs"),
     *("tests.model.test_quantize", "tests.model.test_slots", "tests.quant.test_files"),
-    *("tests.quant.test_nf4", "tests.quant.test_tensors", "tests.transform.test_calls"),
+    *("tests.plan.test_layout", "tests.quant.test_nf4", "tests.quant.test_tensors"),
+    *("tests.transform.test_adapt", "tests.transform.test_calls"),
     *("tests.transform.test_cases", "tests.transform.test_fuzz"),
     *("tests.transform.test_meshes", "tests.transform.test_parts"),
     *("tests.transform.test_quantized", "tests.transform.test_rows"),
-    *("tests.transform.test_rules", "tests.transform.test_surroundings"),
+    *("tests.transform.test_rules", "tests.transform.test_stated"),
+    *("tests.transform.test_stop_gradient", "tests.transform.test_surroundings"),
 )
 MISSING = [name for name in QUICK if importlib.util.find_spec(name) is None]
 if MISSING:

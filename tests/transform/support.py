@@ -29,8 +29,8 @@ def trained(params, plan, seed=0):
 
     def draw(path, name, shape):
         leaf = leaves[plan.leaf(path)]
-        least = "float64" if leaf.dtype == "float64" else "float32"
-        dtype = plan.config.dtype or least
+        # `float` is float32 where JAX has no float64.
+        dtype = plan.config.dtype or (float if leaf.dtype == "float64" else "float32")
         # Magnitudes have a sign, and a trained leaf is near what it was.
         start = {"m": 3.0, "value": leaf}.get(name, 0.0)
         return jnp.asarray(np.asarray(start, float) + rng.normal(size=shape), dtype)

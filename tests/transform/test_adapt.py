@@ -943,7 +943,7 @@ def coupling_flow(params, x):
     return x, total
 
 
-def test_new_adapters_of_a_flow_change_no_bit_and_under_jit_roundings():
+def test_new_adapters_of_a_flow_change_no_bit_and_under_jit_roundings(fresh_operations):
     shapes = {"up": (6, 16), "scale": (16, 6), "shift": (6, 6)}
     params = [
         {name: jnp.asarray(normal(*s, seed=i) / 3, "float32") for name, s in shapes.items()}

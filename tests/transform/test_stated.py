@@ -37,7 +37,7 @@ def layers(product):
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("product", ["one", "layers"])
-def test_is_adapted_as_the_plain_product(product, quantized, options):
+def test_is_adapted_as_the_plain_product(product, quantized, options, fresh_operations):
     """The same outputs and gradients, with the same masks, also in a second adapter."""
     fns = (model, plain) if product == "one" else (layers(mul), layers(jnp.matmul))
     params = {"w": jnp.asarray(W if product == "one" else [SQUARE] * 3, "float32")}

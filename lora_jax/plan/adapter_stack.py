@@ -57,8 +57,8 @@ def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:
     `rank` is that of all targets; None for the largest of each target.
 
     Raises:
-        TypeError, ValueError: if the rank is not valid or too small, or two plans do not
-            agree about a weight.
+        TypeError, ValueError: if the rank is not valid or too small, two plans do not
+            agree about a weight, or there are no targets.
     """
     if rank is not None:
         checks.check_rank(rank)
@@ -76,10 +76,12 @@ def plan_of_all(plans: Sequence[AdapterPlan], rank: int | None) -> AdapterPlan:
             method = "dora" if "dora" in (joined.method, target.method) else "lora"
             joined = dataclasses.replace(joined, rank=own, method=method, scale=1.0)
             found[path] = first, joined
+    if not found:
+        raise ValueError("the plans have no targets: give adapters of one weight at least.")
     targets = {path: target for path, (_, target) in found.items()}
     if rank is not None:
         targets = {p: dataclasses.replace(own, rank=rank) for p, own in targets.items()}
-    largest = max((target.rank for target in targets.values()), default=1)
+    largest = max(target.rank for target in targets.values())
     return union_with(
         plans,
         targets,

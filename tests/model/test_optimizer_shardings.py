@@ -93,7 +93,7 @@ def test_errors():
     fewer = {"w": {name: x for name, x in shardings["w"].items() if name != "A"}}
     with pytest.raises(TypeError, match="sharding of A of 'w' must be a jax"):
         lora_jax.optimizer_shardings(adam, shardings, adapters)
-    with pytest.raises(KeyError, match="one of them lacks 'w/A'"):
+    with pytest.raises(KeyError, match=r"one of them lacks 'w/A'\."):
         lora_jax.optimizer_shardings(adam, adapters, fewer)
     with pytest.raises(TypeError, match=r"must be \{path: \{name: ...\}\}"):
         lora_jax.optimizer_shardings(adam, [1], shardings)

@@ -514,6 +514,11 @@ BAD = {
         "list or tuple with the adapters of each tenant, got dict",
     ),
     "no adapters": (lambda: stack_adapters([], PLAN), ValueError, "adapters is empty"),
+    "no targets": (
+        lambda: stack_adapters([{}], lora_jax.AdapterPlan(LoraConfig(2), {})),
+        ValueError,
+        "the plans have no targets",
+    ),
     "no plan": (lambda: stack_adapters([OWN], None), TypeError, "plans must be"),
     "a config": (lambda: stack_adapters([OWN], LoraConfig()), TypeError, "got LoraConfig"),
     "no adapter": (

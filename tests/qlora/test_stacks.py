@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import quant
 from lora_jax._core import compat
+from lora_jax.plan import stacks
 from tests import programs, reference, support
 from tests.qlora.support import (
     OPTIMIZED,
@@ -32,6 +33,14 @@ DEEP = {
     "int8": lambda w: quant.quantize_int8(w, batch_axes=1),
     "fp8": lambda w: quant.quantize_fp8(w, batch_axes=1),
 }
+
+
+def test_layers_of_a_quantized_stack_stay_quantized():
+    stored = DEEP["int8"](normal(3, 4, 6, dtype="float32"))
+    target = lora_jax.Target((3, 4, 6), "lora", 2, 1.0, 0.0, (1,), (2,), (0,), "[1:]")
+    taken = stacks.take(stored, target)
+    assert type(taken) is type(stored)
+    np.testing.assert_array_equal(quant.dequantize(taken), quant.dequantize(stored)[1:])
 
 
 def deep(params, x):

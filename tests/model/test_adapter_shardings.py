@@ -392,6 +392,9 @@ def test_bytes_without_a_mesh():
         4 * trainable,
         1024 + 4 * trainable,
     )
+    config = dataclasses.replace(plan.config, dtype="bfloat16")  # of A and B, and not of m
+    plan = lora_jax.plan_adapters(config, params)
+    assert lora_jax.count_parameters(params, plan).trainable_bytes == 2 * 96 + 4 * 32
 
 
 def test_weights_without_a_mesh_beside_others():

@@ -81,6 +81,14 @@ def test_a_step_keeps_the_shardings_and_the_values(name):
         assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
+def test_the_rank_is_not_split_in_a_stack_either():
+    shapes = {"A": (3, 5, 4), "B": (3, 4, 7)}  # the mesh axis divides the ranks alone
+    adapters = {"w": {n: jax.ShapeDtypeStruct(x, "float32") for n, x in shapes.items()}}
+    shardings = {"w": dict.fromkeys(shapes, NamedSharding(MESH, P()))}
+    got = lora_jax.optimizer_shardings(optax.adam(1e-2), adapters, shardings, "data")
+    assert all(own.is_fully_replicated for own in jax.tree.leaves(got))
+
+
 def test_errors():
     adapters, shardings = made()
     adam = optax.adam(1e-2)

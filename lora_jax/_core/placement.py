@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax._core import compat, quantized
 from lora_jax._core.quantized import is_quantized
@@ -231,6 +231,24 @@ def put(value: Any, sharding: Any) -> Any:
         if {*kinds.values()} == {AxisType.Explicit}:
             return value
     return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def sharding_on_mesh(x: Any) -> NamedSharding | None:
+    """The sharding of an array on a mesh; in a trace, that of explicit axes."""
+    own: Any = jax.typeof(x).sharding if isinstance(x, Tracer) else None
+    if own is not None:
+        return own if compat.has_explicit_axes(own.mesh) else None
+    own = getattr(x, "sharding", None)
+    return own if isinstance(own, NamedSharding) else None
+
+
+def laid(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """An array with a sharding that `sharding_on_mesh` returned."""
+    if sharding is None:
+        return x
+    if isinstance(sharding.mesh, AbstractMesh):
+        return compat.retyped(x, sharding)
+    return put(x, sharding)
 
 
 def like(leaf: Any, value: Any) -> jax.Array:

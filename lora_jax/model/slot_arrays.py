@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from lora_jax._core import checks, compat, numerics, placement
+from lora_jax._core import checks, numerics, placement
 
 RANK_AXIS = {"A": -1, "B": -2}
 
@@ -59,15 +59,17 @@ def stack_arrays(
     arrays = placement.on_device(list(arrays))
     given = [x for x in arrays if x is not None]
     dtype = numerics.promote(*(x.dtype for x in given))
-    place = next(filter(None, map(sharding_on_mesh, given)), mesh)
-    stacked = jnp.stack([_laid(filled_slot(x, name, shape, dtype), place) for x in arrays])
+    place = next(filter(None, map(placement.sharding_on_mesh, given)), mesh)
+    stacked = jnp.stack(
+        [placement.laid(filled_slot(x, name, shape, dtype), place) for x in arrays]
+    )
     empty = slots - len(arrays)
     if empty:
         sizes = [(0, empty, 0), *[(0, 0, 0)] * len(shape)]
         stacked = lax.pad(stacked, jnp.asarray(_fill(name), dtype), sizes)
     if place is None:
         return stacked
-    return _laid(stacked, place.update(spec=PartitionSpec(None, *place.spec)))
+    return placement.laid(stacked, place.update(spec=PartitionSpec(None, *place.spec)))
 
 
 def filled_slot(array: Any, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -93,22 +95,24 @@ def vector_of_slots(values: Sequence[float], like: jax.Array) -> jax.Array:
     """A number for each slot of a stack, replicated over its mesh. Empty slots have 0."""
     vector = np.zeros(len(like), numerics.accumulation_dtype(like.dtype))
     vector[: len(values)] = values
-    place = sharding_on_mesh(like)
-    return _laid(jnp.asarray(vector), place and place.update(spec=PartitionSpec(None)))
+    place = placement.sharding_on_mesh(like)
+    return placement.laid(
+        jnp.asarray(vector), place and place.update(spec=PartitionSpec(None))
+    )
 
 
 def write_slot(stacked: jax.Array, value: jax.Array, place: Slot) -> jax.Array:
     """A stack with a value in one slot, unchanged if there is no such slot."""
     here = placement.on_device(stacked)
-    own = sharding_on_mesh(here)
+    own = placement.sharding_on_mesh(here)
     if own is not None:
-        value = _laid(value, own.update(spec=PartitionSpec(*own.spec[1:])))
-    elif not isinstance(here, Tracer) and sharding_on_mesh(value) is not None:
+        value = placement.laid(value, own.update(spec=PartitionSpec(*own.spec[1:])))
+    elif not isinstance(here, Tracer) and placement.sharding_on_mesh(value) is not None:
         value = placement.put(value, here.sharding)
     if place.inside is not None:
         old = lax.dynamic_index_in_dim(here, place.index, 0, keepdims=False)
         value = jnp.where(place.inside, value, old)
-    new = _laid(lax.dynamic_update_index_in_dim(here, value, place.index, 0), own)
+    new = placement.laid(lax.dynamic_update_index_in_dim(here, value, place.index, 0), own)
     return new if here is stacked else jax.device_put(new, stacked.sharding)
 
 
@@ -133,21 +137,3 @@ def cut_rank(array: jax.Array, name: str, start: int, stop: int | None) -> jax.A
     axis = array.ndim + RANK_AXIS[name]
     stop = array.shape[axis] if stop is None else stop
     return lax.slice_in_dim(array, start, stop, axis=axis)
-
-
-def sharding_on_mesh(x: Any) -> NamedSharding | None:
-    """The sharding of an array on a mesh; in a trace, that of explicit axes."""
-    own: Any = jax.typeof(x).sharding if isinstance(x, Tracer) else None
-    if own is not None:
-        return own if compat.has_explicit_axes(own.mesh) else None
-    own = getattr(x, "sharding", None)
-    return own if isinstance(own, NamedSharding) else None
-
-
-def _laid(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """An array with a sharding that `sharding_on_mesh` returned."""
-    if sharding is None:
-        return x
-    if isinstance(sharding.mesh, AbstractMesh):
-        return compat.retyped(x, sharding)
-    return placement.put(x, sharding)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, numerics
+from lora_jax._core import checks, numerics, placement
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model.adapters import adapted_column_norms
 from lora_jax.model.slot_arrays import (
@@ -24,7 +24,6 @@ from lora_jax.model.slot_arrays import (
     find_slot,
     or_nan,
     read_slot,
-    sharding_on_mesh,
     stack_arrays,
     vector_of_slots,
     write_slot,
@@ -115,7 +114,7 @@ def stack_adapters(
         )
     plan = adapter_stack.plan_of_all(plans, rank)
     stacked, scales, magnitudes = {}, {}, {}
-    on_mesh = filter(None, map(sharding_on_mesh, jax.tree.leaves(list(adapters))))
+    on_mesh = filter(None, map(placement.sharding_on_mesh, jax.tree.leaves(list(adapters))))
     mesh = next((NamedSharding(own.mesh, PartitionSpec()) for own in on_mesh), None)
     for path, target in plan.targets.items():
         own = [given.get(path, {}) for given in adapters]

@@ -128,7 +128,7 @@ def _while(followed: Any, equation: Any, places: Sequence[Place]) -> list[Place]
     for_condition, rest = places[:n_condition], places[n_condition:]
     fixed, carry, before = rest[:n_body], rest[n_body:], None
     body = parameter(equation, "body_jaxpr")
-    constants = equation.invars[n_condition : n_condition + n_body]
+    constants = equation.invars[n_condition:][:n_body]
     while carry != before:
         before = carry
         inside = followed.enter(equation, body, [*fixed, *carry], fixed=constants)

@@ -78,6 +78,17 @@ def pooled(x):
     return lax.scan(lambda c, i: (c, x[rows, c + i]), first, jnp.arange(2))[1]
 
 
+def pooled_while(x):
+    rows, first = jnp.arange(N), x[:, 0, 0].astype(int)
+
+    def is_on(state):
+        return state[0] < 2 + 0 * first[0]
+
+    return lax.while_loop(
+        is_on, lambda state: (state[0] + 1, x[rows, first + state[0]]), (0, x[:, 0])
+    )[1]
+
+
 # Programs that move entries: the row numbers are moved as the places say.
 IDS = ids(N, 6, 3)
 MOVES = {
@@ -104,6 +115,7 @@ MOVES = {
     "pool": lambda x: x[jnp.arange(N), jnp.array([3, 0, 1, 5])],
     "pool_of_constants": lambda x: x[np.arange(N), np.array([3, 0, 1, 5])],
     "pool_in_a_loop": pooled,
+    "pool_in_a_while_loop": pooled_while,
     "cache": lambda x: jnp.zeros((N, 6, 3)).at[jnp.arange(N)].set(x),
     "along_axis": lambda x: jnp.take_along_axis(x, jnp.ones((N, 2, 3), int), axis=1),
     "look_up": lambda x: jnp.arange(9.0)[x.astype(int)],
@@ -771,9 +783,19 @@ def test_shards_of_values_with_and_without_rows():
     assert unsplit.reason == reason
 
 
-def test_rows_that_a_mesh_does_not_divide():
-    fn = on_mesh(jnp.sin, P(BOTH), P(BOTH))
-    _, found = followed(lambda x: fn(x.reshape(12)), ids(6, 2), n=6)
+@pytest.mark.parametrize(
+    ("move", "n", "axes"),
+    [
+        (lambda x: x.reshape(12), 6, BOTH),
+        (lambda x: x.reshape(2, 2, 2).swapaxes(1, 2).reshape(8), 4, BOTH),
+        (lambda x: jnp.tile(x[:, 0], 3), 4, BOTH),
+        (lambda x: x.reshape(2, 2, 2).swapaxes(0, 1).reshape(8), 4, BOTH[0]),
+    ],
+    ids=["too_few", "apart", "repeated", "in_another_order"],
+)
+def test_rows_that_a_mesh_does_not_divide(move, n, axes):
+    fn = on_mesh(jnp.sin, P(axes), P(axes))
+    _, found = followed(lambda x: fn(move(x)), ids(n, 2), n=n)
     reason = "`shard_map` does not split the rows into consecutive groups"
     assert found.outputs[0].reason == reason
 

@@ -359,6 +359,11 @@ def _one_weight_both_ways(p, x):
     return p["w"][jnp.argmax(x, axis=-1)] + x @ p["w"]
 
 
+def _inputs_in_another_order(p, x):
+    order = jnp.arange(WIDTH)[::-1]
+    return x[..., order] @ p["w"][order]
+
+
 @jax.jit
 def _twice_and_taken(x, y, order):
     return 2 * x, jnp.take(y, order, axis=0)
@@ -373,7 +378,8 @@ def _returns_two_orders(p, x):
 
 
 @pytest.mark.parametrize(
-    ("fn", "rows"), [(_one_weight_both_ways, 1), (_returns_two_orders, 4)]
+    ("fn", "rows"),
+    [(_one_weight_both_ways, 1), (_inputs_in_another_order, 2), (_returns_two_orders, 4)],
 )
 def test_functions_equal_each_row_alone(fn, rows):
     params, x = {"w": jnp.asarray(normal(*SQUARE, dtype="float32"))}, X[:rows]

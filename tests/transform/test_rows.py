@@ -267,7 +267,15 @@ MODELS = {
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("scan", "int8"), *((name, own) for name in MODELS for own in ("lora", "mixed"))],
+    [
+        *(("scan", "int8"), ("scan", "lora"), ("decode", "lora")),
+        *((name, "mixed") for name in MODELS),  # of which most slots have LoRA
+        *(
+            pytest.param(name, "lora", marks=SLOW)
+            for name in MODELS
+            if name not in ("scan", "decode")
+        ),
+    ],
 )
 def test_models_equal_each_row_alone(name, method):
     """Ranks, scales and methods differ between slots."""

@@ -568,6 +568,10 @@ LOST = {
         lambda x: on_mesh(jnp.sin, P(), P("data"))(x[PERMUTATION]),
         "`shard_map` joins rows in an order that the data determine",
     ),
+    "more_places": (
+        lambda x: jnp.zeros((N + 1, 6, 3)).at[jnp.arange(N)].set(x),
+        "`scatter` puts rows at indices that only the data know",
+    ),
     "two_orders": (
         lambda x: x[PERMUTATION] + x[PERMUTATION[::-1]],
         "`add` joins values with rows in different orders",
@@ -636,6 +640,7 @@ def test_entries_that_are_taken_move_as_places_say(name):
 
 TAKEN = {  # the axis along which entries belong to rows
     "index": (lambda x, i: x[i], 0),
+    "first": (lambda x, i: x[jnp.arange(2)], 0),
     "take": (lambda x, i: jnp.take(x, i[:3], axis=0), 0),
     "more": (lambda x, i: x.reshape(24, 3)[jnp.tile(i, 9)], 0),
     "moved": (lambda x, i: jnp.tanh(jnp.transpose(x[i], (1, 2, 0)))[:, None, :2], 3),

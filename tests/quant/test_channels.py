@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax import quant
+from lora_jax.quant import _channels
 from tests.quant.support import FORMATS
 from tests.support import assert_same_bits, draw
 
@@ -85,3 +86,10 @@ def test_check_of_a_block_size(size, match):
     q = FORMATS["int8_blocks"](draw(16, 24))
     with pytest.raises(ValueError, match=match):
         dataclasses.replace(q, block_size=size).check()
+
+
+@pytest.mark.parametrize(
+    ("block", "shape"), [(3, (2, 4, 2, 3, 5)), (4, (2, 6, 4, 5)), (None, (2, 4, 6, 5))]
+)
+def test_input_axes_are_folded_only_where_a_block_crosses_rows(block, shape):
+    assert _channels.as_blocks(draw(2, 4, 6, 5), 1, block).values.shape == shape

@@ -294,8 +294,9 @@ def test_functions_are_called_for_each_weight():
     assert [float(adapters[name]["A"][0, 0]) for name in "ab"] == [0, 1]
 
 
-def test_keys_whose_numbers_depend_on_the_shape():
+def test_keys_whose_numbers_depend_on_the_shape(monkeypatch):
     """A device's part of them would have other numbers: they are made whole, then split."""
+    monkeypatch.setattr(initialization, "_compiled", None)  # which makes parts
     params, plan = made(CASES["row"], mesh_of(), method="lora")
     key = jax.random.key(0, impl="rbg")
     want = lora_jax.init_adapters(key, jax.device_get(params), plan)["w"]["A"]

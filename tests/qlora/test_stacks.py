@@ -43,6 +43,15 @@ def test_layers_of_a_quantized_stack_stay_quantized():
     np.testing.assert_array_equal(quant.dequantize(taken), quant.dequantize(stored)[1:])
 
 
+def test_a_stack_is_cut_where_the_mesh_splits_its_layers():
+    place = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("x",)), P(None, "x"))
+    weight = jax.device_put(normal(3, 4, 6, dtype="float32"), place)
+    stored = DEEP["int8"](weight)
+    target = lora_jax.Target((3, 4, 6), "lora", 2, 1.0, 0.0, (1,), (2,), (0,))
+    got = stacks.map_entries(lambda layer, *_: layer.sum(0), stored, {}, target)
+    support.assert_close(got, reference.f64(quant.dequantize(stored)).sum(1), 8, "float32")
+
+
 def deep(params, x):
     return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
 

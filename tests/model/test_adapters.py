@@ -111,6 +111,11 @@ def test_arguments_in_the_wrong_order(args, message):
         plan_adapters(*args)
 
 
+def test_keyword_arguments_need_a_function():
+    with pytest.raises(TypeError, match="there are arguments and no function"):
+        plan_adapters(LoraConfig(), NETWORK, negate=True)
+
+
 def test_counting():
     params, adapters, plan = make("dora")
     sizes = [math.prod(SHAPES[name]) for name in params["block"]]

@@ -31,7 +31,7 @@ References:
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ __all__ = [
     "unmerge_dora_weight",
 ]
 
-NormAxis = Literal["out", "in"]
+NormAxis: TypeAlias = Literal["out", "in"]
 
 _LOSES_BIAS = dict.fromkeys(
     adapter_checks.BIASES,

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,18 @@ def test_a_new_adapter_changes_one_rounding(norm_axis):
     y = jax.jit(linear, static_argnames="norm_axis")(new, **options)
     x, weight, *_ = case.reference()
     support.assert_close(y, x @ weight, 4)
+
+
+def test_inputs_may_be_scaled_out_of_the_range_of_float16():
+    case = support.make_case("rows", "float16", method="dora", norm_axis="in")
+    size = np.float32(2.0**8)
+    case.adapter.update(B=case.adapter["B"] / size, m=case.adapter["m"] * size)
+    case = dataclasses.replace(case, weight=case.weight / size.astype("float16"))
+    x, weight, _, adapter, _ = case.reference()
+    norm = reference.norms(reference.lora_weight(weight, adapter, SCALE), "in")
+    assert np.abs(x * adapter["m"] / norm).max() > 2.0**16
+    want = reference.dora_linear(x, weight, adapter, SCALE, norm_axis="in")
+    support.assert_close(linear(case, norm_axis="in"), want, 4)
 
 
 def test_scale_bias_multiplies_the_bias():

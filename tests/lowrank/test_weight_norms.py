@@ -255,6 +255,11 @@ def test_products_are_at_the_highest_precision(name):
     assert count == program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0
 
 
+def test_a_bfloat16_weight_is_multiplied_by_three_parts_of_the_factor():
+    program = str(jax.make_jaxpr(PRECISE["norm"])(*cancelling_case(0.5, "bfloat16")))
+    assert f"bf16[{3 * RANK},{N_IN}]" in program
+
+
 @pytest.mark.parametrize("norm_axis", ["out", "in"])
 def test_norm_of_a_weight_alone(norm_axis):
     weight = support.make_case("stacked").weight

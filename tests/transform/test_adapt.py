@@ -1013,3 +1013,27 @@ def test_large_a_and_small_b_in_float16(name, use_dora):
     for own, other in zip(*map(jax.tree.leaves, (grads, wanted)), strict=True):
         bound = 4 * eps * np.abs(other).max()
         np.testing.assert_allclose(own, other, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w,
+        lambda x, w: lax.ragged_dot(x, w[None], jnp.array([len(x)])),
+    ],
+    ids=["matmul", "ragged_dot"],
+)
+def test_large_columns_of_inputs_in_float16(product):
+    """The outputs of DoRA are the inputs of a product with the transposed weight."""
+    params = {"w": jnp.asarray(normal(12, 10, size=1e-3), "float16")}
+    x = jnp.asarray(normal(5, 10, seed=1), "float16")
+
+    def fn(p, x):
+        return product(x, p["w"].T), jnp.ones((1, 12), x.dtype) @ p["w"]
+
+    plan = plan_of(fn, params, x, targets="w", axes={"w": "io"}, use_dora=True)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapters["w"]["m"] *= 1e5  # so that a scaled input is out of range
+    got, _ = lora_jax.adapt(fn, plan)(params, adapters, x)
+    want = np.float64(x) @ np.float64(params["w"]).T * 1e5
+    np.testing.assert_allclose(got, want, rtol=0, atol=0.01 * np.max(np.abs(want)))

@@ -194,6 +194,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'target: Target = dataclasses.field(metadata={"static": True})',
         'target: Target = dataclasses.field(metadata={"static": False})',
     ): "a target is a static node, which has no leaves",
+    (
+        "lora_jax/transform/_rules_gather.py",
+        "return out if found is None or owns else out * found.astype(out.dtype)",
+        "return out if (found is None) else out * found.astype(out.dtype)",
+    ): "a factor that owns the axes has zeros there already",
 }
 
 OPERATORS = {

@@ -131,12 +131,12 @@ def test_a_quantized_weight_is_the_dense_one(name, method):
             telling = name in ("matmul", "heads", "scan", "checkpoint", "conv")
             assert programs.are_weights(programs.floats(kept), plan) or not telling
 
-        def both(stored, dense):  # one program
-            trained = adapters, moving
+        def both(trained, stored, dense, *args):  # one program
             got = accepting(stored, *args), run(trained, stored)
             return got, (case.fn(dense, *args), run(trained, dense))
 
-        assert_same(*jax.jit(both)(stored, dense), 1e-6)
+        given = (adapters, moving), stored, dense
+        assert_same(*jax.jit(both)(*given, *args), 1e-6)
 
 
 PARTS = {

@@ -135,16 +135,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if max(self.block_size, nested or 1) > max(n, _LARGEST_PADDING):",
     ): "a block has two entries or more",
     (
-        "lora_jax/_core/quantized.py",
-        "Weight: TypeAlias = jax.Array | QuantizedTensor",
-        "Weight: TypeAlias = jax.Array",
-    ): "only type checkers read it",
-    (
-        "lora_jax/_core/quantized.py",
-        "Weight: TypeAlias = jax.Array | QuantizedTensor",
-        "Weight: TypeAlias = QuantizedTensor",
-    ): "only type checkers read it",
-    (
         "lora_jax/quant/_ggml.py",
         "_MOST = 64  # blocks in one loop",
         "_MOST = 65  # blocks in one loop",

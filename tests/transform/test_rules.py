@@ -54,6 +54,11 @@ def conv(x, w, **options):
     )
 
 
+def turned_groups(p, x):
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+    return lax.ragged_dot_general(x[:, :10], p["w"][None], jnp.array([5]), numbers)
+
+
 # A function, its weights, its argument, the primitive, and a part of the reason.
 REFUSED = {
     "integers": (
@@ -177,6 +182,7 @@ REFUSED = {
         "conv_general_dilated",
         "not its kernel",
     ),
+    "turned_groups": (turned_groups, W, X, "ragged_dot_general", "groups, in, out"),
     "returned": (lambda p, x: (x @ p["w"], p["w"]), W, X, "output", "returns it"),
 }
 

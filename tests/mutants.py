@@ -189,6 +189,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return out if found is None or owns else out * found.astype(out.dtype)",
         "return out if (found is None) else out * found.astype(out.dtype)",
     ): "a factor that owns the axes has zeros there already",
+    (
+        "lora_jax/transform/_rules_convolution.py",
+        "if out_axis in f.owned(pair[0]) or f.owned(pair[1]) - {out_axis}:",
+        "if (f.owned(pair[1]) - {out_axis}):",
+    ): "a weight with one output feature for each entry of a batch has no adapter",
 }
 
 OPERATORS = {

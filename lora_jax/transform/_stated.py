@@ -4,6 +4,7 @@ Such a function has a custom derivative, or calls a kernel. It is called with th
 weight, and the product of the activation with the low-rank update is added to its result.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def _is_small(dtype: Any) -> bool:
 def unless_stated(rule: Callable[..., Any], stated: Callable[..., Any]) -> Any:
     """A rule or step for calls: `stated` for functions that are stated to be products."""
 
+    @functools.wraps(rule)
     def choose(state: Any, equation: Any, *values: Any) -> Any:
         name = compat.function_name(equation)
         is_stated = tree_paths.first_match(state.products, name) is not None

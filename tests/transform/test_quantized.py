@@ -313,8 +313,8 @@ SAME_RULE = {
     "remat2": "checkpoint",
 }
 # Kernels and callbacks, all of one rule, which merges: see `tests/transform/calls.py`.
-REFUSED = RULES["pallas_call"], RULES["pure_callback"]
-OPAQUE = [name for name, rule in RULES.items() if rule in REFUSED]
+REFUSED = [inspect.unwrap(RULES[name]) for name in ("pallas_call", "pure_callback")]
+OPAQUE = [name for name, rule in RULES.items() if inspect.unwrap(rule) in REFUSED]
 # Primitives that no public function of every JAX gives: their equations are made by hand.
 BY_HAND = {
     "closed_call": lambda jaxpr: {"call_jaxpr": jaxpr},

@@ -26,7 +26,7 @@ EXTRAS = {
     "_io/tensor_files.py": {"safetensors"},
     "cli/_terminal.py": {"tqdm"},
     "plots.py": {"matplotlib"},
-    "quant/gguf.py": {"gguf"},
+    "quant/_gguf_reader.py": {"gguf"},
 }
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

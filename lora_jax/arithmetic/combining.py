@@ -39,7 +39,6 @@ from lora_jax.plan.target import VALUE
 __all__ = ["DerivedAdapters", "combine_adapters", "resize_adapters", "scale_adapters"]
 
 _DORA_METHODS = ("exact", "svd")
-
 _LOG = logging.getLogger("lora_jax")
 
 

@@ -4,14 +4,12 @@ GGUF is the file format of llama.cpp. The package `gguf` reads the container; th
 dequantized here, in JAX.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +20,13 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import checks, placement, tree_paths
 from lora_jax._core.quantized import QuantizedTensor
-from lora_jax._io.tensor_files import CheckpointError, check_is_file
+from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import _ggml, inputs, tensors
+from lora_jax.quant._gguf_reader import as_checkpoint_error, as_path, open_gguf
 
 __all__ = ["GGUFTensor", "load_gguf", "load_gguf_metadata"]
 
 _FLOATS = ("F32", "F16", "BF16")
-_DAMAGE = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 _LAYER = re.compile(r"(?:^|(?<=\.))blk\.(\d+)\.")  # in names of tensors
 
 
@@ -194,7 +192,7 @@ def load_gguf(
             layers cannot be stacked because they lack a tensor or have tensors of different
             types or shapes, or a sharding does not split a weight into whole blocks.
     """
-    file = _path(path)
+    file = as_path(path)
     wanted = tree_paths.as_texts("patterns", patterns)
     to_dense = tree_paths.as_texts("dense", dense)
     heads = tree_paths.as_entries("rope_heads", rope_heads or {})
@@ -202,7 +200,7 @@ def load_gguf(
     placed = tree_paths.as_entries("shardings", shardings or {})
     weight_dtype = jnp.dtype(dtype).name
     inputs.check_weight_dtype(weight_dtype)
-    stored = {tensor.name: tensor for tensor in _open(file).tensors}
+    stored = {tensor.name: tensor for tensor in open_gguf(file).tensors}
     groups = _groups(stored, stack)
     tree_paths.check_matched("patterns", wanted, groups, f"tensor of {file}")
     groups = {n: group for n, group in groups.items() if tree_paths.first_match(wanted, n)}
@@ -242,93 +240,11 @@ def load_gguf_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if the file does not exist.
         ModuleNotFoundError: if the package gguf is not installed.
     """
-    file = _path(path)
-    fields = _open(file).fields
+    file = as_path(path)
+    fields = open_gguf(file).fields
     own = {key: field for key, field in fields.items() if not key.startswith("GGUF.")}
-    with _as_checkpoint_error(file):
+    with as_checkpoint_error(file):
         return {key: field.contents() for key, field in own.items()}
-
-
-def _path(path: Any) -> pathlib.Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path must be a path, got {type(path).__name__}.")
-    return pathlib.Path(path)
-
-
-def _open(path: pathlib.Path) -> Any:
-    """A `gguf.GGUFReader` of the file."""
-    check_is_file(path)
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "GGUF files are read with the package gguf, which is not installed: "
-            'pip install "lora_jax[gguf]".'
-        ) from None
-
-    class Reader(gguf.GGUFReader):
-        """Names the tensor in errors, and does not read behind the end of the file.
-
-        A tokenizer has some 100,000 strings and numbers, and the package makes arrays of
-        each. Here they are slices of the file, in a tenth of the time.
-        """
-
-        def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **kw: Any):
-            end = int(offset) + int(count) * np.dtype(dtype).itemsize
-            if end > len(self.data):
-                raise ValueError(f"it has {len(self.data)} bytes, and needs {end}")
-            return super()._get(offset, dtype, count, *order, **kw)
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            kinds = gguf.GGUFValueType
-            if self.byte_order == "S":
-                raise ValueError("it has the byte order of another machine")
-            if raw_type != kinds.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind = kinds(self._get(orig_offs, np.uint32)[0])
-            count, place = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
-            if kind in self.gguf_scalar_to_np:
-                array = self._get(place, self.gguf_scalar_to_np[kind], count)
-                return 12 + array.nbytes, [array], [0], [raw_type, kind]
-            if kind != kinds.STRING:  # arrays of arrays
-                return super()._get_field_parts(orig_offs, raw_type)
-            data, parts = self.data.data, []
-            for _ in range(count):
-                start = place + 8
-                place = start + int.from_bytes(data[place:start], sys.byteorder)
-                if place > len(data):
-                    raise ValueError(f"it has {len(data)} bytes, and needs {place}")
-                parts.append(data[start:place])
-            return place - orig_offs, parts, range(count), [raw_type, kind]
-
-        def _build_tensors(self, start_offs: int, fields: Sequence[Any]) -> None:
-            found: list[Any] = []
-            for field in fields:
-                try:
-                    super()._build_tensors(start_offs, [field])
-                except _DAMAGE as error:
-                    raise ValueError(f"tensor {field.name!r}: {error}") from None
-                found += self.tensors
-            self.tensors = found
-
-    with _as_checkpoint_error(path):
-        reader = Reader(path)
-        names = [tensor.name for tensor in reader.tensors]
-        if len(set(names)) < len(names):
-            raise ValueError("two of its tensors have one name")
-    return reader
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(path: pathlib.Path) -> Iterator[None]:
-    """Turns the errors of the package gguf into one that names the file."""
-    try:
-        yield
-    except _DAMAGE as error:
-        raise CheckpointError(
-            f"{path} cannot be read as GGUF ({error}): is it another kind of file, or was "
-            "its download cut off?"
-        ) from None
 
 
 def _groups(names: Iterable[str], stack: bool) -> dict[str, dict[int | None, str]]:

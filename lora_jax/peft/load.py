@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +40,6 @@ from lora_jax.plan.target import VALUE
 __all__ = ["Loaded", "NameTable", "load", "match_names"]
 
 _LOG = logging.getLogger("lora_jax.peft")
-_Row: TypeAlias = tuple[Site, tuple[int, ...]]  # and the shape of its weight
 
 
 class Loaded(NamedTuple):
@@ -54,6 +53,14 @@ class Loaded(NamedTuple):
     """Path to value, for the leaves that the checkpoint replaces."""
 
 
+class Row(NamedTuple):
+    """A module and its weight."""
+
+    site: Site
+    shape: tuple[int, ...]
+    """Of the weight."""
+
+
 class NameTable(FrozenDict[str, str | tuple[str, str]]):
     """From the names of modules to the paths of their weights. `print` shows a table.
 
@@ -61,12 +68,12 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
     and the letters of the axes, with `{layers}` for the axis of layers.
     """
 
-    rows: tuple[_Row, ...] = ()
+    rows: tuple[Row, ...] = ()
 
     @classmethod
-    def of(cls, rows: Iterable[_Row]) -> "NameTable":
+    def of(cls, rows: Iterable[Row]) -> "NameTable":
         """Makes a table of sites, which have `given` if more than the shape showed axes."""
-        by_name = {site.name: (site, shape) for site, shape in rows}
+        by_name = {row.site.name: row for row in rows}
         table = cls(
             {
                 name: (site.target, site.letters) if site.given else site.target
@@ -83,7 +90,7 @@ class NameTable(FrozenDict[str, str | tuple[str, str]]):
         return format_html(_cells(self.rows))
 
 
-def _cells(rows: Iterable[_Row]) -> Iterator[tuple[str, ...]]:
+def _cells(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
     yield "module", "path", "shape", "axes"
     for site, shape in rows:
         pairs = sorted(zip(site.stack, site.indices, strict=True))
@@ -110,7 +117,7 @@ class Placement(NamedTuple):
             given = site.given or site.path in self.places.known.axes
             given |= site.stack != tuple(sorted(site.stack))
             shape = self.places.shape(site.path, site.part)
-            rows.append((site._replace(given=given), shape))
+            rows.append(Row(site._replace(given=given), shape))
         return NameTable.of(rows)
 
 

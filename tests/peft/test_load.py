@@ -181,6 +181,13 @@ def test_the_table_is_logged_and_printed(tmp_path, caplog):
         "h.0.q   h/q/kernel[0]  (2, 5, 7)  bio",
         "h.1.q   h/q/kernel[1]  (2, 5, 7)  bio",
     ]
+    row = table.rows[1]
+    assert (row.site.name, row.site.target, row.site.indices) == (
+        "h.1.q",
+        "h/q/kernel",
+        (1,),
+    )
+    assert row.shape == (2, 5, 7)
 
 
 def test_fields_that_are_not_known(tmp_path, caplog):

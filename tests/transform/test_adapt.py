@@ -851,10 +851,11 @@ def test_adapted_functions_are_adapted_again(methods, layout):
         fn, w = lambda params, x: jnp.tanh(x @ params["w"].T), W.T
     if layout == "scan":
         fn, w = layers, normal(3, 12, 12) / 4
-    params, x = {"w": jnp.asarray(w, "float32")}, jnp.asarray(X, "float32")
-    function, adapters, weights = nested(methods, fn, params, x)
-    got = jax.jit(function)(params, *adapters, x)
-    np.testing.assert_allclose(got, fn(weights, x), rtol=0, atol=2e-5)
+    with x64():
+        params, x = {"w": jnp.asarray(w)}, jnp.asarray(X)
+        function, adapters, weights = nested(methods, fn, params, x)
+        got = jax.jit(function)(params, *adapters, x)
+        np.testing.assert_allclose(got, fn(weights, x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("methods", ["ll", "ld", "dl", "dd"])

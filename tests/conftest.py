@@ -67,7 +67,7 @@ def pytest_collection_finish():
 
 # Linux allows a process 65,530 mappings of memory, and XLA takes some for each program.
 MAPPINGS = pathlib.Path("/proc/self/maps")
-MOST_MAPPINGS = 12_000  # a test may add 10,000
+MOST_MAPPINGS = 6_000  # a test may add 10,000
 TESTS = itertools.count(1)
 
 

@@ -463,16 +463,6 @@ CASES = {
         ((5, 12), (10,)),
         {"w": "io"},
     ),
-    "gains_broadcast_twice": Case(
-        lambda p, x, g: jnp.einsum(
-            "bi,lio->lbo",
-            x,
-            p["w"] * jnp.broadcast_to(jnp.broadcast_to(g, (12, 10)), (3, 12, 10)),
-        ),
-        {"w": (3, 12, 10)},
-        ((5, 12), (10,)),
-        {"w": "oio"},
-    ),
     # Scales among the params, which have the axes of a matrix and are none.
     "column_scales": Case(
         lambda p, x: x @ (p["w"] * p["up"] / p["down"]),

@@ -16,7 +16,14 @@ from lora_jax.transform import _norms
 from tests.programs import equations
 from tests.support import count_traces, normal, optimizations, x64
 from tests.transform.cases import block
-from tests.transform.support import assert_same, check, merged, plan_of, trained
+from tests.transform.support import (
+    assert_same,
+    check,
+    check_values,
+    merged,
+    plan_of,
+    trained,
+)
 
 X, W = normal(5, 12), normal(12, 10)
 
@@ -856,6 +863,16 @@ def test_adapted_functions_are_adapted_again(methods, layout):
         function, adapters, weights = nested(methods, fn, params, x)
         got = jax.jit(function)(params, *adapters, x)
         np.testing.assert_allclose(got, fn(weights, x), rtol=0, atol=1e-10)
+
+
+def test_gains_that_are_broadcast_twice():
+    def fn(p, x, g):
+        gains = jnp.broadcast_to(jnp.broadcast_to(g, (12, 10)), (3, 12, 10))
+        return jnp.einsum("bi,lio->lbo", x, p["w"] * gains)
+
+    with x64():
+        w, g = jnp.asarray(normal(3, 12, 10)), jnp.asarray(normal(10))
+        check_values(fn, {"w": w}, jnp.asarray(X), g, config={}, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("methods", ["ll", "ld", "dl", "dd"])

@@ -19,7 +19,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ FILE = "lora_jax_adapters.safetensors"
 OLD_RECORD = "adapters.json"
 """The file of version 1 that names the file of arrays."""
 
-Shardings = (
+Shardings: TypeAlias = (
     Mapping[str, Mapping[str, Sharding]]
     | Callable[[AdapterPlan], Mapping[str, Mapping[str, Sharding]]]
 )

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 
 class Equivalent(NamedTuple):
@@ -16,7 +16,7 @@ class Equivalent(NamedTuple):
     """More about it, or what to do if there is no equal; without a period."""
 
 
-Table = Mapping[str, Sequence[Equivalent]]
+Table: TypeAlias = Mapping[str, Sequence[Equivalent]]
 """By the name of the other package."""
 
 _DECOMPOSE = "decompose_params(params, plan, {})"

@@ -9,7 +9,7 @@ of DoRA: with `c = 1 + sum w_i (k_i - 1)`, the merged weight is
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from lora_jax.plan.target import Target
 
 T = TypeVar("T")
 
-Norms = Callable[[Adapter, float], jax.Array]
+Norms: TypeAlias = Callable[[Adapter, float], jax.Array]
 """From `A`, `B` and a scale to the column norms of `W + scale * A @ B`, `(*batch, out)`."""
 
 

@@ -7,7 +7,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from lora_jax.peft.save import make_files
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 
-Names = dict[str, Any] | None
+Names: TypeAlias = dict[str, Any] | None
 
 
 class Loaded(NamedTuple):

@@ -9,11 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_jax._core import tables
 
-Progress = Callable[[int], Any]
+Progress: TypeAlias = Callable[[int], Any]
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from lora_jax.plan.target import Target
 RANK = -1
 """The rank, among the axes of a weight."""
 
-Labels = tuple[tuple[int, ...], ...]
+Labels: TypeAlias = tuple[tuple[int, ...], ...]
 """For each axis of a factor, the axes of the weight that are folded into it, or `RANK`."""
 
 _FACTOR = re.compile(r"(?:.*[/_])?lora[/_][ab]", re.IGNORECASE)

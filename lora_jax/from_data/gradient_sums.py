@@ -7,7 +7,7 @@ With `A = Q` and `B = 0` the gradient of `B` is `Q^T G`, and with `A = 0` the gr
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from lora_jax.layers.lora import Adapter
 from lora_jax.model import initialization, sharding
 from lora_jax.plan.adapter_plan import AdapterPlan
 
-Adapters = dict[str, Adapter]
+Adapters: TypeAlias = dict[str, Adapter]
 
 # Columns beyond those that are used. Halko et al., 2011, section 1.3, recommend 5 or 10.
 OVERSAMPLING = 10

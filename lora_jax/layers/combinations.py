@@ -21,9 +21,11 @@ from lora_jax._core import numerics
 from lora_jax.layers import decompositions, pruning
 from lora_jax.layers.decompositions import Svd
 
-_OnFactors = Literal["linear", "magnitude", "dare_linear", "dare_ties", "ties"]
-_OnUpdates = Literal["magnitude_svd", "dare_linear_svd", "dare_ties_svd", "ties_svd"]
-_OnSvds = Literal["svd", "knots", "tsv"]
+_OnFactors: TypeAlias = Literal["linear", "magnitude", "dare_linear", "dare_ties", "ties"]
+_OnUpdates: TypeAlias = Literal[
+    "magnitude_svd", "dare_linear_svd", "dare_ties_svd", "ties_svd"
+]
+_OnSvds: TypeAlias = Literal["svd", "knots", "tsv"]
 MethodName: TypeAlias = Literal["exact"] | _OnFactors | _OnUpdates | _OnSvds
 
 TRUNCATE: tuple[str, ...] = (*get_args(_OnSvds), *get_args(_OnUpdates))

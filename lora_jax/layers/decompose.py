@@ -17,7 +17,7 @@ from `W` by at most half a unit in the last place of `W_base`, 1 part in 512 for
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ __all__ = [
     "to_plain_adapter",
 ]
 
-Quantize = Callable[[jax.Array], Any]
+Quantize: TypeAlias = Callable[[jax.Array], Any]
 
 
 class DecomposedWeight(NamedTuple):

@@ -12,7 +12,7 @@ least float32.
 
 import functools
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 
 from lora_jax._core import compat, numerics, quantized
 
-Name = tuple[Hashable, ...]
-Names = tuple[Name, ...]
+Name: TypeAlias = tuple[Hashable, ...]
+Names: TypeAlias = tuple[Name, ...]
 
 RANK: Name = ("rank",)
 """The name of the rank axis of a factor."""

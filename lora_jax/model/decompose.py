@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ __all__ = ["Decomposed", "PlainAdapters", "decompose_params", "to_plain_adapters
 
 _LOG = logging.getLogger("lora_jax")
 
-Initializer = Callable[..., tuple[Any, Adapter]]
+Initializer: TypeAlias = Callable[..., tuple[Any, Adapter]]
 
 
 def _orthogonal(

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from lora_jax.plan.target import VALUE
 _LOG = logging.getLogger("lora_jax")
 
 F = TypeVar("F", bound=Callable[..., Any])
-Fold = Callable[..., jax.Array]
+Fold: TypeAlias = Callable[..., jax.Array]
 
 # Inlined inside a trace; otherwise compiled once for each target.
 compiled = functools.partial(jax.jit, inline=True)

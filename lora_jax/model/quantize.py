@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ from lora_jax.quant.nf4 import BLOCK_SIZE, quantize_nf4, rows_for
 
 __all__ = ["quantize_params"]
 
-Patterns = AdapterPlan | tree_paths.Pattern | Iterable[tree_paths.Pattern]
-Quantize = Callable[..., QuantizedTensor]
-Format = Literal["nf4", "int8", "fp8"] | Quantize
+Patterns: TypeAlias = AdapterPlan | tree_paths.Pattern | Iterable[tree_paths.Pattern]
+Quantize: TypeAlias = Callable[..., QuantizedTensor]
+Format: TypeAlias = Literal["nf4", "int8", "fp8"] | Quantize
 
 _FORMATS: dict[str, Quantize] = {
     "nf4": quantize_nf4,

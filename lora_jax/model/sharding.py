@@ -14,7 +14,7 @@ They keep splitting batch axes, since experts may lie on them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
@@ -33,7 +33,7 @@ __all__ = ["adapter_shardings", "optimizer_shardings"]
 DATA_AXES = ("batch", "data", "dp", "fsdp", "fsdp_transpose", "replica", "replica_dcn")
 """The names of mesh axes that split examples, unless `data_axes` says which do."""
 
-Shardings = dict[str, dict[str, NamedSharding]]
+Shardings: TypeAlias = dict[str, dict[str, NamedSharding]]
 
 
 def adapter_shardings(

@@ -9,7 +9,7 @@ each step. All arithmetic runs in at least float32.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +41,8 @@ class Moments(NamedTuple):
     """`(*batch,)`, what the second moment of a factor lost in changes of the basis."""
 
 
-Arrays = dict[str, jax.Array]  # of an adapter: `{"A": ..., "B": ...}`
-Pair = dict[str, Moments]
+Arrays: TypeAlias = dict[str, jax.Array]  # of an adapter: `{"A": ..., "B": ...}`
+Pair: TypeAlias = dict[str, Moments]
 
 
 class LoraRiteState(NamedTuple):

@@ -7,7 +7,7 @@ They reorder values and scale them; they compute nothing else.
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from lora_jax.plan.adapter_plan import (
 )
 from lora_jax.plan.parts import Entry
 
-Arrays = Mapping[str, np.ndarray]
+Arrays: TypeAlias = Mapping[str, np.ndarray]
 _GIVEN = "the PEFT checkpoint, with the axes that names gives"
 _PRIMITIVES = {"embedding": "gather", "convolution": "conv_general_dilated"}
 _NOT_ADAPTED = "the PEFT checkpoint has no adapter for it"

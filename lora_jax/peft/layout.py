@@ -12,7 +12,7 @@ from lora_jax.peft.formats.keys import Dims, Kind
 from lora_jax.plan import parts
 from lora_jax.plan.parts import Entry
 
-Layout = Literal["jax", "torch"]
+Layout: TypeAlias = Literal["jax", "torch"]
 LAYOUTS = ("jax", "torch")
 # Axes with a module for each index: layers, and layers with experts.
 _MOST_STACKED = 2

@@ -6,7 +6,7 @@ changes that module alone, but a leaf that is both (tied) would change for both.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from lora_jax.peft.leaves import Places
 from lora_jax.peft.rules import Rules
 from lora_jax.peft.words import EMBEDDINGS, HEADS, Words, last_word, split_name, split_path
 
-OnTied = Literal["error", "allow"]
+OnTied: TypeAlias = Literal["error", "allow"]
 ON_TIED = ("error", "allow")
 # Further words for the leaves of output heads.
 _HEAD = re.compile(r"head|logits|^output$|unembed|embed_out", re.IGNORECASE)

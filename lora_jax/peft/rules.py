@@ -8,7 +8,7 @@ the program busy.
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lora_jax._core import tree_paths
 from lora_jax.peft.formats.config import (
@@ -30,8 +30,8 @@ __all__ = ["ModuleMatch", "match_modules", "to_lora_config"]
 _LINEAR = ("Linear", "Conv1D")
 _LOGITS = "lm_head"
 _HEADS = ("score", "classifier")
-Targets = str | tuple[str, ...]
-Verdict = Literal["matched", "excluded", "unmatched", "other layer"]
+Targets: TypeAlias = str | tuple[str, ...]
+Verdict: TypeAlias = Literal["matched", "excluded", "unmatched", "other layer"]
 # Leaves that are vectors, also where layers are stacked and they have two axes.
 _NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
 # Lists of layers, as PEFT has them for `layers_to_transform`.

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
 from lora_jax.plan.target import Target, Use
 
-Axes = frozenset[int]
+Axes: TypeAlias = frozenset[int]
 
 
 class UnsuitableError(ValueError):

@@ -6,10 +6,10 @@ and kernels. The docstring of `LoraConfig` has the syntax.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-Shape = tuple[int, ...]
-Names = tuple[str, ...]
+Shape: TypeAlias = tuple[int, ...]
+Names: TypeAlias = tuple[str, ...]
 
 _OTHER = "_"
 _MORE = "..."

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
@@ -17,8 +17,8 @@ from lora_jax.plan.target import Target, TrainedLeaf, Use
 _WHICH = ("targets", "exclude", "train")
 _PER_WEIGHT = ("rank_pattern", "alpha_pattern", "axes")
 
-Leaves = Mapping[str, Any]
-Uses = Mapping[str, tuple[Use, ...]]
+Leaves: TypeAlias = Mapping[str, Any]
+Uses: TypeAlias = Mapping[str, tuple[Use, ...]]
 
 
 def select(config: LoraConfig, leaves: Leaves, uses: Uses | None) -> AdapterPlan:

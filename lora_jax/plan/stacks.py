@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lora_jax._core import compat, placement, quantized
 from lora_jax.plan import parts
 from lora_jax.plan.target import Target
 
-Function = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
+Function: TypeAlias = Callable[[jax.Array, dict[str, jax.Array], Target], Any]
 
 
 def map_entries(

@@ -5,7 +5,7 @@ In adapters such a leaf is `{path: {"value": array}}`. The params keep the froze
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
 
-Leaves = Mapping[str, Any]
+Leaves: TypeAlias = Mapping[str, Any]
 
 
 def init_all(leaves: Leaves, plan: AdapterPlan) -> dict[str, Adapter]:

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from lora_jax.quant.tensors import register_format
 
 __all__ = ["Codec", "NF4Tensor", "quantize_nf4"]
 
-Codec = Literal["torchao", "bitsandbytes"]
+Codec: TypeAlias = Literal["torchao", "bitsandbytes"]
 """The NF4 variant: torchao's or bitsandbytes'."""
 
 _CODECS: dict[str, ModuleType] = {"torchao": _torchao, "bitsandbytes": _bitsandbytes}

@@ -18,7 +18,7 @@ from lora_jax.transform._factored import Factored, Label, Term
 from lora_jax.transform._masks import KnownMasks
 from lora_jax.transform._statistics import Statistic
 
-Rule = Callable[..., Any]
+Rule: TypeAlias = Callable[..., Any]
 
 OnStopGradient: TypeAlias = Literal["error", "base", "all"]
 

@@ -9,7 +9,7 @@ dense copy is kept in between.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +189,7 @@ def _entries(equation: Any, value: Any, *starts: Any) -> Deferred | None:
     return None if part is None else Deferred((jax.tree.map(part, value.operands[0]),))
 
 
-Part = Callable[[jax.Array], jax.Array]
+Part: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 def _slice(params: Any, n: int, shape: Sequence[int], starts: Any) -> Part | None:

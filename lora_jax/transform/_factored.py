@@ -19,7 +19,7 @@ columns differ between slots, and all other values do not; see `_slots`.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from lora_jax.lowrank import contraction
 from lora_jax.lowrank.contraction import Named, Names
 from lora_jax.transform._deferred import Deferred
 
-Map = Callable[[jax.Array], jax.Array]
+Map: TypeAlias = Callable[[jax.Array], jax.Array]
 
 # Stand for other axes where axes of the weight are given by number: the rank axis, and the
 # slots of a factor that was collected from all slots.

@@ -5,7 +5,7 @@ No equation runs.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_jax._core import compat
 from lora_jax.plan.products import StatementError
@@ -15,7 +15,7 @@ from lora_jax.transform._interpreter import keeps_rows
 from lora_jax.transform._parameters import NotFactorableError, no_rule
 from lora_jax.transform._tracked import Dense, Tracked, Uses, is_tracked
 
-Step = Callable[..., list[Any]]
+Step: TypeAlias = Callable[..., list[Any]]
 
 # In the body of a merged call, axes are also followed through these primitives.
 _ENTRYWISE = frozenset(

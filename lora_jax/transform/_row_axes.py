@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_jax.transform._moves import MOVES
 from lora_jax.transform._parameters import parameter
@@ -20,7 +20,7 @@ from lora_jax.transform._row_places import (
 )
 
 # The axes with rows of all results, or of each result.
-Rule = Callable[..., Held | list[Held] | Takes]
+Rule: TypeAlias = Callable[..., Held | list[Held] | Takes]
 
 
 def _same(step: Step, *operands: Axes | None) -> Held:

@@ -5,7 +5,7 @@ Atoms say which entries along an axis belong to which row.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 
 class Atom(NamedTuple):
@@ -22,9 +22,9 @@ class Atom(NamedTuple):
 
 
 # For each axis of a value its atoms, major to minor. An axis of size 1 has no atoms.
-Axes = tuple[tuple[Atom, ...], ...]
+Axes: TypeAlias = tuple[tuple[Atom, ...], ...]
 # For the axes that hold rows their atoms.
-Held = dict[int, tuple[Atom, ...]]
+Held: TypeAlias = dict[int, tuple[Atom, ...]]
 
 
 class Rows(NamedTuple):
@@ -66,7 +66,7 @@ class Lost(NamedTuple):
 
 
 # None: the value is the same for all rows, or mixes all of them.
-Place = Rows | Taken | Lost | None
+Place: TypeAlias = Rows | Taken | Lost | None
 
 
 class NotFollowedError(Exception):

@@ -1,14 +1,14 @@
 """Traces a function to a jaxpr; arguments that are not arrays stay static."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from lora_jax._core import checks, compat, placement, quantized, tree_paths
 
-Function = Callable[..., Any]
+Function: TypeAlias = Callable[..., Any]
 
 
 class Traced(NamedTuple):

@@ -9,7 +9,7 @@ import math
 import pathlib
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from lora_jax.peft.formats.keys import (
 )
 
 PEFT, MLX, KOHYA, DIFFUSERS = DIALECTS = ("peft", "mlx", "kohya", "diffusers")
-DialectName = Literal["peft", "mlx", "kohya", "diffusers"]
+DialectName: TypeAlias = Literal["peft", "mlx", "kohya", "diffusers"]
 FILES = (KOHYA, DIFFUSERS)
 """The dialects of one file, not of a directory."""
 METADATA = "lora_adapter_metadata"  # of diffusers

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from lora_jax._io.tensor_files import CheckpointError
 
@@ -21,7 +21,7 @@ PIPELINE = ("unet", "transformer", *ENCODERS)
 # From the beginnings of flat names to the models of a pipeline.
 _SHORT = ("unet", "transformer", "te1", "te2", "te3", "te")
 MODELS: dict[str, str] = dict(zip(_SHORT, (*PIPELINE, ENCODERS[0]), strict=True))
-Kind = Literal["linear", "embedding", "convolution", "experts"]
+Kind: TypeAlias = Literal["linear", "embedding", "convolution", "experts"]
 # From the end of an entry's name in a checkpoint to its name here. Older versions of PEFT
 # add `.weight` to magnitudes and embeddings.
 SUFFIXES: dict[str, str] = {

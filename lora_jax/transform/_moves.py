@@ -17,23 +17,20 @@ from jax import lax
 from lora_jax.transform._parameters import NotFactorableError, parameter
 
 
-def _not_of_factors(p: jax.Array, *others: Any) -> jax.Array:
-    raise NotImplementedError("the primitive has its own rule for factors")
-
-
 class Move(NamedTuple):
     """Where the axes of an operand go in one result of an equation.
 
     Attributes:
         axes: for each axis of the operand, the axes of the result that it becomes.
         of: applies the move to an array, given the other operands. Where the array has
-            size 1 instead of an axis of the operand, the result has size 1 as well.
+            size 1 instead of an axis of the operand, the result has size 1 as well. None if
+            the primitive has a rule of its own for factors.
         indexed: for each axis of the operand, whether one entry is taken, or a range with a
             traced start; empty if no axis is indexed.
     """
 
     axes: tuple[tuple[int, ...], ...]
-    of: Callable[..., jax.Array] = _not_of_factors
+    of: Any = None
     indexed: tuple[bool, ...] = ()
 
     @property

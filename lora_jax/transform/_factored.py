@@ -319,8 +319,7 @@ def retyped(value: Any, kind: Any, names: frozenset[str]) -> Any:
     if not isinstance(value, Factored):
         return compat.retyped(value, kind.sharding)
     # A deferred weight gets this sharding when it is computed.
-    deferred = isinstance(value.base, Deferred)
-    base = value.base if deferred else compat.retyped(value.base, kind.sharding)
+    base = compat.retyped(value.base, kind.sharding)
     places = specs(value, [compat.only(axes, names) for axes in kind.sharding.spec])
     factors = jax.tree.map(
         lambda p, spec: compat.retyped(p, NamedSharding(mesh, spec)),

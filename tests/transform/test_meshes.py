@@ -390,8 +390,43 @@ def test_explicit_and_automatic_axes(name):
     check_on_mesh(name, mesh=jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds))
 
 
-@pytest.mark.parametrize("name", [*SOME, "entries_of_a_stack", "jitted_twice"])
-def test_dropout_on_explicit_axes(name):
+@pytest.mark.parametrize("name", [*SOME[1:], "entries_of_a_stack", "jitted_twice"])
+def test_dropout_on_explicit_axes(name, monkeypatch):
+    """A feature that all tokens drop is a row of `A` that is zero."""
+    rate, mesh = 0.25, mesh_of(AxisType.Explicit)
+    keep = np.random.default_rng(3).random(32) > rate
+    monkeypatch.setattr(
+        jax.random,
+        "bernoulli",
+        lambda key, p, shape: jnp.broadcast_to(keep[: shape[-1]], shape),
+    )
+    jax.clear_caches()
+    with x64():
+        off = placed(name)
+        plan = plan_of(off.fn, off.params, off.x, dropout=rate)
+        values = trained(off.params, plan)
+
+        def scales(shape):  # of the rows of A
+            return np.broadcast_to(keep[: shape[-2], None] / (1 - rate), shape)
+
+        def reference(params, adapters, x):
+            dropped = {
+                path: own | {"A": own["A"] * scales(own["A"].shape)}
+                for path, own in adapters.items()
+            }
+            return off.fn(merged(params, dropped, plan), x)
+
+        want = value_and_gradients(reference, values, off.params, off.x)
+        with set_mesh(mesh):
+            on = placed(name, mesh)
+            adapted = lora_jax.adapt(on.fn, plan, dropout_key=jax.random.key(3))
+            got = value_and_gradients(adapted, values, on.params, on.x)
+        assert_same(got, want)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", ["tied_head", "row_parallel", "scan_of_checkpoints"])
+def test_masks_are_the_same_on_explicit_axes(name):
     mesh, key = mesh_of(AxisType.Explicit), jax.random.key(3)
     with x64():
         off = placed(name)

@@ -36,6 +36,7 @@ PARAMS = {
     "quantized": shaped(12, 9, dtype="int8"),
     "tiny": shaped(12, 9, dtype="float8_e4m3fn"),
     "unused": shaped(12, 9),
+    "empty": shaped(12, 0),
     "head": shaped(12, 1),
     "step": 3,
 }
@@ -48,6 +49,7 @@ USES = {
     "layers/sorted": (use("..", "sort", "m.py:5", "no rule for sort"),),
     "layers/twice": (use("ckk", where="m.py:7"), use("cck", where="m.py:8")),
     "unused": (),
+    "empty": (use("ck"),),
     "head": (use("ck"),),
 }
 
@@ -95,6 +97,7 @@ def test_each_other_leaf_has_its_reason():
         "quantized": "its dtype int8 is not floating point",
         "tiny": "its dtype float8_e4m3fn has less than 16 bits",
         "unused": "the function never uses it",
+        "empty": "it has no entries: its shape is (12, 0)",
         "head": "it is a vector: as a matrix it is (12, 1), of rank 1",
         "step": "it is not an array: int",
     }
@@ -166,6 +169,7 @@ def test_a_large_rank_is_allowed_and_noted():
         ("tiny", "float8_e4m3fn has less than 16 bits"),
         ("layers/norm", r"it is a vector, \(12,\)"),
         ("unused", "the function never uses it"),
+        ("empty", r"it has no entries: its shape is \(12, 0\)"),
         ("layers/sorted", "every use of it needs the merged weight: sort at m.py:5"),
         ("head", r"as a matrix it is \(12, 1\)"),
     ],
@@ -279,7 +283,15 @@ def test_axes_for_a_weight_that_all_linear_leaves_out():
 def test_matrices_are_left_out_with_a_word():
     left_out = [line for line in str(plan()).splitlines() if line.startswith("left out")]
     assert [line.split("'")[1] for line in left_out] == [
-        *("embed", "head", "layers/conv", "layers/q/bias", "layers/sorted", "unused")
+        *(
+            "embed",
+            "empty",
+            "head",
+            "layers/conv",
+            "layers/q/bias",
+            "layers/sorted",
+            "unused",
+        )
     ]
     without = str(plan(uses=None))
     assert "left out: 'layers/q/kernel': it has 3 axes, (12, 2, 3), and without" in without

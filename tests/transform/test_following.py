@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend import core
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -386,6 +387,8 @@ def test_only_entries_of_a_changed_row_change(name):
 
 OF_ALL = lax.GatherDimensionNumbers((), tuple(range(N)), tuple(range(N)))
 PERMUTATION = jnp.array([2, 0, 3, 1])
+OPAQUE = core.Primitive("core_call")
+OPAQUE.def_abstract_eval(lambda x: x)
 # Programs whose rows are lost, and what is said of the primitive.
 LOST = {
     "row": (lambda x: x[0], "`slice` takes a part of an axis that holds rows"),
@@ -519,6 +522,10 @@ LOST = {
     "callback": (
         lambda x: jax.pure_callback(np.asarray, x, x),
         "there is no rule that follows rows through `pure_callback`",
+    ),
+    "opaque": (
+        lambda x: OPAQUE.bind(x),
+        "`core_call` has no body in which rows could be followed",
     ),
     "gathered": (
         on_mesh(lambda x: lax.all_gather(x, "data", tiled=True), P("data"), P()),

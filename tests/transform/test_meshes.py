@@ -59,12 +59,32 @@ def test_no_weight_travels_between_devices(kind):
     def loss(adapters, params, x):
         return jnp.sum(jnp.sin(adapted(params, adapters, x)))
 
-    text = jax.jit(jax.grad(loss)).lower(adapters, params, x).compile().as_text()
+    check_moves_less(params["up"].size // 4, jax.grad(loss), adapters, params, x)
+
+
+def check_moves_less(size, fn, *args):
+    """Asserts that no array of `size` entries travels between devices."""
+    text = jax.jit(fn).lower(*args).compile().as_text()
     moved = re.findall(
         r"= (?:\()?f32\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", text
     )
-    shard = params["up"].size // 4
-    assert all(np.prod([int(n) for n in shape.split(",") if n]) < shard for shape in moved)
+    assert all(np.prod([int(n) for n in shape.split(",") if n]) < size for shape in moved)
+
+
+def test_no_weight_travels_for_its_norms():
+    """A mesh splits the second axis of the outputs, which a fold would gather."""
+    mesh = mesh_of(AxisType.Auto)
+    params = {"w": put(mesh, normal(64, 4, 32), None, None, "model", dtype="float32")}
+    x = put(mesh, normal(8, 64), "data", None, dtype="float32")
+
+    def fn(params, x):
+        return jnp.einsum("bd,dhk->bhk", x, params["w"])
+
+    plan = plan_of(fn, params, x, rank=2, use_dora=True)
+    adapters = jax.device_put(
+        trained(params, plan), lora_jax.adapter_shardings(params, plan)
+    )
+    check_moves_less(params["w"].size // 4, lora_jax.adapt(fn, plan), params, adapters, x)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

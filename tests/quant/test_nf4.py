@@ -176,6 +176,7 @@ def test_ragged_weights_of_bitsandbytes(shape):
     weight = draw(*shape)
     q = quant.quantize_nf4(weight, 8, 2, codec="bitsandbytes")
     assert (q.shape, q.codes.shape) == (shape, (-(-weight.size // 2),))
+    assert q.codes[-1] & 15 == 7  # the code of 0, after an odd number of entries
     got = np.asarray(quant.dequantize(q), np.float64)
     assert np.all(np.abs(got - np.asarray(weight, float)) <= error_bound(weight, q))
     last = np.asarray(weight).reshape(-1)[-(weight.size % 8) :]

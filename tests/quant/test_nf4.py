@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
+from lora_jax._core import placement
 from lora_jax.quant import _bitsandbytes, _torchao
 from tests.quant.support import in_blocks, nibbles
 from tests.support import assert_same_bits, draw, x64
@@ -353,6 +354,8 @@ def test_a_sharded_weight_is_sharded_in_nf4(spec, row_axes, parts, nested, kind)
     for name in ("codes", "scales"):
         share = bytes_on_one_device(getattr(q, name))
         assert share == getattr(q, name).nbytes // parts
+    places = placement.shardings(q, weight.sharding)
+    assert jax.tree.structure(places) == jax.tree.structure(q)
     dense = jax.jit(quant.dequantize)(q)
     np.testing.assert_array_equal(dense, quant.dequantize(alone))
     # Each device has what it needs, but for the scales of groups, which all of them have.

@@ -122,7 +122,7 @@ class LowRank:
         a, b = self.adapter["A"], self.adapter["B"]
         return keep(self.weight, a, b, self.scale, squares, (self.axis, self.axes))
 
-    def matrix(self, *, fold: bool) -> tuple[Matrix, int]:
+    def matrix(self, *, fold: bool = False) -> tuple[Matrix, int]:
         """The value as an argument of `weight_norms`, and the axis to sum over.
 
         The weight must be dense. With `axes` it is transposed, unless the batch axes come

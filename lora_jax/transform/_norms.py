@@ -38,7 +38,7 @@ def constant_norm(
 
 def _of_dense(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
     """The norms of one weight, whose axes are not folded: a mesh may split each of them."""
-    matrix, axis = layout.low_rank(jnp.asarray(weight), adapter, target).matrix(fold=False)
+    matrix, axis = layout.low_rank(jnp.asarray(weight), adapter, target).matrix()
     return _CALLS[axis](matrix)
 
 

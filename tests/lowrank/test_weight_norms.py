@@ -73,7 +73,7 @@ def test_error_is_within_the_law(part, dtype, norm_axis):
 def are_right(weight, adapter, norm_axis="out"):
     """Whether the norms are those of the factored squares."""
     axis = -2 if norm_axis == "out" else -1
-    matrix, _ = low_rank.LowRank(weight, adapter, 1.0, axis).matrix(fold=False)
+    matrix, _ = low_rank.LowRank(weight, adapter, 1.0, axis).matrix()
     base = Matrix(weight).squares(axis)
     return weight_norms._are_right(weight_norms._factored_squares(matrix, base, axis))
 

@@ -42,9 +42,14 @@ def html_cells(value):
     return [[cell.text or "" for cell in row] for row in root.iter("tr")]
 
 
+def asarray(values, dtype=None):
+    """A JAX array of NumPy's values. `jnp.asarray` compiles a program for each shape."""
+    return jax.device_put(np.asarray(values, dtype and jnp.dtype(dtype)))
+
+
 def draw(*shape, dtype="float32", **options):
     """`normal` as a JAX array, in float32 by default."""
-    return jnp.asarray(normal(*shape, dtype=dtype, **options))
+    return asarray(normal(*shape, dtype=dtype, **options))
 
 
 def coarse(weight):
@@ -106,7 +111,7 @@ def make_case(
     n_in, n_out = shape
 
     def draw(*shape, dtype=dtype, offset=0.0):
-        return jnp.asarray(rng.normal(offset, 1.0, shape), dtype)
+        return asarray(rng.normal(offset, 1.0, shape), dtype)
 
     adapter = {
         "A": draw(*batch, n_in, rank, dtype=adapter_dtype),

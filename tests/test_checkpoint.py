@@ -25,7 +25,7 @@ from lora_jax.model.adapters import plan_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target
-from tests.support import file_digest, x64
+from tests.support import asarray, file_digest, x64
 
 SHAPES = {"w": (12, 9), "q": (12, 2, 3), "stack": (3, 12, 9), "o:A": (9, 12)}
 AXES = {"*/w": "io", "*/q": "ioo", "*/stack": "bio", "*/o:A": "oi"}
@@ -48,7 +48,7 @@ def make_adapters(plan, dtype="float32", seed=0):
         return rng.integers(0, 256, (*shape, size), np.uint8).view(dtype).reshape(shape)
 
     return {
-        path: {name: jnp.asarray(draw(s)) for name, s in target.adapter_shapes.items()}
+        path: {name: asarray(draw(s)) for name, s in target.adapter_shapes.items()}
         for path, target in plan.targets.items()
     }
 
@@ -140,7 +140,7 @@ def test_a_dtype_for_the_file(tmp_path, stored):
     paths, rng = list(plan.targets), np.random.default_rng(0)
     adapters = {
         path: {
-            name: jnp.asarray(
+            name: asarray(
                 rng.normal(size=shape), "bfloat16" if path == paths[0] else "float32"
             )
             for name, shape in target.adapter_shapes.items()

@@ -20,7 +20,7 @@ import optax
 import pytest
 
 import lora_jax
-from tests.support import assert_close, optimizations
+from tests.support import asarray, assert_close, optimizations
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -561,7 +561,7 @@ def test_probe_is_at_its_optimum():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 7)).astype(np.float32)
     labels = (x[:, 0] + rng.normal(size=60) > 0).astype(np.float32)
-    head = sentiment.fit_probe(jnp.asarray(x), jnp.asarray(labels))
+    head = sentiment.fit_probe(asarray(x), asarray(labels))
     kernel, bias = np.float64(head["kernel"]), np.float64(head["bias"])
     errors = 1 / (1 + np.exp(-(x @ kernel + bias))) - labels
     slope = errors @ x / 60 + sentiment.PROBE_PENALTY * kernel

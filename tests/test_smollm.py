@@ -18,7 +18,7 @@ import pytest
 import lora_jax
 from lora_jax import quant
 from tests.quant.support import gguf_blocks, gguf_tensor, write_gguf
-from tests.support import assert_close, normal
+from tests.support import asarray, assert_close, normal
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -84,7 +84,7 @@ def expected(params, tokens):
 
 def test_the_model_is_llama():
     params, tokens = make_params(), np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]], np.int32)
-    got, cache = smollm_model.apply(params, jnp.asarray(tokens), CONFIG)
+    got, cache = smollm_model.apply(params, asarray(tokens), CONFIG)
     assert cache is None
     assert_close(got[0], expected(params, tokens[0]), 512)
     assert_close(got[1, :3], expected(params, tokens[1, :3]), 512)  # padding is not seen

@@ -15,6 +15,7 @@ import pytest
 
 import lora_jax
 from tests import test_examples
+from tests.support import asarray
 
 STUDIES = pathlib.Path(__file__).parents[1] / "docs" / "studies"
 RECORD = STUDIES / "dora_norm_axis.json"
@@ -124,8 +125,8 @@ def test_dense_layers_of_the_arms():
     for arm, y in expected.items():
         adapter = {"A": a, "B": b} | ({"m": m[arm]} if arm in m else {})
         layer = {"kernel": kernel, "bias": bias, "adapter": adapter}
-        layer = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layer)
-        actual = arms.apply_dense(jnp.asarray(x, jnp.float32), layer, arm=arm)
+        layer = jax.tree.map(lambda leaf: asarray(leaf, jnp.float32), layer)
+        actual = arms.apply_dense(asarray(x, jnp.float32), layer, arm=arm)
         test_examples.assert_close(actual, y, ulps=16)
 
 

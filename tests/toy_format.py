@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.quant import QuantizedTensor
+from tests.support import asarray
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +44,7 @@ class Bytes(QuantizedTensor):
 
 
 def quantize(weight, batch_ndim=0):
-    weight = jnp.asarray(weight)
+    weight = asarray(weight)
     flat = weight.reshape(*weight.shape[:batch_ndim], -1).astype(jnp.float32)
     scale = jnp.max(jnp.abs(flat), axis=-1, keepdims=True) / 127
     codes = jnp.round(flat / scale).astype(jnp.int8)

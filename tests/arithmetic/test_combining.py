@@ -40,7 +40,7 @@ def fill(plan, seed, dtype="float32"):
     return {
         path: {
             name: support.draw(*shape, seed=seed, dtype=dtype)
-            + jnp.asarray(4.0 * (name == "m"), dtype)
+            + support.asarray(4.0 * (name == "m"), dtype)
             for name, shape in entry.adapter_shapes.items()
         }
         for path, entry in plan.entries.items()
@@ -232,7 +232,7 @@ def test_scale(factor):
 def test_extract_of_a_merge_gives_the_update_back():
     tuned = lora_jax.merge_adapters(PARAMS, FILLED["trains"], PLANS["trains"])
     tuned["norm"] = tuned["norm"].at[2].set(7.0)
-    rest = {"key": KEY, "step": 3, "scale": jnp.asarray([np.nan, 2.0], "bfloat16")}
+    rest = {"key": KEY, "step": 3, "scale": support.asarray([np.nan, 2.0], "bfloat16")}
     rest |= {"rate": float("0.5"), "count": np.asarray([2**60])}
     again = rest | {"key": jax.random.key(0), "scale": rest["scale"].astype("float32")}
     again |= {"rate": float("0.5"), "count": rest["count"] + 1}
@@ -308,7 +308,7 @@ def test_parts_and_layouts():
 
 
 def test_uses_of_a_tied_table():
-    params, ids = {"table": support.draw(20, 6)}, jnp.asarray([3, 1])
+    params, ids = {"table": support.draw(20, 6)}, support.asarray([3, 1])
 
     def apply(params, ids):
         return params["table"][ids] @ params["table"].T

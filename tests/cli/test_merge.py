@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -163,7 +162,7 @@ def test_parts_merge_as_in_a_program(tmp_path, monkeypatch, capsys, name, method
     shapes = enumerate(STACKS.items())
     tensors = {path: models.draw(shape, i, dtype) for i, (path, shape) in shapes}
     base = models.write_base(tmp_path / "base", tensors)
-    params = {path: jnp.asarray(tensor) for path, tensor in tensors.items()}
+    params = {path: support.asarray(tensor) for path, tensor in tensors.items()}
     adapters, plan = models.write_own(
         tmp_path / "own", params, targets=targets, axes=axes, use_dora=method == "dora"
     )
@@ -186,7 +185,7 @@ def test_parts_merge_as_in_a_program(tmp_path, monkeypatch, capsys, name, method
 
 def test_what_is_beside_a_part_is_only_rounded(tmp_path, capsys):
     tensors = {"layers/up": np.ones((4, 8, 12), "float32")}
-    params = {"layers/up": jnp.asarray(tensors["layers/up"])}
+    params = {"layers/up": support.asarray(tensors["layers/up"])}
     tensors["layers/up"][0, 0, 0] = np.inf
     base = models.write_base(tmp_path / "base", tensors)
     options = {"targets": "layers/up[2:]", "axes": {"layers/up": "bio"}}
@@ -210,7 +209,7 @@ def test_trained_leaves_take_the_place_of_the_models(tmp_path, capsys, dtype):
     tensors = models.make_tensors(dtype)
     base = models.write_base(tmp_path / "base", tensors)
     name = "model.layers.0.mlp.up_proj.weight"
-    params = {n: jnp.asarray(tensors[n]) for n in (name, "model.norm.weight")}
+    params = {n: support.asarray(tensors[n]) for n in (name, "model.norm.weight")}
     adapters, plan = models.write_own(
         tmp_path / "own", params, targets=name, train="model.norm.weight", axes={name: "oi"}
     )

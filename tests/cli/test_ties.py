@@ -177,7 +177,7 @@ USES = {
 def test_uses_of_this_library(tmp_path, targets, tied):
     config = {"tie_word_embeddings": tied}
     base, tensors = write_tied(tmp_path / "base", **config)
-    table = jnp.asarray(tensors[EMBEDDING])
+    table = support.asarray(tensors[EMBEDDING])
     if not tied:
         tensors[HEAD] = tensors[EMBEDDING]
         base = models.write_base(tmp_path / "untied", tensors, 2, **config)
@@ -225,7 +225,7 @@ def test_the_effect_of_a_head_is_that_of_a_product(tmp_path, capsys):
     entries = models.read_model(tmp_path / "peft")
     a, b = (entries[f"base_model.model.lm_head.lora_{name}.weight"] for name in "AB")
     for size in (1, 2):
-        own = {path: {"A": jnp.asarray(a.T), "B": jnp.asarray(size * b.T)}}
+        own = {path: {"A": support.asarray(a.T), "B": support.asarray(size * b.T)}}
         lora_jax.save_adapters(tmp_path / "own", own, plan)
         for pair in (("own", "peft"), ("peft", "own")):
             code = main(["diff", *(str(tmp_path / name) for name in pair)])
@@ -275,7 +275,7 @@ def test_what_cannot_be_untied(tmp_path, capsys, case, reason):
         name = "lm_head"
     elif case == "both uses":
         name = EMBEDDING
-        params = {name: jnp.asarray(tensors[name])}
+        params = {name: support.asarray(tensors[name])}
         models.write_own(adapter, params, targets=name)
     else:
         name = {"one file": EMBEDDING, "other name": "model.tok"}[case]
@@ -296,7 +296,7 @@ def test_one_use_of_a_tensor_without_a_pair(tmp_path, capsys):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[HEAD] = tensors[name]
     models.save_file(tensors, base / "model.safetensors")
-    params = {name: jnp.asarray(tensors[name])}
+    params = {name: support.asarray(tensors[name])}
     models.write_own(tmp_path / "own", params, targets=f"{name}@product")
     line = refuse(capsys, base, tmp_path / "own", tmp_path / "out")
     assert f"'{name}@product' is an adapter of one use of {name!r}" in line

@@ -35,7 +35,7 @@ def test_a_number_makes_a_python_number(alpha):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_an_array_makes_a_wide_scalar(dtype):
-    scale = numerics.adapter_scale(jnp.asarray(3, dtype), 8, False, "float32")
+    scale = numerics.adapter_scale(support.asarray(3, dtype), 8, False, "float32")
     assert scale.dtype == jnp.float32
     assert float(scale) == 0.375
 
@@ -96,9 +96,9 @@ def test_a_sum_is_rounded_once():
     base, small = draw(3, 40, dtype="bfloat16"), [draw(3, 40, size=2**-8)] * 3
     column = draw(40, seed=1)
     wide = np.float64(base) + sum(map(np.float64, small))
-    assert_same_bits(numerics.sum_and_round(base, small), jnp.asarray(wide, base.dtype))
+    assert_same_bits(numerics.sum_and_round(base, small), support.asarray(wide, base.dtype))
     got = numerics.sum_and_round(base, iter(small), [column[None]])
-    assert_same_bits(got, jnp.asarray(wide * np.float64(column), base.dtype))
+    assert_same_bits(got, support.asarray(wide * np.float64(column), base.dtype))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 7, 5), (2, 3, 7, 11, 5)])
@@ -106,4 +106,4 @@ def test_a_row_has_one_entry_along_the_axes_that_it_lacks(shape):
     vector = normal(2, 3, 5)
     row = numerics.as_row(vector, jnp.ones(shape, "bfloat16"))
     want = vector.reshape(2, 3, *[1] * (len(shape) - 3), 5)
-    assert_same_bits(row, jnp.asarray(want, jnp.bfloat16))
+    assert_same_bits(row, support.asarray(want, jnp.bfloat16))

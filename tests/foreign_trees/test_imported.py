@@ -13,7 +13,15 @@ import pytest
 import lora_jax
 import lora_jax.peft
 from lora_jax import FoundAdapter, import_adapters
-from tests.support import assert_close, assert_same_bits, by_path, draw, normal, x64
+from tests.support import (
+    asarray,
+    assert_close,
+    assert_same_bits,
+    by_path,
+    draw,
+    normal,
+    x64,
+)
 
 ULPS = 2**6
 SCALE = 1.5
@@ -181,7 +189,7 @@ def model_of(layout):
             for key, leaf in case.leaves().items()
         }
     )
-    inputs = {name: jnp.asarray(case.arrays[0]) for name, case in cases.items()}
+    inputs = {name: asarray(case.arrays[0]) for name, case in cases.items()}
 
     def fn(params, inputs):
         return {
@@ -247,7 +255,7 @@ def test_imported_adapters_are_saved_stacked_and_served(layout, tmp_path):
     assert_same_bits(lora_jax.take_adapters(stack, 1, plan=plan), adapters)
     rows = {name: case.equation.index("t") for name, case in CASES[layout].items()}
     serve = lora_jax.adapt_rows(fn, stacked, in_axes=(rows,))
-    by_name(layout, serve(params, stack, jnp.asarray([1, 0, 0, 1, 0]), inputs), Case.want)
+    by_name(layout, serve(params, stack, asarray([1, 0, 0, 1, 0]), inputs), Case.want)
 
 
 # -------------------------------------------------------------- what shapes alone show
@@ -327,7 +335,7 @@ def test_scales_go_by_patterns():
 
 def test_a_sum_over_heads_is_wide():
     case = CASES["openpi"]["out"]
-    _, w, a, b = (jnp.asarray(x, "bfloat16") for x in case.arrays)
+    _, w, a, b = (asarray(x, "bfloat16") for x in case.arrays)
     tree = {"w": w, "lora_a": a, "lora_b": b}
     adapter = import_adapters(tree, "openpi", scale=1.0, axes={"w": "iio"}).adapters["w"]
     assert adapter["A"].dtype == jnp.bfloat16

@@ -13,7 +13,7 @@ import lora_jax
 from lora_jax.from_data import gradient_sums
 from lora_jax.plan import layout, parts
 from tests import programs, reference
-from tests.support import best, draw
+from tests.support import asarray, best, draw
 
 KEY = jax.random.key(0)
 DEPTH, WIDTH, HIDDEN, WORDS = 3, 8, 14, 11
@@ -48,7 +48,7 @@ def loss(params, tokens, labels):
 
 def make_batch(seed, number=16):
     tokens = np.random.default_rng(seed).integers(0, WORDS, (number, 5))
-    return jnp.asarray(tokens), [draw(number, size, seed=seed) for size in (9, WORDS)]
+    return asarray(tokens), [draw(number, size, seed=seed) for size in (9, WORDS)]
 
 
 BATCHES = [make_batch(1), make_batch(2)]

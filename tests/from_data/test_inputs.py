@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax.from_data import inputs
 from lora_jax.plan import parts
 from tests import reference
-from tests.support import draw
+from tests.support import asarray, draw
 
 KEY = jax.random.key(0)
 DEPTH, WIDTH, HIDDEN = 4, 12, 30
@@ -166,7 +166,7 @@ def test_a_weight_without_a_rank_has_no_adapter():
 
     params = {"even": draw(4, 8), "line": draw(WIDTH, 8), "flat": draw(WIDTH, 8)}
     x = reference.f64(draw(64, WIDTH))
-    x = jnp.asarray(np.linalg.qr(x - x.mean(0))[0], "float32")
+    x = asarray(np.linalg.qr(x - x.mean(0))[0], "float32")
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(1), params, fn, x)
     found = start(plan, params, fn, [(x,)])
     ranks = {path: target.rank for path, target in found.plan.targets.items()}
@@ -190,8 +190,8 @@ def test_each_matrix_of_a_stack_is_in_one_piece(part, shape):
         own = dataclasses.replace(target, part=text)
         assert set(np.ravel(ranks[index])) == {rank}
         assert own.matrix_shape[:-2] == ranks[index].shape
-        seen[np.isin(numbers, np.asarray(parts.take(jnp.asarray(numbers), text)))] += 1
-    inside = np.isin(numbers, np.asarray(parts.take(jnp.asarray(numbers), part)))
+        seen[np.isin(numbers, np.asarray(parts.take(asarray(numbers), text)))] += 1
+    inside = np.isin(numbers, np.asarray(parts.take(asarray(numbers), part)))
     np.testing.assert_array_equal(seen, inside)
 
 

@@ -49,7 +49,11 @@ def test_peft_combines_alike(case, monkeypatch):
     scales, weights, kind = meta["scaling"], meta["weights"], meta["combination_type"]
     options = meta.get("kwargs", {})
     terms = [
-        Term(*(jnp.asarray(tensors[f"{name}/{f}"].T) for f in "AB"), scales[name], weight)
+        Term(
+            *(support.asarray(tensors[f"{name}/{f}"].T) for f in "AB"),
+            scales[name],
+            weight,
+        )
         for name, weight in zip("ab", weights, strict=False)
     ]
     drawn = iter(
@@ -182,7 +186,7 @@ def test_scale_of_a_combination():
 def test_of_equal_entries_the_first_ones_are_kept(dtype):
     values = np.random.default_rng(0).integers(-3, 4, (3, 6, 7))
     for density in (0.01, 0.35, 0.8):
-        got = pruning.merged([jnp.asarray(values, dtype)], jnp.ones(1, dtype), density)
+        got = pruning.merged([support.asarray(values, dtype)], jnp.ones(1, dtype), density)
         want = np.stack([pruned(matrix, density) for matrix in values])
         np.testing.assert_array_equal(got, want)
 
@@ -199,7 +203,7 @@ def test_dare_keeps_the_mean():
     keep = pruning.merged([stack[0]], jnp.ones(1), 0.25, key=KEY)
     assert {*np.unique(keep)} == {0.0, 4.0}
     assert np.mean(keep) == pytest.approx(1.0, abs=0.05)
-    signs = jnp.asarray([1.0, -1.0])
+    signs = support.asarray([1.0, -1.0])
     other = pruning.merged([stack[0]] * 2, signs, 0.25, key=KEY)
     assert np.any(other)  # the masks of two adapters differ
 
@@ -223,8 +227,8 @@ def test_energies_of_a_rank():
     q = np.linalg.qr(support.normal(12, 4))[0]
     p = np.linalg.qr(support.normal(9, 4))[0]
     a, b = (
-        jnp.asarray(q, "float32"),
-        jnp.asarray(np.diag([4.0, 2.0, 1.0, 0.0]) @ p.T, "float32"),
+        support.asarray(q, "float32"),
+        support.asarray(np.diag([4.0, 2.0, 1.0, 0.0]) @ p.T, "float32"),
     )
     shares = {0.5: 1, 16 / 21 - 1e-5: 1, 16 / 21 + 1e-5: 2, 0.96: 3, 1.0: 3}
     for energy, rank in shares.items():

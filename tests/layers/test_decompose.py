@@ -69,7 +69,7 @@ def test_base_and_adapter_are_the_weight(name, factors, dtype, batch):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_float64_stays_float64(name, dtype):
     with support.x64():
-        weight = jnp.asarray(draw(12, 9), "float64")
+        weight = support.asarray(draw(12, 9), "float64")
         init = ALL[name]
         base, adapter = init(weight, 4, 8.0, dtype=dtype if dtype == "float32" else None)
         assert base.dtype == jnp.float64
@@ -315,7 +315,7 @@ def trained(adapter, seed=5):
     rng = np.random.default_rng(seed)
 
     def step(value):
-        return value + jnp.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
+        return value + support.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
 
     return jax.tree.map(step, adapter)
 

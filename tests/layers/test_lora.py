@@ -121,7 +121,7 @@ def test_one_trace_for_all_values(method):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_alpha_may_be_traced(dtype):
     case = support.make_case("rows")
-    alpha = jnp.asarray(3, dtype)
+    alpha = support.asarray(3, dtype)
     got = jax.jit(linear)(case, alpha)
     support.assert_close(got, linear(case), 4)
 
@@ -209,14 +209,14 @@ def test_a_raw_key_is_welcome():
 def test_merge_rounds_once(dtype):
     # Entries that are exact in float32, so that the one rounding is all there is.
     rng = np.random.default_rng(0)
-    weight = jnp.asarray(rng.normal(size=(64, 48)), dtype)
+    weight = support.asarray(rng.normal(size=(64, 48)), dtype)
     adapter = {
-        "A": jnp.asarray(rng.integers(-8, 9, (64, 4)) / 64, "float32"),
-        "B": jnp.asarray(rng.integers(-8, 9, (4, 48)) / 64, "float32"),
+        "A": support.asarray(rng.integers(-8, 9, (64, 4)) / 64, "float32"),
+        "B": support.asarray(rng.integers(-8, 9, (4, 48)) / 64, "float32"),
     }
     merged = lora_jax.merge_lora_weight(weight, adapter, 1.0)
     exact = reference.lora_weight(*map(reference.f64, (weight, adapter)), 1 / 4)
-    np.testing.assert_array_equal(merged, jnp.asarray(exact, "float32").astype(dtype))
+    np.testing.assert_array_equal(merged, support.asarray(exact, "float32").astype(dtype))
 
 
 def test_merge_adds_in_the_dtype_of_a_wider_adapter():
@@ -243,7 +243,7 @@ def test_delta_has_the_dtype_of_the_factors():
     assert lora_jax.lora_delta(half).dtype == jnp.bfloat16
     assert lora_jax.lora_delta(half | {"A": a}).dtype == jnp.float32
     exact = reference.f64(half["A"]) @ reference.f64(half["B"]) / support.RANK
-    rounded_once = jnp.asarray(exact, "float32").astype("bfloat16")
+    rounded_once = support.asarray(exact, "float32").astype("bfloat16")
     np.testing.assert_array_equal(lora_jax.lora_delta(half), rounded_once)
 
 

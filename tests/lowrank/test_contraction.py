@@ -19,8 +19,10 @@ def _product(x, y):
 @pytest.mark.parametrize("argument", [0, 1])
 def test_contract_is_wide_and_its_gradients_are_not(argument, dtype):
     rng = np.random.default_rng(0)
-    operands = [jnp.asarray(rng.normal(size=s), dtype) for s in ((2, 5, 12), (2, 12, 7))]
-    c = jnp.asarray(rng.normal(size=(2, 5, 7)), dtype).astype("float32")
+    operands = [
+        support.asarray(rng.normal(size=s), dtype) for s in ((2, 5, 12), (2, 12, 7))
+    ]
+    c = support.asarray(rng.normal(size=(2, 5, 7)), dtype).astype("float32")
     out = _product(*operands)
     assert out.dtype == jnp.float32
     x, y, wide_c = map(reference.f64, (*operands, c))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax.layers import initializers
 from lora_jax.model import initialization
-from tests.support import assert_close, normal
+from tests.support import asarray, assert_close, normal
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 KINDS = {"auto": (AUTO,) * 3, "explicit": (EXPLICIT,) * 3, "mixed": (EXPLICIT, AUTO, AUTO)}
@@ -161,7 +161,7 @@ def made(case, mesh, *, dtype="float32", abstract=False, method="dora"):
     if abstract:
         weight: Any = jax.ShapeDtypeStruct(case.shape, dtype, sharding=place)
     else:
-        weight = jax.device_put(jnp.asarray(normal(*case.shape), dtype), place)
+        weight = jax.device_put(asarray(normal(*case.shape), dtype), place)
     part = case.config.get("part", "")
     config = lora_jax.LoraConfig(
         rank=4, targets=f"w{part}", axes={"w": case.axes}, use_dora=method == "dora"

@@ -35,7 +35,7 @@ def make(method="lora", dtype="float32", seed=0, names=None, factors=None, **fie
     adapters = {}
     for path, target in plan.targets.items():
         adapters[path] = {
-            name: jnp.asarray(rng.normal(6.0 * (name == "m"), 1.0, shape), "float32")
+            name: support.asarray(rng.normal(6.0 * (name == "m"), 1.0, shape), "float32")
             for name, shape in target.adapter_shapes.items()
         }
     return params, adapters, plan
@@ -221,7 +221,8 @@ def test_merge_rounds_once():
         targets={p: dataclasses.replace(t, scale=0.25) for p, t in plan.targets.items()},
     )
     adapters = jax.tree.map(
-        lambda v: jnp.asarray(rng.integers(-8, 9, v.shape) / 64, "float32"), adapters
+        lambda v: support.asarray(rng.integers(-8, 9, v.shape) / 64, "float32"),
+        adapters,
     )
     merged = merge_adapters(params, adapters, plan)
     for path, weight in weights(merged).items():

@@ -69,7 +69,7 @@ def test_each_layout_is_decomposed_as_its_matrix():
         base, _ = decompose_params(params, plan, method)
         for path, target in plan.targets.items():
             name = path.removeprefix("block/")
-            matrix = jnp.asarray(straight(params["block"][name], target), "float32")
+            matrix = support.asarray(straight(params["block"][name], target), "float32")
             want, _ = init(matrix, 4, 3.0)
             got = straight(base["block"][name], target)
             support.assert_close(got, reference.f64(want), 64, "float32", scale=1.0)
@@ -385,8 +385,8 @@ def network(params, x):
 def network_and_plan(**fields):
     params, _ = make(("q", "o"))
     rng = np.random.default_rng(2)
-    params["block"]["up"] = jnp.asarray(rng.normal(size=(2, 3, 12)), "float32")
-    x = jnp.asarray(rng.normal(size=(5, 12)), "float32")
+    params["block"]["up"] = support.asarray(rng.normal(size=(2, 3, 12)), "float32")
+    x = support.asarray(rng.normal(size=(5, 12)), "float32")
     config = lora_jax.LoraConfig(
         4, 3.0, rank_pattern={"*/q": 2}, alpha_pattern={"*/o": 5.0}, **fields
     )
@@ -399,7 +399,7 @@ def random_steps(adapters):
     rng = np.random.default_rng(7)
 
     def step(value):
-        return value + jnp.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
+        return value + support.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
 
     return jax.tree.map(step, adapters)
 

@@ -15,6 +15,7 @@ import lora_jax
 from lora_jax import AdapterStack, LoraConfig, put_adapters, stack_adapters, take_adapters
 from tests import programs
 from tests.support import (
+    asarray,
     assert_close,
     assert_same_bits,
     count_traces,
@@ -36,7 +37,7 @@ def model(params, tokens):
 
 SHAPES = {"table": (11, 6), "layers/up": (3, 6, 6), "mid": (6, 6)}
 PARAMS = {path: draw(*shape, seed=1) for path, shape in SHAPES.items()}
-TOKENS = jnp.asarray([3, 0, 7, 10])
+TOKENS = asarray([3, 0, 7, 10])
 
 # The options of `LoraConfig` of each tenant.
 TENANTS = {
@@ -80,9 +81,7 @@ def filled(adapters, seed):
     """Adapters in which no entry is zero, of the shapes and dtypes of others."""
     return {
         path: {
-            name: jnp.asarray(
-                normal(*x.shape, seed=seed) + (3 if name == "m" else 0), x.dtype
-            )
+            name: asarray(normal(*x.shape, seed=seed) + (3 if name == "m" else 0), x.dtype)
             for name, x in own.items()
         }
         for path, own in adapters.items()
@@ -161,7 +160,7 @@ def test_taken_adapters_have_the_bits_that_were_stacked_or_put(name):
     stack, _ = stack_adapters(adapters, plans, SLOTS)
     for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
         assert_same_bits(take_adapters(stack, i, plan=plan), own)
-        assert_same_bits(take_adapters(stack, jnp.asarray(i), plan=plan), own)
+        assert_same_bits(take_adapters(stack, asarray(i), plan=plan), own)
         moved = put_adapters(stack, SLOTS - 1, own, plan)
         assert_same_bits(take_adapters(moved, SLOTS - 1, plan=plan), own)
         first = [jax.tree.map(lambda x: x[: SLOTS - 1], tree) for tree in (moved, stack)]

@@ -3,12 +3,11 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from safetensors.numpy import load_file
 
-from tests.support import GOLDEN, by_path, draw
+from tests.support import GOLDEN, asarray, by_path, draw
 
 N_IN, N_OUT, RANK = 12, 9, 4
 # Of the models that are compiled.
@@ -94,7 +93,7 @@ def golden(name):
     """A case of PEFT's optimizers: its tensors in this library's layout, and its entry."""
     cases = json.loads((GOLDEN / "manifest.json").read_text())["optimizer_cases"]
     (case,) = [case for case in cases if case["id"] == name]
-    return {k: jnp.asarray(v.T) for k, v in load_file(GOLDEN / case["file"]).items()}, case
+    return {k: asarray(v.T) for k, v in load_file(GOLDEN / case["file"]).items()}, case
 
 
 def compile_step(optimizer, params, loss):

@@ -111,10 +111,16 @@ def step(params, state, x):
 def trajectory(a, b):
     """The products after each step of a training, and the first updates, in float64."""
     with tolerances.x64():
-        params = {"w": {"A": jnp.asarray(a), "B": jnp.asarray(b), "m": jnp.ones(N_OUT)}}
+        params = {
+            "w": {
+                "A": support.asarray(a),
+                "B": support.asarray(b),
+                "m": jnp.ones(N_OUT),
+            }
+        }
         state, products, first = RITE.init(params), [], None
         for x in INPUTS:
-            params, state, updates = step(params, state, jnp.asarray(x))
+            params, state, updates = step(params, state, support.asarray(x))
             first = f64(updates["w"]) if first is None else first
             products.append(f64(params["w"]["A"]) @ f64(params["w"]["B"]))
         return np.stack(products), first

@@ -14,7 +14,14 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import optim
 from tests.optim import support
-from tests.support import assert_close, assert_same_bits, count_traces, draw, set_mesh
+from tests.support import (
+    asarray,
+    assert_close,
+    assert_same_bits,
+    count_traces,
+    draw,
+    set_mesh,
+)
 
 SLOTS, STEPS = 4, 20
 RATES = jnp.array([1e-1, 1e-2, 3e-2, 1e-3])
@@ -114,7 +121,7 @@ def test_as_separate_optimizers(name):
         for i, mask in enumerate(masks()):
             grads = stack(100 + i)
             before = params, state
-            params, state = step(params, state, grads, step=jnp.asarray(mask))
+            params, state = step(params, state, grads, step=asarray(mask))
             for slot in range(SLOTS):
                 if mask[slot]:
                     own = separate[slot], states[slot], take(grads.adapters, slot)
@@ -290,7 +297,7 @@ def test_training_tenants_of_one_model():
     one_gradient = jax.jit(one_gradient)
     got, state = tenants, optimizer.init(tenants)
     for mask in masks():
-        got, state = step(got, state, gradient(got), step=jnp.asarray(mask))
+        got, state = step(got, state, gradient(got), step=asarray(mask))
     assert np.all(losses(got) < 0.9 * losses(tenants))
     for slot in range(SLOTS):
         own = take(tenants, slot)

@@ -13,6 +13,7 @@ from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft import support
 from tests.peft.support import GOLDEN, LLAMA, PREFIX, check
+from tests.support import asarray
 
 BASE = load_file(LLAMA / "base" / "model.safetensors")
 EXPECTED = load_file(LLAMA / "expected.safetensors")
@@ -35,7 +36,7 @@ def nested(tensors):
         for word in words:
             node = node.setdefault(word, {})
         kind = "embedding" if "embed" in last else "kernel" if value.ndim == 2 else "scale"
-        node[last] = {kind: jnp.asarray(value.T if kind == "kernel" else value)}
+        node[last] = {kind: asarray(value.T if kind == "kernel" else value)}
     return tree
 
 
@@ -46,7 +47,7 @@ def stacked(tensors):
 
 
 def torch_params():
-    return {name: jnp.asarray(value) for name, value in BASE.items()}
+    return {name: asarray(value) for name, value in BASE.items()}
 
 
 def in_tree(tree, name):
@@ -60,8 +61,7 @@ def rotated(x):
     frequency = 10000.0 ** (-np.arange(0, HEAD, 2) / HEAD)
     angle = np.outer(np.arange(x.shape[1]), frequency)
     cos, sin = (
-        jnp.asarray(np.tile(f(angle), 2), "float32")[None, :, None]
-        for f in (np.cos, np.sin)
+        asarray(np.tile(f(angle), 2), "float32")[None, :, None] for f in (np.cos, np.sin)
     )
     low, high = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
@@ -116,7 +116,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_of_a_llama(kind):
     forward, make, layout = MODELS[kind]
-    params, ids = make(), jnp.asarray(EXPECTED["input/input_ids"], "int32")
+    params, ids = make(), asarray(EXPECTED["input/input_ids"], "int32")
     loaded = peft.load(LLAMA / "adapter", params, layout=layout)
     forward = jax.jit(forward)
     check(forward(params, ids), EXPECTED["logits_base"])
@@ -125,7 +125,7 @@ def test_logits_of_a_llama(kind):
 
 
 def test_gradients_of_a_llama():
-    params, ids = torch_params(), jnp.asarray(EXPECTED["input/input_ids"], "int32")
+    params, ids = torch_params(), asarray(EXPECTED["input/input_ids"], "int32")
     loaded = peft.load(LLAMA / "adapter", params, layout="torch")
     adapted = lora_jax.adapt(llama_torch, loaded.plan)
 
@@ -215,9 +215,9 @@ def test_convolutions_and_embeddings(case, layout, tmp_path):
         return np.moveaxis(tensors[name], (0, 1), (-1, -2)) if moved else tensors[name]
 
     leaf = "kernel" if conv else "embedding" if jax_layout else "weight"
-    params = {"net": {"own": {leaf: jnp.asarray(own("W0"))}}}
+    params = {"net": {"own": {leaf: asarray(own("W0"))}}}
     if "b0" in tensors:
-        params["net"]["own"]["bias"] = jnp.asarray(tensors["b0"])
+        params["net"]["own"]["bias"] = asarray(tensors["b0"])
     loaded = peft.load(folder, params, layout=layout)
     merged = support.merged(params, loaded)["net"]["own"]
     check(merged[leaf], own("W_merged"), case)
@@ -249,7 +249,7 @@ def changed_base(case, tmp_path, **config):
 def test_bases_that_the_initialization_changed(case, layout, tmp_path):
     folder, weight = changed_base(case, tmp_path)
     turn = (lambda w: w.T) if layout == "torch" else (lambda w: w)
-    params = {"net": {"q": {"kernel": jnp.asarray(turn(weight["W0"]))}}}
+    params = {"net": {"q": {"kernel": asarray(turn(weight["W0"]))}}}
     loaded = peft.load(folder, params, layout=layout)
     check(turn(loaded.replaced["net/q/kernel"]), weight["W_base"], case)
     got = support.merged(params, loaded)["net"]["q"]["kernel"]
@@ -269,7 +269,7 @@ def test_changed_bases_of_stacked_layers(axis, tmp_path):
     fields = case["meta"]["config"] | {"target_modules": ["h.0.q", "h.2.q"]}
     folder = support.write(tmp_path, entries, **fields)
     stack = np.stack([weight["W0"], other, -weight["W0"]], axis)
-    params = {"h": {"q": {"kernel": jnp.asarray(stack)}}}
+    params = {"h": {"q": {"kernel": asarray(stack)}}}
     loaded = peft.load(folder, params)
     base = np.moveaxis(np.asarray(loaded.replaced["h/q/kernel"]), axis, 0)
     check(base, [weight["W_base"], other, -weight["W_base"]], case)
@@ -292,7 +292,7 @@ def experts_of_the_golden_case(tmp_path, **config):
 
 def experts(tensors, layout):
     turned = (0, 2, 1) if layout == "torch" else (0, 1, 2)
-    stacks = {w: jnp.asarray(tensors[f"W_{w}"].transpose(turned)) for w in ("w1", "w2")}
+    stacks = {w: asarray(tensors[f"W_{w}"].transpose(turned)) for w in ("w1", "w2")}
     return {"experts": stacks}, turned
 
 

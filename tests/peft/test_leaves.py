@@ -10,7 +10,7 @@ from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.peft.leaves import agrees, find_known
 from tests.peft.support import draw, linear, merged, update_of, write
-from tests.support import html_cells
+from tests.support import asarray, html_cells
 
 LAYERS = HEADS = 3
 SIZE, WIDTH = 2, 6
@@ -21,7 +21,7 @@ def attention(axis):
     """Output kernels of as many layers as heads, scanned over an axis, and a function."""
     shape = [HEADS, SIZE, WIDTH]
     shape.insert(axis, LAYERS)
-    params = {"decoder": {"layers": {"out": {"kernel": jnp.asarray(draw(*shape) / 4)}}}}
+    params = {"decoder": {"layers": {"out": {"kernel": asarray(draw(*shape) / 4)}}}}
 
     def apply(params, x):
         kernels = jnp.moveaxis(params["decoder"]["layers"]["out"]["kernel"], axis, 0)
@@ -32,7 +32,7 @@ def attention(axis):
 
         return jax.lax.scan(layer, x, kernels)[0]
 
-    return params, apply, jnp.asarray(draw(5, WIDTH))
+    return params, apply, asarray(draw(5, WIDTH))
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -66,14 +66,14 @@ def test_layers_that_are_as_many_as_heads(axis, axes, use_dora, tmp_path):
 
 def test_square_weights_as_equinox_has_them(tmp_path):
     params = {
-        name: {"weight": jnp.asarray(draw(6, 6, seed=i))}
+        name: {"weight": asarray(draw(6, 6, seed=i))}
         for i, name in enumerate(["up", "down"])
     }
 
     def apply(params, x):
         return jnp.tanh(x @ params["up"]["weight"].T) @ params["down"]["weight"].T
 
-    x = jnp.asarray(draw(5, 6))
+    x = asarray(draw(5, 6))
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params, apply, x)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     adapters = jax.tree.map(lambda a: a + draw(*a.shape), adapters)
@@ -123,7 +123,7 @@ def experts_first(experts, layers=3):
         for expert in range(experts):
             name = NAME.format(layer, expert)
             entries |= linear(name, 5, 7, 2, seed=10 * layer + expert)
-    kernel = jnp.asarray(draw(experts, layers, 5, 7))
+    kernel = asarray(draw(experts, layers, 5, 7))
     return entries, {"layers": {"experts": {"up": {"kernel": kernel}}}}
 
 
@@ -279,7 +279,7 @@ def test_heads_wherever_they_are(equation, shape, axes, tmp_path):
     folder = write(tmp_path, entries, r=2, lora_alpha=4, target_modules=["q"])
     params = {"q": {"w": jnp.zeros(shape)}}
     apply = lambda params, x: jnp.einsum(equation, x, params["q"]["w"])  # noqa: E731
-    x = jnp.asarray(draw(1, 4, 6))
+    x = asarray(draw(1, 4, 6))
     loaded = peft.load(folder, params, apply, x)
     assert loaded.plan.targets["q/w"].axes == axes
     got = apply(merged(params, loaded), x).reshape(4, 6)

@@ -15,7 +15,7 @@ from lora_jax.peft import names as module_names
 from lora_jax.peft import words
 from tests.peft import support
 from tests.peft.support import abstract, draw, linear, update_of, write
-from tests.support import x64
+from tests.support import asarray, x64
 
 ROWS = support.reference_rows()
 # A model for each row, in torch's layout, and what is to be adapted in it.
@@ -61,7 +61,7 @@ def test_entries_of_the_reference_are_read(name, tmp_path):
         for key, (_, shape) in row["keys"].items()
     }
     folder = write(tmp_path / "in", entries, **row["adapter_config_saved"])
-    params = {key: jnp.asarray(draw(*shape)) for key, shape in TORCH[name].items()}
+    params = {key: asarray(draw(*shape)) for key, shape in TORCH[name].items()}
     loaded = peft.load(folder, params, layout="torch")
     assert set(loaded.adapters) | set(loaded.replaced) == set(params)
     assert {t.method for t in loaded.plan.targets.values()} == {
@@ -399,7 +399,7 @@ def test_configs_that_do_not_agree(config, message, tmp_path):
 def with_values(*values):
     """A matrix (5, 7) with some singular values."""
     u, v = (np.linalg.qr(draw(n, n))[0] for n in (5, 7))
-    return jnp.asarray(u @ np.diag(values) @ v[:5], "float32")
+    return asarray(u @ np.diag(values) @ v[:5], "float32")
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_changed_bases(init, weight, message, tmp_path):
     if weight.ndim == 3:
         entries = {"q.lora_A.weight": draw(2, 4, 3), "q.lora_B.weight": draw(6, 2, 1)}
     config = {"lora_alpha": 4, "target_modules": ["q"], "init_lora_weights": init}
-    folder, params = write(tmp_path, entries, r=2, **config), {"q": jnp.asarray(weight)}
+    folder, params = write(tmp_path, entries, r=2, **config), {"q": asarray(weight)}
     if not message:
         assert set(peft.load(folder, params).replaced) == {"q"}
         return
@@ -437,7 +437,7 @@ def test_magnitudes_of_layers_without_an_adapter(tmp_path):
     folder = write(tmp_path, entries, r=2, use_dora=True, target_modules=["h.1.q"])
     for axis in (0, 1, 2):
         weight = np.moveaxis(draw(3, 5, 7), 0, axis)
-        params = {"h": {"q": {"kernel": jnp.asarray(weight)}}}
+        params = {"h": {"q": {"kernel": asarray(weight)}}}
         loaded = peft.load(folder, params)
         merged = support.merged(params, loaded)["h"]["q"]["kernel"]
         got, old = (np.moveaxis(np.asarray(w), axis, 0) for w in (merged, weight))

@@ -11,15 +11,16 @@ import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft.support import PREFIX, draw, linear, read, update_of, write
+from tests.support import asarray
 
 LAYERS, WIDTH, HIDDEN = 6, 5, 7
 STACK = {
     "layers": {
-        "up": jnp.asarray(draw(LAYERS, WIDTH, HIDDEN, seed=1)),
-        "down": jnp.asarray(draw(LAYERS, HIDDEN, WIDTH, seed=2)),
+        "up": asarray(draw(LAYERS, WIDTH, HIDDEN, seed=1)),
+        "down": asarray(draw(LAYERS, HIDDEN, WIDTH, seed=2)),
     }
 }
-X = jnp.asarray(draw(3, WIDTH))
+X = asarray(draw(3, WIDTH))
 NAMES = {f"model.layers.{{}}.{name}": f"layers/{name}" for name in ("up", "down")}
 
 
@@ -129,7 +130,7 @@ def test_layers_of_a_stack(ranks, config, targets, written, dora, tmp_path):
 
 
 def test_some_experts_of_some_layers(tmp_path):
-    stack = {"layers": {"w": jnp.asarray(draw(4, 3, 5, 7))}}
+    stack = {"layers": {"w": asarray(draw(4, 3, 5, 7))}}
     chosen = [(0, 1), (0, 2), (2, 1), (2, 2), (3, 0)]
     tensors = {}
     for i, j in chosen:
@@ -263,8 +264,8 @@ def block_of(case, weight, module):
 @pytest.mark.parametrize("case", CASES)
 def test_modules_of_a_fused_weight(case, dora, tmp_path):
     case, fn = CASES[case], CASES[case].apply
-    params = {"w": jnp.asarray(draw(*case.shape))}
-    x = jnp.asarray(draw(*case.x, seed=5))
+    params = {"w": asarray(draw(*case.shape))}
+    x = asarray(draw(*case.x, seed=5))
     tensors = {}
     for seed, module in enumerate(case.blocks):
         sizes = block_of(case, params["w"], module).shape
@@ -305,8 +306,8 @@ def test_modules_of_a_fused_weight(case, dora, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_one_adapter_of_a_fused_weight(case, dora, tmp_path):
     case, fn = CASES[case], CASES[case].apply
-    params = {"w": jnp.asarray(draw(*case.shape))}
-    x = jnp.asarray(draw(*case.x, seed=5))
+    params = {"w": asarray(draw(*case.shape))}
+    x = asarray(draw(*case.x, seed=5))
     config = lora_jax.LoraConfig(rank=2, use_dora=dora)
     plan = lora_jax.plan_adapters(config, params, fn, x)
     assert list(plan.targets) == ["w"]
@@ -371,7 +372,7 @@ def test_parts_that_do_not_fit(shape, names, message, tmp_path):
 
 
 def test_full_arrays_and_templates_of_parts(tmp_path):
-    params = {"w": jnp.asarray(draw(3, D, F)), "bias": jnp.zeros((3, F))}
+    params = {"w": asarray(draw(3, D, F)), "bias": jnp.zeros((3, F))}
     tensors = linear("q", D, F, 2) | {"k.weight": draw(F, D)}
     folder = write(tmp_path, tensors, r=2, target_modules=["q"], modules_to_save=["k"])
     names = {"q": "w[0]", "k": "w[1]"}

@@ -8,6 +8,7 @@ from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft import support
 from tests.peft.support import draw, linear, update_of, write
+from tests.support import asarray
 
 HEAD = {"score": {"bias": jnp.zeros(3), "kernel": jnp.zeros((5, 3))}}
 LAYER = {"q": {"bias": jnp.ones(7), "kernel": jnp.ones((5, 7))}}
@@ -78,7 +79,7 @@ def test_trained_biases(bias, tmp_path):
 def test_the_bias_of_an_adapter_is_added(layers, kernel, shape, tmp_path):
     names = [f"h.{i}.q" for i in layers] or ["h.q"]
     entries, old = {}, draw(*shape)
-    params = {"h": {"q": {"kernel": jnp.ones(kernel), "bias": jnp.asarray(old)}}}
+    params = {"h": {"q": {"kernel": jnp.ones(kernel), "bias": asarray(old)}}}
     want = old.copy()  # JAX may share the memory of `old`
     for i, name in enumerate(names):
         bias = draw(6, seed=i)
@@ -104,7 +105,7 @@ def test_the_bias_of_an_adapter_is_added(layers, kernel, shape, tmp_path):
 def test_rows_of_tokens(given, tmp_path):
     rows, old = draw(2, 5), draw(9, 5, seed=1)
     name = "m.tok.token_adapter.trainable_tokens_delta"
-    params = LAYER | {"tok": {"embedding": jnp.asarray(old)}}
+    params = LAYER | {"tok": {"embedding": asarray(old)}}
     entries = {name: rows} | linear("q", 5, 7, 2)
     loaded = load(tmp_path, params, entries, trainable_token_indices=given)
     old[[4, 1]] = rows
@@ -165,7 +166,7 @@ def test_values_that_are_needed(case, tmp_path):
 def test_layers_that_are_not_saved_are_those_of_the_params(tmp_path):
     old, new = draw(3, 4), draw(4)
     entries = {"h.1.norm.weight": new} | linear("q", 5, 7, 2)
-    params = LAYER | {"h": {"norm": {"scale": jnp.asarray(old)}}}
+    params = LAYER | {"h": {"norm": {"scale": asarray(old)}}}
     loaded = load(tmp_path, params, entries, modules_to_save=["norm"])
     np.testing.assert_array_equal(loaded.replaced["h/norm/scale"], [old[0], new, old[2]])
 
@@ -207,7 +208,7 @@ def test_names_of_wholes(tmp_path):
 
 def test_leaves_are_put_in_their_dtype():
     params = {"a": jnp.zeros(3, "bfloat16"), "b": np.ones(2)}
-    got = peft.replace_leaves(params, {"a": jnp.asarray([1.0, 2.0, 3.0])})
+    got = peft.replace_leaves(params, {"a": asarray([1.0, 2.0, 3.0])})
     assert got["a"].dtype == jnp.bfloat16
     assert got["b"] is params["b"]
     np.testing.assert_array_equal(got["a"].astype("float32"), [1, 2, 3])
@@ -231,9 +232,9 @@ def test_what_a_plan_trains_and_states(tmp_path):
         return h @ params["score"]["kernel"] + params["score"]["bias"][None]
 
     params = {
-        "q": {"kernel": jnp.asarray(draw(5, 7))},
-        "norm": {"scale": jnp.asarray(draw(7))},
-        "score": {"kernel": jnp.asarray(draw(7, 3)), "bias": jnp.asarray(draw(3))},
+        "q": {"kernel": asarray(draw(5, 7))},
+        "norm": {"scale": asarray(draw(7))},
+        "score": {"kernel": asarray(draw(7, 3)), "bias": asarray(draw(3))},
     }
     entries = linear("q", 5, 7, 2)
     for seed, name, shape in ((1, "score.weight", (3, 7)), (2, "score.bias", (3,))):
@@ -244,7 +245,7 @@ def test_what_a_plan_trains_and_states(tmp_path):
     config = lora_jax.LoraConfig(
         rank=3, targets="q/kernel", train="score/*", products={"product": "...k,kn->...n"}
     )
-    x = jnp.asarray(draw(4, 5))
+    x = asarray(draw(4, 5))
     plan = lora_jax.plan_adapters(config, params, fn, x)
     loaded = peft.load(folder, params, plan=plan)
     assert {*loaded.plan.trained} == {"score/kernel", "score/bias"}

@@ -16,6 +16,7 @@ from lora_jax._core.immutable import FrozenDict
 from lora_jax.plan.target import TrainedLeaf, Use
 from tests.peft import support
 from tests.peft.support import PREFIX, abstract, draw
+from tests.support import asarray
 
 ROWS = support.reference_rows()
 LAYER = "model/layers_0/self_attn/q_proj/kernel"
@@ -34,7 +35,7 @@ def plan_of(shapes, axes=None, uses=(), **config):
 def adapters_of(plan):
     return {
         path: {
-            name: jnp.asarray((4 if name == "m" else 0) + draw(*shape, seed=i))
+            name: asarray((4 if name == "m" else 0) + draw(*shape, seed=i))
             for name, shape in target.adapter_shapes.items()
         }
         for i, (path, target) in enumerate(plan.targets.items())
@@ -54,8 +55,8 @@ def test_entries_and_configs_of_the_reference(name, tmp_path):
         shapes, config["use_dora"] = {LAYER: (32, 32)}, name == "dora"
         if name == "modules_to_save":
             replaced = {
-                "lm_head/kernel": jnp.asarray(draw(32, 64)),
-                "model/embed_tokens/embedding": jnp.asarray(draw(64, 32)),
+                "lm_head/kernel": asarray(draw(32, 64)),
+                "model/embed_tokens/embedding": asarray(draw(64, 32)),
             }
     elif name == "gpt2":
         shapes = {"transformer.h.0.attn.c_attn.weight": (32, 96)}
@@ -267,7 +268,7 @@ def test_uniform_files_of_dora_merge_alike(tmp_path):
         shapes, use_dora=True, rank_stabilized=True, rank_pattern={"a/q": 4, "b/q": 3},
         alpha_pattern={"c/q": 0.7},
     )  # fmt: skip
-    params = {path: jnp.asarray(draw(*shape)) for path, shape in shapes.items()}
+    params = {path: asarray(draw(*shape)) for path, shape in shapes.items()}
     peft.save(tmp_path, adapters, plan, uniform=True)
     again = support.merged(params, peft.load(tmp_path, params))
     for path, want in lora_jax.merge_adapters(params, adapters, plan).items():
@@ -307,7 +308,7 @@ def test_files_that_other_programs_would_scale_otherwise_are_named(tmp_path, cap
 def test_the_dtype_of_the_file(dtype, uniform, tmp_path):
     shapes = {"q": (5, 7), "k": (5, 7), "v": (5, 7)}
     plan, adapters = plan_of(shapes, use_dora=True, alpha_pattern={"k": 5})
-    replaced = {"score/kernel": jnp.asarray(draw(5, 3))}
+    replaced = {"score/kernel": asarray(draw(5, 3))}
     peft.save(tmp_path, adapters, plan, replaced=replaced, dtype=dtype, uniform=uniform)
     tensors = support.read(tmp_path)[0]
     assert {x.dtype for x in tensors.values()} == {jnp.dtype(dtype or "float32")}
@@ -381,7 +382,7 @@ def test_replaced_leaves_there_and_back(tmp_path):
         "conv/kernel": (3, 3, 2, 4),
         "up/kernel": (5, 7),
     }
-    replaced = {path: jnp.asarray(draw(*shape)) for path, shape in shapes.items()}
+    replaced = {path: asarray(draw(*shape)) for path, shape in shapes.items()}
     names = {
         "h.{}.q": "h/q/kernel",
         "i.{}.q": "i/q/kernel",
@@ -418,7 +419,7 @@ def test_replaced_leaves_there_and_back(tmp_path):
 def test_the_word_for_biases(paths, bias, saved, tmp_path):
     plan, adapters = plan_of({"q/kernel": (5, 7)})
     shapes = {"bias": (7,), "kernel": (5, 7)}
-    replaced = {path: jnp.asarray(draw(*shapes[path.split("/")[1]])) for path in paths}
+    replaced = {path: asarray(draw(*shapes[path.split("/")[1]])) for path in paths}
     peft.save(tmp_path, adapters, plan, replaced=replaced)
     tensors, config = support.read(tmp_path)
     assert (config["bias"], config["modules_to_save"]) == (bias, saved)

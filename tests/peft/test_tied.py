@@ -11,13 +11,14 @@ import lora_jax
 from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft.support import PREFIX, draw, linear, merged, read, update_of, write
+from tests.support import asarray
 
 ENTRIES, WIDTH = 11, 6
 TABLE = "model/embed_tokens/embedding"
 PARAMS = {
     "model": {
-        "embed_tokens": {"embedding": jnp.asarray(draw(ENTRIES, WIDTH))},
-        "layers": [{"q": {"kernel": jnp.asarray(draw(WIDTH, WIDTH))}}],
+        "embed_tokens": {"embedding": asarray(draw(ENTRIES, WIDTH))},
+        "layers": [{"q": {"kernel": asarray(draw(WIDTH, WIDTH))}}],
     }
 }
 TOKENS = jnp.arange(4)
@@ -224,7 +225,7 @@ def test_two_products_cannot_be_told_apart(entries, apply, names, message, tmp_p
 
 def test_an_adapter_of_the_embedding_that_is_tied_to_nothing(tmp_path):
     folder = adapter(tmp_path, Q, EMBEDDING)
-    other = PARAMS | {"lm_head": {"kernel": jnp.asarray(draw(WIDTH, ENTRIES))}}
+    other = PARAMS | {"lm_head": {"kernel": asarray(draw(WIDTH, ENTRIES))}}
     a, b = (EMBEDDING[f"model.embed_tokens.lora_embedding_{x}"] for x in "AB")
     table = PARAMS["model"]["embed_tokens"]["embedding"] + 2 * (b @ a).T
     kernel = PARAMS["model"]["layers"][0]["q"]["kernel"]
@@ -333,4 +334,4 @@ def test_rows_of_tokens_are_put_into_both(tmp_path):
     folder = adapter(tmp_path, Q, rows, trainable_token_indices=[7, 1])
     loaded = peft.load(folder, PARAMS, tied, TOKENS)
     (value,) = rows.values()
-    np.testing.assert_array_equal(loaded.replaced[TABLE][jnp.asarray([7, 1])], value)
+    np.testing.assert_array_equal(loaded.replaced[TABLE][asarray([7, 1])], value)

@@ -11,6 +11,7 @@ from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft import support
 from tests.peft.support import GOLDEN, draw
+from tests.support import asarray
 
 TENSORS = load_file(GOLDEN / "torchtune" / "llama_dora_to_peft.safetensors")
 
@@ -65,7 +66,7 @@ def test_models_of_torchtune_keep_its_order():
 
 def test_lora_merges_with_alpha(tmp_path):
     state = {k: v for k, v in STATE.items() if k.startswith("layers.0.mlp.w2.lora")}
-    params = {"model.layers.0.mlp.down_proj.weight": jnp.asarray(draw(32, 48))}
+    params = {"model.layers.0.mlp.down_proj.weight": asarray(draw(32, 48))}
     (path,) = params
     loaded = load(state, params, alpha=6)
     merged = lora_jax.merge_adapters(params, loaded.adapters, loaded.plan)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import optim
 from lora_jax.plan.target import TrainedLeaf
-from tests.support import by_path, count_traces, normal, set_mesh, x64
+from tests.support import asarray, by_path, count_traces, normal, set_mesh, x64
 from tests.transform.support import assert_same, check, merged, plan_of, trained
 
 TRAIN = ("*/bias", "norm/*", "head/*")
@@ -27,7 +27,7 @@ def make_params(dtype="float64"):
         "norm": {"scale": normal(16)},
         "head": {"kernel": normal(16, 3), "bias": normal(3)},
     }
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    return jax.tree.map(lambda leaf: asarray(leaf, dtype), params)
 
 
 def model(params, x):
@@ -39,7 +39,7 @@ def model(params, x):
 def make(stored="float32", nonzero=True, **fields):
     """Params, a plan with trained leaves, and adapters."""
     params = make_params(stored)
-    plan = plan_of(model, params, jnp.asarray(X, stored), train=TRAIN, **fields)
+    plan = plan_of(model, params, asarray(X, stored), train=TRAIN, **fields)
     assert (*plan.trained,) == PATHS
     if nonzero:
         return params, plan, trained(params, plan)
@@ -53,7 +53,7 @@ def make(stored="float32", nonzero=True, **fields):
 def test_outputs_and_gradients_are_those_of_the_replaced_leaves(fields):
     with x64():
         config = {"targets": "up/kernel", "train": TRAIN, **fields}
-        plan = check(model, make_params(), jnp.asarray(X), config=config)
+        plan = check(model, make_params(), asarray(X), config=config)
     assert plan.parameters == plan.targets["up/kernel"].parameters + 16 + 16 + 48 + 3
 
 
@@ -87,7 +87,7 @@ def test_new_values_change_no_bit(dtype, given, want):
     assert {path: adapters[path]["value"].dtype for path in PATHS} == dict.fromkeys(
         PATHS, jnp.dtype(want)
     )
-    x = jnp.asarray(X, dtype)
+    x = asarray(X, dtype)
     got, plain = lora_jax.adapt(model, plan)(params, adapters, x), model(params, x)
     assert got.dtype == plain.dtype
     np.testing.assert_array_equal(got, plain)
@@ -96,7 +96,7 @@ def test_new_values_change_no_bit(dtype, given, want):
 def test_values_are_rounded_to_the_dtype_of_the_leaf():
     """And have gradients in their own dtype."""
     params, plan, adapters = make("bfloat16")
-    adapted, x = lora_jax.adapt(model, plan), jnp.asarray(X, "bfloat16")
+    adapted, x = lora_jax.adapt(model, plan), asarray(X, "bfloat16")
     rounded = jax.tree.map(lambda v: v.astype("bfloat16").astype(v.dtype), adapters)
     for path in plan.targets:
         rounded[path] = adapters[path]
@@ -109,7 +109,7 @@ def test_values_are_rounded_to_the_dtype_of_the_leaf():
 
 def test_one_trace_and_donated_values():
     params, plan, adapters = make(nonzero=False)
-    adapted, x = lora_jax.adapt(model, plan), jnp.asarray(X, "float32")
+    adapted, x = lora_jax.adapt(model, plan), asarray(X, "float32")
     before = jax.device_get(params)
 
     def step(adapters, params, scales):
@@ -120,7 +120,7 @@ def test_one_trace_and_donated_values():
 
     with count_traces(step) as (run, traces):
         for scale in (1.0, 0.0):  # which is that of the adapters alone
-            new = run(adapters, params, jnp.asarray(scale))
+            new = run(adapters, params, asarray(scale))
             assert np.any(new["head/bias"]["value"] != adapters["head/bias"]["value"])
     assert len(traces) == 1
     donating = jax.jit(step, donate_argnums=0)
@@ -135,7 +135,7 @@ def test_a_trained_leaf_that_the_function_never_uses():
 
     with x64():
         params, plan, adapters = make("float64")
-        x = jnp.asarray(X)
+        x = asarray(X)
         with pytest.raises(
             ValueError, match=r"never uses the trained leaves 'head/bias', 'he"
         ):
@@ -191,7 +191,7 @@ def test_a_value_beyond_the_range_of_the_leaf():
 def test_decomposed_params_have_them_too():
     params, plan, _ = make()
     base, initial = lora_jax.decompose_params(params, plan, "olora")
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
     got = lora_jax.adapt(model, plan)(base, initial, x)
     np.testing.assert_allclose(got, model(params, x), rtol=1e-4, atol=1e-4)
     new = {**initial, "head/bias": {"value": jnp.ones(3)}}
@@ -226,7 +226,7 @@ def without(name, adapters):
 )  # fmt: skip
 def test_adapters_that_are_not_those_of_the_plan(change, error, message):
     params, plan, adapters = make()
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
     with pytest.raises(error, match=message):
         lora_jax.adapt(model, plan)(params, change(adapters), x)
     with pytest.raises(error, match=message):
@@ -235,7 +235,7 @@ def test_adapters_that_are_not_those_of_the_plan(change, error, message):
 
 def test_params_that_are_not_those_of_the_plan():
     params, plan, adapters = make()
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
     quantized = params | {
         "head": params["head"] | {"kernel": lora_jax.quant.quantize_int8(jnp.ones((16, 3)))}
     }
@@ -318,7 +318,7 @@ def test_values_are_sharded_as_their_leaves(kind):
 
     with set_mesh(mesh), x64():
         params = jax.tree.map(place, make_params(), specs)
-        x = place(jnp.asarray(X), P())
+        x = place(asarray(X), P())
         plan = plan_of(own_model, params, x, targets="up/kernel", train=TRAIN)
         adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
         shardings = {path: leaf.sharding for path, leaf in by_path(params).items()}

@@ -1,12 +1,11 @@
 """What the tests of layers and models on quantized weights share."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import lora_jax
 from lora_jax import quant
-from tests.support import normal
+from tests.support import asarray, normal
 
 SHAPE = (24, 20)
 KEY = jax.random.key(0)
@@ -50,6 +49,4 @@ def matrix_plan(params, **config):
 def train(params, plan):
     """Adapters that are not new."""
     adapters = lora_jax.init_adapters(KEY, params, plan)
-    return jax.tree.map(
-        lambda v: v + 0.3 * jnp.asarray(normal(*v.shape), v.dtype), adapters
-    )
+    return jax.tree.map(lambda v: v + 0.3 * asarray(normal(*v.shape), v.dtype), adapters)

@@ -56,7 +56,7 @@ def model(params, x):
 
 def make_model(name="nf4", dtype="float32"):
     """Quantized params, an input, and adapters (of DoRA) in which nothing is zero."""
-    draw = lambda *shape: jnp.asarray(normal(*shape) / 3, dtype)  # noqa: E731
+    draw = lambda *shape: support.asarray(normal(*shape) / 3, dtype)  # noqa: E731
     q = FORMATS[name]
     block = Block(q(draw(12, 10)), q(draw(20, 10)), draw(10), "first")
     stack = q(draw(3, 20, 20), batch_axes=1)

@@ -58,8 +58,8 @@ def deep(params, x):
 
 def deep_model(use_dora=False, dtype="float32", name="nf4"):
     """Stored params, adapters, an input, and the plan."""
-    weight = jnp.asarray(normal(LAYERS, WIDTH, WIDTH) / 12, dtype)
-    stored, x = {"w": DEEP[name](weight)}, jnp.asarray(normal(ROWS, WIDTH), dtype)
+    weight = support.asarray(normal(LAYERS, WIDTH, WIDTH) / 12, dtype)
+    stored, x = {"w": DEEP[name](weight)}, support.asarray(normal(ROWS, WIDTH), dtype)
     config = lora_jax.LoraConfig(RANK, 4.0, use_dora=use_dora)
     plan = lora_jax.plan_adapters(config, stored, deep, x)
     return stored, train(stored, plan), x, plan
@@ -159,7 +159,7 @@ def test_loops_stack_up_activations_only(use_dora, wrong):
 
 
 def test_stored_bytes_of_a_weight():
-    stored = quant.quantize_nf4(jnp.asarray(normal(512, 1024), jnp.bfloat16))
+    stored = quant.quantize_nf4(support.asarray(normal(512, 1024), jnp.bfloat16))
     # 4 bits an entry, 8 bits a block of 64, 16 bits for 256 blocks, 16 bits for the mean.
     want = 1 / 2 + 1 / 64 + 2 / (64 * 256) + 2 / stored.size
     assert stored.nbytes / stored.size == want
@@ -182,7 +182,7 @@ def test_norms_of_a_stack_have_one_entry_dense_at_a_time():
 
 
 def test_norms_of_a_stack_of_two_axes_have_one_entry_dense_at_a_time():
-    stored = {"w": quant.quantize_int8(jnp.asarray(normal(2, 3, *SHAPE)), batch_axes=2)}
+    stored = {"w": quant.quantize_int8(support.asarray(normal(2, 3, *SHAPE)), batch_axes=2)}
     config = lora_jax.LoraConfig(2, targets="w", axes={"w": "bbio"}, use_dora=True)
     plan = lora_jax.plan_adapters(config, stored)
     adapters = train(stored, plan)
@@ -195,7 +195,7 @@ def test_norms_of_a_stack_of_two_axes_have_one_entry_dense_at_a_time():
 
 @pytest.mark.parametrize(("axes", "stacked"), [("iio", 1), ("bio", 0)])
 def test_norms_of_a_stack_that_is_none_of_the_plan(axes, stacked):
-    weight = jnp.asarray(normal(3, *SHAPE))
+    weight = support.asarray(normal(3, *SHAPE))
     stored = {"w": quant.quantize_nf4(weight, 8, 5, batch_axes=stacked)}
     config = lora_jax.LoraConfig(2, targets="w", axes={"w": axes}, use_dora=True)
     plan = lora_jax.plan_adapters(config, stored)

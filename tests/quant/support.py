@@ -10,7 +10,7 @@ import pytest
 
 from lora_jax import quant
 from lora_jax.quant import _ggml
-from tests.support import GOLDEN, draw
+from tests.support import GOLDEN, asarray, draw
 
 SHAPE = (16, 24)
 
@@ -107,7 +107,7 @@ def gguf_blocks(name, *shape, seed=0):
 
 
 def gguf_tensor(name, *shape, seed=0, dtype="float32"):
-    return quant.GGUFTensor(jnp.asarray(gguf_blocks(name, *shape, seed=seed)), name, dtype)
+    return quant.GGUFTensor(asarray(gguf_blocks(name, *shape, seed=seed)), name, dtype)
 
 
 def make(name, *batch, seed=0, dtype="float32"):

@@ -14,7 +14,7 @@ from lora_jax import quant
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.quant import _ggml
 from tests.quant.support import GGUF_BLOCKS, gguf_blocks, gguf_tensor, write_gguf
-from tests.support import assert_close, assert_same_bits, normal
+from tests.support import asarray, assert_close, assert_same_bits, normal
 
 each = pytest.mark.parametrize("name", _ggml.TYPES)
 
@@ -38,7 +38,7 @@ def test_values_have_the_bits_of_the_package(name, jit):
     stored, want = GGUF_BLOCKS[f"{name}/blocks"], GGUF_BLOCKS[f"{name}/values"]
     assert not np.isfinite(want).all()  # the scales have all that float16 has
     assert (want == 0).any()
-    rows = quant.GGUFTensor(jnp.asarray(stored.reshape(2, -1)), name, "float32")
+    rows = quant.GGUFTensor(asarray(stored.reshape(2, -1)), name, "float32")
     got = (jax.jit if jit else lambda f: f)(quant.dequantize)(rows)
     assert_bits_but_nan(np.asarray(got), want.reshape(2, -1))
 
@@ -53,7 +53,7 @@ def test_any_bytes_have_the_values_of_the_package(name):
     for some in (stored, new):
         with np.errstate(invalid="ignore"):
             want = gguf.dequantize(some, ggml_type)
-        got = quant.dequantize(quant.GGUFTensor(jnp.asarray(some), name, "float32"))
+        got = quant.dequantize(quant.GGUFTensor(asarray(some), name, "float32"))
         assert_bits_but_nan(np.asarray(got), want)
 
 
@@ -109,7 +109,7 @@ def dense_of(params):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_lora_and_dora_on_a_model_of_gguf_weights(use_dora):
-    params, x = make_params(), jnp.asarray(normal(5, 256), jnp.float32)
+    params, x = make_params(), asarray(normal(5, 256), jnp.float32)
     config = lora_jax.LoraConfig(rank=2, use_dora=use_dora)
     plan = lora_jax.plan_adapters(config, params, model, x)
     assert set(plan.targets) == {"layers/up", "layers/down", "embed"}
@@ -187,7 +187,7 @@ ONE = (("Q4_1", 7, 96), (1, 96))
     ],
 )
 def test_other_products_are_of_the_dense_weight(product, weight, x, dtype):
-    x = jnp.asarray(normal(*x), dtype)
+    x = asarray(normal(*x), dtype)
     weight = gguf_tensor(*weight, dtype="float32" if dtype == "float16" else dtype)
     got = lora_jax.accept_quantized(product)(weight, x)
     assert_same_bits(got, product(quant.dequantize(weight), x))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax import quant
 from lora_jax._core import compat
-from tests.support import draw
+from tests.support import asarray, draw
 
 
 def reference(weight, block):
@@ -43,7 +43,7 @@ def test_half_a_step(block, dtype, exponent, seed):
 
 
 def test_scales_are_those_of_the_outputs():
-    weight = jnp.asarray([[-1.0, 2.0, 0.0], [0.5, 4.0, 0.0]], jnp.bfloat16)
+    weight = asarray([[-1.0, 2.0, 0.0], [0.5, 4.0, 0.0]], jnp.bfloat16)
     q = quant.quantize_int8(weight)
     np.testing.assert_allclose(q.scales, [1 / 127, 4 / 127, 0], rtol=1e-7)
     np.testing.assert_array_equal(q.codes, [[-127, 64, 0], [64, 127, 0]])

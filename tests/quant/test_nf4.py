@@ -17,7 +17,7 @@ from lora_jax import quant
 from lora_jax._core import placement
 from lora_jax.quant import _bitsandbytes, _torchao
 from tests.quant.support import in_blocks, nibbles
-from tests.support import assert_same_bits, draw, x64
+from tests.support import asarray, assert_same_bits, draw, x64
 
 DTYPES = ("float32", "bfloat16", "float16")
 CODECS = ("torchao", "bitsandbytes")
@@ -104,7 +104,7 @@ def test_the_error_is_bounded(codec, nested, dtype, exponent, kind, seed):
         values *= np.exp2(rng.integers(-10, 1, (16, 1)))
     elif kind == "sparse":
         values *= rng.uniform(size=(16, 24)) < 0.1
-    weight = jnp.asarray((values * 2.0**exponent).astype(np.float32), dtype)
+    weight = asarray((values * 2.0**exponent).astype(np.float32), dtype)
     q = quant.quantize_nf4(weight, 16, nested, codec=codec)
     error = np.abs(np.asarray(quant.dequantize(q), np.float64) - np.asarray(weight, float))
     assert np.all(error <= error_bound(weight, q))

@@ -7,12 +7,13 @@ import pytest
 
 from lora_jax.quant import _packing
 from tests.quant.support import nibbles
+from tests.support import asarray
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_packed_codes_come_back(n):
     codes = np.random.default_rng(n).integers(0, 16, (2, 3, n)).astype(np.uint8)
-    packed = _packing.pack(jnp.asarray(codes), 7)
+    packed = _packing.pack(asarray(codes), 7)
     assert packed.shape == (2, 3, -(-n // 2))
     for i in np.ndindex(2, 3):
         np.testing.assert_array_equal(nibbles(packed[i], n), codes[i])
@@ -32,6 +33,6 @@ def test_look_up_and_nearest_are_inverse():
 
 
 def test_a_value_at_a_threshold_is_not_above_it():
-    values = jnp.asarray([-1.0, 0.0, 0.5, 1.0, 2.0, jnp.nan])
+    values = asarray([-1.0, 0.0, 0.5, 1.0, 2.0, jnp.nan])
     found = _packing.nearest(values, np.float32([0.0, 1.0]))
     np.testing.assert_array_equal(found, [0, 0, 1, 1, 2, 0])

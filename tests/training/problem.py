@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import lora_jax
+from tests.support import asarray
 
 DIGITS = pathlib.Path(__file__).parents[1] / "golden" / "digits" / "digits.npz"
 HEADS = 4
@@ -42,7 +43,7 @@ def make_params(seed=0, *, layers=2, width=32, hidden=64, dtype="float32"):
     normal = np.random.default_rng(seed).normal
 
     def matrix(*shape):
-        return jnp.asarray(normal(size=shape) / np.sqrt(shape[-2]), dtype)
+        return asarray(normal(size=shape) / np.sqrt(shape[-2]), dtype)
 
     stack = {
         "norm_1": jnp.ones((layers, width), dtype),

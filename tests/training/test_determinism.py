@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import lora_jax
-from tests.support import assert_same_bits
+from tests.support import asarray, assert_same_bits
 from tests.training import problem
 
 STEPS, INTERRUPTED = 6, 3
@@ -93,7 +93,7 @@ def load(directory, run):
     adapters, plan = lora_jax.load_adapters(directory)
     assert plan == run.plan
     with np.load(directory / "optimizer.npz") as file:
-        leaves = [jnp.asarray(file[name]) for name in sorted(file.files, key=int)]
+        leaves = [asarray(file[name]) for name in sorted(file.files, key=int)]
     expected = jax.eval_shape(run.optimizer.init, adapters)
     return adapters, jax.tree.unflatten(jax.tree.structure(expected), leaves)
 

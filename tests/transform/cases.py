@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.scipy.linalg import cho_solve, solve_triangular
 
-from tests.support import normal
+from tests.support import asarray, normal
 
 IDS = np.array([[1, 2, 3], [4, 5, 4]])
 
@@ -694,8 +694,7 @@ def inputs(case, dtype="float64"):
         name: normal(*shape, seed=7, dtype=dtype) for name, shape in case.params.items()
     }
     args = [
-        normal(*a, dtype=dtype) if isinstance(a, tuple) else jnp.asarray(a)
-        for a in case.args
+        normal(*a, dtype=dtype) if isinstance(a, tuple) else asarray(a) for a in case.args
     ]
     return params, args
 

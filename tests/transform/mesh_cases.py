@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, auto_axes, explicit_axes
 from jax.sharding import PartitionSpec as P
 
-from tests.support import normal
+from tests.support import asarray, normal
 from tests.transform.cases import mul
 
 TOKENS = np.arange(24, dtype="int32").reshape(8, 3) % 16
@@ -250,11 +250,11 @@ def experts(params, x, place):
 def grouped_experts(params, x, place):
     sizes = np.array([2, 1, 0, 3])
     if place.mesh is None:
-        return lax.ragged_dot(x, params["w"], jnp.asarray(sizes))
+        return lax.ragged_dot(x, params["w"], asarray(sizes))
 
     def local(sum_of, x, w):
         i, rows = lax.axis_index("model"), jnp.arange(6)
-        start, size = jnp.asarray(np.cumsum(sizes) - sizes)[i], jnp.asarray(sizes)[i]
+        start, size = asarray(np.cumsum(sizes) - sizes)[i], asarray(sizes)[i]
         own = (rows >= start) & (rows < start + size)
         out = lax.ragged_dot(x, w, jnp.array([6]))
         return sum_of(jnp.where(own[:, None], out, jnp.zeros_like(out)))

@@ -7,7 +7,7 @@ import numpy as np
 import lora_jax
 from lora_jax._core import tree_paths
 from tests import programs
-from tests.support import optimizations
+from tests.support import asarray, optimizations
 
 CONFIG = {"rank": 3, "alpha": 6.0}
 
@@ -33,7 +33,7 @@ def trained(params, plan, seed=0):
         dtype = plan.config.dtype or (float if leaf.dtype == "float64" else "float32")
         # Magnitudes have a sign, and a trained leaf is near what it was.
         start = {"m": 3.0, "value": leaf}.get(name, 0.0)
-        return jnp.asarray(np.asarray(start, float) + rng.normal(size=shape), dtype)
+        return asarray(np.asarray(start, float) + rng.normal(size=shape), dtype)
 
     return {
         path: {name: draw(path, name, shape) for name, shape in own.adapter_shapes.items()}
@@ -76,11 +76,11 @@ def merged(params, adapters, plan, scales=None, use=""):
             return adapters[name]["value"].astype(weight.dtype)
         for own, target in plan.targets.items():
             if plan.leaf(own) == name and target.use in ("", use):
-                weight = jnp.asarray(weight)
+                weight = asarray(weight)
                 scale = (scales or plan.scales)[own]
                 index = as_index(target.part)
                 part = merged_matrix(weight[index], adapters[own], target.alone, scale)
-                weight = jnp.asarray(weight).at[index].set(part)
+                weight = asarray(weight).at[index].set(part)
         return weight
 
     return jax.tree_util.tree_map_with_path(merge, params)

@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax.lowrank.norm_matrix import Matrix
 from lora_jax.transform import _norms
 from tests.programs import equations
-from tests.support import count_traces, normal, optimizations, x64
+from tests.support import asarray, count_traces, normal, optimizations, x64
 from tests.transform.cases import block
 from tests.transform.support import (
     assert_same,
@@ -38,7 +38,7 @@ def layers(params, x):
 
 def single(dtype="float32", **config):
     """Params, plan and adapters of one weight, and an input."""
-    params, x = {"w": jnp.asarray(W, dtype)}, jnp.asarray(X, dtype)
+    params, x = {"w": asarray(W, dtype)}, asarray(X, dtype)
     plan = plan_of(model, params, x, **config)
     return params, plan, trained(params, plan), x
 
@@ -418,7 +418,7 @@ class TestDropout:
         [
             lambda p, x: x @ p["w"],
             lambda p, x: lax.conv(x[..., None], p["w"].T[..., None], (1,), "VALID")[..., 0],
-            lambda p, x: lax.ragged_dot(x, p["w"][None], jnp.asarray([5])),
+            lambda p, x: lax.ragged_dot(x, p["w"][None], asarray([5])),
         ],
         ids=["product", "conv", "ragged_dot"],
     )
@@ -451,7 +451,7 @@ class TestDropout:
             jax.debug.callback(lambda mask: seen.append(np.array(mask)), mask)
             return mask
 
-        params = {"w": jnp.asarray(weight, "float32")}
+        params = {"w": asarray(weight, "float32")}
         plan = plan_of(fn, params, self.x, dropout=self.RATE, **config)
         adapters = trained(params, plan)
         jax.clear_caches()  # of programs that draw without a record, and then with one
@@ -522,7 +522,8 @@ class TestDropout:
 
         case = CASES[name]
         params, args = jax.tree.map(
-            lambda v: jnp.asarray(v, "float32") if v.dtype == "float64" else v, inputs(case)
+            lambda v: asarray(v, "float32") if v.dtype == "float64" else v,
+            inputs(case),
         )
         plan = plan_of(case.fn, params, *args, dropout=self.RATE, **case.config)
         adapters = trained(params, plan)
@@ -540,8 +541,8 @@ class TestDropout:
 
 
 def test_dora_with_a_column_of_norm_zero():
-    params = {"w": jnp.asarray(W, "float32").at[:, 3].set(0.0)}
-    x = jnp.asarray(X, "float32")
+    params = {"w": asarray(W, "float32").at[:, 3].set(0.0)}
+    x = asarray(X, "float32")
     plan = plan_of(model, params, x, use_dora=True)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     adapted = functools.partial(lora_jax.adapt(model, plan), params)
@@ -585,8 +586,8 @@ def test_given_norms_are_those_that_adapt_forms(axes):
     shapes = {"io": (12, 10), "oi": (10, 12), "bio": (3, 12, 12)}
     fn = {"io": model, "oi": lambda p, x: x @ p["w"].T, "bio": layers}[axes]
     params, x = (
-        {"w": jnp.asarray(normal(*shapes[axes]), "float32")},
-        jnp.asarray(X, "float32"),
+        {"w": asarray(normal(*shapes[axes]), "float32")},
+        asarray(X, "float32"),
     )
     plan = plan_of(fn, params, x, use_dora=True)
     adapters = trained(params, plan)
@@ -859,7 +860,7 @@ def test_adapted_functions_are_adapted_again(methods, layout):
     if layout == "scan":
         fn, w = layers, normal(3, 12, 12) / 4
     with x64():
-        params, x = {"w": jnp.asarray(w)}, jnp.asarray(X)
+        params, x = {"w": asarray(w)}, asarray(X)
         function, adapters, weights = nested(methods, fn, params, x)
         got = jax.jit(function)(params, *adapters, x)
         np.testing.assert_allclose(got, fn(weights, x), rtol=0, atol=1e-10)
@@ -871,14 +872,14 @@ def test_gains_that_are_broadcast_twice():
         return jnp.einsum("bi,lio->lbo", x, p["w"] * gains)
 
     with x64():
-        w, g = jnp.asarray(normal(3, 12, 10)), jnp.asarray(normal(10))
-        check_values(fn, {"w": w}, jnp.asarray(X), g, config={}, tolerance=1e-10)
+        w, g = asarray(normal(3, 12, 10)), asarray(normal(10))
+        check_values(fn, {"w": w}, asarray(X), g, config={}, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("methods", ["ll", "ld", "dl", "dd"])
 def test_gradients_of_nested_adapters(methods):
     with x64():
-        params, x = {"w": jnp.asarray(W)}, jnp.asarray(X)
+        params, x = {"w": asarray(W)}, asarray(X)
         function, adapters, _ = nested(methods, model, params, x)
         grads = jax.grad(lambda own: jnp.sum(function(params, *own, x) ** 2))(adapters)
         norm = lambda v: lax.stop_gradient(jnp.linalg.norm(v, axis=0))  # noqa: E731
@@ -896,16 +897,16 @@ def test_gradients_of_nested_adapters(methods):
 
 
 def test_nested_adapters_on_a_quantized_stack():
-    dense = jnp.asarray(normal(3, 12, 12) / 4, "float32")
+    dense = asarray(normal(3, 12, 12) / 4, "float32")
     params = {"w": lora_jax.quant.quantize_int8(dense, batch_axes=1)}
-    like, x = {"w": lora_jax.quant.dequantize(params["w"])}, jnp.asarray(X, "float32")
+    like, x = {"w": lora_jax.quant.dequantize(params["w"])}, asarray(X, "float32")
     function, adapters, weights = nested("dd", layers, like, x)
     got = jax.jit(function)(params, *adapters, x)
     np.testing.assert_allclose(got, layers(weights, x), rtol=0, atol=2e-5)
 
 
 def test_nested_dropout_leaves_the_norms_alone():
-    params, x = {"w": jnp.asarray(W, "float32")}, jnp.asarray(X, "float32")
+    params, x = {"w": asarray(W, "float32")}, asarray(X, "float32")
     inner = plan_of(model, params, x, use_dora=True)
     outer = plan_of(model, params, x, dropout=0.5)
     own = [trained(params, plan, seed=i) for i, plan in enumerate((outer, inner))]
@@ -942,8 +943,8 @@ def test_norms_of_weights_of_one_shape_are_one_function():
             x = jnp.tanh(x @ w)
         return x
 
-    params = {"w": [jnp.asarray(normal(12, 12, seed=i), "float32") for i in range(6)]}
-    x = jnp.asarray(X, "float32")
+    params = {"w": [asarray(normal(12, 12, seed=i), "float32") for i in range(6)]}
+    x = asarray(X, "float32")
     plan = plan_of(deep, params, x, use_dora=True)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     text = jax.jit(lora_jax.adapt(deep, plan)).lower(params, adapters, x).as_text()
@@ -964,10 +965,10 @@ def coupling_flow(params, x):
 def test_new_adapters_of_a_flow_change_no_bit_and_under_jit_roundings(fresh_operations):
     shapes = {"up": (6, 16), "scale": (16, 6), "shift": (6, 6)}
     params = [
-        {name: jnp.asarray(normal(*s, seed=i) / 3, "float32") for name, s in shapes.items()}
+        {name: asarray(normal(*s, seed=i) / 3, "float32") for name, s in shapes.items()}
         for i in range(3)
     ]
-    x = jnp.asarray(normal(5, 12), "float32")
+    x = asarray(normal(5, 12), "float32")
     plan = plan_of(coupling_flow, params, x)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     adapted = lora_jax.adapt(coupling_flow, plan)
@@ -1008,7 +1009,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("name", OUT_OF_RANGE)
 def test_large_a_and_small_b_in_float16(name, use_dora):
     fn, shape = OUT_OF_RANGE[name]
-    params, x = {"w": jnp.asarray(normal(*shape), "float16")}, jnp.asarray(X, "float16")
+    params, x = {"w": asarray(normal(*shape), "float16")}, asarray(X, "float16")
     plan = plan_of(fn, params, x, targets="*", use_dora=use_dora)
     adapters = trained(params, plan)
     adapters["w"]["A"] *= 1e6
@@ -1043,8 +1044,8 @@ def test_large_a_and_small_b_in_float16(name, use_dora):
 )
 def test_large_columns_of_inputs_in_float16(product):
     """The outputs of DoRA are the inputs of a product with the transposed weight."""
-    params = {"w": jnp.asarray(normal(12, 10, size=1e-3), "float16")}
-    x = jnp.asarray(normal(5, 10, seed=1), "float16")
+    params = {"w": asarray(normal(12, 10, size=1e-3), "float16")}
+    x = asarray(normal(5, 10, seed=1), "float16")
 
     def fn(p, x):
         return product(x, p["w"].T), jnp.ones((1, 12), x.dtype) @ p["w"]

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from tests import toy_format
-from tests.support import normal, x64
+from tests.support import asarray, normal, x64
 from tests.transform.calls import CALLS, ROWS, WIDTH
 from tests.transform.support import assert_same, both, loss_of, merged, plan_of, trained
 
@@ -22,7 +22,7 @@ def beside(call):
     """A function of which no adapted weight reaches the call."""
 
     def fn(params, x):
-        out = call.fn(x @ params["w"], jnp.asarray(FROZEN, x.dtype))
+        out = call.fn(x @ params["w"], asarray(FROZEN, x.dtype))
         total = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out))
         return out, total * (x @ params["v"])
 
@@ -135,7 +135,7 @@ def test_mapped_from_outside(name, place):
 def test_quantized_weights(name, place):
     call = call_of(name)
     fn = place(call)
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
     stored = {
         path: toy_format.quantize(weight.astype("float32"))
         for path, weight in PARAMS.items()
@@ -173,7 +173,7 @@ def test_effects_happen_once(name, place, capfd):
         return capfd.readouterr().out.count("seen")
 
     assert capfd.readouterr().out.count("seen") == 0  # by the plan
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
     adapted = lora_jax.adapt(fn, plan, on_merge="allow")
     runs = {
         "dense": lambda x: adapted(params, adapters, x),

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax._core import compat
 from lora_jax.transform._following import Atom, Lost, Rows, Taken, follow
-from tests.support import normal, optimizations
+from tests.support import asarray, normal, optimizations
 
 N = 4  # rows
 BOTH = "data", "model"  # the axes of the mesh
@@ -55,7 +55,7 @@ def ids(*shape, axis=0):
     """An array of the row number of each entry."""
     own = np.arange(shape[axis], dtype="float32")
     own = own.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return jnp.asarray(np.broadcast_to(own, shape))
+    return asarray(np.broadcast_to(own, shape))
 
 
 def on_mesh(body, in_specs, out_specs):
@@ -164,7 +164,7 @@ def test_entries_move_as_places_say(name):
 
 def weight(*shape, seed=0):
     """A weight, the same for all rows."""
-    return jnp.asarray(normal(*shape, seed=seed), "float32") / 3
+    return asarray(normal(*shape, seed=seed), "float32") / 3
 
 
 def mlp(x):
@@ -321,13 +321,13 @@ def solved(x):
     return jnp.linalg.solve(matrix, right), factors, jnp.abs(jnp.fft.fft(x, axis=1))
 
 
-FLOATS = jnp.asarray(normal(N, 6, 3), "float32")
+FLOATS = asarray(normal(N, 6, 3), "float32")
 TOKENS = jnp.arange(N * 4).reshape(N, 4) * 7 % 11
 MODELS = {
     "mlp": (mlp, FLOATS),
     "transformer": (transformer, TOKENS),
     "gru": (gru, FLOATS),
-    "conv": (conv, jnp.asarray(normal(N, 8, 8, 3), "float32")),
+    "conv": (conv, asarray(normal(N, 8, 8, 3), "float32")),
     "tied": (tied, TOKENS),
     "moe_by_einsum": (moe_by_einsum, FLOATS),
     "moe_by_sorting": (moe_by_sorting, FLOATS),

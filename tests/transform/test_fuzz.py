@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax
-from tests.support import normal, x64
+from tests.support import asarray, normal, x64
 from tests.transform.support import assert_same, both, plan_of, trained
 
 
@@ -124,7 +124,7 @@ def contract(rng, w, x_first):
     tokens = "tu"[: rng.integers(3)]
     x_letters = rng.permutation([*tokens, *(c for c in letters if kinds[c])])
     out = rng.permutation([*tokens, *(c for c in letters if kinds[c] < 2)])
-    x = jnp.asarray(normal(*(sizes.get(c, 2) for c in x_letters)), w.dtype)
+    x = asarray(normal(*(sizes.get(c, 2) for c in x_letters)), w.dtype)
     spec = "".join(x_letters), letters
     spec, operands = (spec, (x, w)) if x_first else (spec[::-1], (w, x))
     return jnp.einsum(f"{','.join(spec)}->{''.join(out)}", *operands)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax import quant
-from tests.support import normal, set_mesh, x64
+from tests.support import asarray, normal, set_mesh, x64
 from tests.transform.mesh_cases import CASES, Place
 from tests.transform.support import assert_same, merged, plan_of, trained
 from tests.transform.test_rows import of_own_rows, row_axes
@@ -31,7 +31,7 @@ def mlp(params, x):
 
 
 def put(mesh, array, *spec, dtype="float64"):
-    return jax.device_put(jnp.asarray(array, dtype), NamedSharding(mesh, P(*spec)))
+    return jax.device_put(asarray(array, dtype), NamedSharding(mesh, P(*spec)))
 
 
 def tensor_parallel(mesh, dtype="float64", n=16, wide=32):
@@ -189,7 +189,7 @@ def placed(name, mesh=None, dtype="float64"):
 
     def array(values, spec, dtype):
         if mesh is None:
-            return jnp.asarray(values, dtype)
+            return asarray(values, dtype)
         return put(mesh, values, *spec, dtype=dtype)
 
     params = {
@@ -385,7 +385,7 @@ def test_explicit_axes_of_a_shard_map_alone(jit):
         return softmax(x @ params["a"]) @ params["b"]
 
     with x64():
-        params, x = {"a": normal(4, 5), "b": normal(5, 2)}, jnp.asarray(normal(3, 4))
+        params, x = {"a": normal(4, 5), "b": normal(5, 2)}, asarray(normal(3, 4))
         params = jax.tree.map(jnp.asarray, params)
         plan = plan_of(fn, params, x)
         adapters = trained(params, plan)

@@ -11,7 +11,7 @@ import pytest
 import lora_jax
 from lora_jax import quant
 from tests import programs
-from tests.support import normal, optimizations, set_mesh, x64
+from tests.support import asarray, normal, optimizations, set_mesh, x64
 from tests.transform.cases import CASES
 from tests.transform.support import (
     assert_same,
@@ -484,7 +484,7 @@ def test_a_part_that_is_missing_counts_as_unused(layers):
             x = jnp.tanh(x @ params["up"][layer])
         return x
 
-    params = {"up": jnp.asarray(normal(LAYERS, 8, 8, dtype="float32"))}
+    params = {"up": asarray(normal(LAYERS, 8, 8, dtype="float32"))}
     x = jnp.ones((5, 8))
     plan = plan_of(unrolled, params, x, targets=("up[:2]", "up[2:]"))
     model = lora_jax.adapt(some, plan)
@@ -510,7 +510,7 @@ def test_a_use_that_is_missing_counts_as_unused(table):
 def test_decomposed_parts_are_the_function(table):
     """The base of a part, with its adapter, is the weight again."""
     with x64():
-        params, x = {"up": jnp.asarray(normal(LAYERS, 8, 8))}, normal(5, 8)
+        params, x = {"up": asarray(normal(LAYERS, 8, 8))}, normal(5, 8)
         plan = plan_of(stack, params, x, targets=("up[1:3]", "up[3]"))
         base, adapters = lora_jax.decompose_params(params, plan, "pissa")
         assert_same(lora_jax.merge_adapters(base, adapters, plan), params)
@@ -544,7 +544,7 @@ def test_parts_that_cut_across_the_shards_of_explicit_axes(spec, method):
     differentiate = (lambda f: f) if old else jax.value_and_grad
     targets = ("up[0]", "up[2:, :, 1:5]")
     with x64(), optimizations(False):
-        params, x = {"up": jnp.asarray(normal(LAYERS, 8, 8))}, jnp.asarray(normal(5, 8))
+        params, x = {"up": asarray(normal(LAYERS, 8, 8))}, asarray(normal(5, 8))
         plan = plan_of(stack, params, x, targets=targets, use_dora=method == "dora")
         adapters = trained(params, plan)
 

@@ -24,7 +24,7 @@ from lora_jax.transform._deferred import Deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._rules import RULES
 from tests import programs, toy_format
-from tests.support import normal, set_mesh, x64
+from tests.support import asarray, normal, set_mesh, x64
 from tests.transform.calls import has_host_call, on_host_called
 from tests.transform.cases import CASES, NO_DORA, Case, inputs, while_loop
 from tests.transform.support import assert_same, loss_of, plan_of, trained
@@ -349,7 +349,7 @@ def test_every_rule_takes_a_quantized_weight(name, monkeypatch):
     for other in (name, *(k for k, v in SAME_RULE.items() if v == name)):
         monkeypatch.setitem(RULES, other, spy)
     stored, dense = params_of({"w": (12, 12)})
-    x = jnp.asarray(normal(5, 12), "float32")
+    x = asarray(normal(5, 12), "float32")
     if name in BY_HAND:
         jaxpr = jax.make_jaxpr(jnp.matmul)(x, dense["w"])
         equation = types.SimpleNamespace(params=BY_HAND[name](jaxpr))

@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax.transform import _following, _tracing
 from lora_jax.transform._row_places import Atom, Rows
 from tests import programs
-from tests.support import assert_same_bits, count_traces, normal, x64
+from tests.support import asarray, assert_same_bits, count_traces, normal, x64
 from tests.transform.cases import CASES, inputs
 from tests.transform.support import assert_same, loss_of, plan_of, trained
 from tests.transform.test_cases import DORA_GRADIENTS
@@ -54,7 +54,7 @@ def is_by_row(fn, params, args, axis, axes):
     x, *rest = args
     other = np.moveaxis(np.array(x), axis, 0)
     other[[0, *range(2, len(other))]] += 1
-    other = jnp.asarray(np.moveaxis(other, 0, axis))
+    other = asarray(np.moveaxis(other, 0, axis))
     run = jax.jit(fn)
     outs = [jax.tree.leaves(run(params, given, *rest)) for given in (x, other)]
     outs = [list(map(np.asarray, out)) for out in outs]
@@ -318,8 +318,8 @@ def test_models_equal_each_row_alone(name, method):
 )
 def test_a_slot_that_diverged_reaches_no_other_row(length, factor):
     """Nor does a slot out of range; -1 is the base, bit for bit."""
-    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
-    x = jnp.asarray(normal(4, length, WIDTH, dtype="float32"))
+    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    x = asarray(normal(4, length, WIDTH, dtype="float32"))
     plan = plan_of(layers, params, x)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
     bad = {
@@ -390,8 +390,8 @@ def _returns_two_orders(p, x):
     [(_one_weight_both_ways, 1), (_inputs_in_another_order, 2), (_returns_two_orders, 4)],
 )
 def test_functions_equal_each_row_alone(fn, rows):
-    params, x = {"w": jnp.asarray(normal(*SQUARE, dtype="float32"))}, X[:rows]
-    x, slots = jnp.asarray(x, "float32"), jnp.array([1, 0, 1, 0])[:rows]
+    params, x = {"w": asarray(normal(*SQUARE, dtype="float32"))}, X[:rows]
+    x, slots = asarray(x, "float32"), jnp.array([1, 0, 1, 0])[:rows]
     plan = plan_of(fn, params, x)
     tenants = [trained(params, plan, seed=i) for i in range(2)]
     stack, of_stack = lora_jax.stack_adapters(tenants, plan)
@@ -401,18 +401,18 @@ def test_functions_equal_each_row_alone(fn, rows):
 
 
 def test_one_compilation_for_any_traffic():
-    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
     plan = plan_of(layers, params, X)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
     with count_traces(lora_jax.adapt_rows(layers, plan)) as (run, traces):
         for slots in ([0] * 6, [2, 1, 0, -1, 2, 1], [7, -3, 0, 0, 0, 0]):
-            run(params, stack, jnp.array(slots), jnp.asarray(X, "float32"))
+            run(params, stack, jnp.array(slots), asarray(X, "float32"))
         assert len(traces) == 1
 
 
 def test_scales_and_magnitudes_are_not_trained():
-    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
-    x = jnp.asarray(X, "float32")
+    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    x = asarray(X, "float32")
     plan = plan_of(layers, params, x, use_dora=True)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 2, plan)
     model, slots = lora_jax.adapt_rows(layers, plan), jnp.array([0, 1, 0, 1, -1, 0])
@@ -423,8 +423,8 @@ def test_scales_and_magnitudes_are_not_trained():
 
 
 def test_rows_have_different_dropout_masks():
-    params = {k: jnp.asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
-    x = jnp.broadcast_to(jnp.asarray(X[:1], "float32"), X.shape)
+    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    x = jnp.broadcast_to(asarray(X[:1], "float32"), X.shape)
     plan = plan_of(layers, params, x, dropout=0.5)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)], plan)
     model = lora_jax.adapt_rows(layers, plan, dropout_key=jax.random.key(0))

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 import lora_jax
 from tests import toy_format
-from tests.support import assert_same_bits, normal, x64
+from tests.support import asarray, assert_same_bits, normal, x64
 from tests.transform.cases import STATED, grouped, mul, product_of, rounded
 from tests.transform.support import assert_same, both, loss_of, merged, plan_of, trained
 
@@ -40,8 +40,8 @@ def layers(product):
 def test_is_adapted_as_the_plain_product(product, quantized, options, fresh_operations):
     """The same outputs and gradients, with the same masks, also in a second adapter."""
     fns = (model, plain) if product == "one" else (layers(mul), layers(jnp.matmul))
-    params = {"w": jnp.asarray(W if product == "one" else [SQUARE] * 3, "float32")}
-    x = jnp.asarray(X, "float32")
+    params = {"w": asarray(W if product == "one" else [SQUARE] * 3, "float32")}
+    x = asarray(X, "float32")
     plan = plan_of(fns[0], params, x, **STATED, **options)
     adapters = jax.tree.map(lambda v: 0.3 * v, trained(params, plan))
     if quantized:
@@ -77,7 +77,7 @@ def test_the_custom_derivative_is_that_of_the_frozen_weight():
         return product(x, params["w"])
 
     with x64():
-        params = {"w": jnp.asarray(W)}
+        params = {"w": asarray(W)}
         plan = plan_of(fn, params, X, products={"product": "mk,kn->mn"})
         adapters = trained(params, plan)
         model = lora_jax.adapt(fn, plan)
@@ -130,7 +130,7 @@ def test_a_kernel_without_a_derivative():
         return [x @ params["w"], x * 2.0]
 
     with x64():
-        params = {"w": jnp.asarray(W)}
+        params = {"w": asarray(W)}
         plan = plan_of(fn, params, X, products={"double": "mk,kn->mn,_"})
         adapters = trained(params, plan)
         adapted = lora_jax.adapt(fn, plan)
@@ -150,8 +150,8 @@ def wide(x, w):
 
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32", "int8"])
 def test_results_of_another_dtype(x_dtype):
-    x = (4 * jnp.asarray(X)).astype(x_dtype)
-    params = {"w": jnp.asarray(W, "bfloat16")}
+    x = (4 * asarray(X)).astype(x_dtype)
+    params = {"w": asarray(W, "bfloat16")}
 
     def fn(product):
         return lambda params, x: product(x, params["w"])
@@ -218,9 +218,9 @@ def test_calls_that_stay_merged(why):
     def fn(params, x):
         return call(params["w"], x)
 
-    params = {"w": jnp.asarray(SQUARE, "float32")}
+    params = {"w": asarray(SQUARE, "float32")}
     fields = {"targets": "w", "axes": {"w": "io"}, "products": {name: text}}
-    x = jnp.asarray(X[:, :12], "float32")
+    x = asarray(X[:, :12], "float32")
     plan = plan_of(fn, params, x, **fields)
     assert why in plan.uses["w"][0].merged
     with pytest.raises(ValueError, match=f"the adapted weight 'w'.*{why}"):
@@ -246,13 +246,13 @@ WRONG = {
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_statement_that_does_not_fit_is_an_error(text):
-    params = {"w": jnp.asarray(W)}
+    params = {"w": asarray(W)}
     with pytest.raises(ValueError, match=WRONG[text]):
         plan_of(model, params, X, products={"mul": text})
 
 
 def test_the_axes_of_the_result_are_those_of_the_operands():
-    params = {"w": jnp.asarray(W)}
+    params = {"w": asarray(W)}
     with pytest.raises(ValueError, match=r"axes '...' of the operands are not those of"):
         plan_of(
             lambda params, x: summed(x, params["w"]),
@@ -263,7 +263,7 @@ def test_the_axes_of_the_result_are_those_of_the_operands():
 
 
 def test_a_statement_is_compared_with_each_call():
-    params = {"w": jnp.asarray(W)}
+    params = {"w": asarray(W)}
     plan = plan_of(model, params, X, products={"mul": "mk,kn->mn"})
     with pytest.raises(
         ValueError, match=r"'mul' is 'mk,kn->mn'.*\(2, 5, 12\).*'mk' stands"
@@ -274,7 +274,7 @@ def test_a_statement_is_compared_with_each_call():
 @pytest.mark.parametrize("place", ["alone", "in a loop"])
 def test_a_statement_that_the_function_contradicts_is_an_error(place):
     """Of a square weight the shapes do not tell."""
-    params = {"w": jnp.asarray(SQUARE)}
+    params = {"w": asarray(SQUARE)}
     fn = model
     if place == "in a loop":
         fn, params = layers(mul), {"w": jnp.stack([SQUARE] * 3)}
@@ -283,7 +283,7 @@ def test_a_statement_that_the_function_contradicts_is_an_error(place):
 
 
 def test_a_name_that_no_weight_reaches_is_an_error():
-    params = {"w": jnp.asarray(W)}
+    params = {"w": asarray(W)}
     with pytest.raises(ValueError, match=r"products matches no function .*nearest.* 'mul'"):
         plan_of(model, params, X, products={"mull": "mk,kn->mn"})
 

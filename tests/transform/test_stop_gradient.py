@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import lora_jax
-from tests.support import normal, x64
+from tests.support import asarray, normal, x64
 from tests.transform.support import assert_same, both, check, plan_of, trained
 
 W, X = normal(12, 10), normal(5, 12)
@@ -180,12 +180,12 @@ def test_a_stop_changes_no_bit_of_a_new_adapter(name, fresh_operations):
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_weight_without_an_adapter_may_be_stopped(stored):
-    params = {"w": jnp.asarray(W, "float32"), "v": jnp.asarray(W.T, "float32")}
+    params = {"w": asarray(W, "float32"), "v": asarray(W.T, "float32")}
     dense = params
     if stored:
         params = jax.tree.map(lora_jax.quant.quantize_int8, params)
         dense = jax.tree.map(lora_jax.quant.dequantize, params, is_leaf=is_quantized)
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
 
     def fn(p, x):
         return jnp.tanh(x @ p["w"]) @ lax.stop_gradient(p["v"])
@@ -202,9 +202,9 @@ is_quantized = lora_jax.quant.is_quantized
 
 @pytest.mark.parametrize("option", ["base", "all"])
 def test_a_quantized_base_that_is_stopped(option):
-    stored = {"w": lora_jax.quant.quantize_int8(jnp.asarray(W, "float32"))}
+    stored = {"w": lora_jax.quant.quantize_int8(asarray(W, "float32"))}
     dense = {"w": lora_jax.quant.dequantize(stored["w"])}
-    x = jnp.asarray(X, "float32")
+    x = asarray(X, "float32")
 
     def fn(p, x):
         return jnp.tanh(x @ lax.stop_gradient(p)["w"].T[::-1].T)

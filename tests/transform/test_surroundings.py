@@ -7,7 +7,7 @@ import pytest
 from jax import export, lax
 
 import lora_jax
-from tests.support import normal, x64
+from tests.support import asarray, normal, x64
 from tests.transform.support import assert_same, check, merged, plan_of, trained
 
 X, W, STACK = normal(5, 12), normal(12, 10), normal(3, 12, 12)
@@ -93,8 +93,8 @@ def test_export_with_symbolic_shapes():
         y = jnp.einsum("btd,dhk->bthk", x, params["w"])
         return jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", y, y))
 
-    params = {"w": jnp.asarray(normal(12, 2, 5), "float32")}
-    x = jnp.asarray(normal(2, 7, 12), "float32")
+    params = {"w": asarray(normal(12, 2, 5), "float32")}
+    x = asarray(normal(2, 7, 12), "float32")
     plan, adapters = prepared(attention_like, params, x)
     b, t = export.symbolic_shape("b, t")
     shapes = jax.tree.map(

@@ -15,6 +15,7 @@ from lora_jax import peft
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft import support
 from tests.peft.support import CONFIG, abstract, draw
+from tests.support import asarray
 
 LAYERS = "text_encoder/layers/fc1/kernel"
 SECOND = "text_encoder_2/layers/fc1/kernel"
@@ -49,7 +50,7 @@ def shapes():
 
 @functools.cache
 def params():
-    return {path: jnp.asarray(draw(*shape, seed=1)) for path, shape in shapes().items()}
+    return {path: asarray(draw(*shape, seed=1)) for path, shape in shapes().items()}
 
 
 @functools.cache
@@ -224,8 +225,8 @@ def test_rank_stabilized_parts_of_a_fused_weight(dialect, tmp_path):
     plan = lora_jax.plan_adapters(config, tree)
     adapters = {
         path: {
-            "A": jnp.asarray(draw(target.alone.shape[-2], target.rank, seed=i)),
-            "B": jnp.asarray(draw(target.rank, target.alone.shape[-1], seed=i + 5)),
+            "A": asarray(draw(target.alone.shape[-2], target.rank, seed=i)),
+            "B": asarray(draw(target.rank, target.alone.shape[-1], seed=i + 5)),
         }
         for i, (path, target) in enumerate(plan.targets.items())
     }
@@ -300,7 +301,7 @@ def mlx_params():
     for name, (path, index) in MLX.items():
         shape = MLX_SHAPES[name.rpartition(".")[2]]
         shape = (2, *shape) if index else shape
-        tree[path] = jnp.asarray(draw(*shape, seed=3))
+        tree[path] = asarray(draw(*shape, seed=3))
     return tree
 
 

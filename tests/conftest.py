@@ -25,9 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
-# Tests of numbers whose programs are compiled as those of a user are. All others are compiled
-# without LLVM's optimizations, in half the time. XLA's passes are the same then, and so are
-# the text of a program, its FLOPs, its memory and its collectives.
+# Tests of numbers whose programs are compiled as those of a user are. All others are
+# compiled without LLVM's optimizations, in half the time. XLA's passes are the same then,
+# and so are the text of a program, its FLOPs, its memory and its collectives.
 OPTIMIZED = (
     *("tests.core", "tests.lowrank.test_contraction", "tests.lowrank.test_low_rank"),
     *("tests.quant.test_arithmetic", "tests.quant.test_channels", "tests.quant.test_fp8"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.flax import load_file
+from safetensors.numpy import load_file
 
 import lora_jax
 from tests import support
@@ -92,26 +92,37 @@ def test_output_and_gradients(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_merged_and_unmerged_weight(case):
     golden = Golden(case)
-    args, options = (golden.adapter, golden.alpha), golden.options()
+    alpha, options = golden.alpha, golden.options()
     bias = golden.tensors.get("b_merged")
+
+    @jax.jit
+    def dora(weight, adapter):
+        merged = lora_jax.merge_dora_weight(weight, adapter, alpha, **options)
+        norm = lora_jax.dora_column_norm(weight, adapter, alpha, **options)
+        unmerge = lora_jax.unmerge_dora_weight
+        return merged, unmerge(merged, adapter, norm, alpha, **options)
+
+    @jax.jit
+    def layer(weight, bias, adapter):
+        merged = lora_jax.merge_lora_layer(weight, bias, adapter, alpha, **options)
+        unmerge = lora_jax.unmerge_lora_layer
+        return merged, unmerge(*merged, adapter, alpha, **options)
+
+    @jax.jit
+    def lora(weight, adapter):
+        merged = lora_jax.merge_lora_weight(weight, adapter, alpha, **options)
+        return merged, lora_jax.unmerge_lora_weight(merged, adapter, alpha, **options)
+
     if golden.is_dora:
-        merged = lora_jax.merge_dora_weight(golden.weight, *args, **options)
-        norm = lora_jax.dora_column_norm(golden.weight, *args, **options)
-        unmerged = lora_jax.unmerge_dora_weight(
-            merged, golden.adapter, norm, golden.alpha, **options
-        )
+        merged, unmerged = dora(golden.weight, golden.adapter)
     elif "B_bias" in golden.adapter:
-        merged, bias = lora_jax.merge_lora_layer(
-            golden.weight, golden.bias, *args, **options
-        )
-        unmerged, unmerged_bias = lora_jax.unmerge_lora_layer(
-            merged, bias, *args, **options
+        (merged, bias), (unmerged, unmerged_bias) = layer(
+            golden.weight, golden.bias, golden.adapter
         )
         golden.check("b_merged", bias, golden.tensors["b_merged"])
         golden.check("b_unmerged", unmerged_bias, golden.bias)
     else:
-        merged = lora_jax.merge_lora_weight(golden.weight, *args, **options)
-        unmerged = lora_jax.unmerge_lora_weight(merged, *args, **options)
+        merged, unmerged = lora(golden.weight, golden.adapter)
     golden.check("W_merged", merged, golden.weight_of("W_merged"))
     golden.check("W0", unmerged, golden.weight)
     if "W_unmerged" in golden.tensors:

@@ -1,10 +1,9 @@
-"""The input, output and batch axes of weights: found from uses, and compared with them."""
+"""The input, output and batch axes of weights, found from their uses."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
 from lora_jax.plan.target import Target, Use
 
 Axes: TypeAlias = frozenset[int]
@@ -219,7 +218,8 @@ def listed(uses: Iterable[Use]) -> str:
     return " and ".join(map(str, uses))
 
 
-_READS = {"contracted": "i", "indexed": "i", "kept": "o", "batch": "b", "stacked": "b"}
+READ_AS = {"contracted": "i", "indexed": "i", "kept": "o", "batch": "b", "stacked": "b"}
+"""The letter of an axis that has a role in a use."""
 
 
 def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
@@ -232,13 +232,13 @@ def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
     `sides` are the axes of the value in use that are not batch axes: axes of the weight,
     unless it was reshaped. `ndim` counts the axes of the value that are longer than 1.
     """
-    if all(_READS.get(side.role) == side.letter for side in sides):
+    if all(READ_AS.get(side.role) == side.letter for side in sides):
         return target.axes if {side.letter for side in sides} == {"i", "o"} else None
-    ins, outs = ({_READS.get(s.role) for s in sides if s.letter == own} for own in "io")
+    ins, outs = ({READ_AS.get(s.role) for s in sides if s.letter == own} for own in "io")
     whole = ndim <= sum(size > 1 for size in target.shape)
     if "b" in ins | outs:
         if whole:
-            return _with(target, [side for side in sides if _READS.get(side.role) == "b"])
+            return _with(target, [side for side in sides if READ_AS.get(side.role) == "b"])
         return target.axes if "i" in ins and "o" in outs else None
     known_ins, known_outs = ins & {"i", "o"}, outs & {"i", "o"}
     if known_ins == {"o"} and known_outs == {"i"}:
@@ -246,7 +246,7 @@ def as_used(target: Target, sides: Sequence[Side], ndim: int) -> str | None:
     if "o" not in known_ins | known_outs or "i" not in known_ins | known_outs:
         return None
     if whole:
-        others = [s for s in sides if _READS.get(s.role, s.letter) != s.letter]
+        others = [s for s in sides if READ_AS.get(s.role, s.letter) != s.letter]
         return _with(target, others)
     return target.axes if "i" in known_ins and "o" in known_outs else None
 
@@ -264,86 +264,6 @@ def _with(target: Target, sides: Iterable[Side]) -> str:
         same = [axis for axis in places if target.shape[axis] == side.size]
         if places:
             axis = (same or places)[0]
-            letters[axis] = _READS[side.role]
+            letters[axis] = READ_AS[side.role]
             left.remove(axis)
     return "".join(letters)
-
-
-def contradicts(target: Target, use: Use) -> bool:
-    """Whether a recorded use disagrees with the axes of a plan."""
-    pairs = zip(target.axes, use.roles, target.shape, strict=False)
-    return any(
-        letter != "b" and size > 1 and _READS.get(role, letter) != letter
-        for letter, role, size in pairs
-    )
-
-
-def check_axes(sightings: Sequence[Sighting], plan: AdapterPlan) -> None:
-    """Raises if no use of a weight agrees with its axes in the plan.
-
-    Not checked are axes that the user gave, and weights of which the plan records uses with
-    exchanged inputs and outputs.
-    """
-    wrong: dict[str, Sighting] = {}
-    agreed: set[str] = set()
-    for sighting in sightings:
-        path, letters = str(sighting.name), sighting.axes
-        if letters and letters == plan.targets[path].axes:
-            agreed.add(path)
-        elif letters and not (
-            _is_of_module(plan, path, letters) or _is_reordered(plan, path, sighting)
-        ):
-            wrong.setdefault(path, sighting)
-    # After a part was taken, later uses agree only about the rest of the weight.
-    wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
-    if wrong:
-        lines = ["the axes of weights in the plan are not those of the function:"]
-        lines += [
-            f"  {path!r}: the plan has the axes {plan.targets[path].axes!r} of "
-            f"{plan.targets[path].shape}, the function has {use.axes!r} in "
-            f"`{use.primitive}`" + (f" at {use.where}" if use.where else "")
-            for path, use in wrong.items()
-        ]
-        lines.append(
-            "Make the plan with this function, plan_adapters(config, params, fn, *args). "
-            "If the plan is right, give its axes in LoraConfig(axes={path: letters}) (for "
-            "a PEFT checkpoint in names={module: (path, letters)})."
-        )
-        raise ValueError("\n".join(lines))
-
-
-def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
-    """Whether the plan records a product that shows the role of a looked-up axis.
-
-    If that product is merged here, its use does not show the axes.
-    """
-    return sighting.primitive == "gather" and any(
-        "moved" in use.roles for use in _uses(plan, path)
-    )
-
-
-def to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
-    """The targets whose axes are checked against their uses; see `check_axes`."""
-    return {
-        path: target
-        for path, target in plan.targets.items()
-        if _is_of_checkpoint(plan, path)
-        or not (
-            plan.config.axes_of(plan.leaf(path))
-            or any(contradicts(target, use) for use in _uses(plan, path))
-        )
-    }
-
-
-def _uses(plan: AdapterPlan, path: str) -> tuple[Use, ...]:
-    """The uses that the plan records of a target's weight."""
-    return plan.uses.get(plan.leaf(path), ())
-
-
-def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
-    return any(use.where == FROM_CHECKPOINT for use in _uses(plan, path))
-
-
-def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
-    """Whether a use splits a PEFT module's matrix in another way, such as into heads."""
-    return _is_of_checkpoint(plan, path) and letters != turned(plan.targets[path].axes)

@@ -1,7 +1,7 @@
-"""Checks that params, adapters, norms and scales fit a plan."""
+"""Checks that params, adapters, norms, scales and uses of weights fit a plan."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,9 @@ import numpy as np
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.quantized import is_quantized
 from lora_jax.layers import adapter_checks
-from lora_jax.plan.adapter_plan import AdapterPlan
-from lora_jax.plan.target import VALUE, Target, TrainedLeaf
+from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
+from lora_jax.plan.axis_roles import READ_AS, Sighting, turned
+from lora_jax.plan.target import VALUE, Target, TrainedLeaf, Use
 
 _NO_BIASES = dict.fromkeys(
     adapter_checks.BIASES,
@@ -202,6 +203,53 @@ def check_scales(scales: Any, plan: AdapterPlan, column_norms: Any) -> dict[str,
     return dict(scales)
 
 
+def to_be_compared(plan: AdapterPlan) -> dict[str, Target]:
+    """The targets whose axes are checked against their uses; see `check_axes`."""
+    return {
+        path: target
+        for path, target in plan.targets.items()
+        if _is_of_checkpoint(plan, path)
+        or not (
+            plan.config.axes_of(plan.leaf(path))
+            or any(_contradicts(target, use) for use in _uses(plan, path))
+        )
+    }
+
+
+def check_axes(sightings: Sequence[Sighting], plan: AdapterPlan) -> None:
+    """Raises if no use of a weight agrees with its axes in the plan.
+
+    Not checked are axes that the user gave, and weights of which the plan records uses with
+    exchanged inputs and outputs.
+    """
+    wrong: dict[str, Sighting] = {}
+    agreed: set[str] = set()
+    for sighting in sightings:
+        path, letters = str(sighting.name), sighting.axes
+        if letters and letters == plan.targets[path].axes:
+            agreed.add(path)
+        elif letters and not (
+            _is_of_module(plan, path, letters) or _is_reordered(plan, path, sighting)
+        ):
+            wrong.setdefault(path, sighting)
+    # After a part was taken, later uses agree only about the rest of the weight.
+    wrong = {p: use for p, use in wrong.items() if use.moved or p not in agreed}
+    if wrong:
+        lines = ["the axes of weights in the plan are not those of the function:"]
+        lines += [
+            f"  {path!r}: the plan has the axes {plan.targets[path].axes!r} of "
+            f"{plan.targets[path].shape}, the function has {use.axes!r} in "
+            f"`{use.primitive}`" + (f" at {use.where}" if use.where else "")
+            for path, use in wrong.items()
+        ]
+        lines.append(
+            "Make the plan with this function, plan_adapters(config, params, fn, *args). "
+            "If the plan is right, give its axes in LoraConfig(axes={path: letters}) (for "
+            "a PEFT checkpoint in names={module: (path, letters)})."
+        )
+        raise ValueError("\n".join(lines))
+
+
 def _check_adapter(adapter: Any, target: Target) -> None:
     shapes = target.adapter_shapes
     refused = _NO_BIASES | ({} if "m" in shapes else _NO_MAGNITUDE)
@@ -224,3 +272,36 @@ def _check_trained(adapter: Any, leaf: TrainedLeaf) -> None:
             f"got {got}."
         )
     checks.check_vector(VALUE, adapter[VALUE], leaf.shape, "that of the leaf")
+
+
+def _contradicts(target: Target, use: Use) -> bool:
+    """Whether a recorded use disagrees with the axes of a plan."""
+    pairs = zip(target.axes, use.roles, target.shape, strict=False)
+    return any(
+        letter != "b" and size > 1 and READ_AS.get(role, letter) != letter
+        for letter, role, size in pairs
+    )
+
+
+def _is_reordered(plan: AdapterPlan, path: str, sighting: Sighting) -> bool:
+    """Whether the plan records a product that shows the role of a looked-up axis.
+
+    If that product is merged here, its use does not show the axes.
+    """
+    return sighting.primitive == "gather" and any(
+        "moved" in use.roles for use in _uses(plan, path)
+    )
+
+
+def _uses(plan: AdapterPlan, path: str) -> tuple[Use, ...]:
+    """The uses that the plan records of a target's weight."""
+    return plan.uses.get(plan.leaf(path), ())
+
+
+def _is_of_checkpoint(plan: AdapterPlan, path: str) -> bool:
+    return any(use.where == FROM_CHECKPOINT for use in _uses(plan, path))
+
+
+def _is_of_module(plan: AdapterPlan, path: str, letters: str) -> bool:
+    """Whether a use splits a PEFT module's matrix in another way, such as into heads."""
+    return _is_of_checkpoint(plan, path) and letters != turned(plan.targets[path].axes)

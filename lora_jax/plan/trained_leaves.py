@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lora_jax._core import checks, numerics, placement, tree_paths
-from lora_jax.layers.lora import Adapter, Adapters
+from lora_jax._core import checks, numerics, tree_paths
+from lora_jax.layers.lora import Adapter
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.target import VALUE
@@ -38,21 +38,6 @@ def dtype_of(leaf: Any, plan: AdapterPlan) -> Any:
     return numerics.promote(
         jax.dtypes.canonicalize_dtype(leaf.dtype), plan.config.dtype or "float32"
     )
-
-
-def values(leaves: Leaves, adapters: Adapters, plan: AdapterPlan) -> Adapter:
-    """The trained leaves by path, with the dtypes and shardings of the params' leaves."""
-    return {
-        path: placement.like(leaves[path], adapters[path][VALUE]) for path in plan.trained
-    }
-
-
-def put(params: tree_paths.Tree, adapters: Adapters, plan: AdapterPlan) -> tree_paths.Tree:
-    """Params with the trained leaves in place of the frozen ones."""
-    if not plan.trained:
-        return params
-    leaves, treedef = tree_paths.flatten(params)
-    return treedef.unflatten((leaves | values(leaves, adapters, plan)).values())
 
 
 def split(

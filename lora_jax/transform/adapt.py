@@ -8,12 +8,13 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 import jax
 from jax.typing import ArrayLike
 
-from lora_jax._core import checks, tree_paths
+from lora_jax._core import checks, placement, tree_paths
 from lora_jax._core.tree_paths import Tree
 from lora_jax.layers.lora import Adapters
-from lora_jax.plan import axis_roles, plan_checks, trained_leaves
+from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.axis_roles import Sighting
+from lora_jax.plan.target import VALUE
 from lora_jax.transform import _interpreter, _tracing
 from lora_jax.transform._adapted_weights import Update, factored, masks_of, unadapted
 from lora_jax.transform._context import Context, Merge, OnStopGradient
@@ -177,9 +178,14 @@ def bound(
     def adapted(
         params: Tree, adapters: Adapters, /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        plan_checks.check_params(tree_paths.leaf_paths(params), plan)
+        leaves, treedef = tree_paths.flatten(params)
+        plan_checks.check_params(leaves, plan)
         plan_checks.check_adapters(adapters, plan)
-        own = trained_leaves.put(params, adapters, plan)
+        trained = {
+            path: placement.like(leaves[path], adapters[path][VALUE])
+            for path in plan.trained
+        }
+        own = treedef.unflatten((leaves | trained).values())
         traced = _tracing.trace(fn, own, args, kwargs)
         traced.check_values()
         context = Context(
@@ -187,7 +193,7 @@ def bound(
             report,
             on_stop_gradient=on_stop_gradient,
             key=dropout_key if has_dropout(plan) else None,
-            targets=axis_roles.to_be_compared(plan),
+            targets=plan_checks.to_be_compared(plan),
             closed_over_is_constant=None in traced.paths,
             products=plan.config.products,
             statistic=statistic,
@@ -291,7 +297,7 @@ def run(
     out = context.merge_all(out, None, "the function returns it")
     if on_unused == "error":
         _check_used(context.sightings, plan, traced.unused)
-    axis_roles.check_axes(context.sightings, plan)
+    plan_checks.check_axes(context.sightings, plan)
     return out
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat, quantized, tree_paths
 from lora_jax._core.tree_paths import Tree
-from lora_jax.plan import axis_roles, plan_checks
+from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.adapter_stack import AdapterStack, check_trains_nothing, slots_of
 from lora_jax.transform import _following, _tracing
@@ -134,7 +134,7 @@ def adapt_rows(
                 _refuse_merge,
                 on_stop_gradient=on_stop_gradient,
                 key=dropout_key if has_dropout(plan) else None,
-                targets=axis_roles.to_be_compared(plan),
+                targets=plan_checks.to_be_compared(plan),
                 closed_over_is_constant=None in traced.paths,
                 products=plan.config.products,
                 slots=slots,

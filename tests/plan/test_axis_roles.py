@@ -146,20 +146,3 @@ def test_letters_of_a_use(shape, axes, used, sizes, want):
     target = Target(shape, "lora", 1, 1.0, 0.0, *groups)
     ndim = sum(size > 1 for size in sizes)
     assert axis_roles.as_used(target, sides(used, sizes), ndim) == want
-
-
-@pytest.mark.parametrize(
-    ("shape", "roles", "want"),
-    [
-        ((5, 4, 6), "bck", False),
-        ((5, 4, 6), "kck", False),
-        ((5, 4, 6), "bkc", True),
-        ((5, 4, 6), "b.k", False),
-        ((5, 4, 6), "bcc", True),
-        ((5, 1, 6), "bkk", False),
-        ((5, 2, 6), "bkk", True),
-    ],
-)
-def test_a_use_that_contradicts_a_plan(shape, roles, want):
-    target = Target(shape, "lora", 1, 1.0, 0.0, (1,), (2,), (0,))
-    assert axis_roles.contradicts(target, use(roles)) == want

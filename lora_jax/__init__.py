@@ -48,22 +48,20 @@ from lora_jax.layers.lora import (
     unmerge_lora_weight,
 )
 from lora_jax.model.adapters import (
-    MergeLoss,
     ParameterCount,
-    adapted_column_norms,
     count_parameters,
     init_adapters,
-    merge_adapters,
-    merge_losses,
     plan_adapters,
-    unmerge_adapters,
 )
+from lora_jax.model.column_norms import adapted_column_norms
 from lora_jax.model.decompose import (
     Decomposed,
     PlainAdapters,
     decompose_params,
     to_plain_adapters,
 )
+from lora_jax.model.losses import MergeLoss, merge_losses
+from lora_jax.model.merging import merge_adapters, unmerge_adapters
 from lora_jax.model.quantize import quantize_params
 from lora_jax.model.sharding import adapter_shardings, optimizer_shardings
 from lora_jax.model.slots import (

@@ -73,6 +73,21 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
     return flatten(tree)[0]
 
 
+def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:
+    """Raises ValueError if an array at one of `paths`, to be donated, is at two paths."""
+    owners: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.Array | quantized.QuantizedTensor):
+            owners.setdefault(id(leaf), []).append(path)
+    for path in paths:
+        for other in owners.get(id(leaves[path]), ()):
+            if other != path:
+                raise ValueError(
+                    f"the array at {path!r} is also at {other!r}, and donating it would "
+                    f"delete both: {way_out}."
+                )
+
+
 def without_leaves(tree: Tree, paths: Collection[str]) -> Tree:
     """A tree without the leaves at some paths.
 

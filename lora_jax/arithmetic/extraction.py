@@ -12,7 +12,7 @@ from lora_jax._core import checks, numerics, placement, quantized, tree_paths
 from lora_jax.arithmetic.weight_updates import check_finite, checked_cut, extract_weight
 from lora_jax.layers.combinations import Cut
 from lora_jax.layers.lora import Adapter
-from lora_jax.model import merging, sharding
+from lora_jax.model import sharding
 from lora_jax.plan import derived_plans, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.derived_plans import Size
@@ -93,7 +93,7 @@ def extract_adapters(
             "base and tuned must have the same leaves, and only one of them has "
             f"{tree_paths.listed(sorted(old.keys() ^ new.keys()))}."
         )
-    merging.check_all_uses(plan)
+    plan_checks.check_all_uses(plan)
     made, sizes, energies = {}, {}, {}
     for path, target in plan.targets.items():
         leaf = plan.leaf(path)

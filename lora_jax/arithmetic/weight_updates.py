@@ -21,7 +21,7 @@ from lora_jax.layers import combinations
 from lora_jax.layers.combinations import Cut, Method, Term, Update
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.lowrank import weight_norms
-from lora_jax.model import merging
+from lora_jax.model.column_norms import column_norm
 from lora_jax.plan import layout, parts
 from lora_jax.plan.target import Target
 
@@ -45,7 +45,7 @@ def _norms_of(weight: Any, target: Target) -> Norms:
     def norms(factors: Adapter, scale: float) -> jax.Array:
         rank = factors["A"].shape[-1]
         own = dataclasses.replace(target, rank=rank, scale=scale)
-        return merging.column_norm(weight, factors, own)
+        return column_norm(weight, factors, own)
 
     return norms
 

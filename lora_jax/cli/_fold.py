@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.cli._blocks import Update
 from lora_jax.model import losses
-from lora_jax.model.adapters import merge_adapters
+from lora_jax.model.merging import merge_adapters
 from lora_jax.plan import layout, parts
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.config import LoraConfig

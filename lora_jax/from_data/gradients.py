@@ -16,6 +16,7 @@ from lora_jax.from_data import gradient_sums
 from lora_jax.layers import decompositions
 from lora_jax.layers.lora import Adapter
 from lora_jax.model import initialization, merging, sharding
+from lora_jax.model.column_norms import column_norm
 from lora_jax.model.decompose import Decomposed
 from lora_jax.plan import plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
@@ -165,7 +166,7 @@ def init_adapters_from_gradients(
     for path, target in plan.targets.items():
         if target.method == "dora":
             weight = bases[plan.leaf(path)]
-            adapters[path]["m"] = merging.column_norm(weight, adapters[path], target)
+            adapters[path]["m"] = column_norm(weight, adapters[path], target)
     adapters |= trained_leaves.init_all(leaves, plan)
     places = sharding.init_shardings(leaves, plan)
     if places is not None:

@@ -15,7 +15,8 @@ from lora_jax._core.tree_paths import Tree
 from lora_jax.from_data import principal_components
 from lora_jax.from_data.principal_components import Components
 from lora_jax.layers.lora import Adapter
-from lora_jax.model import initialization, merging, sharding
+from lora_jax.model import initialization, sharding
+from lora_jax.model.column_norms import column_norm
 from lora_jax.plan import derived_plans, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.derived_plans import Size
@@ -162,7 +163,7 @@ def init_adapters_from_inputs(
         adapters[path] = {"A": a.astype(dtype), "B": b}
         if target.method == "dora":
             weight = leaves[new.leaf(path)]
-            adapters[path]["m"] = merging.column_norm(weight, {}, target)
+            adapters[path]["m"] = column_norm(weight, {}, target)
     adapters |= trained_leaves.init_all(leaves, new)
     places = sharding.init_shardings(leaves, new)
     if places is not None:

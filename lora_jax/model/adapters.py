@@ -1,4 +1,4 @@
-"""Adapters of a whole model: plan, init, merge, unmerge, count.
+"""Adapters of a whole model: plan, init, count.
 
 `params` is any pytree. Its leaves are named by their paths, such as
 `"decoder/0/query/kernel"`. Leaves that are not arrays are not changed. `adapters` is a
@@ -18,25 +18,19 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax._core import checks, placement, tree_paths
-from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.model import losses, merging, sharding
+from lora_jax.layers.lora import Adapter
+from lora_jax.model import sharding
 from lora_jax.model.initialization import init_adapter, put
-from lora_jax.model.losses import MergeLoss
 from lora_jax.plan import plan_checks, selection, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.transform import discovery
 
 __all__ = [
-    "MergeLoss",
     "ParameterCount",
-    "adapted_column_norms",
     "count_parameters",
     "init_adapters",
-    "merge_adapters",
-    "merge_losses",
     "plan_adapters",
-    "unmerge_adapters",
 ]
 
 
@@ -198,169 +192,6 @@ def init_adapters(
     return adapters | trained
 
 
-def merge_adapters(
-    params: tree_paths.Tree,
-    adapters: Adapters,
-    plan: AdapterPlan,
-    *,
-    donate: bool = False,
-    requantize: bool = False,
-) -> tree_paths.Tree:
-    """Merges adapters into the weights that they adapt.
-
-    On a mesh no weight is gathered: devices exchange parts of adapters and norms only. One
-    case is an exception: in a trace on automatic mesh axes, an adapter of some entries of a
-    batch axis that the mesh splits.
-
-    Merged quantized weights are dense. With `requantize` they are quantized again, which
-    often loses more than the adapters changed; `merge_losses` measures the loss.
-
-    Args:
-        params: the params of the plan.
-        adapters: the adapters of the plan.
-        plan: what `plan_adapters` returned.
-        donate: reuse the memory of each old weight for the merged one. The old weights are
-            deleted, even if an error is raised. Has no effect on NumPy arrays, nor inside
-            `jax.jit`, which has its own donation.
-        requantize: quantize merged weights again, in the format and with the settings of
-            the old ones. Outside a trace, the loss of each weight is logged at the level
-            INFO to the logger `"lora_jax"`.
-
-    Returns:
-        A tree like `params`. Adapted weights are new arrays with the dtype and the sharding
-        of the old ones, computed in at least float32 and rounded once. Trained leaves are
-        copies of their values, with the dtype and the sharding of the old leaves. All other
-        leaves are the same objects as in `params`.
-
-    Raises:
-        FloatingPointError: if a merged weight has an infinity or a NaN. This is checked
-            only outside a trace.
-        KeyError: if params lack a weight of the plan, or the paths or entries of the
-            adapters are not those of the plan.
-        TypeError: if an array is not floating point.
-        ValueError: if a shape is not that of the plan, an adapter has biases, a weight to
-            donate is at two paths, or an adapter is for one kind of use of a weight that
-            the function uses in two ways.
-    """
-    leaves, treedef = _checked(params, adapters, plan)
-    merging.check_all_uses(plan)
-    checks.check_flags(donate=donate, requantize=requantize)
-    if donate:
-        merging.check_none_is_shared(leaves, plan.by_leaf(), "merge with donate=False")
-    merged = merging.fold_all(merging.merge, leaves, adapters, {}, plan, donate)
-    if requantize:
-        merged = merging.requantize_all(leaves, merged)
-    merged |= merging.copy_trained(leaves, adapters, plan)
-    return treedef.unflatten((leaves | merged).values())
-
-
-def unmerge_adapters(
-    params: tree_paths.Tree,
-    adapters: Adapters,
-    plan: AdapterPlan,
-    *,
-    column_norms: Mapping[str, jax.Array] | None = None,
-    originals: Mapping[str, jax.Array] | None = None,
-) -> tree_paths.Tree:
-    """Removes adapters from merged weights: undoes `merge_adapters`.
-
-    The rounding of the merge is not undone; `lora_jax.unmerge_lora_weight` and
-    `lora_jax.unmerge_dora_weight` give error bounds.
-
-    Args:
-        params: what `merge_adapters` returned.
-        adapters: the adapters that were merged.
-        plan: the plan of the merge.
-        column_norms: what `adapted_column_norms` returned before the merge; needed if the
-            method is DoRA.
-        originals: a dict from the paths of the trained leaves to their values before the
-            merge; needed if the plan trains leaves.
-
-    Returns:
-        A tree like `params`, with the weights from before the merge. All other leaves are
-        the same objects as in `params`.
-
-    Raises:
-        FloatingPointError: as `merge_adapters`; also for a DoRA column whose magnitude is
-            zero, which was lost in the merge.
-        KeyError, TypeError, ValueError: as `merge_adapters`, and ValueError if
-            `column_norms` or `originals` are missing, or given and not needed.
-    """
-    leaves, treedef = _checked(params, adapters, plan)
-    merging.check_all_uses(plan)
-    norms = merging.checked_norms(column_norms, plan)
-    trained = trained_leaves.restore(originals, plan)
-    restored = merging.fold_all(merging.unmerge, leaves, adapters, norms, plan, False)
-    restored |= trained
-    return treedef.unflatten((leaves | restored).values())
-
-
-def adapted_column_norms(
-    params: tree_paths.PyTree, adapters: Adapters, plan: AdapterPlan
-) -> dict[str, jax.Array]:
-    """Computes the column norms of the adapted weights, which DoRA divides by.
-
-    Args:
-        params: the params of the plan, before a merge.
-        adapters: the adapters of the plan.
-        plan: what `plan_adapters` returned.
-
-    Returns:
-        `{path: (*batch, out)}` for the weights whose method is DoRA, at least float32: the
-        `column_norms` of `unmerge_adapters` and `adapt`. See `lora_jax.dora_column_norm`.
-
-    Raises:
-        KeyError, TypeError, ValueError: as `merge_adapters`.
-    """
-    leaves, _ = _checked(params, adapters, plan)
-    norms = {}
-    for path, target in plan.targets.items():
-        if target.method != "dora":
-            continue
-        with checks.at_path(path):
-            weight = leaves[plan.leaf(path)]
-            norms[path] = merging.column_norm(weight, adapters[path], target)
-    return norms
-
-
-def merge_losses(
-    params: tree_paths.PyTree,
-    adapters: Adapters,
-    plan: AdapterPlan,
-    *,
-    requantize: bool = False,
-) -> dict[str, MergeLoss]:
-    """Measures what the rounding of `merge_adapters` would lose, for each target.
-
-    A 16-bit weight has 8 or 11 significant bits. An update below half a unit in the last
-    place of its weight vanishes.
-
-    Args:
-        params: the params of the plan, before a merge.
-        adapters: the adapters of the plan.
-        plan: what `plan_adapters` returned.
-        requantize: include the loss of quantizing merged weights again, as `merge_adapters`
-            does with `requantize`. Otherwise merged quantized weights are dense.
-
-    Returns:
-        `{path: MergeLoss}`, with scalars computed in at least float32. `vanished` is the
-        fraction of the entries that have an update and do not change, `largest_vanished`
-        the largest `|update| / |weight|` among them, and `relative_error` is
-        `|merged - exact| / |update|` in the Frobenius norm. All are 0 if the update is 0.
-
-    Raises:
-        KeyError, TypeError, ValueError: as `merge_adapters`.
-    """
-    leaves, _ = _checked(params, adapters, plan)
-    checks.check_flags(requantize=requantize)
-    found = {}
-    for path, target in plan.targets.items():
-        with checks.at_path(path):
-            weight = leaves[plan.leaf(path)]
-            found[path] = losses.merge_loss(weight, adapters[path], target, requantize)
-    return found
-
-
 def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterCount:
     """Counts the trainable parameters, and all parameters.
 
@@ -386,13 +217,3 @@ def count_parameters(params: tree_paths.PyTree, plan: AdapterPlan) -> ParameterC
     frozen = sum(map(placement.bytes_on_each_device, leaves.values()))
     counted.total_bytes = frozen + counted.trainable_bytes
     return counted
-
-
-def _checked(
-    params: tree_paths.PyTree, adapters: Adapters, plan: AdapterPlan
-) -> tuple[dict[str, Any], Any]:
-    """The leaves of params by path, and the tree structure, after all checks."""
-    leaves, treedef = tree_paths.flatten(params)
-    plan_checks.check_params(leaves, plan, values=True)
-    plan_checks.check_adapters(adapters, plan)
-    return leaves, treedef

@@ -32,6 +32,7 @@ from lora_jax.layers.decompose import (
 )
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.model import merging, sharding
+from lora_jax.model.column_norms import column_norm
 from lora_jax.plan import derived_plans, layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 
@@ -284,7 +285,7 @@ def _decompose(
         rest: Any = made
         base, _ = placement.keep_sharding(lambda w: (stored(quantize, w), ()), rest)
         if target.method == "dora":
-            adapter["m"] = merging.column_norm(base, adapter, target)
+            adapter["m"] = column_norm(base, adapter, target)
         return DecomposedWeight(base, adapter)
     weight = jnp.asarray(weight)
     place = getattr(weight, "sharding", None)
@@ -322,7 +323,7 @@ def _split(
         made, adapter = _METHODS[method].init(weight=matrix, **options)
         base = layout.from_matrix(made, own)
         if own.method == "dora":
-            adapter["m"] = merging.column_norm(base, adapter, own)
+            adapter["m"] = column_norm(base, adapter, own)
         return parts.put(weight, target.part, base), adapter
 
     return placement.keep_sharding(split, weight)

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from lora_jax._core import checks, numerics, placement
 from lora_jax.layers import initializers
 from lora_jax.layers.lora import Adapter, init_lora_adapter
-from lora_jax.model import merging
+from lora_jax.model.column_norms import column_norm
 from lora_jax.plan.adapter_plan import Target
 from lora_jax.plan.config import LoraConfig
 
@@ -32,7 +32,7 @@ def init_adapter(
         checks.check_array("the weight", weight)
         init = config.init
         zero = not isinstance(init, tuple) and init != "orthogonal"  # B and A @ B are zero
-        m = merging.column_norm(weight, {} if zero else adapter, target)
+        m = column_norm(weight, {} if zero else adapter, target)
         adapter["m"] = m if shardings is None else placement.put(m, shardings["m"])
     return adapter
 

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax._core import placement, quantized
+from lora_jax._core import checks, placement, quantized, tree_paths
+from lora_jax.layers.lora import Adapters
 from lora_jax.lowrank import weight_norms
-from lora_jax.model import merging
-from lora_jax.model.merging import Own, automatic, compiled
-from lora_jax.plan.adapter_plan import Target
+from lora_jax.model.merging import Own, automatic, own
+from lora_jax.plan import plan_checks
+from lora_jax.plan.adapter_plan import AdapterPlan, Target
+
+__all__ = ["MergeLoss", "merge_losses"]
 
 
 class MergeLoss(NamedTuple):
@@ -27,16 +30,54 @@ class MergeLoss(NamedTuple):
     """`|merged - exact| / |update|`, in the Frobenius norm; 0 if the update is zero."""
 
 
+def merge_losses(
+    params: tree_paths.PyTree,
+    adapters: Adapters,
+    plan: AdapterPlan,
+    *,
+    requantize: bool = False,
+) -> dict[str, MergeLoss]:
+    """Measures what the rounding of `merge_adapters` would lose, for each target.
+
+    A 16-bit weight has 8 or 11 significant bits. An update below half a unit in the last
+    place of its weight vanishes.
+
+    Args:
+        params: the params of the plan, before a merge.
+        adapters: the adapters of the plan.
+        plan: what `plan_adapters` returned.
+        requantize: include the loss of quantizing merged weights again, as `merge_adapters`
+            does with `requantize`. Otherwise merged quantized weights are dense.
+
+    Returns:
+        `{path: MergeLoss}`, with scalars computed in at least float32. `vanished` is the
+        fraction of the entries that have an update and do not change, `largest_vanished`
+        the largest `|update| / |weight|` among them, and `relative_error` is
+        `|merged - exact| / |update|` in the Frobenius norm. All are 0 if the update is 0.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `merge_adapters`.
+    """
+    leaves, _ = plan_checks.checked_leaves(params, adapters, plan)
+    checks.check_flags(requantize=requantize)
+    found = {}
+    for path, target in plan.targets.items():
+        with checks.at_path(path):
+            weight = leaves[plan.leaf(path)]
+            found[path] = merge_loss(weight, adapters[path], target, requantize)
+    return found
+
+
 def merge_loss(
     weight: Any, adapter: Mapping[str, jax.Array], target: Target, requantize: bool
 ) -> MergeLoss:
     """The rounding loss of `merge`; with `requantize`, the quantization loss as well."""
     requantize = requantize and quantized.is_quantized(weight)
-    how = merging.own(weight, target)
+    how = own(weight, target)
     return _compiled_loss(*placement.on_device((weight, dict(adapter))), how, requantize)
 
 
-@functools.partial(compiled, static_argnums=3)
+@functools.partial(jax.jit, inline=True, static_argnums=3)
 def _compiled_loss(
     weight: Any, adapter: Mapping[str, jax.Array], own: Own, requantize: bool
 ) -> MergeLoss:

@@ -1,4 +1,4 @@
-"""Merges, unmerges and norms of the weights of a plan.
+"""Merges the adapters of a plan into the weights, and removes them again.
 
 The functions of one weight take the weight in its own layout, with its adapter and its
 target. Outside a trace they are compiled, once for each kind of target, so that no array
@@ -16,20 +16,116 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._core import checks, compat, numerics, placement, quantized
+from lora_jax._core import checks, compat, numerics, placement, quantized, tree_paths
 from lora_jax.layers.lora import Adapter, Adapters
 from lora_jax.lowrank.low_rank import LowRank
-from lora_jax.plan import layout, parts, plan_checks, stacks
+from lora_jax.plan import layout, parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan, Target
 from lora_jax.plan.target import VALUE
+
+__all__ = ["merge_adapters", "unmerge_adapters"]
 
 _LOG = logging.getLogger("lora_jax")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Fold: TypeAlias = Callable[..., jax.Array]
 
-# Inlined inside a trace; otherwise compiled once for each target.
-compiled = functools.partial(jax.jit, inline=True)
+
+def merge_adapters(
+    params: tree_paths.Tree,
+    adapters: Adapters,
+    plan: AdapterPlan,
+    *,
+    donate: bool = False,
+    requantize: bool = False,
+) -> tree_paths.Tree:
+    """Merges adapters into the weights that they adapt.
+
+    On a mesh no weight is gathered: devices exchange parts of adapters and norms only. One
+    case is an exception: in a trace on automatic mesh axes, an adapter of some entries of a
+    batch axis that the mesh splits.
+
+    Merged quantized weights are dense. With `requantize` they are quantized again, which
+    often loses more than the adapters changed; `merge_losses` measures the loss.
+
+    Args:
+        params: the params of the plan.
+        adapters: the adapters of the plan.
+        plan: what `plan_adapters` returned.
+        donate: reuse the memory of each old weight for the merged one. The old weights are
+            deleted, even if an error is raised. Has no effect on NumPy arrays, nor inside
+            `jax.jit`, which has its own donation.
+        requantize: quantize merged weights again, in the format and with the settings of
+            the old ones. Outside a trace, the loss of each weight is logged at the level
+            INFO to the logger `"lora_jax"`.
+
+    Returns:
+        A tree like `params`. Adapted weights are new arrays with the dtype and the sharding
+        of the old ones, computed in at least float32 and rounded once. Trained leaves are
+        copies of their values, with the dtype and the sharding of the old leaves. All other
+        leaves are the same objects as in `params`.
+
+    Raises:
+        FloatingPointError: if a merged weight has an infinity or a NaN. This is checked
+            only outside a trace.
+        KeyError: if params lack a weight of the plan, or the paths or entries of the
+            adapters are not those of the plan.
+        TypeError: if an array is not floating point.
+        ValueError: if a shape is not that of the plan, an adapter has biases, a weight to
+            donate is at two paths, or an adapter is for one kind of use of a weight that
+            the function uses in two ways.
+    """
+    leaves, treedef = plan_checks.checked_leaves(params, adapters, plan)
+    plan_checks.check_all_uses(plan)
+    checks.check_flags(donate=donate, requantize=requantize)
+    if donate:
+        tree_paths.check_none_is_shared(leaves, plan.by_leaf(), "merge with donate=False")
+    merged = fold_all(merge, leaves, adapters, {}, plan, donate)
+    if requantize:
+        merged = requantize_all(leaves, merged)
+    merged |= copy_trained(leaves, adapters, plan)
+    return treedef.unflatten((leaves | merged).values())
+
+
+def unmerge_adapters(
+    params: tree_paths.Tree,
+    adapters: Adapters,
+    plan: AdapterPlan,
+    *,
+    column_norms: Mapping[str, jax.Array] | None = None,
+    originals: Mapping[str, jax.Array] | None = None,
+) -> tree_paths.Tree:
+    """Removes adapters from merged weights: undoes `merge_adapters`.
+
+    The rounding of the merge is not undone; `lora_jax.unmerge_lora_weight` and
+    `lora_jax.unmerge_dora_weight` give error bounds.
+
+    Args:
+        params: what `merge_adapters` returned.
+        adapters: the adapters that were merged.
+        plan: the plan of the merge.
+        column_norms: what `adapted_column_norms` returned before the merge; needed if the
+            method is DoRA.
+        originals: a dict from the paths of the trained leaves to their values before the
+            merge; needed if the plan trains leaves.
+
+    Returns:
+        A tree like `params`, with the weights from before the merge. All other leaves are
+        the same objects as in `params`.
+
+    Raises:
+        FloatingPointError: as `merge_adapters`; also for a DoRA column whose magnitude is
+            zero, which was lost in the merge.
+        KeyError, TypeError, ValueError: as `merge_adapters`, and ValueError if
+            `column_norms` or `originals` are missing, or given and not needed.
+    """
+    leaves, treedef = plan_checks.checked_leaves(params, adapters, plan)
+    plan_checks.check_all_uses(plan)
+    norms = plan_checks.checked_norms(column_norms, plan)
+    trained = trained_leaves.restore(originals, plan)
+    restored = fold_all(unmerge, leaves, adapters, norms, plan, False)
+    restored |= trained
+    return treedef.unflatten((leaves | restored).values())
 
 
 class Finite(NamedTuple):
@@ -127,39 +223,6 @@ def own(weight: Any, target: Target) -> Own:
     ]
     first = split[0] if known and 0 not in cut else None
     return Own(target, any(moved), first)
-
-
-def column_norm(weight: Any, adapter: Mapping[str, jax.Array], target: Target) -> jax.Array:
-    """The column norms of the adapted weight, `(*batch, out)`.
-
-    The adapter may be empty if its update is zero.
-    """
-    factors = {name: value for name, value in adapter.items() if name != "m"}
-    how = own(weight, target)
-    return _column_norms(*placement.on_device((weight, factors)), how)
-
-
-@compiled
-def _column_norms(weight: Any, factors: Mapping[str, jax.Array], own: Own) -> jax.Array:
-    target, norms_of = own.target, _norms_of(own)
-    if not own.in_place:
-        weight, alone = stacks.take(weight, target), target.alone
-        return stacks.map_entries(norms_of, weight, factors, alone, own.split)
-    mesh = compat.mesh_of(jax.typeof(jax.tree.leaves(weight)[0]))
-    factors, whole = compat.automatically(own.adapter, mesh, factors)
-    norms = stacks.map_entries(norms_of, weight, factors, whole, own.split)
-    axes = (*target.batch_axes, *target.out_axes)
-    sizes, entries = target.shape, parts.entries(target.part, target.shape)
-    norms = norms.reshape([sizes[axis] for axis in axes])
-    norms = parts.take(norms, parts.as_text([entries[axis] for axis in axes], norms.shape))
-    batch, (_, n_out) = target.matrix_shape[:-2], target.matrix_shape[-2:]
-    return norms.reshape(*batch, n_out)
-
-
-def _norms_of(own: Own) -> Callable[..., jax.Array]:
-    """A function of a dense weight, its adapter and its target."""
-    form = {"form_update": own.in_place}
-    return automatic(keeps=False)(lambda *given: layout.low_rank(*given).norms(**form))
 
 
 @automatic(keeps=True)
@@ -266,57 +329,6 @@ def copy_trained(
     return merged
 
 
-def check_none_is_shared(leaves: Mapping[str, Any], paths: Any, way_out: str) -> None:
-    """Raises ValueError if an array at one of `paths`, to be donated, is at two paths."""
-    owners: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        if isinstance(leaf, jax.Array | quantized.QuantizedTensor):
-            owners.setdefault(id(leaf), []).append(path)
-    for path in paths:
-        for other in owners.get(id(leaves[path]), ()):
-            if other != path:
-                raise ValueError(
-                    f"the array at {path!r} is also at {other!r}, and donating it would "
-                    f"delete both: {way_out}."
-                )
-
-
-def check_all_uses(plan: AdapterPlan) -> None:
-    """Raises if an adapter is for one kind of use and its weight has other uses."""
-    for path, target in plan.targets.items():
-        leaf = plan.leaf(path)
-        uses = plan.uses.get(leaf, ())
-        kinds = {use.kind(target.batch_axes) for use in uses} - {""}
-        # A single row may be either; an entry of a stack is neither.
-        if any(
-            role == "moved" and axis not in target.batch_axes
-            for use in uses
-            for axis, role in enumerate(use.roles)
-        ):
-            kinds = {parts.LOOKUP, parts.PRODUCT}
-        if target.use and kinds != {target.use}:
-            other = "products" if target.use == parts.LOOKUP else "look-ups"
-            raise ValueError(
-                f"{path!r} adapts one use of {leaf!r} alone, and a merge would change the "
-                f"{other} of the same array, too. Untie them first: store a copy of "
-                f"{leaf!r} under another path, let the function use the copy for its "
-                f"{other}, and make a new plan; or run the model with adapt."
-            )
-
-
-def checked_norms(
-    norms: Mapping[str, jax.Array] | None, plan: AdapterPlan
-) -> Mapping[str, jax.Array]:
-    """Checks the column norms from before a merge, which DoRA needs, and returns them."""
-    if norms is None and any(own.method == "dora" for own in plan.targets.values()):
-        raise ValueError(
-            "a merged DoRA weight does not contain its norms: give column_norms="
-            "adapted_column_norms(params, adapters, plan), computed before the merge."
-        )
-    plan_checks.check_column_norms(norms or {}, plan)
-    return norms or {}
-
-
 def _blame(flags: Finite, result: jax.Array, adapter: Adapter) -> str:
     """The reason why a result is infinite or NaN."""
     before = [name for name in ("weight", "adapter") if not bool(getattr(flags, name))]
@@ -345,14 +357,14 @@ def _run(
         The result, with the sharding of the weight, and flags for finite values; inside a
         trace None in place of the flags.
     """
-    how = own(weight, target)
     if _is_traced(weight, adapter, norm):
-        return fold(weight, dict(adapter), norm, how), None
+        return fold(weight, dict(adapter), norm, own(weight, target)), None
     given = getattr(jax.tree.leaves(weight)[0], "sharding", None)
     if isinstance(given, NamedSharding):
         given = placement.sharding_of(weight)
     here, adapter, norm = placement.on_device((weight, dict(adapter), norm))
     sharding = placement.sharding_of(here) if isinstance(given, NamedSharding) else None
+    how = own(weight, target)
     is_copy = isinstance(weight, jax.Array) and here is not weight
     donated = is_copy or (donate and isinstance(weight, jax.Array))
     result, finite = _compiled_fold(fold, sharding, donated)(here, adapter, norm, how)

@@ -15,7 +15,6 @@ from lora_jax._core import checks, compat, placement, tree_paths
 from lora_jax._core.immutable import FrozenDict
 from lora_jax._core.quantized import QuantizedTensor, is_quantized
 from lora_jax._io import tensor_files
-from lora_jax.model import merging
 from lora_jax.plan import plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import ALL_LINEAR
@@ -118,7 +117,7 @@ def quantize_params(
             if isinstance(format, str):
                 _check_fits(quantize, leaves[path], count)
     if donate:
-        merging.check_none_is_shared(leaves, paths, "quantize with donate=False")
+        tree_paths.check_none_is_shared(leaves, paths, "quantize with donate=False")
     stored = {}
     for path, count in counts.items():
         with _refusing(path):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import checks, numerics, placement
 from lora_jax.layers.lora import Adapter, Adapters
-from lora_jax.model.adapters import adapted_column_norms
+from lora_jax.model.column_norms import adapted_column_norms
 from lora_jax.model.slot_arrays import (
     RANK_AXIS,
     cut_rank,

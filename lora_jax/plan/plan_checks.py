@@ -9,6 +9,7 @@ import numpy as np
 from lora_jax._core import checks, tree_paths
 from lora_jax._core.quantized import is_quantized
 from lora_jax.layers import adapter_checks
+from lora_jax.plan import parts
 from lora_jax.plan.adapter_plan import FROM_CHECKPOINT, AdapterPlan
 from lora_jax.plan.axis_roles import READ_AS, Sighting, turned
 from lora_jax.plan.target import VALUE, Target, TrainedLeaf, Use
@@ -88,6 +89,16 @@ def check_adapters(adapters: Any, plan: AdapterPlan) -> None:
     for path, leaf in plan.trained.items():
         with checks.at_path(path):
             _check_trained(adapters[path], leaf)
+
+
+def checked_leaves(
+    params: tree_paths.PyTree, adapters: Any, plan: AdapterPlan
+) -> tuple[dict[str, Any], Any]:
+    """Checks params with values, and adapters; returns the leaves and the structure."""
+    leaves, treedef = tree_paths.flatten(params)
+    check_params(leaves, plan, values=True)
+    check_adapters(adapters, plan)
+    return leaves, treedef
 
 
 def checked_plans(adapters: Any, plans: Any, whose: str) -> list[AdapterPlan]:
@@ -201,6 +212,39 @@ def check_scales(scales: Any, plan: AdapterPlan, column_norms: Any) -> dict[str,
                     "plan.replace(scale=...) and form them with that plan."
                 )
     return dict(scales)
+
+
+def checked_norms(norms: Mapping[str, Any] | None, plan: AdapterPlan) -> Mapping[str, Any]:
+    """Checks the column norms from before a merge, which DoRA needs, and returns them."""
+    if norms is None and any(own.method == "dora" for own in plan.targets.values()):
+        raise ValueError(
+            "a merged DoRA weight does not contain its norms: give column_norms="
+            "adapted_column_norms(params, adapters, plan), computed before the merge."
+        )
+    check_column_norms(norms or {}, plan)
+    return norms or {}
+
+
+def check_all_uses(plan: AdapterPlan) -> None:
+    """Raises if an adapter is for one kind of use and its weight has other uses."""
+    for path, target in plan.targets.items():
+        leaf, uses = plan.leaf(path), _uses(plan, path)
+        kinds = {use.kind(target.batch_axes) for use in uses} - {""}
+        # A single row may be either; an entry of a stack is neither.
+        if any(
+            role == "moved" and axis not in target.batch_axes
+            for use in uses
+            for axis, role in enumerate(use.roles)
+        ):
+            kinds = {parts.LOOKUP, parts.PRODUCT}
+        if target.use and kinds != {target.use}:
+            other = "products" if target.use == parts.LOOKUP else "look-ups"
+            raise ValueError(
+                f"{path!r} adapts one use of {leaf!r} alone, and a merge would change the "
+                f"{other} of the same array, too. Untie them first: store a copy of "
+                f"{leaf!r} under another path, let the function use the copy for its "
+                f"{other}, and make a new plan; or run the model with adapt."
+            )
 
 
 def to_be_compared(plan: AdapterPlan) -> dict[str, Target]:

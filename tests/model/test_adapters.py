@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 
 from lora_jax.model import adapters
-from lora_jax.model.adapters import (
-    adapted_column_norms,
-    count_parameters,
-    init_adapters,
-    merge_adapters,
-    merge_losses,
-    plan_adapters,
-    unmerge_adapters,
-)
+from lora_jax.model.adapters import count_parameters, init_adapters, plan_adapters
+from lora_jax.model.column_norms import adapted_column_norms
+from lora_jax.model.losses import merge_losses
+from lora_jax.model.merging import merge_adapters, unmerge_adapters
 from lora_jax.plan.adapter_plan import Target, Use
 from lora_jax.plan.config import LoraConfig
 from tests import reference, support

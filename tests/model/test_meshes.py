@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax.model import decompose, losses, merging
+from lora_jax.model import column_norms, decompose, losses, merging
 from tests import programs, support
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -186,7 +186,7 @@ def compiled_texts(monkeypatch):
 
     fold = merging._compiled_fold
     monkeypatch.setattr(merging, "_compiled_fold", lambda *own: recorded(fold(*own)))
-    for module, name in ((merging, "_column_norms"), (losses, "_compiled_loss")):
+    for module, name in ((column_norms, "_column_norms"), (losses, "_compiled_loss")):
         monkeypatch.setattr(module, name, recorded(getattr(module, name)))
     return texts
 

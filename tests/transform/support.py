@@ -76,11 +76,11 @@ def merged(params, adapters, plan, scales=None, use=""):
             return adapters[name]["value"].astype(weight.dtype)
         for own, target in plan.targets.items():
             if plan.leaf(own) == name and target.use in ("", use):
-                weight = asarray(weight)
+                weight = jnp.asarray(weight)
                 scale = (scales or plan.scales)[own]
                 index = as_index(target.part)
                 part = merged_matrix(weight[index], adapters[own], target.alone, scale)
-                weight = asarray(weight).at[index].set(part)
+                weight = jnp.asarray(weight).at[index].set(part)
         return weight
 
     return jax.tree_util.tree_map_with_path(merge, params)

@@ -1,12 +1,12 @@
 """A format of quantized weights that a user might write: a byte an entry, one scale."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.quant import QuantizedTensor
-from tests.support import asarray
 
 
 @jax.tree_util.register_dataclass
@@ -43,8 +43,8 @@ class Bytes(QuantizedTensor):
             raise ValueError("codes and scale do not fit.")
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def quantize(weight, batch_ndim=0):
-    weight = asarray(weight)
     flat = weight.reshape(*weight.shape[:batch_ndim], -1).astype(jnp.float32)
     scale = jnp.max(jnp.abs(flat), axis=-1, keepdims=True) / 127
     codes = jnp.round(flat / scale).astype(jnp.int8)

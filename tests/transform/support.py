@@ -19,7 +19,7 @@ def plan_of(fn, params, *args, **config):
     )
 
 
-def trained(params, plan, seed=0):
+def trained(params, plan, seed=0, size=1.0):
     """Adapters in which nothing is zero.
 
     NumPy draws them, in the dtypes of `init_adapters`: no program is compiled for it.
@@ -33,7 +33,7 @@ def trained(params, plan, seed=0):
         dtype = plan.config.dtype or (float if leaf.dtype == "float64" else "float32")
         # Magnitudes have a sign, and a trained leaf is near what it was.
         start = {"m": 3.0, "value": leaf}.get(name, 0.0)
-        return asarray(np.asarray(start, float) + rng.normal(size=shape), dtype)
+        return asarray(size * (np.asarray(start, float) + rng.normal(size=shape)), dtype)
 
     return {
         path: {name: draw(path, name, shape) for name, shape in own.adapter_shapes.items()}
@@ -80,7 +80,7 @@ def merged(params, adapters, plan, scales=None, use=""):
                 scale = (scales or plan.scales)[own]
                 index = as_index(target.part)
                 part = merged_matrix(weight[index], adapters[own], target.alone, scale)
-                weight = jnp.asarray(weight).at[index].set(part)
+                weight = weight.at[index].set(part)
         return weight
 
     return jax.tree_util.tree_map_with_path(merge, params)
@@ -103,7 +103,7 @@ def both(fn, params, plan, adapters, *args, dense=None, **options):
 
     The latter is `dense` on the merged params, or else `fn`.
     """
-    params = jax.tree.map(jnp.asarray, params)  # what closes over them may index them
+    params = jax.device_put(params)  # what closes over them may index them
     floating = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)]
     wrt = (0, *(1 + i for i in floating))
     model = lora_jax.adapt(fn, plan, **options)
@@ -195,7 +195,7 @@ def check(fn, params, *args, config=None, plan=None, tolerance=1e-10, **options)
 
 def check_values(fn, params, *args, config, tolerance, **options):
     """`check` without the gradients."""
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)
     plan = plan_of(fn, params, *args, **config)
     adapters = trained(params, plan)
     with optimizations(False):  # what counts here are values

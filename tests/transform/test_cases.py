@@ -1,7 +1,6 @@
 """Adapted and merged function agree in every case, and nothing weight-sized is formed."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import lora_jax
@@ -51,7 +50,7 @@ def test_scales_are_traced(name, method):
     with x64(), optimizations(False):
         params, args = inputs(case)
         plan = plan_of(case.fn, params, *args, **case.config, use_dora=method == "dora")
-        params, adapters = jax.tree.map(jnp.asarray, params), trained(params, plan)
+        params, adapters = jax.device_put(params), trained(params, plan)
         scales = {
             path: normal(*target.matrix_shape[:-2], seed=i)
             for i, (path, target) in enumerate(plan.targets.items())
@@ -150,7 +149,7 @@ def test_new_adapters_change_no_bit(name, optimized_operations):
     case = CASES[name]
     with x64():
         params, args = inputs(case)
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.device_put(params)
         plan = plan_of(case.fn, params, *args, **case.config)
         adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
         adapted = lora_jax.adapt(case.fn, plan, **case.options)

@@ -43,7 +43,7 @@ def test_is_adapted_as_the_plain_product(product, quantized, options, fresh_oper
     params = {"w": asarray(W if product == "one" else [SQUARE] * 3, "float32")}
     x = asarray(X, "float32")
     plan = plan_of(fns[0], params, x, **STATED, **options)
-    adapters = jax.tree.map(lambda v: 0.3 * v, trained(params, plan))
+    adapters = trained(params, plan, size=0.3)
     if quantized:
         params = {"w": toy_format.quantize(params["w"])}
 

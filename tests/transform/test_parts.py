@@ -11,7 +11,7 @@ import pytest
 import lora_jax
 from lora_jax import quant
 from tests import programs
-from tests.support import asarray, normal, optimizations, set_mesh, x64
+from tests.support import asarray, draw, normal, optimizations, set_mesh, x64
 from tests.transform.cases import CASES
 from tests.transform.support import (
     assert_same,
@@ -117,7 +117,7 @@ INPUTS = {"a head of the output": (output, {"o": (2, 4, 8)}, ["o[1]"])}
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("name", PARTS | INPUTS)
-def test_parts(name, method, fresh_operations):
+def test_parts(name, method):
     fn, shapes, targets = (PARTS | INPUTS)[name]
     with x64():
         params = {path: normal(*shape, seed=3) for path, shape in shapes.items()}
@@ -128,26 +128,34 @@ def test_parts(name, method, fresh_operations):
                 plan_of(fn, params, x, **config)
             return
         plan = check(fn, params, x, config=config)
-        params, x = jax.tree.map(jnp.asarray, (params, x))
-        fresh = lora_jax.init_adapters(jax.random.key(0), params, plan)
-        out = lora_jax.adapt(fn, plan)(params, fresh, x)
-        np.testing.assert_allclose(
-            out, fn(params, x), rtol=0 if method == "lora" else 1e-12
-        )
-        _check_merges(params, trained(params, plan), plan)
+
+        @jax.jit
+        def outputs(params, x):
+            fresh = lora_jax.init_adapters(jax.random.key(0), params, plan)
+            return lora_jax.adapt(fn, plan)(params, fresh, x), fn(params, x)
+
+        rtol = 0 if method == "lora" else 1e-12
+        np.testing.assert_allclose(*outputs(params, x), rtol=rtol)
+        _check_merges(jax.tree.map(asarray, params), trained(params, plan), plan)
 
 
 def _check_merges(params, adapters, plan):
     """The library's own merge, and back; and what it says of it."""
-    params = jax.tree.map(jnp.asarray, params)
-    norms = lora_jax.adapted_column_norms(params, adapters, plan) or None
-    folded = lora_jax.merge_adapters(params, adapters, plan)
-    assert_same(folded, merged(params, adapters, plan))
-    back = lora_jax.unmerge_adapters(folded, adapters, plan, column_norms=norms)
+
+    @jax.jit
+    def merges(params, adapters):
+        norms = lora_jax.adapted_column_norms(params, adapters, plan) or None
+        folded = lora_jax.merge_adapters(params, adapters, plan)
+        back = lora_jax.unmerge_adapters(folded, adapters, plan, column_norms=norms)
+        losses = lora_jax.merge_losses(params, adapters, plan)
+        return folded, merged(params, adapters, plan), back, losses
+
+    folded, want, back, losses = merges(params, adapters)
+    assert_same(folded, want)
     assert_same(back, params)
     sizes = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     assert lora_jax.count_parameters(params, plan).trainable == sizes
-    for loss in lora_jax.merge_losses(params, adapters, plan).values():
+    for loss in losses.values():
         assert loss.relative_error < 1e-12
 
 
@@ -212,10 +220,14 @@ def test_layers_outside_of_a_part_keep_their_program():
     """A Python loop over layers multiplies with the factors where they are adapted."""
     params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, np.ones((5, 8), "float32")
 
-    def more(targets):
+    def steps(targets):
         plan = plan_of(unrolled, params, x, targets=targets)
-        adapted, frozen, _ = compiled_steps(unrolled, params, plan, x)
-        return programs.flops(adapted()) - programs.flops(frozen())
+        return compiled_steps(unrolled, params, plan, x)
+
+    frozen = programs.flops(steps("up")[1]())
+
+    def more(targets):
+        return programs.flops(steps(targets)[0]()) - frozen
 
     layer = more("up[1]")
     products = 6 * 5 * 3 * (8 + 8)  # forward, gradients of the factors and of x
@@ -229,33 +241,41 @@ def test_layers_outside_of_a_part_keep_their_program():
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("part", ["up[2:]", "up[1]", "up[[0, 3]]", "up[1:, :, 8:]"])
 def test_parts_of_a_quantized_stack(part, method, format):
-    with optimizations(False):
-        params = {"up": normal(LAYERS, 16, 16, dtype="float32") / 4}
-        x = normal(5, 16, dtype="float32")
-        plan = plan_of(stack, params, x, targets=part, use_dora=method == "dora")
-        stored = lora_jax.quantize_params(params, "up", format=format, batch_axes=1)
+    params = {"up": normal(LAYERS, 16, 16, dtype="float32") / 4}
+    x = normal(5, 16, dtype="float32")
+    plan = plan_of(stack, params, x, targets=part, use_dora=method == "dora")
+
+    @jax.jit
+    def results(stored, adapters):
+        out = lora_jax.adapt(stack, plan)(stored, adapters, x)
         dense = {"up": stored["up"].dequantize("float32")}
-        # Small, so that the layers do not make roundings of float32 grow.
-        adapters = jax.tree.map(lambda v: 0.3 * v, trained(stored, plan))
-        out = jax.jit(lora_jax.adapt(stack, plan))(stored, adapters, x)
-        assert_same(out, stack(merged(dense, adapters, plan), x), 1e-5)
         losses = lora_jax.merge_losses(stored, adapters, plan, requantize=True)
-        assert all(0 < loss.relative_error < 1 for loss in losses.values())
+        return out, stack(merged(dense, adapters, plan), x), losses
+
+    with optimizations(False):
+        stored = lora_jax.quantize_params(params, "up", format=format, batch_axes=1)
+        # Small, so that the layers do not make roundings of float32 grow.
+        adapters = trained(stored, plan, size=0.3)
+        out, want, losses = results(stored, adapters)
+    assert_same(out, want, 1e-5)
+    assert all(0 < loss.relative_error < 1 for loss in losses.values())
 
 
 def test_dropout_of_a_part():
     """Layers without an adapter drop nothing; at scale 0 nothing is left of the rest."""
-    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, jnp.ones((5, 8))
+    params, x = {"up": draw(LAYERS, 8, 8)}, np.ones((5, 8), "float32")
     plan = plan_of(stack, params, x, targets="up[3:]", dropout=0.5)
-    adapters = trained(params, plan)
-    run = lora_jax.adapt(stack, plan, dropout_key=jax.random.key(1))
-    assert not np.allclose(
-        run(params, adapters, x), lora_jax.adapt(stack, plan)(params, adapters, x)
-    )
-    off = lora_jax.adapt(
-        stack, plan, dropout_key=jax.random.key(1), scales={"up[3:]": np.zeros(1, "f4")}
-    )
-    np.testing.assert_array_equal(off(params, adapters, x), stack(params, x))
+    key, zero = jax.random.key(1), {"up[3:]": np.zeros(1, "float32")}
+
+    @jax.jit
+    def outputs(*given):
+        run = lora_jax.adapt(stack, plan, dropout_key=key)
+        off = lora_jax.adapt(stack, plan, dropout_key=key, scales=zero)
+        return run(*given), lora_jax.adapt(stack, plan)(*given), off(*given)
+
+    dropped, whole, off = outputs(params, trained(params, plan), x)
+    assert not np.allclose(dropped, whole)
+    np.testing.assert_array_equal(off, stack(params, x))
 
 
 # Uses of a tied table: `fn(table of the look-ups, table of the products, other, tokens)`.
@@ -344,7 +364,7 @@ def test_one_use_of_a_tied_table(fn, name, method):
 
     with x64(), optimizations(False):
         params = {"table": normal(20, 8), "w": normal(8, 8, seed=1)}
-        params, tokens = jax.tree.map(jnp.asarray, params), jnp.arange(6)
+        params, tokens = jax.tree.map(asarray, params), np.arange(6)
         config = {"targets": USES[name], "use_dora": method == "dora"}
         plan = plan_of(model, params, tokens, **config)
         adapters = trained(params, plan)
@@ -383,7 +403,7 @@ def test_uses_in_products_that_are_stated(method, table):
     first, second = (
         functools.partial(model, multiply) for multiply in (stated, jnp.matmul)
     )
-    tokens = jnp.arange(6)
+    tokens = np.arange(6)
     plans = [
         plan_of(
             fn,
@@ -397,7 +417,7 @@ def test_uses_in_products_that_are_stated(method, table):
     ]
     adapters = trained(table, plans[0])
     got, want = (
-        lora_jax.adapt(fn, plan)(table, adapters, tokens)
+        jax.jit(lora_jax.adapt(fn, plan))(table, adapters, tokens)
         for fn, plan in zip((first, second), plans, strict=True)
     )
     assert_same(got, want, 1e-5)
@@ -417,7 +437,7 @@ def table():
 
 
 def test_a_merge_of_one_use_says_to_untie(table):
-    tokens = jnp.arange(6)
+    tokens = np.arange(6)
     plan = plan_of(_model, table, tokens, targets="table@lookup")
     adapters = trained(table, plan)
     norms = lora_jax.adapted_column_norms(table, adapters, plan)
@@ -433,7 +453,7 @@ def test_a_merge_where_a_row_may_be_either_use(table):
     def model(params, x):
         return jnp.tanh(x + params["table"][3:4] @ params["w"]) @ params["table"].T
 
-    x = jnp.ones((3, 8))
+    x = np.ones((3, 8), "float32")
     plan = plan_of(model, table, x, targets="table@product")
     with pytest.raises(ValueError, match=r"adapts one use.*the look-ups .*Untie"):
         lora_jax.merge_adapters(table, trained(table, plan), plan)
@@ -443,9 +463,10 @@ def test_a_merge_of_the_only_use(table):
     def head(params, x):
         return x @ params["table"].T
 
-    plan = plan_of(head, table, jnp.ones((3, 8)), targets="table@product")
+    x = np.ones((3, 8), "float32")
+    plan = plan_of(head, table, x, targets="table@product")
     adapters = trained(table, plan)
-    whole = plan_of(head, table, jnp.ones((3, 8)), targets="table")
+    whole = plan_of(head, table, x, targets="table")
     own = {"table": adapters["table@product"]}
     assert_same(
         lora_jax.merge_adapters(table, adapters, plan),
@@ -455,7 +476,7 @@ def test_a_merge_of_the_only_use(table):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_use_of_neither_kind_is_an_error(table, method):
-    tokens = jnp.arange(6)
+    tokens = np.arange(6)
     config = {"targets": "table@product", "axes": {"table": "io"}}
     plan = plan_of(_squared, table, tokens, **config, use_dora=method == "dora")
     with pytest.raises(ValueError, match=r"`(integer_pow|square)`.*neither a look-up"):
@@ -465,14 +486,18 @@ def test_a_use_of_neither_kind_is_an_error(table, method):
 
 
 def test_a_layer_of_a_stack_is_no_look_up():
-    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, np.ones((5, 8), "float32")
+    params, x = {"up": draw(LAYERS, 8, 8)}, np.ones((5, 8), "float32")
     with pytest.raises(ValueError, match="no look-up of its rows that '@lookup'"):
         plan_of(unrolled, params, x, targets="up@lookup")
     plan = plan_of(unrolled, params, x, targets="up@product")
     adapters = trained(params, plan)
-    whole = lora_jax.merge_adapters(params, adapters, plan)  # there is no other use
-    out = lora_jax.adapt(unrolled, plan)(params, adapters, x)
-    assert_same(out, unrolled(whole, x), 1e-5)
+
+    @jax.jit
+    def outputs(params, adapters):
+        whole = lora_jax.merge_adapters(params, adapters, plan)  # there is no other use
+        return lora_jax.adapt(unrolled, plan)(params, adapters, x), unrolled(whole, x)
+
+    assert_same(*outputs(params, adapters), 1e-5)
 
 
 @pytest.mark.parametrize("layers", [[0, 1], [0, 1, 2]])
@@ -484,27 +509,31 @@ def test_a_part_that_is_missing_counts_as_unused(layers):
             x = jnp.tanh(x @ params["up"][layer])
         return x
 
-    params = {"up": asarray(normal(LAYERS, 8, 8, dtype="float32"))}
-    x = jnp.ones((5, 8))
+    params, x = {"up": draw(LAYERS, 8, 8)}, np.ones((5, 8), "float32")
     plan = plan_of(unrolled, params, x, targets=("up[:2]", "up[2:]"))
-    model = lora_jax.adapt(some, plan)
+
+    @jax.jit
+    def outputs(params, adapters):
+        out = lora_jax.adapt(some, plan)(params, adapters, x)
+        return out, some(merged(params, adapters, plan), x)
+
+    adapters = trained(params, plan)
     if 2 in layers:
-        want = some(merged(params, trained(params, plan), plan), x)
-        assert_same(model(params, trained(params, plan), x), want, 1e-5)
+        assert_same(*outputs(params, adapters), 1e-5)
         return
     with pytest.raises(ValueError, match=r"never uses .*'up\[2:\]'"):
-        model(params, trained(params, plan), x)
+        outputs(params, adapters)
 
 
 def test_a_use_that_is_missing_counts_as_unused(table):
-    tokens = jnp.arange(6)
+    tokens = np.arange(6)
     plan = plan_of(_model, table, tokens, targets=("table@product", "w"))
 
     def without_head(params, tokens):
         return params["table"][tokens] @ params["w"]
 
     with pytest.raises(ValueError, match=r"never uses .*'table@product'"):
-        lora_jax.adapt(without_head, plan)(table, trained(table, plan), tokens)
+        jax.jit(lora_jax.adapt(without_head, plan))(table, trained(table, plan), tokens)
 
 
 def test_decomposed_parts_are_the_function(table):
@@ -512,15 +541,23 @@ def test_decomposed_parts_are_the_function(table):
     with x64():
         params, x = {"up": asarray(normal(LAYERS, 8, 8))}, normal(5, 8)
         plan = plan_of(stack, params, x, targets=("up[1:3]", "up[3]"))
-        base, adapters = lora_jax.decompose_params(params, plan, "pissa")
-        assert_same(lora_jax.merge_adapters(base, adapters, plan), params)
-        np.testing.assert_array_equal(base["up"][0], params["up"][0])
+
+        @jax.jit
+        def decomposed(params):
+            base, adapters = lora_jax.decompose_params(params, plan, "pissa")
+            return base, lora_jax.merge_adapters(base, adapters, plan), adapters
+
+        base, again, adapters = decomposed(params)
+        assert_same(again, params)
+        np.testing.assert_array_equal(
+            *(np.asarray(tree["up"])[0] for tree in (base, params))
+        )
         doubled = lora_jax.to_plain_adapters(adapters, adapters, plan)
         again = lora_jax.plan_adapters(doubled.plan.config, params, stack, x)
         assert again == doubled.plan
         with pytest.raises(ValueError, match="quantize gives a whole weight"):
             lora_jax.decompose_params(params, plan, "loftq", quantize=quant.quantize_int8)
-    plan = plan_of(_model, table, jnp.arange(6), targets="table@lookup")
+    plan = plan_of(_model, table, np.arange(6), targets="table@lookup")
     with pytest.raises(ValueError, match="changes the weight for all of its uses"):
         lora_jax.decompose_params(table, plan, "pissa")
 
@@ -557,7 +594,8 @@ def test_parts_that_cut_across_the_shards_of_explicit_axes(spec, method):
                 lora_jax.merge_adapters(base, parted, plan),
             )
 
-        want = jax.tree.map(np.asarray, results(stack, params, adapters, x))
+        alone = jax.jit(functools.partial(results, stack))
+        want = jax.tree.map(np.asarray, alone(params, adapters, x))
         with set_mesh(mesh):
             put = jax.device_put(
                 (params, adapters, x), jax.sharding.NamedSharding(mesh, whole)
@@ -585,12 +623,13 @@ def test_parts_of_scale_0_change_nothing(fn):
 
 
 def test_one_trace_for_all_scales_of_parts():
-    params, x = {"up": normal(LAYERS, 8, 8, dtype="float32")}, jnp.ones((5, 8))
+    params, x = {"up": draw(LAYERS, 8, 8)}, np.ones((5, 8), "float32")
     plan = plan_of(stack, params, x, targets=("up[:2]", "up[2:]"))
+    scales = {"up[:2]": asarray([0.5, 2.0], "float32"), "up[2:]": asarray(0.0, "float32")}
+
     adapters = trained(params, plan)
-    scales = {"up[:2]": jnp.array([0.5, 2.0]), "up[2:]": jnp.float32(0.0)}
     out = lora_jax.adapt(stack, plan, scales=scales)(params, adapters, x)
-    want = stack(merged(jax.tree.map(jnp.asarray, params), adapters, plan, scales), x)
-    assert_same(out, want, 1e-5)
+    want = jax.jit(lambda *given: stack(merged(*given[:2], plan, given[2]), x))
+    assert_same(out, want(params, adapters, scales), 1e-5)
     off = dataclasses.replace(plan, targets={"up[:2]": plan.targets["up[:2]"]})
     assert list(off.targets) == ["up[:2]"]

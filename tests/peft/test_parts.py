@@ -113,7 +113,7 @@ def test_layers_of_a_stack(ranks, config, targets, written, dora, tmp_path):
     config_again = lora_jax.plan_adapters(loaded.plan.config, STACK, scanned, X)
     assert dict(config_again.targets) == dict(loaded.plan.targets)
     want = by_hand(tensors, scales, dora)
-    got = lora_jax.adapt(scanned, loaded.plan)(STACK, loaded.adapters, X)
+    got = jax.jit(lora_jax.adapt(scanned, loaded.plan))(STACK, loaded.adapters, X)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
     for names in (NAMES, peft.match_names(folder, STACK, scanned, X)):
@@ -141,7 +141,7 @@ def test_some_experts_of_some_layers(tmp_path):
     loaded = peft.load(folder, stack, names=names)
     assert list(loaded.adapters) == ["layers/w[::2,1:]", "layers/w[3:,:1]"]
     delta = lora_jax.merge_adapters(stack, loaded.adapters, loaded.plan)["layers"]["w"]
-    delta = np.asarray(delta - stack["layers"]["w"])
+    delta = np.asarray(delta) - np.asarray(stack["layers"]["w"])
     for index in np.ndindex(4, 3):
         want = np.zeros((5, 7))
         if index in chosen:
@@ -278,7 +278,13 @@ def test_modules_of_a_fused_weight(case, dora, tmp_path):
         return
     loaded = peft.load(folder, params, fn, x, names=case.names)
     assert len(loaded.plan.targets) == len(case.names)
-    merged = lora_jax.merge_adapters(params, loaded.adapters, loaded.plan)
+
+    @jax.jit
+    def outputs(params, adapters):
+        merged = lora_jax.merge_adapters(params, adapters, loaded.plan)
+        return merged, lora_jax.adapt(fn, loaded.plan)(params, adapters, x), fn(merged, x)
+
+    merged, adapted, wanted = outputs(params, loaded.adapters)
     for module in case.blocks:
         want = block_of(case, params["w"], module) + update_of(tensors, module, 1.5)
         if dora:
@@ -286,10 +292,9 @@ def test_modules_of_a_fused_weight(case, dora, tmp_path):
             want = want * m / np.sqrt(np.square(want).sum(0))
         got = block_of(case, merged["w"], module)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    adapted = lora_jax.adapt(fn, loaded.plan)
-    got, want = adapted(params, loaded.adapters, x), fn(merged, x)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * abs(other).max())
+    for got, want in zip(jax.tree.leaves(adapted), jax.tree.leaves(wanted), strict=True):
+        bound = 1e-4 * np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=bound)
 
     table = peft.match_names(folder, params, fn, x, names=case.names)
     for names in (case.names, table):
@@ -313,7 +318,8 @@ def test_one_adapter_of_a_fused_weight(case, dora, tmp_path):
     assert list(plan.targets) == ["w"]
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     noise = draw(1000, seed=3)
-    adapters = jax.tree.map(lambda a: a + noise[: a.size].reshape(a.shape), adapters)
+    noisy = lambda a: asarray(np.asarray(a) + noise[: a.size].reshape(a.shape))  # noqa: E731
+    adapters = jax.tree.map(noisy, adapters)
     split_inputs = "a" in case.blocks
     if dora and split_inputs:
         with pytest.raises(ValueError, match="only some of the inputs, and a magnitude"):
@@ -327,8 +333,13 @@ def test_one_adapter_of_a_fused_weight(case, dora, tmp_path):
         arrays = {written[f"{PREFIX}{m}.lora_{entry}.weight"].tobytes() for m in names}
         assert len(arrays) == count
     loaded = peft.load(tmp_path, params, fn, x, names=case.names)
-    want = np.asarray(lora_jax.merge_adapters(params, adapters, plan)["w"])
-    got = lora_jax.merge_adapters(params, loaded.adapters, loaded.plan)["w"]
+
+    @jax.jit
+    def merges(params, *both):
+        pairs = zip(both, (plan, loaded.plan), strict=True)
+        return [lora_jax.merge_adapters(params, *pair)["w"] for pair in pairs]
+
+    want, got = merges(params, adapters, loaded.adapters)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
@@ -368,11 +379,11 @@ def test_parts_that_do_not_fit(shape, names, message, tmp_path):
         tensors |= linear(name, *sizes, 2)
     folder = write(tmp_path, tensors, r=2, target_modules=[*FUSED])
     with pytest.raises(CheckpointError, match=message):
-        peft.load(folder, {"w": jnp.zeros(shape)}, names=names, layout="jax")
+        peft.load(folder, {"w": asarray(draw(*shape))}, names=names, layout="jax")
 
 
 def test_full_arrays_and_templates_of_parts(tmp_path):
-    params = {"w": asarray(draw(3, D, F)), "bias": jnp.zeros((3, F))}
+    params = {"w": asarray(draw(3, D, F)), "bias": asarray(draw(3, F))}
     tensors = linear("q", D, F, 2) | {"k.weight": draw(F, D)}
     folder = write(tmp_path, tensors, r=2, target_modules=["q"], modules_to_save=["k"])
     names = {"q": "w[0]", "k": "w[1]"}
@@ -396,10 +407,10 @@ def test_a_part_that_other_layers_have_is_missed(stacked, tmp_path):
     for i, module in ((0, "q"), (0, "k"), (1, "q")):
         tensors |= linear(f"h.{i}.{module}", D, F, 2)
     folder = write(tmp_path, tensors, r=2, target_modules=["q", "k"])
-    params = {"h": {"0": {"w": jnp.zeros((3, D, F))}, "1": {"w": jnp.zeros((3, D, F))}}}
+    params = {"h": {i: {"w": asarray(draw(3, D, F))} for i in "01"}}
     path = "h/{}/w[%s]"
     if stacked:
-        params, path = {"h": {"w": jnp.zeros((2, 3, D, F))}}, "h/w[:,%s]"
+        params, path = {"h": {"w": asarray(draw(2, 3, D, F))}}, "h/w[:,%s]"
     names = {f"h.{{}}.{module}": path % i for i, module in enumerate("qkv")}
     with pytest.raises(CheckpointError, match=r"the config targets 'h.1.k', which is") as e:
         peft.load(folder, params, names=names, layout="jax")

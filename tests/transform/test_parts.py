@@ -364,7 +364,7 @@ def test_one_use_of_a_tied_table(fn, name, method):
 
     with x64(), optimizations(False):
         params = {"table": normal(20, 8), "w": normal(8, 8, seed=1)}
-        params, tokens = jax.tree.map(asarray, params), np.arange(6)
+        params, tokens = jax.tree.map(asarray, params), asarray(np.arange(6))
         config = {"targets": USES[name], "use_dora": method == "dora"}
         plan = plan_of(model, params, tokens, **config)
         adapters = trained(params, plan)

@@ -1,5 +1,7 @@
 """Where the states of optimizers lie on a mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,12 @@ from lora_jax import optim
 MESH = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
+@functools.cache
 def made():
     """Adapters on a mesh, their shardings and their plan."""
-    weight = jax.device_put(jnp.ones((16, 6)), NamedSharding(MESH, P("tensor", "fsdp")))
+    weight = jax.device_put(
+        np.ones((16, 6), "float32"), NamedSharding(MESH, P("tensor", "fsdp"))
+    )
     config = lora_jax.LoraConfig(rank=4, use_dora=True)
     plan = lora_jax.plan_adapters(config, {"w": weight})
     shardings = lora_jax.adapter_shardings({"w": weight}, plan)
@@ -69,7 +74,7 @@ def test_a_step_keeps_the_shardings_and_the_values(name):
 
     on = jax.jit(step, out_shardings=(shardings, places))
     here = jax.device_get(adapters)
-    want, state = step(here, optimizer.init(here))
+    want, state = jax.jit(lambda own: step(own, optimizer.init(own)))(here)
     got, own = on(adapters, jax.jit(optimizer.init, out_shardings=places)(adapters))
     # These gradients of B have rank one: the other directions have the root of a rounding.
     rtol = 1e-3 if name == "lora_rite" else 1e-5

@@ -1,6 +1,7 @@
 """Adapted functions on meshes: GSPMD, axes in the types, shard_map."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ def mlp(params, x):
 
 
 def put(mesh, array, *spec, dtype="float64"):
-    return jax.device_put(asarray(array, dtype), NamedSharding(mesh, P(*spec)))
+    array = np.asarray(array, jnp.dtype(dtype))  # NumPy splits it without a program
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
 
 
 def tensor_parallel(mesh, dtype="float64", n=16, wide=32):
@@ -106,13 +108,18 @@ def test_shard_map_around(check_vma):
             out_specs=P(),
             check_vma=check_vma,
         )
-        got = jax.jit(mapped)(params, adapters, x)
-        assert_same(got, jnp.sum(mlp(merged(params, adapters, plan), x)) / 8)
+
+        def both(params, adapters, x):
+            want = jnp.sum(mlp(merged(params, adapters, plan), x)) / 8
+            return mapped(params, adapters, x), want
+
+        assert_same(*jax.jit(both)(params, adapters, x))
 
 
 def test_devices_drop_other_entries_of_sharded_tokens():
     mesh = mesh_of(AxisType.Auto, (8,), ("data",))
-    params, x = {"w": jnp.zeros((12, 10))}, jnp.ones((8, 12))
+    params = {"w": np.zeros((12, 10), "float32")}
+    x = np.ones((8, 12), "float32")
 
     def fn(params, x):
         mapped = jax.shard_map(
@@ -123,7 +130,7 @@ def test_devices_drop_other_entries_of_sharded_tokens():
     plan = plan_of(fn, params, x, dropout=0.5)
     adapters = trained(params, plan)
     adapted = lora_jax.adapt(fn, plan, dropout_key=jax.random.key(0))
-    rows = adapted(params, adapters, x)
+    rows = jax.jit(adapted)(params, adapters, x)
     assert len(np.unique(np.asarray(rows), axis=0)) == 8
 
 
@@ -138,11 +145,15 @@ def test_shardings_of_an_inner_jit_are_constraints():
         params, x = {"w": normal(12, 10)}, normal(8, 12)
         plan = plan_of(lambda p, x: inner(p["w"], x), params, x)
         adapters = trained(params, plan)
-        got = jax.jit(lora_jax.adapt(lambda p, x: inner(p["w"], x), plan))(
-            params, adapters, x
-        )
+        adapted = lora_jax.adapt(lambda p, x: inner(p["w"], x), plan)
+
+        def both(params, adapters, x):
+            want = x @ merged(params, adapters, plan)["w"]
+            return adapted(params, adapters, x), want
+
+        got, want = jax.jit(both)(params, adapters, x)
         assert got.sharding.is_equivalent_to(sharded, 2)
-        assert_same(got, x @ merged(params, adapters, plan)["w"])
+        assert_same(got, want)
 
 
 def test_constraints_on_a_weight_stay():
@@ -201,14 +212,24 @@ def placed(name, mesh=None, dtype="float64"):
     return Placed(lambda params, x: case.fn(params, x, place), params, x)
 
 
+@jax.jit
+def sum_of(out):
+    return jnp.sum(1 + jnp.sin(out))  # a sum of signs would cancel
+
+
+@jax.jit
+def take_step(adapters, grads):
+    return jax.tree.map(jnp.subtract, adapters, grads)
+
+
 def value_and_gradients(fn, adapters, params, x, *, jit=True, options=None):
     def loss(adapters, params, x):
         out = fn(params, adapters, x)
-        return jnp.sum(1 + jnp.sin(out)), out  # a sum of signs would cancel
+        return sum_of(out), out
 
     def run(adapters, params, x):
         out, grads = jax.value_and_grad(loss, has_aux=True)(adapters, params, x)
-        jax.tree.map(jnp.subtract, adapters, grads)  # a step can be taken
+        take_step(adapters, grads)
         return out, grads
 
     if jit:
@@ -216,17 +237,30 @@ def value_and_gradients(fn, adapters, params, x, *, jit=True, options=None):
     return jax.device_get(run(adapters, params, x))
 
 
+@functools.cache
+def merged_on_one_device(name, use_dora):
+    """The plan of a case, and the values and gradients of the merged function."""
+    off = placed(name)
+    plan = plan_of(off.fn, off.params, off.x, **CASES[name].config, use_dora=use_dora)
+
+    def reference(params, adapters, x):
+        return off.fn(merged(params, adapters, plan), x)
+
+    values = trained(off.params, plan)
+    return plan, value_and_gradients(reference, values, off.params, off.x)
+
+
 def check_on_mesh(
-    name, *, mesh=None, context=True, jit=True, shard=lambda mesh, v: v, **config
+    name, *, mesh=None, context=True, jit=True, shard=lambda mesh, v: v, use_dora=False
 ):
     """Asserts that an adapted case is on a mesh what the merged one is on one device."""
-    config = {**CASES[name].config, **config}
+    config = {**CASES[name].config, "use_dora": use_dora}
     mesh = mesh or mesh_of(AxisType.Explicit)
     with x64():
         with set_mesh(mesh) if context else contextlib.nullcontext():
             on = placed(name, mesh)
             plan = plan_of(on.fn, on.params, on.x, **config)
-            values = trained(on.params, plan)
+            values = jax.device_get(trained(on.params, plan))
             laid = lora_jax.adapter_shardings(on.params, plan)
             adapters = jax.device_put(values, laid)
             adapters = jax.tree.map(lambda v: shard(mesh, v), adapters)
@@ -235,16 +269,12 @@ def check_on_mesh(
             base = jax.eval_shape(on.fn, on.params, on.x)
             out = jax.eval_shape(adapted, on.params, adapters, on.x)
             assert base.sharding == out.sharding
-        off = placed(name)
-        assert plan_of(off.fn, off.params, off.x, **config) == plan
+        off, want = merged_on_one_device(name, use_dora)
+        assert off == plan
         assert {path: target.axes for path, target in plan.targets.items()} == (
             CASES[name].axes
         )
-
-        def reference(params, adapters, x):
-            return off.fn(merged(params, adapters, plan), x)
-
-        assert_same(got, value_and_gradients(reference, values, off.params, off.x))
+        assert_same(got, want)
 
 
 def skip_where_jax_cannot(name):
@@ -337,7 +367,7 @@ def test_each_row_has_its_own_adapter(name, kind, form):
     )
     axis = case.spec.index("data") if "data" in case.spec else 0
     n_rows, is_dense = case.x.shape[axis], form != "gathered"
-    slots = jnp.arange(n_rows, dtype="int32") % 4 - 1
+    slots = np.arange(n_rows, dtype="int32") % 4 - 1
     with x64():
         off = placed(name)
         plan = plan_of(off.fn, off.params, off.x, **case.config, use_dora=True)
@@ -354,9 +384,9 @@ def test_each_row_has_its_own_adapter(name, kind, form):
         with set_mesh(mesh):
             on = placed(name, mesh)
             laid = lora_jax.adapter_shardings(on.params, plan)
-            tenants = [jax.device_put(own, laid) for own in tenants]
+            tenants = [jax.device_put(jax.device_get(own), laid) for own in tenants]
             # So many slots are no longer cheaper all at once than those of each row.
-            total = 4 if is_dense else 12
+            total = {"dense": 3, "split": 4, "gathered": 12}[form]
             stack, of_stack = lora_jax.stack_adapters(tenants, plan, total)
             if form == "split":
                 stack = jax.tree.map(lambda own: over_data(mesh, own), stack)
@@ -381,12 +411,13 @@ def test_explicit_axes_of_a_shard_map_alone(jit):
     mesh = mesh_of(AxisType.Explicit, (1,), ("x",))
 
     def fn(params, x):
-        softmax = jax.shard_map(jax.nn.softmax, mesh=mesh, in_specs=P(), out_specs=P())
-        return softmax(x @ params["a"]) @ params["b"]
+        tanh = jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P(), out_specs=P())
+        return tanh(x @ params["a"]) @ params["b"]
 
     with x64():
-        params, x = {"a": normal(4, 5), "b": normal(5, 2)}, asarray(normal(3, 4))
-        params = jax.tree.map(jnp.asarray, params)
+        params, x = jax.tree.map(
+            asarray, ({"a": normal(4, 5), "b": normal(5, 2)}, normal(3, 4))
+        )
         plan = plan_of(fn, params, x)
         adapters = trained(params, plan)
         got = value_and_gradients(lora_jax.adapt(fn, plan), adapters, params, x, jit=jit)
@@ -477,7 +508,7 @@ def test_quantized_weights_on_explicit_axes(name, use_dora, form):
     off = placed(name, dtype="float32")
     params = quantized(off.params)
     plan = plan_of(off.fn, params, off.x, use_dora=use_dora)
-    values = jax.tree.map(lambda v: v / 4, trained(params, plan))
+    values = jax.tree.map(lambda v: v / 4, jax.device_get(trained(params, plan)))
     dense = jax.tree.map(quant.dequantize, params, is_leaf=quant.is_quantized)
 
     def reference(params, adapters, x):
@@ -488,7 +519,7 @@ def test_quantized_weights_on_explicit_axes(name, use_dora, form):
 
     with x64():
         given = jax.tree.map(wide, jax.device_get((values, dense, off.x)))
-        want = value_and_gradients(reference, *jax.tree.map(jnp.asarray, given))
+        want = value_and_gradients(reference, *given)
     with set_mesh(mesh):
         on = placed(name, mesh, dtype="float32")
         params = quantized(on.params)
@@ -507,7 +538,14 @@ def test_merge_of_weights_on_explicit_axes(name, use_dora):
         off = placed(name)
         plan = plan_of(off.fn, off.params, off.x, use_dora=use_dora)
         values = trained(off.params, plan)
-        losses = jax.device_get(lora_jax.merge_losses(off.params, values, plan))
+
+        @jax.jit
+        def on_one_device(params, values):
+            norms = lora_jax.adapted_column_norms(params, values, plan)
+            losses = lora_jax.merge_losses(params, values, plan)
+            return merged(params, values, plan), norms, losses
+
+        want, want_norms, losses = on_one_device(off.params, values)
         with set_mesh(mesh):
             params = placed(name, mesh).params
             dense = lora_jax.merge_adapters(params, values, plan)
@@ -517,11 +555,10 @@ def test_merge_of_weights_on_explicit_axes(name, use_dora):
             got = jax.device_get(lora_jax.merge_losses(params, values, plan))
         for path, weight in params.items():
             assert jax.typeof(dense[path]) == jax.typeof(weight) == jax.typeof(back[path])
-        assert_same(jax.device_get(dense), merged(off.params, values, plan))
+        assert_same(jax.device_get(dense), want)
         assert_same(jax.device_get(back), jax.device_get(params))
         assert_same(got, losses, 1e-6)
-        want = lora_jax.adapted_column_norms(off.params, values, plan)
-        assert_same(jax.device_get(norms), want)
+        assert_same(jax.device_get(norms), want_norms)
 
 
 def test_uses_are_found_without_the_mesh():

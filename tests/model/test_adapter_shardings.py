@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax.layers import initializers
 from lora_jax.model import initialization
-from tests.support import asarray, assert_close, normal
+from tests.support import assert_close, draw, normal
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 KINDS = {"auto": (AUTO,) * 3, "explicit": (EXPLICIT,) * 3, "mixed": (EXPLICIT, AUTO, AUTO)}
@@ -161,7 +161,7 @@ def made(case, mesh, *, dtype="float32", abstract=False, method="dora"):
     if abstract:
         weight: Any = jax.ShapeDtypeStruct(case.shape, dtype, sharding=place)
     else:
-        weight = jax.device_put(asarray(normal(*case.shape), dtype), place)
+        weight = jax.device_put(normal(*case.shape, dtype=dtype), place)
     part = case.config.get("part", "")
     config = lora_jax.LoraConfig(
         rank=4, targets=f"w{part}", axes={"w": case.axes}, use_dora=method == "dora"
@@ -288,7 +288,7 @@ def test_functions_are_called_for_each_weight():
         return jnp.full(shape, next(count), dtype)
 
     place = NamedSharding(mesh_of(), P("tensor"))
-    params = {name: jax.device_put(jnp.ones((8, 8)), place) for name in "ab"}
+    params = {name: jax.device_put(np.ones((8, 8), "float32"), place) for name in "ab"}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2, init=counted), params)
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     assert [float(adapters[name]["A"][0, 0]) for name in "ab"] == [0, 1]
@@ -345,7 +345,7 @@ def test_a_plan_prints_where_things_lie_and_counts_their_bytes():
     mesh = mesh_of()
 
     def put(shape, *spec):
-        return jax.device_put(jnp.ones(shape), NamedSharding(mesh, P(*spec)))
+        return jax.device_put(np.ones(shape, "float32"), NamedSharding(mesh, P(*spec)))
 
     params = {
         "bias": put((16,), "fsdp"),
@@ -383,7 +383,7 @@ def test_a_plan_prints_where_things_lie_and_counts_their_bytes():
 
 
 def test_bytes_without_a_mesh():
-    params = {"w": jnp.ones((16, 32), "bfloat16")}
+    params = {"w": draw(16, 32, dtype="bfloat16")}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2, use_dora=True), params)
     assert plan.layout is None
     count = lora_jax.count_parameters(params, plan)
@@ -401,8 +401,8 @@ def test_bytes_without_a_mesh():
 def test_weights_without_a_mesh_beside_others():
     mesh = mesh_of()
     params = {
-        "a": jnp.ones((8, 8)),
-        "b": jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P())),
+        "a": draw(8, 8),
+        "b": jax.device_put(normal(8, 8, dtype="float32"), NamedSharding(mesh, P())),
     }
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=2), params)
     got = lora_jax.adapter_shardings(params, plan)
@@ -426,7 +426,7 @@ def test_errors():
 
     def shardings(params, **options):
         plan = lora_jax.plan_adapters(
-            config, jax.tree.map(lambda x: jnp.ones(x.shape), params)
+            config, jax.tree.map(lambda x: normal(*x.shape, dtype="float32"), params)
         )
         return lora_jax.adapter_shardings(params, plan, **options)
 
@@ -434,7 +434,7 @@ def test_errors():
     with pytest.raises(
         ValueError, match="no weight of the plan lies on a mesh: put the params"
     ):
-        shardings({"w": jnp.ones((16, 32))})
+        shardings({"w": draw(16, 32)})
     with pytest.raises(
         ValueError, match="data_axes has 'dat', which is no axis of the mesh"
     ):
@@ -457,7 +457,7 @@ def test_errors():
         ValueError, match=r"'w': .*'tensor'\) splits axis 1 .* size 15, into 2 parts"
     ):
         shardings({"w": on(mesh, None, "tensor", shape=(16, 15))})
-    plan = lora_jax.plan_adapters(config, {"w": jnp.ones((16, 32))})
+    plan = lora_jax.plan_adapters(config, {"w": draw(16, 32)})
     with pytest.raises(KeyError, match="params lack weights that the plan adapts: 'w'"):
         lora_jax.adapter_shardings({"v": on(mesh)}, plan)
     with pytest.raises(TypeError, match="'w': the weight must have a jax"):
@@ -482,7 +482,7 @@ def test_errors():
     ],
 )
 def test_bad_shardings_of_new_adapters(given, error, message):
-    params = {"w": jnp.ones((16, 32))}
+    params = {"w": draw(16, 32)}
     plan = lora_jax.plan_adapters(lora_jax.LoraConfig(rank=3), params)
     with pytest.raises(error, match=message):
         lora_jax.init_adapters(jax.random.key(0), params, plan, given)

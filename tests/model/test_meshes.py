@@ -62,8 +62,9 @@ def tree(kind, method="lora", dtype="float32", names=tuple(LAYOUTS), memory=None
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=KINDS[kind])
     names = [n for n in names if method == "lora" or n != "some_inputs"]
     layouts = {name: LAYOUTS[name] for name in names}
-    params = {n: support.draw(*own.shape, dtype=dtype) for n, own in layouts.items()}
-    params["bias"] = support.draw(128)
+    values = {n: support.normal(*own.shape, dtype=dtype) for n, own in layouts.items()}
+    values["bias"] = support.normal(128, dtype="float32")
+    params = jax.tree.map(support.asarray, values)
     config = lora_jax.LoraConfig(
         RANK,
         3.0,
@@ -75,7 +76,7 @@ def tree(kind, method="lora", dtype="float32", names=tuple(LAYOUTS), memory=None
     plan = lora_jax.plan_adapters(config, params)
     adapters = {
         path: {
-            name: support.draw(*shape) + 12.0 * (name == "m")
+            name: support.asarray(support.normal(*shape) + 12.0 * (name == "m"), "float32")
             for name, shape in entry.adapter_shapes.items()
         }
         for path, entry in plan.entries.items()
@@ -83,7 +84,7 @@ def tree(kind, method="lora", dtype="float32", names=tuple(LAYOUTS), memory=None
     specs = {name: own.spec for name, own in layouts.items()} | {"bias": P("tensor")}
     placed = {
         name: jax.device_put(x, NamedSharding(mesh, specs[name], memory_kind=memory))
-        for name, x in params.items()
+        for name, x in values.items()
     }
     for name, own in layouts.items():
         assert math.prod(placed[name].sharding.shard_shape(own.shape)) > LARGEST
@@ -130,6 +131,7 @@ def assert_alike(got, want, placed):
 
 
 def place(adapters, placed, plan, lie):
+    adapters = jax.device_get(adapters)
     if lie == "by the rule":
         return jax.device_put(adapters, lora_jax.adapter_shardings(placed, plan))
     return jax.device_put(adapters, NamedSharding(placed["bias"].sharding.mesh, P()))
@@ -229,8 +231,8 @@ def test_jit_with_out_shardings_and_donation(method, kind, optimized):
     share = 4 * sum(map(math.prod, shapes))
     assert memory.alias_size_in_bytes == share
     assert memory.temp_size_in_bytes < 3 * share
-    want = lora_jax.merge_adapters(params, adapters, plan)
-    old = {name: jax.device_put(x, places[name]) for name, x in params.items()}
+    (want, _), *_ = everything_on_one_device(method, "float32", SOME)
+    old = {name: jax.device_put(np.asarray(x), places[name]) for name, x in params.items()}
     assert_alike(merge(placed, own), want, old)
     assert all(placed[name].is_deleted() for name in SOME)
 
@@ -241,11 +243,11 @@ def addresses(x):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_donated_weights_are_replaced_in_their_memory(kind):
-    params, adapters, plan, placed = tree(kind, names=SOME)
+    _, adapters, plan, placed = tree(kind, names=SOME)
     own = place(adapters, placed, plan, "replicated")
     held = {name: addresses(placed[name]) for name in SOME}
     got = lora_jax.merge_adapters(placed, own, plan, donate=True)
-    want = lora_jax.merge_adapters(params, adapters, plan)
+    (want, _), *_ = everything_on_one_device("lora", "float32", SOME)
     for name in SOME:
         assert placed[name].is_deleted()
         assert addresses(got[name]) == held[name]
@@ -261,8 +263,11 @@ def test_weights_in_the_memory_of_the_host(method, donate):
     params, adapters, plan, placed = tree("auto", method, names=SOME, memory=kind)
     own = place(adapters, placed, plan, "by the rule")
     assert {x.sharding.memory_kind for x in jax.tree.leaves(own)} == {kind}
-    old = {name: jax.device_put(x, placed[name].sharding) for name, x in params.items()}
-    want, want_back = everything(params, adapters, plan)[0]
+    old = {
+        name: jax.device_put(np.asarray(x), placed[name].sharding)
+        for name, x in params.items()
+    }
+    (want, want_back), *_ = everything_on_one_device(method, "float32", SOME)
     if not donate:
         got, back = everything(placed, own, plan)[0]
         assert_alike(back, want_back, old)
@@ -317,7 +322,13 @@ def test_quantized_weights_do_not_travel(method, kind, form, compiled_texts):
     merge = jax.jit(lambda stored, own: lora_jax.merge_adapters(stored, own, plan))
     compiled = merge.lower(stored, own).compile()
     assert not travels(compiled.as_text())
-    want = lora_jax.merge_adapters(quantized(params, plan, form, names), adapters, plan)
+
+    @jax.jit
+    def on_one_device(params, adapters):
+        own = quantized(params, plan, form, names)
+        return lora_jax.merge_adapters(own, adapters, plan)
+
+    want = on_one_device(params, adapters)
     compiled_texts.clear()
     for merged in (compiled(stored, own), lora_jax.merge_adapters(stored, own, plan)):
         assert_alike(merged, want, placed)
@@ -366,12 +377,13 @@ def test_decompositions(name, kind, monkeypatch, caplog):
 
         return run
 
-    want, _ = lora_jax.decompose_params(params, plan, method, **options)
     monkeypatch.setattr(decompose, "_compiled", recorded)
     with caplog.at_level("INFO", "lora_jax"):
         base, adapters = lora_jax.decompose_params(placed, plan, method, **options)
     # The vectors of a randomized or of a nearly repeated value may differ; the sums do not.
     if name in ("olora", "orthogonal"):
+        made = functools.partial(lora_jax.decompose_params, plan=plan, method=method)
+        want, _ = jax.jit(functools.partial(made, **options))(params)
         assert_alike(base, want, placed)
     if not options.get("quantize"):
         merged = lora_jax.merge_adapters(base, adapters, plan)

@@ -26,6 +26,10 @@ from tests.support import (
 )
 
 SLOTS = 4
+# Their plans are static trees: one program for each, where an eager call has dozens.
+compiled_stack = jax.jit(stack_adapters, static_argnums=(2, 3), static_argnames="rank")
+compiled_put = jax.jit(put_adapters)
+compiled_take = jax.jit(take_adapters, static_argnames="rank")
 
 
 def model(params, tokens):
@@ -116,7 +120,7 @@ def one_tenant(**config):
 @EACH
 def test_the_plan_has_the_targets_of_all_and_the_scale_1(name):
     adapters, plans = tenants_of(name)
-    stack, plan = stack_adapters(adapters, plans, SLOTS)
+    stack, plan = jax.eval_shape(lambda own: stack_adapters(own, plans, SLOTS), adapters)
     assert [*plan.targets] == [*dict.fromkeys(p for own in plans for p in own.targets)]
     for path, target in plan.targets.items():
         assert target.scale == plan.config.scale_of(path) == 1
@@ -128,7 +132,7 @@ def test_the_plan_has_the_targets_of_all_and_the_scale_1(name):
         assert shapes == {entry: (SLOTS, *shape) for entry, shape in want.items()}
     assert {*stack.magnitudes} == {p for p, t in plan.targets.items() if t.method == "dora"}
     again = lora_jax.AdapterPlan.from_json(plan.to_json())
-    assert again == plan == stack_adapters(adapters, plans)[1]
+    assert again == plan == compiled_stack(adapters, plans)[1]
     assert hash(again) == hash(plan)
     assert str(again) == str(plan)
 
@@ -136,8 +140,9 @@ def test_the_plan_has_the_targets_of_all_and_the_scale_1(name):
 @EACH
 def test_slots_have_padded_factors_and_the_scales_of_their_plans(name):
     adapters, plans = tenants_of(name)
-    stack, plan = stack_adapters(adapters, plans, SLOTS, rank=7)
+    stack, plan = compiled_stack(adapters, plans, SLOTS, rank=7)
     assert {target.rank for target in plan.targets.values()} == {7}
+    stack = jax.tree.map(np.asarray, stack)
     for path, arrays in stack.adapters.items():
         for i in range(SLOTS):
             own = adapters[i].get(path, {}) if i < len(plans) else {}
@@ -157,23 +162,25 @@ def test_slots_have_padded_factors_and_the_scales_of_their_plans(name):
 @EACH
 def test_taken_adapters_have_the_bits_that_were_stacked_or_put(name):
     adapters, plans = tenants_of(name)
-    stack, _ = stack_adapters(adapters, plans, SLOTS)
+    stack, _ = compiled_stack(adapters, plans, SLOTS, rank=7)
+    assert_same_bits(take_adapters(stack, asarray(0), plan=plans[0]), adapters[0])
     for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
-        assert_same_bits(take_adapters(stack, i, plan=plan), own)
-        assert_same_bits(take_adapters(stack, asarray(i), plan=plan), own)
-        moved = put_adapters(stack, SLOTS - 1, own, plan)
-        assert_same_bits(take_adapters(moved, SLOTS - 1, plan=plan), own)
-        first = [jax.tree.map(lambda x: x[: SLOTS - 1], tree) for tree in (moved, stack)]
+        assert_same_bits(compiled_take(stack, i, plan=plan), own)
+        moved = compiled_put(stack, SLOTS - 1, own, plan)
+        assert_same_bits(compiled_take(moved, SLOTS - 1, plan=plan), own)
+        first = [
+            jax.tree.map(lambda x: np.asarray(x)[:-1], tree) for tree in (moved, stack)
+        ]
         assert_same_bits(*first)
 
 
 @EACH
 def test_an_empty_stack_that_is_filled_has_the_bits_of_a_new_one(name):
     adapters, plans = tenants_of(name)
-    want, plan = stack_adapters(adapters, plans)
-    stack = jax.tree.map(jnp.ones_like, want)
+    want, plan = compiled_stack(adapters, plans)
+    stack = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), want)
     for i, (own, own_plan) in enumerate(zip(adapters, plans, strict=True)):
-        stack = put_adapters(stack, i, own, own_plan)
+        stack = compiled_put(stack, i, own, own_plan)
     assert_same_bits(stack, want)
     assert all(target.rank <= 5 for target in plan.targets.values())
 
@@ -181,32 +188,39 @@ def test_an_empty_stack_that_is_filled_has_the_bits_of_a_new_one(name):
 @pytest.mark.parametrize("name", ["scales", "methods", "targets", "parts", "uses"])
 def test_slots_compute_what_their_tenants_do(name):
     adapters, plans = tenants_of(name)
-    stack, plan = stack_adapters(adapters, plans)
-    want = [
-        lora_jax.adapt(model, own)(PARAMS, adapter, TOKENS)
-        for adapter, own in zip(adapters, plans, strict=True)
-    ]
-    if stack.magnitudes:  # then each slot has a method of its own
-        got = [
-            lora_jax.adapt(model, own)(PARAMS, take_adapters(stack, i, plan=own), TOKENS)
-            for i, own in enumerate(plans)
+    stack, plan = compiled_stack(adapters, plans)
+
+    @jax.jit
+    def outputs(adapters, stack):
+        want = [
+            lora_jax.adapt(model, own)(PARAMS, adapter, TOKENS)
+            for adapter, own in zip(adapters, plans, strict=True)
         ]
-    else:
-        got = jax.vmap(
-            lambda own, scales: lora_jax.adapt(model, plan, scales=scales)(
-                PARAMS, own, TOKENS
-            )
-        )(stack.adapters, stack.scales)
-    for i, own in enumerate(want):
-        assert_close(got[i], own, 64)
+        if stack.magnitudes:  # then each slot has a method of its own
+            got = [
+                lora_jax.adapt(model, own)(
+                    PARAMS, take_adapters(stack, i, plan=own), TOKENS
+                )
+                for i, own in enumerate(plans)
+            ]
+        else:
+            got = jax.vmap(
+                lambda own, scales: lora_jax.adapt(model, plan, scales=scales)(
+                    PARAMS, own, TOKENS
+                )
+            )(stack.adapters, stack.scales)
+        return got, want
+
+    for got, want in zip(*outputs(adapters, stack), strict=True):
+        assert_close(got, want, 64)
 
 
 def test_taken_adapters_are_saved_with_their_plan(tmp_path):
     adapters, plans = tenants_of("methods")
-    stack, _ = stack_adapters(adapters, plans, SLOTS, rank=6)
+    stack, _ = compiled_stack(adapters, plans, SLOTS, rank=6)
     names = {"up.{i}": ("layers/up", "{i}io"), "mid": ("mid", "oi")}
     for i, (own, plan) in enumerate(zip(adapters, plans, strict=True)):
-        taken = take_adapters(stack, i, plan=plan)
+        taken = compiled_take(stack, i, plan=plan)
         lora_jax.save_adapters(tmp_path / f"own{i}", taken, plan)
         loaded, loaded_plan = lora_jax.load_adapters(tmp_path / f"own{i}")
         assert loaded_plan == plan
@@ -222,44 +236,45 @@ def test_taken_adapters_are_saved_with_their_plan(tmp_path):
 def test_arrays_have_the_widest_dtype_of_their_adapters():
     (wide,), (wide_plan,) = tenants_of("one")
     (narrow,), (narrow_plan,) = tenants_of("one", dtype="bfloat16")
-    stack, _ = stack_adapters([narrow, wide], [narrow_plan, wide_plan])
-    taken = take_adapters(stack, 0, plan=narrow_plan)
+    stack, _ = compiled_stack([narrow, wide], [narrow_plan, wide_plan])
+    taken = compiled_take(stack, 0, plan=narrow_plan)
     assert {x.dtype for x in jax.tree.leaves(taken)} == {np.dtype("float32")}
-    back = jax.tree.map(lambda x, like: x.astype(like.dtype), taken, narrow)
+    back = jax.tree.map(lambda x, like: asarray(x, like.dtype), taken, narrow)
     assert_same_bits(back, narrow)
-    half = [jax.tree.map(lambda x: x.astype(jnp.float16), narrow), narrow]
-    stack, _ = stack_adapters(half, narrow_plan)
+    half = [jax.tree.map(lambda x: asarray(x, "float16"), narrow), narrow]
+    stack, _ = compiled_stack(half, narrow_plan)
     assert {x.dtype for x in jax.tree.leaves(stack)} == {np.dtype("float32")}
     with x64():
-        double = jax.tree.map(lambda x: x.astype("float64"), wide)
-        stack, _ = stack_adapters([double, wide], wide_plan)
-        assert_same_bits(take_adapters(stack, 0, plan=wide_plan), double)
+        double = jax.tree.map(lambda x: asarray(x, "float64"), wide)
+        stack, _ = compiled_stack([double, wide], wide_plan)
+        assert_same_bits(compiled_take(stack, 0, plan=wide_plan), double)
         assert stack.scales["mid"].dtype == jnp.float64
 
 
 def test_numpy_arrays_are_adapters():
     adapters, plans = tenants_of("methods")
     arrays = [jax.tree.map(np.asarray, own) for own in adapters]
-    assert_same_bits(*(stack_adapters(own, plans)[0] for own in (arrays, adapters)))
-    stack, _ = stack_adapters(adapters, plans)
+    stack, plan = compiled_stack(adapters, plans)
+    assert_same_bits(stack_adapters(arrays, plans), (stack, plan))
     got = put_adapters(stack, np.int8(0), arrays[1], plans[1])
-    assert_same_bits(got, put_adapters(stack, 0, adapters[1], plans[1]))
+    assert_same_bits(got, compiled_put(stack, 0, adapters[1], plans[1]))
+    assert_same_bits(take_adapters(got, 0, plan=plans[1]), adapters[1])
 
 
 def test_a_lower_rank_is_cut_out_of_padding():
-    (own,), (plan,) = tenants_of("one")
+    own, plan = one_tenant(targets="up")
     stack, of_stack = stack_adapters([own], plan, rank=6)
     assert_same_bits(take_adapters(stack, 0, rank=2), own)
     whole = take_adapters(stack, 0)
     shapes = jax.tree.map(jnp.shape, whole)
     assert shapes == {p: target.adapter_shapes for p, target in of_stack.targets.items()}
     halves = jax.jit(lambda s: take_adapters(s, 0, rank=1))(stack)
-    assert_same_bits(halves["mid"]["A"], own["mid"]["A"][:, :1])
+    assert_same_bits(halves["up"]["A"], np.asarray(own["up"]["A"])[:, :1])
 
 
 def test_any_traffic_compiles_once_for_each_plan():
     adapters, plans = tenants_of("targets")
-    stack, _ = stack_adapters(adapters, plans, 8)
+    stack, _ = compiled_stack(adapters, plans, 8)
     with (
         count_traces(put_adapters) as (put, puts),
         count_traces(take_adapters) as (
@@ -276,7 +291,7 @@ def test_any_traffic_compiles_once_for_each_plan():
 
 def test_put_writes_in_place(optimized):
     adapters, plans = tenants_of("methods")
-    stack, _ = stack_adapters(adapters, plans, 512)
+    stack, _ = compiled_stack(adapters, plans, 512)
     put = jax.jit(put_adapters, static_argnums=3, donate_argnums=0)
     compiled = put.lower(stack, 1, adapters[1], plans[1]).compile()
     memory = compiled.memory_analysis()
@@ -285,7 +300,7 @@ def test_put_writes_in_place(optimized):
     smallest = min(x.size for x in jax.tree.leaves(stack.adapters))
     made = {kind for _, kind in programs.large_arrays(compiled.as_text(), smallest)}
     assert made <= {"dynamic-update-slice", "select"}
-    want = put_adapters(stack, 1, adapters[1], plans[1])
+    want = compiled_put(stack, 1, adapters[1], plans[1])
     assert_same_bits(compiled(stack, 1, adapters[1]), want)
     assert all(x.is_deleted() for x in jax.tree.leaves(stack))
 
@@ -297,12 +312,12 @@ def test_put_writes_in_place(optimized):
 )
 def test_a_traced_slot_out_of_range_gives_nan_and_loses_nothing(slot):
     adapters, plans = tenants_of("methods")
-    stack, _ = stack_adapters(adapters, plans, SLOTS)
-    got = jax.jit(put_adapters)(stack, slot, adapters[0], plans[0])
+    stack, _ = compiled_stack(adapters, plans, SLOTS)
+    got = compiled_put(stack, slot, adapters[0], plans[0])
     assert_same_bits(got.adapters, stack.adapters)
     assert_same_bits(got.magnitudes, stack.magnitudes)
     assert all(np.isnan(x).all() for x in got.scales.values())
-    taken = jax.jit(take_adapters)(stack, slot)
+    taken = compiled_take(stack, slot)
     assert all(np.isnan(x).all() for x in jax.tree.leaves(taken))
     with pytest.raises(IndexError, match="from 0 to 3, since the stack has 4 slots"):
         put_adapters(stack, slot, adapters[0], plans[0])
@@ -312,24 +327,24 @@ def test_a_traced_slot_out_of_range_gives_nan_and_loses_nothing(slot):
 
 def test_a_64_bit_slot_is_not_wrapped():
     adapters, plans = tenants_of("one")
-    stack, _ = stack_adapters(adapters, plans)
+    stack, _ = compiled_stack(adapters, plans)
     with x64():
-        taken = jax.jit(take_adapters)(stack, 2**32)
+        taken = compiled_take(stack, 2**32)
     assert np.isnan(taken["mid"]["A"]).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
 def test_slots_of_few_bits_reach_all_slots(dtype):
     adapters, plans = tenants_of("one")
-    stack, _ = stack_adapters(adapters, plans, 200)
+    stack, _ = compiled_stack(adapters, plans, 200)
     slot = np.asarray(100, dtype)
-    moved = jax.jit(put_adapters)(stack, slot, adapters[0], plans[0])
-    assert_same_bits(jax.jit(take_adapters)(moved, slot, plan=plans[0]), adapters[0])
+    moved = compiled_put(stack, slot, adapters[0], plans[0])
+    assert_same_bits(compiled_take(moved, slot, plan=plans[0]), adapters[0])
 
 
 def test_transformations():
     adapters, plans = tenants_of("ranks")
-    stack, plan = stack_adapters(adapters, plans)
+    stack, plan = compiled_stack(adapters, plans)
     kinds = jax.eval_shape(lambda own: stack_adapters(own, plans)[0], adapters)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), (stack, plan)) == jax.tree.map(
         lambda x: (x.shape, x.dtype), (kinds, plan)
@@ -339,7 +354,7 @@ def test_transformations():
     assert jax.eval_shape(take_adapters, kinds, 1) == jax.eval_shape(
         lambda: take_adapters(stack, 1)
     )
-    all_slots = jax.vmap(lambda slot: take_adapters(stack, slot))(jnp.arange(2))
+    all_slots = jax.jit(jax.vmap(take_adapters, (None, 0)))(stack, np.arange(2))
     assert_same_bits(all_slots, stack.adapters)
 
     def loss(own):
@@ -347,34 +362,33 @@ def test_transformations():
         taken = take_adapters(put_adapters(stack, 1, own, plans[0]), 1, plan=plans[0])
         return sum(jnp.vdot(x, x) for x in jax.tree.leaves(taken))
 
-    gradient = jax.grad(loss)(adapters[0])
-    assert_same_bits(gradient, jax.tree.map(lambda x: 2 * x, adapters[0]))
+    gradient = jax.jit(jax.grad(loss))(adapters[0])
+    assert_same_bits(gradient, jax.tree.map(lambda x: 2 * np.asarray(x), adapters[0]))
 
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 KINDS = {"auto": (AUTO,) * 3, "explicit": (EXPLICIT,) * 3, "mixed": (AUTO, AUTO, EXPLICIT)}
-SPECS = {
-    "up": P("fsdp", "tensor"),
-    "experts": P("fsdp", None, "tensor"),
-    "heads": P("tensor", None, "fsdp"),
-}
-ON_MESH = {"up": (16, 32), "experts": (4, 16, 32), "heads": (4, 8, 16)}
-ON_MESH_AXES = {"experts": "bio", "heads": "iio"}
+SPECS = {"heads": P("tensor", None, "fsdp"), "experts": P("fsdp", None, "tensor")}
+ON_MESH = {"heads": (4, 8, 16), "experts": (4, 16, 32)}
+ON_MESH_AXES = {"heads": "iio", "experts": "bio"}
 
 
 def tenants_on_mesh(kind):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=KINDS[kind])
     params = {
-        path: jax.device_put(draw(*shape), NamedSharding(mesh, SPECS[path]))
+        path: jax.device_put(
+            normal(*shape, dtype="float32"), NamedSharding(mesh, SPECS[path])
+        )
         for path, shape in ON_MESH.items()
     }
     adapters, plans = [], []
-    for rank, dora, paths in ((2, False, [*ON_MESH]), (3, True, ["up", "experts"])):
+    for rank, dora, paths in ((2, False, [*ON_MESH]), (3, True, ["experts"])):
         axes = {path: own for path, own in ON_MESH_AXES.items() if path in paths}
         config = LoraConfig(rank, targets=paths, use_dora=dora, axes=axes)
         plans.append(lora_jax.plan_adapters(config, params))
-        new = lora_jax.init_adapters(jax.random.key(rank), params, plans[-1])
-        adapters.append(jax.tree.map(lambda x: x + 1, new))
+        own = filled(shapes_of(params, plans[-1]), rank)
+        places = lora_jax.adapter_shardings(params, plans[-1])
+        adapters.append(jax.tree.map(jax.device_put, own, places))
     return mesh, params, adapters, plans
 
 
@@ -407,8 +421,8 @@ def assert_lie_alike(got, want):
 def test_stacks_lie_on_the_mesh_of_their_adapters(kind, is_current):
     mesh, params, adapters, plans = tenants_on_mesh(kind)
     local = [jax.tree.map(np.asarray, own) for own in adapters]
-    want, plan = stack_adapters(local, plans, SLOTS)
-    want = put_adapters(want, 3, local[1], plans[1])
+    want, plan = compiled_stack(local, plans, SLOTS)
+    want = compiled_put(want, 3, local[1], plans[1])
     with set_mesh(mesh) if is_current else contextlib.nullcontext():
         stack, own_plan = stack_adapters([local[0], adapters[1]], plans, SLOTS)
         assert own_plan == plan
@@ -445,25 +459,22 @@ def test_a_stack_in_the_memory_of_the_host_stays_there():
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_travels_between_devices(kind, optimized):
     _, params, adapters, plans = tenants_on_mesh(kind)
-    stack, plan = stack_adapters(adapters, plans, SLOTS)
-    runs = {
-        "stack": (lambda own: stack_adapters(own, plans, SLOTS)[0], (adapters,)),
-        "put": (
-            lambda s, i, own: put_adapters(s, i, own, plans[1]),
-            (stack, 1, adapters[1]),
-        ),
-        "take": (lambda s, i: take_adapters(s, i, plan=plans[1]), (stack, 1)),
-    }
-    for name, (run, arguments) in runs.items():
-        compiled = jax.jit(run).lower(*arguments).compile()
-        assert not programs.collectives(compiled.as_text()), name
-        got = compiled(*arguments)
-        if name == "take":
-            assert_same_bits(got, adapters[1])
-            assert_lie_alike(got, adapters[1])
-        else:
-            assert_same_bits(got, stack)
-            assert_lies_by_the_rule(got, params, plan)
+    local = [jax.tree.map(np.asarray, own) for own in adapters]
+
+    def compiled(run, *arguments):
+        program = jax.jit(run).lower(*arguments).compile()
+        assert not programs.collectives(program.as_text())
+        return program(*arguments)
+
+    stack, plan = compiled(lambda own: stack_adapters(own, plans, SLOTS), adapters)
+    assert_same_bits((stack, plan), compiled_stack(local, plans, SLOTS))
+    assert_lies_by_the_rule(stack, params, plan)
+    got = compiled(put_adapters, stack, 1, adapters[1], plans[1])
+    assert_same_bits(got, stack)
+    assert_lies_by_the_rule(got, params, plan)
+    taken = compiled(lambda s, i: take_adapters(s, i, plan=plans[1]), stack, 1)
+    assert_same_bits(taken, adapters[1])
+    assert_lie_alike(taken, adapters[1])
 
 
 def plan_of(**config):
@@ -472,7 +483,7 @@ def plan_of(**config):
 
 def stacked(slots=3, **config):
     own, plan = one_tenant(**config)
-    return stack_adapters([own], plan, slots)[0]
+    return compiled_stack([own], plan, slots)[0]
 
 
 def changed(stack, **fields):
@@ -500,12 +511,12 @@ def put(stack=None, slot=0, adapters=None, plan=None, **config):
 
 
 OWN, PLAN = one_tenant()
-BIASED = {**OWN, "up": {**OWN["up"], "B_bias": jnp.ones(16)}}
-FOREIGN = lora_jax.plan_adapters(LoraConfig(2), {"up": jnp.ones((4, 4))})
+BIASED = {**OWN, "up": {**OWN["up"], "B_bias": draw(16)}}
+FOREIGN = lora_jax.plan_adapters(LoraConfig(2), {"up": draw(4, 4)})
 TRAINED = lora_jax.plan_adapters(
-    LoraConfig(2, train="bias"), {"up": jnp.ones((8, 16)), "bias": jnp.ones(16)}
+    LoraConfig(2, train="bias"), {"up": draw(8, 16), "bias": draw(16)}
 )
-WITH_BIAS = {"up": OWN["up"], "bias": {"value": jnp.ones(16)}}
+WITH_BIAS = {"up": OWN["up"], "bias": {"value": draw(16)}}
 BAD = {
     "adapters are one dict": (
         lambda: stack_adapters(OWN, PLAN),
@@ -552,7 +563,7 @@ BAD = {
         "jax.eval_shape",
     ),
     "integers": (
-        lambda: stack_adapters([jax.tree.map(lambda x: x.astype(int), OWN)], PLAN),
+        lambda: stack_adapters([jax.tree.map(lambda x: asarray(x, "int32"), OWN)], PLAN),
         TypeError,
         "must be floating point",
     ),
@@ -615,16 +626,7 @@ BAD = {
     ),
     "other params": (
         lambda: stack_adapters(
-            [
-                OWN,
-                filled(
-                    lora_jax.init_adapters(
-                        jax.random.key(0), {"up": jnp.ones((4, 4))}, FOREIGN
-                    ),
-                    0,
-                ),
-            ],
-            [PLAN, FOREIGN],
+            [OWN, filled(shapes_of({"up": draw(4, 4)}, FOREIGN), 0)], [PLAN, FOREIGN]
         ),
         ValueError,
         r"'up': the shape of plans\[0\] is \(8, 16\), and that of plans\[1\] is \(4, 4\)",
@@ -664,7 +666,7 @@ BAD = {
         r"stack.scales\['down'\] does not fit: expected shape \(3,\)",
     ),
     "put: a stack that was cast": (
-        lambda: put(jax.tree.map(lambda x: x.astype("bfloat16"), stacked())),
+        lambda: put(jax.tree.map(lambda x: asarray(x, "bfloat16"), stacked())),
         TypeError,
         r"stack.scales\['down'\] must be float32 or float64, got bfloat16",
     ),
@@ -723,10 +725,7 @@ BAD = {
     ),
     "put: other params": (
         lambda: put_adapters(
-            stacked(),
-            0,
-            lora_jax.init_adapters(jax.random.key(0), {"up": jnp.ones((4, 4))}, FOREIGN),
-            FOREIGN,
+            stacked(), 0, filled(shapes_of({"up": draw(4, 4)}, FOREIGN), 0), FOREIGN
         ),
         ValueError,
         r"'up': A of a slot has the shape \(8, 2\), and the plan, .* \(4, 2\)",

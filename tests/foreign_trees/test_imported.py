@@ -82,7 +82,7 @@ class Case(NamedTuple):
         """The leaves of the module, by their paths."""
         _, w, a, b = self.arrays
         a, b = a.reshape(self.a or a.shape), b.reshape(self.b or b.shape)
-        return dict(zip(self.keys, map(jnp.asarray, (w, a, b)), strict=True))
+        return dict(zip(self.keys, map(asarray, (w, a, b)), strict=True))
 
 
 # qwix, google/qwix, qwix/_src/providers/lora.py
@@ -219,8 +219,9 @@ def test_merged_and_adapted_outputs_are_those_of_the_library(layout):
     _, fn, inputs = model_of(layout)
     params, adapters, plan = imported(layout)
     merged = lora_jax.merge_adapters(params, adapters, plan)
-    by_name(layout, fn(merged, inputs), Case.want)
-    by_name(layout, lora_jax.adapt(fn, plan)(params, adapters, inputs), Case.want)
+    by_name(layout, jax.jit(fn)(merged, inputs), Case.want)
+    adapted = jax.jit(lora_jax.adapt(fn, plan))
+    by_name(layout, adapted(params, adapters, inputs), Case.want)
 
 
 @EACH
@@ -251,10 +252,11 @@ def test_imported_adapters_are_saved_stacked_and_served(layout, tmp_path):
     lora_jax.peft.save(tmp_path / "peft", adapters, plan, names=names)
     loaded = lora_jax.peft.load(tmp_path / "peft", params, plan=plan, names=names)
     assert_same_bits(loaded.adapters, adapters)
-    stack, stacked = lora_jax.stack_adapters([adapters, adapters], plan, slots=3)
-    assert_same_bits(lora_jax.take_adapters(stack, 1, plan=plan), adapters)
+    stack_adapters = jax.jit(lora_jax.stack_adapters, static_argnames="slots")
+    stack, stacked = stack_adapters([adapters, adapters], plan, slots=3)
+    assert_same_bits(jax.jit(lora_jax.take_adapters)(stack, 1, plan=plan), adapters)
     rows = {name: case.equation.index("t") for name, case in CASES[layout].items()}
-    serve = lora_jax.adapt_rows(fn, stacked, in_axes=(rows,))
+    serve = jax.jit(lora_jax.adapt_rows(fn, stacked, in_axes=(rows,)))
     by_name(layout, serve(params, stack, asarray([1, 0, 0, 1, 0]), inputs), Case.want)
 
 
@@ -262,7 +264,7 @@ def test_imported_adapters_are_saved_stacked_and_served(layout, tmp_path):
 
 
 def ones(*shape, dtype="float32"):
-    return jnp.ones(shape, dtype)
+    return asarray(np.ones(shape), dtype)
 
 
 def dense(*shape, a=None, b=None, name="kernel"):

@@ -41,13 +41,16 @@ def linear(case, alpha=ALPHA, **options):
     return function(case.x, case.weight, case.adapter, alpha, **options)
 
 
-def gradients(case, **options):
+def output_and_gradients(case, **options):
+    """The output, and the gradients of `sum(output * c)`, of one program."""
+
     def loss(x, adapter):
         y = linear(support.Case(x, case.weight, case.bias, adapter, case.c), **options)
-        return jnp.sum((y * case.c).astype(jnp.float32))
+        return jnp.sum((y * case.c).astype(jnp.float32)), y
 
-    grad_x, grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(case.x, case.adapter)
-    return grads | {"x": grad_x}
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (grad_x, grads), y = grad(case.x, case.adapter)
+    return y, grads | {"x": grad_x}
 
 
 def formula(method, case):

@@ -16,22 +16,23 @@ from tests.layers.support import (
     axis_of,
     each,
     formula,
-    gradients,
     linear,
     make_case,
     options_of,
+    output_and_gradients,
 )
 
 
 @each(*METHODS)
 @pytest.mark.parametrize("layout", support.LAYOUTS)
 def test_output_and_gradients_equal_the_formula(layout, method):
-    case, options, ulps = make_case(method, layout), options_of(method), 8
+    case, ulps = make_case(method, layout), 8
     ulps *= 1 + ("dora" in method)
-    y, (want, grads) = linear(case, bias=case.bias, **options), formula(method, case)
+    y, got = output_and_gradients(case, bias=case.bias, **options_of(method))
+    want, grads = formula(method, case)
     assert y.shape == case.c.shape
     support.assert_close(y, want, ulps)
-    for name, value in gradients(case, **options).items():
+    for name, value in got.items():
         support.assert_close(value, grads[name], 2 * ulps)
 
 
@@ -47,7 +48,7 @@ def test_half_precision_rounds_the_sum_once(dtype, adapter_dtype, method):
     assert y.dtype == dtype
     # One rounding of the sum, one of x @ A, one of each factor.
     support.assert_close(y, want, 2)
-    for name, value in gradients(case, **options).items():
+    for name, value in output_and_gradients(case, **options)[1].items():
         assert value.dtype == (case.x if name == "x" else case.adapter[name]).dtype
         support.assert_close(value, grads[name], 4, dtype=dtype)
 
@@ -57,27 +58,32 @@ def test_float64_stays_float64(method):
     options, ulps = options_of(method), 16 if "dora" in method else 8
     with support.x64():
         case = make_case(method, "stacked", dtype="float64", adapter_dtype="float64")
-        mixed = jax.tree.map(lambda v: v.astype("float32"), case.adapter)
-        case.adapter.update({n: v.astype("float64") for n, v in case.adapter.items()})
-        y, (want, grads) = linear(case, bias=case.bias, **options), formula(method, case)
+        case.adapter.update(reference.f64(case.adapter))
+        y, got = output_and_gradients(case, bias=case.bias, **options)
+        want, grads = formula(method, case)
         assert y.dtype == jnp.float64
         support.assert_close(y, want, ulps)
-        for name, value in gradients(case, **options).items():
+        for name, value in got.items():
             assert value.dtype == jnp.float64
             support.assert_close(value, grads[name], 2 * ulps)
-        case.adapter.update(mixed)
-        assert linear(case, **options).dtype == jnp.float64
+        case.adapter.update(jax.tree.map(np.float32, case.adapter))
+        mixed = jax.eval_shape(lambda case: linear(case, **options), case)
+        assert mixed.dtype == jnp.float64
 
 
 @each("lora_bias", "dora out exact", "dora in exact")
 @pytest.mark.parametrize("layout", ["stacked", "experts_in_layers"])
 def test_vmap_is_a_leading_axis(layout, method):
-    case, options, ulps = make_case(method, layout), options_of(method), 4
-    mapped = jax.vmap(lambda case: linear(case, bias=case.bias, **options))(case)
+    def both(case):
+        return output_and_gradients(case, bias=case.bias, **options_of(method))
+
+    case, ulps = make_case(method, layout), 4
+    (y, got), (mapped, grads) = jax.jit(lambda case: (both(case), jax.vmap(both)(case)))(
+        case
+    )
     ulps *= 1 + ("dora" in method)
-    support.assert_close(linear(case, bias=case.bias, **options), mapped, ulps)
-    grads = jax.vmap(lambda case: gradients(case, **options))(case)
-    for name, value in gradients(case, **options).items():
+    support.assert_close(y, mapped, ulps)
+    for name, value in got.items():
         support.assert_close(value, grads[name], 16 if "dora" in method else 4)
 
 
@@ -100,14 +106,16 @@ def test_unmerge_undoes_merge_within_its_bound(dtype, method):
     _, weight, _, adapter, _ = case.reference()
     norm, ratio = (), 1.0
     if axis:
-        norm = (lora_jax.dora_column_norm(case.weight, case.adapter, ALPHA, **axis),)
+        column_norm = jax.jit(functools.partial(lora_jax.dora_column_norm, **axis))
+        norm = (column_norm(case.weight, case.adapter, ALPHA),)
         ratio = reference.along(reference.f64(norm[0]) / adapter["m"], **axis)
     kind, given = method.split()[0], (case.adapter, *norm, ALPHA)
     merge, unmerge = (
-        getattr(lora_jax, f"{verb}_{kind}_weight") for verb in ("merge", "unmerge")
+        jax.jit(functools.partial(getattr(lora_jax, f"{verb}_{kind}_weight"), **axis))
+        for verb in ("merge", "unmerge")
     )
-    merged = merge(case.weight, case.adapter, ALPHA, **axis)
-    back = unmerge(merged, *given, **axis)
+    merged = merge(case.weight, case.adapter, ALPHA)
+    back = unmerge(merged, *given)
     assert back.dtype == merged.dtype == case.weight.dtype
     size, ulps = ratio * np.abs(reference.f64(merged)) + np.abs(weight), 1
     if axis and dtype == "float32":  # sums are no wider than the weight

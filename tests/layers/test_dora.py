@@ -127,10 +127,16 @@ def test_zero_columns_have_factor_one_and_finite_gradients(norm_axis, detach_nor
     if norm_axis == "out":
         support.assert_close(np.asarray(grads["B"])[:, 2], want["B"][:, 2], 32)
     assert np.asarray(grads["m"])[2] == 0.0
-    merged = lora_jax.merge_dora_weight(weight, adapter, ALPHA, norm_axis=norm_axis)
+
+    @jax.jit
+    def there_and_back(*args):
+        merged = lora_jax.merge_dora_weight(*args, norm_axis=norm_axis)
+        norm = lora_jax.dora_column_norm(*args, norm_axis=norm_axis)
+        args = merged, args[1], norm, args[2]
+        return merged, lora_jax.unmerge_dora_weight(*args, norm_axis=norm_axis)
+
+    merged, back = there_and_back(weight, adapter, ALPHA)
     assert not np.asarray(merged)[index].any()
-    norm = lora_jax.dora_column_norm(weight, adapter, ALPHA, norm_axis=norm_axis)
-    back = lora_jax.unmerge_dora_weight(merged, adapter, norm, ALPHA, norm_axis=norm_axis)
     support.assert_close(back, weight, 4)
 
 
@@ -251,13 +257,17 @@ def test_init_inside_eval_shape():
 def test_magnitude_of_trained_factors_makes_dora_start_as_lora(norm_axis):
     case, stabilized = support.make_case("stacked"), {"rank_stabilized": True}
     options = {"norm_axis": norm_axis, **stabilized}
-    m = lora_jax.init_dora_magnitude(case.weight, case.adapter, ALPHA, **options)
-    lora = lora_jax.lora_linear(case.x, case.weight, case.adapter, ALPHA, **stabilized)
-    adapter = case.adapter | {"m": m}
-    dora = lora_jax.dora_linear(case.x, case.weight, adapter, ALPHA, **options)
+
+    @jax.jit
+    def start(case):
+        m = lora_jax.init_dora_magnitude(case.weight, case.adapter, ALPHA, **options)
+        dora = dataclasses.replace(case, adapter=case.adapter | {"m": m})
+        # An m that is there is to be replaced, so it does not matter.
+        again = lora_jax.init_dora_magnitude(case.weight, dora.adapter, ALPHA, **options)
+        return linear(case, **stabilized), linear(dora, **options), m, again
+
+    lora, dora, m, again = start(case)
     support.assert_close(dora, lora, 16)
-    # An m that is there is to be replaced, so it does not matter.
-    again = lora_jax.init_dora_magnitude(case.weight, adapter, ALPHA, **options)
     np.testing.assert_array_equal(again, m)
 
 

@@ -43,12 +43,13 @@ def test_half_precision_rounds_the_sum_once(dtype, adapter_dtype, method):
     dtypes = {"dtype": dtype, "adapter_dtype": adapter_dtype}
     if adapter_dtype == "half":
         dtypes["adapter_dtype"] = dtype
-    case, options = make_case(method, "tokens", **dtypes), options_of(method)
-    y, (want, grads) = linear(case, bias=case.bias, **options), formula(method, case)
+    case = make_case(method, "tokens", **dtypes)
+    y, got = output_and_gradients(case, bias=case.bias, **options_of(method))
+    want, grads = formula(method, case)
     assert y.dtype == dtype
     # One rounding of the sum, one of x @ A, one of each factor.
     support.assert_close(y, want, 2)
-    for name, value in output_and_gradients(case, **options)[1].items():
+    for name, value in got.items():
         assert value.dtype == (case.x if name == "x" else case.adapter[name]).dtype
         support.assert_close(value, grads[name], 4, dtype=dtype)
 

@@ -63,16 +63,20 @@ def test_a_quantized_weight_as_a_matrix():
 def test_a_weight_in_its_own_layout(name):
     target, weight, _ = make(name, "dora")
     adapter: dict = {k: support.draw(*s) for k, s in target.adapter_shapes.items()}
-    value = layout.low_rank(weight, adapter, target)
-    matrix = LowRank(straight(weight, target).astype("float32"), adapter, target.scale)
-    support.assert_close(value.norms(), reference.f64(matrix.norms()), 8)
-    for method in ("merge", "change"):
-        got = straight(getattr(value, method)(), target)
-        want = reference.f64(getattr(matrix, method)())
-        support.assert_close(got, want, 8, "float32")
-    got = straight(value.unmerge(value.norms()), target)
-    want = reference.f64(matrix.unmerge(matrix.norms()))
-    support.assert_close(got, want, 64, "float32")
+
+    @jax.jit
+    def results(weight, matrix, adapter):
+        own = layout.low_rank(weight, adapter, target)
+        return [
+            (value.norms(), value.merge(), value.change(), value.unmerge(value.norms()))
+            for value in (own, LowRank(matrix, adapter, target.scale))
+        ]
+
+    matrix = straight(weight, target).astype("float32")
+    (norms, *got), (want_norms, *want) = results(weight, matrix, adapter)
+    support.assert_close(norms, reference.f64(want_norms), 8)
+    for own, other, ulps in zip(got, want, (8, 8, 64), strict=True):
+        support.assert_close(straight(own, target), reference.f64(other), ulps, "float32")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -117,8 +117,8 @@ def test_lora_and_dora_on_a_model_of_gguf_weights(use_dora):
     if use_dora:
         norms = np.linalg.norm(dense_of(params)["layers"]["up"], axis=2)
         assert_close(adapters["layers/up"]["m"], norms, 16)
-    adapters = jax.tree.map(lambda v: v + 0.01, adapters)
-    adapted = lora_jax.adapt(model, plan)
+    adapters = jax.tree.map(lambda v: np.asarray(v) + np.float32(0.01), adapters)
+    adapted = jax.jit(lora_jax.adapt(model, plan))
     loss = lambda adapters, params: jnp.sum(jnp.sin(adapted(params, adapters, x)))  # noqa: E731
     got = jax.jit(jax.value_and_grad(loss))(adapters, params)
     want = jax.jit(jax.value_and_grad(loss))(adapters, dense_of(params))
@@ -128,7 +128,7 @@ def test_lora_and_dora_on_a_model_of_gguf_weights(use_dora):
     assert not any(
         map(quant.is_quantized, jax.tree.leaves(merged, is_leaf=quant.is_quantized))
     )
-    assert_close(model(merged, x), adapted(params, adapters, x), 256)
+    assert_close(jax.jit(model)(merged, x), adapted(params, adapters, x), 256)
     with pytest.raises(ValueError, match=r"at .*Q\d_\w and .* are read and not written"):
         lora_jax.merge_adapters(params, adapters, plan, requantize=True)
 
@@ -238,7 +238,7 @@ def test_load_gguf_stacks_layers(tmp_path):
     assert_same_bits(got["token_embd.weight"], alone["token_embd.weight"])
     for role in roles:
         layers = [alone[f"blk.{i}.{role}"] for i in range(2)]
-        assert_same_bits(got[f"blk.{role}"], jax.tree.map(lambda *x: jnp.stack(x), *layers))
+        assert_same_bits(got[f"blk.{role}"], jax.tree.map(lambda *x: np.stack(x), *layers))
 
 
 @pytest.mark.parametrize("stack", [False, True])

@@ -77,7 +77,7 @@ def test_scan_and_vmap_over_a_stack(name):
 
     _, scanned = jax.jit(lambda q: jax.lax.scan(layer, 0, q))(q)
     assert_close(scanned, want, 64)
-    mapped = jax.vmap(quant.dequantize)(q)
+    mapped = jax.jit(jax.vmap(quant.dequantize))(q)
     assert_close(mapped, weights, 0 if name in STORED else 4)
 
 
@@ -326,9 +326,10 @@ def test_a_stack_on_a_mesh_with_explicit_axes(name):
 @pytest.mark.parametrize("name", [name for name in ALL if name != "sign"])
 def test_a_nan_of_a_large_weight_is_not_lost(name, dtype):
     # XLA for the CPU takes the maximum of a large array past a NaN.
-    weight = draw(160, 120, dtype=dtype).at[3, 4].set(jnp.nan)
+    weight = np.array(draw(160, 120, dtype=dtype))
+    weight[3, 4] = np.nan
     got = jax.jit(lambda w: quant.dequantize(ALL[name](w)))(weight)
-    assert jnp.isnan(got[3, 4])
+    assert np.isnan(np.asarray(got)[3, 4])
 
 
 @pytest.mark.parametrize("axes", [(None, "x"), ("x", None), (None, None, "x"), ("x",)])

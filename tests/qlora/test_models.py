@@ -207,7 +207,7 @@ def test_merge_losses_of_requantized_weights(name, use_dora):
     fold = reference.dora_weight if use_dora else reference.lora_weight
     merged = matrices(again, plan, adapters)
     for path, args in matrices(stored, plan, adapters).items():
-        if path == "head":  # dense: tests/model/test_adapters.py
+        if path == "head":  # dense: tests/model/test_merging.py
             continue
         weight, update = args[0], fold(*args) - args[0]
         vanished = (np.abs(update) > 0) & (merged[path][0] == weight)

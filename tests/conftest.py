@@ -79,7 +79,7 @@ def quick_compilation(request):
 
 @pytest.fixture
 def optimized():
-    """For tests of bits, and of the time that a program takes, in other modules."""
+    """For tests of bits in other modules."""
     with support.optimizations(True):
         yield
 

@@ -154,7 +154,6 @@ def test_lora_one_of_a_quantized_base():
         start(plan, quantized, batches=batches, method="lora_ga")
 
 
-@pytest.mark.usefixtures("optimized")
 def test_no_gradient_of_a_weight_is_computed():
     params = {
         "layers": {"up": draw(2, 96, 128), "down": draw(2, 128, 96)},

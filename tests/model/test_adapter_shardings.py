@@ -306,7 +306,7 @@ def test_keys_whose_numbers_depend_on_the_shape(monkeypatch):
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "xavier_normal"])
-def test_no_device_makes_a_whole_factor(init, optimized):
+def test_no_device_makes_a_whole_factor(init):
     mesh = jax.make_mesh((8,), ("tensor",))
     out = {
         "A": NamedSharding(mesh, P("tensor")),

@@ -216,7 +216,7 @@ SOME = ("both", "fused_heads", "convolution", "some_outputs")
 @pytest.mark.parametrize(
     ("kind", "method"), [("auto", "lora"), ("explicit", "dora"), ("mixed", "lora")]
 )
-def test_jit_with_out_shardings_and_donation(method, kind, optimized):
+def test_jit_with_out_shardings_and_donation(method, kind):
     params, adapters, plan, placed = tree(kind, method, names=SOME)
     own = place(adapters, placed, plan, "by the rule")
     places = {name: x.sharding for name, x in placed.items()}

@@ -289,7 +289,7 @@ def test_any_traffic_compiles_once_for_each_plan():
     assert len(puts) == len(takes) == len(plans)
 
 
-def test_put_writes_in_place(optimized):
+def test_put_writes_in_place():
     adapters, plans = tenants_of("methods")
     stack, _ = compiled_stack(adapters, plans, 512)
     put = jax.jit(put_adapters, static_argnums=3, donate_argnums=0)
@@ -457,7 +457,7 @@ def test_a_stack_in_the_memory_of_the_host_stays_there():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_travels_between_devices(kind, optimized):
+def test_nothing_travels_between_devices(kind):
     _, params, adapters, plans = tenants_on_mesh(kind)
     local = [jax.tree.map(np.asarray, own) for own in adapters]
 

@@ -29,8 +29,6 @@ def _tuple(value):
 
 EVERY_FORMAT = pytest.mark.parametrize("name", slowly(["int8"], FORMATS))
 
-OPTIMIZED = pytest.mark.usefixtures("optimized")
-
 
 def dequantized(tree):
     """A tree with arrays in the place of its quantized weights."""

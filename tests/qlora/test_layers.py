@@ -20,7 +20,6 @@ from tests.qlora.support import (
     EVERY_FORMAT,
     FORMATS,
     KEY,
-    OPTIMIZED,
     SHAPE,
     matrix_plan,
     slowly,
@@ -287,7 +286,6 @@ def test_initializers_that_change_the_base_refuse(take_apart):
         take_apart(stored)
 
 
-@OPTIMIZED
 @pytest.mark.parametrize(
     ("name", "use_dora"),
     slowly([("int8", True)], [(x, y) for x in ("int8", "fp8") for y in (False, True)]),

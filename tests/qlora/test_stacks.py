@@ -17,7 +17,6 @@ from lora_jax._core import compat
 from lora_jax.plan import stacks
 from tests import programs, reference, support
 from tests.qlora.support import (
-    OPTIMIZED,
     SHAPE,
     dequantized,
     slowly,
@@ -94,7 +93,6 @@ def dense_stacks(*texts):
 METHODS = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 
 
-@OPTIMIZED
 @pytest.mark.parametrize(
     ("use_dora", "dtype", "name"),
     slowly(
@@ -116,7 +114,6 @@ def test_a_step_has_no_dense_stack(use_dora, dtype, name):
     assert temporary < LAYERS * DENSE / 2  # half of all weights, dense
 
 
-@OPTIMIZED
 @pytest.mark.parametrize("use_dora", slowly([False], [False, True]))
 def test_a_step_on_dequantized_params_has_one(use_dora):
     # Guards the test above: it can tell.
@@ -166,7 +163,6 @@ def test_stored_bytes_of_a_weight():
     assert round(want, 3) == 0.516
 
 
-@OPTIMIZED
 def test_norms_of_a_stack_have_one_entry_dense_at_a_time():
     stored, adapters, _, plan = deep_model(use_dora=True)
     norms = jax.jit(lambda p: lora_jax.adapted_column_norms(p, adapters, plan))

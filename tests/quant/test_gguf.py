@@ -148,7 +148,6 @@ rows = {  # products of a weight (out, in) with x (1, 1, in)
         *(("Q5_0", "x @ w.T", n) for n in (67, 130)),  # several loops, of one and of more
     ],
 )
-@pytest.mark.usefixtures("optimized")
 def test_one_row_is_multiplied_without_a_dense_weight(name, row, n_blocks):
     n_in, n_out, product = 32 * n_blocks, 7, rows[row]
     weight, x = gguf_tensor(name, n_out, n_in), jnp.float32(normal(1, 1, n_in))

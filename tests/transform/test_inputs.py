@@ -95,7 +95,6 @@ def test_complex_inputs_are_an_error():
         lora_jax.init_adapters_from_inputs(jax.random.key(0), params, plan, fn, [(x,)])
 
 
-@pytest.mark.usefixtures("optimized")
 def test_no_covariance_is_computed_and_no_backward_pass_is_run():
     def fn(params, x):
         def block(x, w):

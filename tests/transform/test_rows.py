@@ -585,7 +585,7 @@ def by_one_hot(params, stack, slots, x):
 
 
 @pytest.mark.parametrize(("method", "length"), [("lora", 128), ("dora", 256)])
-def test_a_step_costs_what_it_costs_with_one_adapter(method, length, optimized):
+def test_a_step_costs_what_it_costs_with_one_adapter(method, length):
     """But for the norms of DoRA, which are computed for each slot.
 
     They are `slots * rank / (2 * tokens)` of the products of a step.

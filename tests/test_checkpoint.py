@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import checkpoint
@@ -25,7 +25,7 @@ from lora_jax.model.adapters import plan_adapters
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.target import Target
-from tests.support import asarray, file_digest, x64
+from tests.support import asarray, file_digest, set_mesh, x64
 
 SHAPES = {"w": (12, 9), "q": (12, 2, 3), "stack": (3, 12, 9), "o:A": (9, 12)}
 AXES = {"*/w": "io", "*/q": "ioo", "*/stack": "bio", "*/o:A": "oi"}
@@ -254,6 +254,18 @@ def test_numpy_and_sharded_arrays_are_saved_whole(tmp_path):
     }
     save_adapters(tmp_path, adapters | {"block/stack": spread}, plan)
     assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
+
+
+def test_without_shardings_arrays_lie_where_jax_puts_new_ones(tmp_path):
+    """JAX 0.10 replicates them over the mesh of the program."""
+    adapters, _ = saved(tmp_path)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with set_mesh(mesh):
+        loaded, _ = load_adapters(tmp_path)
+        want = jnp.asarray(np.zeros((2, 2))).sharding
+    assert bits(loaded) == bits(adapters)
+    for leaf in jax.tree.leaves(loaded):
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
 
 
 def test_arrays_are_loaded_to_where_they_belong(tmp_path):

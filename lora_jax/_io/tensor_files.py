@@ -256,7 +256,7 @@ def to_jax(
             "jax.config.update('jax_enable_x64', True), or write the file in 32."
         )
     if sharding is None:
-        return jax.device_put(array)  # jnp.asarray compiles a program for each shape
+        return jnp.asarray(array)  # where JAX puts new arrays: on the mesh, if any
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 import re
 
 import jax
@@ -15,7 +14,7 @@ import lora_jax
 from lora_jax.transform import _following, _tracing
 from lora_jax.transform._row_places import Atom, Rows
 from tests import programs
-from tests.support import asarray, assert_same_bits, count_traces, normal, x64
+from tests.support import asarray, assert_same_bits, count_traces, draw, normal, x64
 from tests.transform.cases import CASES, inputs
 from tests.transform.support import assert_same, loss_of, plan_of, trained
 from tests.transform.test_cases import DORA_GRADIENTS
@@ -281,17 +280,18 @@ def test_models_equal_each_row_alone(name, method):
     """Ranks, scales and methods differ between slots."""
     fn, shapes, x, config = MODELS[name]
     with x64():
-        params = {k: normal(*shape, seed=7, size=0.5) for k, shape in shapes.items()}
-        params, x = jax.tree.map(jnp.asarray, (params, x))
+        dtype = "float32" if method == "int8" else "float64"
+        params = {
+            k: draw(*shape, dtype=dtype, seed=7, size=0.5) for k, shape in shapes.items()
+        }
+        x = asarray(x, dtype if np.issubdtype(x.dtype, np.floating) else x.dtype)
         if method == "int8":
-            params, x = jax.tree.map(lambda v: v.astype("float32"), (params, x))
             params = lora_jax.quantize_params(params, "*", "int8", batch_axes={"*": 1})
         plans = [
             plan_of(fn, params, x, **config, rank=i + 2, alpha=5.0, use_dora=use)
             for i, use in enumerate([False, method == "mixed", False])
         ]
-        tenants = [trained(params, plan, seed=i) for i, plan in enumerate(plans)]
-        tenants = jax.tree.map(lambda v: 0.3 * v, tenants)
+        tenants = [trained(params, plan, i, size=0.3) for i, plan in enumerate(plans)]
         stack, plan = lora_jax.stack_adapters(tenants, plans, slots=5)
         slots = jnp.array([1, 0, -1, 2, 4, 1])  # 4 is empty
         got = jax.jit(lora_jax.adapt_rows(fn, plan))(params, stack, slots, x)
@@ -299,13 +299,14 @@ def test_models_equal_each_row_alone(name, method):
         models = [jax.jit(lora_jax.adapt(fn, plan)) for plan in plans]
         for row, slot in enumerate(slots.tolist()):
             # Six times the row, for a model that scans over groups of rows.
-            alone = jnp.broadcast_to(x[row], x.shape)
+            alone = asarray(np.broadcast_to(np.asarray(x)[row], x.shape))
             want = (
                 models[slot](params, tenants[slot], alone)
                 if slot in (0, 1, 2)
                 else frozen(params, alone)
             )
-            pair = (jax.tree.map(operator.itemgetter(row), v) for v in (got, want))
+            of_row = lambda v, row=row: np.asarray(v)[row]  # noqa: E731
+            pair = jax.tree.map(of_row, (got, want))
             assert_same(*pair, tolerance=1e-5 if method == "int8" else 1e-12)
         if "dora" in {target.method for target in plan.targets.values()}:
             norms = lora_jax.stacked_column_norms(params, stack, plan)
@@ -318,17 +319,17 @@ def test_models_equal_each_row_alone(name, method):
 )
 def test_a_slot_that_diverged_reaches_no_other_row(length, factor):
     """Nor does a slot out of range; -1 is the base, bit for bit."""
-    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
-    x = asarray(normal(4, length, WIDTH, dtype="float32"))
+    params = {k: draw(*s) for k, s in STACK.items()}
+    x = draw(4, length, WIDTH)
     plan = plan_of(layers, params, x)
-    stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
+    own = trained(params, plan)
     bad = {
-        path: {**own, factor: own[factor].at[1].set(jnp.nan)}
-        for path, own in stack.adapters.items()
+        path: {**factors, factor: jnp.full_like(factors[factor], jnp.nan)}
+        for path, factors in own.items()
     }
-    stack = dataclasses.replace(stack, adapters=bad)
+    stack, plan = lora_jax.stack_adapters([own, bad, own], plan)
     model = lora_jax.adapt_rows(layers, plan)
-    slots = jnp.array([0, 2, -1, 0])
+    slots = np.array([0, 2, -1, 0])
 
     def loss(stack, x, slots):
         y = model(params, stack, slots, x)
@@ -336,16 +337,17 @@ def test_a_slot_that_diverged_reaches_no_other_row(length, factor):
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     (_, y), grads = step(stack, x, slots)
-    assert bool(jnp.isfinite(y).all())
-    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
-    assert_same_bits(model(params, stack, slots, x)[2], layers(params, x)[2])
+    y = np.asarray(y)
+    assert all(np.isfinite(v).all() for v in (y, *jax.tree.leaves(grads)))
+    base = jax.jit(layers)(params, x)
+    for own in (jax.jit(model)(params, stack, slots, x), y):
+        assert_same_bits(np.asarray(own)[2], np.asarray(base)[2])
     for many in (np.int64(2**32), np.uint32(2**32 - 1), np.uint8(255)):
-        own = np.full(4, many)
-        assert bool(jnp.isnan(model(params, stack, own, x)).all())
+        assert np.isnan(model(params, stack, np.full(4, many), x)).all()  # jit cuts digits
     for wrong in (1, 3, 2**20, -2):
-        (_, other), _ = step(stack, x, slots.at[3].set(wrong))
-        assert bool(jnp.isnan(other[3]).all())
-        assert_same_bits(other[:3], y[:3])
+        (_, other), _ = step(stack, x, np.array([0, 2, -1, wrong]))
+        assert np.isnan(other[3]).all()
+        assert_same_bits(np.asarray(other)[:3], y[:3])
 
 
 @pytest.mark.parametrize(
@@ -390,47 +392,52 @@ def _returns_two_orders(p, x):
     [(_one_weight_both_ways, 1), (_inputs_in_another_order, 2), (_returns_two_orders, 4)],
 )
 def test_functions_equal_each_row_alone(fn, rows):
-    params, x = {"w": asarray(normal(*SQUARE, dtype="float32"))}, X[:rows]
-    x, slots = asarray(x, "float32"), jnp.array([1, 0, 1, 0])[:rows]
+    params, x = {"w": draw(*SQUARE)}, asarray(X[:rows], "float32")
+    slots = np.array([1, 0, 1, 0])[:rows]
     plan = plan_of(fn, params, x)
     tenants = [trained(params, plan, seed=i) for i in range(2)]
     stack, of_stack = lora_jax.stack_adapters(tenants, plan)
-    got = lora_jax.adapt_rows(fn, of_stack)(params, stack, slots, x)
-    alone = [lora_jax.adapt(fn, plan)(params, own, x) for own in tenants]
-    assert_same(got, jnp.stack(alone)[slots, jnp.arange(rows)], 1e-5)
+
+    @jax.jit
+    def both(params, stack, tenants, x):
+        alone = jnp.stack([lora_jax.adapt(fn, plan)(params, own, x) for own in tenants])
+        got = lora_jax.adapt_rows(fn, of_stack)(params, stack, slots, x)
+        return got, alone[slots, np.arange(rows)]
+
+    assert_same(*both(params, stack, tenants, x), 1e-5)
 
 
 def test_one_compilation_for_any_traffic():
-    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    params = {k: draw(*s) for k, s in STACK.items()}
     plan = plan_of(layers, params, X)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 3, plan)
     with count_traces(lora_jax.adapt_rows(layers, plan)) as (run, traces):
         for slots in ([0] * 6, [2, 1, 0, -1, 2, 1], [7, -3, 0, 0, 0, 0]):
-            run(params, stack, jnp.array(slots), asarray(X, "float32"))
+            run(params, stack, np.array(slots), asarray(X, "float32"))
         assert len(traces) == 1
 
 
 def test_scales_and_magnitudes_are_not_trained():
-    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
+    params = {k: draw(*s) for k, s in STACK.items()}
     x = asarray(X, "float32")
     plan = plan_of(layers, params, x, use_dora=True)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)] * 2, plan)
-    model, slots = lora_jax.adapt_rows(layers, plan), jnp.array([0, 1, 0, 1, -1, 0])
-    grads = jax.grad(lambda stack: jnp.sum(model(params, stack, slots, x)))(stack)
-    constants = jax.tree.leaves((grads.scales, grads.magnitudes))
-    assert all(not bool(g.any()) for g in constants)
-    assert all(bool(g.any()) for g in jax.tree.leaves(grads.adapters))
+    model, slots = lora_jax.adapt_rows(layers, plan), np.array([0, 1, 0, 1, -1, 0])
+    loss = lambda stack: jnp.sum(model(params, stack, slots, x))  # noqa: E731
+    grads = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(stack))
+    assert not any(g.any() for g in jax.tree.leaves((grads.scales, grads.magnitudes)))
+    assert all(g.any() for g in jax.tree.leaves(grads.adapters))
 
 
 def test_rows_have_different_dropout_masks():
-    params = {k: asarray(normal(*s, dtype="float32")) for k, s in STACK.items()}
-    x = jnp.broadcast_to(asarray(X[:1], "float32"), X.shape)
+    params = {k: draw(*s) for k, s in STACK.items()}
+    x = asarray(np.broadcast_to(X[:1], X.shape), "float32")
     plan = plan_of(layers, params, x, dropout=0.5)
     stack, plan = lora_jax.stack_adapters([trained(params, plan)], plan)
     model = lora_jax.adapt_rows(layers, plan, dropout_key=jax.random.key(0))
-    y = model(params, stack, jnp.array([0, 0, 0, 0, 0, -1]), x)
-    assert len(np.unique(np.asarray(y), axis=0)) == len(X)
-    assert_same_bits(y[5], layers(params, x)[5])
+    y = np.asarray(jax.jit(model)(params, stack, np.array([0, 0, 0, 0, 0, -1]), x))
+    assert len(np.unique(y, axis=0)) == len(X)
+    assert_same_bits(y[5], np.asarray(jax.jit(layers)(params, x))[5])
 
 
 def _sums_over_rows(p, x):

@@ -24,12 +24,13 @@ LINEAR = {"lora": lora_jax.lora_linear, "dora": lora_jax.dora_linear}
 
 
 def test_base_and_update_are_added_before_the_rounding():
-    # x @ W is 256 and the update 1: in bfloat16, 256 + 1 is 256, but 256 + 1 + 1 (the
-    # bias) is 258 if nothing was rounded in between.
-    x, weight = support.asarray([[1]], "bfloat16"), support.asarray([[256]], "bfloat16")
-    one = support.asarray([[1]], "float32")
-    y = lora_jax.lora_linear(x, weight, {"A": one, "B": one}, bias=np.float32([1]))
-    assert float(y[0, 0]) == 258.0
+    # x @ W is 257, the update 1.5, the bias 0.75, and a bfloat16 near the sum is even. If
+    # x @ W were rounded alone, or with the update, the sum would be 258.
+    x = support.asarray([[1, 1]], "bfloat16")
+    weight = support.asarray([[256], [1]], "bfloat16")
+    adapter = {"A": np.float32([[1], [0]]), "B": np.float32([[1.5]])}
+    y = lora_jax.lora_linear(x, weight, adapter, bias=np.float32([0.75]))
+    assert float(y[0, 0]) == 260.0
 
 
 @pytest.mark.parametrize("adapter_dtype", support.DTYPES)

@@ -578,14 +578,14 @@ def test_the_users_keyword_arguments_have_any_name():
 
 
 def given_norms(fn, params, x, plan, adapters):
-    """The gradient of an adapted function with norms that are formed outside, compiled."""
+    """The gradients for adapters and norms, which are formed outside, and the norms."""
     norms = lora_jax.adapted_column_norms(params, adapters, plan)
 
     def loss(adapters, norms):
         adapted = lora_jax.adapt(fn, plan, column_norms=norms)
         return jnp.sum(jnp.sin(adapted(params, adapters, x)))
 
-    return jax.jit(jax.grad(loss)).lower(adapters, norms).compile(), norms
+    return jax.jit(jax.grad(loss, (0, 1))).lower(adapters, norms).compile(), norms
 
 
 @pytest.mark.parametrize("axes", ["io", "oi", "bio"])
@@ -601,9 +601,10 @@ def test_given_norms_are_those_that_adapt_forms(axes):
     compiled, norms = given_norms(fn, params, x, plan, adapters)
     adapted = lora_jax.adapt(fn, plan)
     want = jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(adapted(params, a, x)))))(adapters)
-    assert_same(compiled(adapters, norms), want, 1e-5)
-    # Held constant, like those that are formed; and nothing forms them again.
-    twice = compiled(adapters, jax.tree.map(lambda n: 2 * n, norms))
+    got, of_norms = compiled(adapters, norms)
+    assert_same(got, want, 1e-5)
+    assert not np.any(of_norms["w"])  # constants, like those that are formed
+    twice, _ = compiled(adapters, {"w": 2 * norms["w"]})  # nothing forms them again
     assert not np.allclose(twice["w"]["m"], want["w"]["m"])
 
 

@@ -6,6 +6,7 @@ A dtype is *wide* if it is at least float32.
 import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,13 @@ def sum_and_round(
     for column in columns:
         out = out * column.astype(wide)
     return out.astype(base.dtype)
+
+
+@jax.jit
+def are_finite(arrays: Any) -> jax.Array:
+    """Whether no entry of a tree of arrays is infinite or NaN."""
+    finite = [jnp.isfinite(array).all() for array in jax.tree.leaves(arrays)]
+    return functools.reduce(jnp.logical_and, finite)
 
 
 def as_row(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -230,7 +230,7 @@ def check_finite(adapters: Adapters) -> None:
     """Raises FloatingPointError if an adapter has an infinity or NaN, outside a trace."""
     for path, adapter in adapters.items():
         for name, array in adapter.items():
-            if not isinstance(array, Tracer) and not bool(jnp.isfinite(array).all()):
+            if not isinstance(array, Tracer) and not numerics.are_finite(array):
                 cause = "an argument had one, or a value is beyond the range of its dtype"
                 if "m" in adapter:
                     cause += ", or the columns of the frozen weight cancel in the sum"

@@ -152,7 +152,7 @@ def orthonormal(matrix: jax.Array, transposed: bool = False) -> jax.Array:
 
 def check_finite(path: str, values: jax.Array, what: str) -> None:
     """Raises FloatingPointError if a number is infinite or NaN."""
-    if not bool(jnp.isfinite(values).all()):
+    if not numerics.are_finite(values):
         raise FloatingPointError(
             f"at {path!r}: {what} has an infinity or a NaN: compute them in float32, or "
             "leave out the batch that causes it."

@@ -321,7 +321,7 @@ def copy_trained(
     for path in plan.trained:
         copy = jnp.copy(placement.on_device(adapters[path][VALUE]))
         copy = copy.astype(jax.dtypes.canonicalize_dtype(leaves[path].dtype))
-        if not isinstance(copy, Tracer) and not bool(jnp.isfinite(copy).all()):
+        if not isinstance(copy, Tracer) and not numerics.are_finite(copy):
             raise FloatingPointError(
                 f"at {path!r}: the trained leaf has an infinity or a NaN in {copy.dtype}."
             )
@@ -379,12 +379,7 @@ def _run(
 def _compiled_fold(fold: Fold, sharding: NamedSharding | None, donate: bool) -> Any:
     def folded(weight, adapter, norm, how):
         result = fold(weight, adapter, norm, how)
-        return result, Finite(*map(_is_finite, (result, weight, adapter)))
+        return result, Finite(*map(numerics.are_finite, (result, weight, adapter)))
 
     donated = (0,) if donate else ()
     return jax.jit(folded, donate_argnums=donated, out_shardings=(sharding, None))
-
-
-def _is_finite(tree: Any) -> jax.Array:
-    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, leaves)

@@ -1,5 +1,6 @@
 """Eight CPU devices, and JAX at its strictest, for the whole suite."""
 
+import collections
 import gc
 import importlib.util
 import itertools
@@ -37,6 +38,34 @@ OPTIMIZED = (
 MISSING = [name for name in OPTIMIZED if importlib.util.find_spec(name) is None]
 if MISSING:
     raise RuntimeError(f"OPTIMIZED has modules that do not exist: {MISSING}")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases",
+        type=int,
+        metavar="N",
+        help="run at most N cases of each test, spread evenly over its table, but of those "
+        "marked `primitives` all",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after the marks have chosen
+def pytest_collection_modifyitems(config, items):
+    most = config.getoption("cases")
+    if most is None:
+        return
+    tables = collections.defaultdict(list)
+    for item in items:
+        tables[item.nodeid.partition("[")[0]].append(item)
+    chosen = set()
+    for table in tables.values():
+        is_whole = table[0].get_closest_marker("primitives") is not None
+        n = len(table) if is_whole else min(most, len(table))
+        chosen.update(table[i * len(table) // n].nodeid for i in range(n))
+    left_out = [item for item in items if item.nodeid not in chosen]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item.nodeid in chosen]
 
 
 def pytest_collection_finish():

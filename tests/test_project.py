@@ -3,8 +3,10 @@
 import pathlib
 import re
 import tomllib
+import types
 
 import lora_jax
+from tests import conftest
 
 ROOT = pathlib.Path(lora_jax.__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -68,3 +70,24 @@ def test_the_readme_lists_the_extras_of_users():
         want = [re.split("[>=]", name)[0] for name in ",".join(named).split(",")]
         assert shown.replace("`", "").split(", ") == want
     assert f"git+{REPOSITORY}" in read("README.md")
+
+
+def test_few_cases_are_spread_over_the_table():
+    def item(test, case, *marks):
+        get = lambda name: name if name in marks else None  # noqa: E731
+        return types.SimpleNamespace(nodeid=f"{test}[{case}]", get_closest_marker=get)
+
+    items = [item("t.py::a", i) for i in range(9)] + [item("t.py::b", 0)]
+    items += [item("t.py::c", i, "primitives") for i in range(4)]
+    left_out = []
+    config = types.SimpleNamespace(
+        getoption={"cases": 3}.get,
+        hook=types.SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)),
+    )
+    every = list(items)
+    conftest.pytest_collection_modifyitems(config, items)
+    assert [own.nodeid for own in items] == [
+        *("t.py::a[0]", "t.py::a[3]", "t.py::a[6]", "t.py::b[0]"),
+        *(f"t.py::c[{i}]" for i in range(4)),
+    ]
+    assert left_out == [own for own in every if own not in items]

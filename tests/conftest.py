@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import random
 
 from tests import xla_flags
 
@@ -33,7 +34,7 @@ OPTIMIZED = (
     *("tests.core", "tests.lowrank.test_contraction", "tests.lowrank.test_low_rank"),
     *("tests.quant.test_arithmetic", "tests.quant.test_channels", "tests.quant.test_fp8"),
     *("tests.quant.test_golden_nf4", "tests.quant.test_int8", "tests.quant.test_packing"),
-    *("tests.test_golden", "tests.test_smoke"),
+    "tests.test_golden",
 )
 MISSING = [name for name in OPTIMIZED if importlib.util.find_spec(name) is None]
 if MISSING:
@@ -45,27 +46,46 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         metavar="N",
-        help="run at most N cases of each test, spread evenly over its table, but of those "
-        "marked `primitives` all",
+        help="run at most N cases of each test, but all of those marked `primitives`",
     )
 
 
-@pytest.hookimpl(trylast=True)  # after the marks have chosen
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    """Marks what is `mostly_slow`, lets `-m` choose, and leaves out what `--cases` does."""
+    for table in _tables(items):
+        mark = table[0].get_closest_marker("mostly_slow")
+        if mark is not None:
+            quick = [item for item in table if not item.get_closest_marker("slow")]
+            for item in _all_but(*mark.args, quick):
+                item.add_marker("slow")
+    yield
     most = config.getoption("cases")
     if most is None:
         return
-    tables = collections.defaultdict(list)
+    left_out = {
+        item
+        for table in _tables(items)
+        if not table[0].get_closest_marker("primitives")
+        for item in _all_but(most, table)
+    }
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _tables(items):
+    """The collected cases of each test."""
+    found = collections.defaultdict(list)
     for item in items:
-        tables[item.nodeid.partition("[")[0]].append(item)
-    chosen = set()
-    for table in tables.values():
-        is_whole = table[0].get_closest_marker("primitives") is not None
-        n = len(table) if is_whole else min(most, len(table))
-        chosen.update(table[i * len(table) // n].nodeid for i in range(n))
-    left_out = [item for item in items if item.nodeid not in chosen]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item.nodeid in chosen]
+        found[item.nodeid.partition("[")[0]].append(item)
+    return found.values()
+
+
+def _all_but(n, table):
+    """The cases of a test but for `n`, which are drawn by its name: always the same."""
+    name = table[0].nodeid.partition("[")[0] if table else ""
+    kept = random.Random(name).sample(table, min(n, len(table)))
+    return [item for item in table if item not in kept]
 
 
 def pytest_collection_finish():

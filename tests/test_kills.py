@@ -18,6 +18,7 @@ from tests.support import assert_same_bits
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize(
     ("writer", "steps"),
     [

@@ -1,9 +1,12 @@
 """What the project's own files say twice is the same in both, and what they name exists."""
 
+import collections
 import pathlib
 import re
 import tomllib
 import types
+
+import pytest
 
 import lora_jax
 from tests import conftest
@@ -72,22 +75,33 @@ def test_the_readme_lists_the_extras_of_users():
     assert f"git+{REPOSITORY}" in read("README.md")
 
 
-def test_few_cases_are_spread_over_the_table():
-    def item(test, case, *marks):
-        get = lambda name: name if name in marks else None  # noqa: E731
-        return types.SimpleNamespace(nodeid=f"{test}[{case}]", get_closest_marker=get)
+def test_some_cases_are_slow_and_others_left_out():
+    class Item:
+        def __init__(self, test, case, *marks):
+            own = {mark.name: mark for mark in marks}
+            self.nodeid, self.get_closest_marker = f"{test}[{case}]", own.get
+            self.add_marker = lambda name: own.setdefault(name, True)
 
-    items = [item("t.py::a", i) for i in range(9)] + [item("t.py::b", 0)]
-    items += [item("t.py::c", i, "primitives") for i in range(4)]
-    left_out = []
-    config = types.SimpleNamespace(
-        getoption={"cases": 3}.get,
-        hook=types.SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)),
-    )
-    every = list(items)
-    conftest.pytest_collection_modifyitems(config, items)
-    assert [own.nodeid for own in items] == [
-        *("t.py::a[0]", "t.py::a[3]", "t.py::a[6]", "t.py::b[0]"),
-        *(f"t.py::c[{i}]" for i in range(4)),
-    ]
-    assert left_out == [own for own in every if own not in items]
+    def run(most):
+        items = [Item("a", i) for i in range(9)]
+        items += [Item("b", i, pytest.mark.mostly_slow(2).mark) for i in range(4)]
+        items += [Item("b", 9, pytest.mark.slow.mark)]
+        items += [Item("c", i, pytest.mark.primitives.mark) for i in range(4)]
+        before, left_out = list(items), []
+        config = types.SimpleNamespace(
+            getoption={"cases": most}.get,
+            hook=types.SimpleNamespace(
+                pytest_deselected=lambda items: left_out.extend(items)
+            ),
+        )
+        hook = conftest.pytest_collection_modifyitems(config, items)
+        next(hook)
+        assert items == before  # `-m` chooses here
+        next(hook, None)
+        assert items == [own for own in before if own not in left_out]
+        slow = [own.nodeid[0] for own in before if own.get_closest_marker("slow")]
+        return collections.Counter(own.nodeid[0] for own in items), slow
+
+    assert run(None) == ({"a": 9, "b": 5, "c": 4}, ["b"] * 3)
+    assert run(3) == ({"a": 3, "b": 3, "c": 4}, ["b"] * 3)
+    assert run(1) == ({"a": 1, "b": 1, "c": 4}, ["b"] * 3)

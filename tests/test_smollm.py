@@ -118,6 +118,7 @@ class Words:
         return 7
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_training_on_a_quantized_base_learns_and_generates_the_same_merged(
     method, tmp_path

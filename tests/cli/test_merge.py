@@ -153,6 +153,7 @@ PARTS = {
 STACKS = {"layers/up": (4, 8, 12), "qkv": (24, 8), "flat": (8, 24)}
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize(
     ("method", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("dora", "float32")]
 )

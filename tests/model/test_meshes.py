@@ -150,6 +150,7 @@ EACH = pytest.mark.parametrize(
 METHODS = pytest.mark.parametrize("method", ["lora", "dora"])
 
 
+@pytest.mark.mostly_slow(2)
 @EACH
 @METHODS
 def test_no_weight_travels_inside_of_jit(method, kind, lie):
@@ -193,6 +194,7 @@ def compiled_texts(monkeypatch):
     return texts
 
 
+@pytest.mark.mostly_slow(2)
 @EACH
 @METHODS
 def test_no_weight_travels_outside_of_jit(method, kind, lie, compiled_texts):
@@ -304,6 +306,7 @@ def quantized(placed, plan, form, names, **settings):
 FIRST = {("nf4", "lora"), ("nf4", "dora"), ("int8", "lora"), ("fp8", "dora")}
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("kind", ["auto", pytest.param("explicit", marks=slow)])
 @pytest.mark.parametrize(
     ("form", "method"),

@@ -106,6 +106,7 @@ def masks():
     return np.random.default_rng(0).random((STEPS, SLOTS)) < 0.6
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_as_separate_optimizers(name):
     inner = with_rate(OPTIMIZERS[name])

@@ -66,6 +66,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.mostly_slow(2)
 @pytest.mark.parametrize("method", program.METHODS)
 def test_adapters_of_two_processes_are_those_of_one(runs, method):
     (one, plan), (two, other) = (

@@ -331,6 +331,7 @@ def bytes_on_one_device(tree):
     )
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("nested", [None, 4])
 @pytest.mark.parametrize(

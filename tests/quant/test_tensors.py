@@ -332,6 +332,7 @@ def test_a_nan_of_a_large_weight_is_not_lost(name, dtype):
     assert np.isnan(np.asarray(got)[3, 4])
 
 
+@pytest.mark.mostly_slow(8)
 @pytest.mark.parametrize("axes", [(None, "x"), ("x", None), (None, None, "x"), ("x",)])
 @pytest.mark.parametrize("name", [name for name in ALL if name != "sign"])
 def test_a_weight_with_explicit_axes(name, axes):

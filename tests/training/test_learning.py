@@ -115,6 +115,7 @@ WRONG = {
 }
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_gradients_do_not_learn(name):
     # Guards the test above: it can tell.

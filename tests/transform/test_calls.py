@@ -118,6 +118,7 @@ def test_a_weight_that_cannot_stay_low_rank_is_an_error_with_its_line(name):
             lora_jax.adapt(fn, plan)(params, adapters, X)
 
 
+@pytest.mark.mostly_slow(20)
 @MOST_PLACES
 @EVERY
 def test_mapped_from_outside(name, place):
@@ -137,6 +138,7 @@ def test_mapped_from_outside(name, place):
         assert_same(got, want)
 
 
+@pytest.mark.mostly_slow(20)
 @MOST_PLACES
 @EVERY
 def test_quantized_weights(name, place):

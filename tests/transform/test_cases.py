@@ -43,6 +43,7 @@ def test_agrees_with_the_merged_function(name, method):
     assert {path: target.axes for path, target in plan.targets.items()} == case.axes
 
 
+@pytest.mark.mostly_slow(12)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", sorted(DORA_GRADIENTS))
 def test_scales_are_traced(name, method):
@@ -110,6 +111,7 @@ SOME += [
 ]  # columns are shared
 
 
+@pytest.mark.mostly_slow(60)
 @pytest.mark.parametrize(
     "name",
     [

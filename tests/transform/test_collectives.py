@@ -485,6 +485,7 @@ def step_of(name, kind, use_dora=False):
     return Step(CASES[name], kind, use_dora=use_dora)
 
 
+@pytest.mark.mostly_slow(6)
 @pytest.mark.parametrize(("name", "kind"), GRID)
 def test_no_other_collective(name, kind):
     step = step_of(name, kind)
@@ -513,6 +514,7 @@ ROWS_GRID = [
 ]
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(("name", "kind", "use_dora"), ROWS_GRID)
 def test_rows_exchange_the_gradients_of_all_slots(name, kind, use_dora):
     """And nothing else, and the products of LoRA cost what they cost with one adapter."""
@@ -561,6 +563,7 @@ NORMS = 8
 """How many arrays of as many numbers as the outputs DoRA exchanges, for each weight."""
 
 
+@pytest.mark.mostly_slow(3)
 @pytest.mark.parametrize(("name", "kind"), grid())
 def test_norms_of_dora_exchange_numbers_of_outputs(name, kind):
     step = step_of(name, kind, use_dora=True)

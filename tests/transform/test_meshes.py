@@ -285,6 +285,7 @@ def skip_where_jax_cannot(name):
             pytest.skip("JAX 0.7 aborts where a mesh is partly manual")
 
 
+@pytest.mark.mostly_slow(12)
 @pytest.mark.parametrize("name", CASES)
 def test_explicit_axes(name):
     skip_where_jax_cannot(name)
@@ -336,6 +337,7 @@ def over_data(mesh, array):
     return jax.device_put(array, NamedSharding(mesh, P("data", *rest)))
 
 
+@pytest.mark.mostly_slow(10)
 @pytest.mark.parametrize(
     ("name", "kind", "form"),
     [
@@ -492,6 +494,7 @@ def test_masks_are_the_same_on_explicit_axes(name):
         assert_same(got, want)
 
 
+@pytest.mark.mostly_slow(4)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ HALVES = {
 }
 
 
+@pytest.mark.mostly_slow(60)
 @pytest.mark.parametrize(("name", "of"), HALVES)
 def test_half_of_a_weight_agrees_with_the_merged_function(name, of):
     case, targets = CASES[name], HALVES[name, of]
@@ -115,6 +116,7 @@ PARTS = {
 INPUTS = {"a head of the output": (output, {"o": (2, 4, 8)}, ["o[1]"])}
 
 
+@pytest.mark.mostly_slow(12)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("name", PARTS | INPUTS)
 def test_parts(name, method):
@@ -180,6 +182,7 @@ def test_ranks_and_alphas_by_layer(method):
     }
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize("name", PARTS)
 def test_forms_nothing_of_the_shape_of_a_part(name):
     fn, shapes, targets = PARTS[name]
@@ -195,6 +198,7 @@ def test_forms_nothing_of_the_shape_of_a_part(name):
         check_forms_no_weight(fn, params, plan, x, telling=telling)
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize(
     ("fn", "shape", "targets"),
     [
@@ -237,6 +241,7 @@ def test_layers_outside_of_a_part_keep_their_program():
         assert more(targets) == layers * layer + (layers - 1) * gradients
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("part", ["up[2:]", "up[1]", "up[[0, 3]]", "up[1:, :, 8:]"])
@@ -344,6 +349,7 @@ USES = {
 
 
 # Which terms a use takes does not depend on the method, so DoRA has one row of the table.
+@pytest.mark.mostly_slow(12)
 @pytest.mark.parametrize(
     ("name", "method"),
     [*((name, "lora") for name in USES), ("each with its own", "dora")],
@@ -562,6 +568,7 @@ def test_decomposed_parts_are_the_function(table):
         lora_jax.decompose_params(table, plan, "pissa")
 
 
+@pytest.mark.mostly_slow(1)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("spec", [("l",), ("m", None, "l")])
 def test_parts_that_cut_across_the_shards_of_explicit_axes(spec, method):

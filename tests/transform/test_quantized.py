@@ -103,6 +103,7 @@ def prepared(case, **config):
     return stored, dense, args, plan, adapters
 
 
+@pytest.mark.mostly_slow(15)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "name",
@@ -339,6 +340,7 @@ class RematTraced:
     prevent_cse: bool = True
 
 
+@pytest.mark.mostly_slow(30)
 @pytest.mark.parametrize("name", [name for name in RULES if name not in OPAQUE])
 def test_every_rule_takes_a_quantized_weight(name, monkeypatch):
     if name in SAME_RULE:

@@ -114,6 +114,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.mostly_slow(12)
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_each_row_has_its_own_adapter(name, method):
     case = CASES[name]

@@ -34,6 +34,7 @@ def layers(product):
     return fn
 
 
+@pytest.mark.mostly_slow(5)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"dropout": 0.5}], ids=str)
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("product", ["one", "layers"])

@@ -143,6 +143,7 @@ def test_refused_with_the_weight_the_line_and_the_option(name):
             run(params, adapters, X)
 
 
+@pytest.mark.mostly_slow(15)
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("name", STOPS)
 def test_a_frozen_base_leaves_the_adapter_its_gradient(name, use_dora):

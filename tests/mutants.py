@@ -160,6 +160,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "_NORM_ULPS = 9",
     ): "changes of so few units are rounding or not, and no one can tell",
     (
+        "lora_jax/lowrank/low_rank.py",
+        "change = jnp.where(real, change / jnp.where(norm == 0, 1, norm), 0)  # m / n - 1",
+        "change = jnp.where(real, change / jnp.where(norm == 0, 2, norm), 0)  # m / n - 1",
+    ): "the quotient by it is not used",
+    (
         "lora_jax/optim/optimizers.py",
         "return jnp.where(own == 0, 1, own)  # the slot has no such adapter, only zeros",
         "return jnp.where(own == 0, 2, own)  # the slot has no such adapter, only zeros",

@@ -20,7 +20,7 @@ from tests.transform.support import assert_same, loss_of, plan_of, trained
 from tests.transform.test_cases import DORA_GRADIENTS
 from tests.xla_flags import WITH_NEW_EMITTERS
 
-SLOTS = 3
+SLOTS = 2
 SLOW = pytest.mark.slow
 # Uses of a weight without an activation that has the rows.
 NO_ROWS = {"integers", "vector", "summed", "stated_of_weights", "one_row"}

@@ -141,6 +141,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "however many blocks a loop takes, the sums have one order",
     (
         "lora_jax/quant/_ggml.py",
+        "runs = field.reshape(*field.shape[:-1], -1, 1, run)",
+        "runs = field.reshape(*field.shape[:1], -1, 1, run)",
+    ): "the runs of all blocks are in the same order",
+    (
+        "lora_jax/quant/_ggml.py",
         "return (lanes @ jnp.ones((_RUN, 2), jnp.float32))[:, 0]",
         "return (lanes @ jnp.ones((_RUN, 3), jnp.float32))[:, 0]",
     ): "all columns are the same",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.lowrank.low_rank import LowRank
+from lora_jax.lowrank.low_rank import Axes, LowRank
 from tests import reference, support
 
 
@@ -28,3 +28,17 @@ def test_the_rounding_of_a_norm_is_no_change():
     want = np.where(np.abs(units) > units[0], units, 0) * reference.f64(weight)
     support.assert_close(got, want, 4, scale=np.abs(reference.f64(weight)))
     assert not np.any(got[:, 0])
+
+
+@pytest.mark.parametrize("axes", [None, Axes((), (0,), (1,))])
+def test_updates_are_multiplied_in_the_precision_of_their_dtype(axes):
+    """Other devices than CPUs multiply float32 in fewer digits if they may."""
+
+    def merge(weight, adapter):
+        return LowRank(weight, adapter, 1.0, axes=axes).merge()
+
+    adapter = {"A": support.draw(12, 2), "B": support.draw(2, 4)}
+    text = jax.jit(merge).lower(support.draw(12, 4), adapter).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all(line.count("HIGHEST") == 2 for line in products)

@@ -170,6 +170,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "change = jnp.where(real, change / jnp.where(norm == 0, 2, norm), 0)  # m / n - 1",
     ): "the quotient by it is not used",
     (
+        "lora_jax/lowrank/low_rank.py",
+        'matrix, axis = LowRank(weight, {"A": a, "B": b}, scale, *static)'
+        ".matrix(fold=True)",
+        'matrix, axis = LowRank(weight, {"A": a, "B": b}, scale, *static)'
+        ".matrix(fold=False)",
+    ): "the norms are the same with the axes apart",
+    (
         "lora_jax/optim/optimizers.py",
         "return jnp.where(own == 0, 1, own)  # the slot has no such adapter, only zeros",
         "return jnp.where(own == 0, 2, own)  # the slot has no such adapter, only zeros",

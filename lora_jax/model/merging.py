@@ -323,7 +323,9 @@ def copy_trained(
         copy = copy.astype(jax.dtypes.canonicalize_dtype(leaves[path].dtype))
         if not isinstance(copy, Tracer) and not numerics.are_finite(copy):
             raise FloatingPointError(
-                f"at {path!r}: the trained leaf has an infinity or a NaN in {copy.dtype}."
+                f"at {path!r}: the trained leaf has an infinity or a NaN in {copy.dtype}: "
+                "take adapters from before the training diverged, or params whose dtype "
+                "has the range of the trained values."
             )
         merged[path] = placement.like(leaves[path], copy)
     return merged

@@ -342,7 +342,7 @@ def over_data(mesh, array):
     ("name", "kind", "form"),
     [
         # The rules for rows are those of `test_rows.py`, and every case is on explicit axes
-        # without rows: of the product of both the default tests have the first cases.
+        # without rows: of the product of both the first cases are enough by default.
         *((name, "explicit", "dense") for name in (*SOME, *SHARDS, "embedding")),
         *(
             pytest.param(name, "explicit", "dense", marks=pytest.mark.slow)

@@ -21,7 +21,12 @@ from tests.support import straight
 # ---------------------------------------------------------------------------- merge
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def of_constants(fn):
+    """The function in a program that has its arguments as constants."""
+    return lambda *args: jax.jit(lambda: fn(*args))()
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, of_constants])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_merge_of_every_layout(method, transform):
     params, adapters, plan = make(method)

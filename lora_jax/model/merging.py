@@ -359,18 +359,17 @@ def _run(
         The result, with the sharding of the weight, and flags for finite values; inside a
         trace None in place of the flags.
     """
-    if _is_traced(weight, adapter, norm):
+    if _is_traced(weight, adapter, norm, jnp.zeros(())):  # of constants too, in a program
         return fold(weight, dict(adapter), norm, own(weight, target)), None
     given = getattr(jax.tree.leaves(weight)[0], "sharding", None)
     if isinstance(given, NamedSharding):
         given = placement.sharding_of(weight)
-    with jax.ensure_compile_time_eval():  # a trace of other arrays does not matter
-        here, adapter, norm = placement.on_device((weight, dict(adapter), norm))
-        sharding = placement.sharding_of(here) if isinstance(given, NamedSharding) else None
-        how = own(weight, target)
-        is_copy = isinstance(weight, jax.Array) and here is not weight
-        donated = is_copy or (donate and isinstance(weight, jax.Array))
-        result, finite = _compiled_fold(fold, sharding, donated)(here, adapter, norm, how)
+    here, adapter, norm = placement.on_device((weight, dict(adapter), norm))
+    sharding = placement.sharding_of(here) if isinstance(given, NamedSharding) else None
+    how = own(weight, target)
+    is_copy = isinstance(weight, jax.Array) and here is not weight
+    donated = is_copy or (donate and isinstance(weight, jax.Array))
+    result, finite = _compiled_fold(fold, sharding, donated)(here, adapter, norm, how)
     if given is not None and given.memory_kind != result.sharding.memory_kind:
         result = jax.device_put(result, given)
     if is_copy and donate:

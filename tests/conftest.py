@@ -88,6 +88,20 @@ def _all_but(n, table):
     return [item for item in table if item not in kept]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives each process tests that follow each other, so that more of it is compiled once.
+
+    xdist's default deals them out in turn, and a tenth of the time is then spent twice.
+    """
+    if config.getoption("dist") == "load":
+        # xdist is no requirement of the tests
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None
+
+
 def pytest_collection_finish():
     """Lets the garbage collector look at new objects alone, and less often.
 

@@ -339,21 +339,17 @@ def test_offline_is_an_error_that_names_the_files(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "base"), [("lora", "q4"), ("dora", "dense")])
-def test_job(method, base, tmp_path):
+def test_job(tmp_path):
     script, result = str(EXAMPLES / "smollm.py"), tmp_path / "summary.json"
-    command = [sys.executable, script, "--quick", "--method", method, "--base", base]
-    command += ["--out", str(tmp_path / "out"), "--json", str(result)]
-    command += ["--plot", str(tmp_path / "loss.png")]
+    command = [sys.executable, script, "--quick", "--out", str(tmp_path / "out")]
+    command += ["--json", str(result), "--plot", str(tmp_path / "loss.png")]
     # the job runs as a user would run it, without the settings of this test suite
     inherited = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
     environment = inherited | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, check=True, env=environment, timeout=1200)
     summary = json.loads(result.read_text())
     assert summary["adapter_accuracy"] > summary["zero_shot_accuracy"]
-    assert summary["base_megabytes"] == pytest.approx(
-        {"q4": 96.6, "dense": 538.1}[base], abs=0.1
-    )
+    assert summary["base_megabytes"] == pytest.approx(96.6, abs=0.1)
     for texts in summary["generated"].values():
         assert texts["adapted"] == texts["merged"]
     assert summary["generated"]["question"]["frozen"] == "The capital of France is Paris."

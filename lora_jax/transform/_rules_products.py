@@ -138,8 +138,9 @@ def _product_of_weights(
     context.check_no_dropout(smaller)
     dense = merge(smaller)
     # This use does not show which axes of the merged weight are its inputs.
-    own = (y, axes.y, dense, axes.x) if smaller is x else (x, axes.x, dense, axes.y)
-    return multiply(context, equation, *own, axes.out, flipped=smaller is y, roles=())
+    flipped = smaller is not x  # both may be one value
+    own = (x, axes.x, dense, axes.y) if flipped else (y, axes.y, dense, axes.x)
+    return multiply(context, equation, *own, axes.out, flipped=flipped, roles=())
 
 
 def roles(equation: Any, weights: Sequence[bool]) -> list[Sequence[str]]:

@@ -55,6 +55,8 @@ def _axes_as_used(
     """The letters of each weight's axes, given the roles of the value's axes."""
     if "indexed" in roles and "contracted" not in roles:
         roles = [role or "kept" for role in roles]
+    if value.gathered:  # each row may have an example of its own
+        roles = ["kept" if role == "batch" else role for role in roles]
     ndim = sum(size != 1 for size in value.shape)
     found = {}
     for term in value.terms:

@@ -296,6 +296,7 @@ CASES = {
         ((5, 12),),
         {"w": "io", "v": "io"},
     ),
+    "squared": _w(lambda p, x: x @ (p["w"] @ p["w"]), "oi", (12, 12)),
     "summed": Case(
         lambda p, x: jnp.einsum("bi,ij->b", x, p["w"]),
         {"w": (12, 10)},
@@ -596,6 +597,12 @@ CASES = {
     ),
     "sampled_softmax": Case(
         lambda p, x, i: x @ p["w"][i].T, {"w": (20, 12)}, ((5, 12), IDS[0]), {"w": "oi"}
+    ),
+    "row_of_each_example": Case(
+        lambda p, x, i: jnp.einsum("bd,bd->b", x, p["w"][i]),
+        {"w": (20, 12)},
+        ((5, 12), np.array([3, 0, 7, 7, 19])),
+        {"w": "oi"},
     ),
     "chosen_columns": Case(
         lambda p, x, i: x @ p["w"][:, i],

@@ -161,7 +161,7 @@ def test_new_adapters_change_no_bit(name, optimized_operations):
 
 @EVERY
 def test_forms_nothing_of_the_shape_of_the_weight(name):
-    if name == "stated_of_weights":
+    if name in ("stated_of_weights", "squared"):
         pytest.skip("of a product of two weights the smaller one is merged")
     case = CASES[name]
     with x64():

@@ -178,8 +178,8 @@ def combine_adapters(
         sizes[path] = Size(adapter["A"].shape[-1], update.scale)
         energies[path] = update.energy
         _LOG.info("%s: combined with the rank %d", path, sizes[path].rank)
-    check_finite(made)
     made |= _combined_leaves(adapters, plans, numbers, leaves, union)
+    check_finite(made)
     plan = derived_plans.with_sizes(union, sizes, by_path=by_path or changed)
     return DerivedAdapters(made, plan, energies)
 

@@ -27,10 +27,10 @@ def unify(adapters: Sequence[Adapters], plans: Sequence[AdapterPlan]) -> Unified
     Their factors are padded with zeros, so that the updates stay the same. Weights of which
     a part has DoRA, and those adapted for several kinds of use, are not changed.
     """
-    found: dict[str, dict[str, Target]] = {}
+    found: dict[str, dict[tuple[str, str], Target]] = {}
     for plan in plans:
         for path, target in plan.targets.items():
-            found.setdefault(plan.leaf(path), {})[path] = target
+            found.setdefault(plan.leaf(path), {})[path, target.method] = target
     leaves = {leaf for leaf, own in found.items() if _is_mixed([*own.values()])}
     if not leaves:
         return Unified(list(adapters), list(plans), changed=False)

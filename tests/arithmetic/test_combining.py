@@ -421,6 +421,7 @@ def test_under_jit():
 
 PLAIN, LORA = (FILLED["plain"], PLANS["plain"]), PLANS["plain"]
 OTHER = make_plan(2, 1.0, ("stack[1:]",))
+SCALED = make_plan(2, 1.0, ("stack[1:]",), use_dora=True)
 TURNED = lora_jax.plan_adapters(LoraConfig(4, 3.0, "w", axes={"w": "oi"}), PARAMS)
 REFUSED = {
     "no list": (PLAIN[0], LORA, {}, TypeError, "list or tuple with the adapters of each"),
@@ -502,6 +503,20 @@ REFUSED = {
         {"params": PARAMS},
         ValueError,
         "'stack' and 'stack\\[1:\\]' overlap",
+    ),
+    "overlap with DoRA, before LoRA of the same part": (
+        [PLAIN[0], fill(SCALED, 1), fill(OTHER, 2)],
+        [LORA, SCALED, OTHER],
+        {"params": PARAMS},
+        ValueError,
+        "'stack' and 'stack\\[1:\\]' overlap",
+    ),
+    "infinite trained leaf": (
+        [FILLED["trains"], {**FILLED["trains"], "bias": {"value": jnp.full(9, 3e38)}}],
+        PLANS["trains"],
+        {"weights": [1.0, 2.0], "params": PARAMS},
+        FloatingPointError,
+        "at 'bias': value has an infinity or a NaN",
     ),
     "axes": (
         [PLAIN[0], fill(TURNED, 1)],

@@ -384,6 +384,8 @@ def _dequantize(quantized: NF4Tensor, dtype: str) -> jax.Array:
         group_scales = _arithmetic.spread(q.group_scales, group, scales.shape)
         mean = q.mean.reshape(*q.mean.shape, *[1] * (scales.ndim - q.mean.ndim))
         scales = methods.unnest(scales, group_scales, mean, q.dtype)
+        top = float(jnp.finfo(q.dtype).max)  # roundings may exceed the largest scale
+        scales = jnp.clip(scales, -top, top)
     # (*batch, *rows, n_blocks, block_size / 2, 2)
     pairs = _packing.unpack(_arithmetic.in_rows(q.codes, q.block_size // 2))
     values = _packing.look_up(pairs, methods.table(q.dtype))

@@ -172,6 +172,17 @@ def test_float16_scales_whose_factor_would_overflow(size):
     assert np.all(error <= error_bound(weight, q))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_nested_scales_stay_in_the_range_of_the_weight(codec, dtype):
+    values = np.random.default_rng(3).uniform(0.2, 1.0, (16, 24))
+    values.reshape(-1, 16)[::3, 0] = 1.0  # the largest number of the dtype
+    weight = asarray(values * float(jnp.finfo(dtype).max), dtype)
+    q = quant.quantize_nf4(weight, 16, 4, codec=codec)
+    error = np.abs(np.asarray(quant.dequantize(q), float) - np.asarray(weight, float))
+    assert np.all(error <= error_bound(weight, q))
+
+
 @pytest.mark.parametrize("shape", [(7,), (3, 5, 13), ()])
 def test_ragged_weights_of_bitsandbytes(shape):
     weight = draw(*shape)

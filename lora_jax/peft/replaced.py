@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from lora_jax._core import checks, placement, tree_paths
+from lora_jax._core.quantized import is_quantized
 from lora_jax._io import processes, tensor_files
 from lora_jax._io.tensor_files import CheckpointError
 from lora_jax.layers.decompose import init_olora_adapter, init_pissa_adapter
@@ -105,6 +106,11 @@ class Replaced:
             raise CheckpointError(
                 f"{why}, so the values of {path!r} are needed, got a "
                 f"{type(leaf).__name__}: give params with arrays."
+            )
+        if is_quantized(leaf):
+            raise CheckpointError(
+                f"{why}, and {path!r} is quantized, {leaf!r}: give params with the dense "
+                "weight there, lora_jax.quant.dequantize(weight)."
             )
         return processes.to_host(leaf)
 
@@ -229,7 +235,7 @@ def _put_rows(
         )
     axes = site.own_axes
     matrix = np.array(to_matrix(old, axes).T if axes else old).reshape(count, -1)
-    matrix[list(indexes)] = rows.astype(old.dtype)
+    matrix[list(indexes)] = _as_leaf(f"{module!r}", rows, site.path, old.dtype)
     replaced.set(site, np.ascontiguousarray(from_torch(matrix, old.shape, axes)))
     return site.path
 
@@ -271,7 +277,17 @@ def _add_bias(replaced: Replaced, site: Site, bias: np.ndarray, scale: float) ->
     old = replaced.current(own, why)
     wide = common_dtype(old.dtype, bias.dtype, np.dtype(np.float32))
     update = wide.type(scale) * bias.astype(wide).reshape(old.shape)
-    replaced.set(own, (old.astype(wide) + update).astype(old.dtype))
+    total = old.astype(wide) + update
+    replaced.set(own, _as_leaf(f"the bias of {site.module!r}", total, own.path, old.dtype))
+
+
+def _as_leaf(what: str, array: np.ndarray, path: str, dtype: np.dtype) -> np.ndarray:
+    """Values that become a part of a leaf, in its dtype; raises if that holds no such."""
+    try:
+        _check_holds(array.dtype, dtype)
+        return tensor_files.cast(what, array, dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{path!r} is {dtype} in the params: {error}") from None
 
 
 def _change_base(
@@ -302,7 +318,7 @@ def _change_base(
     init = init_olora_adapter if olora else init_pissa_adapter
     base, _ = init(jnp.asarray(matrix), rank, scale * rank)
     own = from_matrix(np.asarray(base), weight.shape, site.own_axes)
-    replaced.set(site, own.astype(weight.dtype))
+    replaced.set(site, _as_leaf(f"the base of {name!r}", own, site.path, weight.dtype))
 
 
 def _not_repeatable(config: PeftConfig, name: str, why: str) -> CheckpointError:
@@ -328,7 +344,7 @@ def replace_leaves(
 
     Raises:
         KeyError: if params have no leaf at a path.
-        ValueError: if a shape differs.
+        ValueError: if a shape differs, or the dtype of a leaf does not hold a value.
     """
     leaves, treedef = tree_paths.flatten(params)
     for path, array in replaced.items():
@@ -346,4 +362,21 @@ def _like(leaf: Any, array: jax.Array) -> jax.Array:
             f"the leaf must be an array of the shape {array.shape}, got "
             f"{getattr(leaf, 'shape', type(leaf).__name__)}."
         )
-    return placement.like(leaf, array)
+    _check_holds(array.dtype, leaf.dtype)
+    cast = jnp.asarray(array).astype(leaf.dtype)
+    lost = jnp.isfinite(array) & ~jnp.isfinite(cast)
+    if not isinstance(lost, Tracer) and lost.any():
+        raise ValueError(
+            f"the leaf is {leaf.dtype}, which does not hold all values: the largest is "
+            f"{float(jnp.abs(array).max()):.3g}. Give params in a wider dtype."
+        )
+    return placement.like(leaf, cast)
+
+
+def _check_holds(array: Any, leaf: Any) -> None:
+    """Raises for values of floating point in a leaf of another kind."""
+    if checks.is_floating(array) and (not checks.is_floating(leaf) or leaf.itemsize < 2):
+        raise ValueError(
+            f"the leaf is {leaf}, whose values mean nothing without their scales: give "
+            "params with a dense weight in at least 16 bits."
+        )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import peft
+from lora_jax import peft, quant
 from lora_jax._io.tensor_files import CheckpointError
 from tests.peft import support
 from tests.peft.support import draw, linear, update_of, write
@@ -216,6 +216,30 @@ def test_leaves_are_put_in_their_dtype():
         peft.replace_leaves(params, {"c": jnp.zeros(3)})
     with pytest.raises(ValueError, match=r"at 'a': the leaf must be an array of the shape"):
         peft.replace_leaves(params, {"a": jnp.zeros(4)})
+    for dtype, message in (("float16", "does not hold all"), ("int8", "without their sc")):
+        with pytest.raises(ValueError, match=f"at 'a': the leaf is {dtype}.*{message}"):
+            peft.replace_leaves({"a": jnp.zeros(3, dtype)}, {"a": asarray([1.5, 1e5, 0])})
+
+
+@pytest.mark.parametrize(
+    ("case", "cast", "message"),
+    [
+        ("rows", "float16", "is float16 in the params: .* up to 1e"),
+        ("bias", "float16", "is float16 in the params: .* up to 4e"),
+        ("rows", "int8", "is int8 in the params: .*without their scales"),
+        ("rows", quant.quantize_int8, "is quantized, Int8.*: give params with the dense"),
+        ("base", quant.quantize_int8, "is quantized, Int8.*: give params with the dense"),
+    ],
+)
+def test_leaves_that_do_not_hold_the_values(case, cast, message, tmp_path):
+    entries, config, path = NEEDS_VALUES[case]
+    shapes = {"tok/embedding": (9, 5), "q/kernel": (5, 7), "q/bias": (7,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    params[path] = cast(params[path]) if callable(cast) else params[path].astype(cast)
+    full = {name: np.full_like(array, 1e5) for name, array in entries.items()}
+    entries = linear("q", 5, 7, 2) | full
+    with pytest.raises(CheckpointError, match=f"'{path}' {message}"):
+        load(tmp_path, params, entries, **config)
 
 
 def test_what_a_plan_trains_and_states(tmp_path):

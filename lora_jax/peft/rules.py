@@ -308,8 +308,11 @@ def to_lora_config(
     }
     found = _matched(own, kinds, prefix)
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(own, field):
-            if not any(Patterns([key]).key_of(name) for name in found):
+        patterns = Patterns(getattr(own, field))
+        first = {patterns.key_of(name) for name in found}
+        for key in getattr(own, field):  # one that is never the first may match as well
+            alone = Patterns([key])
+            if key not in first and not any(map(alone.key_of, found)):
                 raise ValueError(
                     f"{field} has {key!r}, which matches none of the {len(found)} modules: "
                     f"{', '.join(list(found)[:3])}, ..."

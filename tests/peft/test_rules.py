@@ -305,3 +305,20 @@ def test_stacked_norms_are_no_matrices():
     }
     config = peft.to_lora_config({"target_modules": "all-linear"}, {"blocks": params})
     assert config.targets == ("blocks/up/kernel",)
+
+
+def test_each_key_is_compared_once(monkeypatch):
+    """Not with each module: a file may have a rank for each of thousands."""
+    calls, key_of = [], Patterns.key_of
+    monkeypatch.setattr(Patterns, "key_of", lambda *a: calls.append(a) or key_of(*a))
+    counts = []
+    for layers in (8, 16, 32):
+        calls.clear()
+        ranks = {rf"layers\.{i}\.self_attn\.q_proj": 2 + i % 3 for i in range(layers)}
+        config = {"target_modules": ["q_proj"], "rank_pattern": ranks}
+        assert len(peft.to_lora_config(config, tree(layers)).targets) == layers
+        counts.append(len(calls))
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+    shadowed = {"q_proj": 2, r"0\.self_attn\.q_proj": 4}  # never the first that matches
+    config = {"target_modules": ["q_proj"], "rank_pattern": shadowed}
+    assert peft.to_lora_config(config, tree()).rank_pattern

@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import glob
+import json
 import logging
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,12 @@ from lora_jax._io.tensor_streams import Span
 from lora_jax.arithmetic.combining import DerivedAdapters, combine_adapters, resize_adapters
 from lora_jax.arithmetic.extraction import extract_adapters
 from lora_jax.checkpoint import save_adapters
-from lora_jax.cli import _adapters, _base, _convert, _loading, _output, _terminal
+from lora_jax.cli import _adapters, _base, _convert, _loading, _output, _terminal, _ties
 from lora_jax.layers.lora import Adapters
 from lora_jax.model.adapters import plan_adapters
+from lora_jax.peft.formats.keys import BIAS, WEIGHT
 from lora_jax.peft.save import save
-from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word
+from lora_jax.peft.words import EMBEDDINGS, HEADS, last_word, split_path
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 
@@ -101,7 +103,9 @@ def extract(options: argparse.Namespace) -> int:
     _write(out, made, source, options)
     full = list(plan.trained)
     size = _terminal.format_size(sum(new[name].nbytes for name in full))
-    note = f"changed, and saved in full ({size}): {tree_paths.listed(full)}"
+    note = (
+        f"modules that changed, and are saved in full ({size}): {tree_paths.listed(full)}"
+    )
     unchanged = f"{len(old) - len(changed)} of {len(old)} tensors have not changed."
     _report(out, made, [unchanged, *([note] if full else [])], options)
     return 0
@@ -143,7 +147,7 @@ def _read_all(places: Sequence[pathlib.Path], options: argparse.Namespace) -> li
     else:
         base = _base.Base(first.directory, {})
         base.__dict__["spans"] = _weights_of(contents)
-        base.__dict__["config"] = None
+        base.__dict__["config"] = json.dumps(_ties.untied_settings({})).encode()
     return [_source(own, base, options) for own in contents]
 
 
@@ -282,6 +286,7 @@ def _plan_of(
             "no weight of TUNED that could have an adapter differs from BASE"
             + (f", only {tree_paths.listed(full)}." if full else ".")
         )
+    full = _with_biases(full, spans)
     rank = options.rank or 1
     config = LoraConfig(
         rank=rank,
@@ -292,6 +297,14 @@ def _plan_of(
     )
     entries = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in spans.items()}
     return plan_adapters(config, entries)
+
+
+def _with_biases(full: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Names of full arrays, and the biases beside weights: PEFT saves modules whole."""
+    words = {name: split_path(name) for name in names}
+    biases = {own.words: name for name, own in words.items() if own.leaf == BIAS}
+    modules = [words[name].words for name in full if words[name].leaf == WEIGHT]
+    return [*dict.fromkeys([*full, *(biases[own] for own in modules if own in biases)])]
 
 
 def _write(

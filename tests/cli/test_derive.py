@@ -87,6 +87,25 @@ def test_combine_in_our_own_format_is_that_of_peft(tmp_path, base):
     run("diff", tmp_path / "own", tmp_path / "peft")
 
 
+@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+def test_ends_of_a_model_need_no_model(tmp_path, base, module):
+    """Embeddings and heads are modules of their own in PEFT, whatever the model ties."""
+    suffixes = ("lora_A.weight", "lora_B.weight")
+    sizes = models.WIDTH, models.ENTRIES
+    if module != "lm_head":
+        suffixes, sizes = ("lora_embedding_A", "lora_embedding_B"), sizes[::-1]
+    places, want = [], 0.0
+    for i, rank in enumerate((2, 3)):
+        a, b = models.draw((rank, sizes[0]), i), models.draw((sizes[1], rank), 9 + i)
+        extra = {f"{module}.{end}": x for end, x in zip(suffixes, (a, b), strict=True)}
+        config = {"r": rank, "target_modules": [module]}
+        places.append(models.write_adapter(tmp_path / f"{i}", {}, extra, **config))
+        want += update({module: (a, b)}, module)
+    run("combine", *places, tmp_path / "both", "--quiet")
+    found = changes(base, tmp_path / "both", tmp_path / "merged")[f"{module}.weight"]
+    close(found, want if module == "lm_head" else want.T)
+
+
 @pytest.mark.parametrize("dialect", ["mlx", "kohya", "diffusers"])
 def test_the_result_has_the_format_of_the_adapters(tmp_path, base, dialect):
     end = "" if dialect == "mlx" else ".safetensors"
@@ -193,6 +212,18 @@ def test_extract_the_targets_that_are_named(tmp_path, base, tuned, capsys):
     assert "matches no tensor" in line
     line = refuse(capsys, "extract", base, tuned, tmp_path / "x", *wrong, "*norm.weight")
     assert "leave it out of --targets" in line
+
+
+def test_extract_saves_modules_whole(tmp_path, base, tuned):
+    """With a bias that has not changed, as PEFT needs it."""
+    bias = {"model.norm.bias": models.draw((models.WIDTH,), 3)}
+    places = [
+        models.write_base(tmp_path / f"{each.name}_bias", models.read_model(each) | bias)
+        for each in (base, tuned)
+    ]
+    run("extract", *places, tmp_path / "out", "--rank", 3, "--quiet")
+    run("merge", places[0], tmp_path / "out", tmp_path / "merged", "--quiet")
+    run("diff", tmp_path / "merged", places[1], "--tolerance", 1e-5)
 
 
 def test_extract_convolutions(tmp_path):

@@ -3,15 +3,26 @@
 import contextlib
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax._io.tensor_files import CheckpointError, check_is_file
 
+# Of the files that `llama-gguf-split` writes.
+_PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
+_COUNT = "split.count"
 _DAMAGE = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class Opened(NamedTuple):
+    """The content of a GGUF file, or of the files that a model was split into."""
+
+    fields: Mapping[str, Any]
+    tensors: Sequence[Any]
 
 
 def as_path(path: Any) -> pathlib.Path:
@@ -21,8 +32,38 @@ def as_path(path: Any) -> pathlib.Path:
     return pathlib.Path(path)
 
 
-def open_gguf(path: pathlib.Path) -> Any:
-    """A `gguf.GGUFReader` of the file."""
+def open_gguf(path: pathlib.Path) -> Opened:
+    """Opens a file. If it is a part of a model, all parts beside it."""
+    first = _read(path)
+    with as_checkpoint_error(path):
+        field = first.fields.get(_COUNT)
+        count = int(field.contents()) if field else 1
+    if count < 2:
+        return Opened(first.fields, first.tensors)
+    name = _PART.fullmatch(path.name)
+    paths = [
+        path.with_name(f"{name[1] if name else ''}-{i + 1:05}-of-{count:05}.gguf")
+        for i in range(count)
+    ]
+    if path not in paths:
+        raise CheckpointError(
+            f"{path} is one of {count} files of a model, which are found by their names, "
+            f"NAME-00001-of-{count:05}.gguf: give them these names again."
+        )
+    parts = [first if each == path else _read(each) for each in paths]
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    with as_checkpoint_error(path):
+        _check_distinct(tensors)
+    return Opened(parts[0].fields, tensors)
+
+
+def _check_distinct(tensors: Sequence[Any]) -> None:
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise ValueError("two of its tensors have one name")
+
+
+def _read(path: pathlib.Path) -> Any:
+    """A `gguf.GGUFReader` of one file."""
     check_is_file(path)
     try:
         import gguf
@@ -79,9 +120,7 @@ def open_gguf(path: pathlib.Path) -> Any:
 
     with as_checkpoint_error(path):
         reader = Reader(path)
-        names = [tensor.name for tensor in reader.tensors]
-        if len(set(names)) < len(names):
-            raise ValueError("two of its tensors have one name")
+        _check_distinct(reader.tensors)
     return reader
 
 

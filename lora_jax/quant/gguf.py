@@ -157,7 +157,8 @@ def load_gguf(
 
     Shapes are in the order of JAX: a linear weight is `(out, in)`, an embedding
     `(vocabulary, width)`. The file is memory-mapped, and one weight after the other is
-    read from it. So beside the loaded weights, at most one weight is in memory.
+    read from it. So beside the loaded weights, at most one weight is in memory. A model may
+    be split into files `NAME-00001-of-00003.gguf`: the path of one of them loads all.
 
     All patterns are globs, or regular expressions `"re:..."`, on the names in the result.
 
@@ -185,7 +186,7 @@ def load_gguf(
     Raises:
         CheckpointError: if the file is not a complete GGUF file, or a tensor to load has
             another type, or no entries.
-        FileNotFoundError: if the file does not exist.
+        FileNotFoundError: if the file, or another one of a split model, does not exist.
         ModuleNotFoundError: if the package gguf is not installed.
         TypeError: if a pattern or a number of heads is of the wrong type.
         ValueError: if a pattern matches no tensor, the rows are not those of so many heads,

@@ -378,6 +378,34 @@ def test_what_is_not_loaded(other, options, error, match, tmp_path):
         assert "odd" not in quant.load_gguf(path, ["blk*", "token*"])
 
 
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_model_in_several_files_is_loaded_whole(stack, tmp_path):
+    """Which is how `llama-gguf-split` and the package write large models."""
+    gguf = pytest.importorskip("gguf", reason="in the extra `gguf`")
+    arrays = {f"blk.{i}.up.weight": normal(3, 4, seed=i) for i in range(5)}
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", split_max_tensors=2)
+    for name, array in arrays.items():
+        writer.add_tensor(name, np.asarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 3
+    for file in files:
+        got = quant.load_gguf(file, stack=stack)
+        assert got.keys() == ({"blk.up.weight"} if stack else arrays.keys())
+        assert sum(weight.size for weight in got.values()) == 5 * 3 * 4
+        assert quant.load_gguf_metadata(file)["general.architecture"] == "llama"
+    other = files[0].rename(tmp_path / "first.gguf")
+    for file, error, match in (
+        (files[1], FileNotFoundError, "no file .*a-00001-of-00003.gguf"),
+        (other, CheckpointError, r"one of 3 files .* NAME-00001-of-00003.gguf: give"),
+    ):
+        with pytest.raises(error, match=match):
+            quant.load_gguf(file)
+
+
 def test_damaged_files_are_named(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", of_two_layers())
     data = path.read_bytes()

@@ -31,6 +31,10 @@ from lora_jax.transform import discovery
 
 # Further problems are counted and not shown.
 _SHOWN = 10
+UNUSUAL_KERNEL = (
+    "is the kernel of a convolution, and its axes are neither (*kernel, in, out) nor (out, "
+    "in, *kernel): PEFT has these alone. Give params and a function with one of them."
+)
 _STACKED = ("batch", "stacked")
 # Leaves with these names are (in, out) in every framework that has such names.
 _IN_OUT = ("kernel", "w", "embedding", "embeddings")
@@ -68,6 +72,12 @@ class Known(NamedTuple):
             for other, other_inputs, other_outputs in sides:
                 if inputs & other_outputs and outputs & other_inputs:
                     yield use, other
+
+    def check_kernel(self, path: str, shape: tuple[int, ...]) -> None:
+        """Raises for the kernel of a convolution whose axes have another order."""
+        for use in self.uses.get(path, ()):
+            if not use.has_usual_kernel(shape):
+                raise CheckpointError(f"{path!r} {shape} {UNUSUAL_KERNEL}")
 
     def side(self, path: str, kind: Kind) -> str:
         """The use of a tied leaf that a module of some kind is: a look-up or a product.

@@ -127,6 +127,8 @@ def _reader(
     def read(path: str, numbers: Numbers) -> Claim:
         shape, count = places.shape(path, given.part), len(numbers)
         known = given.axes or places.letters(path, given.part)
+        if kind == "convolution":
+            places.known.check_kernel(path, places.shape(path))
         turned: tuple[Reading, ...] = ()
         by_shape = not (known and set(known) <= set("iob"))
         if by_shape:
@@ -317,6 +319,8 @@ def _read_array(
     `axes` are its letters, if the caller gave them.
     """
     own, known = places.shape(path), axes or places.known.axes.get(path, "")
+    if len(shape) > 2:
+        places.known.check_kernel(path, own)
     if len(known) != len(own):
         known = ""
     stacked = "b" if known.count("b") >= len(numbers) else "b?"

@@ -18,6 +18,7 @@ from lora_jax.peft.formats.keys import (
     is_embedding,
 )
 from lora_jax.peft.layout import Layout, Site, to_matrix
+from lora_jax.peft.leaves import UNUSUAL_KERNEL
 from lora_jax.peft.names import Names, find_modules
 from lora_jax.peft.words import split_path
 from lora_jax.plan import parts
@@ -172,8 +173,14 @@ def _kind(
     if "gather" in primitives:
         return "embedding"
     if "conv_general_dilated" in primitives:
+        _check_kernel(site.path, target.shape, plan)
         return "convolution"
     return "linear" if primitives else _kind_by_axes(site, layout)
+
+
+def _check_kernel(path: str, shape: tuple[int, ...], plan: AdapterPlan) -> None:
+    if not all(use.has_usual_kernel(shape) for use in plan.uses.get(path, ())):
+        raise ValueError(f"the weight {shape} {UNUSUAL_KERNEL}")
 
 
 def _kind_by_axes(site: Site, layout: Layout) -> Kind:
@@ -302,6 +309,7 @@ class SavedFull:
                     "as 'ioo'."
                 )
             return to_matrix(array, axes).T
+        _check_kernel(path, array.shape, self._plan)
         return np.moveaxis(array, (-1, -2), (0, 1))
 
     def _convolves(self, path: str, name: str) -> bool:

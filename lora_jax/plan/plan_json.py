@@ -21,7 +21,7 @@ def to_text(fields: Mapping[str, Any]) -> str:
         name: {path: _as_dict(entry) for path, entry in fields[name].items()}
         for name in ("targets", "trained")
     }
-    uses = {path: [use._asdict() for use in own] for path, own in fields["uses"].items()}
+    uses = {path: [*map(_use_as_dict, own)] for path, own in fields["uses"].items()}
     config = json.loads(fields["config"].to_json())
     layout = mesh_layout.as_json(fields["layout"])
     written = {**fields, **kinds, "config": config, "uses": uses, "layout": layout}
@@ -89,7 +89,13 @@ def _check_fields(kind: str, given: Any, names: tuple[str, ...]) -> None:
         raise ValueError(f"{what} lacks the fields {', '.join(missing)}.")
 
 
+def _use_as_dict(use: Use) -> dict[str, Any]:
+    fields = use._asdict()
+    return fields if use.window else {n: own for n, own in fields.items() if n != "window"}
+
+
 def _use(given: Any, leaf: Target | TrainedLeaf | None) -> Use:
+    given = {"window": [], **given} if isinstance(given, dict) else given
     _check_fields("Use", given, Use._fields)
     roles = given["roles"]
     checks.check_json("roles", roles, list, "a list of words")
@@ -103,4 +109,8 @@ def _use(given: Any, leaf: Target | TrainedLeaf | None) -> Use:
             f"roles must have a word for each of the {len(leaf.shape)} axes of the "
             f"weight, got {len(roles)}."
         )
-    return Use(**{**given, "roles": tuple(roles)})
+    checks.check_json("window", given["window"], list, "a list of axes")
+    if not all(type(axis) is int and 0 <= axis < len(roles) for axis in given["window"]):
+        raise ValueError(f"window must have axes of the weight, got {given['window']}.")
+    fields = {**given, "roles": tuple(roles), "window": tuple(given["window"])}
+    return Use(**fields)

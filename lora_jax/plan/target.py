@@ -35,11 +35,32 @@ class Use(NamedTuple):
     """Why this use needs the merged weight; empty if it does not."""
     linear: bool = False
     """Whether it is a matrix product, and not a convolution or look-up."""
+    window: tuple[int, ...] = ()
+    """The axes of a convolution's kernel that are positions, in the order of the positions
+    of the input; empty if they are not known."""
 
     @property
     def is_followed(self) -> bool:
         """Whether the axes of the weight could be followed through the use."""
         return not self.merged.startswith(NOT_FOLLOWED)
+
+    def has_usual_kernel(self, shape: Sequence[int]) -> bool:
+        """Whether the axes of a kernel are positions and then inputs, or inputs first.
+
+        Outputs are behind or in front of both: `HWIO` or `OIHW`. `shape` is of the weight.
+        """
+        if not self.window:
+            return True
+        inputs, outputs = (
+            [a for a, own in enumerate(self.roles) if own == role and a not in self.window]
+            for role in ("contracted", "kept")
+        )
+        if outputs[:1] > [max(self.window)]:
+            order = [*self.window, *inputs, *outputs]
+        else:
+            order = [*outputs, *inputs, *self.window]
+        order = [axis for axis in order if shape[axis] > 1]
+        return order == sorted(order)
 
     def kind(self, batch_axes: Sequence[int]) -> str:
         """The kind of use: `"product"`, `"lookup"` of rows, or empty for any other.

@@ -12,6 +12,7 @@ from lora_jax._core import compat
 from lora_jax._core.source_lines import use_at
 from lora_jax.plan.adapter_plan import Use
 from lora_jax.transform._moves import Move
+from lora_jax.transform._parameters import parameter
 
 _PRODUCTS = ("dot_general", "ragged_dot_general")
 
@@ -25,6 +26,7 @@ class Found:
     where: str
     merged: str
     roles: dict[int, str]
+    window: tuple[int, ...] = ()
 
     def use(self, ndim: int) -> Use:
         """The record as a `Use` of a weight with `ndim` axes."""
@@ -32,7 +34,7 @@ class Found:
         # A call contracts axes only if it is stated to be a product.
         stated = self.primitive in compat.NAMED_CALLS and "contracted" in roles
         linear = (stated or self.primitive in _PRODUCTS) and not self.merged
-        return Use(self.primitive, roles, self.where, self.merged, linear)
+        return Use(self.primitive, roles, self.where, self.merged, linear, self.window)
 
 
 @dataclasses.dataclass(eq=False)
@@ -203,6 +205,14 @@ def weight_of(path: str, shape: tuple[int, ...]) -> Tracked:
     return Tracked(shape, axes, is_constant=True)
 
 
+def window_of(equation: Any) -> list[str]:
+    """For each axis of a kernel that is a position, that axis of the input; else empty."""
+    numbers = parameter(equation, "dimension_numbers")
+    (_, _, *inputs), (_, _, *kernel) = numbers.lhs_spec, numbers.rhs_spec
+    own = dict(zip(kernel, map(str, inputs), strict=True))
+    return [own.get(axis, "") for axis in range(len(numbers.rhs_spec))]
+
+
 def _role_of_looked_up(own: set[str], rest: set[str]) -> str:
     """The role of an axis that was indexed before a product.
 
@@ -238,7 +248,13 @@ class Uses:
         """Records a use; `roles` has one role for each axis of the value, or is empty."""
         before = next((own.merged for own in value.axes if own.merged), "")
         by_weight = value.roles(roles).items()
-        return self._add(equation, merged or before, by_weight)
+        found = self._add(equation, merged or before, by_weight)
+        if roles and found and found[0].primitive == "conv_general_dilated":
+            windows = value.roles(window_of(equation))
+            for use in found:
+                own = windows[use.weight]
+                use.window = tuple(sorted(own, key=lambda axis: int(own[axis])))
+        return found
 
     def see_merged(
         self,

@@ -253,6 +253,46 @@ def test_convolutions_of_equal_sizes(numbers, x, order, saved, tmp_path):
     np.testing.assert_allclose(got, want.transpose(order), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        ("NHWC", "OHWI", "NHWC"),
+        ("NCHW", "IOHW", "NCHW"),
+        ("NHWC", "IHWO", "NHWC"),
+        ("NHWC", "WHIO", "NHWC"),
+    ],
+)
+def test_kernels_in_other_orders_are_an_error(numbers, tmp_path):
+    """The sizes do not show the order, and the function does."""
+    entries = {"c.lora_A.weight": draw(2, 3, 3, 3), "c.lora_B.weight": draw(3, 2, 1, 1)}
+    full = {"c.weight": draw(3, 3, 3, 3)} | linear("q", 5, 7, 2)
+    kernel = jnp.zeros((3, 3, 3, 3))
+    params = {"c": {"weight": kernel}, "q": {"kernel": jnp.zeros((5, 7))}}
+
+    def apply(params, x):
+        return convolve(numbers, params, x), jnp.zeros((1, 5)) @ params["q"]["kernel"]
+
+    x = jnp.zeros((1, 4, 4, 3) if numbers[0] == "NHWC" else (1, 3, 4, 4))
+    one = write(tmp_path / "one", entries, r=2, target_modules=["c"])
+    saved = {"target_modules": ["q"], "modules_to_save": ["c"]}
+    for folder in (one, write(tmp_path / "full", full, r=2, **saved)):
+        with pytest.raises(CheckpointError, match=r"'c/weight' .*\(\*kernel, in, out\)"):
+            peft.load(folder, params, apply, x)
+    plan = lora_jax.plan_adapters(
+        lora_jax.LoraConfig(rank=2, targets="c/*"), params, apply, x
+    )
+    plan = lora_jax.AdapterPlan.from_json(plan.to_json())
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    with pytest.raises(ValueError, match=r"at 'c/weight': .*\(\*kernel, in, out\)"):
+        peft.save(tmp_path / "out", adapters, plan)
+    plan = lora_jax.plan_adapters(
+        lora_jax.LoraConfig(rank=2, targets="q/*"), params, apply, x
+    )
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    with pytest.raises(ValueError, match=r"at 'c/weight': .*\(\*kernel, in, out\)"):
+        peft.save(tmp_path / "out", adapters, plan, replaced={"c/weight": kernel})
+
+
 @pytest.mark.parametrize(("equation", "axes"), [("io", "bio"), ("oi", "boi")])
 def test_experts_as_wide_as_long(equation, axes, tmp_path):
     entries = {"m.lora_A.weight": draw(6, 5), "m.lora_B.weight": draw(5, 6)}

@@ -340,6 +340,7 @@ def test_texts_that_are_no_json(cls, text, error, message):
         ({"uses": {"a/q": [PRODUCT._asdict() | {"roles": [""]}]}}, ValueError, "2 axes"),
         ({"uses": {"x": [PRODUCT._asdict() | {"linear": 1}]}}, TypeError, "true or false"),
         ({"uses": {"x": [{"primitive": "dot"}]}}, ValueError, "lacks the fields roles"),
+        ({"uses": {"x": [PRODUCT._asdict() | {"window": [2]}]}}, ValueError, "axes of the"),
     ],
 )
 def test_json_of_wrong_kinds(fields, error, message):

@@ -24,7 +24,8 @@ from lora_jax.peft.layout import Layout
 from lora_jax.peft.leaves import Places
 from lora_jax.peft.load import Placement, assemble, find_places
 from lora_jax.peft.save import make_files
-from lora_jax.plan import plan_checks, trained_leaves
+from lora_jax.peft.words import HEADS, last_word
+from lora_jax.plan import parts, plan_checks, trained_leaves
 from lora_jax.plan.adapter_plan import AdapterPlan
 
 Names: TypeAlias = dict[str, Any] | None
@@ -112,6 +113,7 @@ def load_for(
             return Loaded(*contents.own, trained_leaves.split(*contents.own)[2])
         checkpoint = as_checkpoint(contents, matching.names)
         matching = matching._replace(names=None)
+    matching = matching._replace(names=_of_two(matching.names, base.copies))
     placement = find_places(
         checkpoint,
         Places(leaves, matching.names, matching.layout),
@@ -124,6 +126,22 @@ def load_for(
     modules = {site.name: site.target for site in sites}
     axes = {site.target: site.letters for site in sites}
     return Loaded(*loaded, modules, axes, placement.problems.lines)
+
+
+def _of_two(names: Names, copies: Mapping[str, str]) -> Names:
+    """The names of a tied model, for its embedding and the copy that is its head.
+
+    `copies` is as in `Base`. A product with the embedding, and a head, is the copy.
+    """
+    heads, found = {embedding: head for head, embedding in copies.items()}, {}
+    for module, given in (names or {}).items():
+        path, *axes = (given,) if isinstance(given, str) else given
+        base, part, use = parts.split(path)
+        is_head = last_word(module) in HEADS and not use
+        if base in heads and (use == parts.PRODUCT or is_head):
+            path = heads[base] + part
+        found[module] = (path, *axes) if axes else path
+    return found or names
 
 
 def as_checkpoint(contents: Contents, names: Names) -> Checkpoint:

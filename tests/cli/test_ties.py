@@ -95,6 +95,29 @@ def test_adapters_of_one_end_untie(tmp_path, capsys, which, shards, dtype):
             assert name in load_file(out / shard)
 
 
+@pytest.mark.parametrize("path", [EMBEDDING, f"{EMBEDDING}@product"])
+def test_a_head_may_be_named_as_the_embedding(tmp_path, path):
+    """Which is what a model without a head has; its copy is meant, and not the rows."""
+    base, tensors = write_tied(tmp_path / "base", **TIED)
+    (tmp_path / "names.json").write_text(json.dumps({"lm_head": path}))
+    names = f"--names={tmp_path / 'names.json'}"
+    for which in ("head", "saved head"):
+        adapter = tmp_path / which
+        _, added = write_peft(adapter, which)
+        assert run(base, adapter, tmp_path / f"out {which}", names) == 0
+        got = models.read_model(tmp_path / f"out {which}")
+        np.testing.assert_array_equal(got[EMBEDDING], tensors[EMBEDDING])
+        old = 0 if which == "saved head" else tensors[EMBEDDING].astype(np.float64)
+        support.assert_close(got[HEAD], old + added[HEAD], 4)
+    own = to_own(tmp_path / "head", base, tmp_path / "own", names)
+    assert [*lora_jax.load_adapters(own)[0]] == [f"{EMBEDDING}@product"]
+    sources, both = [str(tmp_path / "head")] * 2, str(tmp_path / "both")
+    assert main(["combine", *sources, both, f"--base={base}", names]) == 0
+    written = load_file(tmp_path / "both" / "adapter_model.safetensors")
+    ends = ("lora_A.weight", "lora_B.weight")
+    assert written.keys() == {f"base_model.model.lm_head.{end}" for end in ends}
+
+
 @pytest.mark.parametrize(
     ("config", "untied"),
     [

@@ -79,6 +79,19 @@ class Known(NamedTuple):
             if not use.has_usual_kernel(shape):
                 raise CheckpointError(f"{path!r} {shape} {UNUSUAL_KERNEL}")
 
+    def letters(self, path: str, use: str) -> str:
+        """The letters of a leaf in one of its uses, if it is tied; or else in all uses."""
+        letters = self.axes.get(path, "")
+        for own in self.uses.get(path, ()) if use and self.tie(path) else ():
+            inputs, outputs = _sides(own)
+            if own.kind(()) == use and inputs and outputs:
+                pairs = enumerate(letters)
+                return "".join(
+                    "i" if axis in inputs else "o" if axis in outputs else letter
+                    for axis, letter in pairs
+                )
+        return letters
+
     def side(self, path: str, kind: Kind) -> str:
         """The use of a tied leaf that a module of some kind is: a look-up or a product.
 
@@ -233,9 +246,12 @@ class Places:
         shape = tuple(getattr(self.leaves[path], "shape", ()))
         return part_shape(part, shape) if part else shape
 
-    def letters(self, path: str, part: str = "") -> str:
-        """The known letters of the axes of a leaf, or of a part of it; else empty."""
-        return part_axes(part, self.shape(path), self.known.axes.get(path, ""))
+    def letters(self, path: str, part: str = "", use: str = "") -> str:
+        """The known letters of the axes of a leaf, or of a part of it; else empty.
+
+        `use` is of a tied leaf, whose uses have inputs and outputs swapped.
+        """
+        return part_axes(part, self.shape(path), self.known.letters(path, use))
 
     def leaf_axes(self, site: Site) -> str:
         """The letters of the axes of a leaf with a module in it.

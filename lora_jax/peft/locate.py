@@ -126,7 +126,8 @@ def _reader(
 
     def read(path: str, numbers: Numbers) -> Claim:
         shape, count = places.shape(path, given.part), len(numbers)
-        known = given.axes or places.letters(path, given.part)
+        use = given.use or places.known.side(path, kind)
+        known = given.axes or places.letters(path, given.part, use)
         if kind == "convolution":
             places.known.check_kernel(path, places.shape(path))
         turned: tuple[Reading, ...] = ()
@@ -138,8 +139,7 @@ def _reader(
                 turned = readings(shape, kind, dims, "turned", count=count)
         else:
             found = known_readings(shape, known, kind, dims, count)
-            whole = given.axes is None and not given.part
-            if not found and whole and places.known.tie(path):
+            if not (found or given.axes or given.part) and places.known.tie(path):
                 swapped = known.translate(SWAPPED)
                 found = known_readings(shape, swapped, kind, dims, count)
         batch = [axis for axis, letter in enumerate(known) if letter == "b"]

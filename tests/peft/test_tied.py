@@ -335,3 +335,28 @@ def test_rows_of_tokens_are_put_into_both(tmp_path):
     loaded = peft.load(folder, PARAMS, tied, TOKENS)
     (value,) = rows.values()
     np.testing.assert_array_equal(loaded.replaced[TABLE][asarray([7, 1])], value)
+
+
+@pytest.mark.parametrize("name", ["embedding", "head"])
+def test_a_table_with_as_many_rows_as_columns(name, tmp_path):
+    """Its size does not show which axis is the input; the use does."""
+    table = draw(WIDTH, WIDTH)
+    a, b = draw(2, WIDTH, seed=1), draw(WIDTH, 2, seed=2)
+    module, ends = {
+        "embedding": ("embed_tokens", ("lora_embedding_A", "lora_embedding_B")),
+        "head": ("lm_head", ("lora_A.weight", "lora_B.weight")),
+    }[name]
+    entries = {f"{module}.{end}": x for end, x in zip(ends, (a, b), strict=True)}
+    folder = write(tmp_path, entries, r=2, lora_alpha=4, target_modules=[module])
+
+    def apply(params, tokens):
+        table = params["embed_tokens"]["embedding"]
+        return table[tokens] @ table.T
+
+    params = {"embed_tokens": {"embedding": asarray(table)}}
+    loaded = peft.load(folder, params, apply, TOKENS)
+    got = lora_jax.adapt(apply, loaded.plan)(params, loaded.adapters, TOKENS)
+    wide, update = table.astype(np.float64), 2 * b.astype(np.float64) @ a
+    rows = wide + (update.T if name == "embedding" else 0)
+    head = wide + (update if name == "head" else 0)
+    np.testing.assert_allclose(got, rows[np.asarray(TOKENS)] @ head.T, rtol=1e-5, atol=1e-5)

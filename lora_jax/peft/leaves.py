@@ -59,8 +59,7 @@ class Known(NamedTuple):
         uses, axes = self.uses.get(path), self.axes.get(path, "")
         if not uses:
             return None
-        gathers = [use for use in uses if _gathers(use)]
-        return any(axes[axis] == "i" for use in gathers for axis in _sides(use)[0])
+        return any(axes[i] == "i" for use in uses if gathers(use) for i in _sides(use)[0])
 
     def tie(self, path: str) -> tuple[Use, Use] | None:
         """Two uses with inputs and outputs swapped, as of a tied head; None if none."""
@@ -378,14 +377,15 @@ def _letter(roles: set[str]) -> str:
     return "?" if roles & set(_STACKED) else "-"
 
 
-def _gathers(use: Use) -> bool:
+def gathers(use: Use) -> bool:
+    """Whether a use looks rows up, and multiplies nothing."""
     return "indexed" in use.roles and "contracted" not in use.roles
 
 
 def _sides(use: Use) -> tuple[set[int], set[int]]:
     """The axes of inputs and of outputs. Gathered rows are inputs."""
     roles = [*enumerate(use.roles)]
-    if _gathers(use):
+    if gathers(use):
         inputs = {axis for axis, own in roles if own == "indexed"}
         return inputs, {a for a, own in roles if own not in ("indexed", *_STACKED)}
     inputs = {axis for axis, own in roles if own == "contracted"}

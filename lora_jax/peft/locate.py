@@ -321,8 +321,7 @@ def _read_array(
     own, known = places.shape(path), axes or places.known.axes.get(path, "")
     if len(shape) > 2:
         places.known.check_kernel(path, own)
-    if len(known) != len(own):
-        known = ""
+    known = known if len(known) == len(own) else ""
     stacked = "b" if known.count("b") >= len(numbers) else "b?"
     indices = [number for _, number in numbers]
 
@@ -334,16 +333,17 @@ def _read_array(
         if places.given_layout == "torch" and not known and len(shape) > 1:
             return [""] if shape == rest else []
         letters = "".join(x for axis, x in enumerate(known) if axis not in stack)
-        if len(shape) == 2 and set(letters) <= set("io") and places.known.looked_up(path):
+        if len(shape) == 2 and places.known.looked_up(path):
             letters = letters.translate(SWAPPED)  # the rows are the outputs of a head
+            if shape[0] == shape[1]:  # or else the sizes show what the other axis is
+                letters = {"o?": "oi", "?o": "io"}.get(letters, letters)
         embedding = is_embedding(name.rpartition(".")[0], path)
         found, settled = torch_forms(rest, shape, letters, embedding=embedding)
         settled |= places.given_layout is not None or places.lies_in_out(path)
         return found[:1] if settled else found
 
-    count = len(numbers)
-    found = stacked_readings(own, count, lambda *at: forms(*at)[:1])
-    turned = stacked_readings(own, count, lambda *at: forms(*at)[1:])
+    found = stacked_readings(own, len(numbers), lambda *at: forms(*at)[:1])
+    turned = stacked_readings(own, len(numbers), lambda *at: forms(*at)[1:])
     stacks = {each.stack for each in found}
     turned = tuple(each for each in turned if each.stack in stacks)
     site = open_site(name.rpartition(".")[0], name, path, numbers)

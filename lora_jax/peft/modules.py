@@ -18,7 +18,7 @@ from lora_jax.peft.formats.keys import (
     is_embedding,
 )
 from lora_jax.peft.layout import Layout, Site, to_matrix
-from lora_jax.peft.leaves import UNUSUAL_KERNEL
+from lora_jax.peft.leaves import UNUSUAL_KERNEL, gathers
 from lora_jax.peft.names import Names, find_modules
 from lora_jax.peft.words import split_path
 from lora_jax.plan import parts
@@ -296,6 +296,9 @@ class SavedFull:
         if self._layout == "torch" or array.ndim < 2:
             return array
         name, kind = site.name, self._kinds.get(path)
+        for use in self._plan.uses.get(path, ()):
+            if len(use.roles) == 2 and gathers(use):
+                return array if use.roles[0] == "indexed" else array.T
         if is_embedding(name, path) and array.ndim == 2:
             return array
         if kind == "linear":

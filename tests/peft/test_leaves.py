@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import peft
@@ -291,6 +292,42 @@ def test_kernels_in_other_orders_are_an_error(numbers, tmp_path):
     adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
     with pytest.raises(ValueError, match=r"at 'c/weight': .*\(\*kernel, in, out\)"):
         peft.save(tmp_path / "out", adapters, plan, replaced={"c/weight": kernel})
+
+
+@pytest.mark.parametrize("lies", ["rows", "columns"])
+@pytest.mark.parametrize("n_entries", [5, 7])
+def test_tables_that_are_looked_up_in_either_layout(n_entries, lies, tmp_path):
+    table, rows = draw(n_entries, 5), draw(2, 5, seed=1)
+    turn = np.transpose if lies == "columns" else np.array
+    params = {"tok": {"weight": asarray(turn(table))}, "q": {"kernel": jnp.zeros((5, 7))}}
+
+    def apply(params, ids):
+        return turn_of(params["tok"]["weight"])[ids] @ params["q"]["kernel"]
+
+    turn_of = jnp.transpose if lies == "columns" else jnp.asarray
+    layer, ids = linear("q", 5, 7, 2), jnp.arange(3)
+    new = draw(n_entries, 5, seed=2)
+    config = {"r": 2, "target_modules": ["q"]}
+    saved = write(
+        tmp_path / "saved", layer | {"tok.weight": new}, **config, modules_to_save=["tok"]
+    )
+    found = peft.load(saved, params, apply, ids).replaced["tok/weight"]
+    np.testing.assert_array_equal(found, turn(new))
+    name = "tok.token_adapter.trainable_tokens_delta"
+    some = write(
+        tmp_path / "some", layer | {name: rows}, **config, trainable_token_indices=[4, 1]
+    )
+    found = peft.load(some, params, apply, ids).replaced["tok/weight"]
+    table[[4, 1]] = rows
+    np.testing.assert_array_equal(found, turn(table))
+
+    config = lora_jax.LoraConfig(2, targets="q/*", train="tok/*")
+    plan = lora_jax.plan_adapters(config, params, apply, ids)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    adapters["tok/weight"]["value"] = asarray(turn(new))
+    peft.save(tmp_path / "again", adapters, plan)
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(again["base_model.model.tok.weight"], new)
 
 
 @pytest.mark.parametrize(("equation", "axes"), [("io", "bio"), ("oi", "boi")])

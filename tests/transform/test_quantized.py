@@ -64,7 +64,7 @@ KEPT = {
     *("branches_of_two", "solved", "solved_by_cholesky", "summed_up", "conv_grouped"),
     *("conv_depthwise", "scan_moved", "scan_of_casts"),
     # A function that rounds a weight returns a dense one; of two weights one is merged.
-    *("stated_rounding", "stated_of_weights"),
+    *("stated_rounding", "stated_of_weights", "squared"),
 }
 KEPT_BY_DORA = {"attention"}  # the norms of three weights of one shape are one function
 # The others go the same ways through the deferred weight.

@@ -23,7 +23,7 @@ from tests.xla_flags import WITH_NEW_EMITTERS
 SLOTS = 2
 SLOW = pytest.mark.slow
 # Uses of a weight without an activation that has the rows.
-NO_ROWS = {"integers", "vector", "summed", "stated_of_weights", "one_row"}
+NO_ROWS = {"integers", "vector", "summed", "stated_of_weights", "squared", "one_row"}
 REFUSED = "adapt_rows|each row"
 TOLERANCE = {"cast": 1e-5}
 

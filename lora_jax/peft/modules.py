@@ -179,8 +179,10 @@ def _kind(
 
 
 def _check_kernel(path: str, shape: tuple[int, ...], plan: AdapterPlan) -> None:
-    if not all(use.has_usual_kernel(shape) for use in plan.uses.get(path, ())):
-        raise ValueError(f"the weight {shape} {UNUSUAL_KERNEL}")
+    for use in plan.uses.get(path, ()):
+        sizes = shape if len(shape) == len(use.roles) else (2,) * len(use.roles)  # a part
+        if not use.has_usual_kernel(sizes):
+            raise ValueError(f"the weight {shape} {UNUSUAL_KERNEL}")
 
 
 def _kind_by_axes(site: Site, layout: Layout) -> Kind:
@@ -261,6 +263,8 @@ class SavedFull:
             )
         bias = words.leaf == BIAS
         owner = self._weights.get(words.words, path) if bias else path
+        if not bias and self._layout == "jax":
+            _check_kernel(path, array.shape, self._plan)
         for site in self._sites_of(owner, array):
             name, adapted = site.name, site.name in self._adapted
             if adapted and self._adapted[name].kind == "experts":
@@ -296,9 +300,9 @@ class SavedFull:
         if self._layout == "torch" or array.ndim < 2:
             return array
         name, kind = site.name, self._kinds.get(path)
-        for use in self._plan.uses.get(path, ()):
-            if len(use.roles) == 2 and gathers(use):
-                return array if use.roles[0] == "indexed" else array.T
+        used = self._as_used(path, site, array)
+        if used is not None:
+            return used
         if is_embedding(name, path) and array.ndim == 2:
             return array
         if kind == "linear":
@@ -312,8 +316,18 @@ class SavedFull:
                     "as 'ioo'."
                 )
             return to_matrix(array, axes).T
-        _check_kernel(path, array.shape, self._plan)
         return np.moveaxis(array, (-1, -2), (0, 1))
+
+    def _as_used(self, path: str, site: Site, array: np.ndarray) -> np.ndarray | None:
+        """A table that is looked up, or a kernel with outputs first, if a use shows it."""
+        for use in () if site.part else self._plan.uses.get(path, ()):
+            own = [axis for axis in range(len(use.roles)) if axis not in site.stack]
+            roles = [use.roles[axis] for axis in own]
+            if len(own) == 2 and gathers(use) and roles.count("indexed") == 1:
+                return array if roles[0] == "indexed" else array.T
+            if use.window and own[0] not in use.window and roles[0] == "kept":
+                return array
+        return None
 
     def _convolves(self, path: str, name: str) -> bool:
         """Whether a leaf is the kernel of a convolution, by its uses or by its name."""

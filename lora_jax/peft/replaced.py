@@ -375,8 +375,12 @@ def _like(leaf: Any, array: jax.Array) -> jax.Array:
 
 def _check_holds(array: Any, leaf: Any) -> None:
     """Raises for values of floating point in a leaf of another kind."""
-    if checks.is_floating(array) and (not checks.is_floating(leaf) or leaf.itemsize < 2):
+    if not jnp.issubdtype(array, jnp.inexact):
+        return
+    if not jnp.issubdtype(leaf, jnp.inexact) or leaf.itemsize < 2:
         raise ValueError(
             f"the leaf is {leaf}, whose values mean nothing without their scales: give "
             "params with a dense weight in at least 16 bits."
         )
+    if np.dtype(array).kind == "c" != np.dtype(leaf).kind:
+        raise ValueError(f"the leaf is {leaf}, got complex values: give a complex leaf.")

@@ -247,11 +247,54 @@ def test_convolutions_of_equal_sizes(numbers, x, order, saved, tmp_path):
     def apply(params, x):
         return convolve(numbers, params, x), jnp.zeros((1, 5)) @ params["q"]["kernel"]
 
-    loaded = peft.load(folder, params, apply, jax.ShapeDtypeStruct(x, "float32"))
+    x = jax.ShapeDtypeStruct(x, "float32")
+    loaded = peft.load(folder, params, apply, x)
     update = 2 * np.einsum("or,rihw->oihw", b[:, :, 0, 0].astype(float), a)
     want = kernel if saved else update
     got = merged(params, loaded)["c"]["weight"]
     np.testing.assert_allclose(got, want.transpose(order), rtol=1e-5, atol=1e-5)
+
+    config = lora_jax.LoraConfig(2, targets="q/*")
+    plan = lora_jax.plan_adapters(config, params, apply, x)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    own = {"c/weight": asarray(kernel.transpose(order))}
+    peft.save(tmp_path / "again", adapters, plan, replaced=own)
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(again["base_model.model.c.weight"], kernel)
+
+
+@pytest.mark.parametrize("lies", ["rows", "columns"])
+def test_stacks_of_tables_and_of_kernels_are_saved_by_their_uses(lies, tmp_path):
+    books, kernels = draw(2, 7, 5), draw(2, 4, 3, 3, 3)
+    turn = {"rows": (0, 1, 2), "columns": (0, 2, 1)}[lies]
+    order = {"rows": (0, 3, 4, 2, 1), "columns": (0, 1, 2, 3, 4)}[lies]
+    numbers, x = {
+        "rows": (("NHWC", "HWIO", "NHWC"), jnp.ones((1, 4, 4, 3))),
+        "columns": (("NCHW", "OIHW", "NCHW"), jnp.ones((1, 3, 4, 4))),
+    }[lies]
+    params = {
+        "tok": {"weight": asarray(books.transpose(turn))},
+        "c": {"weight": asarray(kernels.transpose(order))},
+        "q": {"kernel": jnp.zeros((5, 6))},
+    }
+
+    def apply(params, ids, x):
+        table, kernel = params["tok"]["weight"], params["c"]["weight"]
+        rows = sum((table[i].T if lies == "columns" else table[i])[ids] for i in range(2))
+        return rows @ params["q"]["kernel"], [
+            convolve(numbers, {"c": {"weight": kernel[i]}}, x) for i in range(2)
+        ]
+
+    config = lora_jax.LoraConfig(2, targets="q/*", train=["tok/*", "c/*"])
+    plan = lora_jax.plan_adapters(config, params, apply, jnp.arange(3), x)
+    adapters = lora_jax.init_adapters(jax.random.key(0), params, plan)
+    names = {"tok.{}": "tok/weight", "c.{}": "c/weight"}
+    peft.save(tmp_path / "a", adapters, plan, names=names)
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for i in range(2):
+        tok, c = (saved[f"base_model.model.{name}.{i}.weight"] for name in ("tok", "c"))
+        np.testing.assert_array_equal(tok, books[i])
+        np.testing.assert_array_equal(c, kernels[i])
 
 
 @pytest.mark.parametrize(

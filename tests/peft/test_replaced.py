@@ -219,6 +219,11 @@ def test_leaves_are_put_in_their_dtype():
     for dtype, message in (("float16", "does not hold all"), ("int8", "without their sc")):
         with pytest.raises(ValueError, match=f"at 'a': the leaf is {dtype}.*{message}"):
             peft.replace_leaves({"a": jnp.zeros(3, dtype)}, {"a": asarray([1.5, 1e5, 0])})
+    whole = {"a": jnp.zeros(3, "complex64")}
+    got = peft.replace_leaves(whole, {"a": asarray([1.0, 2.0, 3.0])})["a"]
+    np.testing.assert_array_equal(got, np.array([1, 2, 3], "complex64"))
+    with pytest.raises(ValueError, match="the leaf is float32, got complex values: give a"):
+        peft.replace_leaves({"a": jnp.zeros(3)}, whole)
 
 
 @pytest.mark.parametrize(

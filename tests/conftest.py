@@ -36,9 +36,19 @@ OPTIMIZED = (
     *("tests.quant.test_golden_nf4", "tests.quant.test_int8", "tests.quant.test_packing"),
     "tests.test_golden",
 )
-MISSING = [name for name in OPTIMIZED if importlib.util.find_spec(name) is None]
+
+# Tests whose cases compile programs, or run them: most of the time of a run. Each has many
+# cases, of which a run of everything takes some. The cases of other tests cost nothing.
+COSTLY = (
+    *("tests.layers", "tests.lowrank", "tests.model", "tests.optim", "tests.peft"),
+    *("tests.qlora", "tests.quant", "tests.test_compiled", "tests.test_golden"),
+    *("tests.test_kills", "tests.transform"),
+)
+DEFAULT_CASES = 2
+
+MISSING = [name for name in OPTIMIZED + COSTLY if importlib.util.find_spec(name) is None]
 if MISSING:
-    raise RuntimeError(f"OPTIMIZED has modules that do not exist: {MISSING}")
+    raise RuntimeError(f"there are no modules {MISSING}, which this file names")
 
 
 def pytest_addoption(parser):
@@ -46,18 +56,40 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         metavar="N",
-        help="run at most N cases of each test, but all of those marked `primitives`",
+        help="run at most N cases of each costly test, but all of a test of `primitives`",
     )
+
+
+def pytest_configure(config):
+    """Sees whether this is a run of everything, without a choice of tests or cases."""
+    option = config.option
+    everything = (
+        config.args_source == config.ArgsSource.TESTPATHS
+        and option.markexpr in config.getini("addopts")
+        and not option.keyword
+        and option.cases is None
+    )
+    option.default_cases = DEFAULT_CASES if everything else None
+
+
+def pytest_report_header(config):
+    most = config.option.default_cases
+    if most is not None:
+        return f"cases: {most} of each costly test; all, where a file or test is named"
+    return None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks what is `mostly_slow`, lets `-m` choose, and leaves out what `--cases` does."""
+    """Marks cases that are slow, lets `-m` choose, and leaves out what `--cases` does."""
     for table in _tables(items):
         mark = table[0].get_closest_marker("mostly_slow")
-        if mark is not None:
+        most = [] if mark is None else [*mark.args]
+        if config.option.default_cases is not None and _is_costly(table):
+            most.append(config.option.default_cases)
+        if most:
             quick = [item for item in table if not item.get_closest_marker("slow")]
-            for item in _all_but(*mark.args, quick):
+            for item in _all_but(min(most), quick):
                 item.add_marker("slow")
     yield
     most = config.getoption("cases")
@@ -66,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
     left_out = {
         item
         for table in _tables(items)
-        if not table[0].get_closest_marker("primitives")
+        if _is_costly(table) and not table[0].get_closest_marker("primitives")
         for item in _all_but(most, table)
     }
     config.hook.pytest_deselected(items=list(left_out))
@@ -81,10 +113,20 @@ def _tables(items):
     return found.values()
 
 
+def _is_costly(table):
+    """Whether a test is in one of the folders and files of `COSTLY`."""
+    file = table[0].nodeid.partition(".py")[0].replace("/", ".")
+    return f"{file}.".startswith(tuple(f"{name}." for name in COSTLY))
+
+
 def _all_but(n, table):
-    """The cases of a test but for `n`, which are drawn by its name: always the same."""
+    """The cases of a test but for `n`, which are drawn by its name and the version of JAX.
+
+    So they are the same in each run, and the stages of .ci/run try others.
+    """
     name = table[0].nodeid.partition("[")[0] if table else ""
-    kept = random.Random(name).sample(table, min(n, len(table)))
+    drawn = random.Random(f"{name} {jax.__version__}")
+    kept = drawn.sample(table, min(n, len(table)))
     return [item for item in table if item not in kept]
 
 

@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import re
+import shlex
 import tomllib
 import types
 
@@ -21,10 +22,13 @@ def read(name):
 
 
 def test_workflows_run_stages_of_ci():
-    stages = re.search(r"^stages=\((.*)\)$", read(".ci/run"), re.M)[1].split()
+    stages = []
+    for variable, name in (("of_a_change", "tests"), ("of_a_night", "nightly")):
+        own = re.search(rf"^{variable}=\((.*)\)$", read(".ci/run"), re.M)[1].split()
+        matrix = re.search(r"stage: \[(.*)\]", read(f".github/workflows/{name}.yml"))[1]
+        assert matrix.split(", ") == own
+        stages += own
     assert re.findall(r"^#   (\w+) ", read(".ci/run"), re.M) == stages
-    matrix = re.search(r"stage: \[(.*)\]", read(".github/workflows/tests.yml"))[1]
-    assert matrix.split(", ") == stages
     for name in ("docs", "release"):
         workflow = read(f".github/workflows/{name}.yml")
         assert set(re.findall(r"\.ci/run (\w+)", workflow)) <= {*stages}
@@ -76,20 +80,24 @@ def test_the_readme_lists_the_extras_of_users():
 
 
 def test_some_cases_are_slow_and_others_left_out():
+    costly = "tests/layers/test_lora.py::"
+
     class Item:
         def __init__(self, test, case, *marks):
             own = {mark.name: mark for mark in marks}
             self.nodeid, self.get_closest_marker = f"{test}[{case}]", own.get
             self.add_marker = lambda name: own.setdefault(name, True)
 
-    def run(most):
-        items = [Item("a", i) for i in range(9)]
-        items += [Item("b", i, pytest.mark.mostly_slow(2).mark) for i in range(4)]
-        items += [Item("b", 9, pytest.mark.slow.mark)]
-        items += [Item("c", i, pytest.mark.primitives.mark) for i in range(4)]
+    def run(most, default=None):
+        items = [Item(f"{costly}a", i) for i in range(9)]
+        items += [Item(f"{costly}b", i, pytest.mark.mostly_slow(2).mark) for i in range(4)]
+        items += [Item(f"{costly}b", 9, pytest.mark.slow.mark)]
+        items += [Item(f"{costly}c", i, pytest.mark.primitives.mark) for i in range(4)]
+        items += [Item("tests/plan/test_config.py::d", i) for i in range(5)]
         before, left_out = list(items), []
         config = types.SimpleNamespace(
             getoption={"cases": most}.get,
+            option=types.SimpleNamespace(default_cases=default),
             hook=types.SimpleNamespace(
                 pytest_deselected=lambda items: left_out.extend(items)
             ),
@@ -99,9 +107,34 @@ def test_some_cases_are_slow_and_others_left_out():
         assert items == before  # `-m` chooses here
         next(hook, None)
         assert items == [own for own in before if own not in left_out]
-        slow = [own.nodeid[0] for own in before if own.get_closest_marker("slow")]
-        return collections.Counter(own.nodeid[0] for own in items), slow
+        slow = [own for own in before if own.get_closest_marker("slow")]
+        return tuple(
+            dict(collections.Counter(own.nodeid.partition("[")[0][-1] for own in some))
+            for some in (items, slow)
+        )
 
-    assert run(None) == ({"a": 9, "b": 5, "c": 4}, ["b"] * 3)
-    assert run(3) == ({"a": 3, "b": 3, "c": 4}, ["b"] * 3)
-    assert run(1) == ({"a": 1, "b": 1, "c": 4}, ["b"] * 3)
+    assert run(None) == ({"a": 9, "b": 5, "c": 4, "d": 5}, {"b": 3})
+    assert run(3) == ({"a": 3, "b": 3, "c": 4, "d": 5}, {"b": 3})
+    assert run(1) == ({"a": 1, "b": 1, "c": 4, "d": 5}, {"b": 3})
+    every = {"a": 9, "b": 5, "c": 4, "d": 5}
+    assert run(None, default=3) == (every, {"a": 6, "b": 3, "c": 1})
+    assert run(None, default=1) == (every, {"a": 8, "b": 4, "c": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [
+        ([], conftest.DEFAULT_CASES),
+        (["tests/test_project.py"], None),
+        (["-k", "lora"], None),
+        (["-m", "slow"], None),
+        (["--cases", "2"], None),
+    ],
+    ids=str,
+)
+def test_a_run_of_everything_has_few_cases(arguments, most, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = shlex.split(PROJECT["tool"]["pytest"]["ini_options"]["addopts"])
+    config = pytest.Config.fromdictargs({}, [*options, *arguments])
+    conftest.pytest_configure(config)
+    assert config.option.default_cases == most

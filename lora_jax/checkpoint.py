@@ -254,8 +254,9 @@ def _write(folder: pathlib.Path, adapters: Adapters, plan: AdapterPlan, dtype: A
     folder.mkdir(parents=True, exist_ok=True)
     replaced = _old_digest(folder)
     record_files.write(folder / FILE, _KIND, {**record, "replaced": replaced}, arrays)
-    (folder / OLD_RECORD).unlink(missing_ok=True)
-    if replaced is not None:  # an older lora_jax may save the same adapters again
+    if replaced is not None:
+        (folder / OLD_RECORD).unlink(missing_ok=True)
+        # An older lora_jax may save the same adapters again.
         record_files.write(folder / FILE, _KIND, record, arrays)
     for file in folder.iterdir():
         if _OLD_TENSORS.fullmatch(file.name):
@@ -302,11 +303,15 @@ def _read(folder: pathlib.Path) -> _Saved:
 
 
 def _old_digest(folder: pathlib.Path) -> str | None:
-    """The SHA-256 of the `adapters.json` in a folder; None if there is no such file."""
+    """The SHA-256 of the `adapters.json` in a folder.
+
+    None if there is no such file, or another program wrote it.
+    """
     try:
-        return hashlib.sha256((folder / OLD_RECORD).read_bytes()).hexdigest()
-    except FileNotFoundError:
+        data = (folder / OLD_RECORD).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
         return None
+    return hashlib.sha256(data).hexdigest() if _KIND.format.encode() in data else None
 
 
 def _read_old_record(path: pathlib.Path) -> dict[str, Any]:

@@ -211,6 +211,15 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {NAME, *others}
 
 
+def test_an_adapters_json_of_another_program_stays(tmp_path):
+    adapters, plan = saved(tmp_path)
+    (tmp_path / "adapters.json").write_text('["mine"]')
+    assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
+    save_adapters(tmp_path, adapters, plan)
+    assert (tmp_path / "adapters.json").read_text() == '["mine"]'
+    assert bits(load_adapters(tmp_path)[0]) == bits(adapters)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("any_plan")

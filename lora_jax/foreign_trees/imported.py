@@ -207,17 +207,17 @@ def _check_function(fn: Any, args: tuple[Any, ...]) -> None:
 
 
 def _check_convolutions(
-    rules: Layout, plan: AdapterPlan, find_grouped: Callable[[], set[tuple[int, ...]]]
+    rules: Layout, plan: AdapterPlan, find_grouped: Callable[[], set[str]]
 ) -> None:
     """Raises for a convolution with groups: A has these too, so A @ B is not the update."""
-    kernels = {
-        path: target.shape
-        for path, target in plan.targets.items()
+    kernels = [
+        path
+        for path in plan.targets
         if any(use.primitive == "conv_general_dilated" for use in plan.uses.get(path, ()))
-    }
+    ]
     grouped = find_grouped() if kernels and rules is not OF_FUNCTION else set()
-    for path, shape in kernels.items():
-        if shape in grouped:
+    for path in kernels:
+        if path in grouped:
             raise ValueError(
                 f"{path!r} is the kernel of a convolution with feature groups: the library "
                 "convolves with A in groups as well, which is no update of the kernel."

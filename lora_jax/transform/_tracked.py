@@ -19,7 +19,10 @@ _PRODUCTS = ("dot_general", "ragged_dot_general")
 
 @dataclasses.dataclass(eq=False)
 class Found:
-    """A recorded use of a weight. `roles` are as in `Use`, by axis of the weight."""
+    """A recorded use of a weight. `roles` are as in `Use`, by axis of the weight.
+
+    `groups` are the feature groups of a convolution.
+    """
 
     weight: str
     primitive: str
@@ -27,6 +30,7 @@ class Found:
     merged: str
     roles: dict[int, str]
     window: tuple[int, ...] = ()
+    groups: int = 1
 
     def use(self, ndim: int) -> Use:
         """The record as a `Use` of a weight with `ndim` axes."""
@@ -254,6 +258,7 @@ class Uses:
             for use in found:
                 own = windows[use.weight]
                 use.window = tuple(sorted(own, key=lambda axis: int(own[axis])))
+                use.groups = parameter(equation, "feature_group_count")
         return found
 
     def see_merged(

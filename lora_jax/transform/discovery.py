@@ -8,7 +8,6 @@ matter.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lora_jax._core import compat, tree_paths
@@ -17,7 +16,7 @@ from lora_jax.plan.adapter_plan import Use
 from lora_jax.transform import _tracing
 from lora_jax.transform._finder import Finder
 from lora_jax.transform._roles import STEPS
-from lora_jax.transform._tracked import Dense, weight_of
+from lora_jax.transform._tracked import Dense, Found, weight_of
 
 
 def find_uses(
@@ -36,6 +35,29 @@ def find_uses(
         ValueError: if no weight reaches a function named in `products`, or a stated
             equation does not fit a call.
     """
+    found, ndims = _found(function, params, args, kwargs, products)
+    uses: dict[str, list[Use]] = {path: [] for path in ndims}
+    for each in found:
+        uses[each.weight].append(each.use(ndims[each.weight]))
+    return {path: tuple(dict.fromkeys(own)) for path, own in uses.items()}
+
+
+def grouped_kernels(
+    function: _tracing.Function, params: Any, args: tuple[Any, ...]
+) -> set[str]:
+    """The paths of the kernels of convolutions with feature groups in a function."""
+    found, _ = _found(function, params, args, {}, FrozenDict())
+    return {each.weight for each in found if each.groups > 1}
+
+
+def _found(
+    function: _tracing.Function,
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    products: Mapping[str, str],
+) -> tuple[list[Found], dict[str, int]]:
+    """The uses of weights as `find_uses` records them, and the weights' numbers of axes."""
     traced = _tracing.trace(function, params, args, kwargs)
     jaxpr, _ = compat.open_jaxpr(traced.jaxpr)
     ndims: dict[str, int] = {}
@@ -57,27 +79,7 @@ def find_uses(
             f"reaches; the nearest functions are {tree_paths.listed(near) or 'none'}. A "
             "pattern is a glob on the name of the function in the program, or 're:...'."
         )
-    uses: dict[str, list[Use]] = {path: [] for path in ndims}
-    for found in finder.uses.found:
-        uses[found.weight].append(found.use(ndims[found.weight]))
-    return {path: tuple(dict.fromkeys(found)) for path, found in uses.items()}
-
-
-def grouped_kernels(
-    function: _tracing.Function, params: Any, args: tuple[Any, ...]
-) -> set[tuple[int, ...]]:
-    """The shapes of the kernels of convolutions with feature groups in a function."""
-    shapes: set[tuple[int, ...]] = set()
-    jaxprs = [_tracing.trace(function, params, args, {}).jaxpr]
-    while jaxprs:
-        for equation in compat.open_jaxpr(jaxprs.pop())[0].eqns:
-            if equation.params.get("feature_group_count", 1) > 1:
-                shapes.add(tuple(equation.invars[1].aval.shape))
-            inner = jax.tree.leaves([*equation.params.values()])
-            jaxprs += [
-                own for own in inner if hasattr(own, "eqns") or hasattr(own, "jaxpr")
-            ]
-    return shapes
+    return finder.uses.found, ndims
 
 
 def _is_weight(leaf: Any) -> bool:

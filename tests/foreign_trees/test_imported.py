@@ -315,11 +315,16 @@ def test_a_convolution_has_no_groups(groups):
     def fn(params):
         return jax.jit(convolve)(params["kernel"])
 
+    def of_layers(params):
+        return jax.lax.scan(lambda _, w: (None, fn({"kernel": w})), None, params["kernel"])
+
     if groups == 2:
-        with pytest.raises(
-            ValueError, match=r"'kernel' is the kernel of .* feature groups"
-        ):
-            import_adapters(tree, "qwix", fn, scale=SCALE)
+        layers = {name: jnp.stack([leaf] * 5) for name, leaf in tree.items()}
+        for own, model in ((tree, fn), (layers, of_layers)):
+            with pytest.raises(
+                ValueError, match=r"'kernel' is the kernel of .* feature groups"
+            ):
+                import_adapters(own, "qwix", model, scale=SCALE)
     else:
         read = import_adapters(tree, "qwix", fn, scale=SCALE)
         added = convolve(tree["kernel_lora_a"]) @ tree["kernel_lora_b"]

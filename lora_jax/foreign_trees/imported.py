@@ -24,7 +24,7 @@ from lora_jax.layers import adapter_checks
 from lora_jax.layers.lora import Adapter
 from lora_jax.model import sharding
 from lora_jax.model.adapters import plan_adapters
-from lora_jax.plan import axis_roles, derived_plans, plan_checks
+from lora_jax.plan import axis_roles, derived_plans, parts, plan_checks
 from lora_jax.plan.adapter_plan import AdapterPlan
 from lora_jax.plan.config import LoraConfig
 from lora_jax.plan.derived_plans import Size
@@ -114,6 +114,8 @@ def import_adapters(
         another type, such as an Equinox module, has None in place of an adapter. Where a
         library shares `B` among the entries of a batch axis, each entry gets a copy. Where
         openpi sums heads before it multiplies by `B`, `B` is that sum, in at least float32.
+        The libraries adapt products only: a table that `fn` also looks up rows of has the
+        path `"embedding@product"`.
 
     Raises:
         TypeError: if an argument has the wrong type, or a factor is not an array of
@@ -165,32 +167,41 @@ def import_adapters(
         config = LoraConfig(rank=1, targets=weights, axes=letters)
         try:
             plan = plan_adapters(config, base, fn, *args)
+            if tied := _tied(plan) if rules is not OF_FUNCTION else ():
+                own = (f"{p}@{parts.PRODUCT}" if p in tied else p for p in plan.targets)
+                config = dataclasses.replace(config, targets=tuple(own))
+                plan = plan_adapters(config, base, fn, *args)
         except ValueError as error:
             error.add_note(
                 "import_adapters adapts each weight that has an adapter in the tree. If fn "
                 "cannot show the axes of one, leave fn out and give axes={path: letters}."
             )
             raise
-        letters = {path: target.axes for path, target in plan.targets.items()}
+        letters = {plan.leaf(path): target.axes for path, target in plan.targets.items()}
         _check_convolutions(rules, plan, lambda: grouped_kernels(fn, base, args))
     read = read_groups(rules, groups, letters, leaves)
     scales = _scales(scale, rules, {path: group for path, (group, _) in read.items()})
     targets, adapters = {}, {}
+    uses = (
+        {} if plan is None else {plan.leaf(p): own.use for p, own in plan.targets.items()}
+    )
     for path in filter(read.__contains__, leaves):
         (group, reading), shape = read[path], tuple(leaves[path].shape)
         with checks.at_path(path):
-            targets[path] = Target(
+            target = Target(
                 shape=shape,
                 method="dora" if "m" in group.arrays else "lora",
                 rank=rank_of(reading, group.arrays["A"].shape),
                 scale=scales[path],
                 dropout=0.0,
                 **axis_roles.from_letters(reading.letters, shape)._asdict(),
+                use=uses.get(path, ""),
             )
-            adapters[path] = as_adapter(reading, targets[path], group.arrays)
+            targets[path + target.suffix] = target
+            adapters[path + target.suffix] = as_adapter(reading, target, group.arrays)
     config = _config_of(targets)
     plan = plan or plan_adapters(config, base)
-    others = dict.fromkeys((p for p in weights if p not in targets), _WITHOUT)
+    others = dict.fromkeys((p for p in weights if p not in read), _WITHOUT)
     skipped = {**plan.skipped, **others}
     plan = AdapterPlan(config, targets, skipped, plan.uses, plan.total)
     plan_checks.check_adapters(adapters, plan)
@@ -206,13 +217,22 @@ def _check_function(fn: Any, args: tuple[Any, ...]) -> None:
         raise TypeError(f"fn must be a function, got {type(fn).__name__}: {order}.")
 
 
+def _tied(plan: AdapterPlan) -> set[str]:
+    """The weights that are also looked up: the libraries adapt only their products."""
+    return {
+        path
+        for path, target in plan.targets.items()
+        if {use.kind(target.batch_axes) for use in plan.uses[path]} >= {*parts.USES}
+    }
+
+
 def _check_convolutions(
     rules: Layout, plan: AdapterPlan, find_grouped: Callable[[], set[str]]
 ) -> None:
     """Raises for a convolution with groups: A has these too, so A @ B is not the update."""
     kernels = [
         path
-        for path in plan.targets
+        for path in plan.by_leaf()
         if any(use.primitive == "conv_general_dilated" for use in plan.uses.get(path, ()))
     ]
     grouped = find_grouped() if kernels and rules is not OF_FUNCTION else set()
@@ -361,7 +381,10 @@ def _scales(scale: Any, rules: Layout, groups: Mapping[str, Group]) -> dict[str,
 
 def _config_of(targets: Mapping[str, Target]) -> LoraConfig:
     """A config that gives these targets, and no other."""
-    axes = {derived_plans.exact_pattern(p, own): own.axes for p, own in targets.items()}
+    axes = {
+        derived_plans.exact_pattern(path, own).removesuffix(own.suffix): own.axes
+        for path, own in targets.items()
+    }
     use_dora = all(target.method == "dora" for target in targets.values())
     plan = AdapterPlan(LoraConfig(axes=axes, use_dora=use_dora), targets)
     sizes = {path: Size(own.rank, own.scale) for path, own in targets.items()}

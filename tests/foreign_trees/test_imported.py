@@ -332,6 +332,25 @@ def test_a_convolution_has_no_groups(groups):
         assert_close(fn(lora_jax.merge_adapters(*read)), want, ULPS)
 
 
+def test_look_ups_of_a_tied_table_are_not_adapted():
+    tree = {"e": draw(9, 6), "e_lora_a": draw(6, 2), "e_lora_b": draw(2, 9)}
+    ids = asarray([3, 1, 4], "int32")
+
+    def fn(params, ids):
+        return params["e"][ids] @ params["e"].T
+
+    e, a, b = (np.asarray(tree[name]) for name in ("e", "e_lora_a", "e_lora_b"))
+    want = e[ids] @ e.T + SCALE * e[ids] @ a @ b
+    for axes in (None, {"e": "oi"}):
+        read = import_adapters(tree, "qwix", fn, ids, scale=SCALE, axes=axes)
+        adapted = lora_jax.adapt(fn, read.plan)
+        assert_close(adapted(read.params, read.adapters, ids), want, ULPS)
+        assert (*read.plan.targets,) == (*read.adapters,) == ("e@product",)
+        assert read.plan.config.axes_of("e") == "oi"
+    with pytest.raises(ValueError, match="Untie them first"):
+        lora_jax.merge_adapters(*read)
+
+
 def test_scales_go_by_patterns():
     tree = {"a": dense(6, 7), "b": dense(6, 5), "c": dense(6, 4)}
     plan = import_adapters(tree, "qwix", scale={"b/*": 2.0, "*": 0.25}).plan

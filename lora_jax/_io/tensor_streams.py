@@ -266,7 +266,10 @@ def make_header(
 
     Raises:
         TypeError: if safetensors does not support a dtype.
+        ValueError: if an array has the name of the metadata.
     """
+    if _METADATA in entries:
+        raise ValueError(f"safetensors has no array of the name {_METADATA!r}: rename it.")
     header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     place = 0
     for name, entry in entries.items():

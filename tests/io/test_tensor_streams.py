@@ -169,6 +169,12 @@ def test_a_dtype_that_safetensors_lacks_is_refused():
         tensor_streams.make_header(entries, {})
 
 
+def test_an_array_is_not_named_as_the_metadata():
+    entries = {"__metadata__": tensor_files.abstract((2,), "float32")}
+    with pytest.raises(ValueError, match="no array of the name '__metadata__': rename it"):
+        tensor_streams.make_header(entries, {"a": "b"})
+
+
 def test_a_file_that_got_shorter_is_an_error(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": np.zeros(8, "float32")}, path)

@@ -25,12 +25,13 @@ def as_blocks(weight: jax.Array, batch_axes: int, block: int | None) -> Blocks:
     """The blocks of a weight `(*batch, *inputs, out)`.
 
     Blocks count along all input axes, row by row, and zeros fill the last one. If `block`
-    is None, there is one block. The input axes are folded into one only if blocks cross
-    from one row to the next: a mesh may split any of them, and a fold would gather them.
+    is None, or at least the number of inputs, there is one block. The input axes are folded
+    into one only if blocks cross from one row to the next: a mesh may split any of them,
+    and a fold would gather them.
     """
     wide, axes = weight.astype(jnp.float32), weight.shape
     batch, inputs, n_out = axes[:batch_axes], axes[batch_axes:-1], axes[-1]
-    if block is None:
+    if block is None or block >= math.prod(inputs):
         return Blocks(wide, tuple(range(-1 - len(inputs), -1)))
     if inputs[-1] % block:
         n_blocks = math.ceil(math.prod(inputs) / block)

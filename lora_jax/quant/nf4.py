@@ -178,12 +178,7 @@ class NF4Tensor(QuantizedTensor):
             raise ValueError(*error.args) from None
         inputs.check_weight_dtype(self.weight_dtype)
         n, codec, nested = math.prod(entry), _CODECS[self.codec], self.scaler_block_size
-        # Dequantization pads codes and scales to whole blocks and groups.
-        if max(self.block_size, nested or 0) > max(n, _LARGEST_PADDING):
-            raise ValueError(
-                f"block_size {self.block_size} and scaler_block_size {nested} are too "
-                f"large for a weight of {n} entries."
-            )
+        _check_padding(n, self.block_size, nested)
         _check_rows(self.row_axes, entry, self.block_size)
         if self.batch_ndim < 0:
             raise ValueError(f"codes of the shape {self.codes.shape} lack the rows.")
@@ -266,6 +261,7 @@ def quantize_nf4(
     block, nested = _check_settings(block_size, scaler_block_size, codec)
     array = inputs.check_weight(weight, batch_axes)
     entry = array.shape[batch_axes:]
+    _check_padding(math.prod(entry), block, nested)
     if row_axes is None:
         row_axes = rows_for(entry, block, placement.parts(array)[batch_axes:])
     _check_rows(row_axes, entry, block)
@@ -289,6 +285,15 @@ def _check_settings(block: Any, nested: Any, codec: Any) -> tuple[int, int | Non
     if nested is not None:
         nested = inputs.check_count("scaler_block_size", nested)
     return block, nested
+
+
+def _check_padding(n: int, block: int, nested: int | None) -> None:
+    """Raises for sizes to which codes and scales would be padded with many zeros."""
+    if max(block, nested or 0) > max(n, _LARGEST_PADDING):
+        raise ValueError(
+            f"block_size {block} and scaler_block_size {nested} are too large for a "
+            f"weight of {n} entries."
+        )
 
 
 def _check_rows(row_axes: Any, entry: tuple[int, ...], block: int) -> None:

@@ -51,6 +51,16 @@ def test_scales_are_those_of_the_outputs():
     assert quant.dequantize(q).dtype == jnp.bfloat16
 
 
+def test_a_block_of_all_inputs_is_not_padded():
+    weight = draw(2, 3, 4, 6)
+    whole = quant.quantize_int8(weight, batch_axes=1)
+    q = quant.quantize_int8(weight, block_size=2**40, batch_axes=1)
+    q.check()
+    np.testing.assert_array_equal(q.codes, whole.codes)
+    np.testing.assert_array_equal(q.scales[:, 0], whole.scales)
+    np.testing.assert_array_equal(quant.dequantize(q), quant.dequantize(whole))
+
+
 def test_blocks_of_inputs_have_scales_of_their_own():
     weight = draw(2, 3, 4, 6)
     q = quant.quantize_int8(weight, block_size=5, batch_axes=1)

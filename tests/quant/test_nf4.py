@@ -242,6 +242,7 @@ def test_values_are_checked_while_another_function_is_traced():
         (np.ones((4, 64), np.float32), {"row_axes": 0.5}, TypeError, "row_axes must be an"),
         (np.ones(64, np.float32), {"codec": "bnb"}, ValueError, "codec must be one of"),
         (np.ones(64, np.float32), {"block_size": 0}, ValueError, "block_size must be a po"),
+        (np.ones(64, np.float32), {"block_size": 2**17}, ValueError, "too large for a we"),
         (np.ones(64, np.float32), {"block_size": 3}, ValueError, "block_size must be even"),
         (np.ones(64, np.float32), {"block_size": 2.0}, TypeError, "must be an integer, g"),
         (np.ones(64, np.float32), {"scaler_block_size": -1}, ValueError, "scaler_block_s"),

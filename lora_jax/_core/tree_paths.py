@@ -16,9 +16,10 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -40,6 +41,7 @@ _REGEX = "re:"
 _BOXES = ("/value", "/raw_value")
 # Not `*/value`: attention layers have a weight with this name.
 _NAME_IN_BOX = re.compile(r"\w/(raw_)?value$")
+_WILD = re.compile(r"^re:|[*?\[]")
 _GONE = object()
 _FLAGS = {re.A: "a", re.I: "i", re.M: "m", re.S: "s", re.X: "x"}
 
@@ -108,8 +110,11 @@ def _pruned(node: Any, taken: set[tuple[Any, ...]]) -> Any:
         node, is_leaf=lambda value: value is not node
     )
     kept: dict[Any, Any] = {}
+    below: dict[Any, set[tuple[Any, ...]]] = {}
+    for path in taken:
+        below.setdefault(path[:1], set()).add(path[1:])
     for key, child in children:
-        inside = {path[len(key) :] for path in taken if path[: len(key)] == key}
+        inside = below.get(key, set())
         count = len(jax.tree.leaves(child, is_leaf=quantized.is_quantized))
         kept[key] = _GONE if inside and len(inside) == count else _pruned(child, inside)
     if not isinstance(node, Mapping):
@@ -243,6 +248,37 @@ def _matches(pattern: str, path: str) -> bool:
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
+class PatternIndex:
+    """Finds the patterns that match a path; those without wildcards by their name.
+
+    So the time for many exact patterns does not grow with the product of patterns and
+    paths.
+    """
+
+    def __init__(self, patterns: tuple[str, ...]):
+        self._patterns = patterns
+        self._wild: list[int] = []
+        self._exact: dict[str, list[int]] = {}
+        for i, pattern in enumerate(patterns):
+            if _WILD.search(pattern):
+                self._wild.append(i)
+            else:
+                for name in {pattern, without_box(pattern)}:
+                    self._exact.setdefault(name, []).append(i)
+
+    def matching(self, path: str) -> Iterator[int]:
+        """The numbers of the patterns that match a path, in their order."""
+        exact = (self._exact.get(name, ()) for name in (path, without_box(path)))
+        for i in sorted({*self._wild, *itertools.chain.from_iterable(exact)}):
+            if matches(self._patterns[i], path):
+                yield i
+
+
+@functools.lru_cache
+def _index(patterns: tuple[str, ...]) -> PatternIndex:
+    return PatternIndex(patterns)
+
+
 def without_box(path: str) -> str:
     """A path, or a pattern, without the ending that an `nnx.State` gives it."""
     return next((path.removesuffix(box) for box in _BOXES if path.endswith(box)), path)
@@ -270,7 +306,9 @@ def listed(paths: list[str]) -> str:
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:
     """The first of some patterns that matches a path, or None."""
-    return next((pattern for pattern in patterns if matches(pattern, path)), None)
+    patterns = tuple(patterns)
+    found = _index(patterns).matching(path)
+    return next((patterns[i] for i in found), None)
 
 
 def first_path(pattern: str, paths: Iterable[str]) -> str | None:
@@ -286,8 +324,13 @@ def look_up(values: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def unmatched(patterns: Iterable[str], paths: Iterable[str]) -> list[str]:
     """The patterns that match none of some paths."""
-    paths = list(paths)
-    return [p for p in patterns if not any(matches(p, path) for path in paths)]
+    paths = dict.fromkeys(paths)
+    return [
+        p
+        for p in patterns
+        if (p not in paths or p.startswith(_REGEX))
+        and not any(matches(p, path) for path in paths)
+    ]
 
 
 def nearest(pattern: str, paths: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Takes adapters out of the trees of other JAX libraries."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, Literal, NamedTuple
 
@@ -34,6 +35,7 @@ from lora_jax.transform.discovery import grouped_kernels
 __all__ = ["FoundAdapter", "FoundWeight", "ImportedAdapters", "import_adapters"]
 
 
+_ARRAY = re.compile("/array")  # of a weight that qwix quantized
 _WITHOUT = "the tree has no adapter for it"
 
 
@@ -259,16 +261,15 @@ def _called(
     groups: list[Group] = []
     owners: dict[str, str] = {}
     plain = {path: tree_paths.without_box(path) for path in leaves}
+    modules: dict[str, dict[str, str]] = {"": {own: path for path, own in plain.items()}}
+    for path, own in plain.items():
+        for at in filter(None, (i for i, letter in enumerate(own) if letter == "/")):
+            modules.setdefault(own[:at], {})[own[at + 1 :]] = path
     for path, leaf in leaves.items():
         if not is_weight(leaf):
             continue
-        module = plain[path].rpartition("/")[0]
-        start = f"{module}/" if module else ""
-        inside = {
-            name.removeprefix(start): other
-            for other, name in plain.items()
-            if name.startswith(start) and other != path
-        }
+        module = modules[plain[path].rpartition("/")[0]]
+        inside = {name: other for name, other in module.items() if other != path}
         beside = {name: leaves[other] for name, other in inside.items()}
         with checks.at_path(path):
             found = layout(FoundWeight(path, leaf, beside))
@@ -312,6 +313,7 @@ def _check_found(found: Any, beside: Collection[str]) -> None:
 def _check_groups(groups: list[Group], rules: Layout, leaves: Mapping[str, Any]) -> None:
     """Raises unless each leaf that looks like a factor is one, and has its weight."""
     taken = {path for group in groups for path in group.leaves}
+    quantized = {path[: at.start()] for path in leaves for at in _ARRAY.finditer(path)}
     lines = [
         f"  {path!r}: it looks like a factor, and is none in this layout"
         for path in leaves
@@ -321,7 +323,7 @@ def _check_groups(groups: list[Group], rules: Layout, leaves: Mapping[str, Any])
         names = tree_paths.listed([*group.leaves])
         if not {"A", "B"} <= {*group.arrays}:
             lines.append(f"  {names}: the other factor of the adapter is missing")
-        elif any(path.startswith(f"{group.name}/array") for path in leaves):
+        elif group.name in quantized:
             lines.append(f"  {names}: {group.name!r} is quantized: dequantize it first")
         elif not group.weights:
             what = "of floating-point values and with two axes or more"

@@ -143,7 +143,8 @@ def check_paths(name: str, given: Any, paths: list[str]) -> None:
             "the arguments in order (params, adapters, plan)?"
         )
     missing = [path for path in paths if path not in given]
-    unknown = [str(path) for path in given if path not in paths]
+    known = {*paths}
+    unknown = [str(path) for path in given if path not in known]
     if missing or unknown:
         near = difflib.get_close_matches(unknown[0], paths, n=1) if unknown else []
         raise KeyError(

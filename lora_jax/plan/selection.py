@@ -86,6 +86,10 @@ class _Patterns:
             given = getattr(config, name)
             own = () if given == ALL_LINEAR else given
             self.readings[name] = {p: parts.read(name, p, paths) for p in own}
+        self._indices = {
+            name: tree_paths.PatternIndex(tuple(each.base for each in own.values()))
+            for name, own in self.readings.items()
+        }
         for name in _WHICH:
             bases = [own.base for own in self.readings[name].values()]
             with_use = any("@" in base for base in bases)
@@ -94,11 +98,8 @@ class _Patterns:
 
     def of(self, name: str, path: str) -> dict[str, parts.Reading]:
         """The patterns of a field that match a leaf or parts of it, in their order."""
-        return {
-            pattern: own
-            for pattern, own in self.readings[name].items()
-            if tree_paths.matches(own.base, path)
-        }
+        given = [*self.readings[name].items()]
+        return dict(given[i] for i in self._indices[name].matching(path))
 
 
 class _Piece(NamedTuple):

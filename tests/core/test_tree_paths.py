@@ -1,9 +1,12 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 
+from lora_jax import LoraConfig, plan_adapters
 from lora_jax._core import tree_paths
+from lora_jax._core.tree_paths import matches
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -146,3 +149,31 @@ def test_a_path_is_found_with_and_without_the_ending_of_nnx():
     assert tree_paths.find("a/kernel/value", ["a/kernel/raw_value"]) == "a/kernel/raw_value"
     assert tree_paths.find("a/value", ["a/value", "a"]) == "a/value"
     assert tree_paths.find("c/value", ["a/value", "b"]) == "c/value"
+
+
+def test_the_index_finds_what_matches_in_order():
+    patterns = ("a/value", "a", "*/value", "b", "re:b|a", "a/value/value", "a[b]", "A")
+    paths = ("a", "a/value", "a/raw_value", "b/value", "a/value/value", "ab", "a[b]", "c")
+    index = tree_paths.PatternIndex(patterns)
+    for path in paths:
+        want = [i for i, pattern in enumerate(patterns) if matches(pattern, path)]
+        assert [*index.matching(path)] == want
+        first = patterns[want[0]] if want else None
+        assert tree_paths.first_match(patterns, path) == first
+    assert tree_paths.unmatched(patterns, ("b/value", "re:b|a")) == [
+        p for p in patterns if p not in ("*/value", "b", "re:b|a")
+    ]
+
+
+def test_the_time_for_many_exact_patterns_does_not_grow_with_its_square(monkeypatch):
+    tree = {f"w{i}": np.ones((2, 3), np.float32) for i in range(100)}
+    calls = []
+
+    def counted(pattern, path):
+        calls.append(path)
+        return matches(pattern, path)
+
+    monkeypatch.setattr(tree_paths, "matches", counted)
+    config = LoraConfig(targets=tuple(tree), axes=dict.fromkeys(tree, "io"))
+    assert len(plan_adapters(config, tree).targets) == 100
+    assert len(calls) < 20 * len(tree)

@@ -80,7 +80,7 @@ def write(
     arrays: Mapping[str, np.ndarray],
 ) -> None:
     """Writes a record and arrays to a file, which replaces an old one when it is whole."""
-    text = json.dumps(record, separators=(",", ":"))
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
     digest = _Digest(text)
     for name in sorted(arrays):
         digest.add(name, arrays[name])

@@ -69,6 +69,16 @@ def test_a_format_without_a_name_is_refused(path, monkeypatch):
         quant.load_quantized(path)
 
 
+def test_settings_that_json_lacks_are_not_saved(path, monkeypatch):
+    q = ALL["sign"](draw(*SHAPE))
+    quant.save_quantized(path, {"a": q})
+    before = path.read_bytes()
+    monkeypatch.setattr(type(q), "settings", lambda self: {"weight_dtype": float("inf")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        quant.save_quantized(path, {"a": q})
+    assert path.read_bytes() == before
+
+
 def test_files_of_other_kinds(path):
     with pytest.raises(IsADirectoryError, match="is a directory: give a file, none"):
         quant.load_quantized(path.parent)

@@ -1,8 +1,9 @@
 """The modules of PEFT that adapters and full leaves become."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -48,15 +49,17 @@ def saved_modules(
     plan: AdapterPlan,
     names: Names,
     layout: Layout,
-    as_mlx: bool = False,
+    as_mlx: bool,
+    of_leaf: Callable[..., "LeafModules"],
 ) -> tuple[list[SavedModule], list[str]]:
     """Converts the adapter of a target of a plan to the modules of PEFT.
 
+    `of_leaf` is `LeafModules`, which may be cached, as a leaf may have hundreds of targets.
     If `as_mlx` is true, they are for mlx-lm: a tied embedding is one module, and each stack
     of experts is the parameter `weight` of a module.
 
     Returns:
-        The modules; and the names of modules of the weight that are outside of the target.
+        The modules; and the names of all modules of the weight, also outside of the target.
     """
     leaf, target = plan.leaf(path), plan.targets[path]
     if as_mlx and target.use:
@@ -67,15 +70,11 @@ def saved_modules(
     arrays = {name: tensor_files.to_numpy(name, value) for name, value in adapter.items()}
     target, arrays = _as_used(target, arrays, plan.uses.get(leaf, ()))
     _check_named(leaf, target, names)
-    modules, others, left = [], [], math.prod(target.alone.shape)
-    shape, partial = target.shape, target.part != ""
-    for site in find_modules(
-        leaf, names, shape, target.axes, layout, target.use, partial=partial
-    ):
-        region = parts.as_text(site.region(shape), shape)
-        if not parts.overlap(region, target.part, shape):
-            others.append(site.name)
-            continue
+    modules, left, shape = [], math.prod(target.alone.shape), target.shape
+    every = of_leaf(
+        *(leaf, names, shape, target.axes, layout, target.use, target.part != "")
+    )
+    for site, region in every.overlapping(target.part):
         entries = cut_adapter(site.name, region, target, arrays)
         left -= math.prod(map(parts.count, parts.entries(region, shape)))
         kind, axes = _kind(site, target, plan, layout, as_mlx), site.own_axes
@@ -97,7 +96,47 @@ def saved_modules(
             f"names have {named} for {path!r}, and no module for the rest of it: give "
             "names={module: path} for all of it."
         )
-    return modules, others
+    return modules, every.names
+
+
+class LeafModules:
+    """The modules of a leaf, each with its region of the leaf as text.
+
+    The arguments are those of `find_modules`.
+    """
+
+    def __init__(
+        self,
+        leaf: str,
+        names: Names,
+        shape: tuple[int, ...],
+        axes: str,
+        layout: Layout,
+        use: str,
+        partial: bool,
+    ) -> None:
+        sites = find_modules(leaf, names, shape, axes, layout, use, partial=partial)
+        self.names = [site.name for site in sites]
+        self._shape = shape
+        regions = [site.region(shape) for site in sites]
+        # The axes on which each module has one index: those of a stack.
+        self._axes = [
+            axis
+            for axis, own in enumerate(zip(*regions, strict=True))
+            if all(isinstance(entry, int) for entry in own)
+        ]
+        self._by_indices: dict[tuple[object, ...], list[tuple[Site, str]]] = {}
+        for site, own in zip(sites, regions, strict=True):
+            indices = tuple(own[axis] for axis in self._axes)
+            pair = site, parts.as_text(own, shape)
+            self._by_indices.setdefault(indices, []).append(pair)
+
+    def overlapping(self, part: str) -> list[tuple[Site, str]]:
+        """The modules that have an entry in common with a part, and their regions."""
+        own = parts.entries(part, self._shape)
+        indices = itertools.product(*(parts.indices_of(own[a]) for a in self._axes))
+        near = (pair for index in indices for pair in self._by_indices.get(index, ()))
+        return [pair for pair in near if parts.overlap(pair[1], part, self._shape)]
 
 
 def _as_used(

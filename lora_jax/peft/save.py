@@ -1,6 +1,7 @@
 """Saves adapters in the format of Hugging Face PEFT."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ from lora_jax.peft.formats.dialects import (
 from lora_jax.peft.formats.fields import layer_regex
 from lora_jax.peft.formats.keys import ENDS, PREFIX, WRAPPED, entry_of, name_ends
 from lora_jax.peft.layout import LAYOUTS, Layout
-from lora_jax.peft.modules import SavedFull, SavedModule, saved_modules
+from lora_jax.peft.modules import LeafModules, SavedFull, SavedModule, saved_modules
 from lora_jax.peft.names import Names, SaveNames
 from lora_jax.peft.rules import Rules
 from lora_jax.peft.words import split_path
@@ -164,17 +165,20 @@ def make_files(
     naming.check_paths([*plan.by_leaf(), *plan.skipped, *replaced])
     modules: list[SavedModule] = []
     others: set[str] = set()
+    of_leaf = functools.lru_cache(maxsize=1)(LeafModules)  # targets of a leaf are neighbors
     for path in plan.targets:
         with checks.at_path(path):
             adapter = {
                 name: tensor_files.cast(name, tensor_files.to_numpy(name, value), dtype)
                 for name, value in adapters[path].items()
             }
-            own, rest = saved_modules(path, adapter, plan, naming, layout, dialect == MLX)
+            own, every = saved_modules(
+                path, adapter, plan, naming, layout, dialect == MLX, of_leaf
+            )
             modules += own
-            others.update(rest)
+            others.update(every)
     _check_distinct(modules)
-    others -= {module.name for module in modules}
+    others -= {module.site.module for module in modules}
     full = SavedFull(plan, naming, layout, modules)
     full.check_complete(replaced)
     for path, array in replaced.items():

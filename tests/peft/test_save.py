@@ -13,6 +13,7 @@ import pytest
 import lora_jax
 from lora_jax import peft
 from lora_jax._core.immutable import FrozenDict
+from lora_jax.peft.layout import Site
 from lora_jax.plan.target import TrainedLeaf, Use
 from tests.peft import support
 from tests.peft.support import PREFIX, abstract, draw
@@ -504,3 +505,26 @@ def test_sharded_adapters_are_written_whole(tmp_path):
     peft.save(tmp_path, on_mesh, plan)
     got = support.read(tmp_path)[0][PREFIX + "q.lora_A.weight"]
     np.testing.assert_array_equal(got, adapters["q"]["A"].T)
+
+
+def test_work_grows_with_the_number_of_parts(tmp_path, monkeypatch):
+    """The modules of a leaf are found once, and not for each of its targets."""
+    found, work, region = [], [], Site.region
+    monkeypatch.setattr(Site, "region", lambda *args: found.append(args) or region(*args))
+    for layers in (4, 8, 16):
+        pattern = {
+            f"up[{i},{2 * j}:{2 * j + 2}]": 1 + i % 2 for i in range(layers) for j in (0, 1)
+        }
+        plan, adapters = plan_of(
+            {"up": (layers, 4, 5, 7)},
+            {"up": "bbio"},
+            rank=3,
+            rank_pattern=pattern,
+            targets=(*pattern,),
+        )
+        found.clear()
+        names = {"h.{l}.experts.{e}.up": ("up", "{l}{e}io")}
+        peft.save(tmp_path, adapters, plan, names=names)
+        work.append(len(found))
+        assert len(support.read(tmp_path)[0]) == 2 * 4 * layers
+    assert work[2] == 2 * work[1] == 4 * work[0]

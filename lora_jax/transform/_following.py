@@ -239,7 +239,7 @@ class _Counts:
         # Whether an index is negative, by which its sum with the size is chosen.
         self._negative: set[Any] = set()
         for variable, value in zip(jaxpr.constvars, constants, strict=False):
-            if _is_vector(value) and value.dtype == bool and not np.any(value):
+            if _is_vector(value) and value.dtype == bool and not np.asarray(value).any():
                 self._negative.add(variable)
             elif _is_vector(value) and np.array_equal(value, np.arange(len(value))):
                 self._axes[variable] = 0

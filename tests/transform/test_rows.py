@@ -388,9 +388,20 @@ def _returns_two_orders(p, x):
     return (y @ p["w"])[jnp.argsort(order)]
 
 
+def _constant_flags(p, x):
+    with jax.ensure_compile_time_eval():
+        flags = jnp.arange(WIDTH) % 2 == 0
+    return jnp.where(flags, x, 0) @ p["w"]
+
+
 @pytest.mark.parametrize(
     ("fn", "rows"),
-    [(_one_weight_both_ways, 1), (_inputs_in_another_order, 2), (_returns_two_orders, 4)],
+    [
+        (_one_weight_both_ways, 1),
+        (_inputs_in_another_order, 2),
+        (_returns_two_orders, 4),
+        (_constant_flags, 2),
+    ],
 )
 def test_functions_equal_each_row_alone(fn, rows):
     params, x = {"w": draw(*SQUARE)}, asarray(X[:rows], "float32")

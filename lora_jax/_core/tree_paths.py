@@ -235,10 +235,21 @@ def check_matched(
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern, as text, matches a path."""
+    if not path.startswith(_start(pattern)):
+        return False
     plain = without_box(path)
     return any(_matches(pattern, name) for name in dict.fromkeys((path, plain))) or (
         _NAME_IN_BOX.search(pattern) is not None and _matches(without_box(pattern), plain)
     )
+
+
+# Plans of thousands of weights may have as many patterns, and compare each with each.
+@functools.lru_cache(maxsize=2**16)
+def _start(pattern: str) -> str:
+    """The text that all paths begin with that a pattern matches."""
+    if pattern.startswith(_REGEX):
+        return ""
+    return re.split(r"[*?[]", without_box(pattern), maxsplit=1)[0]
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -70,6 +70,17 @@ def test_matches(pattern, path, want):
     assert tree_paths.matches(pattern, path) is want
 
 
+def test_only_paths_with_the_beginning_of_a_pattern_are_compared(monkeypatch):
+    compared, compare = [], tree_paths._matches
+    monkeypatch.setattr(
+        tree_paths, "_matches", lambda *args: compared.append(args) or compare(*args)
+    )
+    paths = [f"blocks/{i}/kernel" for i in range(30)]
+    assert not tree_paths.unmatched([f"blocks/{i}/*" for i in range(30)], paths)
+    assert not tree_paths.unmatched(paths, paths)
+    assert len(compared) <= 5 * len(paths)
+
+
 def test_the_first_pattern_counts():
     values = {"a/*": 1, "*": 2}
     assert tree_paths.look_up(values, "a/b", 0) == 1

@@ -208,6 +208,28 @@ def varying_axes(x: jax.Array) -> tuple[str, ...]:
     return tuple(sorted(aval.manual_axis_type.varying))
 
 
+def as_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
+    """An array that may vary over these mesh axes as well, inside `jax.shard_map`."""
+    missing = tuple(sorted({*axes} - {*varying_axes(x)}))
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):  # not in JAX 0.7.0
+        return jax.lax.pcast(x, missing, to="varying")
+    return jax.lax.pvary(x, missing)
+
+
+def varying_as(kind: jax.ShapeDtypeStruct, x: jax.Array) -> jax.ShapeDtypeStruct:
+    """An abstract array that may vary over the mesh axes over which `x` does."""
+    if not varying_axes(x):
+        return kind
+    aval: Any = jax.typeof(x)
+    whole = NamedSharding(aval.sharding.mesh, PartitionSpec())
+    kind = kind.update(sharding=getattr(kind, "sharding", None) or whole)
+    if jax.__version_info__ < (0, 10, 0):
+        return kind.update(vma=aval.vma)
+    return kind.update(manual_axis_type=aval.manual_axis_type)
+
+
 def compute_on(function: Callable[..., Any], equation: Any) -> Callable[..., Any]:
     """Runs a function where a `jax.experimental.compute_on` equation runs."""
     parameters = dict(equation.params)

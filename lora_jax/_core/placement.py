@@ -57,17 +57,30 @@ def automatic(
 def as_abstract(value: Any) -> Any:
     """The shape, dtype and explicit sharding of a quantized weight.
 
-    Any other value is returned unchanged.
+    Inside `jax.shard_map` also the mesh axes over which it varies. Any other value is
+    returned unchanged.
     """
     kind = quantized.as_abstract(value)
     if kind is value:
         return value
     array, n = value.array_with_axes()
     mesh = compat.mesh_of(jax.typeof(array))
-    if not compat.has_explicit_axes(mesh):
-        return kind
-    spec = _padded(compat.explicit_spec(array)[:n], value.ndim)
-    return kind.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    if compat.has_explicit_axes(mesh):
+        spec = _padded(compat.explicit_spec(array)[:n], value.ndim)
+        kind = kind.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    return compat.varying_as(kind, array)
+
+
+def varying_with(weight: T, *others: Any) -> T:
+    """A weight whose arrays may all vary over the mesh axes over which one of them does.
+
+    So may arrays of `others`: then a weight with their update has the type of this one.
+    """
+    arrays = [x for x in jax.tree.leaves((weight, others)) if isinstance(x, Tracer)]
+    axes = {axis for x in arrays for axis in compat.varying_axes(x)}
+    if not axes:
+        return weight
+    return jax.tree.map(lambda x: compat.as_varying(jnp.asarray(x), axes), weight)
 
 
 def as_dense(value: Any) -> Any:

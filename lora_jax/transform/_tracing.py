@@ -106,7 +106,7 @@ def trace(
         returned.append((out_tree, static))
         return [leaf for leaf in outputs if is_array(leaf)]
 
-    arguments = [leaves[i] for i in positions]
+    arguments = [placement.varying_with(leaves[i]) for i in positions]
     try:
         with jax.disable_jit(False):  # otherwise control flow would need values
             jaxpr = jax.make_jaxpr(flat)(*map(placement.as_abstract, arguments))

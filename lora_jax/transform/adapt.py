@@ -185,14 +185,15 @@ def bound(
             path: placement.like(leaves[path], adapters[path][VALUE])
             for path in plan.trained
         }
-        own = treedef.unflatten((leaves | trained).values())
-        traced = _tracing.trace(fn, own, args, kwargs)
+        key = dropout_key if has_dropout(plan) else None
+        own = as_updated(leaves, plan, adapters, norms, traced_scales, shared=key) | trained
+        traced = _tracing.trace(fn, treedef.unflatten(own.values()), args, kwargs)
         traced.check_values()
         context = Context(
             RULES,
             report,
             on_stop_gradient=on_stop_gradient,
-            key=dropout_key if has_dropout(plan) else None,
+            key=key,
             targets=plan_checks.to_be_compared(plan),
             closed_over_is_constant=None in traced.paths,
             products=plan.config.products,
@@ -269,6 +270,20 @@ def check_options(
     checks.check_choice("on_stop_gradient", on_stop_gradient, ("error", "base", "all"))
     if dropout_key is not None:
         checks.check_key("dropout_key", dropout_key)
+
+
+def as_updated(
+    leaves: Mapping[str, Any], plan: AdapterPlan, *of_paths: Mapping[str, Any], shared: Any
+) -> dict[str, Any]:
+    """The leaves by path, with the types that updated weights have in `jax.shard_map`.
+
+    An updated weight varies over a mesh axis if an array of its paths does, or `shared`.
+    """
+    typed = dict(leaves)
+    for leaf, paths in plan.by_leaf().items():
+        own = [arrays.get(path) for arrays in of_paths for path in paths]
+        typed[leaf] = placement.varying_with(leaves[leaf], own, shared)
+    return typed
 
 
 def run(

@@ -19,7 +19,7 @@ from lora_jax.transform._adapted_weights import Update
 from lora_jax.transform._context import Context, Merge, OnStopGradient
 from lora_jax.transform._row_places import Atom, Rows, whole
 from lora_jax.transform._rules import RULES
-from lora_jax.transform.adapt import check_options, has_dropout, run
+from lora_jax.transform.adapt import as_updated, check_options, has_dropout, run
 
 __all__ = ["adapt_rows"]
 
@@ -121,8 +121,12 @@ def adapt_rows(
         stack = jax.tree.map(_with_whole_slots, stack)
         plan_checks.check_paths("stack.adapters", stack.adapters, list(plan.targets))
         slots = _check_slots(slots)
-        plan_checks.check_params(tree_paths.leaf_paths(params), plan)
-        traced = _tracing.trace(fn, params, args, kwargs)
+        leaves, treedef = tree_paths.flatten(params)
+        plan_checks.check_params(leaves, plan)
+        key = dropout_key if has_dropout(plan) else None
+        given = stack.adapters, stack.scales, stack.magnitudes, column_norms or {}
+        own = as_updated(leaves, plan, *given, shared=(slots, key))
+        traced = _tracing.trace(fn, treedef.unflatten(own.values()), args, kwargs)
         traced.check_values()
         places = _places(traced, in_axes, args, kwargs, len(slots))
         followed = _following.follow(traced.jaxpr, places, len(slots))
@@ -133,7 +137,7 @@ def adapt_rows(
                 RULES,
                 _refuse_merge,
                 on_stop_gradient=on_stop_gradient,
-                key=dropout_key if has_dropout(plan) else None,
+                key=key,
                 targets=plan_checks.to_be_compared(plan),
                 closed_over_is_constant=None in traced.paths,
                 products=plan.config.products,

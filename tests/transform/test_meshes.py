@@ -116,6 +116,66 @@ def test_shard_map_around(check_vma):
         assert_same(*jax.jit(both)(params, adapters, x))
 
 
+def on_two_devices(run, own, values, x):
+    """`run(values, x)` where each device has its own `x` and its own `values[own]`."""
+    mesh = mesh_of(AxisType.Auto, (2,), ("data",))
+
+    def at(i):
+        return values | {own: jax.tree.map(lambda v: v[i], values[own])}
+
+    def local(values, x):
+        alone = {own: jax.tree.map(lambda v: v[0], values[own])}
+        return run(values | alone, x[0])[None]
+
+    specs = {name: P("data") if name == own else P() for name in values}
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, P("data")), out_specs=P("data")
+    )
+    got = jax.jit(mapped)(values, x)
+    assert_same(got, jnp.stack([run(at(i), x[i]) for i in range(2)]), 1e-5)
+
+
+@pytest.mark.parametrize("form", ["dense", "int8"])
+@pytest.mark.parametrize("own", ["weights", "adapters", "scales"])
+def test_devices_of_a_shard_map_with_values_of_their_own(own, form):
+    shapes = {"up": (2, 12, 10), "down": (2, 10, 7)}
+    params = {name: normal(*shape, dtype="float32") for name, shape in shapes.items()}
+    if form == "int8":
+        params = lora_jax.quantize_params(params, [*params], "int8", batch_axes=1)
+    first = jax.tree.map(lambda v: v[0], params)
+    x = normal(2, 3, 12, dtype="float32")
+    plan = plan_of(mlp, first, x[0])
+    tenants = [trained(first, plan, seed) for seed in range(2)]
+    both = {
+        "weights": params,
+        "adapters": jax.tree.map(lambda *own: jnp.stack(own), *tenants),
+        "scales": np.array([0.5, 2.0], "float32"),
+    }
+    values = {**jax.tree.map(lambda v: v[0], both), own: both[own]}
+
+    def run(values, x):
+        adapted = lora_jax.adapt(mlp, plan, scales=values["scales"])
+        return adapted(values["weights"], values["adapters"], x)
+
+    on_two_devices(run, own, values, x)
+
+
+def test_devices_of_a_shard_map_with_slots_of_their_own():
+    params = {"up": normal(12, 10, dtype="float32"), "down": normal(10, 7, dtype="float32")}
+    x, slots = normal(2, 3, 12, dtype="float32"), np.array([1, -1, 0])
+    plan = plan_of(mlp, params, x[0])
+    tenants = [trained(params, plan, seed) for seed in range(4)]
+    made = [lora_jax.stack_adapters(tenants[i : i + 2], plan) for i in (0, 2)]
+    stacks = jax.tree.map(lambda *own: jnp.stack(own), *[stack for stack, _ in made])
+    adapted = lora_jax.adapt_rows(mlp, made[0][1])
+    on_two_devices(
+        lambda own, x: adapted(params, own["stack"], slots, x),
+        "stack",
+        {"stack": stacks},
+        x,
+    )
+
+
 def test_devices_drop_other_entries_of_sharded_tokens():
     mesh = mesh_of(AxisType.Auto, (8,), ("data",))
     params = {"w": np.zeros((12, 10), "float32")}

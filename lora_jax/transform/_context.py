@@ -137,6 +137,8 @@ class Context:
         statistic: what the gradients of first factors are; see `_statistics`.
         taken: the slots of values whose rows are in an order that only the data know.
         masks: where the terms of adapted parts act.
+        varying: in a `shard_map` whose types do not say it, over which mesh axes the
+            operands of each equation vary; see `_varying`.
     """
 
     rules: Mapping[str, Rule]
@@ -155,6 +157,9 @@ class Context:
     statistic: Statistic = ""
     taken: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
     masks: KnownMasks = dataclasses.field(default_factory=KnownMasks)
+    varying: Mapping[int, Sequence[frozenset[str]]] = dataclasses.field(
+        default_factory=dict
+    )
     _constants: dict[int, Any] = dataclasses.field(default_factory=dict)
     _names: tuple[Mapping[Any, str | int], ...] = ()
     _keys_made: int = 0
@@ -304,9 +309,20 @@ class Context:
             return None
         self._keys_made += 1
         key = jax.random.fold_in(compat.as_current(self.key), self._keys_made)
-        for axis in () if x is None else compat.varying_axes(x):
+        for axis in () if x is None else self._varying_axes(x):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         return key
+
+    def _varying_axes(self, x: jax.Array) -> list[str]:
+        """The mesh axes over which `x`, an input of the current equation, varies."""
+        found = {*compat.varying_axes(x)}
+        equation = self.callers[-1]
+        for atom, axes in zip(
+            equation.invars, self.varying.get(id(equation), ()), strict=False
+        ):
+            if not self.is_weight(self.frame.read(atom)):
+                found |= axes
+        return sorted(found)
 
     def dropout(self, label: Label, x: jax.Array) -> tuple[float, jax.Array | None]:
         """The dropout rate of `x` in a product with a term, and the key.

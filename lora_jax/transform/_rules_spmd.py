@@ -7,7 +7,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._core import compat
-from lora_jax.transform._context import Context
+from lora_jax.transform import _varying
+from lora_jax.transform._context import Context, changed
 from lora_jax.transform._deferred import form
 from lora_jax.transform._factored import Factored, base_of, retyped, specs, with_base
 from lora_jax.transform._interpreter import evaluate_closed
@@ -35,10 +36,17 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
     in_specs = [_spec(v, tuple(s)) for v, s in pairs]
     axes = frozenset(parameter(equation, "newly_manual_axes", "manual_axes"))
 
+    jaxpr, check_vma = parameter(equation, "jaxpr"), parameter(equation, "check_vma")
+    varying = {}
+    if key is not None and not check_vma:
+        split = [jax.tree.leaves(tuple(own)) for own in parameter(equation, "in_specs")]
+        varying = _varying.follow(jaxpr, [axes.intersection(own) for own in split])
+
     def body(key, slots, inside):
         context.enter(operands, inside)
-        with context.using_slots(slots), context.using_key(key):
-            out = evaluate_closed(context, parameter(equation, "jaxpr"), inside)
+        known = changed(context, varying=varying)
+        with context.using_slots(slots), context.using_key(key), known:
+            out = evaluate_closed(context, jaxpr, inside)
             return tuple(context.merge_all(out, equation, "shard_map returns it"))
 
     if compat.has_explicit_axes(mesh, without=axes):
@@ -49,7 +57,7 @@ def shard_map(context: Context, equation: Any, *operands: Any) -> list[Any]:
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(of_rows), in_specs),
         out_specs=tuple(parameter(equation, "out_specs")),
-        check_vma=parameter(equation, "check_vma"),
+        check_vma=check_vma,
         axis_names=axes,
     )
     return list(mapped(key, slots, list(values)))

@@ -176,14 +176,19 @@ def test_devices_of_a_shard_map_with_slots_of_their_own():
     )
 
 
-def test_devices_drop_other_entries_of_sharded_tokens():
+def masks_of_devices(body, check_vma):
+    """How many of eight devices drop other entries in `body(w, x)`, for equal rows."""
     mesh = mesh_of(AxisType.Auto, (8,), ("data",))
-    params = {"w": np.zeros((12, 10), "float32")}
+    params = {"w": np.zeros((12, 12), "float32")}
     x = np.ones((8, 12), "float32")
 
     def fn(params, x):
         mapped = jax.shard_map(
-            lambda w, x: x @ w, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+            body,
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P("data"),
+            check_vma=check_vma,
         )
         return mapped(params["w"], x)
 
@@ -191,7 +196,41 @@ def test_devices_drop_other_entries_of_sharded_tokens():
     adapters = trained(params, plan)
     adapted = lora_jax.adapt(fn, plan, dropout_key=jax.random.key(0))
     rows = jax.jit(adapted)(params, adapters, x)
-    assert len(np.unique(np.asarray(rows), axis=0)) == 8
+    return len(np.unique(np.asarray(rows), axis=0))
+
+
+def _many_equations(x, w):
+    for _ in range(24):
+        x = x + 1.0
+    return x @ w
+
+
+OWN_TOKENS = {
+    "product": lambda w, x: x @ w,
+    "jit": lambda w, x: jax.jit(_many_equations)(x, w),
+    "scan": lambda w, x: lax.scan(lambda c, _: (x, c @ w), x, length=2)[1][1],
+    "while": lambda w, x: lax.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, x, c[1] @ w), (0, x, x)
+    )[2],
+    "cond": lambda w, x: lax.cond(jnp.sum(x) > 0, lambda: x @ w, lambda: 2 * x @ w),
+    "index": lambda w, x: (
+        (jnp.ones((1, 12), "float32") + 0 * lax.axis_index("data").astype("float32")) @ w
+    ),
+}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", OWN_TOKENS)
+def test_devices_drop_other_entries_of_sharded_tokens(name, check_vma):
+    assert masks_of_devices(OWN_TOKENS[name], check_vma) == 8
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_drop_the_same_entries_of_tokens_that_they_share(check_vma):
+    def body(w, x):
+        return lax.psum(x, "data") @ w + 0 * x
+
+    assert masks_of_devices(body, check_vma) == 1
 
 
 def test_shardings_of_an_inner_jit_are_constraints():

@@ -21,21 +21,29 @@ def keep_sharding(function: Callable[[jax.Array], tuple[Any, T]], weight: jax.Ar
 
     The function returns a pair: the weight in another form (an array of the same shape, or
     a quantized tensor, whose arrays are sharded by its `array_specs`), and any other value.
-    On a mesh with explicit axes, the axes are automatic inside the function.
+    On a mesh with explicit axes, the axes are automatic inside the function. A weight in
+    the memory of the host is moved to its devices, and the result back.
     """
-    spec = compat.explicit_spec(weight)
+    place = getattr(weight, "sharding", None)
+    here = on_device(weight)
+    spec = compat.explicit_spec(here)
     if any(spec):
-        with compat.on_mesh_of(weight):
+        with compat.on_mesh_of(here):
             whole: Any = jax.sharding.auto_axes(function, out_sharding=PartitionSpec())
-            sizes = jax.typeof(weight).sharding.mesh.shape
+            sizes = jax.typeof(here).sharding.mesh.shape
             out: Any = (
-                _specs(jax.eval_shape(whole, weight)[0], spec, sizes),
+                _specs(jax.eval_shape(whole, here)[0], spec, sizes),
                 PartitionSpec(),
             )
             inner: Any = jax.sharding.auto_axes(function, out_sharding=out)
-            return jax.jit(inner)(weight)
-    stored, rest = function(weight)
-    places = shardings(stored, getattr(weight, "sharding", None))
+            stored, rest = jax.jit(inner)(here)
+        if here is weight:
+            return stored, rest
+    else:
+        stored, rest = function(here)
+    places = shardings(stored, place)
+    if places is None and here is not weight:
+        places = place
     return stored if places is None else jax.device_put(stored, places), rest
 
 

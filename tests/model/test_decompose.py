@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
@@ -351,6 +351,21 @@ def test_quantized_bases_stay_sharded_along_the_stack(quantize, kind):
     got, want = (x["block"]["turned"] for x in (got, want))
     if got.to_arrays()["codes"].ndim < got.codes.ndim:  # rows of NF4
         got = dataclasses.replace(got, **got.to_arrays(), row_axes=0)
+    assert_same_bits(jax.device_get(got), jax.device_get(want))
+
+
+@pytest.mark.parametrize("method", ["olora", "loftq"])
+def test_weights_in_the_memory_of_the_host(method):
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    params, plan = make(("w",))
+    params = {"block": params["block"]}
+    want = decompose_params(params, plan, method, **METHODS[method])
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    params = jax.device_put(params, place)
+    got = decompose_params(params, plan, method, **METHODS[method])
+    assert got.params["block"]["w"].sharding == place
     assert_same_bits(jax.device_get(got), jax.device_get(want))
 
 

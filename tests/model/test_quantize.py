@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -317,6 +317,24 @@ def test_all_axes_of_a_stack_keep_their_sharding_and_the_kind_of_memory():
     leaf = jax.ShapeDtypeStruct((2, 4, 8, 16), "float32", sharding=sharding)
     got = quantize_params({"w": leaf}, "w", batch_axes=2, **SMALL)["w"]
     assert {array.sharding for array in jax.tree.leaves(got)} == {sharding}
+
+
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_in_the_memory_of_the_host(format, kind):
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    if kind is not None:
+        mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+        place = NamedSharding(mesh, P(None, "x", "y"), memory_kind="pinned_host")
+    dense, (quantize, settings) = draw(3, 8, 16), FORMATS[format]
+    store = functools.partial(quantize_params, batch_axes=1, **settings)
+    got = store({"w": jax.device_put(dense, place)}, "w", format)["w"]
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(got)} == {"pinned_host"}
+    want = quantize(dense, batch_axes=1, **settings)
+    assert_same_bits(*(jax.tree.map(np.asarray, q.to_arrays()) for q in (got, want)))
 
 
 def test_a_mesh_with_explicit_axes_under_jit():

@@ -230,6 +230,17 @@ def varying_as(kind: jax.ShapeDtypeStruct, x: jax.Array) -> jax.ShapeDtypeStruct
     return kind.update(manual_axis_type=aval.manual_axis_type)
 
 
+def is_on_host(x: Any) -> bool:
+    """Whether an array lies in the memory of the host, by its type."""
+    memory: Any = getattr(jax, "memory", None)  # not in JAX 0.7.0
+    return memory is not None and jax.typeof(x).memory_space == memory.Space.Host
+
+
+def to_device(x: Any) -> Any:
+    """An array in the memory of its device, inside a trace or not."""
+    return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x
+
+
 def compute_on(function: Callable[..., Any], equation: Any) -> Callable[..., Any]:
     """Runs a function where a `jax.experimental.compute_on` equation runs."""
     parameters = dict(equation.params)

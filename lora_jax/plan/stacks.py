@@ -24,7 +24,8 @@ def map_entries(
 ) -> Any:
     """Applies a function to the dense weight, one entry at a time in a quantized stack.
 
-    If a mesh splits the stack, each part of it has one dense entry at a time.
+    A stack in the memory of the host is moved to the device one entry at a time, too. If a
+    mesh splits the stack, each part of it has one dense entry at a time.
 
     Args:
         function: takes a dense weight in its own layout, its adapter and the target. Its
@@ -37,7 +38,9 @@ def map_entries(
     """
     adapter = dict(adapter)
     is_stack = quantized.is_quantized(weight) and weight.batch_ndim
-    if not is_stack or target.batch_axes[:1] != (0,):
+    on_host = any(map(compat.is_on_host, jax.tree.leaves(weight)))
+    if not (is_stack or on_host) or target.batch_axes[:1] != (0,):
+        weight = jax.tree.map(compat.to_device, weight) if on_host else weight
         return function(quantized.as_dense(weight), adapter, target)
     entry, n = _entry(target), split or placement.parts(weight)[0]
 

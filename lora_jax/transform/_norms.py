@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._core import numerics, quantized
+from lora_jax._core import compat, numerics, quantized
 from lora_jax.lowrank import weight_norms
 from lora_jax.lowrank.norm_matrix import Matrix
 from lora_jax.plan import layout, stacks
@@ -29,10 +29,11 @@ def constant_norm(
 ) -> jax.Array:
     """The column norms of `W + scale * A @ B`, `(*batch, out)`, with stopped gradients.
 
-    The weight may be quantized.
+    The weight may be quantized, or lie in the memory of the host.
     """
     factors = {name: lax.stop_gradient(adapter[name]) for name in ("A", "B")}
-    form_norm = _of_quantized if quantized.is_quantized(weight) else _of_dense
+    by_entry = quantized.is_quantized(weight) or compat.is_on_host(weight)
+    form_norm = _by_entry if by_entry else _of_dense
     return form_norm(weight, factors, target)
 
 
@@ -62,8 +63,8 @@ _AXES = {call.__name__: axis for axis, call in _CALLS.items()}
 
 
 @jax.jit
-def _of_quantized(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
-    """The norms of a quantized weight, computed for one entry of a stack at a time."""
+def _by_entry(weight: Any, adapter: dict[str, jax.Array], target: Target) -> jax.Array:
+    """The norms of a weight, computed for one entry of a stack at a time."""
     return stacks.map_entries(_of_dense, weight, adapter, target)
 
 

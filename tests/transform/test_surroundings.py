@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.sharding import SingleDeviceSharding
 
 import lora_jax
 from tests.support import asarray, normal, x64
@@ -163,3 +164,25 @@ def test_checkpoint_around_with_a_policy(policy):
         got = loss(lambda a: adapted({"w": STACK}, a, X))(adapters)
         want = loss(lambda a: layers(merged({"w": STACK}, a, plan), X))(adapters)
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("target", ["w", "w[1:]", "w[:, :, 3:]"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_weights_that_the_function_takes_from_the_memory_of_the_host(use_dora, target):
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+
+    def moved(params, x):
+        def layer(h, w):
+            return jnp.tanh(h @ jax.device_put(w, jax.memory.Space.Device)), None
+
+        return lax.scan(layer, x, params["w"])[0]
+
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    with x64():
+        params = {"w": asarray(STACK)}
+        plan, adapters = prepared(layers, params, X, targets=target, use_dora=use_dora)
+        want = layers(merged(params, adapters, plan), X)
+        adapted = jax.jit(lora_jax.adapt(moved, plan))
+        assert_same(adapted(jax.device_put(params, place), adapters, X), want)

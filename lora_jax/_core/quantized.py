@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from lora_jax._core import checks
+from lora_jax._core import checks, compat
 from lora_jax._core.tables import format_html
 
 _SHOWN = ("entry_shape", "weight_dtype")  # in every repr as shape and dtype
@@ -201,7 +201,11 @@ Weight: TypeAlias = jax.Array | QuantizedTensor
 
 
 def as_dense(value: Any) -> jax.Array:
-    """A quantized weight as a dense array without a gradient; other values unchanged."""
+    """A quantized weight as a dense array without a gradient; other values unchanged.
+
+    The dense array lies on the device, also if the quantized one is in the host's memory.
+    """
     if not is_quantized(value):
         return value
-    return jax.lax.stop_gradient(value.dequantize(value.dtype))
+    here = jax.tree.map(compat.to_device, value)
+    return jax.lax.stop_gradient(here.dequantize(value.dtype))

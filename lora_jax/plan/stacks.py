@@ -40,8 +40,7 @@ def map_entries(
     is_stack = quantized.is_quantized(weight) and weight.batch_ndim
     on_host = any(map(compat.is_on_host, jax.tree.leaves(weight)))
     if not (is_stack or on_host) or target.batch_axes[:1] != (0,):
-        weight = jax.tree.map(compat.to_device, weight) if on_host else weight
-        return function(quantized.as_dense(weight), adapter, target)
+        return function(compat.to_device(quantized.as_dense(weight)), adapter, target)
     entry, n = _entry(target), split or placement.parts(weight)[0]
 
     def one(of: Any) -> Any:

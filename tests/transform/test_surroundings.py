@@ -166,23 +166,41 @@ def test_checkpoint_around_with_a_policy(policy):
         assert_same(got, want)
 
 
+HOST = "pinned_host"
+
+
+def from_the_host(params, x):
+    def layer(h, w):
+        return jnp.tanh(h @ jax.device_put(w, jax.memory.Space.Device)), None
+
+    return lax.scan(layer, x, params["w"])[0]
+
+
+def on_host(params):
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if HOST not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    place = SingleDeviceSharding(jax.devices()[0], memory_kind=HOST)
+    return jax.device_put(params, place)
+
+
 @pytest.mark.parametrize("target", ["w", "w[1:]", "w[:, :, 3:]"])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_weights_that_the_function_takes_from_the_memory_of_the_host(use_dora, target):
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-    if "pinned_host" not in kinds:
-        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
-
-    def moved(params, x):
-        def layer(h, w):
-            return jnp.tanh(h @ jax.device_put(w, jax.memory.Space.Device)), None
-
-        return lax.scan(layer, x, params["w"])[0]
-
-    place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     with x64():
         params = {"w": asarray(STACK)}
         plan, adapters = prepared(layers, params, X, targets=target, use_dora=use_dora)
-        want = layers(merged(params, adapters, plan), X)
-        adapted = jax.jit(lora_jax.adapt(moved, plan))
-        assert_same(adapted(jax.device_put(params, place), adapters, X), want)
+        adapted = jax.jit(lora_jax.adapt(from_the_host, plan))
+        got = adapted(on_host(params), adapters, X)
+        assert_same(got, layers(merged(params, adapters, plan), X))
+
+
+@pytest.mark.parametrize("form", [{"format": "int8"}, {"format": "nf4", "block_size": 4}])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_quantized_weights_that_the_function_takes_from_there(use_dora, form):
+    x, params = asarray(X, "float32"), {"w": asarray(STACK, "float32")}
+    params = lora_jax.quantize_params(params, "w", batch_axes=1, **form)
+    plan, adapters = prepared(layers, params, x, use_dora=use_dora)
+    adapted = jax.jit(lora_jax.adapt(from_the_host, plan))
+    want = lora_jax.adapt(layers, plan)(params, adapters, x)
+    assert_same(adapted(on_host(params), adapters, x), want, 1e-5)

@@ -213,9 +213,10 @@ def as_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
     missing = tuple(sorted({*axes} - {*varying_axes(x)}))
     if not missing:
         return x
-    if hasattr(jax.lax, "pcast"):  # not in JAX 0.7.0
-        return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)
+    lax: Any = jax.lax
+    if hasattr(lax, "pcast"):  # not in JAX 0.7.0
+        return lax.pcast(x, missing, to="varying")
+    return lax.pvary(x, missing)
 
 
 def varying_as(kind: jax.ShapeDtypeStruct, x: jax.Array) -> jax.ShapeDtypeStruct:

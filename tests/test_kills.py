@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("writer", "steps"),
     [
-        ("save_adapters", 8),
+        ("save_adapters", 7),
         ("peft.save", 10),
         ("save_quantized", 4),
         pytest.param("convert", 9, marks=pytest.mark.slow),
@@ -138,7 +138,7 @@ def read_one_or_two_files(folder):
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("save_adapters", (8, 13)),
+        ("save_adapters", (8, 12)),
         ("two files", (8, 24)),
         ("peft.save", (10, 15)),
         ("save_quantized", (7, 11)),

@@ -41,8 +41,8 @@ OPTIMIZED = (
 # cases, of which a run of everything takes some. The cases of other tests cost nothing.
 COSTLY = (
     *("tests.layers", "tests.lowrank", "tests.model", "tests.optim", "tests.peft"),
-    *("tests.qlora", "tests.quant", "tests.test_compiled", "tests.test_golden"),
-    *("tests.test_kills", "tests.transform"),
+    *("tests.qlora", "tests.quant", "tests.test_compiled", "tests.test_docs"),
+    *("tests.test_golden", "tests.test_kills", "tests.transform"),
 )
 DEFAULT_CASES = 2
 
@@ -56,7 +56,7 @@ def pytest_addoption(parser):
         "--cases",
         type=int,
         metavar="N",
-        help="run at most N cases of each costly test, but all of a test of `primitives`",
+        help="run at most N cases of each costly test, but all of those marked `whole`",
     )
 
 
@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
     left_out = {
         item
         for table in _tables(items)
-        if _is_costly(table) and not table[0].get_closest_marker("primitives")
+        if _is_costly(table) and not table[0].get_closest_marker("whole")
         for item in _all_but(most, table)
     }
     config.hook.pytest_deselected(items=list(left_out))

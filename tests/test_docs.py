@@ -12,6 +12,8 @@ import pytest
 import lora_jax
 from lora_jax._core import equivalents
 
+pytestmark = pytest.mark.whole
+
 ROOT = pathlib.Path(lora_jax.__file__).parent.parent
 PAGES = [
     ROOT / "README.md",

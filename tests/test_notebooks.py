@@ -72,6 +72,7 @@ def test_the_language_model(small):
     assert kinds.count("text/html") == kinds.count("image/png") == 1
 
 
+@pytest.mark.slow
 def test_the_tenants(small):
     notebook = notebooks.read(FOLDER / "tenants.ipynb")
     namespace = notebooks.run(notebook)

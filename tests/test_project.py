@@ -92,7 +92,7 @@ def test_some_cases_are_slow_and_others_left_out():
         items = [Item(f"{costly}a", i) for i in range(9)]
         items += [Item(f"{costly}b", i, pytest.mark.mostly_slow(2).mark) for i in range(4)]
         items += [Item(f"{costly}b", 9, pytest.mark.slow.mark)]
-        items += [Item(f"{costly}c", i, pytest.mark.primitives.mark) for i in range(4)]
+        items += [Item(f"{costly}c", i, pytest.mark.whole.mark) for i in range(4)]
         items += [Item("tests/plan/test_config.py::d", i) for i in range(5)]
         before, left_out = list(items), []
         config = types.SimpleNamespace(

@@ -81,7 +81,7 @@ def check_compiles(call, place):
         pytest.skip("XLA of this version aborts")
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @PLACES
 @EVERY
 def test_values_and_gradients(name, place):

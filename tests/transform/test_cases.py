@@ -26,7 +26,7 @@ DORA_GRADIENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_merged_function(name, method):

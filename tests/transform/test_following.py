@@ -154,7 +154,7 @@ MOVES = {
 }
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MOVES)
 def test_entries_move_as_places_say(name):
     _, found = followed(MOVES[name], IDS)
@@ -363,7 +363,7 @@ def values(jaxpr, found, constants, arguments, places):
     return seen
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MODELS)
 def test_only_entries_of_a_changed_row_change(name):
     """The models mix no rows. So entries of another row, and values without rows, stay."""
@@ -631,13 +631,13 @@ STAY = {  # what mixes rows, or loses them, is of a row where it meets entries o
 }
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", STAY)
 def test_rows_stay_where_they_are(name):
     assert followed(STAY[name], IDS)[1].outputs == [whole_axis(IDS.shape, 0)]
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", MOVES)
 def test_entries_that_are_taken_move_as_places_say(name):
     def fn(x, order):
@@ -775,7 +775,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_have_the_rows_that_the_specs_say(name):
     body, in_spec, out_spec, names = SHARDED[name]

@@ -192,7 +192,7 @@ def config_for(weight):
     return {"targets": "w", "axes": {"w": axes}}
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_the_reason_and_the_line(name):
     fn, weight, x, primitive, reason = REFUSED[name]
@@ -564,7 +564,7 @@ BODIES = {
 }
 
 
-@pytest.mark.primitives
+@pytest.mark.whole
 @pytest.mark.parametrize("name", BODIES)
 def test_the_axes_are_read_from_the_body_of_a_call(name):
     call, weight, letters = BODIES[name]

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests import reference
 
@@ -34,6 +35,13 @@ def normal(*shape, seed=0, size=1.0, dtype="float64"):
     """Normal values that depend on the shape and the seed, as a NumPy array."""
     values = np.random.default_rng([seed, *shape]).normal(size=shape)
     return np.asarray(size * values).astype(jnp.dtype(dtype))
+
+
+def needs_host_memory():
+    """Skips a test on a JAX whose CPU devices have no memory of the host."""
+    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
 
 
 def html_cells(value):

@@ -289,10 +289,11 @@ def _check_settings(block: Any, nested: Any, codec: Any) -> tuple[int, int | Non
 
 def _check_padding(n: int, block: int, nested: int | None) -> None:
     """Raises for sizes to which codes and scales would be padded with many zeros."""
-    if max(block, nested or 0) > max(n, _LARGEST_PADDING):
+    most = max(n, _LARGEST_PADDING)
+    if max(block, nested or 0) > most:
         raise ValueError(
             f"block_size {block} and scaler_block_size {nested} are too large for a "
-            f"weight of {n} entries."
+            f"weight of {n} entries: give sizes of at most {most}."
         )
 
 

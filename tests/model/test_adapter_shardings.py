@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax.layers import initializers
 from lora_jax.model import initialization
-from tests.support import assert_close, draw, normal
+from tests.support import assert_close, draw, needs_host_memory, normal
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 KINDS = {"auto": (AUTO,) * 3, "explicit": (EXPLICIT,) * 3, "mixed": (EXPLICIT, AUTO, AUTO)}
@@ -328,9 +328,7 @@ def test_no_device_makes_a_whole_factor(init):
 
 
 def test_host_memory_stays_host_memory():
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-    if "pinned_host" not in kinds:
-        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    needs_host_memory()
     mesh = mesh_of()
     place = NamedSharding(mesh, P("fsdp", "tensor"), memory_kind="pinned_host")
     params = {"w": jax.device_put(normal(16, 32).astype("float32"), place)}

@@ -18,7 +18,7 @@ from lora_jax.layers.decompose import (
 from lora_jax.model.decompose import decompose_params, to_plain_adapters
 from tests import reference, support
 from tests.model.support import make_params
-from tests.support import assert_same_bits, best, coarse, straight
+from tests.support import assert_same_bits, best, coarse, needs_host_memory, straight
 
 KEY = jax.random.key(1)
 LAYOUTS = ("w", "q", "o", "turned", "mixed")
@@ -356,9 +356,7 @@ def test_quantized_bases_stay_sharded_along_the_stack(quantize, kind):
 
 @pytest.mark.parametrize("method", ["olora", "loftq"])
 def test_weights_in_the_memory_of_the_host(method):
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-    if "pinned_host" not in kinds:
-        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    needs_host_memory()
     params, plan = make(("w",))
     params = {"block": params["block"]}
     want = decompose_params(params, plan, method, **METHODS[method])

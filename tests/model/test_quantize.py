@@ -22,7 +22,7 @@ import lora_jax
 from lora_jax import quant
 from lora_jax.model.quantize import quantize_params
 from tests import toy_format
-from tests.support import assert_same_bits, draw
+from tests.support import assert_same_bits, draw, needs_host_memory
 
 SMALL = {"block_size": 8, "scaler_block_size": 2}
 FORMATS = {
@@ -322,9 +322,7 @@ def test_all_axes_of_a_stack_keep_their_sharding_and_the_kind_of_memory():
 @pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_in_the_memory_of_the_host(format, kind):
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-    if "pinned_host" not in kinds:
-        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    needs_host_memory()
     place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     if kind is not None:
         mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)

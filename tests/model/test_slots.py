@@ -20,6 +20,7 @@ from tests.support import (
     assert_same_bits,
     count_traces,
     draw,
+    needs_host_memory,
     normal,
     set_mesh,
     x64,
@@ -445,9 +446,7 @@ def test_stacks_lie_on_the_mesh_of_their_adapters(kind, is_current):
 
 
 def test_a_stack_in_the_memory_of_the_host_stays_there():
-    kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
-    if "pinned_host" not in kinds:
-        pytest.skip(f"CPU devices of this JAX have the memories {kinds} only")
+    needs_host_memory()
     adapters, plan = one_tenant(targets="up")
     stack, _ = stack_adapters([adapters], plan, 2)
     place = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
